@@ -1,0 +1,1 @@
+../../specgym/__init__.py

@@ -1,0 +1,17 @@
+"""Tune and control speculative decoding of language models by reinforcement learning.
+
+``import specgym`` registers the Gymnasium environments; text generation alone needs only ``specgym.decoding``.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout the packages stand beside this folder, not inside it; an installed wheel has them inside.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "setup.cfg").is_file() and (_ROOT / "decoding").is_dir():
+    __path__.append(str(_ROOT))
+
+from .envs import register_environments  # noqa: E402  # found on the path extended above
+
+register_environments()
