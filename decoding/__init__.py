@@ -1,0 +1,53 @@
+"""Generating text with a target and a draft. Knows torch and transformers; knows nothing of reinforcement learning."""
+
+from .autoregressive import AutoregressiveDecoder
+from .decoder import Decoder, Generation, Knob, Round, Session
+from .drafters import Drafter, DraftSession, ModelDrafter, Proposal
+from .errors import (
+    KnobError,
+    NumericalError,
+    PromptError,
+    SpecgymError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
+from .models import LanguageModel, Logits
+from .ngram import NGramDrafter
+from .pairs import Pair, load_pair
+from .prompt_lookup import PromptLookupDrafter
+from .prompts import PromptSet, load_prompts
+from .sampling import Sampling
+from .speculative import SpeculativeDecoder
+from .threshold import ThresholdDecoder
+from .tree import TokenTree
+
+__all__ = [
+    "AutoregressiveDecoder",
+    "Decoder",
+    "DraftSession",
+    "Drafter",
+    "Generation",
+    "Knob",
+    "KnobError",
+    "LanguageModel",
+    "Logits",
+    "ModelDrafter",
+    "NGramDrafter",
+    "NumericalError",
+    "Pair",
+    "PromptError",
+    "PromptLookupDrafter",
+    "PromptSet",
+    "Proposal",
+    "Round",
+    "Sampling",
+    "Session",
+    "SpecgymError",
+    "SpeculativeDecoder",
+    "ThresholdDecoder",
+    "TokenTree",
+    "UnsupportedModelError",
+    "VocabularyMismatchError",
+    "load_pair",
+    "load_prompts",
+]

@@ -1,0 +1,25 @@
+"""The errors of this package. Each names the thing that is wrong and the way out."""
+
+
+class SpecgymError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UnsupportedModelError(SpecgymError, TypeError):
+    """A model that cannot be decoded speculatively, for instance one without a croppable key/value cache."""
+
+
+class VocabularyMismatchError(SpecgymError, ValueError):
+    """A target and a draft that do not number the same tokens in the same way."""
+
+
+class PromptError(SpecgymError, ValueError):
+    """A prompt that is empty, too long for the model, or holds ids outside the vocabulary."""
+
+
+class KnobError(SpecgymError, ValueError):
+    """A knob that the decoder does not have, or a value outside its range."""
+
+
+class NumericalError(SpecgymError, ArithmeticError):
+    """A model that produced NaN where probabilities were needed."""

@@ -1,0 +1,209 @@
+"""One Hugging Face causal LM with a key/value cache that can branch and be cut back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .cache import BranchingCache
+from .errors import NumericalError, PromptError, UnsupportedModelError
+from .prepack import can_prepack, prepack_linears
+from .tree import TokenTree
+
+_STRIP_ROWS = 64
+
+
+class Logits(NamedTuple):
+    """What a forward pass returns, one row a token."""
+
+    scores: Tensor
+    """Next-token logits, shape (tokens, vocabulary), float32."""
+    hidden: Tensor | None
+    """Last hidden states after the final norm, shape (tokens, hidden size), or None if not asked for."""
+
+
+class LanguageModel:
+    """A causal language model that reads tokens one span at a time, and can take any of them back.
+
+    Batch size 1. Tree attention goes through the public 4-D attention mask and position ids, so no architecture is
+    patched; one that gives other results that way is refused here, by a small trial.
+
+    Args:
+        model: any transformers causal LM. It is put into evaluation mode.
+        prepack: reorder the linear layers' weights for oneDNN, *in place* (see `prepack`); by default on CPU.
+            With False the model is left untouched.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be decoded speculatively.
+        NumericalError: the model's weights give NaN.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None) -> None:
+        self.model = model.eval()
+        config = model.config.get_text_config(decoder=True)
+        self.name = getattr(model, "name_or_path", "") or type(model).__name__
+        self.vocabulary_size = int(config.vocab_size)
+        self.hidden_size = int(config.hidden_size)
+        self.context_limit = _context_limit(config)
+        self.device = model.device
+        self.dtype = model.dtype
+        self._mask_value = torch.finfo(model.dtype).min
+        _refuse_by_signature(model)
+        if prepack and not can_prepack(model):
+            raise ValueError(
+                f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
+                "where oneDNN supports it) on CPU. Leave `prepack` unset."
+            )
+        if prepack or (prepack is None and can_prepack(model)):
+            prepack_linears(model)
+        self._cache = BranchingCache()
+        self._last_start = 0
+        _try_tree_attention(self)
+
+    def fresh(self) -> LanguageModel:
+        """The same weights with an empty cache."""
+        other = copy.copy(self)
+        other._cache = BranchingCache()
+        other._last_start = 0
+        return other
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        return self._cache.length
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, tree: TokenTree | None = None, *, last: int | None = None, hidden: bool = False
+    ) -> Logits:
+        """Read tokens after those in the cache, and append them to it.
+
+        Args:
+            tokens: shape (tokens,), integer ids on the model's device.
+            tree: how the tokens hang together; by default each follows the one before it.
+            last: return only this many last rows, for instance 1 for a prompt; by default all.
+            hidden: also return the last hidden states.
+
+        Raises:
+            PromptError: the cache would grow past the model's context limit.
+        """
+        start, count = self.length, tokens.shape[0]
+        if start + count > self.context_limit:
+            raise PromptError(
+                f"{self.name} has a context of {self.context_limit} tokens; {start} are cached and {count} more "
+                "were given. Shorten the prompt or generate fewer tokens."
+            )
+        if tree is None:
+            mask = _causal_mask(start, count, self._mask_value, self.dtype, self.device)
+            positions = torch.arange(start, start + count, device=self.device)
+        else:
+            mask = _tree_mask(tree, start, self._mask_value, self.dtype, self.device)
+            positions = tree.depths.to(self.device) + start
+        output = self.model(
+            input_ids=tokens.unsqueeze(0),
+            attention_mask=mask,
+            position_ids=positions.unsqueeze(0),
+            past_key_values=self._cache,
+            use_cache=True,
+            output_hidden_states=hidden,
+            logits_to_keep=last or 0,
+        )
+        self._last_start = start
+        return Logits(output.logits[0].float(), output.hidden_states[-1][0] if hidden else None)
+
+    @torch.inference_mode()
+    def keep(self, path: Sequence[int]) -> None:
+        """Of the tokens of the last forward keep only those of `path` (ascending indices), as if read alone."""
+        self._cache.gather(self._last_start, list(path))
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position `length` on."""
+        self._cache.cut(length)
+
+
+def _context_limit(config: object) -> int:
+    limits = [
+        value
+        for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
+        # Up to the window's length sliding attention is full attention, which is what the masks here express.
+        if isinstance(value := getattr(config, name, None), int) and value > 0
+    ]
+    return min(limits, default=2**31 - 1)
+
+
+@lru_cache(maxsize=16)
+def _strip(capacity: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A mask of which every short causal mask with up to `capacity` cached tokens is a slice."""
+    ahead = torch.arange(capacity + _STRIP_ROWS, device=device) - capacity
+    hidden = ahead.unsqueeze(0) > torch.arange(_STRIP_ROWS, device=device).unsqueeze(1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, value)
+
+
+def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if count <= _STRIP_ROWS:
+        capacity = max(256, 1 << (start - 1).bit_length()) if start else 256
+        mask = _strip(capacity, value, dtype, device)[:count, capacity - start : capacity + count]
+        if device.type != "cpu":  # fused kernels want aligned rows
+            mask = mask.contiguous()
+    else:
+        mask = torch.full((count, start + count), value, dtype=dtype, device=device).triu_(start + 1)
+    return mask[None, None]
+
+
+def _tree_mask(tree: TokenTree, start: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    mask = torch.zeros(len(tree), start + len(tree), dtype=dtype, device=device)
+    mask[:, start:].masked_fill_(~tree.visible.to(device), value)
+    return mask[None, None]
+
+
+def _refuse_by_signature(model: PreTrainedModel) -> None:
+    config = model.config
+    kind = type(model).__name__
+    way_out = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder model, which specgym does not decode. {way_out}")
+    parameters = inspect.signature(model.forward).parameters
+    missing = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} - set(parameters)
+    if missing:
+        raise UnsupportedModelError(
+            f"{kind} cannot do tree attention: its forward takes no {', '.join(sorted(missing))}. {way_out}"
+        )
+
+
+def _try_tree_attention(model: LanguageModel) -> None:
+    """Compare a branch of a small tree with the same tokens read in a row; refuse the model if they differ."""
+    trial = model.fresh()
+    kind = type(model.model).__name__
+    tokens = torch.arange(1, 7, device=model.device) % model.vocabulary_size
+    try:
+        trial.forward(tokens[:2])
+        branch = trial.forward(tokens[2:5], TokenTree((-1, -1, 1))).scores[2]
+        trial.keep([1, 2])
+        after = trial.forward(tokens[5:6]).scores[0]
+        in_a_row = tokens[[0, 1, 3, 4, 5]].unsqueeze(0)
+        with torch.inference_mode():
+            expected = model.model(input_ids=in_a_row, use_cache=False).logits[0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
+        raise UnsupportedModelError(
+            f"{kind} cannot do tree attention through a 4-D mask and position ids ({error}). Choose an architecture "
+            "with rotary or learned positions and a plain key/value cache, such as Llama, Qwen2, OPT or GPT-2."
+        ) from error
+    if expected.isnan().any():
+        raise NumericalError(f"{model.name} gives NaN logits on a trial input: its weights are broken; load it anew.")
+    scale = expected.std().clamp(min=1e-6)
+    error_size = torch.stack([branch - expected[-2], after - expected[-1]]).abs().max() / scale
+    if not error_size < (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.2):
+        raise UnsupportedModelError(
+            f"{kind} gives other logits for a branch of a tree than for the same tokens in a row (off by "
+            f"{error_size:.2g} standard deviations), so drafts cannot be checked in one pass. Choose an architecture "
+            "with rotary or learned positions, such as Llama, Qwen2, OPT or GPT-2."
+        )

@@ -1,0 +1,122 @@
+"""How a token is chosen: warping of logits, distances between distributions, the exact acceptance test.
+
+Pure functions over tensors. Distributions are float32 rows that sum to one, of shape (..., vocabulary). The acceptance
+test and the residual are those of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_COLDEST = 1e-30  # logits divided by less overflow
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A sampling setting, applied in the order temperature, top-k, top-p (as in transformers).
+
+    Args:
+        temperature: 0 is greedy decoding; otherwise the logits are divided by it.
+        top_k: keep only this many of the likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and at least {_COLDEST:g}, got {self.temperature}"
+            )
+        if not (math.isfinite(self.top_k) and self.top_k >= 0 and int(self.top_k) == self.top_k):
+            raise ValueError(f"top_k must be a whole number of tokens, or 0 for no limit, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that tokens are drawn from.
+
+        Args:
+            logits: shape (..., vocabulary).
+
+        Returns:
+            float32, same shape, rows summing to one; one-hot at the argmax when greedy.
+        """
+        logits = logits.float()
+        if self.greedy:
+            choice = logits.argmax(-1, keepdim=True)
+            return torch.zeros_like(logits).scatter_(-1, choice, 1.0)
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            smallest_kept = logits.topk(int(self.top_k), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+        if self.top_p < 1:
+            ascending, order = logits.sort(dim=-1)
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            dropped[..., -1] = False  # the likeliest token always stays
+            logits = logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -math.inf)
+        return logits.softmax(-1)
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """Half the L1 distance of two distributions, in [0, 1]. Shapes (..., vocabulary) to (...)."""
+    return (p - q).abs().sum(-1).mul(0.5).clamp(max=1.0)
+
+
+def accepts(p_of_token: Tensor, q_of_token: Tensor | float, uniform: Tensor | float) -> Tensor:
+    """The exact acceptance test: a token drafted with probability q is kept with probability min(1, p / q).
+
+    Written without a division, so that q = 0 (a token that the draft could not have proposed) needs no special case.
+    """
+    return uniform * q_of_token < p_of_token
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What the target still owes after a rejection: norm(max(p - q, 0)), or p where that is empty.
+
+    The difference is empty only when p equals q up to rounding, where no rejection should have happened.
+    """
+    excess = (p - q).clamp(min=0.0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 1e-9, excess / mass.clamp(min=1e-9), p)
+
+
+def residual_of_token(p: Tensor, token: Tensor) -> Tensor:
+    """The residual for a deterministic draft, whose q is one-hot: p without `token`, renormalised.
+
+    Args:
+        p: shape (..., vocabulary).
+        token: shape (...), the rejected token.
+    """
+    one_hot = torch.zeros_like(p).scatter_(-1, token.unsqueeze(-1), 1.0)
+    return residual(p, one_hot)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row, shape (..., vocabulary) to (...), without waiting for the device.
+
+    Inverts the cumulative distribution, in float64 where there is one: a uniform number a row, where `torch.multinomial`
+    makes one a token (7 times slower for 4,096 tokens on a CPU).
+    """
+    precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    cumulative = probabilities.cumsum(-1, dtype=precise)
+    uniform = torch.rand(
+        (*probabilities.shape[:-1], 1), dtype=precise, device=probabilities.device, generator=generator
+    )
+    # From the right, so that no token of probability 0 is taken; the clamp is for NaN, which whoever calls refuses.
+    place = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
+    return place.squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
