@@ -1,0 +1,216 @@
+"""The smallest things that the tests need: random models of every architecture, and toy models that are tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from specgym.decoding.models import LanguageModel, Logits
+from specgym.decoding.tree import TokenTree
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gpt_neox", "phi", "mistral")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower with more threads, and several test runs may share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_model(
+    family: str,
+    *,
+    layers: int = 2,
+    vocabulary: int = 96,
+    hidden: int = 32,
+    context: int = 256,
+    attention: str = "sdpa",
+    spread: float = 0.3,
+    seed: int = 0,
+    **more: Any,
+) -> PreTrainedModel:
+    """A small model with random weights, wide enough apart (`spread`) that its logits never tie; it knows no EOS.
+
+    Args:
+        family: one of `FAMILIES`.
+        more: further settings of the architecture's configuration.
+    """
+    torch.manual_seed(seed)
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    usual: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+        "initializer_range": spread,
+        **ends,
+    }
+    grouped = {**usual, "num_key_value_heads": 2}
+    config: Any
+    kind: Any
+    if family == "llama":
+        config, kind = LlamaConfig(**{**grouped, **more}), LlamaForCausalLM
+    elif family == "qwen2":
+        config, kind = Qwen2Config(**{**grouped, **more}), Qwen2ForCausalLM
+    elif family == "mistral":
+        config, kind = MistralConfig(**{**grouped, "sliding_window": None, **more}), MistralForCausalLM
+    elif family == "phi":
+        config, kind = PhiConfig(**{**usual, **more}), PhiForCausalLM
+    elif family == "gpt_neox":
+        config, kind = GPTNeoXConfig(**{**usual, **more}), GPTNeoXForCausalLM
+    elif family == "opt":
+        opt = {**usual, "ffn_dim": usual.pop("intermediate_size"), "init_std": usual.pop("initializer_range")}
+        opt.pop("intermediate_size"), opt.pop("initializer_range")
+        config, kind = OPTConfig(**{**opt, "word_embed_proj_dim": hidden, **more}), OPTForCausalLM
+    elif family == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=hidden,
+            n_layer=layers,
+            n_head=4,
+            n_positions=context,
+            initializer_range=spread,
+            **{**ends, **more},
+        )
+        kind = GPT2LMHeadModel
+    else:
+        raise ValueError(f"no family {family!r}")
+    model: PreTrainedModel = kind._from_config(config, attn_implementation=attention)
+    return model.eval()
+
+
+def noisy_copy(model: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedModel:
+    """A draft that agrees with a model often but not always: the same weights with relative noise."""
+    copied = type(model)._from_config(model.config, attn_implementation=model.config._attn_implementation)
+    copied.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight += noise * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
+    return copied.eval()
+
+
+class TableModel(LanguageModel):
+    """A language model whose logits are a table by the last two tokens, so that its distribution is known exactly.
+
+    Args:
+        table: logits, shape (vocabulary, vocabulary, vocabulary): the token before the last, the last, the next.
+            Before the first token stands token 0.
+        eos: token ids that end a text.
+        context: the context limit.
+        name: how messages call it.
+    """
+
+    def __init__(
+        self, table: Tensor, *, eos: Sequence[int] | None = None, context: int = 10_000, name: str = "table"
+    ) -> None:
+        self.table = table
+        self.name = name
+        self.vocabulary_size = table.shape[-1]
+        self.context_limit = context
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        ends: Any = SimpleNamespace(eos_token_id=eos)
+        self.model: Any = SimpleNamespace(config=ends, generation_config=ends)
+        self.read: list[int] = []
+
+    def fresh(self) -> TableModel:
+        """The same table, nothing read."""
+        other = TableModel.__new__(TableModel)
+        other.__dict__.update(self.__dict__)
+        other.read = []
+        return other
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return len(self.read)
+
+    def forward(
+        self, tokens: Tensor, tree: TokenTree | None = None, *, last: int | None = None, hidden: bool = False
+    ) -> Logits:
+        """Rows of the table."""
+        assert tree is None
+        assert not hidden
+        before = self.read[-1] if self.read else 0
+        self.read += tokens.tolist()
+        assert self.length <= self.context_limit
+        sequence = [before, *self.read[-tokens.shape[0] :]]
+        rows = self.table[sequence[:-1], sequence[1:]]
+        return Logits(rows if last is None else rows[-last:], None)
+
+    def truncate(self, length: int) -> None:
+        """Forget what was read from `length` on."""
+        del self.read[length:]
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Not needed by chains."""
+        raise AssertionError("a chain is cut, not gathered")
+
+
+def random_table(vocabulary: int, seed: int, spread: float = 1.0) -> Tensor:
+    """Logits for a `TableModel`."""
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(vocabulary, vocabulary, vocabulary, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., PreTrainedModel]:
+    """`random_model`."""
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def make_noisy() -> Callable[..., PreTrainedModel]:
+    """`noisy_copy`."""
+    return noisy_copy
+
+
+@pytest.fixture(scope="session")
+def make_table() -> Callable[..., TableModel]:
+    """A `TableModel` over a `random_table`: arguments of `random_table`, then those of `TableModel` by name."""
+
+    def make(vocabulary: int, seed: int, spread: float = 1.0, **more: Any) -> TableModel:
+        return TableModel(random_table(vocabulary, seed, spread), **more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def table_of() -> type[TableModel]:
+    """The class `TableModel` itself."""
+    return TableModel
