@@ -1,0 +1,105 @@
+"""Which decoder, and how far and how fast an environment moves its knobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from ..decoding.decoder import Decoder, Knob
+from ..decoding.errors import KnobError
+from ..decoding.pairs import Pair
+from ..decoding.speculative import SpeculativeDecoder
+from ..decoding.threshold import ThresholdDecoder
+
+DECODERS: dict[str, Callable[[Pair, int], Decoder]] = {
+    "threshold": ThresholdDecoder,
+    "speculative": SpeculativeDecoder,
+}
+"""Decoders by name, made from a pair and a draft length."""
+
+_RANGES = {"fallback": (0.05, 0.95)}  # at either end a threshold decides nothing, and there is nothing to learn
+_SCALES = {"fallback": 0.2}
+
+
+def build_decoder(decoder: str | Callable[[Pair], Decoder], pair: Pair, draft_length: int) -> Decoder:
+    """The decoder of a name, or what a callable makes of the pair.
+
+    Raises:
+        ValueError: the name is unknown, the decoder has no knobs, or the pair does not suit it.
+    """
+    if callable(decoder):
+        made = decoder(pair)
+    elif decoder in DECODERS:
+        made = DECODERS[decoder](pair, draft_length)
+    else:
+        raise ValueError(f"no decoder {decoder!r}; there are: {', '.join(DECODERS)}, or give a callable")
+    if not made.knobs:
+        raise ValueError(f"{type(made).__name__} has no knobs, so there is nothing to tune")
+    return made
+
+
+def env_ranges(
+    knobs: Sequence[Knob], given: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, tuple[float, float]]:
+    """(low, high) of every knob, in the decoder's order: as given, else by default.
+
+    Raises:
+        KnobError: an unknown knob, or a range that is upside down or goes beyond the decoder's.
+    """
+    given = given or {}
+    _refuse_unknown("ranges", given, [knob.name for knob in knobs])
+    ranges = {}
+    for knob in knobs:
+        low, high = given.get(knob.name) or _RANGES.get(knob.name) or (knob.low, knob.high)
+        if not knob.low <= low < high <= knob.high:
+            raise KnobError(
+                f"ranges: {knob.name} must go from low to high within {knob.low:g} and {knob.high:g}, got "
+                f"({low:g}, {high:g})"
+            )
+        ranges[knob.name] = (float(low), float(high))
+    return ranges
+
+
+def default_scales(
+    ranges: Mapping[str, tuple[float, float]], given: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """How far an action of 1 moves every knob: as given, else by default.
+
+    Raises:
+        KnobError: an unknown knob, or a scale that is not positive and finite.
+    """
+    given = given or {}
+    _refuse_unknown("scales", given, list(ranges))
+    scales = {}
+    for name, (low, high) in ranges.items():
+        scale = float(given.get(name, _SCALES.get(name, (high - low) / 10)))
+        if not (math.isfinite(scale) and scale > 0):
+            raise KnobError(f"scales: {name} must be positive and finite, got {scale}")
+        scales[name] = scale
+    return scales
+
+
+def checked_values(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Values of some knobs as floats.
+
+    Raises:
+        KnobError: not a mapping, an unknown knob, or a value that is out of range or not finite.
+    """
+    if not isinstance(values, Mapping):
+        raise KnobError(f"reset option knobs must map names to values, got {values!r}")
+    _refuse_unknown("reset option knobs", values, list(ranges))
+    for name, value in values.items():
+        low, high = ranges[name]
+        try:
+            inside = low <= float(value) <= high  # False for NaN
+        except (TypeError, ValueError):
+            inside = False
+        if not inside:
+            raise KnobError(f"reset option knobs: {name} must be between {low:g} and {high:g}, got {value!r}")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _refuse_unknown(where: str, given: Mapping[str, object], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise KnobError(f"{where}: there is no knob {name!r}; the decoder has: {', '.join(known)}")

@@ -1,0 +1,94 @@
+"""What a setting of a decoder's knobs does to some prompts: the one definition that learning and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..decoding.autoregressive import AutoregressiveDecoder
+from ..decoding.decoder import GREEDY, Decoder, Generation
+from ..decoding.latency import LatencyProfile, measured
+from ..decoding.sampling import Sampling
+
+
+def measure_setting(
+    decoder: Decoder,
+    knobs: Mapping[str, float] | None,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int | None = None,
+    profile: LatencyProfile | None = None,
+) -> dict[str, float]:
+    """Decode some prompts with one setting, and summarise; see `summarise` for the metrics.
+
+    Args:
+        decoder: an algorithm with its pair.
+        knobs: values by name; the decoder's defaults for those left out.
+        prompts: token ids, one sequence a prompt, at least one.
+        tokens: to generate for each prompt, at most.
+        sampling: how tokens are chosen.
+        seed: fixes every random choice; the prompts get `seed`, `seed + 1`, ...
+        profile: what time is charged by; by default the pair's own on this hardware, measured once.
+
+    Raises:
+        ValueError: there is no prompt. Otherwise as for `Decoder.generate`.
+    """
+    if profile is None:
+        profile = measured(decoder.pair, sampling=sampling)
+    return summarise(decoder, decode_prompts(decoder, knobs, prompts, tokens, sampling, seed), profile)
+
+
+def decode_prompts(
+    decoder: Decoder,
+    knobs: Mapping[str, float] | None,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int | None = None,
+) -> list[Generation]:
+    """One generation a prompt, in order. Arguments and errors as for `measure_setting`."""
+    if not prompts:
+        raise ValueError("there is nothing to measure: give at least one prompt")
+    return [
+        decoder.generate(
+            prompt,
+            max_new_tokens=tokens,
+            sampling=sampling,
+            seed=None if seed is None else seed + place,
+            knobs=knobs,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def summarise(decoder: Decoder, generations: Sequence[Generation], profile: LatencyProfile) -> dict[str, float]:
+    """Metrics of some generations together. Rates are ratios of sums, so that a long text counts for more.
+
+    Returns:
+        `ms_per_token` and `seconds` as charged by the profile, `wall_ms_per_token` and `wall_seconds` by the clock;
+        `speedup`, autoregressive over charged time, both by the profile; `draft_acceptance_rate`, `divergence` (0 to
+        1); `mean_acceptance_length` in tokens a round; the numbers `tokens`, `rounds`, `drafted` and `accepted`.
+        Reading the prompts is in none of them.
+    """
+    rounds = [cycle for generation in generations for cycle in generation.rounds]
+    tokens = sum(len(generation.tokens) for generation in generations)
+    drafted = sum(cycle.drafted for cycle in rounds)
+    accepted = sum(cycle.accepted for cycle in rounds)
+    autoregressive = profile.autoregressive_seconds * tokens
+    # Plain decoding verifies nothing, so a round of it is cheaper than a round with an empty draft.
+    seconds = autoregressive if isinstance(decoder, AutoregressiveDecoder) else profile.charge(rounds)
+    wall_seconds = sum(generation.seconds for generation in generations)
+    return {
+        "ms_per_token": 1000 * seconds / tokens,
+        "wall_ms_per_token": 1000 * wall_seconds / tokens,
+        "speedup": autoregressive / seconds,
+        "draft_acceptance_rate": accepted / max(drafted, 1),
+        "mean_acceptance_length": tokens / len(rounds),
+        "divergence": sum(cycle.divergence for cycle in rounds) / tokens,
+        "tokens": float(tokens),
+        "rounds": float(len(rounds)),
+        "drafted": float(drafted),
+        "accepted": float(accepted),
+        "seconds": seconds,
+        "wall_seconds": wall_seconds,
+    }

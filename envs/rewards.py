@@ -1,0 +1,115 @@
+"""What a setting of the knobs is worth: speed, acceptance, staying within a range, minus straying from the target.
+
+Pure functions, the same for every decoder and for live and recorded decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from ..decoding.decoder import Knob
+from ..decoding.errors import SpecgymError
+
+TERMS = ("speed", "acceptance", "range", "divergence")
+
+
+class RewardError(SpecgymError, ValueError):
+    """A reward setting that makes no sense; the message names it."""
+
+
+def _default_ranges() -> dict[str, tuple[float, float]]:
+    return {"fallback": (0.4, 0.7), "rollback": (0.3, 0.7)}
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Weights and ranges of the reward.
+
+    Raises:
+        RewardError: a number is not finite, a weight is negative, a range is upside down, or `falloff` is not positive.
+    """
+
+    speed_weight: float = 1.0
+    """Of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
+    acceptance_weight: float = 0.5
+    """Of the draft acceptance rate, 0 to 1."""
+    range_weight: float = 0.25
+    """Of the range bonus, 0 to 1."""
+    divergence_weight: float = 0.0
+    """Of the mean total variation from the target, 0 to 1, which is subtracted."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
+    """Where a knob earns the full bonus, as fractions of the knob's upper end: of 1 for `fallback`, of the draft length
+    K for `rollback`. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
+    falloff: float = 0.1
+    """How far outside its range, as a fraction of the knob's upper end, a knob still earns exp(-1) = 0.37 of it."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.name == "ranges":
+                continue
+            value = getattr(self, setting.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise RewardError(f"reward setting {setting.name} must be a finite number of at least 0, got {value!r}")
+        if self.falloff == 0:
+            raise RewardError("reward setting falloff must be above 0; take a small one for a sharp edge")
+        checked = {}
+        for name, ends in self.ranges.items():
+            try:
+                low, high = (float(end) for end in ends)
+            except (TypeError, ValueError):
+                raise RewardError(f"reward range {name!r} must be two numbers (low, high), got {ends!r}") from None
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise RewardError(f"reward range {name!r} must go from low to high, got ({low:g}, {high:g})")
+            checked[name] = (low, high)
+        object.__setattr__(self, "ranges", checked)  # lists, as JSON gives them, become tuples
+
+
+def closeness(value: float, low: float, high: float, falloff: float) -> float:
+    """1 inside [low, high]; outside it exp(-(distance / falloff)^2), smooth at the edge. In [0, 1]."""
+    distance = max(low - value, value - high, 0.0)
+    return math.exp(-((distance / falloff) ** 2))
+
+
+def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping[str, float]) -> float:
+    """Mean closeness of the knobs to their ranges, 0 to 1; 0 where no knob has one.
+
+    Args:
+        settings: the ranges and the falloff.
+        knobs: the decoder's; their upper ends are the unit of the ranges.
+        values: of the knobs, by name, in their own units.
+    """
+    bonuses = [
+        closeness(values[knob.name] / knob.high, *settings.ranges[knob.name], settings.falloff)
+        for knob in knobs
+        if knob.name in settings.ranges
+    ]
+    return sum(bonuses) / len(bonuses) if bonuses else 0.0
+
+
+def reward_terms(
+    settings: RewardSettings,
+    *,
+    speedup: float,
+    acceptance_rate: float,
+    divergence: float,
+    knobs: Sequence[Knob],
+    values: Mapping[str, float],
+) -> dict[str, float]:
+    """The weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
+
+    Args:
+        settings: the weights and ranges.
+        speedup: autoregressive seconds per token over the decoder's, above 0.
+        acceptance_rate: accepted draft tokens over drafted ones, 0 to 1.
+        divergence: mean total variation from the target per token, 0 to 1; its term is at most 0.
+        knobs: the decoder's.
+        values: of the knobs, by name, in their own units.
+    """
+    return {
+        "speed": settings.speed_weight * speedup,
+        "acceptance": settings.acceptance_weight * acceptance_rate,
+        "range": settings.range_weight * range_bonus(settings, knobs, values),
+        "divergence": 0.0 - settings.divergence_weight * divergence,
+    }

@@ -1,0 +1,220 @@
+"""Workloads: a pair, a set of prompts and a sampling setting, which together are one tuning problem.
+
+A workload's name is ``pair/prompts``, greedy, or ``pair/prompts@temperature``: ``tiny/prose``, ``tiny/code@1.0``,
+``gpt2-xl+gpt2/lambada``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..decoding.decoder import GREEDY
+from ..decoding.errors import PromptError, SpecgymError
+from ..decoding.hub_prompts import HUB_SETS
+from ..decoding.pairs import Pair, load_pair
+from ..decoding.presets import PRESETS, UnknownPairError, resolve
+from ..decoding.prompts import PromptSet, Split, encode, load_prompts, shipped_prompts
+from ..decoding.sampling import Sampling
+
+SHIPPED_WORKLOADS: tuple[str, ...] = (
+    "tiny/prose",
+    "tiny/code",
+    "tiny/definitions",
+    "tiny/chat",
+    "tiny-10m-2l/prose",
+    "tiny-10m-ngram/code",
+    "tiny-3m-1l/definitions",
+    "tiny/prose@1.0",
+)
+"""What training runs on by default: every pair and every prompt set in it ships with the package."""
+
+
+class WorkloadError(SpecgymError, ValueError):
+    """A workload that is not known, or cannot be used; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class TokenPrompts:
+    """Prompts as token ids, for pairs without a tokenizer.
+
+    Attributes:
+        train: prompts that tuning may see, each one or more ids.
+        test: prompts kept for judging.
+        name: how reports call the set.
+
+    Raises:
+        WorkloadError: a side has no prompts, or a prompt no tokens.
+    """
+
+    train: Sequence[Sequence[int]]
+    test: Sequence[Sequence[int]]
+    name: str = "ids"
+
+    def __post_init__(self) -> None:
+        for side, prompts in (("train", self.train), ("test", self.test)):
+            if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
+                raise WorkloadError(f"prompt set {self.name!r}: {side} must hold prompts of at least one token each")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A pair x a set of prompts x a sampling setting.
+
+    Pairs given by name are loaded once a process and shared, and so are prompts once encoded.
+
+    Args:
+        pair: a name, as `load_pair` takes it, or a pair in memory.
+        prompts: a name or file, as `load_prompts` takes it, a `PromptSet`, or `TokenPrompts`.
+        sampling: how tokens are chosen; greedy by default.
+        name: how reports call it; by default made from the parts.
+        split: which prompts are used where nothing else is said, ``train`` or ``test``.
+        max_prompt_tokens: longer prompts lose their beginning; at most half the target's context is ever used.
+
+    Raises:
+        WorkloadError: `split` or `max_prompt_tokens` is out of range.
+    """
+
+    pair: str | Pair
+    prompts: str | PromptSet | TokenPrompts
+    sampling: Sampling = GREEDY
+    name: str = ""
+    split: Split = "train"
+    max_prompt_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "test"):
+            raise WorkloadError(f"a workload's split is 'train' or 'test', got {self.split!r}")
+        if self.max_prompt_tokens < 2:
+            raise WorkloadError(f"max_prompt_tokens must be at least 2, got {self.max_prompt_tokens}")
+        if not self.name:
+            pair = self.pair if isinstance(self.pair, str) else self.pair.name
+            prompts = self.prompts if isinstance(self.prompts, str) else self.prompts.name
+            object.__setattr__(self, "name", f"{pair}/{prompts}{_suffix(self.sampling)}")
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __deepcopy__(self, memo: object) -> Workload:
+        """Itself: it never changes, and gymnasium copies arguments that would hold two models."""
+        return self
+
+    def with_split(self, split: Split) -> Workload:
+        """The same workload with the prompts of ``train`` or ``test``."""
+        return replace(self, split=split)
+
+    def load(self) -> Pair:
+        """The pair; one that was given by name is loaded at the first call in a process. Errors as `load_pair`."""
+        return self.pair if isinstance(self.pair, Pair) else _shared_pair(self.pair)
+
+    def prompt_ids(self, split: Split | None = None) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt of a split, by default the workload's own.
+
+        Raises:
+            PromptError: the prompts are texts and the pair has no tokenizer.
+        """
+        pair = self.load()
+        longest = min(self.max_prompt_tokens, pair.target.context_limit // 2)
+        split = split or self.split
+        if isinstance(self.prompts, TokenPrompts):
+            chosen = self.prompts.train if split == "train" else self.prompts.test
+            return tuple(tuple(int(token) for token in prompt[-longest:]) for prompt in chosen)
+        prompts = load_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
+        return _encoded(pair, prompts, split, longest)
+
+
+def workload(name: str | Workload) -> Workload:
+    """The workload of a name; one that is a `Workload` already is returned as it is.
+
+    Args:
+        name: ``pair/prompts`` or ``pair/prompts@temperature``. Nothing is loaded yet.
+
+    Raises:
+        WorkloadError: the name does not have that form, or the pair or the prompts are unknown; the message lists
+            what there is.
+    """
+    if isinstance(name, Workload):
+        return name
+    body, at, temperature = name.rpartition("@")
+    if not at:
+        body, sampling = name, GREEDY
+    else:
+        try:
+            sampling = Sampling(temperature=float(temperature))
+        except ValueError as error:
+            raise WorkloadError(
+                f"workload {name!r}: {temperature!r} after @ is no temperature ({error}); write {body}@1.0, or {body} "
+                "for greedy decoding"
+            ) from None
+    # Hub ids and files have slashes of their own, so every slash is tried as the one in the middle.
+    slashes = [place for place, letter in enumerate(body) if letter == "/"]
+    for place in reversed(slashes):
+        if _known_pair(body[:place]) and _known_prompts(body[place + 1 :]):
+            return Workload(body[:place], body[place + 1 :], sampling)
+    raise WorkloadError(_unknown(name, body))
+
+
+@functools.cache
+def _shared_pair(name: str) -> Pair:
+    return load_pair(name)
+
+
+_Prompts = tuple[tuple[int, ...], ...]
+# The tokenizer is kept beside its prompts: an id stands for an object only as long as that lives.
+_encodings: dict[tuple[int, str, Split, int], tuple[PreTrainedTokenizerBase, _Prompts]] = {}
+
+
+def _encoded(pair: Pair, prompts: PromptSet, split: Split, longest: int) -> _Prompts:
+    if pair.tokenizer is None:
+        raise PromptError(
+            f"pair {pair.name} has no tokenizer, and prompt set {prompts.name!r} is text; give Pair(..., "
+            "tokenizer=...) or specgym.envs.TokenPrompts"
+        )
+    key = (id(pair.tokenizer), prompts.digest, split, longest)
+    if key not in _encodings:
+        encoded = encode(prompts, split, pair.tokenizer, longest)
+        _encodings[key] = pair.tokenizer, tuple(tuple(ids) for ids in encoded)
+    return _encodings[key][1]
+
+
+def _known_pair(name: str) -> bool:
+    try:
+        resolve(name)
+    except UnknownPairError:
+        return False
+    return True
+
+
+def _known_prompts(name: str) -> bool:
+    return name in shipped_prompts() or name in HUB_SETS or Path(name).expanduser().is_file()
+
+
+def _suffix(sampling: Sampling) -> str:
+    if sampling.greedy:
+        return ""
+    top_k = f",top_k={sampling.top_k}" if sampling.top_k else ""
+    top_p = f",top_p={sampling.top_p:g}" if sampling.top_p < 1 else ""
+    return f"@{float(sampling.temperature)}{top_k}{top_p}"
+
+
+def _unknown(name: str, body: str) -> str:
+    pair, _, prompts = body.rpartition("/")
+    if pair and _known_prompts(prompts):
+        wrong = f"there is no pair {pair!r}"
+        close = difflib.get_close_matches(pair, PRESETS, n=1)
+    elif pair and _known_pair(pair):
+        wrong = f"there are no prompts {prompts!r}"
+        close = difflib.get_close_matches(prompts, [*shipped_prompts(), *HUB_SETS], n=1)
+    else:
+        wrong = "it is not of the form pair/prompts or pair/prompts@temperature"
+        close = difflib.get_close_matches(name, SHIPPED_WORKLOADS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"no workload {name!r}: {wrong}.{hint} Pairs: {', '.join(PRESETS)}, or target+draft. Prompts: "
+        f"{', '.join([*shipped_prompts(), *HUB_SETS])}, or a file."
+    )

@@ -1,0 +1,70 @@
+"""A random pair small enough to decode with in milliseconds, and what an environment on it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import pytest
+from specgym.decoding.latency import LatencyProfile
+from specgym.decoding.pairs import Pair
+from specgym.envs import TokenPrompts, Workload
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 64
+DRAFT_LENGTH = 4
+
+MakeEnv = Callable[..., gymnasium.Env]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"[unk]": 0, "knock": 1, "seek": 2, "find": 3} | {f"w{place}": place for place in range(4, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's latency profiles."""
+    monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel]) -> Pair:
+    """A draft that is sometimes right; no tokenizer, and no end-of-text token."""
+    target = make_model("llama", layers=1, vocabulary=VOCABULARY, hidden=16, context=128)
+    return Pair(target, make_noisy(target, 0.4), name="toy")
+
+
+@pytest.fixture(scope="session")
+def speaking_pair(pair: Pair) -> Pair:
+    """The same models with a tokenizer of whole words."""
+    return Pair(pair.target, pair.draft, word_tokenizer(), name="speaking")
+
+
+@pytest.fixture
+def toy_workload(pair: Pair) -> Workload:
+    return Workload(pair, TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], [[11, 12], [13]]))
+
+
+@pytest.fixture
+def profile() -> LatencyProfile:
+    """Drafting costs 1 ms a token, a pass over one token 10 ms and over each further one 1 ms."""
+    return LatencyProfile("toy", {0: 0.0, 1: 0.001}, {1: 0.010, 2: 0.011}, 0.010, {"device": "imaginary"})
+
+
+@pytest.fixture
+def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
+    def make(**changes: object) -> gymnasium.Env:
+        arguments: dict[str, object] = {
+            "workload": toy_workload,
+            "profile": profile,
+            "draft_length": DRAFT_LENGTH,
+            "tokens_per_step": 8,
+        }
+        return gymnasium.make("specgym/Thresholds-v0", **(arguments | changes))
+
+    return make

@@ -1,0 +1,94 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from specgym.decoding.decoder import Knob
+from specgym.envs.rewards import RewardError, RewardSettings, closeness, range_bonus, reward_terms
+
+KNOBS = (Knob("fallback", 0, 1, 0.5), Knob("rollback", 1, 16, 1))
+fractions = st.floats(0, 1)
+positive = st.floats(0.01, 100)
+
+
+def terms(settings: RewardSettings, **changes: Any) -> dict[str, float]:
+    arguments: dict[str, Any] = {"speedup": 2.0, "acceptance_rate": 0.8, "divergence": 0.1, "knobs": KNOBS}
+    return reward_terms(settings, values={"fallback": 0.5, "rollback": 8.0}, **(arguments | changes))
+
+
+def test_each_term_is_its_quantity_times_its_weight() -> None:
+    settings = RewardSettings(speed_weight=3, acceptance_weight=2, range_weight=5, divergence_weight=7)
+    assert terms(settings) == pytest.approx({"speed": 6.0, "acceptance": 1.6, "range": 5.0, "divergence": -0.7})
+
+
+def test_divergence_costs_nothing_by_default() -> None:
+    assert math.copysign(1, terms(RewardSettings())["divergence"]) == 1  # not even a minus sign
+
+
+@given(value=st.floats(-10, 10), low=fractions, width=fractions, falloff=positive)
+def test_closeness_is_one_exactly_inside_the_range(value: float, low: float, width: float, falloff: float) -> None:
+    found = closeness(value, low, low + width, falloff)
+    assert 0 <= found <= 1
+    if low <= value <= low + width:
+        assert found == 1
+
+
+@given(near=st.floats(0, 3), further=st.floats(0, 3), falloff=positive)
+def test_closeness_falls_with_the_distance_alike_on_both_sides(near: float, further: float, falloff: float) -> None:
+    above = closeness(1 + near, 0, 1, falloff)
+    assert above == pytest.approx(closeness(-near, 0, 1, falloff), abs=1e-6)
+    assert closeness(1 + near + further, 0, 1, falloff) <= above
+
+
+@given(edge=st.floats(1e-6, 1e-4))
+def test_closeness_has_no_kink_at_the_edge(edge: float) -> None:
+    assert 1 - closeness(1 + edge, 0, 1, 0.1) <= (edge / 0.1) ** 2 * 1.001 + 1e-12
+
+
+def test_one_falloff_outside_earns_exp_minus_one() -> None:
+    assert closeness(0.8, 0.4, 0.7, 0.1) == pytest.approx(math.exp(-1))
+
+
+@pytest.mark.parametrize(("rollback", "bonus"), [(16 * 0.3, 1.0), (16 * 0.7, 1.0), (16 * 0.8, (1 + math.exp(-1)) / 2)])
+def test_ranges_are_fractions_of_a_knobs_upper_end(rollback: float, bonus: float) -> None:
+    assert range_bonus(RewardSettings(), KNOBS, {"fallback": 0.5, "rollback": rollback}) == pytest.approx(bonus)
+
+
+def test_a_knob_without_a_range_does_not_dilute_the_bonus() -> None:
+    knobs = (*KNOBS, Knob("draft_length", 1, 16, 5, True))
+    values = {"fallback": 0.5, "rollback": 8.0, "draft_length": 16.0}
+    assert range_bonus(RewardSettings(), knobs, values) == 1
+
+
+def test_without_any_range_there_is_no_bonus() -> None:
+    assert range_bonus(RewardSettings(ranges={}), KNOBS, {"fallback": 0.5, "rollback": 8.0}) == 0
+
+
+@given(first=positive, second=positive)
+def test_the_reward_grows_with_the_speedup(first: float, second: float) -> None:
+    slow, fast = sorted((first, second))
+    settings = RewardSettings()
+    assert sum(terms(settings, speedup=slow).values()) <= sum(terms(settings, speedup=fast).values())
+
+
+def test_ranges_may_come_as_lists_from_a_file() -> None:
+    listed: Any = {"fallback": [0.2, 0.3]}
+    assert RewardSettings(ranges=listed) == RewardSettings(ranges={"fallback": (0.2, 0.3)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speed_weight": math.nan}, "speed_weight must be a finite number of at least 0, got nan"),
+        ({"divergence_weight": -1.0}, "divergence_weight must be"),
+        ({"range_weight": "much"}, "range_weight must be a finite number"),
+        ({"falloff": 0.0}, "falloff must be above 0"),
+        ({"ranges": {"fallback": (0.7, 0.4)}}, "'fallback' must go from low to high"),
+        ({"ranges": {"rollback": 3}}, "'rollback' must be two numbers"),
+        ({"ranges": {"rollback": (0.1, math.inf)}}, "'rollback' must go from low to high"),
+    ],
+)
+def test_senseless_settings_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        RewardSettings(**arguments)
