@@ -124,7 +124,8 @@ class Session(ABC):
         self._remaining = max_new_tokens
         self.target: LanguageModel = decoder.pair.target.fresh()
         self.generator = torch.Generator(self.target.device)
-        self._dice = random.Random(None if seed is None else int(seed))  # for choices on the host, where a tensor would mean waiting
+        # For choices on the host, where a tensor would mean waiting.
+        self._dice = random.Random(None if seed is None else int(seed))
         if seed is None:
             self.generator.seed()
         else:
@@ -158,7 +159,7 @@ class Session(ABC):
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         if len(prompt) > 1:  # the last token is read together with the first draft
-            self.target.forward(torch.tensor(prompt[:-1], device=self.target.device), last=1)
+            self.target.read(prompt[:-1])
 
     @abstractmethod
     def _round(self, knobs: Mapping[str, float]) -> Round: ...
@@ -190,8 +191,8 @@ class Session(ABC):
         """Given the greatest of some logits (or the sum of each row's): NaN and infinity both show in it."""
         if not math.isfinite(greatest):
             raise NumericalError(
-                f"{self.target.name} gave NaN or infinite logits after {len(self.tokens)} tokens. Load it in float32 or bfloat16 "
-                "(float16 overflows in some models), or check its weights."
+                f"{self.target.name} gave NaN or infinite logits after {len(self.tokens)} tokens. Load it in float32 or "
+                "bfloat16 (float16 overflows in some models), or check its weights."
             )
 
 
@@ -233,7 +234,7 @@ class Decoder(ABC):
         """
         if not (math.isfinite(max_new_tokens) and max_new_tokens >= 1 and int(max_new_tokens) == max_new_tokens):
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens}")
-        prompt = self._checked_prompt(prompt_ids)
+        prompt = self.check_prompt(prompt_ids)
         return self.session_class(self, prompt, int(max_new_tokens), sampling, seed)
 
     def generate(
@@ -293,7 +294,8 @@ class Decoder(ABC):
                 raise KnobError(f"knob {knob.name} takes whole numbers, got {value}")
         return values
 
-    def _checked_prompt(self, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
+    def check_prompt(self, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
+        """A prompt as the token ids that `start` would read. Arguments and errors as there."""
         ids: Any = prompt_ids
         if isinstance(ids, str):
             ids = self.pair.encode(ids)
@@ -307,8 +309,8 @@ class Decoder(ABC):
             prompt = [operator.index(token) for token in ids]
         except TypeError as error:
             raise PromptError(
-                f"a prompt is a string, or one list or tensor of whole token ids; this is a {type(prompt_ids).__name__} "
-                f"({error}). Of a tokenizer's output give [\"input_ids\"]."
+                "a prompt is a string, or one list or tensor of whole token ids; this is a "
+                f"{type(prompt_ids).__name__} ({error}). From a tokenizer's output take its 'input_ids'."
             ) from error
         target = self.pair.target
         if not prompt:

@@ -90,7 +90,7 @@ class _ModelDraftSession:
         self._generator = generator
         self._device = device
         if 1 < len(prompt) <= model.context_limit:
-            model.forward(torch.tensor(prompt[:-1], device=model.device), last=1)
+            model.read(prompt[:-1])
 
     @torch.inference_mode()
     def propose(self, context: Sequence[int], count: int) -> Proposal:

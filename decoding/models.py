@@ -18,6 +18,7 @@ from .prepack import can_prepack, prepack_linears
 from .tree import TokenTree
 
 _STRIP_ROWS = 64
+_PART = 512
 
 
 class Logits(NamedTuple):
@@ -117,6 +118,11 @@ class LanguageModel:
         )
         self._last_start = start
         return Logits(output.logits[0].float(), output.hidden_states[-1][0] if hidden else None)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Append a text to the cache, in parts, so that no mask is as long as it is wide. Errors as `forward`."""
+        for start in range(0, len(tokens), _PART):
+            self.forward(torch.tensor(tokens[start : start + _PART], device=self.device), last=1)
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:

@@ -130,7 +130,7 @@ class NGramDrafter:
         """Read a table.
 
         Raises:
-            ValueError: the file is damaged, or not an n-gram table of this package.
+            ValueError: the file is missing, damaged, or not an n-gram table of this package.
         """
         try:
             with safe_open(str(path), framework="numpy") as file:
@@ -141,6 +141,8 @@ class NGramDrafter:
                 contexts = [file.get_tensor(f"contexts{length}") for length in lengths]
                 tokens = [file.get_tensor(f"tokens{length}") for length in lengths]
                 return cls(int(metadata["vocabulary_size"]), contexts, tokens, name or Path(path).stem)
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no n-gram table at {path}; fit one with specgym.decoding.fit ngram") from error
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged ({error}); fit the table again") from error
 

@@ -35,6 +35,7 @@ class Pair:
     Raises:
         VocabularyMismatchError: target and draft have different vocabularies.
         UnsupportedModelError: a model cannot be decoded speculatively.
+        TypeError: the target is not a model.
     """
 
     def __init__(
@@ -46,6 +47,11 @@ class Pair:
         name: str | None = None,
         prepack: bool | None = None,
     ) -> None:
+        if not isinstance(target, PreTrainedModel | LanguageModel):
+            raise TypeError(
+                f"a target is a transformers model, not a {type(target).__name__}; load one by name with load_pair, or "
+                "with AutoModelForCausalLM.from_pretrained"
+            )
         if isinstance(target, PreTrainedModel):
             target = LanguageModel(target, prepack=prepack)
         if isinstance(draft, PreTrainedModel):
@@ -117,7 +123,13 @@ def load_pair(
         draft = NGramDrafter.load(preset.draft)
     else:
         # Loaded before anything is prepacked, so that a draft can still take the target's plain embeddings.
-        draft, _ = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
+        draft, own = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise VocabularyMismatchError(
+                f"target {preset.target} and draft {preset.draft} do not number the same tokens in the same way, so "
+                "what the one drafts means something else to the other. Choose a draft of the target's own family, "
+                "or prompt-lookup."
+            )
     return Pair(model, draft, tokenizer, name=preset.name, prepack=prepack)
 
 

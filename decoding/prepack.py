@@ -8,6 +8,7 @@ a draft cheaper than generating its tokens one after another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ class PrepackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes (..., inputs) to (..., outputs)."""
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrepackedLinear:
+        moved = fn(torch.empty(0, dtype=self._packed.dtype))
+        if moved.device.type != "cpu" or moved.dtype != self._packed.dtype:
+            raise RuntimeError(
+                f"a prepacked model stays {self._packed.dtype} on CPU and cannot go to {moved.dtype} on {moved.device}; "
+                "load it again with prepack=False"
+            )
+        super()._apply(fn, recurse)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -109,8 +109,8 @@ def residual_of_token(p: Tensor, token: Tensor) -> Tensor:
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token a row, shape (..., vocabulary) to (...), without waiting for the device.
 
-    Inverts the cumulative distribution, in float64 where there is one: a uniform number a row, where `torch.multinomial`
-    makes one a token (7 times slower for 4,096 tokens on a CPU).
+    Inverts the cumulative distribution, in float64 where there is one. That takes a random number a row, where
+    `torch.multinomial` takes one a token (7 times slower for 4,096 tokens on a CPU).
     """
     precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulative = probabilities.cumsum(-1, dtype=precise)

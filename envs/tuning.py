@@ -348,7 +348,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
                 )
             return self._prompts[prompt]
         try:
-            return tuple(self._decoder.start(prompt, max_new_tokens=1).context)  # starting checks it
+            return tuple(self._decoder.check_prompt(prompt))
         except (TypeError, ValueError) as error:
             raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
 

@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from specgym.decoding.models import LanguageModel, Logits
+from specgym.decoding.tree import TokenTree
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -30,9 +32,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
-
-from specgym.decoding.models import LanguageModel, Logits
-from specgym.decoding.tree import TokenTree
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -146,19 +145,19 @@ class TableModel(LanguageModel):
         self.dtype = torch.float32
         ends: Any = SimpleNamespace(eos_token_id=eos)
         self.model: Any = SimpleNamespace(config=ends, generation_config=ends)
-        self.read: list[int] = []
+        self.seen: list[int] = []
 
     def fresh(self) -> TableModel:
         """The same table, nothing read."""
         other = TableModel.__new__(TableModel)
         other.__dict__.update(self.__dict__)
-        other.read = []
+        other.seen = []
         return other
 
     @property
     def length(self) -> int:
         """Tokens read."""
-        return len(self.read)
+        return len(self.seen)
 
     def forward(
         self, tokens: Tensor, tree: TokenTree | None = None, *, last: int | None = None, hidden: bool = False
@@ -166,16 +165,16 @@ class TableModel(LanguageModel):
         """Rows of the table."""
         assert tree is None
         assert not hidden
-        before = self.read[-1] if self.read else 0
-        self.read += tokens.tolist()
+        before = self.seen[-1] if self.seen else 0
+        self.seen += tokens.tolist()
         assert self.length <= self.context_limit
-        sequence = [before, *self.read[-tokens.shape[0] :]]
+        sequence = [before, *self.seen[-tokens.shape[0] :]]
         rows = self.table[sequence[:-1], sequence[1:]]
         return Logits(rows if last is None else rows[-last:], None)
 
     def truncate(self, length: int) -> None:
         """Forget what was read from `length` on."""
-        del self.read[length:]
+        del self.seen[length:]
 
     def keep(self, path: Sequence[int]) -> None:
         """Not needed by chains."""
