@@ -191,8 +191,8 @@ class Session(ABC):
         """Given the greatest of some logits (or the sum of each row's): NaN and infinity both show in it."""
         if not math.isfinite(greatest):
             raise NumericalError(
-                f"{self.target.name} gave NaN or infinite logits after {len(self.tokens)} tokens. Load it in float32 or "
-                "bfloat16 (float16 overflows in some models), or check its weights."
+                f"{self.target.name} gave NaN or infinite logits after {len(self.tokens)} tokens. Load it in float32 "
+                "or bfloat16 (float16 overflows in some models), or check its weights."
             )
 
 

@@ -35,8 +35,11 @@ class Proposal:
 class DraftSession(Protocol):
     """A draft at work on one text."""
 
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
-        """Up to `count` tokens that may follow `context` (prompt and all emitted tokens); fewer where it knows none."""
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
+        """Up to `count` tokens that may follow `context` (prompt and all emitted tokens); fewer where it knows none.
+
+        A draft with probabilities ends after a token whose probability is less than `stop_below`.
+        """
         ...
 
     def truncate(self, length: int) -> None:
@@ -93,8 +96,8 @@ class _ModelDraftSession:
             model.read(prompt[:-1])
 
     @torch.inference_mode()
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
-        """Draft `count` tokens, or as many as the draft model's context has room for."""
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
+        """Draft `count` tokens, or as many as the draft model's context has room for, or up to one it doubts."""
         count = min(count, self._model.context_limit - len(context) + 1)
         if count <= 0:
             return Proposal(torch.empty(0, dtype=torch.int64, device=self._device))
@@ -113,6 +116,9 @@ class _ModelDraftSession:
                 unread = draw(probabilities[-1], self._generator)
             tokens.append(unread)
             logits.append(scores)
+            # The doubtful token itself is still verified, so that where a draft ends does not bias the text.
+            if stop_below > 0 and _probability(unread, scores, probabilities) < stop_below:
+                break
         return Proposal(
             torch.cat(tokens),
             torch.cat(logits),
@@ -122,3 +128,9 @@ class _ModelDraftSession:
     def truncate(self, length: int) -> None:
         """Cut the draft's cache back."""
         self._model.truncate(length)
+
+
+def _probability(token: Tensor, scores: Tensor, probabilities: list[Tensor]) -> float:
+    """Of the last drafted token, under what it was drawn from (temperature 1 when greedy). Waits for the device."""
+    distribution = probabilities[-1] if probabilities else scores.softmax(-1)
+    return float(distribution[0, token])

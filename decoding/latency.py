@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
-import tempfile
 import time
 from bisect import bisect_right
 from collections import defaultdict
@@ -24,6 +22,7 @@ from typing import Any
 from .autoregressive import AutoregressiveDecoder
 from .decoder import GREEDY, Decoder, Round, Session
 from .errors import SpecgymError
+from .files import write_json
 from .hardware import describe_hardware, fingerprint
 from .pairs import Pair
 from .sampling import Sampling
@@ -96,21 +95,10 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": _FORMAT, **asdict(self)}
         for table in ("draft_seconds", "target_seconds"):  # JSON would make strings of the numbers of tokens
             content[table] = sorted(content[table].items())
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-        ) as file:
-            try:
-                json.dump(content, file, indent=1)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyProfile:

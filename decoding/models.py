@@ -103,7 +103,7 @@ class LanguageModel:
             )
         if tree is None:
             mask = _causal_mask(start, count, self._mask_value, self.dtype, self.device)
-            positions = torch.arange(start, start + count, device=self.device)
+            positions = _numbers(start + count, self.device)[start : start + count]
         else:
             mask = _tree_mask(tree, start, self._mask_value, self.dtype, self.device)
             positions = tree.depths.to(self.device) + start
@@ -150,6 +150,16 @@ def _strip(capacity: int, value: float, dtype: torch.dtype, device: torch.device
     ahead = torch.arange(capacity + _STRIP_ROWS, device=device) - capacity
     hidden = ahead.unsqueeze(0) > torch.arange(_STRIP_ROWS, device=device).unsqueeze(1)
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, value)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """At least the numbers from 0 to `count` - 1, shape (>= count,), kept from one pass to the next."""
+    return _numbers_to(max(256, 1 << (count - 1).bit_length()), device)
+
+
+@lru_cache(maxsize=8)
+def _numbers_to(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

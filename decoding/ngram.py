@@ -6,7 +6,6 @@ Brants et al., "Large Language Models in Machine Translation", 2007, whose score
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .drafters import DraftSession, Proposal
+from .files import replacing
 from .sampling import Sampling
 
 _FORMAT = "specgym-ngram-1"
@@ -114,16 +114,14 @@ class NGramDrafter:
         return _NGramSession(self, device)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as safetensors, through a temporary file."""
-        path = Path(path)
+        """Write the table as safetensors; a reader never sees half of one."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for length, (known, tokens) in enumerate(zip(self._contexts, self._tokens, strict=True), start=1):
             arrays[f"contexts{length}"] = np.ascontiguousarray(known)
             arrays[f"tokens{length}"] = np.ascontiguousarray(tokens)
         metadata = {"format": _FORMAT, "vocabulary_size": str(self.vocabulary_size), "order": str(len(arrays) // 2 + 1)}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(arrays, str(temporary), metadata)
-        os.replace(temporary, path)
+        with replacing(Path(path)) as temporary:
+            save_file(arrays, str(temporary), metadata)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> NGramDrafter:
@@ -152,7 +150,7 @@ class _NGramSession:
         self._table = table
         self._device = device
 
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
         """Follow the table from the last tokens, until it knows no continuation."""
         recent = list(context[-self._table.longest_context :])
         drafted: list[int] = []

@@ -29,8 +29,8 @@ class Pair:
         draft: a smaller model with the same vocabulary, or any `Drafter`; None where no draft is needed.
         tokenizer: optional; with it, prompts may be strings and generations carry text.
         name: how reports call the pair; by default made from the models' names.
-        prepack: see `LanguageModel`. On CPU the linear layers of both models are replaced in place unless this is
-            False.
+        prepack: see `LanguageModel`. On CPU the target's large linear layers are replaced in place unless this is
+            False; a draft model is left as it is.
 
     Raises:
         VocabularyMismatchError: target and draft have different vocabularies.
@@ -55,7 +55,7 @@ class Pair:
         if isinstance(target, PreTrainedModel):
             target = LanguageModel(target, prepack=prepack)
         if isinstance(draft, PreTrainedModel):
-            draft = LanguageModel(draft, prepack=prepack)
+            draft = LanguageModel(draft, prepack=False)  # it reads a token at a time, where plain weights are as fast
         if isinstance(draft, LanguageModel):
             draft = ModelDrafter(draft)
         if draft is not None and draft.vocabulary_size != target.vocabulary_size:

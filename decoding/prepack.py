@@ -52,7 +52,7 @@ class PrepackedLinear(nn.Module):
         moved = fn(torch.empty(0, dtype=self._packed.dtype))
         if moved.device.type != "cpu" or moved.dtype != self._packed.dtype:
             raise RuntimeError(
-                f"a prepacked model stays {self._packed.dtype} on CPU and cannot go to {moved.dtype} on {moved.device}; "
+                f"a prepacked model stays {self._packed.dtype} on CPU, not {moved.dtype} on {moved.device}; "
                 "load it again with prepack=False"
             )
         super()._apply(fn, recurse)

@@ -46,7 +46,7 @@ class _PromptLookupSession:
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
         self._indexed = 0
 
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
         """The tokens that followed the longest match, none where nothing matches."""
         # The run that ends the text is what we look up: it is indexed only once something follows it.
         for end in range(self._indexed + 1, len(context)):

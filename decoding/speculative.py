@@ -41,7 +41,8 @@ class SpeculativeSession(Session):
     def _round(self, knobs: Mapping[str, float]) -> Round:
         started = time.perf_counter()
         length = len(self.context)
-        proposal = self.draft.propose(self.context, max(0, min(self._draft_length(knobs), self._room)))
+        count = max(0, min(self._draft_length(knobs), self._room))
+        proposal = self.draft.propose(self.context, count, self._stop_below)
         synchronise(self.target.device)
         drafted_at = time.perf_counter()
 
@@ -71,6 +72,10 @@ class SpeculativeSession(Session):
             verify_seconds=time.perf_counter() - drafted_at,
             taken_back=tuple(draft_tokens[accepted:]),
         )
+
+    @property
+    def _stop_below(self) -> float:
+        return self.decoder.stop_below if isinstance(self.decoder, SpeculativeDecoder) else 0.0
 
     def _draft_length(self, knobs: Mapping[str, float]) -> int:
         return int(knobs["draft_length"])
@@ -118,19 +123,25 @@ class SpeculativeDecoder(Decoder):
     Args:
         pair: a target with a draft.
         max_draft_length: upper end of the `draft_length` knob, in tokens.
+        stop_below: end a draft early, after a token to which the draft gives less probability than this (the rule of
+            transformers' assisted generation, whose default is 0.4). The host then waits for every drafted token, which
+            costs nothing on CPU; 0 turns it off. Drafts without probabilities do not heed it.
 
     Raises:
-        ValueError: the pair has no draft, or `max_draft_length` is not positive.
+        ValueError: the pair has no draft, `max_draft_length` is not positive, or `stop_below` is not in [0, 1].
     """
 
     name = "speculative"
     lossless = True
     session_class = SpeculativeSession
 
-    def __init__(self, pair: Pair, max_draft_length: int = 16) -> None:
+    def __init__(self, pair: Pair, max_draft_length: int = 16, stop_below: float = 0.0) -> None:
         super().__init__(pair)
         require_draft(pair, type(self).__name__)
         require_positive("max_draft_length", max_draft_length)
+        if not 0 <= stop_below <= 1:
+            raise ValueError(f"stop_below is a probability, between 0 and 1, got {stop_below}")
+        self.stop_below = stop_below
         self.knobs = (
             Knob("draft_length", 1, max_draft_length, min(5, max_draft_length), True, "tokens drafted a round"),
         )

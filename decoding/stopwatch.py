@@ -45,7 +45,7 @@ class _StopwatchSession:
         self._inner = inner
         self._device = device
 
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
         count = min(count, self._watch.length)
         started = time.perf_counter()
         proposal = self._inner.propose(context, count)

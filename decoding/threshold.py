@@ -1,12 +1,14 @@
 """Threshold decoding: a draft token is kept where the two models are close enough, whatever the dice would say.
 
 At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
-keeps the token outright; otherwise the exact test of speculative sampling decides. Both leave a conditional
-distribution within `fallback` of the target's, which is this decoder's certificate when sampling with `rollback` = 1;
-`fallback` = 0 is then exact speculative sampling. A larger rollback judges tokens by what came after them, so that the
-text is biased even at `fallback` = 0, by an amount that `Round.divergence` cannot see: it knows only what each token was
-drawn from. Greedy decoding at `fallback` = 0 gives the target's own text whatever the rollback. A rejection takes the last `rollback` draft tokens back, itself included,
-and the target emits the token that follows those kept.
+keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
+`rollback` draft tokens back, itself included, and the target emits the token that follows those kept.
+
+Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
+certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
+judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
+`Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
+target's own text whatever the rollback.
 """
 
 from __future__ import annotations

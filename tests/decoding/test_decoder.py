@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
+
 from specgym.decoding import (
     AutoregressiveDecoder,
     Decoder,
@@ -27,11 +33,6 @@ from specgym.decoding import (
     ThresholdDecoder,
     VocabularyMismatchError,
 )
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
 VOCABULARY = 8
 MakeTable = Callable[..., LanguageModel]
@@ -58,7 +59,7 @@ class ScriptedDrafter:
     def start(self, prompt: Sequence[int], *others: object) -> ScriptedDrafter:
         return self
 
-    def propose(self, context: Sequence[int], count: int) -> Proposal:
+    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
         return Proposal(torch.tensor(self.tokens[:count], dtype=torch.int64))
 
     def truncate(self, length: int) -> None:

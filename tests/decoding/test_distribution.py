@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
+
 from specgym.decoding import autoregressive, drafters, speculative, threshold
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Decoder
@@ -28,7 +30,6 @@ from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.sampling import Sampling
 from specgym.decoding.speculative import SpeculativeDecoder
 from specgym.decoding.threshold import ThresholdDecoder
-from torch import Tensor
 
 PROMPT = (1, 0, 1)
 SIGNIFICANCE = 1e-3

@@ -9,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.drafters import ModelDrafter, Proposal
 from specgym.decoding.models import LanguageModel
 from specgym.decoding.ngram import NGramDrafter
+from specgym.decoding.pairs import Pair
 from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.sampling import Sampling
-from transformers import PreTrainedModel
+from specgym.decoding.speculative import SpeculativeDecoder
 
 CPU = torch.device("cpu")
 
@@ -146,3 +150,34 @@ def test_a_sampling_model_draft_reports_the_distribution_it_drew_from(
     assert proposal.probabilities is not None
     torch.testing.assert_close(proposal.probabilities, sampling.probabilities(proposal.logits))
     assert (proposal.probabilities.gather(-1, proposal.tokens.unsqueeze(-1)) > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_ends_after_the_first_token_it_doubts(
+    make_model: Callable[..., PreTrainedModel], temperature: float
+) -> None:
+    drafter = ModelDrafter(LanguageModel(make_model("llama")))
+
+    def drafted(stop_below: float) -> Proposal:
+        generator = torch.Generator().manual_seed(3)
+        return drafter.start([1, 2, 3], Sampling(temperature), generator, CPU).propose([1, 2, 3], 12, stop_below)
+
+    whole = drafted(0.0)
+    assert whole.logits is not None
+    confidence = whole.logits.softmax(-1).gather(-1, whole.tokens.unsqueeze(-1)).squeeze(-1)
+    bound = float(confidence.median()) + 1e-4
+    doubted = int((confidence < bound).nonzero()[0])
+    assert drafted(bound).tokens.tolist() == whole.tokens[: doubted + 1].tolist()
+    assert len(drafted(1.0).tokens) == 1
+
+
+def test_ending_drafts_early_leaves_greedy_output_as_it_is(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model("llama")
+    pair = Pair(model, make_model("llama", layers=1))
+    expected = AutoregressiveDecoder(pair).generate([5, 6], max_new_tokens=40)
+    decoder = SpeculativeDecoder(pair, stop_below=0.4)
+    generation = decoder.generate([5, 6], max_new_tokens=40, knobs={"draft_length": 8})
+    assert generation.tokens == expected.tokens
+    assert {cycle.drafted for cycle in generation.rounds} - {8}
+    with pytest.raises(ValueError, match="stop_below is a probability"):
+        SpeculativeDecoder(pair, stop_below=1.5)

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+
 from specgym.decoding.forks import decoding_threads
 
 

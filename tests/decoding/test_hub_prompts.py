@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from specgym.decoding.hub_prompts import HUB_LIMIT, HUB_SETS, DatasetError
 from specgym.decoding.prompts import load_prompts
 

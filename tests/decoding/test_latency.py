@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
 from specgym.decoding import latency
 from specgym.decoding.decoder import Round
 from specgym.decoding.drafters import Drafter
@@ -17,7 +19,6 @@ from specgym.decoding.ngram import NGramDrafter
 from specgym.decoding.pairs import Pair
 from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.sampling import Sampling
-from transformers import PreTrainedModel
 
 PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1, 4: 0.7}, {1: 1.0, 3: 2.0, 5: 2.5}, 0.9, {"device": "imaginary"})
 

@@ -10,10 +10,6 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from specgym.decoding import loading
-from specgym.decoding.checkpoint import CheckpointError, save_checkpoint
-from specgym.decoding.errors import UnsupportedModelError
-from specgym.decoding.loading import ModelFileError, ModelNotFoundError, load_model, load_tokenizer, shipped_models
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -24,6 +20,11 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+
+from specgym.decoding import loading
+from specgym.decoding.checkpoint import CheckpointError, save_checkpoint
+from specgym.decoding.errors import UnsupportedModelError
+from specgym.decoding.loading import ModelFileError, ModelNotFoundError, load_model, load_tokenizer, shipped_models
 
 _CONFIG = GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
 

@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from specgym.decoding.errors import NumericalError, PromptError, UnsupportedModelError
-from specgym.decoding.models import LanguageModel
-from specgym.decoding.prepack import PrepackedLinear, prepack_linears
-from specgym.decoding.tree import TokenTree
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +26,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from specgym.decoding.errors import NumericalError, PromptError, UnsupportedModelError
+from specgym.decoding.models import LanguageModel
+from specgym.decoding.prepack import PrepackedLinear, prepack_linears
+from specgym.decoding.tree import TokenTree
 
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gpt_neox", "phi", "mistral")
 KINDS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub.utils import validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
+
 from specgym.decoding.loading import shipped_models
 from specgym.decoding.presets import DEFAULT, NGRAM, PRESETS, PROMPT_LOOKUP, PairPreset, UnknownPairError, resolve
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from specgym.decoding import prompts as prompts_module
 from specgym.decoding.errors import PromptError
 from specgym.decoding.prompts import PromptFileError, PromptSet, encode, load_prompts, shipped_prompts
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 Write = Callable[[str, str], str]
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from scipy import stats
-from specgym.decoding.sampling import Sampling, accepts, draw, residual, residual_of_token, total_variation
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from specgym.decoding.sampling import Sampling, accepts, draw, residual, residual_of_token, total_variation
 
 VOCABULARY = 12
 

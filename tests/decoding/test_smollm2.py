@@ -12,10 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
 from specgym.decoding import smollm2
 from specgym.decoding.loading import ModelNotFoundError, load_model, load_tokenizer
 from specgym.decoding.smollm2 import CorruptCacheError, FetchError
-from tokenizers.pre_tokenizers import ByteLevel
 
 _installed_gguf = smollm2._installed_gguf  # the fixture below replaces it
 _WIDTH, _HIDDEN, _HEADS, _LAYERS = 32, 64, 4, 2

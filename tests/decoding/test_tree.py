@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import torch
 from hypothesis import given
+
 from specgym.decoding.tree import TokenTree
 
 

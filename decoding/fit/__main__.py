@@ -1,0 +1,50 @@
+"""``python -m specgym.decoding.fit <command>``: corpus, tokenizer, target, draft, ngram, prompts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from ..errors import SpecgymError
+from .corpus import CorpusSettings, make_corpus
+from .draft import DraftSettings, make_draft
+from .ngram import NGramSettings, make_ngram
+from .prompts import PromptSettings, make_prompts
+from .target import TargetSettings, make_target
+from .tokenizer import TokenizerSettings, make_tokenizer
+
+Command = (
+    Annotated[CorpusSettings, tyro.conf.subcommand("corpus")]
+    | Annotated[TokenizerSettings, tyro.conf.subcommand("tokenizer")]
+    | Annotated[TargetSettings, tyro.conf.subcommand("target")]
+    | Annotated[DraftSettings, tyro.conf.subcommand("draft")]
+    | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
+    | Annotated[PromptSettings, tyro.conf.subcommand("prompts")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command, given as on the command line."""
+    command = tyro.cli(Command, prog="python -m specgym.decoding.fit", description=__doc__, args=arguments)
+    match command:
+        case CorpusSettings():
+            make_corpus(command)
+        case TokenizerSettings():
+            make_tokenizer(command)
+        case TargetSettings():
+            make_target(command)
+        case DraftSettings():
+            make_draft(command)
+        case NGramSettings():
+            make_ngram(command)
+        case PromptSettings():
+            make_prompts(command)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SpecgymError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

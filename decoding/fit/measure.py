@@ -1,0 +1,110 @@
+"""What a model is worth on held-out text: perplexity, and for a draft how well it stands in for its target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .errors import FitError
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measurements over the positions of held-out text.
+
+    Attributes:
+        tokens: number of positions.
+        perplexity: of the text under the model.
+        kl: mean KL divergence from the target's distribution to the draft's, in nats; nan without a target.
+        alpha: mean over positions of sum over tokens of min(target, draft): the chance that a token drafted at
+            temperature 1 is accepted; nan without a target.
+        greedy_match: share of positions where target and draft have the same most likely token; nan without a target.
+    """
+
+    tokens: int
+    perplexity: float
+    kl: float = math.nan
+    alpha: float = math.nan
+    greedy_match: float = math.nan
+
+
+def windows_of(tokens: np.ndarray, length: int, limit: int) -> torch.Tensor:
+    """Evenly spread windows of a row of tokens; int64, shape (n, m + 1) with m = ``length``, less if the row is short.
+
+    Args:
+        tokens: shape (k,).
+        length: tokens a window sees.
+        limit: most tokens in all windows together.
+
+    Raises:
+        FitError: if there are fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise FitError("held-out text is empty: give more text")
+    length = min(length, len(tokens) - 1)
+    count = max(1, min(limit // length, (len(tokens) - 1) // length))
+    starts = np.linspace(0, len(tokens) - 1 - length, count).astype(np.int64)
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, windows: torch.Tensor, target: nn.Module | None = None, batch: int = 4) -> Quality:
+    """Measure a model, as a draft for ``target`` if one is given.
+
+    Args:
+        model: maps ``input_ids`` (b, m) to an output with ``logits`` (b, m, vocabulary).
+        windows: int64, shape (n, m + 1).
+        target: the model it drafts for, over the same vocabulary.
+        batch: windows at a time.
+    """
+    device = next(model.parameters()).device
+    nats = kl = alpha = match = 0.0
+    for part in windows.to(device).split(batch):
+        log_q = _log_probabilities(model, part[:, :-1])
+        nats += functional.nll_loss(log_q.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+        if target is not None:
+            log_p = _log_probabilities(target, part[:, :-1])
+            kl += functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+            alpha += torch.minimum(log_p, log_q).exp().sum().item()
+            match += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    perplexity = math.exp(min(700.0, nats / count))
+    if target is None:
+        return Quality(count, perplexity)
+    return Quality(count, perplexity, kl / count, alpha / count, match / count)
+
+
+def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+def measure_domains(
+    model: nn.Module, held_out: Mapping[str, np.ndarray], target: nn.Module | None = None, limit: int = 32_768
+) -> dict[str, Quality]:
+    """:func:`measure` for each domain, on windows of at most 512 tokens, at most ``limit`` tokens of each."""
+    length = min(512, *(context_of(part) for part in (model, target) if part is not None))
+    return {domain: measure(model, windows_of(row, length, limit), target) for domain, row in sorted(held_out.items())}
+
+
+def context_of(model: nn.Module) -> int:
+    """The longest sequence a model declares, in tokens; a very large number if it declares none."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+
+
+def table(qualities: Mapping[str, Quality]) -> list[list[str]]:
+    """Rows of text, the heading first, for a report; columns without numbers are left out."""
+    paired = any(not math.isnan(quality.alpha) for quality in qualities.values())
+    rows = [["domain", "held-out tokens", "perplexity", *(["KL (nats)", "alpha", "greedy match"] if paired else [])]]
+    for domain, quality in qualities.items():
+        row = [domain, f"{quality.tokens:,}", f"{quality.perplexity:.2f}"]
+        if paired:
+            row += [f"{quality.kl:.3f}", f"{quality.alpha:.3f}", f"{quality.greedy_match:.3f}"]
+        rows.append(row)
+    return rows

@@ -1,0 +1,103 @@
+"""From a model in training to a checkpoint folder with its card, measured as it will be loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..files import write_text
+from .card import Facts, write_card
+from .data import Data
+from .loop import LoopSettings, Outcome
+from .measure import Quality, measure_domains, table
+
+
+@dataclass
+class Publisher:
+    """Writes one model's folder, during training and at its end.
+
+    Attributes:
+        model: the model in training.
+        out: its folder.
+        facts: for the card.
+        settings: for the card.
+        data: held-out text to measure on.
+        tokenizer: the tokeniser, written into the folder if ``tokenizer_at`` is None.
+        tokenizer_at: folder of a tokeniser to point at instead.
+        target: the model it drafts for.
+        shared_with: folder or hub id that holds the shared tensors.
+        shared: their names here and there.
+    """
+
+    model: PreTrainedModel
+    out: Path
+    facts: Facts
+    settings: LoopSettings
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_at: Path | None = None
+    target: PreTrainedModel | None = None
+    shared_with: str | None = None
+    shared: Mapping[str, str] | None = None
+
+    def checkpoint(self, outcome: Outcome) -> None:
+        """Write what there is, with a card that says that training goes on."""
+        self._save(outcome)
+
+    def finish(self, outcome: Outcome) -> dict[str, Quality]:
+        """Write the model, load it again, measure it by domain, complete the card and print the report."""
+        self._save(outcome)
+        model = load_checkpoint(self.out, shared_from=self.target if self.shared else None)
+        move(model, self.model.device)
+        qualities = measure_domains(model, self.data.held_out, self.target)
+        write_text(self.out / "README.md", write_card(self.facts, self.settings, outcome, qualities))
+        heading, *rows = table(qualities)
+        report = Table(*heading, title=self.facts.name)
+        for row in rows:
+            report.add_row(*row)
+        Console().print(report)
+        return qualities
+
+    def _save(self, outcome: Outcome) -> None:
+        if self.tokenizer_at is None:
+            self.tokenizer.save_pretrained(self.out)
+        save_checkpoint(
+            self.model,
+            self.out,
+            card=write_card(self.facts, self.settings, outcome, None),
+            tokenizer=None if self.tokenizer_at is None else relative(self.tokenizer_at, self.out),
+            shared_with=self.shared_with,
+            shared=self.shared or {},
+        )
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, in place (the stub of ``PreTrainedModel.to`` refuses devices)."""
+    model.to(device)
+
+
+def relative(path: Path, start: Path) -> str:
+    """``path`` as seen from the folder ``start``, with forward slashes on every system."""
+    return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
+
+
+def count(model: PreTrainedModel, shared: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Parameters of a model, and those that are not shared; tied ones count once."""
+    own = dict(model.named_parameters())
+    total = sum(parameter.numel() for parameter in own.values())
+    return total, total - sum(own[name].numel() for name in shared or {} if name in own)
+
+
+def complete(facts: Facts, model: PreTrainedModel, shared: Mapping[str, str] | None = None) -> Facts:
+    """``facts`` with the numbers of parameters filled in."""
+    parameters, stored = count(model, shared)
+    return replace(facts, parameters=parameters, stored=stored)

@@ -1,0 +1,121 @@
+"""Train a small Llama from scratch, to serve as a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from .card import Facts
+from .data import load_data
+from .loop import LoopSettings, device_of, train
+from .measure import Quality
+from .publish import Publisher, complete, move
+from .text import Windows
+
+
+@dataclass
+class TargetSettings:
+    """Train a small Llama from scratch on a corpus, to serve as a target."""
+
+    out: Path
+    """Checkpoint folder to write."""
+    corpus: Path = Path("runs/corpus")
+    """Folder written by the corpus command."""
+    tokenizer: Path = Path("runs/tokenizer")
+    """Folder written by the tokenizer command."""
+    hidden: int = 256
+    """Width of the hidden state."""
+    intermediate: int = 688
+    """Width of the feed-forward layers."""
+    layers: int = 12
+    """Number of layers."""
+    heads: int = 4
+    """Number of attention heads."""
+    context: int = 1024
+    """Longest sequence the model declares, in tokens."""
+    licence: str = "other"
+    """Licence of the weights, for the model card."""
+    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
+    """How to train."""
+
+
+def new_llama(
+    tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int, heads: int, context: int, seed: int
+) -> LlamaForCausalLM:
+    """A Llama with random weights and tied embeddings, in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=context,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                rms_norm_eps=1e-5,
+            )
+        )
+
+
+def make_target(settings: TargetSettings) -> dict[str, Quality]:
+    """Run the ``target`` command.
+
+    Returns:
+        For each domain, the perplexity of held-out text.
+
+    Raises:
+        FileNotFoundError: if there is no corpus.
+        TrainingError: if training cannot go on.
+    """
+    loop = settings.loop
+    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    data = load_data(tokenizer, settings.corpus, (), loop.seed)
+    model = new_llama(
+        tokenizer, settings.hidden, settings.intermediate, settings.layers, settings.heads, settings.context, loop.seed
+    )
+    move(model, device_of(loop))
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    facts = Facts(
+        name=settings.out.name,
+        summary=(
+            f"A small target for experiments with speculative decoding: a Llama of {settings.layers} layers of width "
+            f"{settings.hidden}, trained from scratch. Not a model to trust or to converse with."
+        ),
+        parameters=0,
+        stored=0,
+        licence=settings.licence,
+        sources=data.sources,
+    )
+    publisher = Publisher(
+        model=model,
+        out=settings.out,
+        facts=complete(facts, model),
+        settings=loop,
+        data=data,
+        tokenizer=tokenizer,
+        tokenizer_at=settings.tokenizer,
+    )
+    outcome = train(
+        model,
+        loss_of,
+        Windows(data.train, loop.batch, loop.length, loop.seed),
+        loop,
+        loop.work / f"{settings.out.name}.pt",
+        on_checkpoint=publisher.checkpoint,
+    )
+    return publisher.finish(outcome)

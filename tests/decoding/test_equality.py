@@ -1,0 +1,152 @@
+"""Greedy decoding gives, token for token, what `transformers` generates: 64 prompts, 64 tokens, float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from specgym.decoding.autoregressive import AutoregressiveDecoder
+from specgym.decoding.decoder import Decoder, Generation
+from specgym.decoding.drafters import Drafter
+from specgym.decoding.ngram import NGramDrafter
+from specgym.decoding.pairs import Pair, load_pair
+from specgym.decoding.presets import PRESETS
+from specgym.decoding.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.prompts import load_prompts
+from specgym.decoding.speculative import SpeculativeDecoder
+from specgym.decoding.threshold import ThresholdDecoder
+
+PROMPTS, NEW = 64, 64
+FAMILIES = ("llama", "opt", "gpt2", "qwen2")
+ROLLBACKS = (1.0, 1.5, 2.0, 3.25, 8.0)
+SHIPPED = [name for name in PRESETS if name.startswith("tiny")]
+
+
+def reference(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What plain greedy `generate` gives; prompts of one length go in one batch, so that nothing is padded."""
+    expected: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(number)
+    given = model.generation_config.eos_token_id
+    ends = set(given if isinstance(given, list) else [] if given is None else [given])
+    for length, numbers in by_length.items():
+        batch = torch.tensor([prompts[number] for number in numbers])
+        output = cast(Any, model).generate(
+            batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+        )
+        for number, row in zip(numbers, output[:, length:].tolist(), strict=True):
+            stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            expected[number] = row[:stop]
+    return [expected[number] for number in range(len(prompts))]
+
+
+def check(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    knobs: Callable[[int], dict[str, float]] = lambda number: {},
+) -> list[Generation]:
+    """Decode every prompt and compare; returns the generations."""
+    generations = [
+        decoder.generate(prompt, max_new_tokens=NEW, knobs=knobs(number), seed=number)
+        for number, prompt in enumerate(prompts)
+    ]
+    for number, (generation, tokens) in enumerate(zip(generations, expected, strict=True)):
+        assert generation.tokens == list(tokens), f"prompt {number} of {type(decoder).__name__}"
+    return generations
+
+
+def acceptance(generations: Sequence[Generation]) -> float:
+    """Over all rounds."""
+    accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
+    return accepted / max(1, sum(cycle.drafted for generation in generations for cycle in generation.rounds))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_on_random_models_equals_generate(
+    make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel], family: str
+) -> None:
+    model = make_model(family)
+    generator = torch.Generator().manual_seed(1)
+    # Four lengths, so that the reference runs in four batches.
+    prompts = [torch.randint(0, 96, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(PROMPTS)]
+    expected = reference(model, prompts)
+    draft = make_noisy(model, 0.02)
+    seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
+    drafters: list[PreTrainedModel | Drafter] = [
+        draft,
+        NGramDrafter.fit(seen, 96, order=3),
+        PromptLookupDrafter(96, longest=2),
+    ]
+    check(AutoregressiveDecoder(Pair(model)), prompts, expected)
+    for drafter in drafters:
+        pair = Pair(model, drafter)
+        lengths = [{"draft_length": float(1 + number % 8)} for number in range(PROMPTS)]
+        generations = check(SpeculativeDecoder(pair), prompts, expected, lengths.__getitem__)
+        # Both paths were walked: often by the model draft; text of random weights gives the other two less to find.
+        if drafter is draft:
+            assert 0.1 < acceptance(generations) < 0.9, pair.name
+        else:
+            accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
+            drafted = sum(cycle.drafted for generation in generations for cycle in generation.rounds)
+            assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
+    decoder = ThresholdDecoder(Pair(model, draft), draft_length=8)
+    generations = check(
+        decoder, prompts, expected, lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]}
+    )
+    assert 0.05 < acceptance(generations) < 0.9
+    for drafter in drafters[1:]:
+        some = slice(0, 16)
+        check(
+            ThresholdDecoder(Pair(model, drafter), draft_length=8),
+            prompts[some],
+            expected[some],
+            lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
+        )
+
+
+@pytest.fixture(scope="module")
+def expected_of() -> Callable[[Pair], tuple[list[list[int]], list[list[int]]]]:
+    """Prompts from all shipped sets and what each shipped target makes of them, computed once a target."""
+    known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def of(pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
+        if pair.target.name not in known:
+            texts = [
+                text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:16]
+            ]
+            prompts = [pair.encode(text)[:64] for text in texts]
+            assert len(prompts) == PROMPTS
+            known[pair.target.name] = prompts, reference(pair.target.model, prompts)
+        return known[pair.target.name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_greedy_output_of_shipped_pairs_equals_generate(
+    name: str, expected_of: Callable[[Pair], tuple[list[list[int]], list[list[int]]]]
+) -> None:
+    pair = load_pair(name)
+    prompts, expected = expected_of(pair)
+    generations = check(SpeculativeDecoder(pair), prompts, expected)
+    assert 0 < acceptance(generations) < 1
+    check(
+        ThresholdDecoder(pair),
+        prompts,
+        expected,
+        lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
+    )
+
+
+@pytest.mark.parametrize("name", [next(n for n in SHIPPED if PRESETS[n].target == t) for t in ("tiny-10m", "tiny-3m")])
+def test_greedy_autoregressive_output_of_shipped_targets_equals_generate(
+    name: str, expected_of: Callable[[Pair], tuple[list[list[int]], list[list[int]]]]
+) -> None:
+    pair = load_pair(name)
+    check(AutoregressiveDecoder(pair), *expected_of(pair))
