@@ -11,8 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from specgym.decoding.models import LanguageModel, Logits
-from specgym.decoding.tree import TokenTree
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -32,6 +30,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
+
+from specgym.decoding.models import LanguageModel, Logits
+from specgym.decoding.tree import TokenTree
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.pairs import Pair
 from specgym.envs import TokenPrompts, Workload
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 64
 DRAFT_LENGTH = 4

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+
 from specgym.decoding.decoder import Round
 from specgym.decoding.pairs import Pair
 from specgym.envs.rendering import ACCEPTED, TAKEN_BACK, TARGET, render_rounds, render_step, to_ansi

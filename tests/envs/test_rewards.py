@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from specgym.decoding.decoder import Knob
 from specgym.envs.rewards import RewardError, RewardSettings, closeness, range_bonus, reward_terms
 

@@ -13,6 +13,9 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
+from stable_baselines3.common.env_util import make_vec_env
+
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.loading import shipped_models
@@ -29,8 +32,6 @@ from specgym.envs import (
     tuning,
 )
 from specgym.envs.measuring import summarise
-from stable_baselines3.common.env_checker import check_env as check_env_sb3
-from stable_baselines3.common.env_util import make_vec_env
 
 MakeEnv = Callable[..., gymnasium.Env]
 STILL = np.zeros(2, np.float32)

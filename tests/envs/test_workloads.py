@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from specgym.decoding.errors import PromptError
 from specgym.decoding.pairs import Pair
 from specgym.decoding.prompts import PromptSet
