@@ -1,0 +1,212 @@
+"""The table: plain decoding, the decoder's defaults and the learned thresholds, on prompts that training never saw.
+
+All methods get the same prompts and seeds, prompt by prompt in turn, so that a slow spell of the machine hits them
+alike. Time is charged by the latency profiles that the run has stored, which makes those columns repeatable to the last
+digit; the columns of the clock are measured anew every time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..decoding.autoregressive import AutoregressiveDecoder
+from ..decoding.decoder import Decoder, Generation, Knob
+from ..decoding.files import write_json
+from ..decoding.hardware import describe_hardware
+from ..decoding.latency import LatencyProfile
+from ..decoding.threshold import ThresholdDecoder
+from ..envs.measuring import decode_prompts, summarise
+from ..envs.rewards import RewardSettings, reward_terms
+from ..envs.workloads import workload
+from .settings import TrainSettings
+
+FORMAT = "specgym-table-1"
+METHODS = ("autoregressive", "default", "learned")
+CHARGED = (
+    "ms_per_token",
+    "speedup",
+    "draft_acceptance_rate",
+    "mean_acceptance_length",
+    "divergence",
+    "reward",
+)
+"""Columns that are the same whenever the same run is evaluated on the same machine."""
+CLOCK = ("wall_ms_per_token", "wall_speedup")
+"""Columns that are measured anew."""
+ALL = "all workloads"
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one workload, or on all.
+
+    Attributes:
+        workload: its name, or `ALL` for the mean over the workloads.
+        method: one of `METHODS`.
+        knobs: the thresholds in use, in their own units; empty for plain decoding and for the means.
+        values: by column: `ms_per_token` and `wall_ms_per_token` in milliseconds, `speedup` and `wall_speedup` over
+            plain decoding, `draft_acceptance_rate` and `divergence` from 0 to 1, `mean_acceptance_length` in tokens
+            a round, `reward`.
+        intervals: 95 % bootstrap intervals over the prompts, by column, where there are several prompts.
+    """
+
+    workload: str
+    method: str
+    knobs: dict[str, float]
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+def evaluate(
+    settings: TrainSettings,
+    thresholds: Mapping[str, Mapping[str, float]],
+    profiles: Sequence[Path],
+    tell: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Measure every method on every workload's held-out prompts.
+
+    Args:
+        settings: of the run.
+        thresholds: the learned knobs by workload.
+        profiles: one stored latency profile a workload.
+        tell: called with each workload's name before it is measured.
+
+    Returns:
+        Three rows a workload, and three with the means over the workloads where there are several.
+    """
+    rows: list[Row] = []
+    for name, path in zip(settings.workloads, profiles, strict=True):
+        tell(name)
+        rows += _evaluate_workload(settings, name, thresholds[name], LatencyProfile.load(path))
+    if len(settings.workloads) > 1:
+        for method in METHODS:
+            of_method = [row for row in rows if row.method == method]
+            means = {
+                column: float(np.mean([row.values[column] for row in of_method])) for column in of_method[0].values
+            }
+            rows.append(Row(ALL, method, {}, means, {}))
+    return rows
+
+
+def _evaluate_workload(
+    settings: TrainSettings, name: str, learned: Mapping[str, float], profile: LatencyProfile
+) -> list[Row]:
+    found = workload(name)
+    pair = found.load()
+    prompts = found.prompt_ids("test")[: settings.evaluation.prompts]
+    threshold = ThresholdDecoder(pair, settings.environment.draft_length)
+    methods: dict[str, tuple[Decoder, dict[str, float]]] = {
+        "autoregressive": (AutoregressiveDecoder(pair), {}),
+        "default": (threshold, threshold.resolve_knobs()),
+        "learned": (threshold, threshold.resolve_knobs(learned)),
+    }
+    made: dict[str, list[list[Generation]]] = {method: [[] for _ in prompts] for method in methods}
+    tokens = settings.evaluation.tokens
+    for decoder, knobs in methods.values():  # the first generation pays for what is set up once
+        decode_prompts(decoder, knobs, prompts[:1], min(tokens, 8), found.sampling, 0)
+    for seed in settings.evaluation.seeds:
+        for place, prompt in enumerate(prompts):
+            for method, (decoder, knobs) in methods.items():
+                made[method][place] += decode_prompts(
+                    decoder, knobs, [prompt], tokens, found.sampling, seed=10_000 * seed + place
+                )
+    sums = {
+        method: [_sums(summarise(decoder, texts, profile)) for texts in made[method]]
+        for method, (decoder, _) in methods.items()
+    }
+    draws = np.random.default_rng(0).integers(len(prompts), size=(_RESAMPLES, len(prompts)))
+    every = np.arange(len(prompts))
+    rows = []
+    for method, (decoder, knobs) in methods.items():
+
+        def columns(
+            chosen: np.ndarray, method: str = method, decoder: Decoder = decoder, knobs: dict[str, float] = knobs
+        ) -> dict[str, float]:
+            total = {name: sum(sums[method][place][name] for place in chosen) for name in sums[method][0]}
+            plain = {name: sum(sums["autoregressive"][place][name] for place in chosen) for name in total}
+            return _columns(total, plain, profile, settings.environment.reward, decoder.knobs, knobs)
+
+        values = columns(every)
+        intervals: dict[str, tuple[float, float]] = {}
+        if len(prompts) > 1:
+            resampled = [columns(drawn) for drawn in draws]
+            for column in values:
+                low, high = np.percentile([sample[column] for sample in resampled], [2.5, 97.5])
+                intervals[column] = (float(low), float(high))
+        rows.append(Row(name, method, knobs, values, intervals))
+    return rows
+
+
+def _sums(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What adds up over prompts."""
+    names = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
+    return {name: metrics[name] for name in names} | {"divergence": metrics["divergence"] * metrics["tokens"]}
+
+
+def _columns(
+    total: Mapping[str, float],
+    plain: Mapping[str, float],
+    profile: LatencyProfile,
+    reward: RewardSettings,
+    knobs: Sequence[Knob],
+    values: Mapping[str, float],
+) -> dict[str, float]:
+    """The table's columns from the sums over prompts of a method and of plain decoding."""
+    tokens = total["tokens"]
+    columns = {
+        "ms_per_token": 1000 * total["seconds"] / tokens,
+        "speedup": profile.autoregressive_seconds * tokens / total["seconds"],
+        "draft_acceptance_rate": total["accepted"] / max(total["drafted"], 1),
+        "mean_acceptance_length": tokens / total["rounds"],
+        "divergence": total["divergence"] / tokens,
+        "wall_ms_per_token": 1000 * total["wall_seconds"] / tokens,
+        "wall_speedup": (plain["wall_seconds"] / plain["tokens"]) / (total["wall_seconds"] / tokens),
+    }
+    terms = reward_terms(
+        reward,
+        speedup=columns["speedup"],
+        acceptance_rate=columns["draft_acceptance_rate"],
+        divergence=columns["divergence"],
+        knobs=knobs,
+        values=values,
+    )
+    columns["reward"] = sum(terms.values())
+    return {name: float(columns[name]) for name in (*CHARGED, *CLOCK)}
+
+
+def save_rows(path: Path, rows: Sequence[Row], settings: TrainSettings, command: str) -> None:
+    """Write the table as JSON, atomically, with the command and the hardware that made it."""
+    first = workload(settings.workloads[0]).load()
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "command": command,
+            "hardware": {
+                **describe_hardware(first),
+                "cores": os.cpu_count(),
+                "system": f"{platform.system()} {platform.machine()}",
+                "python": platform.python_version(),
+            },
+            "protocol": {
+                "prompts": settings.evaluation.prompts,
+                "tokens": settings.evaluation.tokens,
+                "seeds": list(settings.evaluation.seeds),
+                "intervals": f"95 %, bootstrap over prompts, {_RESAMPLES} resamples",
+                "charged": list(CHARGED),
+                "clock": list(CLOCK),
+            },
+            "rows": [
+                {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values,
+                 "intervals": {name: list(ends) for name, ends in row.intervals.items()}}
+                for row in rows
+            ],
+        },
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""From a policy that moves thresholds to thresholds: follow it from the defaults until it stays.
+
+Where it stays is what it recommends. The state is the knobs and the workload alone, so no text need be decoded for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..decoding.files import write_json
+from ..envs.workloads import workload
+from .export import ExportedPolicy
+from .files import RunFileError, read_json
+
+FORMAT = "specgym-thresholds-1"
+STEPS = 200
+"""Steps of the deterministic policy, far more than crossing a knob's whole range takes."""
+LAST = 40
+"""The recommendation is the mean over the last of them, since a policy may settle into a small swing."""
+
+
+def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
+    """The knobs where the deterministic policy stays for a workload, from their defaults; in their own units."""
+    values = {knob.name: knob.default for knob in policy.knobs}
+    values = {knob.name: min(max(values[knob.name], knob.low), knob.high) for knob in policy.knobs}
+    path = []
+    for _ in range(STEPS):
+        values = policy.step(values, name)
+        path.append(values)
+    return {knob.name: round(sum(point[knob.name] for point in path[-LAST:]) / LAST, 4) for knob in policy.knobs}
+
+
+def recommend(policy: ExportedPolicy, workloads: Sequence[str]) -> dict[str, Any]:
+    """Recommended thresholds: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
+    by_workload = {name: settle(policy, name) for name in workloads}
+    members: dict[str, list[dict[str, float]]] = {}
+    for name, values in by_workload.items():
+        members.setdefault(str(workload(name).pair), []).append(values)
+    by_pair = {
+        pair: {knob: round(sum(values[knob] for values in group) / len(group), 4) for knob in group[0]}
+        for pair, group in members.items()
+    }
+    return {"pairs": by_pair, "workloads": by_workload}
+
+
+def save_thresholds(path: Path, recommended: Mapping[str, Any]) -> None:
+    """Write the result of `recommend` as JSON, atomically."""
+    about = (
+        "Knobs in their own units. Each workload's are where the deterministic policy stays, followed from the "
+        "decoder's defaults; each pair's are the mean over its workloads."
+    )
+    write_json(path, {"format": FORMAT, "about": about, **recommended})
+
+
+def load_thresholds(path: Path) -> dict[str, Any]:
+    """Read what `save_thresholds` wrote.
+
+    Raises:
+        RunFileError: the file is missing, damaged, or of another kind.
+    """
+    way_out = "write it again with: python train.py --resume <run>"
+    content = read_json(path, way_out)
+    if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("pairs", "workloads")):
+        raise RunFileError(f"{path} does not hold thresholds ({FORMAT}); {way_out}")
+    return content

@@ -1,0 +1,94 @@
+"""The evaluation's rows as a table for people, and the comparison with one that was stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .evaluation import ALL, CHARGED, FORMAT, Row
+from .files import RunFileError, read_json
+
+
+def rendered(rows: Sequence[Row], title: str) -> Table:
+    """A rich table; half the width of the 95 % interval follows a number after ±."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("workload\n  method", min_width=16, max_width=24, overflow="fold")
+    for heading in ("fallback,\nrollback", "ms/\ntoken", "speedup", "accept.\nrate", "tokens\n/round", "diver-\ngence",
+                    "reward", "clock ms\n/token"):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if row.workload != previous:
+            if previous is not None:
+                table.add_section()
+            table.add_row(row.workload)
+        values = row.values
+        table.add_row(
+            f"  {row.method}",
+            ", ".join(f"{value:.2f}" for value in row.knobs.values()) or "-",
+            f"{values['ms_per_token']:.2f}",
+            _with_interval(row, "speedup"),
+            f"{values['draft_acceptance_rate']:.3f}",
+            f"{values['mean_acceptance_length']:.2f}",
+            f"{values['divergence']:.3f}",
+            _with_interval(row, "reward"),
+            f"{values['wall_ms_per_token']:.2f}",
+            style="bold" if row.method == "learned" else None,
+        )
+        previous = row.workload
+    table.caption = (
+        "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every "
+        "time. ± is half a 95 % interval over prompts."
+    )
+    return table
+
+
+def differences(rows: Sequence[Row], path: Path) -> list[str]:
+    """Where the charged columns differ from a stored table's, one line each; none if it is reproduced.
+
+    Raises:
+        RunFileError: the stored table is missing or damaged.
+    """
+    way_out = "write it again with: python train.py --resume <run>"
+    content = read_json(path, way_out)
+    stored = content.get("rows")
+    if content.get("format") != FORMAT or not isinstance(stored, list):
+        raise RunFileError(f"{path} does not hold a table ({FORMAT}); {way_out}")
+    by_name: dict[tuple[Any, Any], Mapping[str, Any]] = {
+        (row.get("workload"), row.get("method")): row for row in stored
+    }
+    found = []
+    for row in rows:
+        before = by_name.get((row.workload, row.method))
+        if before is None:
+            found.append(f"{row.workload}, {row.method}: not in {path}")
+            continue
+        for column in CHARGED:
+            old, new = before.get(column), row.values[column]
+            if old is None or abs(old - new) > 1e-9 * max(1.0, abs(new)):
+                found.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence on what was learned, over all workloads."""
+    chosen = [row for row in rows if row.workload == ALL] or list(rows)
+    by_method = {row.method: row.values for row in chosen}
+    default, learned = by_method["default"], by_method["learned"]
+    return (
+        f"Learned thresholds against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
+        f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, divergence "
+        f"{learned['divergence']:.3f} against {default['divergence']:.3f}."
+    )
+
+
+def _with_interval(row: Row, column: str) -> str:
+    text = f"{row.values[column]:.2f}"
+    if column not in row.intervals:
+        return text
+    low, high = row.intervals[column]
+    return f"{text}±{(high - low) / 2:.2f}"

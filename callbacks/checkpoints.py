@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or not there: policy, reward statistics, step counter and random states in one folder.
+
+A folder is filled under a temporary name and renamed when everything is in it, with a checksum for every file. What a
+killed process leaves is therefore either an intact checkpoint or something that `intact_checkpoints` passes over.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import CheckpointCallback
+
+from ..decoding.errors import SpecgymError
+
+_FORMAT = "specgym-checkpoint-1"
+_STATE = "state.json"
+_UNFINISHED = ".unfinished-"
+_log = logging.getLogger("specgym.checkpoints")
+
+
+class CheckpointError(SpecgymError, ValueError):
+    """A checkpoint that is damaged or incomplete; the message names it and says how."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An intact checkpoint on disk.
+
+    Attributes:
+        folder: where it is; it holds ``policy.zip``, ``state.json`` and, for a normalised environment,
+            ``vecnormalize.pkl``. Zip and pickle run code when they are loaded: trust whoever wrote them.
+        steps: environment steps learned from.
+        random: the states that `restore_random_states` takes.
+    """
+
+    folder: Path
+    steps: int
+    random: dict[str, Any]
+
+    @property
+    def policy(self) -> Path:
+        """The model's zip file."""
+        return self.folder / "policy.zip"
+
+    @property
+    def vecnormalize(self) -> Path:
+        """The reward statistics."""
+        return self.folder / "vecnormalize.pkl"
+
+    def restore_random_states(self) -> None:
+        """Put the random number generators of Python, NumPy and torch back to where they were."""
+        version, numbers, gauss = self.random["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        name, keys, place, has_gauss, cached = self.random["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, cached))  # noqa: NPY002
+        state = np.frombuffer(base64.b64decode(self.random["torch"]), dtype=np.uint8)
+        torch.set_rng_state(torch.from_numpy(state.copy()))
+
+
+class FolderCheckpointCallback(CheckpointCallback):
+    """Saves between two rollouts, when the policy has learned from every step that is counted, and at the end.
+
+    Args:
+        save_freq: environment steps, over all environments, between two checkpoints; at least 1.
+        save_path: the folder of checkpoints; each is a folder ``step_<steps>`` in it.
+        keep: how many to keep, the newest; at least 2, so that a damaged one has a predecessor.
+
+    Attributes:
+        steps_learned: environment steps that the policy has learned from, or is learning from.
+    """
+
+    def __init__(self, save_freq: int, save_path: str | Path, keep: int = 3) -> None:
+        if save_freq < 1 or keep < 2:
+            raise ValueError(f"save_freq must be at least 1 and keep at least 2, got {save_freq} and {keep}")
+        super().__init__(save_freq, str(save_path), save_vecnormalize=True)
+        self.keep = keep
+        self.steps_learned = 0
+        self._saved_at = 0
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        self._saved_at = self.steps_learned = self.model.num_timesteps
+        for leftover in Path(self.save_path).glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _on_step(self) -> bool:
+        return True  # in the middle of a rollout there are steps that nothing has been learned from
+
+    def _on_rollout_start(self) -> None:
+        self.steps_learned = self.model.num_timesteps
+        if self.steps_learned - self._saved_at >= self.save_freq:
+            self.save()
+
+    def _on_rollout_end(self) -> None:
+        self.steps_learned = self.model.num_timesteps
+
+    def _on_training_end(self) -> None:
+        self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint now, counting the steps learned from, and remove the oldest beyond `keep`."""
+        counted, self.model.num_timesteps = self.model.num_timesteps, self.steps_learned
+        try:
+            folder = self._write(Path(self.save_path))
+        finally:
+            self.model.num_timesteps = counted
+        self._saved_at = self.steps_learned
+        for old in _newest_first(Path(self.save_path))[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def _write(self, parent: Path) -> Path:
+        final = parent / f"step_{self.steps_learned:09d}"
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=_UNFINISHED))
+        try:
+            self.model.save(temporary / "policy.zip")
+            normaliser = self.model.get_vec_normalize_env()
+            if normaliser is not None:
+                normaliser.save(str(temporary / "vecnormalize.pkl"))
+            state = {
+                "format": _FORMAT,
+                "steps": self.steps_learned,
+                "files": {file.name: _checksum(file) for file in sorted(temporary.iterdir())},
+                "random": _random_states(),
+            }
+            (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+            for file in temporary.iterdir():
+                _flush(file)
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o777 & ~mask)  # temporary folders are private
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+
+def intact_checkpoints(folder: str | Path) -> Iterator[Checkpoint]:
+    """The intact checkpoints of a folder, the newest first; a damaged one is passed over with a warning."""
+    for path in _newest_first(Path(folder)):
+        try:
+            yield read_checkpoint(path)
+        except CheckpointError as error:
+            _log.warning("%s; using an earlier one", error)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check a checkpoint's files against their checksums.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if state["format"] != _FORMAT:
+            raise CheckpointError(f"checkpoint {path} is of another version ({state['format']!r}, not {_FORMAT!r})")
+        for name, checksum in state["files"].items():
+            if _checksum(path / name) != checksum:
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its checksum")
+        if "policy.zip" not in state["files"]:
+            raise CheckpointError(f"checkpoint {path} has no policy.zip")
+        return Checkpoint(path, int(state["steps"]), dict(state["random"]))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is incomplete ({error!r})") from error
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _random_states() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), place, has_gauss, cached],
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+
+
+def _flush(path: Path) -> None:
+    # Some file systems cannot; the rename is still atomic.
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        os.fsync(file.fileno())

@@ -1,0 +1,77 @@
+"""What the metrics callback writes, read back from TensorBoard's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from specgym.callbacks import DecodingMetricsCallback
+
+
+class Fixed(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Gives the same info at every step, but for steps that are to be ignored."""
+
+    def __init__(self, name: str, speedup: float) -> None:
+        self.observation_space = spaces.Box(0, 1, (2,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.name, self.speedup = name, speedup
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        info = {
+            "workload": self.name, "speedup": self.speedup, "ms_per_token": 4.0, "draft_acceptance_rate": 0.5,
+            "mean_acceptance_length": 3.0, "divergence": float("nan") if self.steps == 1 else 0.25, "tokens": 32.0,
+            "knobs/fallback": 0.6, "knobs/rollback": 2.0, "reward/speed": self.speedup, "reward/range": 0.125,
+        }  # fmt: skip
+        if self.steps == 2:
+            info |= {"speedup": 1e9, "numerics/left_out": True}
+        return np.zeros(2, np.float32), self.speedup + 0.125, False, self.steps == 5, info
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> dict[str, list[float]]:
+    venv = DummyVecEnv([lambda: Fixed("tiny/prose", 2.0), lambda: Fixed("tiny/code", 4.0)])
+    model = PPO("MlpPolicy", VecNormalize(VecMonitor(venv), norm_obs=False), n_steps=10, batch_size=20, device="cpu")
+    model.set_logger(configure(str(tmp_path), ["tensorboard"]))
+    model.learn(40, callback=DecodingMetricsCallback())
+    events = EventAccumulator(str(tmp_path)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_means_over_all_workloads_at_every_rollout(logged: dict[str, list[float]]) -> None:
+    expected = {
+        "reward/total": 3.125,  # as the environments gave it, not as VecNormalize made it
+        "reward/speed": 3.0,
+        "reward/range": 0.125,
+        "decoding/speedup": 3.0,  # a marked step counts nowhere
+        "decoding/ms_per_token": 4.0,
+        "decoding/draft_acceptance_rate": 0.5,
+        "decoding/mean_acceptance_length": 3.0,
+        "decoding/divergence": 0.25,  # NaN counts in no mean
+        "knobs/fallback": 0.6,
+        "knobs/rollback": 2.0,
+    }
+    for tag, value in expected.items():
+        assert logged[tag] == pytest.approx([value, value]), tag
+    assert "decoding/tokens" not in logged
+
+
+def test_the_same_for_each_workload(logged: dict[str, list[float]]) -> None:
+    assert logged["workload/tiny/prose/decoding/speedup"] == pytest.approx([2.0, 2.0])
+    assert logged["workload/tiny/code/decoding/speedup"] == pytest.approx([4.0, 4.0])
+    assert logged["workload/tiny/code/reward/total"] == pytest.approx([4.125, 4.125])
+    assert logged["workload/tiny/prose/knobs/fallback"] == pytest.approx([0.6, 0.6])

@@ -1,0 +1,6 @@
+"""Learn decoding thresholds by reinforcement learning: ``python train.py --help``."""
+
+from specgym.agents.command_line import train_command
+
+if __name__ == "__main__":
+    raise SystemExit(train_command())
