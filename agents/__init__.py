@@ -1,0 +1,7 @@
+"""The agents that tune decoders: the policy, its training (`specgym.agents.training.train`), its export, its judge."""
+
+from .export import ExportedPolicy
+from .policy import KnobPolicy
+from .settings import TrainSettings
+
+__all__ = ["ExportedPolicy", "KnobPolicy", "TrainSettings"]

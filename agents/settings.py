@@ -109,7 +109,7 @@ class TrainSettings:
 
     workloads: tuple[str, ...] = SHIPPED_WORKLOADS
     """What to tune for: pair/prompts, or pair/prompts@temperature, for instance tiny/prose or gpt2-xl+gpt2/code@1.0."""
-    total_timesteps: int = 3200
+    total_timesteps: int = 2000
     """Environment steps over all workloads; rounded up to whole rollouts."""
     seed: int = 0
     """Fixes every random choice."""

@@ -35,8 +35,9 @@ class RewardSettings:
     """Of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
     acceptance_weight: float = 0.5
     """Of the draft acceptance rate, 0 to 1."""
-    range_weight: float = 0.25
-    """Of the range bonus, 0 to 1."""
+    range_weight: float = 2.0
+    """Of the range bonus, 0 to 1. Large enough that speed alone does not carry `fallback` to its upper end, where the
+    text is the draft's and no longer the target's."""
     divergence_weight: float = 0.0
     """Of the mean total variation from the target, 0 to 1, which is subtracted."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
