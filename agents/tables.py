@@ -12,6 +12,8 @@ from rich.table import Table
 from .evaluation import ALL, CHARGED, FORMAT, Row
 from .files import RunFileError, read_json
 
+_NOTABLE_DIVERGENCE = 0.05
+
 
 def rendered(rows: Sequence[Row], title: str) -> Table:
     """A rich table; half the width of the 95 % interval follows a number after ±."""
@@ -75,15 +77,21 @@ def differences(rows: Sequence[Row], path: Path) -> list[str]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence on what was learned, over all workloads."""
+    """What was learned, over all workloads, in a sentence; a second one where it strays further from the target."""
     chosen = [row for row in rows if row.workload == ALL] or list(rows)
     by_method = {row.method: row.values for row in chosen}
     default, learned = by_method["default"], by_method["learned"]
-    return (
+    sentence = (
         f"Learned thresholds against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
         f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, divergence "
         f"{learned['divergence']:.3f} against {default['divergence']:.3f}."
     )
+    if learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
+        sentence += (
+            " The learned text follows the draft more than the target would; where that matters, train with "
+            "--environment.reward.divergence-weight above 0."
+        )
+    return sentence
 
 
 def _with_interval(row: Row, column: str) -> str:

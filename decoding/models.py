@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .cache import BranchingCache
 from .errors import NumericalError, PromptError, UnsupportedModelError
-from .prepack import can_prepack, prepack_linears
+from .prepack import NARROWEST_PREPACKED, can_prepack, prepack_linears
 from .tree import TokenTree
 
 _STRIP_ROWS = 64
@@ -38,8 +38,8 @@ class LanguageModel:
 
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
-        prepack: reorder the linear layers' weights for oneDNN, *in place* (see `prepack`); by default on CPU.
-            With False the model is left untouched.
+        prepack: reorder the linear layers' weights for oneDNN, *in place* (see `prepack`); by default on
+            CPU, for models at least 512 wide. With False the model is left untouched.
 
     Raises:
         UnsupportedModelError: the architecture cannot be decoded speculatively.
@@ -62,7 +62,8 @@ class LanguageModel:
                 f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
                 "where oneDNN supports it) on CPU. Leave `prepack` unset."
             )
-        if prepack or (prepack is None and can_prepack(model)):
+        wide = self.hidden_size >= NARROWEST_PREPACKED
+        if prepack or (prepack is None and wide and can_prepack(model)):
             prepack_linears(model)
         self._cache = BranchingCache()
         self._last_start = 0

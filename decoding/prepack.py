@@ -19,6 +19,10 @@ SMALLEST_PREPACKED = 2**19
 """Weights of fewer elements stay as they are: there the call into oneDNN costs more than the layout saves
 (`benchmarks/forward_cost.py` measures both)."""
 
+NARROWEST_PREPACKED = 512
+"""Hidden size below which a model is left alone unless asked for: on the shipped models, 256 wide, prepacking the output
+layer alone made decoding 1 to 5 % slower (`benchmarks/against_transformers.py`, `ours` against `ours, plain`)."""
+
 
 class PrepackedLinear(nn.Module):
     """An inference-only replacement of `nn.Linear` (or GPT-2's `Conv1D`), float32 or bfloat16, on CPU.

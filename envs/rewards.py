@@ -35,15 +35,15 @@ class RewardSettings:
     """Of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
     acceptance_weight: float = 0.5
     """Of the draft acceptance rate, 0 to 1."""
-    range_weight: float = 2.0
-    """Of the range bonus, 0 to 1. Large enough that speed alone does not carry `fallback` to its upper end, where the
+    range_weight: float = 4.0
+    """Of the range bonus, 0 to 1. Large beside the speedup, which alone would carry `fallback` to its upper end, where the
     text is the draft's and no longer the target's."""
     divergence_weight: float = 0.0
     """Of the mean total variation from the target, 0 to 1, which is subtracted."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
     """Where a knob earns the full bonus, as fractions of the knob's upper end: of 1 for `fallback`, of the draft length
     K for `rollback`. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
-    falloff: float = 0.1
+    falloff: float = 0.2
     """How far outside its range, as a fraction of the knob's upper end, a knob still earns exp(-1) = 0.37 of it."""
 
     def __post_init__(self) -> None:

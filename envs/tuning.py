@@ -66,7 +66,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     |------------|----------------------------------------------------------|--------|--------|
     | speed      | the target's autoregressive ms/token over the decoder's  | > 0    | 1      |
     | acceptance | accepted draft tokens over drafted ones                  | 0 to 1 | 0.5    |
-    | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 2      |
+    | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 4      |
     | divergence | minus the mean total variation from the target per token | -1 to 0 | 0     |
 
     Time is charged by the pair's latency profile, so that the same tokens always cost the same; with `timing="wall"` by

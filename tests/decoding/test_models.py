@@ -196,12 +196,15 @@ def test_prepacking_is_chosen_by_size_and_can_be_turned_off(make_model: MakeMode
     def packed(model: PreTrainedModel) -> int:
         return sum(isinstance(layer, PrepackedLinear) for layer in model.modules())
 
-    large = {"hidden": 256, "layers": 1, "vocabulary": 4096, "intermediate_size": 512}
+    large = {"hidden": 512, "layers": 1, "vocabulary": 2048, "intermediate_size": 1024}
     on, off = make_model("llama", **large), make_model("llama", **large)
     LanguageModel(on)
     LanguageModel(off, prepack=False)
     assert packed(on) > 0
     assert packed(off) == 0
+    narrow = make_model("llama", hidden=256, layers=1, vocabulary=4096)
+    LanguageModel(narrow)
+    assert packed(narrow) == 0
     half = make_model("llama").half()
     with pytest.raises(ValueError, match=r"cannot be prepacked: that needs float32"):
         LanguageModel(half, prepack=True)
