@@ -20,8 +20,8 @@ SMALLEST_PREPACKED = 2**19
 (`benchmarks/forward_cost.py` measures both)."""
 
 NARROWEST_PREPACKED = 512
-"""Hidden size below which a model is left alone unless asked for: on the shipped models, 256 wide, prepacking the output
-layer alone made decoding 1 to 5 % slower (`benchmarks/against_transformers.py`, `ours` against `ours, plain`)."""
+"""Hidden size below which a model is left alone unless asked for: on the shipped models, 256 wide, prepacking their
+output layer made decoding 1 to 5 % slower."""
 
 
 class PrepackedLinear(nn.Module):

@@ -36,8 +36,8 @@ class RewardSettings:
     acceptance_weight: float = 0.5
     """Of the draft acceptance rate, 0 to 1."""
     range_weight: float = 4.0
-    """Of the range bonus, 0 to 1. Large beside the speedup, which alone would carry `fallback` to its upper end, where the
-    text is the draft's and no longer the target's."""
+    """Of the range bonus, 0 to 1. Large beside the speedup, which alone would carry `fallback` to its upper end, where
+    the text is the draft's and no longer the target's."""
     divergence_weight: float = 0.0
     """Of the mean total variation from the target, 0 to 1, which is subtracted."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
