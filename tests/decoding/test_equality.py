@@ -136,11 +136,12 @@ def test_greedy_output_of_shipped_pairs_equals_generate(
     prompts, expected = expected_of(pair)
     generations = check(SpeculativeDecoder(pair), prompts, expected)
     assert 0 < acceptance(generations) < 1
+    # Short drafts and rollbacks, to be done in minutes; the random models above have the long ones.
     check(
-        ThresholdDecoder(pair),
+        ThresholdDecoder(pair, draft_length=4),
         prompts,
         expected,
-        lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
+        lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},
     )
 
 
