@@ -53,7 +53,8 @@ def test_one_falloff_outside_earns_exp_minus_one() -> None:
 
 @pytest.mark.parametrize(("rollback", "bonus"), [(16 * 0.3, 1.0), (16 * 0.7, 1.0), (16 * 0.8, (1 + math.exp(-1)) / 2)])
 def test_ranges_are_fractions_of_a_knobs_upper_end(rollback: float, bonus: float) -> None:
-    assert range_bonus(RewardSettings(falloff=0.1), KNOBS, {"fallback": 0.5, "rollback": rollback}) == pytest.approx(bonus)
+    settings = RewardSettings(falloff=0.1)
+    assert range_bonus(settings, KNOBS, {"fallback": 0.5, "rollback": rollback}) == pytest.approx(bonus)
 
 
 def test_a_knob_without_a_range_does_not_dilute_the_bonus() -> None:
