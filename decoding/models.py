@@ -89,25 +89,33 @@ class LanguageModel:
 
         Args:
             tokens: shape (tokens,), integer ids on the model's device.
-            tree: how the tokens hang together; by default each follows the one before it.
+            tree: how the tokens hang together; by default each follows the one before it. A tree with more nodes than
+                there are tokens is one that grows: its first nodes are the last tokens in the cache, the rest are new.
             last: return only this many last rows, for instance 1 for a prompt; by default all.
             hidden: also return the last hidden states.
 
         Raises:
-            PromptError: the cache would grow past the model's context limit.
+            PromptError: the text would grow past the model's context limit.
+            ValueError: a growing tree does not fit the number of tokens.
         """
-        start, count = self.length, tokens.shape[0]
-        if start + count > self.context_limit:
+        cached, count = self.length, tokens.shape[0]
+        start = cached if tree is None else cached + count - len(tree)
+        end = start + (count if tree is None else tree.height)
+        if end > self.context_limit:
             raise PromptError(
-                f"{self.name} has a context of {self.context_limit} tokens; {start} are cached and {count} more "
+                f"{self.name} has a context of {self.context_limit} tokens; {start} are cached and {end - start} more "
                 "were given. Shorten the prompt or generate fewer tokens."
             )
         if tree is None:
             mask = _causal_mask(start, count, self._mask_value, self.dtype, self.device)
             positions = _numbers(start + count, self.device)[start : start + count]
         else:
-            mask = _tree_mask(tree, start, self._mask_value, self.dtype, self.device)
-            positions = tree.depths.to(self.device) + start
+            if not 0 <= start <= cached:
+                raise ValueError(
+                    f"a tree of {len(tree)} nodes cannot end in {count} new tokens after {cached} in the cache"
+                )
+            mask = _tree_mask(tree, start, count, self._mask_value, self.dtype, self.device)
+            positions = tree.depths[-count:].to(self.device) + start
         output = self.model(
             input_ids=tokens.unsqueeze(0),
             attention_mask=mask,
@@ -127,7 +135,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
-        """Of the tokens of the last forward keep only those of `path` (ascending indices), as if read alone."""
+        """Of the last forward's tokens, or its tree's nodes, keep those of `path` (ascending), as if read alone."""
         self._cache.gather(self._last_start, list(path))
 
     def truncate(self, length: int) -> None:
@@ -174,9 +182,11 @@ def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, devic
     return mask[None, None]
 
 
-def _tree_mask(tree: TokenTree, start: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    mask = torch.zeros(len(tree), start + len(tree), dtype=dtype, device=device)
-    mask[:, start:].masked_fill_(~tree.visible.to(device), value)
+def _tree_mask(
+    tree: TokenTree, start: int, count: int, value: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    mask = torch.zeros(count, start + len(tree), dtype=dtype, device=device)
+    mask[:, start:].masked_fill_(~tree.visible[-count:].to(device), value)
     return mask[None, None]
 
 

@@ -43,6 +43,11 @@ class TokenTree:
         return torch.tensor(depths, dtype=torch.int64)
 
     @cached_property
+    def height(self) -> int:
+        """Number of nodes on the longest path; 0 without nodes."""
+        return int(self.depths.max()) + 1 if self.parents else 0
+
+    @cached_property
     def visible(self) -> Tensor:
         """Which node (column) each node (row) sees: itself and its ancestors. Shape (nodes, nodes), bool."""
         visible = torch.eye(len(self), dtype=torch.bool)

@@ -93,6 +93,35 @@ def test_spans_trees_kept_paths_and_cuts_equal_one_plain_pass(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_grown_over_several_passes_equals_the_tree_read_at_once(make_model: MakeModel, family: str) -> None:
+    stock = make_model(family)
+    tokens, nodes = some_tokens(9), some_tokens(12, 1)
+    parents = random_parents(12, 5)
+    expected_model = LanguageModel(stock, prepack=False)
+    expected_model.forward(tokens)
+    expected = expected_model.forward(nodes, TokenTree(parents)).scores
+    model = LanguageModel(stock, prepack=False)
+    model.forward(tokens)
+    rows = [
+        model.forward(nodes[start:end], TokenTree(parents[:end])).scores
+        for start, end in ((0, 3), (3, 4), (4, 10), (10, 12))
+    ]
+    close(torch.cat(rows), expected)
+    path = TokenTree(parents).path(11)
+    model.keep(path)
+    after = some_tokens(2, 3)
+    close(model.forward(after).scores, plain(stock, torch.cat([tokens, nodes[path], after]))[-2:])
+
+
+def test_a_tree_smaller_than_its_new_tokens_or_larger_than_the_cache_is_refused(make_model: MakeModel) -> None:
+    model = LanguageModel(make_model("llama"), prepack=False)
+    model.forward(some_tokens(2))
+    for tree in (TokenTree.chain(2), TokenTree.chain(6)):
+        with pytest.raises(ValueError, match="cannot end in 3 new tokens after 2"):
+            model.forward(some_tokens(3), tree)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_those_after_the_final_norm(make_model: MakeModel, family: str) -> None:
     stock = make_model(family)
     output = LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True)
