@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..decoding.latency import LatencyProfile, measured
+from ..decoding.latency import LatencyProfile
+from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
 from ..envs.workloads import workload
 from .files import RunFileError

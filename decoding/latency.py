@@ -1,50 +1,45 @@
-"""How long drafting and verifying take: a table for one pair on one machine, by number of tokens.
+"""How long drafting and verifying take: a table by number of tokens, for one pair on one machine.
 
-A clock read while an agent learns is noisy and never the same twice. The profile is measured once, through the same
-rounds that decode text, and then charges every round the same time for the same work. Reading the prompt is outside
-all rounds, and is not charged.
+A clock read while an agent learns is noisy and never the same twice. A profile is measured once (`latency_measure`) or
+computed for hardware that is not at hand (`roofline`), and then charges every round the same time for the same work.
+Reading the prompt is outside all rounds, and is not charged.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import statistics
-import time
-from bisect import bisect_right
-from collections import defaultdict
+import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .autoregressive import AutoregressiveDecoder
-from .decoder import GREEDY, Decoder, Round, Session
+import numpy as np
+from numpy.typing import NDArray
+
+from .decoder import Round
 from .errors import SpecgymError
 from .files import write_json
-from .hardware import describe_hardware, fingerprint
-from .pairs import Pair
-from .sampling import Sampling
-from .smollm2 import cache_folder
-from .speculative import require_draft, require_positive
-from .stopwatch import StopwatchDrafter
-from .threshold import ThresholdDecoder
 
-_LOG = logging.getLogger(__name__)
-_FORMAT = "specgym-latency-1"
-_WARM_UP = 3
-_FEWEST_REPEATS = 3
-_known: dict[Path, LatencyProfile] = {}
+_FORMAT = "specgym-latency-2"
+_TABLES = ("draft_seconds", "target_seconds")
+_LONGEST_FITTED = 16
 
 
 class LatencyProfileError(SpecgymError, ValueError):
-    """A profile that makes no sense, or a file that holds none; the message names it and the way out."""
+    """A profile that makes no sense, a file that holds none, or an operating point that was not measured."""
 
 
 @dataclass(frozen=True)
 class LatencyProfile:
     """Seconds per draft and per target pass, by number of tokens.
+
+    The tables are those of one operating point: so many sequences decoded together, so many tokens read before. A
+    batch is decoded in lockstep: all its sequences draft the same number of tokens and are verified in one pass, the
+    seconds are those of the whole batch, and a speedup compares with plain decoding of as large a batch. `points` adds
+    other batch sizes and contexts, and `at` reads them.
 
     Attributes:
         pair: name of the pair.
@@ -53,9 +48,14 @@ class LatencyProfile:
         autoregressive_seconds: seconds per token of plain decoding with the target.
         hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers.
         sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
+        batch_size: sequences decoded together, 1 or more.
+        context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
+        points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
+            full grid, every batch size with every context.
 
     Raises:
-        LatencyProfileError: an empty table, or seconds that are negative, infinite or NaN (0 is for drafting alone).
+        LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), or
+            points that are no full grid.
     """
 
     pair: str
@@ -64,18 +64,31 @@ class LatencyProfile:
     autoregressive_seconds: float
     hardware: Mapping[str, Any]
     sampling: str = "greedy"
+    batch_size: int = 1
+    context: int | None = None
+    points: tuple[LatencyProfile, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, table, fewest in (("draft", self.draft_seconds, 0), ("target", self.target_seconds, 1)):
+        for name, fewest in zip(_TABLES, (0, 1), strict=True):
+            table = getattr(self, name)
             ordered = dict(sorted((int(tokens), float(seconds)) for tokens, seconds in table.items()))
             if not ordered or min(ordered) < fewest:
-                raise LatencyProfileError(f"{name}_seconds must have an entry, and none below {fewest} tokens")
+                raise LatencyProfileError(f"{name} must have an entry, and none below {fewest} tokens")
             for tokens, seconds in ordered.items():
                 if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and fewest == 0))):
-                    raise LatencyProfileError(f"{name}_seconds[{tokens}] is {seconds}; seconds are finite and positive")
-            object.__setattr__(self, f"{name}_seconds", ordered)
+                    raise LatencyProfileError(f"{name}[{tokens}] is {seconds}; seconds are finite and positive")
+            object.__setattr__(self, name, ordered)
         if not (math.isfinite(self.autoregressive_seconds) and self.autoregressive_seconds > 0):
             raise LatencyProfileError(f"autoregressive_seconds is {self.autoregressive_seconds}; it must be positive")
+        object.__setattr__(self, "batch_size", operator.index(self.batch_size))
+        if self.context is not None:
+            object.__setattr__(self, "context", operator.index(self.context))
+        if self.batch_size < 1 or (self.context is not None and self.context < 1):
+            raise LatencyProfileError(f"batch size {self.batch_size} and context {self.context} must be at least 1")
+        object.__setattr__(self, "hardware", dict(self.hardware))
+        object.__setattr__(self, "points", tuple(self.points))
+        if self.points:
+            self._check_grid()
 
     def draft(self, tokens: int) -> float:
         """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two."""
@@ -89,16 +102,75 @@ class LatencyProfile:
         """Seconds of a round that drafts so many tokens, 0 or more."""
         return self.draft(drafted) + self.target(drafted + 1)
 
+    def round_seconds(self, longest: int) -> NDArray[np.float64]:
+        """Seconds of a round by number of drafted tokens, from 0 to `longest`; shape (longest + 1,)."""
+        return np.array([self.round(drafted) for drafted in range(longest + 1)], dtype=np.float64)
+
+    def marginal_cost(self) -> float:
+        """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
+
+        It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
+        from 1 drafted token to 16, or to as many as were measured.
+        """
+        longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
+        centred = np.arange(1, longest + 1) - (longest + 1) / 2
+        slope = centred @ self.round_seconds(longest)[1:] / (centred @ centred)
+        return max(0.0, float(slope)) / self.autoregressive_seconds
+
     def charge(self, rounds: Iterable[Round]) -> float:
         """Seconds of some draft-then-verify rounds together."""
         return sum(self.round(cycle.drafted) for cycle in rounds)
 
+    def at(self, *, batch_size: int = 1, context: int | None = None) -> LatencyProfile:
+        """The profile of another operating point, without points of its own.
+
+        Args:
+            batch_size: sequences decoded together; linear between measured sizes.
+            context: tokens read before; linear between measured lengths. By default this profile's own.
+
+        Raises:
+            LatencyProfileError: the point lies outside what was measured; the message says what that is.
+        """
+        context = self.context if context is None else context
+        if (batch_size, context) == (self.batch_size, self.context):
+            return replace(self, points=())
+        grid = self._grid()
+        batch_sizes = sorted({size for size, _ in grid})
+        contexts = sorted({length for _, length in grid if length is not None})
+        if context is None or not (_covers(batch_sizes, batch_size) and _covers(contexts, context)):
+            raise LatencyProfileError(
+                f"the latency profile of {self.pair} has no point at batch size {batch_size} and context {context}: "
+                f"it covers {_words('batch size', batch_sizes)} and {_words('context', contexts)}. Get a wider one "
+                "with specgym.decoding.latency_measure.measure(pair, batch_sizes=..., contexts=...), or with "
+                "specgym.decoding.roofline.roofline, which takes the same two"
+            )
+        corners = [
+            (grid[size, length], size_share * length_share)
+            for size, size_share in _neighbours(batch_sizes, batch_size)
+            for length, length_share in _neighbours(contexts, context)
+        ]
+        if len(corners) == 1:
+            return replace(corners[0][0], points=())
+        return replace(
+            self,
+            draft_seconds={
+                tokens: sum(share * point.draft(tokens) for point, share in corners)
+                for tokens in _shared(point.draft_seconds for point, _ in corners)
+            },
+            target_seconds={
+                tokens: sum(share * point.target(tokens) for point, share in corners)
+                for tokens in _shared(point.target_seconds for point, _ in corners)
+            },
+            autoregressive_seconds=sum(share * point.autoregressive_seconds for point, share in corners),
+            batch_size=batch_size,
+            context=context,
+            points=(),
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
-        content = {"format": _FORMAT, **asdict(self)}
-        for table in ("draft_seconds", "target_seconds"):  # JSON would make strings of the numbers of tokens
-            content[table] = sorted(content[table].items())
-        write_json(Path(path), content)
+        about = {"format": _FORMAT, "pair": self.pair, "hardware": self.hardware, "sampling": self.sampling}
+        write_json(Path(path), {**about, **self._stored(), "points": [point._stored() for point in self.points]})
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyProfile:
@@ -107,7 +179,7 @@ class LatencyProfile:
         Raises:
             LatencyProfileError: the file is missing, damaged, or not one of `save`.
         """
-        way_out = "measure it again with specgym.decoding.latency.measured(pair, refresh=True)"
+        way_out = "measure it again with specgym.decoding.latency_measure.measured(pair, refresh=True)"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -117,146 +189,40 @@ class LatencyProfile:
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
         try:
-            for table in ("draft_seconds", "target_seconds"):
-                content[table] = dict(content[table])
-            return cls(**content)
-        except (KeyError, TypeError, ValueError) as error:
+            about = {name: content.pop(name) for name in ("pair", "hardware", "sampling")}
+            points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
+            return cls(**about, **_restored(content), points=points)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LatencyProfileError(f"latency profile {path} is damaged ({error}); {way_out}") from error
 
+    def _stored(self) -> dict[str, Any]:
+        names = ("batch_size", "context", *_TABLES, "autoregressive_seconds")
+        content = {name: getattr(self, name) for name in names}
+        for table in _TABLES:  # JSON would make strings of the numbers of tokens
+            content[table] = list(content[table].items())
+        return content
 
-def measure(
-    pair: Pair,
-    *,
-    max_draft_length: int = 16,
-    repeats: int = 40,
-    prompt: Sequence[int] | None = None,
-    sampling: Sampling = GREEDY,
-    time_limit: float = 40.0,
-) -> LatencyProfile:
-    """Time live rounds of threshold decoding at several draft lengths, and plain decoding, all interleaved.
+    def _grid(self) -> dict[tuple[int, int | None], LatencyProfile]:
+        return {(point.batch_size, point.context): point for point in (self, *self.points)}
 
-    Each number is a median over the repeats, and a slow spell of the machine hits all numbers alike. The warm-up is
-    left out, and an accelerator is synchronised. The rounds are threshold decoding's because its verification contains
-    that of speculative sampling; the two differ by the distance between the models, a small part of a target pass.
-
-    Args:
-        pair: a target with a draft.
-        max_draft_length: the longest draft timed, in tokens.
-        repeats: how often every length is timed.
-        prompt: token ids to continue; by default ids that repeat themselves, so that prompt lookup has matches.
-        sampling: drawing tokens costs more than taking the likeliest.
-        time_limit: seconds after which fewer repeats have to do, but at least 3.
-
-    Raises:
-        ValueError: the pair has no draft, or a number is not positive.
-    """
-    require_draft(pair, "a latency profile")
-    assert pair.draft is not None
-    require_positive("max_draft_length", max_draft_length)
-    require_positive("repeats", repeats)
-    prompt = list(prompt) if prompt is not None else _repeating_prompt(pair)
-    stopwatch = StopwatchDrafter(pair.draft)
-    timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
-    rounds = _Endless(ThresholdDecoder(timed, max_draft_length), prompt, sampling)
-    plain = _Endless(AutoregressiveDecoder(pair), prompt, sampling)
-    lengths = [0, *(2**power for power in range(max_draft_length.bit_length()) if 2**power < max_draft_length)]
-    lengths.append(max_draft_length)
-    draft: defaultdict[int, list[float]] = defaultdict(list)
-    target: defaultdict[int, list[float]] = defaultdict(list)
-    autoregressive: list[float] = []
-    started = time.perf_counter()
-    for repeat in range(_WARM_UP + repeats):
-        if repeat == _WARM_UP:
-            for table in (draft, target):
-                table.clear()
-            autoregressive.clear()
-        elif repeat >= _WARM_UP + _FEWEST_REPEATS and time.perf_counter() - started > time_limit:
-            break
-        rounds.restart()
-        plain.restart()
-        first = repeat % len(lengths)  # every length is now early, now late in a text
-        for length in lengths[first:] + lengths[:first]:
-            stopwatch.length = length
-            cycle = rounds.step()
-            draft[stopwatch.found].append(stopwatch.seconds)
-            target[cycle.drafted + 1].append(cycle.verify_seconds)
-            autoregressive.append(plain.step().verify_seconds)
-    return LatencyProfile(
-        pair=pair.name,
-        draft_seconds=_medians(draft),
-        target_seconds=_medians(target),
-        autoregressive_seconds=statistics.median(autoregressive),
-        hardware=describe_hardware(pair),
-        sampling=_arithmetic(sampling),
-    )
-
-
-def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY) -> LatencyProfile:
-    """The profile of a pair on this hardware: measured at the first call, then read from specgym's cache folder.
-
-    Args:
-        pair: a target with a draft.
-        refresh: measure again, for instance because the machine was busy the last time.
-        sampling: greedy decoding, sampling, and sampling with top-k or top-p each have their own profile.
-
-    Raises:
-        ValueError: the pair has no draft.
-    """
-    require_draft(pair, "a latency profile")
-    arithmetic = _arithmetic(sampling)
-    plain_name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in pair.name)[-60:]
-    path = cache_folder() / "latency" / f"{plain_name}-{arithmetic}-{fingerprint(pair)}.json"
-    if not refresh and path in _known:
-        return _known[path]
-    if not refresh and path.exists():
-        try:
-            _known[path] = LatencyProfile.load(path)
-            return _known[path]
-        except LatencyProfileError as error:
-            _LOG.warning("%s; doing so now", error)
-    _LOG.info("measuring the latency of %s (%s), once for this hardware", pair.name, arithmetic)
-    profile = measure(pair, sampling=sampling)
-    try:
-        profile.save(path)
-        _LOG.info("latency profile of %s kept in %s", pair.name, path)
-    except OSError as error:
-        _LOG.warning("cannot keep the latency profile in %s (%s); set SPECGYM_CACHE to a folder you own", path, error)
-    _known[path] = profile
-    return profile
-
-
-class _Endless:
-    """Sessions of one decoder on one prompt; a new one begins where a text ends."""
-
-    def __init__(self, decoder: Decoder, prompt: list[int], sampling: Sampling) -> None:
-        self._decoder = decoder
-        self._prompt = prompt
-        self._sampling = sampling
-        self._seed = 0
-        self._session: Session | None = None
-
-    def restart(self) -> None:
-        self._session = None
-
-    def step(self) -> Round:
-        if self._session is None or self._session.finished:
-            self._seed += 1
-            self._session = self._decoder.start(
-                self._prompt, max_new_tokens=2**20, sampling=self._sampling, seed=self._seed
+    def _check_grid(self) -> None:
+        grid = self._grid()
+        if any(point.points or point.context is None for point in self.points) or self.context is None:
+            raise LatencyProfileError("every point of a grid has a context, and no point has points of its own")
+        sizes, lengths = {size for size, _ in grid}, {length for _, length in grid}
+        if not len(grid) == len(sizes) * len(lengths) == len(self.points) + 1:
+            known = ", ".join(f"{size} x {length}" for size, length in grid)
+            raise LatencyProfileError(
+                f"the points (batch size x context: {known}) are no full grid; give every batch size with every "
+                "context, each once"
             )
-        return self._session.step()
+        for table in _TABLES:
+            if not _shared(getattr(point, table) for point in grid.values()):
+                raise LatencyProfileError(f"the points share no number of tokens in {table}, so nothing lies between")
 
 
-def _repeating_prompt(pair: Pair) -> list[int]:
-    length = max(2, min(48, pair.target.context_limit // 4))
-    period = max(1, length // 2)
-    return [(7919 * (place % period) + 11) % pair.target.vocabulary_size for place in range(length)]
-
-
-def _medians(samples: Mapping[int, list[float]]) -> dict[int, float]:
-    """Median by number of tokens, without the numbers that came up too rarely to trust."""
-    enough = min(_FEWEST_REPEATS, max(len(seconds) for seconds in samples.values()))
-    return {tokens: statistics.median(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
+def _restored(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {**point, **{table: dict(point[table]) for table in _TABLES}}
 
 
 def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
@@ -273,7 +239,27 @@ def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
     return max(0.0, table[low] + slope * (tokens - low))
 
 
-def _arithmetic(sampling: Sampling) -> str:
-    if sampling.greedy:
-        return "greedy"
-    return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
+def _covers(known: Sequence[int], wanted: int) -> bool:
+    return bool(known) and known[0] <= wanted <= known[-1]
+
+
+def _neighbours(known: Sequence[int], wanted: int) -> list[tuple[int, float]]:
+    """The known numbers on both sides with their shares, which sum to 1; one alone where the number itself is known."""
+    right = bisect_left(known, wanted)
+    if known[right] == wanted:
+        return [(wanted, 1.0)]
+    low, high = known[right - 1], known[right]
+    share = (wanted - low) / (high - low)
+    return [(low, 1 - share), (high, share)]
+
+
+def _shared(tables: Iterable[Mapping[int, float]]) -> list[int]:
+    """Numbers of tokens that all tables have, ascending."""
+    first, *others = tables
+    return [tokens for tokens in first if all(tokens in other for other in others)]
+
+
+def _words(name: str, known: Sequence[int]) -> str:
+    if not known:
+        return f"no {name} but its own, which is not known"
+    return f"{name} {known[0]}" if len(known) == 1 else f"{name}s {known[0]} to {known[-1]}"

@@ -1,13 +1,18 @@
-"""What a setting of a decoder's knobs does to some prompts: the one definition that learning and evaluation share."""
+"""What a setting of a decoder's knobs does to some prompts: the one definition that learning and evaluation share, live
+and replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ..decoding.autoregressive import AutoregressiveDecoder
 from ..decoding.decoder import GREEDY, Decoder, Generation
-from ..decoding.latency import LatencyProfile, measured
+from ..decoding.latency import LatencyProfile
+from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
+from .rewards import Number
+from .workloads import Workload
 
 
 def measure_setting(
@@ -65,30 +70,82 @@ def summarise(decoder: Decoder, generations: Sequence[Generation], profile: Late
     """Metrics of some generations together. Rates are ratios of sums, so that a long text counts for more.
 
     Returns:
-        `ms_per_token` and `seconds` as charged by the profile, `wall_ms_per_token` and `wall_seconds` by the clock;
-        `speedup`, autoregressive over charged time, both by the profile; `draft_acceptance_rate`, `divergence` (0 to
-        1); `mean_acceptance_length` in tokens a round; the numbers `tokens`, `rounds`, `drafted` and `accepted`.
-        Reading the prompts is in none of them.
+        What `metrics` gives, and `wall_ms_per_token` and `wall_seconds` by the clock. Reading the prompts is in none of
+        them.
     """
     rounds = [cycle for generation in generations for cycle in generation.rounds]
     tokens = sum(len(generation.tokens) for generation in generations)
-    drafted = sum(cycle.drafted for cycle in rounds)
-    accepted = sum(cycle.accepted for cycle in rounds)
-    autoregressive = profile.autoregressive_seconds * tokens
     # Plain decoding verifies nothing, so a round of it is cheaper than a round with an empty draft.
-    seconds = autoregressive if isinstance(decoder, AutoregressiveDecoder) else profile.charge(rounds)
+    plain = isinstance(decoder, AutoregressiveDecoder)
     wall_seconds = sum(generation.seconds for generation in generations)
+    found = metrics(
+        tokens=float(tokens),
+        rounds=float(len(rounds)),
+        drafted=float(sum(cycle.drafted for cycle in rounds)),
+        accepted=float(sum(cycle.accepted for cycle in rounds)),
+        divergence=sum(cycle.divergence for cycle in rounds),
+        seconds=profile.autoregressive_seconds * tokens if plain else profile.charge(rounds),
+        autoregressive_seconds=profile.autoregressive_seconds,
+    )
+    return {**found, "wall_ms_per_token": 1000 * wall_seconds / tokens, "wall_seconds": wall_seconds}
+
+
+def metrics(
+    *,
+    tokens: Number,
+    rounds: Number,
+    drafted: Number,
+    accepted: Number,
+    divergence: Number,
+    seconds: Number,
+    autoregressive_seconds: Number | float,
+) -> dict[str, Number]:
+    """Metrics from sums over rounds; floats for floats, arrays for arrays.
+
+    Args:
+        tokens: emitted.
+        rounds: of drafting and verifying.
+        drafted: draft tokens that were verified.
+        accepted: draft tokens among those emitted.
+        divergence: the sum of `Round.divergence`.
+        seconds: charged for the rounds.
+        autoregressive_seconds: charged per token of plain decoding.
+
+    Returns:
+        `speedup`, plain decoding's charged time over this one's; `ms_per_token` as charged; `draft_acceptance_rate` and
+        `divergence`, 0 to 1; `mean_acceptance_length` in tokens a round; and `tokens`, `rounds`, `drafted`, `accepted`
+        and `seconds` as given.
+    """
     return {
+        "speedup": autoregressive_seconds * tokens / seconds,
         "ms_per_token": 1000 * seconds / tokens,
-        "wall_ms_per_token": 1000 * wall_seconds / tokens,
-        "speedup": autoregressive / seconds,
-        "draft_acceptance_rate": accepted / max(drafted, 1),
-        "mean_acceptance_length": tokens / len(rounds),
-        "divergence": sum(cycle.divergence for cycle in rounds) / tokens,
-        "tokens": float(tokens),
-        "rounds": float(len(rounds)),
-        "drafted": float(drafted),
-        "accepted": float(accepted),
+        "draft_acceptance_rate": accepted / (drafted + (drafted == 0)),
+        "mean_acceptance_length": tokens / rounds,
+        "divergence": divergence / tokens,
+        "tokens": tokens,
+        "rounds": rounds,
+        "drafted": drafted,
+        "accepted": accepted,
         "seconds": seconds,
-        "wall_seconds": wall_seconds,
     }
+
+
+def operating_profile(
+    profile: LatencyProfile | str | Path | None, workload: Workload, batch_size: int = 1, context: int | None = None
+) -> LatencyProfile:
+    """What time is charged by at one operating point.
+
+    Args:
+        profile: a profile, a file with one, or None to measure the workload's pair on this hardware, which loads it.
+        workload: whose pair and sampling it is.
+        batch_size: sequences decoded together.
+        context: tokens read before; by default the profile's own.
+
+    Raises:
+        LatencyProfileError: the file holds no profile, or the profile does not cover the point.
+    """
+    if isinstance(profile, str | Path):
+        profile = LatencyProfile.load(profile)
+    if profile is None:
+        profile = measured(workload.load(), sampling=workload.sampling)
+    return profile.at(batch_size=batch_size, context=context)

@@ -1,50 +1,36 @@
 import json
-import logging
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
-from specgym.decoding import latency
 from specgym.decoding.decoder import Round
-from specgym.decoding.drafters import Drafter
-from specgym.decoding.hardware import describe_hardware, fingerprint
-from specgym.decoding.latency import LatencyProfile, LatencyProfileError, measure, measured
-from specgym.decoding.ngram import NGramDrafter
-from specgym.decoding.pairs import Pair
-from specgym.decoding.prompt_lookup import PromptLookupDrafter
-from specgym.decoding.sampling import Sampling
+from specgym.decoding.latency import LatencyProfile, LatencyProfileError
 
 PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1, 4: 0.7}, {1: 1.0, 3: 2.0, 5: 2.5}, 0.9, {"device": "imaginary"})
+SIZES, CONTEXTS = (1, 4, 8), (10, 50)
 
 
-@pytest.fixture
-def pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel]) -> Pair:
-    target = make_model("llama", layers=1, vocabulary=64, hidden=16, context=64)
-    return Pair(target, make_noisy(target, 0.3), name="toy")
+def point(batch_size: int, context: int, **changes: Any) -> LatencyProfile:
+    """Linear in tokens; between two batch sizes or two contexts the times differ by more than a factor."""
+    base, token = 1.0 + batch_size**2 + context, 0.1 * batch_size * context
+    ordinary: dict[str, Any] = {
+        "draft_seconds": {0: 0.0, 4: 4 * token},
+        "target_seconds": {1: base + token, 5: base + 5 * token},
+        "autoregressive_seconds": base,
+        "batch_size": batch_size,
+        "context": context,
+    }
+    return replace(PROFILE, **(ordinary | changes))
 
 
-@pytest.fixture
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The pairs measured, with a measurement that takes no time."""
-    pairs: list[str] = []
-
-    def quick(pair: Pair, *, sampling: Sampling) -> LatencyProfile:
-        pairs.append(pair.name)
-        return replace(PROFILE, autoregressive_seconds=float(len(pairs)))
-
-    monkeypatch.setattr(latency, "measure", quick)
-    return pairs
+PLACES = [(size, context) for size in SIZES for context in CONTEXTS]
+GRID = replace(point(*PLACES[0]), points=tuple(point(*place) for place in PLACES[1:]))
 
 
 def cycle(drafted: int) -> Round:
@@ -115,10 +101,11 @@ def test_a_saved_profile_comes_back_equal(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[1]", "is not a latency profile of this version"),
         ('{"format": "something else"}', "is not a latency profile of this version"),
-        ('{"format": "specgym-latency-1"}', "is damaged"),
+        ('{"format": "specgym-latency-1", "pair": "p"}', "is not a latency profile of this version"),
+        ('{"format": "specgym-latency-2"}', "is damaged"),
         (
-            '{"format": "specgym-latency-1", "pair": "p", "draft_seconds": [], "target_seconds": [[1, 1.0]], '
-            '"autoregressive_seconds": 1.0, "hardware": {}}',
+            '{"format": "specgym-latency-2", "pair": "p", "draft_seconds": [], "target_seconds": [[1, 1.0]], '
+            '"autoregressive_seconds": 1.0, "hardware": {}, "sampling": "greedy", "points": []}',
             "is damaged .*draft_seconds must have an entry",
         ),
     ],
@@ -137,100 +124,136 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         LatencyProfile.load(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_measuring_covers_every_length_up_to_the_longest(pair: Pair, temperature: float) -> None:
-    found = measure(pair, max_draft_length=6, repeats=3, sampling=Sampling(temperature=temperature))
-    assert list(found.draft_seconds) == [0, 1, 2, 4, 6]
-    assert list(found.target_seconds) == [1, 2, 3, 5, 7]
-    assert found.pair == "toy"
-    assert found.hardware == describe_hardware(pair)
+def test_the_cost_of_rounds_is_a_table_by_drafted_tokens() -> None:
+    table = PROFILE.round_seconds(6)
+    assert table.shape == (7,)
+    assert table.dtype == np.float64
+    assert table.tolist() == [PROFILE.round(drafted) for drafted in range(7)]
+
+
+def test_the_marginal_cost_is_the_slope_of_a_round_over_plain_decoding() -> None:
+    straight = replace(PROFILE, draft_seconds={0: 0.0, 8: 0.8}, target_seconds={1: 1.0, 9: 3.0})
+    assert straight.marginal_cost() == pytest.approx((0.1 + 0.25) / 0.9)
+
+
+def test_the_marginal_cost_leaves_the_round_without_a_draft_out() -> None:
+    dear_to_begin = replace(PROFILE, draft_seconds={0: 0.0, 1: 5.0, 4: 5.3}, target_seconds={1: 1.0, 5: 1.0})
+    assert dear_to_begin.marginal_cost() == pytest.approx(0.1 / 0.9)
+
+
+def test_the_marginal_cost_goes_no_further_than_was_measured_nor_than_sixteen() -> None:
+    short = replace(PROFILE, draft_seconds={0: 0.0}, target_seconds={1: 1.0, 3: 2.0, 4: 4.0})
+    assert short.marginal_cost() == pytest.approx((4.0 - 1.5) / 2 / 0.9)
+    long = replace(PROFILE, draft_seconds={0: 0.0}, target_seconds={1: 1.0, 17: 17.0, 40: 1000.0})
+    assert long.marginal_cost() == pytest.approx(1 / 0.9)
+
+
+def test_the_marginal_cost_is_known_from_two_numbers_and_never_negative() -> None:
+    assert replace(PROFILE, draft_seconds={0: 0.0}, target_seconds={1: 1.0, 2: 1.5}).marginal_cost() > 0
+    assert replace(PROFILE, draft_seconds={0: 0.0}, target_seconds={1: 1.0, 9: 0.9}).marginal_cost() == 0
+    assert replace(PROFILE, draft_seconds={0: 0.0}, target_seconds={1: 1.0}).marginal_cost() == 0
+
+
+@pytest.mark.parametrize(("batch_size", "context"), PLACES)
+def test_a_point_of_the_grid_is_returned_as_it_was_measured(batch_size: int, context: int) -> None:
+    assert GRID.at(batch_size=batch_size, context=context) == point(batch_size, context)
+
+
+def test_the_context_is_the_profiles_own_unless_it_is_given() -> None:
+    assert GRID.at() == point(1, 10)
+    assert GRID.at(batch_size=4) == point(4, 10)
+
+
+def test_between_batch_sizes_time_is_linear() -> None:
+    found, low, high = GRID.at(batch_size=5, context=50), point(4, 50), point(8, 50)
+    assert (found.batch_size, found.context, found.points) == (5, 50, ())
+    for tokens in range(1, 8):
+        assert found.target(tokens) == pytest.approx(0.75 * low.target(tokens) + 0.25 * high.target(tokens))
+        assert found.draft(tokens) == pytest.approx(0.75 * low.draft(tokens) + 0.25 * high.draft(tokens))
+    assert found.autoregressive_seconds == pytest.approx(
+        0.75 * low.autoregressive_seconds + 0.25 * high.autoregressive_seconds
+    )
+
+
+@given(st.integers(1, 8), st.integers(10, 50), st.integers(0, 9))
+def test_time_is_linear_in_the_context_at_every_batch_size(batch_size: int, context: int, drafted: int) -> None:
+    short, long = (GRID.at(batch_size=batch_size, context=end).round(drafted) for end in CONTEXTS)
+    share = (context - 10) / 40
+    assert GRID.at(batch_size=batch_size, context=context).round(drafted) == pytest.approx(
+        (1 - share) * short + share * long
+    )
+
+
+@pytest.mark.parametrize("place", [(9, 10), (16, 50), (1, 9), (1, 51), (0, 10)])
+def test_points_outside_the_grid_are_refused_with_what_is_known(place: tuple[int, int]) -> None:
+    with pytest.raises(LatencyProfileError, match="batch sizes 1 to 8 and contexts 10 to 50") as caught:
+        GRID.at(batch_size=place[0], context=place[1])
+    assert f"batch size {place[0]} and context {place[1]}" in str(caught.value)
+    assert "latency_measure.measure(pair, batch_sizes=" in str(caught.value)
+
+
+def test_without_a_grid_only_the_profiles_own_point_is_known() -> None:
+    assert point(4, 10).at(batch_size=4, context=10) == point(4, 10)
+    assert PROFILE.at() == PROFILE
+    with pytest.raises(LatencyProfileError, match="covers batch size 4 and context 10"):
+        point(4, 10).at()
+    with pytest.raises(LatencyProfileError, match="batch size 1 and no context but its own"):
+        PROFILE.at(context=10)
+    with pytest.raises(LatencyProfileError, match="no point at batch size 2"):
+        PROFILE.at(batch_size=2)
 
 
 @pytest.mark.parametrize(
-    "drafter",
+    ("changes", "message"),
     [
-        PromptLookupDrafter(64),
-        NGramDrafter.fit([[1, 2, 3]], 64),
-        NGramDrafter.fit([[token % 64 for token in range(200)]], 64),
+        ({"points": GRID.points[1:]}, "no full grid; give every batch size with every context"),
+        ({"points": (*GRID.points, point(1, 10))}, "no full grid"),
+        ({"points": (*GRID.points[:-1], point(4, 10))}, "no full grid"),
+        ({"context": None}, "every point of a grid has a context"),
+        ({"points": (GRID,)}, "no point has points of its own"),
+        ({"points": (point(2, 10, target_seconds={2: 1.0}),)}, "share no number of tokens in target_seconds"),
+        ({"batch_size": 0, "points": ()}, "batch size 0 and context 10 must be at least 1"),
+        ({"context": 0, "points": ()}, "batch size 1 and context 0 must be at least 1"),
     ],
-    ids=["lookup", "empty table", "full table"],
 )
-def test_drafters_that_fall_short_are_measured_too(pair: Pair, drafter: Drafter) -> None:
-    found = measure(Pair(pair.target, drafter), max_draft_length=8, repeats=4)
-    assert list(found.target_seconds) == [1, 2, 3, 5, 9]
-    assert 0 in found.draft_seconds
+def test_grids_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LatencyProfileError, match=message):
+        replace(GRID, **changes)
 
 
-def test_a_full_context_does_not_stop_measuring(pair: Pair) -> None:
-    found = measure(pair, max_draft_length=8, repeats=3, prompt=list(range(40)))
-    assert set(found.target_seconds) >= {1, 2, 3}
+def test_points_that_were_measured_at_different_lengths_meet_where_both_were() -> None:
+    other = point(2, 10, target_seconds={1: 3.0, 3: 5.0, 5: 9.0})
+    found = replace(point(1, 10), points=(point(3, 10), other)).at(batch_size=2)
+    assert found == other
+    between = replace(point(1, 10), points=(replace(other, batch_size=3),)).at(batch_size=2)
+    assert between.target_seconds == {1: (13.0 + 3.0) / 2, 5: (17.0 + 9.0) / 2}
 
 
-def test_measuring_leaves_the_pair_as_it_was(pair: Pair) -> None:
-    draft = pair.draft
-    measure(pair, max_draft_length=2, repeats=1)
-    assert pair.draft is draft
+def test_a_saved_grid_comes_back_equal(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    GRID.save(path)
+    assert LatencyProfile.load(path) == GRID
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"repeats": 0}, "repeats"), ({"max_draft_length": 0}, "max_draft_length")]
+    ("damage", "message"),
+    [
+        (lambda content: content["points"][0].pop("target_seconds"), "target_seconds"),
+        (lambda content: content["points"].pop(), "no full grid"),
+        (lambda content: content["points"][0].update(autoregressive_seconds=math.nan), "autoregressive_seconds is nan"),
+        (lambda content: content["points"][0].update(batch_size=1.5), "float"),
+        (lambda content: content["points"][0]["draft_seconds"].append([7, -1.0]), r"draft_seconds\[7\] is -1.0"),
+        (lambda content: content["points"][0].update(colour="red"), "colour"),
+        (lambda content: content.update(points=[3]), "int"),
+        (lambda content: content.pop("hardware"), "hardware"),
+        (lambda content: content.update(hardware=[3]), "dictionary"),
+    ],
 )
-def test_measuring_refuses_numbers_that_are_not_positive(pair: Pair, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message} must be a whole number of at least 1, got 0"):
-        measure(pair, **arguments)
-
-
-def test_a_pair_without_a_draft_is_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="a latency profile needs a draft"):
-        measured(Pair(pair.target))
-
-
-@pytest.mark.usefixtures("_own_cache")
-def test_a_pair_is_measured_once_until_asked_again(pair: Pair, counted: list[str]) -> None:
-    first = measured(pair)
-    latency._known.clear()  # as in another process
-    assert measured(pair) == first
-    assert counted == ["toy"]
-    assert measured(pair, refresh=True) != first
-    assert counted == ["toy", "toy"]
-
-
-@pytest.mark.usefixtures("_own_cache")
-def test_each_kind_of_arithmetic_has_its_own_profile(pair: Pair, counted: list[str]) -> None:
-    for sampling in (Sampling(0.0), Sampling(0.5), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(1.0, top_p=0.9)):
-        measured(pair, sampling=sampling)
-    assert len(counted) == 4  # the temperature itself costs nothing
-
-
-@pytest.mark.usefixtures("_own_cache")
-def test_a_damaged_cache_is_measured_anew_with_a_warning(
-    pair: Pair, counted: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    measured(pair)
-    latency._known.clear()
-    (file,) = (tmp_path / "cache" / "latency").iterdir()
-    file.write_text("{")
-    with caplog.at_level(logging.WARNING):
-        measured(pair)
-    assert len(counted) == 2
-    assert "cannot be read" in caplog.text
-    assert json.loads(file.read_text())["pair"] == "toy"
-
-
-def test_a_cache_that_cannot_be_written_is_survived(
-    pair: Pair, counted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "file"))
-    first = measured(pair)
-    assert measured(pair) is first
-    assert "SPECGYM_CACHE" in caplog.text
-
-
-def test_models_of_another_size_have_another_fingerprint(
-    pair: Pair, make_model: Callable[..., PreTrainedModel]
-) -> None:
-    larger = make_model("llama", layers=2, vocabulary=64, hidden=16, context=64)
-    assert fingerprint(Pair(larger, pair.draft, name="toy")) != fingerprint(pair)
-    assert fingerprint(Pair(pair.target, PromptLookupDrafter(64), name="toy")) != fingerprint(pair)
-    assert fingerprint(Pair(pair.target, pair.draft, name="toy")) == fingerprint(pair)
+def test_a_damaged_grid_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
+    path = tmp_path / "profile.json"
+    GRID.save(path)
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(LatencyProfileError, match=f"profile.json is damaged .*{message}"):
+        LatencyProfile.load(path)
