@@ -38,6 +38,7 @@ from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.prompts import load_prompts
 from specgym.decoding.sampling import Sampling
 from specgym.decoding.speculative import SpeculativeDecoder
+from specgym.decoding.stopping import ConfidenceBelow
 
 Side = Callable[[list[int], int], int]
 
@@ -58,8 +59,8 @@ class Settings:
     """Per prompt."""
     draft_length: int = 8
     """Ours, at most; transformers keeps its own default, 20."""
-    stop_below: float = 0.4
-    """Ours: end a draft after a token to which the draft gives less probability. transformers' default is the same."""
+    confidence: float = 0.4
+    """Ours: end a draft after a token of which the draft is less sure. transformers' default is the same."""
     json: Path | None = None
     """Where to write the figures, too."""
 
@@ -105,9 +106,10 @@ def sides(name: str, sampling: Sampling, settings: Settings) -> tuple[Pair, dict
         found["assisted"] = theirs(plain, sampling, settings, assistant_model=plain.draft.model.model)
     elif isinstance(plain.draft, PromptLookupDrafter):
         found["their lookup"] = theirs(plain, sampling, settings, prompt_lookup_num_tokens=10)
+    stop = ConfidenceBelow(settings.confidence)
     found["ours, one by one"] = ours(AutoregressiveDecoder(packed), sampling, settings)
-    found["ours, plain"] = ours(SpeculativeDecoder(plain, stop_below=settings.stop_below), sampling, settings)
-    found["ours"] = ours(SpeculativeDecoder(packed, stop_below=settings.stop_below), sampling, settings)
+    found["ours, plain"] = ours(SpeculativeDecoder(plain, stop=stop), sampling, settings)
+    found["ours"] = ours(SpeculativeDecoder(packed, stop=stop), sampling, settings)
     return packed, found
 
 

@@ -2,7 +2,7 @@
 
 from .autoregressive import AutoregressiveDecoder
 from .decoder import Decoder, Generation, Knob, Round, Session
-from .drafters import Drafter, DraftSession, ModelDrafter, Proposal
+from .drafters import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal
 from .errors import (
     KnobError,
     NumericalError,
@@ -18,23 +18,32 @@ from .prompt_lookup import PromptLookupDrafter
 from .prompts import PromptSet, load_prompts
 from .sampling import Sampling
 from .speculative import SpeculativeDecoder
+from .stopping import ConfidenceBelow, DraftTracker, EntropyAbove, FixedLength, ProductBelow, StopRule
 from .threshold import ThresholdDecoder
 from .tree import TokenTree
 
 __all__ = [
     "AutoregressiveDecoder",
+    "ConfidenceBelow",
     "Decoder",
     "DraftSession",
+    "DraftStep",
+    "DraftTracker",
     "Drafter",
+    "EntropyAbove",
+    "FixedLength",
     "Generation",
     "Knob",
     "KnobError",
     "LanguageModel",
     "Logits",
     "ModelDrafter",
+    "ModelStep",
     "NGramDrafter",
     "NumericalError",
+    "OneHotStep",
     "Pair",
+    "ProductBelow",
     "PromptError",
     "PromptLookupDrafter",
     "PromptSet",
@@ -44,6 +53,7 @@ __all__ = [
     "Session",
     "SpecgymError",
     "SpeculativeDecoder",
+    "StopRule",
     "ThresholdDecoder",
     "TokenTree",
     "UnsupportedModelError",

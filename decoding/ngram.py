@@ -6,7 +6,8 @@ Brants et al., "Large Language Models in Machine Translation", 2007, whose score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .drafters import DraftSession, Proposal
+from .drafters import DraftSession, DraftStep, OneHotStep
 from .files import replacing
 from .sampling import Sampling
 
@@ -44,6 +45,7 @@ class NGramDrafter:
         self.vocabulary_size = vocabulary_size
         self._contexts = list(contexts)
         self._tokens = list(tokens)
+        self._powers = [vocabulary_size**length for length in range(len(self._contexts) + 1)]
 
     @classmethod
     def fit(
@@ -95,23 +97,50 @@ class NGramDrafter:
         """Number of contexts known."""
         return sum(len(known) for known in self._contexts)
 
+    def digest(self) -> str:
+        """SHA-256 over the whole table, 64 hex digits."""
+        state = hashlib.sha256(str(self.vocabulary_size).encode())
+        for known, tokens in zip(self._contexts, self._tokens, strict=True):
+            state.update(np.ascontiguousarray(known).tobytes())
+            state.update(np.ascontiguousarray(tokens).tobytes())
+        return state.hexdigest()
+
     def next_token(self, context: Sequence[int]) -> int | None:
         """The likeliest token after a context, or None if not even its last token was ever seen."""
-        for length in range(min(len(self._contexts), len(context)), 0, -1):
-            number = 0
-            for token in context[-length:]:
-                number = number * self.vocabulary_size + token
-            known = self._contexts[length - 1]
-            place = int(known.searchsorted(number))
-            if place < len(known) and known[place] == number:
-                return int(self._tokens[length - 1][place])
+        step = next(self.steps(context, 1), None)
+        return None if step is None else int(step.token)
+
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        """Follow the table for up to `count` tokens, until it knows no continuation."""
+        recent = context[-self.longest_context :]
+        number = 0
+        for token in recent:
+            number = number * self.vocabulary_size + token
+        length = len(recent)
+        for _ in range(count):
+            found = self._look_up(number, length)
+            if found is None:
+                return
+            token, matched = found
+            yield OneHotStep(token, matched / self.longest_context)
+            length = min(length + 1, self.longest_context)
+            number = number % self._powers[self.longest_context - 1] * self.vocabulary_size + token
+
+    def _look_up(self, number: int, length: int) -> tuple[int, int] | None:
+        """The likeliest token after the context of so many tokens that a number stands for, and how many decided."""
+        for matched in range(length, 0, -1):
+            known = self._contexts[matched - 1]
+            ending = number % self._powers[matched]
+            place = int(known.searchsorted(ending))
+            if place < len(known) and known.item(place) == ending:
+                return self._tokens[matched - 1].item(place), matched
         return None
 
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
     ) -> DraftSession:
         """Begin a text. The table has no memory of one, so nothing is read."""
-        return _NGramSession(self, device)
+        return _NGramSession(self)
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors; a reader never sees half of one."""
@@ -146,18 +175,12 @@ class NGramDrafter:
 
 
 class _NGramSession:
-    def __init__(self, table: NGramDrafter, device: torch.device) -> None:
+    def __init__(self, table: NGramDrafter) -> None:
         self._table = table
-        self._device = device
 
-    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
-        """Follow the table from the last tokens, until it knows no continuation."""
-        recent = list(context[-self._table.longest_context :])
-        drafted: list[int] = []
-        while len(drafted) < count and (token := self._table.next_token(recent)) is not None:
-            drafted.append(token)
-            recent.append(token)
-        return Proposal(torch.tensor(drafted, dtype=torch.int64, device=self._device))
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        """Follow the table from the last tokens."""
+        return self._table.steps(context, count)
 
     def truncate(self, length: int) -> None:
         """Nothing to forget."""

@@ -6,11 +6,12 @@ and pays where the output repeats its input, as in summaries, edits and code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 
-from .drafters import DraftSession, Proposal
+from .drafters import DraftSession, DraftStep, OneHotStep
 from .sampling import Sampling
 
 
@@ -36,30 +37,27 @@ class PromptLookupDrafter:
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
     ) -> DraftSession:
         """Begin a text; its index grows as the text does."""
-        return _PromptLookupSession(self.longest, device)
+        return _PromptLookupSession(self.longest)
 
 
 class _PromptLookupSession:
-    def __init__(self, longest: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, longest: int) -> None:
         # For each length the position after the latest occurrence of every run of that many tokens.
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
         self._indexed = 0
 
-    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
         """The tokens that followed the longest match, none where nothing matches."""
         # The run that ends the text is what we look up: it is indexed only once something follows it.
         for end in range(self._indexed + 1, len(context)):
             for length, after in enumerate(self._after[:end], start=1):
                 after[tuple(context[end - length : end])] = end
         self._indexed = max(self._indexed, len(context) - 1)
-        found: Sequence[int] = ()
         for length in range(min(len(self._after), len(context)), 0, -1):
             start = self._after[length - 1].get(tuple(context[-length:]))
             if start is not None:
-                found = context[start : start + count]
-                break
-        return Proposal(torch.tensor(found, dtype=torch.int64, device=self._device))
+                return map(OneHotStep, context[start : start + count], repeat(length / len(self._after)))
+        return iter(())
 
     def truncate(self, length: int) -> None:
         """Nothing to forget: only emitted tokens are indexed, and those stay."""

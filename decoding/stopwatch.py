@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .decoder import synchronise
-from .drafters import Drafter, DraftSession, Proposal
+from .drafters import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
 from .sampling import Sampling
 
 
@@ -45,17 +45,17 @@ class _StopwatchSession:
         self._inner = inner
         self._device = device
 
-    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
         count = min(count, self._watch.length)
         started = time.perf_counter()
-        proposal = self._inner.propose(context, count)
+        steps = list(self._inner.steps(context, count))
+        Proposal.of(steps, self._device)  # the decoder does it again, off this clock: it belongs to a draft's time
         synchronise(self._device)
         self._watch.seconds = time.perf_counter() - started
-        self._watch.found = proposal.tokens.shape[0]
-        missing = count - self._watch.found
-        if missing and proposal.logits is None:
-            return Proposal(torch.cat([proposal.tokens, proposal.tokens.new_zeros(missing)]))
-        return proposal
+        self._watch.found = len(steps)
+        if not steps or steps[0].logits is None:
+            steps += [OneHotStep(0)] * (count - len(steps))
+        return iter(steps)
 
     def truncate(self, length: int) -> None:
         self._inner.truncate(length)

@@ -32,7 +32,7 @@ class ThresholdSession(SpeculativeSession):
         assert isinstance(self.decoder, ThresholdDecoder)
         return self.decoder.draft_length
 
-    def _verify(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
+    def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
         p = self.sampling.probabilities(scores)
         drafted = proposal.tokens.shape[0]
         distance = self._distances(p, scores, proposal)
@@ -85,7 +85,12 @@ class ThresholdDecoder(Decoder):
         require_draft(pair, type(self).__name__)
         require_positive("draft_length", draft_length)
         self.draft_length = draft_length
-        self.knobs = (
-            Knob("fallback", 0.0, 1.0, 0.5, doc="largest distance at which a draft token is kept outright"),
-            Knob("rollback", 1.0, draft_length, 1.0, doc="draft tokens that a rejection takes back"),
-        )
+        self.knobs = threshold_knobs(draft_length)
+
+
+def threshold_knobs(draft_length: int) -> tuple[Knob, ...]:
+    """The knobs of a `ThresholdDecoder`; `draft_length` as there."""
+    return (
+        Knob("fallback", 0.0, 1.0, 0.5, doc="largest distance at which a draft token is kept outright"),
+        Knob("rollback", 1.0, draft_length, 1.0, doc="draft tokens that a rejection takes back"),
+    )

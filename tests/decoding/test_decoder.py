@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,12 @@ from specgym.decoding import (
     Pair,
     PromptError,
     PromptLookupDrafter,
-    Proposal,
     Sampling,
     SpeculativeDecoder,
     ThresholdDecoder,
     VocabularyMismatchError,
 )
+from specgym.decoding.drafters import DraftStep, OneHotStep
 
 VOCABULARY = 8
 MakeTable = Callable[..., LanguageModel]
@@ -59,8 +59,8 @@ class ScriptedDrafter:
     def start(self, prompt: Sequence[int], *others: object) -> ScriptedDrafter:
         return self
 
-    def propose(self, context: Sequence[int], count: int, stop_below: float = 0.0) -> Proposal:
-        return Proposal(torch.tensor(self.tokens[:count], dtype=torch.int64))
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        return map(OneHotStep, self.tokens[:count])
 
     def truncate(self, length: int) -> None:
         self.truncated.append(length)

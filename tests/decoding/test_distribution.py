@@ -29,6 +29,7 @@ from specgym.decoding.pairs import Pair
 from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.sampling import Sampling
 from specgym.decoding.speculative import SpeculativeDecoder
+from specgym.decoding.stopping import ConfidenceBelow, EntropyAbove, ProductBelow, StopRule
 from specgym.decoding.threshold import ThresholdDecoder
 
 PROMPT = (1, 0, 1)
@@ -203,6 +204,33 @@ def test_speculative_sampling_is_exact_for_longer_drafts(
         expected = exact_joint(target, Sampling(), 3)
         joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, {"draft_length": draft_length}, ahead=2)
         assert distance(joint, expected) < 1e-5
+
+
+RULES: dict[str, tuple[StopRule, ...]] = {
+    "model": (ConfidenceBelow(0.6), EntropyAbove(0.6), ProductBelow(0.2)),
+    "prompt-lookup": (ConfidenceBelow(0.6), ProductBelow(0.6)),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_speculative_sampling_is_exact_whatever_rule_ends_the_drafts(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str
+) -> None:
+    target = make_table(2, seed=1, spread=1.2)
+    expected = exact_joint(target, Sampling(), 3)
+    for rule in RULES[kind]:
+        decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)), max_draft_length=4, stop=rule)
+        joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, ahead=2)
+        assert distance(joint, expected) < 1e-5
+        lengths = [
+            [
+                cycle.drafted
+                for seed in range(20)
+                for cycle in each.generate(PROMPT, max_new_tokens=12, sampling=Sampling(), seed=seed).rounds
+            ]
+            for each in (decoder, SpeculativeDecoder(decoder.pair, max_draft_length=4))
+        ]
+        assert lengths[0] != lengths[1]  # the rule had its say
 
 
 def test_autoregressive_sampling_is_exact(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,29 +13,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from specgym.decoding.autoregressive import AutoregressiveDecoder
-from specgym.decoding.drafters import ModelDrafter, Proposal
+from specgym.decoding.drafters import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal, propose
 from specgym.decoding.models import LanguageModel
 from specgym.decoding.ngram import NGramDrafter
-from specgym.decoding.pairs import Pair
 from specgym.decoding.prompt_lookup import PromptLookupDrafter
 from specgym.decoding.sampling import Sampling
-from specgym.decoding.speculative import SpeculativeDecoder
+from specgym.decoding.stopwatch import StopwatchDrafter
 
 CPU = torch.device("cpu")
+GREEDY = Sampling(0.0)
 
 
-def propose(drafter: ModelDrafter | NGramDrafter | PromptLookupDrafter, text: list[int], count: int) -> list[int]:
-    session = drafter.start(text, Sampling(0.0), torch.Generator(), CPU)
-    return session.propose(text, count).tokens.tolist()
+def steps(drafter: Drafter, text: list[int], count: int, sampling: Sampling = GREEDY) -> list[DraftStep]:
+    generator = torch.Generator().manual_seed(3)
+    return list(drafter.start(text, sampling, generator, CPU).steps(text, count))
+
+
+def drafted(drafter: Drafter, text: list[int], count: int) -> list[int]:
+    return [int(step.token) for step in steps(drafter, text, count)]
 
 
 def test_prompt_lookup_copies_what_followed_the_longest_and_latest_match() -> None:
     drafter = PromptLookupDrafter(100, longest=2)
-    assert propose(drafter, [1, 2, 3, 9, 2, 4, 1, 2], 3) == [3, 9, 2]  # two tokens match before one does
-    assert propose(drafter, [5, 7, 5, 8, 5], 2) == [8, 5]  # of equal matches the latest
-    assert propose(drafter, [1, 2, 3], 4) == []
-    assert propose(drafter, [4, 4], 5) == [4]  # a text that has just begun to repeat
+    assert drafted(drafter, [1, 2, 3, 9, 2, 4, 1, 2], 3) == [3, 9, 2]  # two tokens match before one does
+    assert drafted(drafter, [5, 7, 5, 8, 5], 2) == [8, 5]  # of equal matches the latest
+    assert drafted(drafter, [1, 2, 3], 4) == []
+    assert drafted(drafter, [4, 4], 5) == [4]  # a text that has just begun to repeat
 
 
 def test_prompt_lookup_indexes_a_growing_text_as_if_it_had_come_at_once() -> None:
@@ -41,7 +46,7 @@ def test_prompt_lookup_indexes_a_growing_text_as_if_it_had_come_at_once() -> Non
     drafter = PromptLookupDrafter(4)
     growing = drafter.start(text[:1], Sampling(0.0), torch.Generator(), CPU)
     for length in range(1, len(text) + 1):
-        assert growing.propose(text[:length], 5).tokens.tolist() == propose(drafter, text[:length], 5)
+        assert [int(step.token) for step in growing.steps(text[:length], 5)] == drafted(drafter, text[:length], 5)
 
 
 def test_prompt_lookup_needs_a_match_of_at_least_one_token() -> None:
@@ -67,8 +72,8 @@ def test_an_ngram_table_gives_a_commonest_continuation_of_the_longest_known_cont
 
 def test_an_ngram_table_backs_off_and_ends_where_it_knows_nothing() -> None:
     table = NGramDrafter.fit([[1, 2, 3, 4]], 10, order=3)
-    assert propose(table, [9, 2], 8) == [3, 4]  # (9, 2) is unknown, 2 is known; nothing follows 4
-    assert propose(table, [7], 8) == []
+    assert drafted(table, [9, 2], 8) == [3, 4]  # (9, 2) is unknown, 2 is known; nothing follows 4
+    assert drafted(table, [7], 8) == []
     assert table.next_token([]) is None
 
 
@@ -130,14 +135,14 @@ def test_a_model_drafts_what_it_would_generate(make_model: Callable[..., PreTrai
         torch.tensor([text]), attention_mask=torch.ones(1, 5), do_sample=False, max_new_tokens=6, pad_token_id=0
     )[0, 5:].tolist()
     session = ModelDrafter(LanguageModel(model)).start(text, Sampling(0.0), torch.Generator(), CPU)
-    proposal = session.propose(text, 6)
+    proposal = propose(session, text, 6)
     assert proposal.tokens.tolist() == expected
     # After a rejection it goes on from the corrected text, after a full acceptance from two unread tokens.
     session.truncate(7)
     corrected = [*text, *expected[:2], 9]
-    again: Proposal = session.propose(corrected, 3)
+    again = propose(session, corrected, 3)
     fresh = ModelDrafter(LanguageModel(model)).start(corrected, Sampling(0.0), torch.Generator(), CPU)
-    torch.testing.assert_close(again.logits, fresh.propose(corrected, 3).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again.logits, propose(fresh, corrected, 3).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sampling_model_draft_reports_the_distribution_it_drew_from(
@@ -145,39 +150,107 @@ def test_a_sampling_model_draft_reports_the_distribution_it_drew_from(
 ) -> None:
     sampling = Sampling(0.7, top_k=5)
     session = ModelDrafter(LanguageModel(make_model("gpt2"))).start([1, 2], sampling, torch.Generator(), CPU)
-    proposal = session.propose([1, 2], 4)
+    proposal = propose(session, [1, 2], 4)
     assert proposal.logits is not None
     assert proposal.probabilities is not None
     torch.testing.assert_close(proposal.probabilities, sampling.probabilities(proposal.logits))
     assert (proposal.probabilities.gather(-1, proposal.tokens.unsqueeze(-1)) > 0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_ends_after_the_first_token_it_doubts(
-    make_model: Callable[..., PreTrainedModel], temperature: float
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8), Sampling(1.3, top_k=4)])
+def test_a_model_is_as_sure_as_the_distribution_it_drew_from(
+    make_model: Callable[..., PreTrainedModel], sampling: Sampling
 ) -> None:
-    drafter = ModelDrafter(LanguageModel(make_model("llama")))
-
-    def drafted(stop_below: float) -> Proposal:
-        generator = torch.Generator().manual_seed(3)
-        return drafter.start([1, 2, 3], Sampling(temperature), generator, CPU).propose([1, 2, 3], 12, stop_below)
-
-    whole = drafted(0.0)
-    assert whole.logits is not None
-    confidence = whole.logits.softmax(-1).gather(-1, whole.tokens.unsqueeze(-1)).squeeze(-1)
-    bound = float(confidence.median()) + 1e-4
-    doubted = int((confidence < bound).nonzero()[0])
-    assert drafted(bound).tokens.tolist() == whole.tokens[: doubted + 1].tolist()
-    assert len(drafted(1.0).tokens) == 1
+    for step in steps(ModelDrafter(LanguageModel(make_model("llama"))), [1, 2, 3], 6, sampling):
+        assert step.logits is not None
+        row = step.logits.softmax(-1) if sampling.greedy else step.probabilities
+        assert row is not None
+        assert step.confidence() == pytest.approx(float(row.max()), abs=1e-6)
+        assert step.entropy() == pytest.approx(float(torch.special.entr(row.double()).sum()), abs=1e-4)
 
 
-def test_ending_drafts_early_leaves_greedy_output_as_it_is(make_model: Callable[..., PreTrainedModel]) -> None:
-    model = make_model("llama")
-    pair = Pair(model, make_model("llama", layers=1))
-    expected = AutoregressiveDecoder(pair).generate([5, 6], max_new_tokens=40)
-    decoder = SpeculativeDecoder(pair, stop_below=0.4)
-    generation = decoder.generate([5, 6], max_new_tokens=40, knobs={"draft_length": 8})
-    assert generation.tokens == expected.tokens
-    assert {cycle.drafted for cycle in generation.rounds} - {8}
-    with pytest.raises(ValueError, match="stop_below is a probability"):
-        SpeculativeDecoder(pair, stop_below=1.5)
+def test_tokens_that_cannot_follow_add_nothing_to_the_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf]])
+    assert ModelStep(torch.tensor([0]), logits).entropy() == pytest.approx(math.log(2))
+    certain = ModelStep(torch.tensor([0]), logits, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert (certain.confidence(), certain.entropy()) == (1, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_broken_model_is_sure_of_nothing(value: float) -> None:
+    for probabilities in (None, torch.full((1, 8), math.nan)):
+        step = ModelStep(torch.tensor([0]), torch.full((1, 8), value), probabilities)
+        assert (step.confidence(), step.entropy()) == (0, math.log(8))
+
+
+def test_a_one_hot_draft_is_as_sure_as_its_match_is_long() -> None:
+    lookup = PromptLookupDrafter(100, longest=2)
+    assert [step.confidence() for step in steps(lookup, [1, 2, 3, 9, 2, 4, 1, 2], 3)] == [1, 1, 1]
+    assert [step.confidence() for step in steps(lookup, [5, 7, 5, 8, 5], 2)] == [0.5, 0.5]
+    table = NGramDrafter.fit([[1, 2, 3, 4, 5]], 10, order=4)
+    shares = [step.confidence() for step in steps(table, [9, 2], 8)]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1])  # 2 alone is known, then (2, 3), then (2, 3, 4)
+    assert all(step.entropy() == 0 for step in steps(table, [9, 2], 8))
+
+
+def test_a_model_reads_no_further_than_it_is_asked(make_table: Callable[..., LanguageModel]) -> None:
+    model = make_table(8, seed=1)
+    session = ModelDrafter(model).start([1, 2, 3], Sampling(0.0), torch.Generator(), CPU)
+    reading = session._model  # type: ignore[attr-defined]
+    unfinished = session.steps([1, 2, 3], 5)
+    assert reading.length == 2
+    for number in range(1, 4):
+        next(unfinished)
+        assert reading.length == 2 + number
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_that_was_left_does_not_disturb_the_next(
+    make_table: Callable[..., LanguageModel], temperature: float
+) -> None:
+    text = [1, 2, 3]
+    for left in range(4):
+        generator = torch.Generator()
+        session = ModelDrafter(make_table(8, seed=1)).start(text, Sampling(temperature), generator, CPU)
+        list(islice(session.steps(text, 5), left))
+        generator.manual_seed(7)
+        again = propose(session, text, 5)
+        generator.manual_seed(7)
+        fresh = propose(ModelDrafter(make_table(8, seed=1)).start(text, Sampling(temperature), generator, CPU), text, 5)
+        assert again.tokens.tolist() == fresh.tokens.tolist()
+
+
+def test_a_draft_keeps_no_gradients_and_leaves_the_mode_of_whoever_asks(
+    make_model: Callable[..., PreTrainedModel],
+) -> None:
+    session = ModelDrafter(LanguageModel(make_model("llama"))).start([1, 2], Sampling(0.0), torch.Generator(), CPU)
+    for step in session.steps([1, 2], 3):
+        assert not torch.is_inference_mode_enabled()
+        assert step.logits is not None
+        assert not step.logits.requires_grad
+    with torch.inference_mode():
+        next(session.steps([1, 2], 3))
+        assert torch.is_inference_mode_enabled()
+
+
+def test_steps_are_put_together_in_order() -> None:
+    proposal = Proposal.of([OneHotStep(4), OneHotStep(2, 0.5)], CPU)
+    assert (proposal.tokens.tolist(), proposal.logits, proposal.probabilities) == ([4, 2], None, None)
+    assert proposal.tokens.dtype == torch.int64
+    assert Proposal.of([], CPU).tokens.shape == (0,)
+    rows = torch.arange(6.0).reshape(2, 1, 3)
+    greedy = Proposal.of([ModelStep(torch.tensor([number]), rows[number]) for number in range(2)], CPU)
+    assert greedy.tokens.tolist() == [0, 1]
+    assert torch.equal(greedy.logits, rows[:, 0])  # type: ignore[arg-type]
+    assert greedy.probabilities is None
+    sampled = Proposal.of([ModelStep(torch.tensor([number]), rows[number], rows[1 - number]) for number in (0, 1)], CPU)
+    assert torch.equal(sampled.probabilities, rows[[1, 0], 0])  # type: ignore[arg-type]
+
+
+def test_a_stopwatch_fills_up_the_drafts_of_a_table_alone(make_table: Callable[..., LanguageModel]) -> None:
+    watch = StopwatchDrafter(NGramDrafter.fit([[1, 2, 3]], 8, order=2))
+    watch.length = 5
+    assert (drafted(watch, [1], 9), watch.found) == ([2, 3, 0, 0, 0], 2)
+    watch = StopwatchDrafter(ModelDrafter(make_table(8, seed=1, context=3)))
+    watch.length = 5
+    assert (len(drafted(watch, [1, 2], 9)), watch.found) == (2, 2)

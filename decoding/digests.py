@@ -1,0 +1,33 @@
+"""Digests of models and drafts, by which a recording names what it was made with."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from .drafters import Drafter, ModelDrafter
+from .ngram import NGramDrafter
+from .prompt_lookup import PromptLookupDrafter
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights, as float32, whatever device they are on; 64 hex digits."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
+        state.update(values.contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def draft_digest(draft: Drafter) -> str:
+    """SHA-256 of what a draft's proposals depend on; of drafts from elsewhere only the name is known."""
+    if isinstance(draft, ModelDrafter):
+        return weights_digest(draft.model.model)
+    if isinstance(draft, NGramDrafter):
+        return draft.digest()
+    if isinstance(draft, PromptLookupDrafter):
+        return hashlib.sha256(f"prompt-lookup {draft.longest}".encode()).hexdigest()
+    return hashlib.sha256(draft.name.encode()).hexdigest()

@@ -1,0 +1,306 @@
+"""When to stop drafting: what is known after every drafted token, and simple rules that decide by it.
+
+Live and recorded decoding keep the same features, by the same code, and ask the same rules. A rule may look at the
+last drafted token because that token is verified whatever the rule says, so the text stays the target's.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Rows = NDArray[np.intp] | NDArray[np.bool_] | None
+"""Some of many drafts: their numbers (each once), a mask over all, or None for all."""
+
+RECENT = 0.2
+"""Weight of the newest round in the averages over rounds."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of what a rule or an agent sees; values are clipped to `low` and `high`."""
+
+    name: str
+    low: float
+    high: float
+    doc: str
+
+
+FEATURES = (
+    Feature("confidence", 0, 1, "of the last drafted token (`DraftStep.confidence`); 1 before the first"),
+    Feature("entropy", 0, 12, "in nats, of what that token was drawn from; 0 before the first"),
+    Feature("product", 0, 1, "of the confidences of this draft so far"),
+    Feature("place", 0, 32, "tokens drafted so far in this draft"),
+    Feature(
+        "recent_acceptance", 0, 1, "accepted over drafted, averaged over the text's rounds with a draft; first 0.5"
+    ),
+    Feature("mean_acceptance_length", 1, 33, "emitted tokens a round, averaged over the text's rounds; first 2"),
+    Feature("cost_ratio", 0, 4, "seconds that one more drafted token adds to a round, over those of a plain token"),
+    Feature("batch_size", 0, 10, "sequences decoded together, as the logarithm to base 2"),
+)
+"""The columns, in order. The two averages give the newest round a weight of `RECENT`, older ones ever less."""
+
+_CONFIDENCE, _ENTROPY, _PRODUCT, _PLACE, _ACCEPTANCE, _LENGTH, _COST, _BATCH = range(len(FEATURES))
+_LOW = tuple(np.float32(feature.low) for feature in FEATURES)
+_HIGH = tuple(np.float32(feature.high) for feature in FEATURES)
+_NOTHING_DRAFTED = np.array([1, 0, 1, 0], dtype=np.float32)
+_NOTHING_VERIFIED = np.array([0.5, 2], dtype=np.float32)
+
+
+class DraftTracker:
+    """The features of many drafts side by side, each of one text.
+
+    Everything is computed in float32, so that a draft has the same features alone and among thousands.
+
+    Args:
+        environments: how many drafts.
+        cost_ratio: see `FEATURES`; a number, or one a draft.
+        batch_size: sequences decoded together, at least 1; a number, or one a draft.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, environments: int, cost_ratio: ArrayLike, batch_size: ArrayLike = 1) -> None:
+        if environments < 1:
+            raise ValueError(f"environments must be at least 1, got {environments}")
+        self._features = np.empty((environments, len(FEATURES)), dtype=np.float32)
+        self.set_costs(cost_ratio, batch_size)
+        self.forget()
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """Shape (environments, 8), columns as in `FEATURES`. Updated in place: copy what is to be kept."""
+        return self._features
+
+    def set_costs(self, cost_ratio: ArrayLike, batch_size: ArrayLike, rows: Rows = None) -> None:
+        """Say on what some drafts run from now on. Arguments and errors as for the tracker."""
+        ratio, batch = np.asarray(cost_ratio, dtype=np.float64), np.asarray(batch_size, dtype=np.float64)
+        if not (np.isfinite(ratio) & (ratio >= 0)).all():
+            raise ValueError(f"cost_ratio must be finite and at least 0, got {cost_ratio!r}")
+        if not (np.isfinite(batch) & (batch >= 1)).all():
+            raise ValueError(f"batch_size must be finite and at least 1, got {batch_size!r}")
+        where = _all_or(rows)
+        self._features[where, _COST] = _clipped(ratio, _COST)
+        self._features[where, _BATCH] = _clipped(np.log2(batch), _BATCH)
+
+    def forget(self, rows: Rows = None) -> None:
+        """Begin a text: nothing was drafted or verified yet."""
+        where = _all_or(rows)
+        self._features[where, : _PLACE + 1] = _NOTHING_DRAFTED
+        self._features[where, _ACCEPTANCE : _LENGTH + 1] = _NOTHING_VERIFIED
+
+    def drafted(self, confidence: ArrayLike, entropy: ArrayLike, rows: Rows = None) -> None:
+        """One more token was drafted.
+
+        Args:
+            confidence: of the token, 0 to 1, shape (rows,) or a number.
+            entropy: of what it was drawn from, in nats, shape (rows,) or a number.
+            rows: the drafts that it concerns.
+        """
+        features, where = self._features, _all_or(rows)
+        sure = _clipped(confidence, _CONFIDENCE)
+        features[where, _CONFIDENCE] = sure
+        features[where, _ENTROPY] = _clipped(entropy, _ENTROPY)
+        features[where, _PRODUCT] *= sure
+        features[where, _PLACE] = _clipped(features[where, _PLACE] + 1, _PLACE)
+
+    def verified(self, drafted: ArrayLike, accepted: ArrayLike, emitted: ArrayLike, rows: Rows = None) -> None:
+        """A round is over, and a new draft begins. A round without drafted tokens says nothing about acceptance.
+
+        Args:
+            drafted: draft tokens that were verified, 0 or more, shape (rows,) or a number.
+            accepted: those among them that were kept.
+            emitted: tokens that the round emitted.
+            rows: the drafts that it concerns.
+        """
+        features, where = self._features, _all_or(rows)
+        tried = np.asarray(drafted, dtype=np.float32)
+        share = _clipped(np.asarray(accepted, dtype=np.float32) / np.maximum(tried, np.float32(1)), _ACCEPTANCE)
+        before = features[where, _ACCEPTANCE]
+        features[where, _ACCEPTANCE] = before + np.float32(RECENT) * (tried > 0) * (share - before)
+        before = features[where, _LENGTH]
+        features[where, _LENGTH] = before + np.float32(RECENT) * (_clipped(emitted, _LENGTH) - before)
+        features[where, : _PLACE + 1] = _NOTHING_DRAFTED
+
+
+def _all_or(rows: Rows) -> NDArray[np.intp] | NDArray[np.bool_] | slice:
+    return slice(None) if rows is None else rows
+
+
+def _clipped(values: ArrayLike, column: int) -> NDArray[np.float32]:
+    return np.minimum(np.maximum(np.asarray(values, dtype=np.float32), _LOW[column]), _HIGH[column])
+
+
+class StopRule(ABC):
+    """Says after every drafted token whether to stop and verify. One rule may serve many drafts side by side."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How tables call the rule, parameters included."""
+
+    @abstractmethod
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Whether to stop.
+
+        Args:
+            features: shape (environments, 8), columns as in `FEATURES`; not to be changed or kept.
+
+        Returns:
+            Shape (environments,): True to stop drafting and verify, False to draft one more token.
+        """
+
+    def start(self, environments: int, seed: int | None) -> None:  # noqa: B027 (most rules have nothing to prepare)
+        """Forget what was learned, and prepare for so many drafts; called once by the rule's owner, not at each text.
+
+        Args:
+            environments: how many drafts `features` will have.
+            seed: fixes any random choice.
+        """
+
+    def verified(  # noqa: B027 (most rules do not learn)
+        self, rows: Rows, drafted: NDArray[np.int64], emitted: NDArray[np.int64], seconds: NDArray[np.float64]
+    ) -> None:
+        """Rounds are over, for rules that learn from what they brought.
+
+        Args:
+            rows: the drafts concerned.
+            drafted: draft tokens that each round verified, shape (rows,).
+            emitted: tokens that each emitted.
+            seconds: what each took, drafting and verification.
+        """
+
+
+@dataclass(frozen=True)
+class FixedLength(StopRule):
+    """Stop after so many tokens, as in speculative sampling (Leviathan et al., arXiv 2211.17192).
+
+    Args:
+        length: tokens, 1 to 32.
+
+    Raises:
+        ValueError: the length is out of range, or not whole.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        longest = int(_HIGH[_PLACE])
+        if not (1 <= self.length <= longest and int(self.length) == self.length):
+            raise ValueError(f"length must be a whole number of tokens between 1 and {longest}, got {self.length}")
+
+    @property
+    def name(self) -> str:
+        return f"length {self.length}"
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return features[:, _PLACE] >= self.length
+
+
+@dataclass(frozen=True)
+class ConfidenceBelow(StopRule):
+    """Stop after a token of which the draft is not sure.
+
+    The dynamic rule of assisted generation in transformers, whose default is 0.4 (Mamou et al., "Dynamic Speculation
+    Lookahead Accelerates Speculative Decoding of Large Language Models", arXiv 2405.04304). It differs when sampling:
+    transformers looks at the probability of the token that was drawn, and this rule at the largest one.
+
+    Args:
+        threshold: stop where the confidence is less, 0 to 1.
+
+    Raises:
+        ValueError: the threshold is out of range.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _require_share("threshold", self.threshold)
+
+    @property
+    def name(self) -> str:
+        return f"confidence < {self.threshold:g}"
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return features[:, _CONFIDENCE] < self.threshold
+
+
+@dataclass(frozen=True)
+class EntropyAbove(StopRule):
+    """Stop after a token that was drawn from much uncertainty.
+
+    The rule of AdaEDL (Agrawal et al., arXiv 2410.18351) without its moving threshold, see `from_bound`, and of SVIP
+    (Zhang et al., arXiv 2411.18462). An entropy is 0 for one-hot drafts, which this rule therefore never stops.
+
+    Args:
+        threshold: stop where the entropy is more, in nats, at least 0.
+
+    Raises:
+        ValueError: the threshold is negative, infinite or NaN.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ValueError(f"threshold is an entropy in nats, finite and at least 0, got {self.threshold}")
+
+    @classmethod
+    def from_bound(cls, bound: float, scale: float = 0.2) -> EntropyAbove:
+        """AdaEDL's form: stop where 1 - sqrt(scale * entropy), a lower bound on the acceptance, is less than `bound`.
+
+        Args:
+            bound: a probability, 0 to 1.
+            scale: positive; the paper's experiments use 0.2.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        _require_share("bound", bound)
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        return cls((1 - bound) ** 2 / scale)
+
+    @property
+    def name(self) -> str:
+        return f"entropy > {self.threshold:g}"
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return features[:, _ENTROPY] > self.threshold
+
+
+@dataclass(frozen=True)
+class ProductBelow(StopRule):
+    """Stop where the whole draft is no longer likely to be accepted.
+
+    EAGLE-2 (Li et al., arXiv 2406.16858) takes the product of the draft's confidences for the chance that a path of
+    its tree is accepted as far as that node, and expands the nodes where it is largest; this is the same for a chain.
+
+    Args:
+        threshold: stop where the product is less, 0 to 1.
+
+    Raises:
+        ValueError: the threshold is out of range.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _require_share("threshold", self.threshold)
+
+    @property
+    def name(self) -> str:
+        return f"product < {self.threshold:g}"
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return features[:, _PRODUCT] < self.threshold
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a probability, between 0 and 1, got {value}")
