@@ -1,0 +1,251 @@
+"""Traces: what is recorded, written, read back, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from specgym.decoding import AutoregressiveDecoder, NumericalError, Pair, Sampling, ThresholdDecoder
+from specgym.envs import TokenPrompts, Workload
+from specgym.envs import record as record_module
+from specgym.envs.record import RecordSettings, record, trace_name
+from specgym.envs.traces import FORMAT, Trace, TraceError
+
+SETTINGS = RecordSettings(draft_length=4, prompts=3, tokens=20, detour_prompts=2, detour_tokens=10)
+MakeModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def work(make_model: MakeModel, make_noisy: MakeModel) -> Workload:
+    """Texts that end early at times: token 7 ends a text."""
+    target = make_model("llama", layers=1, vocabulary=40, hidden=16, context=128, eos_token_id=7)
+    pair = Pair(target, make_noisy(target, 0.5), name="toy")
+    prompts = TokenPrompts([[1, 2, 3], [4, 5], [6], [8, 9, 10, 11]], [[12, 13], [14]])
+    return Workload(pair, prompts)
+
+
+@pytest.fixture(scope="module")
+def trace_path(work: Workload, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "toy.npz"
+    record(work, "train", path, SETTINGS)
+    return path
+
+
+@pytest.fixture
+def trace(trace_path: Path) -> Trace:
+    return Trace.load(trace_path)
+
+
+def test_own_texts_are_the_targets(work: Workload, trace: Trace) -> None:
+    decoder = AutoregressiveDecoder(work.load())
+    assert trace.prompts == 3
+    for place, prompt in enumerate(work.prompt_ids("train")[:3]):
+        generation = decoder.generate(prompt, max_new_tokens=20)
+        own = slice(int(trace.starts[place]), int(trace.starts[place + 1]))
+        assert trace.text[own].tolist() == generation.tokens
+        assert trace.ended[place] == (generation.finish_reason == "eos")
+        assert trace.prompt_lengths[place] == len(prompt)
+    assert trace.match[: len(trace.text)].any()
+    assert not trace.match[: len(trace.text)].all()
+
+
+def test_a_jump_leads_where_the_kept_tokens_and_the_targets_own_lead(trace: Trace) -> None:
+    text = trace.text[: int(trace.starts[1])].tolist()
+    led = 0
+    for row in range(len(text)):
+        for kept in range(int(trace.drafted[row]) + 1):
+            goal = int(trace.jump[row, kept])
+            if 0 <= goal < len(text):
+                led += 1
+                assert goal == row + kept + 1
+                assert trace.tokens[row, :kept].tolist() == text[row : row + kept]
+        run = int(trace.match[row].cumprod().sum())
+        if row + run + 1 < len(text):
+            assert trace.jump[row, run] == row + run + 1
+    assert led > 10
+
+
+def test_detours_are_the_texts_of_threshold_decoding(work: Workload, trace: Trace) -> None:
+    decoder = ThresholdDecoder(work.load(), 4)
+    assert set(trace.detour_prompts.tolist()) == {0, 1}
+    assert {tuple(knobs) for knobs in trace.detour_knobs.round(3).tolist()} == {
+        (fallback, rollback) for fallback in record_module.DETOUR_FALLBACKS for rollback in (1.0, 4.0)
+    }
+    prompts = work.prompt_ids("train")
+    strayed = False
+    for prompt, knobs, rows in zip(trace.detour_prompts, trace.detour_knobs, trace.detour_rows, strict=True):
+        generation = decoder.generate(
+            prompts[prompt],
+            max_new_tokens=10,
+            knobs={"fallback": round(knobs[0], 3), "rollback": knobs[1]},
+            seed=prompt,
+        )
+        assert (rows >= 0).sum() == len(generation.tokens)
+        own = np.arange(trace.starts[prompt], trace.starts[prompt + 1])[: len(generation.tokens)]
+        text = trace.text[own].tolist()
+        shared = next(
+            (place for place, pair in enumerate(zip(text, generation.tokens, strict=False)) if pair[0] != pair[1]),
+            len(text),
+        )
+        # Row t is about the text before token t, so the first row of a new text comes after the first new token.
+        assert rows[: min(shared + 1, len(own))].tolist() == own[: shared + 1].tolist()
+        strayed |= bool((rows >= len(trace.text)).any())
+    assert strayed
+
+
+def test_a_sampled_recording_has_no_jumps_and_other_texts_for_other_seeds(work: Workload, tmp_path: Path) -> None:
+    sampled = replace(work, sampling=Sampling(1.0), name="sampled")
+    first, again, other = (
+        record(sampled, "train", tmp_path / f"{number}.npz", replace(SETTINGS, seed=seed))
+        for number, seed in enumerate((0, 0, 1))
+    )
+    assert (first.jump == -1).all()
+    assert first.text.tolist() == again.text.tolist() != other.text.tolist()
+    assert (first.q <= first.confidence + 1e-6).all()
+    assert (first.q < first.confidence).any()
+
+
+def test_a_trace_is_read_back_as_it_was_written(trace: Trace, tmp_path: Path) -> None:
+    trace.save(tmp_path / "copy.npz")
+    copied = Trace.load(tmp_path / "copy.npz")
+    assert copied.info == trace.info
+    for entry in fields(Trace):
+        if entry.name != "info":
+            np.testing.assert_array_equal(getattr(copied, entry.name), getattr(trace, entry.name), err_msg=entry.name)
+
+
+def test_real_numbers_keep_eight_bits(trace: Trace, tmp_path: Path) -> None:
+    exact = np.random.default_rng(0).random(trace.p.shape, dtype=np.float32)
+    replace(trace, p=exact).save(tmp_path / "rounded.npz")
+    rounded = Trace.load(tmp_path / "rounded.npz").p
+    np.testing.assert_allclose(rounded, exact, rtol=2**-8, atol=1e-7)
+    assert (rounded != exact).any()
+
+
+def test_an_interrupted_recording_goes_on_where_it_stopped(
+    work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "toy.npz"
+    real, recorded = record_module._Texts.record, []
+
+    def fails_at_the_third(self: Any, prompt: Any, *arguments: Any) -> Any:
+        recorded.append(tuple(prompt))
+        if len(recorded) == 3:
+            raise NumericalError("power cut")
+        return real(self, prompt, *arguments)
+
+    monkeypatch.setattr(record_module._Texts, "record", fails_at_the_third)
+    with pytest.raises(NumericalError):
+        record(work, "train", path, SETTINGS)
+    assert not path.exists()
+    resumed = record(work, "train", path, SETTINGS)
+    assert len(recorded) == 4  # the third prompt alone was tried twice
+    assert recorded[2] == recorded[3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["toy.npz"]
+    np.testing.assert_array_equal(resumed.jump, trace.jump)
+    np.testing.assert_array_equal(resumed.distance, trace.distance)
+
+
+def test_parts_of_another_recording_are_refused(work: Workload, tmp_path: Path) -> None:
+    parts = tmp_path / "toy.npz.parts"
+    parts.mkdir()
+    (parts / "recording.json").write_text(json.dumps({"seed": 5}))
+    with pytest.raises(TraceError, match=r"toy\.npz\.parts holds parts of another recording"):
+        record(work, "train", tmp_path / "toy.npz", SETTINGS)
+
+
+def test_a_pair_without_a_draft_is_refused(work: Workload, tmp_path: Path) -> None:
+    alone = replace(work, pair=Pair(work.load().target, name="alone"), name="")
+    with pytest.raises(ValueError, match="a trace needs a draft, and pair alone has none"):
+        record(alone, "train", tmp_path / "alone.npz", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": 0}, "prompts must be at least 1"),
+        ({"draft_length": 300}, "draft_length must be at most 255"),
+        ({"detour_prompts": -1}, "must be at least 0"),
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.3, 0.9, -1])
+def test_a_truncated_file_is_refused_by_name(trace_path: Path, tmp_path: Path, kept: float) -> None:
+    whole = trace_path.read_bytes()
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(TraceError, match=r"cut\.npz is damaged, or no trace .* record it again"):
+        Trace.load(cut)
+
+
+def test_a_flipped_bit_is_noticed(trace_path: Path, tmp_path: Path) -> None:
+    damaged = bytearray(trace_path.read_bytes())
+    damaged[len(damaged) // 2] ^= 16
+    (tmp_path / "flipped.npz").write_bytes(damaged)
+    with pytest.raises(TraceError, match=r"flipped\.npz"):
+        Trace.load(tmp_path / "flipped.npz")
+
+
+def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "foreign.npz", weights=np.ones(3))
+    with pytest.raises(TraceError, match=rf"foreign\.npz is not a trace of this version \({FORMAT}\)"):
+        Trace.load(tmp_path / "foreign.npz")
+    np.savez(tmp_path / "pickled.npz", metadata=np.array([{"format": FORMAT}], dtype=object))
+    with pytest.raises(TraceError, match=r"pickled\.npz"):
+        Trace.load(tmp_path / "pickled.npz")
+    with pytest.raises(TraceError, match=r"there is no trace .*missing\.npz"):
+        Trace.load(tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("starts", lambda values: values[::-1]),
+        ("drafted", lambda values: values + 5),
+        ("distance", lambda values: values * np.nan),
+        ("jump", lambda values: values + len(values)),
+        ("p", lambda values: values[:, :-1]),
+        ("tokens", lambda values: values + 60),
+        ("detour_rows", lambda values: values + 10_000),
+    ],
+)
+def test_arrays_that_contradict_each_other_are_refused(
+    trace: Trace, tmp_path: Path, name: str, spoil: Callable[[Any], Any]
+) -> None:
+    replace(trace, **{name: spoil(getattr(trace, name))}).save(tmp_path / "spoilt.npz")
+    with pytest.raises(TraceError, match=rf"spoilt\.npz is damaged \(.*{'token' if name == 'tokens' else name}"):
+        Trace.load(tmp_path / "spoilt.npz")
+
+
+def test_the_metadata_name_what_was_recorded(work: Workload, trace: Trace) -> None:
+    info = trace.info
+    assert (info.workload, info.split, info.temperature) == ("toy/ids", "train", 0.0)
+    assert len(info.target_sha256) == len(info.draft_sha256) == len(info.prompts_sha256) == 64
+    assert info.target_sha256 != info.draft_sha256
+    assert all(value not in (None, "") for value in asdict(info).values())
+    assert trace_name("a/b+c/code@1.0", "test") == "a_b_c_code@1.0.test.npz"
+
+
+def test_the_command_records_both_splits_and_leaves_finished_traces_alone(
+    work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record_module, "workload", lambda name: work)
+    arguments = ["toy", "--out", str(tmp_path), "--draft-length", "3", "--prompts", "1", "--tokens", "4"]
+    arguments += ["--detour-prompts", "0"]
+    record_module.main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.test.npz", "toy.train.npz"]
+    assert Trace.load(tmp_path / "toy.test.npz").detour_rows.shape[0] == 0
+    assert "1 prompts" in capsys.readouterr().out
+    record_module.main(arguments)
+    assert capsys.readouterr().out.count("is there already") == 2
