@@ -133,22 +133,17 @@ class _Texts:
         part: Rows = {"text": np.array(text), "ended": np.array(text[-1] in self._eos), **rows}
         strayed, taken, knobs = [], [], []
         known = {tuple(text[:place]): place for place in range(len(text))}
-        count = len(text)
+        columns = {name: list(rows[name]) for name in _ALL_ROWS}
         for fallback, rollback in self._settings_of_detours() if detours else ():
-            other = self._detours.generate(
-                prompt,
-                max_new_tokens=self._settings.detour_tokens,
-                sampling=self._sampling,
-                seed=seed,
-                knobs={"fallback": fallback, "rollback": rollback},
-            ).tokens
+            other = self._detour(prompt, known, columns, fallback, rollback, seed)
             prefixes = [tuple(other[:place]) for place in range(len(other))]
             new = [place for place, prefix in enumerate(prefixes) if prefix not in known]
             if new:  # once a text has left the others, it is on its own
                 read = self._recorder.record(prompt, other, seed)
                 strayed.append({name: read[name][new] for name in _ALL_ROWS})
-                known |= {prefixes[place]: count + number for number, place in enumerate(new)}
-                count += len(new)
+                known |= {prefixes[place]: len(known) + number for number, place in enumerate(new)}
+                for name in _ALL_ROWS:
+                    columns[name].extend(strayed[-1][name])
             row = np.full(self._settings.detour_tokens, -1)
             row[: len(other)] = [known[prefix] for prefix in prefixes]
             taken.append(row)
@@ -159,6 +154,39 @@ class _Texts:
         part["detour_rows"] = np.array(taken, np.int64).reshape(-1, self._settings.detour_tokens)
         part["detour_knobs"] = np.array(knobs, np.float64).reshape(-1, 2)
         return part
+
+    def _detour(
+        self,
+        prompt: Sequence[int],
+        known: Mapping[tuple[int, ...], int],
+        columns: Mapping[str, Sequence[NDArray[Any]]],
+        fallback: float,
+        rollback: float,
+        seed: int,
+    ) -> list[int]:
+        """The text that two thresholds lead to: read off the rows there are, then decoded."""
+        text: list[int] = []
+        budget = self._settings.detour_tokens
+        while self._sampling.greedy and len(text) < budget and tuple(text) in known:
+            tokens, successor, drafted, match, distance = (columns[name][known[tuple(text)]] for name in _ALL_ROWS)
+            count = min(int(drafted), budget - len(text) - 1)
+            passes = match[:count] | (distance[:count] <= fallback)
+            agreed = int(passes.cumprod().sum())
+            kept = agreed if agreed == count else max(agreed + 1 - int(rollback), 0)
+            for token in (*tokens[:kept].tolist(), int(successor[kept])):
+                text.append(token)
+                if token in self._eos:
+                    return text
+        if len(text) < budget:
+            rest = self._detours.generate(
+                [*prompt, *text],
+                max_new_tokens=budget - len(text),
+                sampling=self._sampling,
+                seed=seed,
+                knobs={"fallback": fallback, "rollback": rollback},
+            )
+            text += rest.tokens
+        return text
 
     def _jumps(self, known: Mapping[tuple[int, ...], int], part: Rows) -> NDArray[np.int64]:
         """For every row of a prompt, the row after k kept tokens and the target's own."""

@@ -1,0 +1,155 @@
+"""How far replayed threshold decoding is from live decoding, over a grid of thresholds.
+
+    python -m benchmarks.replay_agreement                                   # every shipped pair, about 15 minutes
+    python -m benchmarks.replay_agreement --workloads tiny/prose tiny/code
+
+None of the grid's fallbacks is one at which detours are recorded, and of its rollbacks only 1 is. Live decoding and
+replay get the same prompts and are charged by the same latency profile. *Own text only* is replay without detours: it
+goes on in the target's own text, whatever was kept.
+
+The claims to check: rank correlation of ms/token at least 0.9, mean absolute error of the acceptance rate at most 0.03.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from specgym.decoding.files import write_json
+from specgym.decoding.latency import LatencyProfile
+from specgym.decoding.latency_measure import measured
+from specgym.decoding.threshold import ThresholdDecoder
+from specgym.envs.measuring import decode_prompts, summarise
+from specgym.envs.replay import Replay
+from specgym.envs.replay_table import ReplayTable
+from specgym.envs.shipped_traces import find_trace
+from specgym.envs.traces import Trace
+from specgym.envs.workloads import workload
+
+PAIRS = ("tiny", "tiny-10m-2l", "tiny-10m-xs", "tiny-10m-3m", "tiny-10m-ngram", "tiny-10m-lookup", "tiny-3m-1l",
+         "tiny-3m-ngram", "tiny-3m-lookup")  # fmt: skip
+FALLBACKS = (0.05, 0.2, 0.35, 0.45, 0.55, 0.7, 0.9)
+ROLLBACKS = (1.0, 2.0, 6.0, 10.0)
+GRID = tuple(itertools.product(FALLBACKS, ROLLBACKS))
+
+
+@dataclass
+class Settings:
+    """Compare replay with live decoding."""
+
+    workloads: tuple[str, ...] = (*(f"{pair}/prose" for pair in PAIRS), "tiny/code", "tiny/prose@1.0")
+    """Shipped workloads."""
+    prompts: int = 8
+    """Test prompts of each, at most as many as have detours."""
+    tokens: int = 32
+    """Generated for each."""
+    replays: int = 32
+    """Of each prompt and setting."""
+    live_seeds: int = 1
+    """Of each prompt and setting; sampled workloads take four times as many."""
+    threads: int = 1
+    """torch's."""
+    json: Path | None = None
+    """Where to write the figures of every setting, too."""
+
+
+def live(name: str, profile: LatencyProfile, trace: Trace, settings: Settings) -> NDArray[np.float64]:
+    """(ms/token, acceptance rate) of every setting of the grid, shape (settings, 2)."""
+    found = workload(name).with_split("test")
+    decoder = ThresholdDecoder(found.load(), trace.draft_length)
+    prompts = found.prompt_ids()[: settings.prompts]
+    seeds = settings.live_seeds * (1 if found.sampling.greedy else 4)
+    rows = []
+    for fallback, rollback in track(GRID, name):
+        knobs = {"fallback": fallback, "rollback": rollback}
+        texts = [
+            text
+            for seed in range(seeds)
+            for text in decode_prompts(decoder, knobs, prompts, settings.tokens, found.sampling, 1000 * seed)
+        ]
+        metrics = summarise(decoder, texts, profile)
+        rows.append((metrics["ms_per_token"], metrics["draft_acceptance_rate"]))
+    return np.array(rows)
+
+
+def replayed(profile: LatencyProfile, trace: Trace, settings: Settings, detours: bool) -> NDArray[np.float64]:
+    """The same by replay."""
+    table = ReplayTable([trace], detours=detours)
+    replay = Replay(table, profile.round_seconds(trace.draft_length)[None], settings.tokens)
+    prompts = np.repeat(np.arange(settings.prompts), settings.replays)
+    random = np.random.default_rng(0)
+    rows = []
+    for fallback, rollback in GRID:
+        of_each = np.ones(len(prompts))
+        sums = replay.decode_many(
+            prompts,
+            np.zeros(len(prompts), np.int64),
+            fallback * of_each,
+            rollback * of_each,
+            np.full(len(prompts), trace.draft_length),
+            random,
+        )
+        total = {key: values.sum() for key, values in sums.items()}
+        rows.append((1000 * total["seconds"] / total["tokens"], total["accepted"] / max(total["drafted"], 1)))
+    return np.array(rows)
+
+
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 0, ties share their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def agreement(real: NDArray[np.float64], other: NDArray[np.float64]) -> dict[str, float]:
+    """Rank correlation and mean relative error of ms/token, mean and greatest error of the acceptance rate."""
+    error = np.abs(real[:, 1] - other[:, 1])
+    return {
+        "rank_correlation": float(np.corrcoef(ranks(real[:, 0]), ranks(other[:, 0]))[0, 1]),
+        "ms_per_token_error": float(np.abs(other[:, 0] / real[:, 0] - 1).mean()),
+        "acceptance_error": float(error.mean()),
+        "acceptance_error_max": float(error.max()),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(settings.threads)
+    table = Table(title=f"{len(GRID)} settings, {settings.prompts} test prompts, {settings.tokens} tokens each")
+    for heading in ("workload", "rank correlation of ms/token", "error of ms/token", "error of acceptance rate",
+                    "greatest", "own text only: rank", "acceptance"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "workload" else "right")
+    report = {}
+    for name in settings.workloads:
+        trace, found = find_trace(None, name, "test")
+        profile = measured(found.load(), sampling=found.sampling)
+        real = live(name, profile, trace, settings)
+        with_detours, without = (replayed(profile, trace, settings, detours) for detours in (True, False))
+        good, plain = agreement(real, with_detours), agreement(real, without)
+        table.add_row(
+            name,
+            f"{good['rank_correlation']:.3f}",
+            f"{good['ms_per_token_error']:.1%}",
+            f"{good['acceptance_error']:.4f}",
+            f"{good['acceptance_error_max']:.3f}",
+            f"{plain['rank_correlation']:.3f}",
+            f"{plain['acceptance_error']:.4f}",
+        )
+        report[name] = {"replay": good, "own_text_only": plain, "grid": GRID, "live_values": real.tolist(),
+                        "replayed_values": with_detours.tolist()}  # fmt: skip
+        if settings.json:
+            write_json(settings.json, report)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
