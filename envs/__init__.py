@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
+    from .draft_length import DraftLengthEnv
     from .measuring import measure_setting
     from .rewards import RewardSettings
+    from .traces import Trace
     from .tuning import TuningEnv
     from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
 
 __all__ = [
     "SHIPPED_WORKLOADS",
+    "DraftLengthEnv",
     "RewardSettings",
     "TokenPrompts",
+    "Trace",
     "TuningEnv",
     "Workload",
     "measure_setting",
@@ -25,9 +29,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DraftLengthEnv": "draft_length",
     "SHIPPED_WORKLOADS": "workloads",
     "RewardSettings": "rewards",
     "TokenPrompts": "workloads",
+    "Trace": "traces",
     "TuningEnv": "tuning",
     "Workload": "workloads",
     "measure_setting": "measuring",
@@ -48,6 +54,13 @@ def register_environments() -> None:
         gymnasium.register(
             id="specgym/Thresholds-v0",
             entry_point="specgym.envs.tuning:TuningEnv",
+            vector_entry_point="specgym.envs.vector_tuning:TuningVectorEnv",
             max_episode_steps=20,
-            kwargs={"decoder": "threshold", "workload": "tiny/prose"},
+            kwargs={"decoder": "threshold"},
+        )
+    if "specgym/DraftLength-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="specgym/DraftLength-v0",
+            entry_point="specgym.envs.draft_length:DraftLengthEnv",
+            vector_entry_point="specgym.envs.vector_draft_length:DraftLengthVectorEnv",
         )

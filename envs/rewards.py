@@ -1,6 +1,7 @@
 """What a setting of the knobs is worth: speed, acceptance, staying within a range, minus straying from the target.
 
-Pure functions, the same for every decoder and for live and recorded decoding.
+Pure functions, the same for every decoder, for live and replayed decoding, and for one environment (floats) and many
+(arrays, one entry an environment).
 """
 
 from __future__ import annotations
@@ -8,11 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..decoding.decoder import Knob
 from ..decoding.errors import SpecgymError
 
 TERMS = ("speed", "acceptance", "range", "divergence")
+
+Number = TypeVar("Number", float, NDArray[np.float64])
+"""One number, or an array of them."""
 
 
 class RewardError(SpecgymError, ValueError):
@@ -67,13 +75,14 @@ class RewardSettings:
         object.__setattr__(self, "ranges", checked)  # lists, as JSON gives them, become tuples
 
 
-def closeness(value: float, low: float, high: float, falloff: float) -> float:
+def closeness(value: Number, low: float, high: float, falloff: float) -> Number:
     """1 inside [low, high]; outside it exp(-(distance / falloff)^2), smooth at the edge. In [0, 1]."""
-    distance = max(low - value, value - high, 0.0)
-    return math.exp(-((distance / falloff) ** 2))
+    distance = (low - value) * (value < low) + (value - high) * (value > high)
+    share = distance / falloff
+    return _exponential(-share * share)
 
 
-def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping[str, float]) -> float:
+def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping[str, Number]) -> Number:
     """Mean closeness of the knobs to their ranges, 0 to 1; 0 where no knob has one.
 
     Args:
@@ -86,18 +95,20 @@ def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping
         for knob in knobs
         if knob.name in settings.ranges
     ]
-    return sum(bonuses) / len(bonuses) if bonuses else 0.0
+    nothing = [0.0 * value for value in values.values()]  # an array if the values are arrays
+    total: Any = sum(bonuses or nothing)
+    return total / max(len(bonuses), 1)
 
 
 def reward_terms(
     settings: RewardSettings,
     *,
-    speedup: float,
-    acceptance_rate: float,
-    divergence: float,
+    speedup: Number,
+    acceptance_rate: Number,
+    divergence: Number,
     knobs: Sequence[Knob],
-    values: Mapping[str, float],
-) -> dict[str, float]:
+    values: Mapping[str, Number],
+) -> dict[str, Number]:
     """The weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
 
     Args:
@@ -107,6 +118,9 @@ def reward_terms(
         divergence: mean total variation from the target per token, 0 to 1; its term is at most 0.
         knobs: the decoder's.
         values: of the knobs, by name, in their own units.
+
+    Returns:
+        Floats for floats; arrays of their shape for arrays.
     """
     return {
         "speed": settings.speed_weight * speedup,
@@ -114,3 +128,8 @@ def reward_terms(
         "range": settings.range_weight * range_bonus(settings, knobs, values),
         "divergence": 0.0 - settings.divergence_weight * divergence,
     }
+
+
+def _exponential(value: Number) -> Number:
+    # NumPy's takes as long for one number as for hundreds.
+    return np.exp(value) if isinstance(value, np.ndarray) else math.exp(value)

@@ -8,25 +8,25 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 from rich.text import Text
 
-from ..decoding.decoder import Decoder, Knob, Round
-from ..decoding.latency import LatencyProfile, measured
+from ..decoding.decoder import Decoder, Knob
+from ..decoding.latency import LatencyProfile
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
-from .knobs import build_decoder, checked_values, default_scales, env_ranges
-from .measuring import decode_prompts, summarise
-from .rendering import print_step, render_step, shows_colour, to_ansi
+from .knob_moves import KnobMoves, prompt_orders
+from .knobs import checked_values
+from .rendering import print_step, shows_colour, to_ansi
 from .rewards import TERMS, RewardSettings, reward_terms
+from .sources import LiveSource, ReplaySource, Source
+from .traces import Trace
 from .workloads import Workload
-from .workloads import workload as named_workload
 
 Array = NDArray[np.float32]
-_SHOWN = ("speedup", "ms_per_token", "draft_acceptance_rate", "mean_acceptance_length", "divergence")
-_METRICS = (*_SHOWN, "tokens", "rounds", "drafted", "accepted", "seconds")
+SHOWN = ("speedup", "ms_per_token", "draft_acceptance_rate", "mean_acceptance_length", "divergence")
+METRICS = (*SHOWN, "tokens", "rounds", "drafted", "accepted", "seconds")
 _OPTIONS = ("knobs", "prompt")
 _RENDER_MODES = ("ansi", "human")
 
@@ -88,7 +88,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     ## Arguments
     Args:
         decoder: `"threshold"`, `"speculative"`, or anything that makes a decoder with knobs from a pair.
-        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`.
+        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of the trace
+            given, or `"tiny/prose"`.
         tokens_per_step: generated each step, at most (an end-of-text token ends a prompt early).
         ranges: (low, high) of knobs by name, in their own units, within what the decoder takes; by default all of
             that, but 0.05 to 0.95 for `fallback`.
@@ -96,17 +97,26 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             of its range for any other.
         reward: a `RewardSettings`, or its arguments as a mapping.
         timing: `"profile"` or `"wall"`. With the clock, steps are neither reproducible nor free of the machine's noise.
-        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once.
+        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once (for
+            which a replay, too, loads the models).
         start: `"random"` or `"default"`.
         split: `"train"` or `"test"` prompts; by default the workload's own, which is `"train"`.
         render_mode: `"ansi"` returns the last step as coloured text, `"human"` prints every step; there are no
             pictures, so `"rgb_array"` shows nothing.
-        backend: `"live"`, the only one so far.
-        draft_length: K, in tokens, for a decoder given by name.
+        backend: `"live"` runs the models. `"replay"` looks up a recorded trace, in microseconds (`specgym.envs.replay`
+            says how true it is): the decoders given by name, the prompts recorded (those with detours, for thresholds,
+            if there are any), no clock, and no text when rendering.
+        draft_length: K, in tokens, for a decoder given by name. A replay of thresholds needs the K that was recorded;
+            exact decoding takes any up to that.
+        trace: what to replay, a `Trace` or its file; by default the one that ships for the workload and split.
+        batch_size: sequences that are decoded together, all as this one, as far as the profile's time goes.
+        context: tokens of each that were read before, likewise; by default the profile's own.
 
     Raises:
-        ValueError: an argument is out of range; the message says which. Loading errors as for `load_pair` and
-            `load_prompts`.
+        ValueError: an argument is out of range; the message says which.
+        TraceError: there is no such trace, or it does not hold what is asked for; the message says how to record one.
+        LatencyProfileError: the profile does not cover the batch size and context. Loading errors as for `load_pair`
+            and `load_prompts`.
 
     ## Version history
     * v0: first version.
@@ -117,7 +127,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     def __init__(
         self,
         decoder: str | Callable[[Pair], Decoder] = "threshold",
-        workload: str | Workload = "tiny/prose",
+        workload: str | Workload | None = None,
         tokens_per_step: int = 32,
         ranges: Mapping[str, tuple[float, float]] | None = None,
         scales: Mapping[str, float] | None = None,
@@ -127,8 +137,11 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         start: Literal["random", "default"] = "random",
         split: Split | None = None,
         render_mode: Literal["ansi", "human", "rgb_array"] | None = None,
-        backend: Literal["live"] = "live",
+        backend: Literal["live", "replay"] = "live",
         draft_length: int = 16,
+        trace: Trace | str | Path | None = None,
+        batch_size: int = 1,
+        context: int | None = None,
     ) -> None:
         EzPickle.__init__(
             self,
@@ -145,77 +158,76 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             render_mode,
             backend,
             draft_length,
+            trace,
+            batch_size,
+            context,
         )
-        if backend != "live":
-            raise ValueError(f"backend must be 'live' (it runs the models; there is no other so far), got {backend!r}")
-        _one_of("timing", timing, ("profile", "wall"))
-        _one_of("start", start, ("random", "default"))
+        one_of("backend", backend, ("live", "replay"))
+        one_of("timing", timing, ("profile", "wall"))
+        one_of("start", start, ("random", "default"))
         if render_mode == "rgb_array":  # Stable-Baselines3's make_vec_env asks it of every environment
             render_mode = None
-        _one_of("render_mode", render_mode, (None, *_RENDER_MODES))
+        one_of("render_mode", render_mode, (None, *_RENDER_MODES))
         if split is not None:
-            _one_of("split", split, ("train", "test"))
-        if tokens_per_step < 1 or int(tokens_per_step) != tokens_per_step:
-            raise ValueError(f"tokens_per_step must be a whole number of at least 1, got {tokens_per_step}")
+            one_of("split", split, ("train", "test"))
+        tokens = whole_tokens(tokens_per_step)
         self.render_mode = render_mode
-        self._workload = named_workload(workload)
-        if split is not None:
-            self._workload = self._workload.with_split(split)
         self._settings = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
-        self._tokens = int(tokens_per_step)
-        self._timing = timing
         self._start = start
-        pair = self._workload.load()
-        self._decoder = build_decoder(decoder, pair, draft_length)
-        self._ranges = env_ranges(self._decoder.knobs, ranges)
-        self._scales = default_scales(self._ranges, scales)
-        self._prompts = self._workload.prompt_ids()
-        if isinstance(profile, str | Path):
-            profile = LatencyProfile.load(profile)
-        self._profile = profile or measured(pair, sampling=self._workload.sampling)
-
-        self._low = np.array([low for low, _ in self._ranges.values()])
-        self._high = np.array([high for _, high in self._ranges.values()])
-        self._step_size = np.array([self._scales[name] for name in self._ranges])
-        self.observation_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
-        self.action_space = spaces.Box(-1.0, 1.0, (len(self._ranges),), np.float32)
-
-        self._state = self._clipped(np.array([knob.default for knob in self.knobs]))
+        point = (profile, batch_size, context)
+        self._source: Source
+        if backend == "live":
+            if trace is not None:
+                raise ValueError("a trace is for backend='replay'; backend='live' runs the models")
+            wall = timing == "wall"
+            self._source = LiveSource(decoder, workload, split, tokens, draft_length, *point, wall=wall)
+        else:
+            if timing == "wall":
+                raise ValueError("timing='wall' needs backend='live'; a replay decodes nothing that a clock could time")
+            self._source = ReplaySource(decoder, workload, split, trace, tokens, draft_length, *point)
+        self._moves = KnobMoves(self._source.knobs, ranges, scales)
+        self.observation_space = self._moves.observation_space
+        self.action_space = self._moves.action_space
+        self._state = self._moves.defaults()
         self._queue: list[int] = []
-        self._fixed_prompt: tuple[int, ...] | None = None
-        self._last_prompt: Sequence[int] = ()
-        self._last_rounds: list[Round] = []
+        self._fixed_prompt: Any = None
         self._last_info: dict[str, Any] = {}
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
         """What is tuned, in the order of observations and actions."""
-        return self._decoder.knobs
+        return self._source.knobs
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Between what a knob moves here, by name, in its own units."""
-        return dict(self._ranges)
+        return dict(self._moves.ranges)
 
     @property
     def scales(self) -> dict[str, float]:
         """By how much an action of 1 moves a knob, by name, in its own units."""
-        return dict(self._scales)
+        return dict(self._moves.scales)
 
     @property
     def workload(self) -> Workload:
         """The pair, prompts and sampling that the knobs are tuned for; its split is the one in use."""
-        return self._workload
+        return self._source.workload
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder at work."""
-        return self._decoder
+        """The decoder at work.
+
+        Raises:
+            AttributeError: there is none, in a replay.
+        """
+        if not isinstance(self._source, LiveSource):
+            raise AttributeError("a replayed environment has no decoder, only its knobs; backend='live' has one")
+        return self._source.decoder
 
     @property
     def profile(self) -> LatencyProfile:
-        """What time is charged by."""
-        return self._profile
+        """What time is charged by, at the operating point."""
+        return self._source.profile
 
     @property
     def reward_settings(self) -> RewardSettings:
@@ -224,17 +236,14 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     def knob_values(self) -> dict[str, float]:
         """The knobs as the decoder gets them, by name, in their own units."""
-        return {
-            knob.name: float(round(value) if knob.integer else value)
-            for knob, value in zip(self.knobs, self._state.tolist(), strict=True)
-        }
+        return self._moves.values(self._state)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode.
 
         Args:
             seed: fixes the knobs to start from, the order of the prompts and all sampling.
-            options: `knobs`, a mapping from names to values, and `prompt`, an index, token ids or a string.
+            options: `knobs`, a mapping from names to values, and `prompt`, an index; live also token ids or a string.
 
         Raises:
             ValueError: an unknown option, a knob that does not exist or is out of range, a prompt that cannot be used.
@@ -244,20 +253,19 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(_OPTIONS)}")
-        given = checked_values(options.get("knobs") or {}, self._ranges)
-        self._fixed_prompt = None if options.get("prompt") is None else self._chosen_prompt(options["prompt"])
+        given = checked_values(options.get("knobs") or {}, self._moves.ranges)
+        prompt = options.get("prompt")
+        self._fixed_prompt = None if prompt is None else self._source.chosen(prompt)
         if seed is not None:
             self._queue = []
-        if self._start == "random":
-            drawn = self.np_random.uniform(self._low, self._high)
-        else:
-            drawn = np.array([knob.default for knob in self.knobs])
-        state = dict(zip(self._ranges, drawn.tolist(), strict=True)) | given
-        self._state = self._clipped(np.array([state[name] for name in self._ranges]))
-        self._last_rounds, self._last_info = [], {}
+        self._state = self._moves.drawn(self.np_random) if self._start == "random" else self._moves.defaults()
+        for place, name in enumerate(self._moves.ranges):
+            self._state[place] = given.get(name, self._state[place])
+        self._last_info = {}
+        self._source.forget()
         if self.render_mode == "human":
             self._print()
-        return self._observation(), {"workload": self._workload.name, **self._knob_info()}
+        return self._observation(), {"workload": self.workload.name, **self._knob_info(self.knob_values())}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Move the knobs, and decode the next prompt with them.
@@ -272,44 +280,33 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             ValueError: the action has another shape, or is not finite.
             NumericalError: the target gave NaN logits.
         """
-        self._state = self._clipped(self._state + self._checked_action(action) * self._step_size)
+        self._state = self._moves.moved(self._state, action)
         values = self.knob_values()
-        prompt = self._next_prompt()
-        seed = int(self.np_random.integers(2**31))
-        generations = decode_prompts(self._decoder, values, [prompt], self._tokens, self._workload.sampling, seed)
-        metrics = summarise(self._decoder, generations, self._profile)
-        if self._timing == "wall":
-            metrics |= _by_the_clock(metrics, self._profile)
+        found = self._source.decode(values, self._next_prompt(), self.np_random)
         terms = reward_terms(
             self._settings,
-            speedup=metrics["speedup"],
-            acceptance_rate=metrics["draft_acceptance_rate"],
-            divergence=metrics["divergence"],
+            speedup=found["speedup"],
+            acceptance_rate=found["draft_acceptance_rate"],
+            divergence=found["divergence"],
             knobs=self.knobs,
             values=values,
         )
-        info: dict[str, Any] = {name: float(metrics[name]) for name in _METRICS}
-        info |= {"workload": self._workload.name, **self._knob_info()}
-        info |= {f"reward/{term}": float(terms[term]) for term in TERMS}
-        self._last_prompt, self._last_rounds, self._last_info = prompt, generations[0].rounds, info
+        info: dict[str, Any] = {name: found[name] for name in METRICS}
+        info["workload"] = self.workload.name
+        info |= self._knob_info(values)
+        info |= {f"reward/{term}": terms[term] for term in TERMS}
+        self._last_info = info
         if self.render_mode == "human":
             self._print()
-        return self._observation(), float(sum(terms.values())), False, False, dict(info)
+        return self._observation(), sum(terms.values()), False, False, dict(info)
 
     def render(self) -> str | None:
         """The last step as text with ANSI colours; None in human mode, which has printed it already."""
         return to_ansi(self._text()) if self.render_mode == "ansi" else None
 
     def _text(self, marks: bool = False) -> Text:
-        return render_step(
-            self._decoder.pair,
-            self._last_prompt,
-            self._last_rounds,
-            title=self._workload.name,
-            knobs=self.knob_values(),
-            metrics={name: self._last_info[name] for name in _SHOWN} if self._last_info else {},
-            marks=marks,
-        )
+        shown = {name: self._last_info[name] for name in SHOWN} if self._last_info else {}
+        return self._source.render(self.knob_values(), shown, marks)
 
     def _print(self) -> None:
         print_step(self._text(marks=not shows_colour()))
@@ -317,51 +314,25 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     def _observation(self) -> Array:
         return self._state.astype(np.float32)
 
-    def _knob_info(self) -> dict[str, float]:
-        return {f"knobs/{name}": value for name, value in self.knob_values().items()}
+    def _knob_info(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {f"knobs/{name}": value for name, value in values.items()}
 
-    def _clipped(self, state: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.clip(state, self._low, self._high)
-
-    def _checked_action(self, action: Array) -> NDArray[np.float64]:
-        moves = np.asarray(action, dtype=np.float64)
-        if moves.shape != self.action_space.shape:
-            raise ValueError(f"an action has shape {self.action_space.shape}, one number a knob, got {moves.shape}")
-        for name, move in zip(self._ranges, moves.tolist(), strict=True):
-            if not np.isfinite(move):
-                raise ValueError(f"the action for knob {name} is {move}; actions must be finite numbers in [-1, 1]")
-        return np.clip(moves, -1.0, 1.0)
-
-    def _next_prompt(self) -> Sequence[int]:
+    def _next_prompt(self) -> Any:
         if self._fixed_prompt is not None:
             return self._fixed_prompt
         if not self._queue:
-            self._queue = self.np_random.permutation(len(self._prompts)).tolist()
-        return self._prompts[self._queue.pop(0)]
-
-    def _chosen_prompt(self, prompt: int | str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, int | np.integer):
-            if not 0 <= prompt < len(self._prompts):
-                raise ValueError(
-                    f"reset option prompt={prompt}: {self._workload} has {self._workload.split} prompts 0 to "
-                    f"{len(self._prompts) - 1}"
-                )
-            return self._prompts[prompt]
-        try:
-            return tuple(self._decoder.check_prompt(prompt))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
+            self._queue = prompt_orders(self.np_random, 1, len(self._source.prompts))[0].tolist()
+        return self._source.prompts[self._queue.pop(0)]
 
 
-def _one_of(name: str, value: object, choices: Sequence[object]) -> None:
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError, naming the argument, unless its value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _by_the_clock(metrics: Mapping[str, float], profile: LatencyProfile) -> dict[str, float]:
-    """Charged time replaced by the clock's; plain decoding is not run beside, its time stays the profile's."""
-    return {
-        "ms_per_token": metrics["wall_ms_per_token"],
-        "seconds": metrics["wall_seconds"],
-        "speedup": 1000 * profile.autoregressive_seconds / metrics["wall_ms_per_token"],
-    }
+def whole_tokens(tokens: float) -> int:
+    """The argument `tokens_per_step`; raises ValueError unless it is a whole number of at least 1."""
+    if tokens < 1 or int(tokens) != tokens:
+        raise ValueError(f"tokens_per_step must be a whole number of at least 1, got {tokens}")
+    return int(tokens)

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.pairs import Pair
 from specgym.envs import TokenPrompts, Workload
+from specgym.envs.record import RecordSettings, record
+from specgym.envs.traces import Trace
 
 VOCABULARY = 64
 DRAFT_LENGTH = 4
+PROMPTS = TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], [[11, 12], [13]])
 
 MakeEnv = Callable[..., gymnasium.Env]
 
@@ -48,7 +51,14 @@ def speaking_pair(pair: Pair) -> Pair:
 
 @pytest.fixture
 def toy_workload(pair: Pair) -> Workload:
-    return Workload(pair, TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], [[11, 12], [13]]))
+    return Workload(pair, PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def toy_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """What `toy_workload` does on its training prompts; the first three have detours."""
+    settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=3, detour_tokens=12)
+    return record(Workload(pair, PROMPTS), "train", tmp_path_factory.mktemp("toy") / "toy.npz", settings)
 
 
 @pytest.fixture

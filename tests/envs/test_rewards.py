@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,3 +95,44 @@ def test_ranges_may_come_as_lists_from_a_file() -> None:
 def test_senseless_settings_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         RewardSettings(**arguments)
+
+
+@given(
+    speedups=st.lists(positive, min_size=1, max_size=5),
+    acceptance=fractions,
+    divergence=fractions,
+    fallback=fractions,
+    rollback=st.floats(1, 16),
+)
+def test_arrays_give_what_their_numbers_give(
+    speedups: list[float], acceptance: float, divergence: float, fallback: float, rollback: float
+) -> None:
+    settings = RewardSettings(divergence_weight=3.0)
+    many = reward_terms(
+        settings,
+        speedup=np.array(speedups),
+        acceptance_rate=np.full(len(speedups), acceptance),
+        divergence=np.full(len(speedups), divergence),
+        knobs=KNOBS,
+        values={"fallback": np.full(len(speedups), fallback), "rollback": np.full(len(speedups), rollback)},
+    )
+    for place, speedup in enumerate(speedups):
+        one = reward_terms(
+            settings,
+            speedup=speedup,
+            acceptance_rate=acceptance,
+            divergence=divergence,
+            knobs=KNOBS,
+            values={"fallback": fallback, "rollback": rollback},
+        )
+        assert all(type(term) is float for term in one.values())
+        assert {name: term[place] for name, term in many.items()} == pytest.approx(one)
+
+
+def test_a_decoder_without_knobs_earns_no_bonus() -> None:
+    assert range_bonus(RewardSettings(), (), {}) == 0
+
+
+def test_without_ranges_arrays_earn_an_array_of_no_bonus() -> None:
+    values = {"fallback": np.array([0.1, 0.5]), "rollback": np.array([1.0, 8.0])}
+    assert range_bonus(RewardSettings(ranges={}), KNOBS, values).tolist() == [0, 0]

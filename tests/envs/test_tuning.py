@@ -29,7 +29,7 @@ from specgym.envs import (
     Workload,
     measure_setting,
     register_environments,
-    tuning,
+    sources,
 )
 from specgym.envs.measuring import summarise
 
@@ -48,13 +48,13 @@ def rollout(env: gymnasium.Env, seed: int, steps: int = 5) -> list[Any]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What every step of an environment decodes."""
     calls: list[dict[str, Any]] = []
-    real = tuning.decode_prompts
+    real = sources.decode_prompts
 
     def spy(decoder: Any, knobs: Any, prompts: Any, tokens: Any, sampling: Any, seed: Any) -> Any:
         calls.append({"knobs": knobs, "prompt": tuple(prompts[0]), "tokens": tokens, "seed": seed})
         return real(decoder, knobs, prompts, tokens, sampling, seed)
 
-    monkeypatch.setattr(tuning, "decode_prompts", spy)
+    monkeypatch.setattr(sources, "decode_prompts", spy)
     return calls
 
 
@@ -333,7 +333,9 @@ def test_an_action_of_another_shape_is_refused(make_env: MakeEnv) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "replay"}, "backend must be 'live'"),
+        ({"backend": "recorded"}, "backend must be one of 'live', 'replay', got 'recorded'"),
+        ({"trace": "some.npz"}, "a trace is for backend='replay'"),
+        ({"batch_size": 8}, "covers batch size 1"),
         ({"timing": "cpu"}, "timing must be one of 'profile', 'wall', got 'cpu'"),
         ({"start": "best"}, "start must be one of 'random', 'default', got 'best'"),
         ({"split": "dev"}, "split must be one of 'train', 'test', got 'dev'"),

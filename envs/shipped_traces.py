@@ -1,0 +1,80 @@
+"""Finding the trace of a workload: one that is given, in memory or as a file, or one that ships with the package."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from ..decoding.prompts import Split
+from .traces import Trace, TraceError
+from .workloads import Workload, workload
+
+TRACES = Path(__file__).parent / "data" / "traces"
+"""The folder of the traces that ship with the package."""
+DEFAULT_WORKLOAD = "tiny/prose"
+
+
+def find_trace(
+    given: Trace | str | Path | None, wanted: str | Workload | None, split: Split | None = None
+) -> tuple[Trace, Workload]:
+    """The trace of a workload, and the workload. No model is loaded.
+
+    Args:
+        given: a trace, or its file; None for the one that ships with the package.
+        wanted: a workload or its name; None for the one the trace was recorded from, or `DEFAULT_WORKLOAD`.
+        split: whose prompts; None for those of the trace that is given, or else the workload's own.
+
+    Raises:
+        TraceError: there is no such trace, its file is damaged, or it is of another workload or split than asked for;
+            the message says how to record one.
+        WorkloadError: the workload's name is not known.
+    """
+    if given is None:
+        named = workload(wanted or DEFAULT_WORKLOAD)
+        named = named if split is None else named.with_split(split)
+        return shipped_trace(named.name, named.split), named
+    trace = given if isinstance(given, Trace) else _loaded(Path(given).resolve())
+    info = trace.info
+    named = recorded_workload(trace) if wanted is None else workload(wanted)
+    if named.name != info.workload:
+        raise TraceError(
+            f"the trace given was recorded from {info.workload}, and the workload asked for is {named.name}; leave the "
+            f"workload out, or record its trace: {record_command(named.name)}"
+        )
+    if split not in (None, info.split):
+        raise TraceError(f"the trace given has the {info.split} prompts of {info.workload}, not the {split} prompts")
+    return trace, named.with_split("train" if info.split == "train" else "test")
+
+
+def shipped_trace(name: str, split: str) -> Trace:
+    """The trace of a workload's prompts that ships with the package; read once a process.
+
+    Raises:
+        TraceError: none is shipped for that workload; the message says which there are and how to record one.
+    """
+    from .record import trace_name  # it imports all that recording needs
+
+    path = TRACES / trace_name(name, split)
+    if not path.is_file():
+        there = ", ".join(sorted(file.name.removesuffix(".npz") for file in TRACES.glob("*.npz"))) or "none"
+        raise TraceError(
+            f"no trace of {name} ({split} prompts) ships with specgym (shipped: {there}); record one with "
+            f"{record_command(name)}, and give its file as trace="
+        )
+    return _loaded(path)
+
+
+def record_command(name: str) -> str:
+    """The command that records the traces of a workload; a pair that is in memory alone has no name to give to it."""
+    return f"`python -m specgym.envs.record '{name}' --out traces` (specgym.envs.record.record for a pair in memory)"
+
+
+def recorded_workload(trace: Trace) -> Workload:
+    """The workload that a trace was recorded from, by its name alone; loading it needs the pair to be known."""
+    pair, _, prompts = trace.info.workload.partition("@")[0].rpartition("/")
+    return Workload(pair, prompts, trace.info.sampling, name=trace.info.workload)
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(path: Path) -> Trace:
+    return Trace.load(path)

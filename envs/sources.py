@@ -1,0 +1,254 @@
+"""Where an environment's decoding comes from: the models, live, or a recorded trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.text import Text
+
+from ..decoding.decoder import Decoder, Knob, Round
+from ..decoding.latency import LatencyProfile
+from ..decoding.pairs import Pair
+from ..decoding.prompts import Split
+from ..decoding.speculative import require_positive, speculative_knobs
+from ..decoding.threshold import threshold_knobs
+from .knobs import build_decoder
+from .measuring import decode_prompts, metrics, operating_profile, summarise
+from .rendering import render_step
+from .replay import LOSSLESS, Replay
+from .replay_table import ReplayTable
+from .shipped_traces import DEFAULT_WORKLOAD, find_trace, record_command
+from .traces import Trace, TraceError
+from .workloads import Workload
+from .workloads import workload as named_workload
+
+_KNOBS: dict[str, Callable[[int], tuple[Knob, ...]]] = {"threshold": threshold_knobs, "speculative": speculative_knobs}
+
+
+class Source(Protocol):
+    """Decodes a workload's prompts with given knobs."""
+
+    workload: Workload
+    knobs: tuple[Knob, ...]
+    profile: LatencyProfile
+    prompts: Sequence[Any]
+    """What `decode` takes as a prompt."""
+
+    def chosen(self, prompt: object) -> Any:
+        """A prompt that a user chose, as `decode` takes it.
+
+        Raises:
+            ValueError: it cannot be used; the message says why.
+        """
+        ...
+
+    def decode(self, values: Mapping[str, float], prompt: Any, random: np.random.Generator) -> dict[str, float]:
+        """Decode a prompt with these knobs, and return what `measuring.metrics` gives."""
+        ...
+
+    def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
+        """What was decoded last, with knobs and metrics; `marks` as for `render_step`."""
+        ...
+
+    def forget(self) -> None:
+        """Show nothing of what was decoded before."""
+        ...
+
+
+class LiveSource:
+    """Runs the models.
+
+    Args:
+        decoder: a name or a callable, as `build_decoder` takes it.
+        workload: whose pair and prompts.
+        tokens: generated of each prompt, at most.
+        draft_length: K, for a decoder given by name.
+        profile: as `operating_profile` takes it, like the next two.
+        batch_size: of the operating point.
+        context: of the operating point.
+        wall: charge the clock instead of the profile.
+    """
+
+    def __init__(
+        self,
+        decoder: str | Callable[[Pair], Decoder],
+        workload: str | Workload | None,
+        split: Split | None,
+        tokens: int,
+        draft_length: int,
+        profile: LatencyProfile | str | Path | None,
+        batch_size: int,
+        context: int | None,
+        wall: bool,
+    ) -> None:
+        found = named_workload(workload or DEFAULT_WORKLOAD)
+        self.workload = found if split is None else found.with_split(split)
+        self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
+        self.knobs = self.decoder.knobs
+        self.profile = operating_profile(profile, self.workload, batch_size, context)
+        self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
+        self._tokens = tokens
+        self._wall = wall
+        self._last: tuple[Sequence[int], list[Round]] = (), []
+
+    def chosen(self, prompt: Any) -> Sequence[int]:
+        """The prompt of an index, or the token ids themselves, or of a string."""
+        if isinstance(prompt, int | np.integer):
+            if not 0 <= prompt < len(self.prompts):
+                raise ValueError(
+                    f"reset option prompt={prompt}: {self.workload} has {self.workload.split} prompts 0 to "
+                    f"{len(self.prompts) - 1}"
+                )
+            return self.prompts[int(prompt)]
+        try:
+            return tuple(self.decoder.check_prompt(prompt))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
+
+    def decode(
+        self, values: Mapping[str, float], prompt: Sequence[int], random: np.random.Generator
+    ) -> dict[str, float]:
+        """Decode token ids."""
+        seed = int(random.integers(2**31))
+        texts = decode_prompts(self.decoder, values, [prompt], self._tokens, self.workload.sampling, seed)
+        self._last = prompt, texts[0].rounds
+        found = summarise(self.decoder, texts, self.profile)
+        if self._wall:  # plain decoding is not run beside, its time stays the profile's
+            found["ms_per_token"], found["seconds"] = found["wall_ms_per_token"], found["wall_seconds"]
+            found["speedup"] = 1000 * self.profile.autoregressive_seconds / found["wall_ms_per_token"]
+        return found
+
+    def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
+        """The text in colours, knobs and metrics."""
+        prompt, rounds = self._last
+        title = self.workload.name
+        return render_step(self.decoder.pair, prompt, rounds, title=title, knobs=knobs, metrics=shown, marks=marks)
+
+    def forget(self) -> None:
+        """Forget the last text."""
+        self._last = (), []
+
+
+class ReplaySource:
+    """Looks up a trace. No model is loaded, unless the profile has to be measured.
+
+    Args:
+        decoder: `"threshold"` or `"speculative"`.
+        workload: as `find_trace` takes it, like the next two.
+        split: whose prompts.
+        trace: what was recorded.
+        tokens: as for `LiveSource`, like the rest.
+        draft_length: K.
+        profile: what time is charged by.
+        batch_size: of the operating point.
+        context: of the operating point.
+    """
+
+    def __init__(
+        self,
+        decoder: str | Callable[[Pair], Decoder],
+        workload: str | Workload | None,
+        split: Split | None,
+        trace: Trace | str | Path | None,
+        tokens: int,
+        draft_length: int,
+        profile: LatencyProfile | str | Path | None,
+        batch_size: int,
+        context: int | None,
+    ) -> None:
+        found, self.workload = find_trace(trace, workload, split)
+        self.knobs, table = prepared([found], decoder, tokens, draft_length)
+        self.profile = operating_profile(profile, self.workload, batch_size, context)
+        self.prompts: Sequence[int] = table.prompts[0].tolist()
+        self._replay = Replay(table, self.profile.round_seconds(table.draft_length)[None], tokens)
+        self._longest = draft_length
+        self._decoded = False
+
+    def chosen(self, prompt: Any) -> int:
+        """The index of a recorded prompt."""
+        return check_prompt(prompt, self.prompts, self.workload)
+
+    def decode(self, values: Mapping[str, float], prompt: int, random: np.random.Generator) -> dict[str, float]:
+        """Decode a prompt of the trace, given by its index."""
+        self._decoded = True
+        if "fallback" in values:
+            sums = self._replay.decode(prompt, values["fallback"], values["rollback"], self._longest, random)
+        else:
+            sums = self._replay.decode(prompt, LOSSLESS, 1.0, int(values["draft_length"]), random)
+        return metrics(**sums, autoregressive_seconds=self.profile.autoregressive_seconds)
+
+    def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
+        """Knobs and metrics; a trace does not hold the tokens of every text, so none is shown."""
+        text = Text()
+        text.append(f"{self.workload.name}  ", style="bold").append("replayed  ", style="dim")
+        for values in (knobs, shown if self._decoded else {}):
+            text.append("  ".join(f"{name}={value:.4g}" for name, value in values.items()) + "\n")
+        return text if self._decoded else text.append("nothing decoded yet")
+
+    def forget(self) -> None:
+        """Nothing was decoded."""
+        self._decoded = False
+
+
+def prepared(
+    traces: Sequence[Trace], decoder: str | Callable[[Pair], Decoder], tokens: int, draft_length: int
+) -> tuple[tuple[Knob, ...], ReplayTable]:
+    """The knobs of a decoder, and the table that replays it.
+
+    Args:
+        traces: one or several.
+        decoder: `"threshold"` or `"speculative"`.
+        tokens: generated of each prompt, at most.
+        draft_length: K.
+
+    Raises:
+        TraceError: a trace has shorter texts or other drafts than asked for.
+        ValueError: the decoder cannot be replayed.
+    """
+    if callable(decoder) or decoder not in _KNOBS:
+        raise ValueError(f"backend='replay' replays the decoders {', '.join(_KNOBS)} by name, not {decoder!r}")
+    require_positive("draft_length", draft_length)
+    for trace in traces:
+        _check(trace, decoder == "threshold", tokens, draft_length)
+    return _KNOBS[decoder](draft_length), ReplayTable(traces, detours=decoder == "threshold")
+
+
+def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:
+    """The index of a prompt, if the trace can replay it.
+
+    Raises:
+        ValueError: it is no index, or not one of those.
+    """
+    if not isinstance(prompt, int | np.integer):
+        raise ValueError(
+            f"reset option prompt: a trace knows its own prompts only, so backend='replay' takes an index, not a "
+            f"{type(prompt).__name__}; decode others with backend='live'"
+        )
+    if prompt not in known:
+        raise ValueError(
+            f"reset option prompt={prompt}: the trace of {workload} can replay the {workload.split} prompts "
+            f"{', '.join(map(str, known))}"
+        )
+    return int(prompt)
+
+
+def _check(trace: Trace, thresholds: bool, tokens: int, draft_length: int) -> None:
+    info = trace.info
+    name, again = f"the trace of {info.workload} ({info.split})", record_command(info.workload)
+    detours = thresholds and len(trace.detour_prompts) > 0
+    recorded = info.detour_tokens if detours else info.tokens
+    if tokens > recorded:
+        option = "--detour-tokens" if detours else "--tokens"
+        raise TraceError(
+            f"tokens_per_step is {tokens}, and {name} has texts of {recorded} tokens; ask for fewer, or record longer "
+            f"ones: {again} with {option} {tokens}"
+        )
+    # With thresholds, what follows the draft's end decides about its beginning, so shorter drafts are other drafts.
+    if draft_length > info.draft_length or (thresholds and draft_length != info.draft_length):
+        raise TraceError(
+            f"draft_length is {draft_length}, and {name} has drafts of {info.draft_length} tokens; give draft_length="
+            f"{info.draft_length}, or record others: {again} with --draft-length {draft_length}"
+        )

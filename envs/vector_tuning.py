@@ -1,0 +1,298 @@
+"""Thousands of replayed tuning environments at once, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from ..decoding.decoder import Knob
+from ..decoding.latency import LatencyProfile
+from ..decoding.prompts import Split
+from .knob_moves import KnobMoves, prompt_orders
+from .measuring import metrics, operating_profile
+from .replay import LOSSLESS, Replay
+from .rewards import TERMS, RewardSettings, reward_terms
+from .shipped_traces import find_trace
+from .sources import check_prompt, prepared
+from .traces import Trace
+from .tuning import METRICS, one_of, whole_tokens
+from .workload_shares import one_each, paired, shared_out
+from .workloads import Workload
+
+Array = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+_OPTIONS = ("knobs", "prompt")
+
+
+class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
+    """`specgym.envs.TuningEnv` with recorded traces, many times over, and of several workloads at once.
+
+    Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
+    workload, steps are the same to the last digit but for rounding. All environments run in step and are cut off after
+    `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the observation is that of the next episode, and `infos`
+    has the last one's as `final_obs` and `final_info`, in the form of `gymnasium.vector.SyncVectorEnv`.
+
+    Args:
+        num_envs: how many environments.
+        decoder: `"threshold"` or `"speculative"`.
+        workload: a name, a `Workload`, or several; by default that of the traces given, or `"tiny/prose"`.
+        weights: how many environments each workload gets, in proportion; by default as many as any other.
+        tokens_per_step: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `draft_length`, `batch_size` and
+            `context`.
+        profile: one for all workloads, or one for each; by default the pairs' own on this hardware, measured once, for
+            which the models are loaded.
+        split: whose prompts.
+        trace: one for each workload, if not those that ship with the package.
+        backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
+        max_episode_steps: length of an episode.
+
+    Attributes:
+        workload_names: of the workloads, in order.
+        workload_of: which of them each environment belongs to, shape (num_envs,), int64.
+
+    Raises:
+        ValueError: as for `TuningEnv`; or the numbers of workloads, traces, profiles and weights do not agree.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  # as gymnasium has it
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        decoder: Literal["threshold", "speculative"] = "threshold",
+        workload: str | Workload | Sequence[str | Workload] | None = None,
+        weights: Sequence[float] | None = None,
+        tokens_per_step: int = 32,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+        scales: Mapping[str, float] | None = None,
+        reward: RewardSettings | Mapping[str, Any] | None = None,
+        profile: LatencyProfile | str | Path | Sequence[LatencyProfile | str | Path] | None = None,
+        start: Literal["random", "default"] = "random",
+        split: Split | None = None,
+        backend: Literal["replay"] = "replay",
+        draft_length: int = 16,
+        trace: Trace | str | Path | Sequence[Trace | str | Path] | None = None,
+        batch_size: int = 1,
+        context: int | None = None,
+        max_episode_steps: int = 20,
+    ) -> None:
+        if backend != "replay":
+            raise ValueError(
+                f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
+                "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
+            )
+        one_of("start", start, ("random", "default"))
+        if split is not None:
+            one_of("split", split, ("train", "test"))
+        for name, number in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        tokens = whole_tokens(tokens_per_step)
+        found = [find_trace(*one, split) for one in paired(trace, workload)]
+        self.workloads = [each for _, each in found]
+        self.workload_names = [each.name for each in self.workloads]
+        self.workload_of = shared_out(num_envs, weights, len(found))
+        profiles = [
+            operating_profile(one, each, batch_size, context)
+            for one, each in zip(one_each("profiles", profile, len(found)), self.workloads, strict=True)
+        ]
+        knobs, table = prepared([each for each, _ in found], decoder, tokens, draft_length)
+        seconds = np.array([each.round_seconds(table.draft_length) for each in profiles])
+        self.num_envs = num_envs
+        self.max_episode_steps = max_episode_steps
+        self._moves = KnobMoves(knobs, ranges, scales)
+        self._settings = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
+        self._start = start
+        self._prompts = [prompts + first for prompts, first in zip(table.prompts, table.first_prompts, strict=True)]
+        self._first_prompts = table.first_prompts
+        self._members = [np.flatnonzero(self.workload_of == place) for place in range(len(found))]
+        self._names = np.array([*self.workload_names, None], object)[self.workload_of]
+        self._replay = Replay(table, seconds, tokens)
+        self._autoregressive = np.array([each.autoregressive_seconds for each in profiles])[self.workload_of]
+        self._longest = np.full(num_envs, draft_length)
+        self._lossless = np.full(num_envs, LOSSLESS), np.ones(num_envs)
+        self.single_observation_space = self._moves.observation_space
+        self.single_action_space = self._moves.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        self._state = np.tile(self._moves.defaults(), (num_envs, 1))
+        self._elapsed = 0
+        self._fixed_prompts: NDArray[np.int64] | None = None
+        self._shuffle_anew()
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """What is tuned, in the order of observations and actions."""
+        return self._moves.knobs
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Between what a knob moves here, by name, in its own units."""
+        return dict(self._moves.ranges)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """By how much an action of 1 moves a knob, by name, in its own units."""
+        return dict(self._moves.scales)
+
+    @property
+    def reward_settings(self) -> RewardSettings:
+        """Weights and ranges of the reward."""
+        return self._settings
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode of every environment.
+
+        Args:
+            seed: fixes the knobs to start from, the order of the prompts and all draws, of all environments together.
+            options: `knobs`, a mapping from names to values, each one number or an array of shape (num_envs,); and
+                `prompt`, an index or an array of them, for this episode.
+
+        Raises:
+            ValueError: an unknown option, a knob that does not exist or is out of range, a prompt that was not
+                recorded, or an array of another shape.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:
+            raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(_OPTIONS)}")
+        given = self._given_knobs(options.get("knobs") or {})
+        prompts = options.get("prompt")
+        fixed = None if prompts is None else self._given_prompts(prompts)
+        if seed is not None:
+            self._shuffle_anew()
+        self._begin()
+        self._fixed_prompts = fixed
+        for place, name in enumerate(self._moves.ranges):
+            if name in given:
+                self._state[:, place] = given[name]
+        return self._observation(), self._start_info()
+
+    def step(self, actions: Array) -> tuple[Array, NDArray[Any], Flags, Flags, dict[str, Any]]:
+        """Move the knobs of all environments, and decode each one's next prompt.
+
+        Args:
+            actions: shape (num_envs, knobs), in [-1, 1]; what is beyond is clipped.
+
+        Returns:
+            Observations, rewards, terminations (never), truncations and infos.
+
+        Raises:
+            ValueError: the actions have another shape, or one is not finite.
+        """
+        self._state = self._moves.moved(self._state, actions)
+        values = self._moves.values_of_many(self._state)
+        if "fallback" in values:
+            thresholds = values["fallback"], values["rollback"], self._longest
+        else:
+            thresholds = *self._lossless, values["draft_length"].astype(np.int64)
+        sums = self._replay.decode_many(self._next_prompts(), self.workload_of, *thresholds, self.np_random)
+        found = metrics(**sums, autoregressive_seconds=self._autoregressive)
+        terms = reward_terms(
+            self._settings,
+            speedup=found["speedup"],
+            acceptance_rate=found["draft_acceptance_rate"],
+            divergence=found["divergence"],
+            knobs=self.knobs,
+            values=values,
+        )
+        entries: dict[str, NDArray[Any]] = {name: found[name] for name in METRICS}
+        entries["workload"] = self._names.copy()
+        entries |= {f"knobs/{name}": value for name, value in values.items()}
+        entries |= {f"reward/{term}": terms[term] for term in TERMS}
+        infos = self._masked(entries)
+        self._elapsed += 1
+        ended = self._elapsed >= self.max_episode_steps
+        if ended:
+            final = np.empty(self.num_envs, object)
+            final[:] = list(self._observation())
+            every = np.ones(self.num_envs, np.bool_)
+            infos = {"final_obs": final, "_final_obs": every, "final_info": infos, "_final_info": every.copy()}
+            self._begin()
+            infos |= self._start_info()
+        never = np.zeros(self.num_envs, np.bool_)
+        reward = np.sum(list(terms.values()), axis=0)
+        return self._observation(), reward, never, np.full(self.num_envs, ended, np.bool_), infos
+
+    def _begin(self) -> None:
+        """Set all environments to the start of an episode."""
+        if self._start == "random":
+            self._state = self._moves.drawn(self.np_random, (self.num_envs,))
+        else:
+            self._state = np.tile(self._moves.defaults(), (self.num_envs, 1))
+        self._elapsed = 0
+        self._fixed_prompts = None
+
+    def _observation(self) -> Array:
+        return self._state.astype(np.float32)
+
+    def _start_info(self) -> dict[str, Any]:
+        knobs = {f"knobs/{name}": value for name, value in self._moves.values_of_many(self._state).items()}
+        return self._masked({"workload": self._names.copy(), **knobs})
+
+    def _masked(self, entries: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """With the masks that tell for which environments an entry holds: here for all, so one mask will do."""
+        mask = np.ones(self.num_envs, np.bool_)
+        infos: dict[str, Any] = {}
+        for name, entry in entries.items():
+            infos[name], infos[f"_{name}"] = entry, mask
+        return infos
+
+    def _shuffle_anew(self) -> None:
+        """Let the next step of every environment draw an order of its prompts."""
+        self._orders: list[NDArray[np.int64]] = [np.empty((len(members), 0), np.int64) for members in self._members]
+        self._next = [0] * len(self._members)
+
+    def _next_prompts(self) -> NDArray[np.int64]:
+        """The next prompt of every environment, as the table counts them."""
+        if self._fixed_prompts is not None:
+            return self._fixed_prompts
+        chosen = np.empty(self.num_envs, np.int64)
+        for place, (members, prompts) in enumerate(zip(self._members, self._prompts, strict=True)):
+            if self._next[place] >= self._orders[place].shape[1]:
+                self._orders[place] = prompts[prompt_orders(self.np_random, len(members), len(prompts))]
+                self._next[place] = 0
+            chosen[members] = self._orders[place][:, self._next[place]]
+            self._next[place] += 1
+        return chosen
+
+    def _given_knobs(self, given: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"reset option knobs must map names to values, got {given!r}")
+        found = {}
+        for name, value in given.items():
+            if name not in self.ranges:
+                raise ValueError(
+                    f"reset option knobs: there is no knob {name!r}; the decoder has: {', '.join(self.ranges)}"
+                )
+            low, high = self.ranges[name]
+            values = self._for_each(f"knobs: {name}", value, np.float64)
+            if not ((low <= values) & (values <= high)).all():
+                raise ValueError(f"reset option knobs: {name} must be between {low:g} and {high:g}, got {value!r}")
+            found[name] = values
+        return found
+
+    def _given_prompts(self, given: Any) -> NDArray[np.int64]:
+        numbers = self._for_each("prompt", given, None)
+        for prompt, place in {*zip(numbers.tolist(), self.workload_of.tolist(), strict=True)}:
+            known = (self._prompts[place] - self._first_prompts[place]).tolist()
+            check_prompt(prompt, known, self.workloads[place])
+        return numbers.astype(np.int64) + self._first_prompts[self.workload_of]
+
+    def _for_each(self, option: str, value: Any, dtype: type[np.float64] | None) -> NDArray[Any]:
+        values = np.asarray(value, dtype)
+        if values.shape not in ((), (self.num_envs,)):
+            raise ValueError(
+                f"reset option {option} takes one value, or one for each of the {self.num_envs} environments, got "
+                f"shape {values.shape}"
+            )
+        return np.broadcast_to(values, (self.num_envs,))
