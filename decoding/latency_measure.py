@@ -104,7 +104,7 @@ def measure(
         target_seconds=_medians(target),
         autoregressive_seconds=statistics.median(autoregressive),
         hardware=describe_hardware(pair),
-        sampling=_arithmetic(sampling),
+        sampling=arithmetic_of(sampling),
         batch_size=1,
         context=len(prompt),
     )
@@ -124,7 +124,7 @@ def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY) 
         ValueError: the pair has no draft.
     """
     require_draft(pair, "a latency profile")
-    arithmetic = _arithmetic(sampling)
+    arithmetic = arithmetic_of(sampling)
     plain_name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in pair.name)[-60:]
     path = cache_folder() / "latency" / f"{plain_name}-{arithmetic}-{fingerprint(pair)}.json"
     if not refresh and path in _known:
@@ -180,7 +180,8 @@ def _medians(samples: Mapping[int, list[float]]) -> dict[int, float]:
     return {tokens: statistics.median(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
 
 
-def _arithmetic(sampling: Sampling) -> str:
+def arithmetic_of(sampling: Sampling) -> str:
+    """Which sampling settings take the same time: `greedy`, or `sampled` with `-top-k` and `-top-p` where used."""
     if sampling.greedy:
         return "greedy"
     return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")

@@ -15,8 +15,9 @@ from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
 from ..decoding.stopping import FEATURES
 from .draft_sources import Counts, Drafting, LiveDrafting, ReplayedDrafting
+from .profiles import profile_of
 from .shipped_traces import DEFAULT_WORKLOAD, find_trace
-from .throughput import DraftCharges, checked_rate, linear_reward, profile_of, relative_throughput
+from .throughput import DraftCharges, checked_rate, linear_reward, relative_throughput
 from .traces import Trace
 from .workloads import Workload
 from .workloads import workload as named_workload
@@ -111,7 +112,8 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the trace holds.
         tokens: of each text, at most; in replay at most what the trace holds.
         split: `"train"` or `"test"` prompts; by default the workload's own, or the trace's.
-        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once.
+        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once, and
+            for a replay the pair's reference profile (`specgym.envs.profiles`).
         trace: a `Trace` or a file with one, for replay; by default the workload's that ships with the package.
         batch_size: sequences decoded together, all drafting as far as this one; the profile must cover it.
         context: tokens read before, for the profile; by default its own.
@@ -178,7 +180,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             if split is not None:
                 self._workload = self._workload.with_split(split)
         self._charges = DraftCharges.of(
-            profile_of(self._workload, profile),
+            profile_of(self._workload, profile, replayed=backend == "replay"),
             max_draft_length,
             batch_size=batch_size,
             context=context,

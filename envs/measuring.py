@@ -4,7 +4,6 @@ and replayed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ..decoding.autoregressive import AutoregressiveDecoder
 from ..decoding.decoder import GREEDY, Decoder, Generation
@@ -12,7 +11,6 @@ from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
 from .rewards import Number
-from .workloads import Workload
 
 
 def measure_setting(
@@ -128,24 +126,3 @@ def metrics(
         "accepted": accepted,
         "seconds": seconds,
     }
-
-
-def operating_profile(
-    profile: LatencyProfile | str | Path | None, workload: Workload, batch_size: int = 1, context: int | None = None
-) -> LatencyProfile:
-    """What time is charged by at one operating point.
-
-    Args:
-        profile: a profile, a file with one, or None to measure the workload's pair on this hardware, which loads it.
-        workload: whose pair and sampling it is.
-        batch_size: sequences decoded together.
-        context: tokens read before; by default the profile's own.
-
-    Raises:
-        LatencyProfileError: the file holds no profile, or the profile does not cover the point.
-    """
-    if isinstance(profile, str | Path):
-        profile = LatencyProfile.load(profile)
-    if profile is None:
-        profile = measured(workload.load(), sampling=workload.sampling)
-    return profile.at(batch_size=batch_size, context=context)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
+from .profiles import profile_of
 from .shipped_traces import find_trace
-from .throughput import DraftCharges, profile_of
+from .throughput import DraftCharges
 from .traces import Trace
 from .workloads import Workload
 
@@ -82,7 +83,9 @@ class OperatingPoints:
                 DraftCharges.of(
                     own, max_draft_length, batch_size=size, context=context, decision_seconds=decision_seconds
                 )
-                for own in (profile_of(one, given) for (_, one), given in zip(found, profiles, strict=True))
+                for own in (
+                    profile_of(one, given, replayed=True) for (_, one), given in zip(found, profiles, strict=True)
+                )
                 for size in sizes
             ),
         )

@@ -16,7 +16,8 @@ from ..decoding.prompts import Split
 from ..decoding.speculative import require_positive, speculative_knobs
 from ..decoding.threshold import threshold_knobs
 from .knobs import build_decoder
-from .measuring import decode_prompts, metrics, operating_profile, summarise
+from .measuring import decode_prompts, metrics, summarise
+from .profiles import profile_of
 from .rendering import render_step
 from .replay import LOSSLESS, Replay
 from .replay_table import ReplayTable
@@ -66,7 +67,7 @@ class LiveSource:
         workload: whose pair and prompts.
         tokens: generated of each prompt, at most.
         draft_length: K, for a decoder given by name.
-        profile: as `operating_profile` takes it, like the next two.
+        profile: as `profile_of` takes it.
         batch_size: of the operating point.
         context: of the operating point.
         wall: charge the clock instead of the profile.
@@ -88,7 +89,8 @@ class LiveSource:
         self.workload = found if split is None else found.with_split(split)
         self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
         self.knobs = self.decoder.knobs
-        self.profile = operating_profile(profile, self.workload, batch_size, context)
+        profile = profile_of(self.workload, profile, replayed=False)
+        self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
         self._tokens = tokens
         self._wall = wall
@@ -161,7 +163,8 @@ class ReplaySource:
     ) -> None:
         found, self.workload = find_trace(trace, workload, split)
         self.knobs, table = prepared([found], decoder, tokens, draft_length)
-        self.profile = operating_profile(profile, self.workload, batch_size, context)
+        profile = profile_of(self.workload, profile, replayed=True)
+        self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[int] = table.prompts[0].tolist()
         self._replay = Replay(table, self.profile.round_seconds(table.draft_length)[None], tokens)
         self._longest = draft_length

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.latency import LatencyProfile
-from ..decoding.latency_measure import measured
-from .workloads import Workload
 
 Array = NDArray[np.float64]
 
@@ -132,14 +129,3 @@ class Totals(NamedTuple):
     def throughput(self) -> Array:
         """Tokens over seconds, relative to plain decoding, shape (points,); 0 where no time has passed."""
         return np.divide(self.tokens, self.seconds, out=np.zeros_like(self.tokens), where=self.seconds > 0)
-
-
-def profile_of(workload: Workload, given: LatencyProfile | str | Path | None) -> LatencyProfile:
-    """A profile that is given, in memory or as a file, or else that of a workload's pair on this hardware.
-
-    Raises:
-        LatencyProfileError: the file is missing or damaged. Loading errors as for `load_pair`, where none is given.
-    """
-    if isinstance(given, str | Path):
-        return LatencyProfile.load(given)
-    return given or measured(workload.load(), sampling=workload.sampling)

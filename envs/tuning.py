@@ -97,8 +97,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             of its range for any other.
         reward: a `RewardSettings`, or its arguments as a mapping.
         timing: `"profile"` or `"wall"`. With the clock, steps are neither reproducible nor free of the machine's noise.
-        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once (for
-            which a replay, too, loads the models).
+        profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once, and
+            for a replay the pair's reference profile (`specgym.envs.profiles`).
         start: `"random"` or `"default"`.
         split: `"train"` or `"test"` prompts; by default the workload's own, which is `"train"`.
         render_mode: `"ansi"` returns the last step as coloured text, `"human"` prints every step; there are no

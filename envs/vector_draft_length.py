@@ -49,7 +49,7 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         max_draft_length: tokens that a draft may have, 1 to 32 and at most what the traces hold.
         tokens: of each text, at most what the traces hold.
         profile: a `LatencyProfile` or a file with one, for all workloads, one for each in order, or a mapping from
-            their names; by default that of each workload's pair on this hardware, for which the pair is loaded.
+            their names; by default the reference profile of each workload's pair (`specgym.envs.profiles`).
         trace: a `Trace` or a file with one, one for each workload in order, or a mapping from their names; by default
             those that ship.
         batch_size: sequences decoded together, or several such numbers; the profiles must cover them.

@@ -16,7 +16,8 @@ from ..decoding.decoder import Knob
 from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
 from .knob_moves import KnobMoves, prompt_orders
-from .measuring import metrics, operating_profile
+from .measuring import metrics
+from .profiles import profile_of
 from .replay import LOSSLESS, Replay
 from .rewards import TERMS, RewardSettings, reward_terms
 from .shipped_traces import find_trace
@@ -46,8 +47,8 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         weights: how many environments each workload gets, in proportion; by default as many as any other.
         tokens_per_step: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `draft_length`, `batch_size` and
             `context`.
-        profile: one for all workloads, or one for each; by default the pairs' own on this hardware, measured once, for
-            which the models are loaded.
+        profile: one for all workloads, or one for each; by default the pairs' reference profiles
+            (`specgym.envs.profiles`).
         split: whose prompts.
         trace: one for each workload, if not those that ship with the package.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
@@ -100,7 +101,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self.workload_names = [each.name for each in self.workloads]
         self.workload_of = shared_out(num_envs, weights, len(found))
         profiles = [
-            operating_profile(one, each, batch_size, context)
+            profile_of(each, one, replayed=True).at(batch_size=batch_size, context=context)
             for one, each in zip(one_each("profiles", profile, len(found)), self.workloads, strict=True)
         ]
         knobs, table = prepared([each for each, _ in found], decoder, tokens, draft_length)
