@@ -68,6 +68,7 @@ def make_env(
         workload=settings.workloads[place],
         draft_length=environment.draft_length,
         tokens_per_step=environment.tokens_per_step,
+        backend=environment.backend,
         timing=environment.timing,
         reward=environment.reward,
         profile=str(profile),

@@ -31,6 +31,9 @@ class EnvironmentSettings:
     """Tokens drafted every round (K), and the upper end of the rollback threshold."""
     tokens_per_step: int = 32
     """Tokens generated for one prompt in one environment step."""
+    backend: Literal["live", "replay"] = "live"
+    """Run the models, or replay the recorded traces that ship: much faster, and a little different where the learned
+    text leaves the recorded ones. The table is live in any case."""
     timing: Literal["profile", "wall"] = "profile"
     """Charge each round the time of the pair's latency profile (repeatable), or the clock's (noisy, and then all
     environments run one after another)."""
@@ -38,8 +41,11 @@ class EnvironmentSettings:
     """Weights and ranges of the reward's terms."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "draft_length", "tokens_per_step")
-        _one_of(self, "timing", ("profile", "wall"))
+        require_at_least(self, 1, "draft_length", "tokens_per_step")
+        require_one_of(self, "backend", ("live", "replay"))
+        require_one_of(self, "timing", ("profile", "wall"))
+        if self.backend == "replay" and self.timing == "wall":
+            raise SettingsError("a replay has no clock; leave out --environment.timing, or --environment.backend")
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,11 @@ class LearningSettings:
     """Largest standard deviation of the policy."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rollout_steps", "epochs")
-        _at_least(self, 2, "batch_size")
-        _within(self, 0, 1, "gamma", "gae_lambda")
-        _within(self, 0, math.inf, "entropy_coefficient")
-        _above_zero(self, "learning_rate", "clip_range", "max_grad_norm", "std_low")
+        require_at_least(self, 1, "rollout_steps", "epochs")
+        require_at_least(self, 2, "batch_size")
+        require_within(self, 0, 1, "gamma", "gae_lambda")
+        require_within(self, 0, math.inf, "entropy_coefficient")
+        require_above_zero(self, "learning_rate", "clip_range", "max_grad_norm", "std_low")
         if not self.std_low < self.std_high < math.inf:
             raise SettingsError(f"std_low must be below std_high, got {self.std_low} and {self.std_high}")
 
@@ -95,8 +101,8 @@ class EvaluationSettings:
     """Steps of an episode in those; they start from the decoder's default thresholds."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "prompts", "tokens", "episode_steps")
-        _at_least(self, 0, "during_training")
+        require_at_least(self, 1, "prompts", "tokens", "episode_steps")
+        require_at_least(self, 0, "during_training")
         if not self.seeds:
             raise SettingsError("evaluation needs at least one seed")
         if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
@@ -141,8 +147,8 @@ class TrainSettings:
         repeated = sorted({name for name in self.workloads if self.workloads.count(name) > 1})
         if repeated:
             raise SettingsError(f"workload {repeated[0]!r} is given twice; name each once")
-        _at_least(self, 1, "total_timesteps", "checkpoint_every")
-        _at_least(self, 0, "seed", "threads")
+        require_at_least(self, 1, "total_timesteps", "checkpoint_every")
+        require_at_least(self, 0, "seed", "threads")
         if self.name in (".", "..") or any(letter in self.name for letter in "/\\"):
             raise SettingsError(f"name must be a plain folder name, got {self.name!r}; --runs says where it goes")
         rollout = self.learning.rollout_steps * len(self.workloads)
@@ -185,12 +191,12 @@ def merged(saved: TrainSettings, given: TrainSettings) -> TrainSettings:
         SettingsError: a given setting contradicts the run's.
     """
     conflicts = sorted(
-        name for name, value in _flat(to_json(given)).items()
-        if value != _flat(to_json(saved)).get(name) and name != "total_timesteps"
+        name for name, value in flat(to_json(given)).items()
+        if value != flat(to_json(saved)).get(name) and name != "total_timesteps"
     )  # fmt: skip
     if conflicts:
         name = conflicts[0]
-        theirs, ours = _flat(to_json(given)).get(name), _flat(to_json(saved)).get(name)
+        theirs, ours = flat(to_json(given)).get(name), flat(to_json(saved)).get(name)
         raise SettingsError(
             f"the run was started with {name} = {ours}, and cannot go on with {theirs}. Leave the option out, or start "
             "a new run without --resume; only --total-timesteps may be raised."
@@ -267,35 +273,40 @@ def _decoded_dataclass(kind: Any, value: Any, where: str) -> Any:
     return kind(**{name: _decoded(types[name], entry, f"{where}.{name}") for name, entry in value.items()})
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """What `to_json` made of settings, by dotted names."""
     if not isinstance(value, dict):
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, entry in value.items():
-        flat |= _flat(entry, f"{prefix}.{name}" if prefix else name)
-    return flat
+        found |= flat(entry, f"{prefix}.{name}" if prefix else name)
+    return found
 
 
-def _at_least(settings: Any, least: int, *names: str) -> None:
+def require_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise SettingsError unless some settings are whole numbers of at least `least`."""
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise SettingsError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _within(settings: Any, low: float, high: float, *names: str) -> None:
+def require_within(settings: Any, low: float, high: float, *names: str) -> None:
+    """Raise SettingsError unless some settings lie between two numbers."""
     for name in names:
         value = getattr(settings, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise SettingsError(f"{name} must be between {low:g} and {high:g}, got {value}")
 
 
-def _above_zero(settings: Any, *names: str) -> None:
+def require_above_zero(settings: Any, *names: str) -> None:
+    """Raise SettingsError unless some settings are finite and positive."""
     for name in names:
         if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
             raise SettingsError(f"{name} must be a finite number above 0, got {getattr(settings, name)}")
 
 
-def _one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless a setting is one of its choices."""
     if getattr(settings, name) not in choices:
         raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}")

@@ -10,6 +10,10 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from numpy.typing import ArrayLike
+
+from specgym.decoding.latency import LatencyProfile
+from specgym.envs.traces import Trace, TraceInfo
 
 
 class FakeTuning(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -78,3 +82,73 @@ def small_workloads(
     (folder / "prompts.json").write_text(json.dumps(prompts))
     name = f"{folder / 'target'}+{folder / 'draft'}/{folder / 'prompts.json'}"
     return name, f"{name}@1.0"
+
+
+def drafted_trace(
+    matches: ArrayLike,
+    confidence: ArrayLike,
+    *,
+    prompts: int = 4,
+    temperature: float = 0.0,
+    split: str = "train",
+    workload: str = "tiny/prose",
+) -> Trace:
+    """A greedy or sampled trace that nobody recorded, whose texts are all equally long.
+
+    Args:
+        matches: which drafted token is right (greedy), or the chance that it is kept, shape (rows, K).
+        confidence: of each drafted token, of a shape that fits.
+        prompts: among which the rows are divided.
+    """
+    kept = np.asarray(matches, np.float64)
+    rows, longest = kept.shape
+    sure = np.broadcast_to(np.asarray(confidence, np.float32), kept.shape)
+    tokens = rows // prompts
+    info = TraceInfo(
+        workload, split, "t", "0", "d", "0", temperature, 0, 1.0, "0", 50, longest, tokens, 0, 0, "0", "0", "0"
+    )
+    nothing = np.zeros(kept.shape, np.float32)
+    return Trace(
+        info=info,
+        prompt_lengths=np.full(prompts, 3),
+        starts=np.arange(prompts + 1) * tokens,
+        ended=np.zeros(prompts, np.bool_),
+        text=np.zeros(rows, np.int64),
+        tokens=np.zeros(kept.shape, np.int64),
+        confidence=sure,
+        entropy=nothing,
+        q=np.ones(kept.shape, np.float32),
+        p=kept.astype(np.float32),
+        target_entropy=nothing,
+        drafted=np.full(rows, longest),
+        match=kept > 0.5,
+        distance=nothing,
+        jump=np.full((rows, longest + 1), -1),
+        detour_prompts=np.empty(0, np.int64),
+        detour_knobs=np.empty((0, 2)),
+        detour_rows=np.empty((0, 0), np.int64),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_drafted_trace() -> Callable[..., Trace]:
+    """`drafted_trace`."""
+    return drafted_trace
+
+
+@pytest.fixture(scope="session")
+def telling_trace(make_drafted_trace: Callable[..., Trace]) -> Callable[..., Trace]:
+    """Traces whose drafts know themselves: by seed and prompts. A token is right about as often as its confidence."""
+
+    def make(seed: int, prompts: int = 8, tokens: int = 48, **more: Any) -> Trace:
+        dice = np.random.default_rng(seed)
+        sure = dice.choice([0.05, 0.95], size=(prompts * tokens, 8), p=[0.3, 0.7])
+        return make_drafted_trace(dice.random(sure.shape) < sure, sure, prompts=prompts, **more)
+
+    return make
+
+
+@pytest.fixture
+def cheap_drafts() -> LatencyProfile:
+    """A drafted token costs a fifth of a plain one."""
+    return LatencyProfile("toy", {0: 0.0, 1: 0.002}, {1: 0.010}, 0.010, {"device": "imaginary"})
