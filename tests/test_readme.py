@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+SNIPPETS = snippets(ROOT / "README.md")
 
 
 def runs_alone(snippet: str) -> bool:
@@ -28,6 +34,21 @@ def test_a_snippet_of_the_readme_runs_and_prints(number: int, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 2
+
+
+DOCUMENTED = [
+    pytest.param(snippet, id=f"{page.stem}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, snippet in enumerate(snippets(page))
+]
+
+
+@pytest.mark.parametrize("snippet", DOCUMENTED)
+def test_a_snippet_of_the_docs_runs(snippet: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_shows_an_environment_and_a_decoder() -> None:
