@@ -129,13 +129,13 @@ def compare(
             training, testing = (replayed(settings, trace, profile, batch_size) for trace in (train_trace, test_trace))
             chosen = choose(training)
             rules: dict[str, StopRule] = {**chosen.simple}
-            found = testing.decode([*rules.values(), *learned])
-            methods = {method: [found[number]] for number, method in enumerate(rules)}
-            methods["bandit"] = testing.decode([chosen.bandit], seed=1, afresh=False)
-            methods["learned"] = found[len(rules) :]
-            rule, decoded = oracle(testing)
+            # One at a time, so that the dice of one rule do not depend on which others there are.
+            methods = {method: testing.decode([rule]) for method, rule in rules.items()}
+            methods["bandit"] = testing.decode([chosen.bandit], afresh=False)
+            methods["learned"] = [testing.decode([rule])[0] for rule in learned]
+            knowing, decoded = oracle(testing)
             methods["oracle"] = [decoded]
-            rules |= {"bandit": chosen.bandit, "learned": learned[0], "oracle": rule}
+            rules |= {"bandit": chosen.bandit, "learned": learned[0], "oracle": knowing}
             drawn = {
                 method: _resampled(many, prompts, seeds if method == "learned" else None)
                 for method, many in methods.items()

@@ -68,7 +68,7 @@ class StoppingLearning:
 class ComparisonSettings:
     """How the learned policies are judged beside other rules."""
 
-    passes: int = 8
+    passes: int = 32
     """How often every prompt is decoded where tokens are sampled, each time with other dice; greedy decoding is always
     the same, so once is enough there."""
     resamples: int = 1000
