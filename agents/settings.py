@@ -174,14 +174,30 @@ class TrainSettings:
         Raises:
             RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
         """
-        way_out = f"is {path.parent} the folder of a run that train.py wrote?"
-        content = read_json(path, way_out)
-        if content.get("format") != FORMAT:
-            raise RunFileError(f"{path} does not hold the settings of a run ({FORMAT}); {way_out}")
-        try:
-            return from_json(cls, content.get("settings"), "settings")
-        except (SpecgymError, ValueError) as error:
-            raise RunFileError(f"{path}: {error}") from error
+        return load_settings(cls, path, FORMAT, "a run", "train.py")
+
+
+def load_settings(kind: type[_T], path: Path, format_name: str, about: str, command: str) -> _T:
+    """Settings of some kind from the file of a run.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        format_name: that it must name.
+        about: whose settings it should hold, for messages.
+        command: that writes such runs, for messages.
+
+    Raises:
+        RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
+    """
+    way_out = f"is {path.parent} the folder of a run that {command} wrote?"
+    content = read_json(path, way_out)
+    if content.get("format") != format_name:
+        raise RunFileError(f"{path} does not hold the settings of {about} ({format_name}); {way_out}")
+    try:
+        return from_json(kind, content.get("settings"), "settings")
+    except (SpecgymError, ValueError) as error:
+        raise RunFileError(f"{path}: {error}") from error
 
 
 def merged(saved: TrainSettings, given: TrainSettings) -> TrainSettings:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
@@ -14,6 +14,7 @@ from .profiles import profile_of
 from .shipped_traces import find_trace
 from .throughput import DraftCharges
 from .traces import Trace
+from .workload_shares import asked, one_each
 from .workloads import Workload
 
 Workloads = str | Workload | Sequence[str | Workload] | None
@@ -65,16 +66,16 @@ class OperatingPoints:
         decision_seconds: float,
     ) -> OperatingPoints:
         """Arguments and errors as for `DraftLengthVectorEnv`."""
-        asked = _asked(workload, trace)
-        given = _one_each("trace", trace, [str(one) for one in asked])
-        found = [find_trace(one, name, split) for one, name in zip(given, asked, strict=True)]
+        wanted = asked(workload, trace)
+        given = one_each("trace", trace, [str(one) for one in wanted])
+        found = [find_trace(one, name, split) for one, name in zip(given, wanted, strict=True)]
         names = tuple(one.name for _, one in found)
         if len(set(names)) < len(names) or not names:
             raise ValueError(f"workload must name one or more different workloads, got {workload!r}")
         sizes = [operator.index(size) for size in (batch_size if isinstance(batch_size, Sequence) else [batch_size])]
         if len(set(sizes)) < len(sizes) or not sizes:
             raise ValueError(f"batch_size must be one or more different whole numbers, got {batch_size!r}")
-        profiles = _one_each("profile", profile, names, shared=True)
+        profiles = one_each("profile", profile, names, shared=True)
         return cls(
             workloads=names,
             traces=tuple(one for one, _ in found),
@@ -89,30 +90,3 @@ class OperatingPoints:
                 for size in sizes
             ),
         )
-
-
-def _asked(workload: Any, trace: Any) -> list[str | Workload | None]:
-    """Which workloads are meant; None for that of a given trace."""
-    if workload is None:
-        if isinstance(trace, Mapping):
-            return list(trace)
-        return [None] * len(trace) if isinstance(trace, Sequence) and not isinstance(trace, str) else [None]
-    return [workload] if isinstance(workload, str | Workload) else list(workload)
-
-
-def _one_each(name: str, given: Any, workloads: Sequence[str], shared: bool = False) -> list[Any]:
-    """What is given for each workload, None where nothing is. With `shared`, one may be for all."""
-    if given is None:
-        return [None] * len(workloads)
-    if isinstance(given, Mapping):
-        unknown = sorted(set(given) - set(workloads))
-        if unknown:
-            raise ValueError(f"{name}: there is no workload {unknown[0]!r}; there are: {', '.join(workloads)}")
-        return [given.get(workload) for workload in workloads]
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        if len(given) != len(workloads):
-            raise ValueError(f"{name}: {len(given)} were given for {len(workloads)} workloads")
-        return list(given)
-    if len(workloads) > 1 and not shared:
-        raise ValueError(f"{name}: one was given for {len(workloads)} workloads; give a mapping from their names")
-    return [given] * len(workloads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -13,18 +12,17 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..decoding.decoder import Knob
-from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
 from .knob_moves import KnobMoves, prompt_orders
 from .measuring import metrics
+from .operating_points import Profiles, Traces
 from .profiles import profile_of
 from .replay import LOSSLESS, Replay
 from .rewards import TERMS, RewardSettings, reward_terms
 from .shipped_traces import find_trace
 from .sources import check_prompt, prepared
-from .traces import Trace
 from .tuning import METRICS, one_of, whole_tokens
-from .workload_shares import one_each, paired, shared_out
+from .workload_shares import asked, one_each, shared_out
 from .workloads import Workload
 
 Array = NDArray[np.float32]
@@ -47,10 +45,10 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         weights: how many environments each workload gets, in proportion; by default as many as any other.
         tokens_per_step: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `draft_length`, `batch_size` and
             `context`.
-        profile: one for all workloads, or one for each; by default the pairs' reference profiles
-            (`specgym.envs.profiles`).
+        profile: one for all workloads, one for each in order, or a mapping from their names; by default the pairs'
+            reference profiles (`specgym.envs.profiles`).
         split: whose prompts.
-        trace: one for each workload, if not those that ship with the package.
+        trace: one for each workload in order, or a mapping from their names; by default those that ship.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
         max_episode_steps: length of an episode.
 
@@ -74,12 +72,12 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         ranges: Mapping[str, tuple[float, float]] | None = None,
         scales: Mapping[str, float] | None = None,
         reward: RewardSettings | Mapping[str, Any] | None = None,
-        profile: LatencyProfile | str | Path | Sequence[LatencyProfile | str | Path] | None = None,
+        profile: Profiles = None,
         start: Literal["random", "default"] = "random",
         split: Split | None = None,
         backend: Literal["replay"] = "replay",
         draft_length: int = 16,
-        trace: Trace | str | Path | Sequence[Trace | str | Path] | None = None,
+        trace: Traces = None,
         batch_size: int = 1,
         context: int | None = None,
         max_episode_steps: int = 20,
@@ -96,13 +94,17 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         tokens = whole_tokens(tokens_per_step)
-        found = [find_trace(*one, split) for one in paired(trace, workload)]
+        wanted = asked(workload, trace)
+        traces = one_each("trace", trace, [str(one) for one in wanted])
+        found = [find_trace(one, name, split) for one, name in zip(traces, wanted, strict=True)]
         self.workloads = [each for _, each in found]
         self.workload_names = [each.name for each in self.workloads]
         self.workload_of = shared_out(num_envs, weights, len(found))
         profiles = [
             profile_of(each, one, replayed=True).at(batch_size=batch_size, context=context)
-            for one, each in zip(one_each("profiles", profile, len(found)), self.workloads, strict=True)
+            for one, each in zip(
+                one_each("profile", profile, self.workload_names, shared=True), self.workloads, strict=True
+            )
         ]
         knobs, table = prepared([each for each, _ in found], decoder, tokens, draft_length)
         seconds = np.array([each.round_seconds(table.draft_length) for each in profiles])

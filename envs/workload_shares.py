@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .workloads import Workload
 
-def paired(traces: Any, workloads: Any) -> list[tuple[Any, Any]]:
-    """Each trace with its workload, either of which may be one, several or None for all.
+
+def asked(workload: Any, trace: Any) -> list[str | Workload | None]:
+    """Which workloads are meant; None for that of a given trace."""
+    if workload is None:
+        if isinstance(trace, Mapping):
+            return list(trace)
+        return [None] * len(trace) if isinstance(trace, Sequence) and not isinstance(trace, str) else [None]
+    return [workload] if isinstance(workload, str | Workload) else list(workload)
+
+
+def one_each(name: str, given: Any, workloads: Sequence[str], shared: bool = False) -> list[Any]:
+    """What is given for each workload, None where nothing is.
+
+    Args:
+        name: of the argument, for messages.
+        given: one thing, a sequence in the order of the workloads, a mapping from their names, or None.
+        workloads: their names.
+        shared: whether one thing may be for all.
 
     Raises:
-        ValueError: there are several of both, but not as many.
+        ValueError: too many or too few are given, or some for a workload that is not there.
     """
-    count = max(len(given) if _is_sequence(given) else 1 for given in (traces, workloads))
-    return list(zip(one_each("traces", traces, count), one_each("workloads", workloads, count), strict=True))
-
-
-def one_each(what: str, given: Any, count: int) -> list[Any]:
-    """A list with one entry for each of so many workloads: those given, or the one given for all.
-
-    Raises:
-        ValueError: several are given, but not as many; the message calls them `what`.
-    """
-    if not _is_sequence(given):
-        return [given] * count
-    if len(given) != count:
-        raise ValueError(f"there are {len(given)} {what} for {count} workloads; give one for each, in order")
-    return list(given)
-
-
-def _is_sequence(given: Any) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, str)
+    if given is None:
+        return [None] * len(workloads)
+    if isinstance(given, Mapping):
+        unknown = sorted(set(given) - set(workloads))
+        if unknown:
+            raise ValueError(f"{name}: there is no workload {unknown[0]!r}; there are: {', '.join(workloads)}")
+        return [given.get(workload) for workload in workloads]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != len(workloads):
+            raise ValueError(f"{name}: {len(given)} were given for {len(workloads)} workloads")
+        return list(given)
+    if len(workloads) > 1 and not shared:
+        raise ValueError(f"{name}: one was given for {len(workloads)} workloads; give a mapping from their names")
+    return [given] * len(workloads)
 
 
 def shared_out(environments: int, weights: Sequence[float] | None, workloads: int) -> NDArray[np.int64]:

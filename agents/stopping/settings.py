@@ -6,16 +6,14 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...decoding.errors import SpecgymError
 from ...decoding.files import write_json
 from ...decoding.hardware_profiles import find_hardware
 from ...envs.draft_length import LONGEST
 from ...envs.workloads import SHIPPED_WORKLOADS
-from ..files import RunFileError, read_json
 from ..settings import (
     SettingsError,
     flat,
-    from_json,
+    load_settings,
     require_above_zero,
     require_at_least,
     require_within,
@@ -163,14 +161,7 @@ class StoppingSettings:
         Raises:
             RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
         """
-        way_out = f"is {path.parent} the folder of a run of train.py --env specgym/DraftLength-v0?"
-        content = read_json(path, way_out)
-        if content.get("format") != FORMAT:
-            raise RunFileError(f"{path} does not hold the settings of learning to stop ({FORMAT}); {way_out}")
-        try:
-            return from_json(cls, content.get("settings"), "settings")
-        except (SpecgymError, ValueError) as error:
-            raise RunFileError(f"{path}: {error}") from error
+        return load_settings(cls, path, FORMAT, "learning to stop", "train.py --env specgym/DraftLength-v0")
 
 
 def continued(saved: StoppingSettings, given: StoppingSettings) -> StoppingSettings:

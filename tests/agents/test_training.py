@@ -110,14 +110,19 @@ def test_interrupted_it_saves_and_says_how_to_go_on(
             "--environment.tokens-per-step", 4, "--environment.draft-length", 2,
         ),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        # Where the tests run in the background of a script, they and their children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + TIMEOUT
-    while not any(file.stat().st_size > 1000 for file in run.glob("tensorboard/*")):  # it has learned a little
-        assert started.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    started.send_signal(signal.SIGINT)
-    _, complaint = started.communicate(timeout=TIMEOUT)
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not any(file.stat().st_size > 1000 for file in run.glob("tensorboard/*")):  # it has learned a little
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        _, complaint = started.communicate(timeout=TIMEOUT)
+    finally:
+        started.kill()
     assert started.returncode == 2
     assert "Traceback" not in complaint
     assert f"--resume {run}" in complaint

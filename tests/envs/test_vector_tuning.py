@@ -228,11 +228,14 @@ def test_workloads_share_the_environments_evenly_or_by_weight(
     assert np.bincount(weighted.workload_of).tolist() == [6, 2]
 
 
+@pytest.mark.parametrize("named", [False, True])
 def test_each_workload_is_charged_by_its_own_profile(
-    make_vector: MakeVector, toy_trace: Trace, sampled_trace: Trace, profile: LatencyProfile
+    make_vector: MakeVector, toy_trace: Trace, sampled_trace: Trace, profile: LatencyProfile, named: bool
 ) -> None:
     slow = replace(profile, target_seconds={1: 0.1, 2: 0.11}, autoregressive_seconds=0.1)
-    env = make_vector(num_envs=4, trace=[toy_trace, sampled_trace], profile=[profile, slow])
+    names = [toy_trace.info.workload, sampled_trace.info.workload]
+    given = {names[1]: slow, names[0]: profile} if named else [profile, slow]
+    env = make_vector(num_envs=4, trace=[toy_trace, sampled_trace], profile=given)
     env.reset(seed=0)
     infos = env.step(np.zeros((4, 2), np.float32))[4]
     for place, (target, token) in enumerate([(0.01, 0.002), (0.1, 0.011)] * 2):
@@ -260,8 +263,9 @@ def test_no_model_is_loaded(make_vector: MakeVector, toy_workload: Workload, mon
         ({"start": "best"}, "start must be one of"),
         ({"weights": [1, 2]}, "weights must be 1 positive numbers"),
         ({"weights": [0]}, "weights must be 1 positive numbers"),
-        ({"profile": ["a.json", "b.json"]}, "there are 2 profiles for 1 workloads"),
-        ({"workload": ["tiny/prose", "tiny/code"], "trace": ["a", "b", "c"]}, "there are 2 workloads for 3 workloads"),
+        ({"profile": {"tiny/prose": "a.json"}}, "profile: there is no workload 'tiny/prose'"),
+        ({"profile": ["a.json", "b.json"]}, "profile: 2 were given for 1 workloads"),
+        ({"workload": ["tiny/prose", "tiny/code"], "trace": ["a", "b", "c"]}, "trace: 3 were given for 2 workloads"),
     ],
 )
 def test_bad_arguments_are_refused(make_vector: MakeVector, arguments: dict[str, Any], message: str) -> None:
