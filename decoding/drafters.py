@@ -87,24 +87,28 @@ class ModelStep:
     token: Tensor
     logits: Tensor
     probabilities: Tensor | None = None
-    _certainty: tuple[float, float] | None = field(default=None, init=False, repr=False)
+    _confidence: float | None = field(default=None, init=False, repr=False)
+    _entropy: float | None = field(default=None, init=False, repr=False)
 
     def confidence(self) -> float:
         """The largest probability of what the token was drawn from, at temperature 1 when greedy.
 
-        0 where the model's logits are NaN or infinite. The first call waits for the device, once for this and the
-        entropy together.
+        0 where the model's logits are NaN or infinite. Waits for the device, unless `entropy` has done so.
         """
-        return self._measured()[0]
+        if self._confidence is None:
+            row = self.logits[0].softmax(-1) if self.probabilities is None else self.probabilities[0]
+            largest = float(row.amax())
+            self._confidence = min(largest, 1.0) if math.isfinite(largest) else 0.0  # a broken draft knows nothing
+        return self._confidence
 
     def entropy(self) -> float:
-        """Of the same distribution, in nats; the logarithm of the vocabulary where the logits are NaN or infinite."""
-        return self._measured()[1]
+        """Of the same distribution, in nats; the logarithm of the vocabulary where the logits are NaN or infinite.
 
-    def _measured(self) -> tuple[float, float]:
-        if self._certainty is None:
-            self._certainty = _certainty(self.logits, self.probabilities)
-        return self._certainty
+        Waits for the device once, for this and the confidence together.
+        """
+        if self._entropy is None:
+            self._confidence, self._entropy = _certainty(self.logits, self.probabilities)
+        return self._entropy
 
 
 def _certainty(logits: Tensor, probabilities: Tensor | None) -> tuple[float, float]:

@@ -111,7 +111,7 @@ class SpeculativeSession(Session):
             self._drafted.extend(steps)
             return self._finish_round(knobs, started)
         for step in steps:
-            if self._stop(self._observe(step))[0]:
+            if self._stop(self._observe(step, self._stop.looks_at_entropy))[0]:
                 break
         cycle = self._finish_round(knobs, started)
         seconds = np.array([cycle.draft_seconds + cycle.verify_seconds])
@@ -121,10 +121,11 @@ class SpeculativeSession(Session):
     def _begin(self, length: int) -> Iterator[DraftStep]:
         return self.draft.steps(self.context, max(0, min(length, self._room)))
 
-    def _observe(self, step: DraftStep) -> NDArray[np.float32]:
-        """Add a token to the draft; what is known then, shape (1, 8)."""
+    def _observe(self, step: DraftStep, with_entropy: bool = True) -> NDArray[np.float32]:
+        """Add a token to the draft; what is known then, shape (1, 8). The entropy costs most; left out, it is 0."""
         self._drafted.append(step)
-        self.tracker.drafted(step.confidence(), step.entropy())
+        entropy = step.entropy() if with_entropy else 0.0
+        self.tracker.drafted(step.confidence(), entropy)
         return self.tracker.features
 
     def _finish_round(self, knobs: Mapping[str, float], started: float) -> Round:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -137,7 +138,13 @@ def _clipped(values: ArrayLike, column: int) -> NDArray[np.float32]:
 
 
 class StopRule(ABC):
-    """Says after every drafted token whether to stop and verify. One rule may serve many drafts side by side."""
+    """Says after every drafted token whether to stop and verify. One rule may serve many drafts side by side.
+
+    Attributes:
+        looks_at_entropy: whether the rule needs that feature; live decoding may leave it at 0 for one that does not.
+    """
+
+    looks_at_entropy: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -187,6 +194,7 @@ class FixedLength(StopRule):
         ValueError: the length is out of range, or not whole.
     """
 
+    looks_at_entropy: ClassVar[bool] = False
     length: int
 
     def __post_init__(self) -> None:
@@ -217,6 +225,7 @@ class ConfidenceBelow(StopRule):
         ValueError: the threshold is out of range.
     """
 
+    looks_at_entropy: ClassVar[bool] = False
     threshold: float
 
     def __post_init__(self) -> None:
@@ -288,6 +297,7 @@ class ProductBelow(StopRule):
         ValueError: the threshold is out of range.
     """
 
+    looks_at_entropy: ClassVar[bool] = False
     threshold: float
 
     def __post_init__(self) -> None:

@@ -254,3 +254,13 @@ def test_a_stopwatch_fills_up_the_drafts_of_a_table_alone(make_table: Callable[.
     watch = StopwatchDrafter(ModelDrafter(make_table(8, seed=1, context=3)))
     watch.length = 5
     assert (len(drafted(watch, [1, 2], 9)), watch.found) == (2, 2)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_confidence_is_the_same_alone_and_with_the_entropy(sampled: bool) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    step, other = (
+        ModelStep(torch.tensor([0]), logits, (logits / 2).softmax(-1) if sampled else None) for _ in range(2)
+    )
+    other.entropy()
+    assert step.confidence() == pytest.approx(other.confidence(), rel=1e-6)

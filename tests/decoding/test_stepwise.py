@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Round
-from specgym.decoding.drafters import Drafter, ModelDrafter
+from specgym.decoding.drafters import Drafter, ModelDrafter, ModelStep
 from specgym.decoding.errors import KnobError, NumericalError
 from specgym.decoding.models import LanguageModel
 from specgym.decoding.ngram import NGramDrafter
@@ -142,6 +142,21 @@ def test_a_draft_ends_after_the_first_token_that_the_rule_doubts(make_table: Mak
         watched.verify()
         lengths.add(len(confidences))
     assert len(lengths) > 2
+
+
+@pytest.mark.parametrize("rule", [ConfidenceBelow(0.5), ProductBelow(0.2), FixedLength(3)], ids=lambda rule: rule.name)
+def test_the_entropy_is_left_out_for_rules_that_do_not_look_at_it(
+    make_table: MakeTable, rule: StopRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounds() -> list[Round]:
+        session = start(SpeculativeDecoder(pair_of("model", make_table), stop=rule))
+        return [without_times(session.step()) for _ in range(8)]
+
+    monkeypatch.setattr(type(rule), "looks_at_entropy", True)
+    expected = rounds()
+    monkeypatch.undo()
+    monkeypatch.setattr(ModelStep, "entropy", lambda step: pytest.fail("the entropy was computed"))
+    assert rounds() == expected
 
 
 def test_a_rule_drafts_as_far_as_it_may_and_the_knob_shortens_it(make_table: MakeTable) -> None:
