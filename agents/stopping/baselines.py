@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,6 +56,8 @@ class UpperConfidenceBound(StopRule):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    looks_at_entropy: ClassVar[bool] = False
 
     def __init__(self, longest: int, exploration: float = 1.0) -> None:
         if longest < 1:

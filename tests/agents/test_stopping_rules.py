@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from specgym.agents.stopping.baselines import Clairvoyant, UpperConfidenceBound, simple_rules
 from specgym.agents.stopping.comparison import oracle
 from specgym.agents.stopping.replaying import ReplayedPrompts
 from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.stopping import DraftTracker, FixedLength, StopRule
+from specgym.decoding.stopping import DraftTracker, FixedLength, Rows, StopRule
 from specgym.envs.traces import Trace
 
 ROUND = 1 + 0.2 * np.arange(9)
@@ -137,7 +138,9 @@ def test_the_bandit_is_told_the_seconds_of_whole_rounds(
     seen: list[tuple[int, float]] = []
 
     class Watched(UpperConfidenceBound):
-        def verified(self, rows, drafted, emitted, seconds) -> None:  # type: ignore[no-untyped-def]
+        def verified(
+            self, rows: Rows, drafted: NDArray[np.int64], emitted: NDArray[np.int64], seconds: NDArray[np.float64]
+        ) -> None:
             seen.extend(zip(drafted.tolist(), seconds.tolist(), strict=True))
             super().verified(rows, drafted, emitted, seconds)
 
