@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: policy, reward statistics, step counter and random states in one folder.
+"""Checkpoints that are whole or not there: policy, reward statistics, step counter, random states, callbacks' states.
 
 A folder is filled under a temporary name and renamed when everything is in it, with a checksum for every file. What a
 killed process leaves is therefore either an intact checkpoint or something that `intact_checkpoints` passes over.
@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,13 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-from ..decoding.errors import SpecgymError
+from .resumable import CheckpointError, Resumable
 
 _FORMAT = "specgym-checkpoint-1"
 _STATE = "state.json"
+_TAKEN = ("policy", "state", "vecnormalize")
 _UNFINISHED = ".unfinished-"
 _log = logging.getLogger("specgym.checkpoints")
-
-
-class CheckpointError(SpecgymError, ValueError):
-    """A checkpoint that is damaged or incomplete; the message names it and says how."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,9 @@ class Checkpoint:
     """An intact checkpoint on disk.
 
     Attributes:
-        folder: where it is; it holds ``policy.zip``, ``state.json`` and, for a normalised environment,
-            ``vecnormalize.pkl``. Zip and pickle run code when they are loaded: trust whoever wrote them.
+        folder: where it is; it holds ``policy.zip``, ``state.json``, for a normalised environment ``vecnormalize.pkl``,
+            and a file for each callback with a state. Zip and pickle run code when they are loaded: trust whoever
+            wrote them.
         steps: environment steps learned from.
         random: the states that `restore_random_states` takes.
     """
@@ -61,6 +59,16 @@ class Checkpoint:
         """The reward statistics."""
         return self.folder / "vecnormalize.pkl"
 
+    def restore(self, resumables: Sequence[Resumable]) -> None:
+        """Put callbacks back to where they were; one that was not there when the checkpoint was made starts afresh.
+
+        Raises:
+            CheckpointError: a callback cannot use its file.
+        """
+        for resumable in resumables:
+            if any(self.folder.glob(f"{resumable.state_name}.*")):
+                resumable.load_state(self.folder)
+
     def restore_random_states(self) -> None:
         """Put the random number generators of Python, NumPy and torch back to where they were."""
         version, numbers, gauss = self.random["python"]
@@ -78,16 +86,28 @@ class FolderCheckpointCallback(CheckpointCallback):
         save_freq: environment steps, over all environments, between two checkpoints; at least 1.
         save_path: the folder of checkpoints; each is a folder ``step_<steps>`` in it.
         keep: how many to keep, the newest; at least 2, so that a damaged one has a predecessor.
+        resumables: callbacks whose states belong to the checkpoint. What they do at the start of a rollout or at the
+            end of training must be done before it is saved: they stand before this callback in the list of callbacks.
 
     Attributes:
         steps_learned: environment steps that the policy has learned from, or is learning from.
+
+    Raises:
+        ValueError: an argument is out of range, or two states have the same name.
     """
 
-    def __init__(self, save_freq: int, save_path: str | Path, keep: int = 3) -> None:
+    def __init__(
+        self, save_freq: int, save_path: str | Path, keep: int = 3, resumables: Sequence[Resumable] = ()
+    ) -> None:
         if save_freq < 1 or keep < 2:
             raise ValueError(f"save_freq must be at least 1 and keep at least 2, got {save_freq} and {keep}")
+        names = [*_TAKEN, *(resumable.state_name for resumable in resumables)]
+        repeated = [name for place, name in enumerate(names) if name in names[:place]]
+        if repeated:
+            raise ValueError(f"resumables: the state name {repeated[0]!r} is taken; each needs its own")
         super().__init__(save_freq, str(save_path), save_vecnormalize=True)
         self.keep = keep
+        self.resumables = tuple(resumables)
         self.steps_learned = 0
         self._saved_at = 0
 
@@ -131,6 +151,8 @@ class FolderCheckpointCallback(CheckpointCallback):
             normaliser = self.model.get_vec_normalize_env()
             if normaliser is not None:
                 normaliser.save(str(temporary / "vecnormalize.pkl"))
+            for resumable in self.resumables:
+                resumable.save_state(temporary)
             state = {
                 "format": _FORMAT,
                 "steps": self.steps_learned,

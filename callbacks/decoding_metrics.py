@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from typing import Any
 
-import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+
+from .step_infos import original_rewards, step_infos
+from .workload_means import WorkloadMeans
 
 DECODING = ("speedup", "ms_per_token", "draft_acceptance_rate", "mean_acceptance_length", "divergence")
 """Entries of a step's `info` that are logged under ``decoding/``; those that name their own folder keep it."""
@@ -34,25 +34,22 @@ class DecodingMetricsCallback(BaseCallback):
     """
 
     def _on_rollout_start(self) -> None:
-        self._values: defaultdict[str, list[float]] = defaultdict(list)
+        self._means = WorkloadMeans()
 
     def _on_step(self) -> bool:
-        normaliser = self.model.get_vec_normalize_env()
-        rewards = self.locals["rewards"] if normaliser is None else normaliser.get_original_reward()
-        for reward, info in zip(rewards, self.locals["infos"], strict=True):
-            if info.get("numerics/left_out"):
-                continue
-            measured = {"reward/total": float(reward), **_measurements(info)}
-            for tag, value in measured.items():
-                if math.isfinite(value):
-                    self._values[tag].append(value)
-                    if "workload" in info:
-                        self._values[f"workload/{info['workload']}/{tag}"].append(value)
+        step = step_infos(self)
+        measured = {"reward/total": original_rewards(self)}
+        measured |= {f"decoding/{name}": step.entries[name] for name in DECODING if name in step.entries}
+        measured |= {tag: values for tag, values in step.entries.items() if tag.startswith(FOLDERS)}
+        self._means.add(step, measured)
         return True
 
     def _on_rollout_end(self) -> None:
-        for tag, values in self._values.items():
-            self.logger.record(tag, float(np.mean(values)))
+        for tag, mean in self._means.overall().items():
+            self.logger.record(tag, mean)
+        for workload, means in self._means.by_workload().items():
+            for tag, mean in means.items():
+                self.logger.record(f"workload/{workload}/{tag}", mean)
         for tag, spread in self._spreads().items():
             self.logger.record(f"policy/{tag}", spread)
 
@@ -65,8 +62,3 @@ class DecodingMetricsCallback(BaseCallback):
         found = parameters(torch.as_tensor(visited, device=self.model.device))
         spreads = {name: float(values.nanmean()) for name, values in found.items() if name.endswith("_std")}
         return {name: value for name, value in spreads.items() if math.isfinite(value)}
-
-
-def _measurements(info: dict[str, Any]) -> dict[str, float]:
-    found = {f"decoding/{name}": float(info[name]) for name in DECODING if name in info}
-    return found | {tag: float(value) for tag, value in info.items() if tag.startswith(FOLDERS)}

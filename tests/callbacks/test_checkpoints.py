@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,36 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from specgym.callbacks import CheckpointError, FolderCheckpointCallback, intact_checkpoints
 from specgym.callbacks.checkpoints import read_checkpoint
+from specgym.callbacks.resumable import JsonState
+
+
+class Count(JsonState):
+    """A number to be kept."""
+
+    state_name = "count"
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def _state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.number = int(state["number"])
+
+
+class Other(Count):
+    """One whose state is not in the checkpoints."""
+
+    state_name = "other"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     venv = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0), norm_obs=False)
     model = PPO("MlpPolicy", venv, n_steps=8, batch_size=16, n_epochs=1, seed=0, device="cpu")
-    model.learn(96, callback=FolderCheckpointCallback(20, tmp_path / "checkpoints", keep=3))
+    saver = FolderCheckpointCallback(20, tmp_path / "checkpoints", keep=3, resumables=[Count(7)])
+    model.learn(96, callback=saver)
     return tmp_path / "checkpoints"
 
 
@@ -30,6 +54,20 @@ def test_saves_between_rollouts_and_at_the_end_and_keeps_the_newest(folder: Path
     newest = next(intact_checkpoints(folder))
     assert PPO.load(newest.policy, device="cpu").num_timesteps == 96
     assert newest.vecnormalize.is_file()
+
+
+def test_states_of_callbacks_come_back_and_new_ones_start_afresh(folder: Path) -> None:
+    count, other = Count(), Other(5)
+    next(intact_checkpoints(folder)).restore([count, other])
+    assert count.number == 7
+    assert other.number == 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"number": null}'])
+def test_a_state_that_cannot_be_used_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "count.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"count\.json"):
+        Count().load_state(tmp_path)
 
 
 def test_random_states_come_back(folder: Path) -> None:
@@ -45,7 +83,7 @@ def test_random_states_come_back(folder: Path) -> None:
     assert drawn() == first
 
 
-@pytest.mark.parametrize("name", ["policy.zip", "vecnormalize.pkl", "state.json"])
+@pytest.mark.parametrize("name", ["policy.zip", "vecnormalize.pkl", "state.json", "count.json"])
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, name: str) -> None:
     file = folder / "step_000000096" / name
     whole = file.read_bytes()
@@ -70,3 +108,5 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
         FolderCheckpointCallback(0, tmp_path)
     with pytest.raises(ValueError, match="at least 2"):
         FolderCheckpointCallback(1, tmp_path, keep=1)
+    with pytest.raises(ValueError, match="'count' is taken"):
+        FolderCheckpointCallback(1, tmp_path, resumables=[Count(), Other(), Count()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from specgym.agents.vec_adaptor import VectorEnvAdaptor
 from specgym.callbacks import DecodingMetricsCallback
 
 
@@ -75,3 +77,16 @@ def test_the_same_for_each_workload(logged: dict[str, list[float]]) -> None:
     assert logged["workload/tiny/code/decoding/speedup"] == pytest.approx([4.0, 4.0])
     assert logged["workload/tiny/code/reward/total"] == pytest.approx([4.125, 4.125])
     assert logged["workload/tiny/prose/knobs/fallback"] == pytest.approx([0.6, 0.6])
+
+
+def test_a_vector_environment_behind_an_adaptor_is_read_as_well(toy_vector: Callable[..., Any]) -> None:
+    venv = VecNormalize(VecMonitor(VectorEnvAdaptor(toy_vector(3))), norm_obs=False)
+    model = PPO("MlpPolicy", venv, n_steps=4, batch_size=12, device="cpu")
+    model.set_logger(Logger(None, []))
+    model.learn(12, callback=DecodingMetricsCallback(), log_interval=10)
+    logged = model.logger.name_to_value
+    # 3 steps of prose, code, prose; then the episodes end, and a step of code, prose, code.
+    assert logged["workload/tiny/prose/reward/total"] == pytest.approx(1.0)
+    assert logged["workload/tiny/code/decoding/divergence"] == pytest.approx(0.01)
+    assert logged["decoding/divergence"] == pytest.approx((7 * 0.2 + 5 * 0.01) / 12)
+    assert logged["reward/total"] == pytest.approx((7 * 1.0 + 5 * 3.0) / 12)
