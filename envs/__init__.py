@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
+    from .context import ContextLayout, ObserveContext
     from .draft_length import DraftLengthEnv
     from .measuring import measure_setting
     from .rewards import RewardSettings
     from .traces import Trace
     from .tuning import TuningEnv
+    from .vector_context import VectorObserveContext
     from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
 
 __all__ = [
     "SHIPPED_WORKLOADS",
+    "ContextLayout",
     "DraftLengthEnv",
+    "ObserveContext",
     "RewardSettings",
     "TokenPrompts",
     "Trace",
     "TuningEnv",
+    "VectorObserveContext",
     "Workload",
     "measure_setting",
     "register_environments",
@@ -29,12 +34,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ContextLayout": "context",
     "DraftLengthEnv": "draft_length",
+    "ObserveContext": "context",
     "SHIPPED_WORKLOADS": "workloads",
     "RewardSettings": "rewards",
     "TokenPrompts": "workloads",
     "Trace": "traces",
     "TuningEnv": "tuning",
+    "VectorObserveContext": "vector_context",
     "Workload": "workloads",
     "measure_setting": "measuring",
     "workload": "workloads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from gymnasium import spaces
@@ -12,6 +13,8 @@ from ..decoding.decoder import Knob
 from .knobs import default_scales, env_ranges
 
 Floats = NDArray[np.float64]
+ActionKind = Literal["move", "place"]
+ACTION_KINDS: tuple[ActionKind, ...] = ("move", "place")
 
 
 class KnobMoves:
@@ -24,6 +27,8 @@ class KnobMoves:
         knobs: a decoder's.
         ranges: (low, high) of some knobs by name; see `knobs.env_ranges`.
         scales: how far an action of 1 moves some knobs, by name; see `knobs.default_scales`.
+        action: `"move"` for actions that move the knobs by so much, `"place"` for actions that put them there: -1 is a
+            range's low end, 1 its high end.
 
     Attributes:
         knobs: as given.
@@ -41,7 +46,9 @@ class KnobMoves:
         knobs: Sequence[Knob],
         ranges: Mapping[str, tuple[float, float]] | None,
         scales: Mapping[str, float] | None,
+        action: ActionKind = "move",
     ) -> None:
+        self._places = action == "place"
         self.knobs = tuple(knobs)
         self.ranges = env_ranges(knobs, ranges)
         self.scales = default_scales(self.ranges, scales)
@@ -76,7 +83,14 @@ class KnobMoves:
                 f"the action for knob {self.knobs[number].name}{of} is {moves[(*where, number)]}; actions must be "
                 "finite numbers in [-1, 1]"
             )
-        return self._clipped(state + np.minimum(np.maximum(moves, -1.0), 1.0) * self._scale)
+        moves = np.minimum(np.maximum(moves, -1.0), 1.0)
+        if self._places:
+            return self.placed(moves)
+        return self._clipped(state + moves * self._scale)
+
+    def placed(self, action: Floats) -> Floats:
+        """States where actions in [-1, 1] put the knobs, of the same shape: -1 at the low ends, 1 at the high ends."""
+        return self._low + (action + 1) / 2 * (self._high - self._low)
 
     def values(self, state: Floats) -> dict[str, float]:
         """One state's knobs as the decoder gets them, by name."""

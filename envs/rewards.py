@@ -36,7 +36,8 @@ class RewardSettings:
     """Weights and ranges of the reward.
 
     Raises:
-        RewardError: a number is not finite, a weight is negative, a range is upside down, or `falloff` is not positive.
+        RewardError: a number is not finite, a weight is negative, a range is upside down, `falloff` is not positive, or
+            `max_divergence` is not between 0 and 1.
     """
 
     speed_weight: float = 1.0
@@ -53,16 +54,24 @@ class RewardSettings:
     K for `rollback`. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
     falloff: float = 0.2
     """How far outside its range, as a fraction of the knob's upper end, a knob still earns exp(-1) = 0.37 of it."""
+    max_divergence: float | None = None
+    """Under what the mean total variation from the target should stay, 0 to 1. Where it is given, the aim is the
+    fastest such setting: acceptance and range weigh nothing, and what is above the bound costs a multiplier of it."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            if setting.name == "ranges":
+            if setting.name in ("ranges", "max_divergence"):
                 continue
             value = getattr(self, setting.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise RewardError(f"reward setting {setting.name} must be a finite number of at least 0, got {value!r}")
         if self.falloff == 0:
             raise RewardError("reward setting falloff must be above 0; take a small one for a sharp edge")
+        bound = self.max_divergence
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= 1):
+            raise RewardError(
+                f"reward setting max_divergence must be between 0 and 1, or None for no bound, got {bound!r}"
+            )
         checked = {}
         for name, ends in self.ranges.items():
             try:
@@ -108,6 +117,7 @@ def reward_terms(
     divergence: Number,
     knobs: Sequence[Knob],
     values: Mapping[str, Number],
+    multiplier: Number | float = 1.0,
 ) -> dict[str, Number]:
     """The weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
 
@@ -118,16 +128,40 @@ def reward_terms(
         divergence: mean total variation from the target per token, 0 to 1; its term is at most 0.
         knobs: the decoder's.
         values: of the knobs, by name, in their own units.
+        multiplier: of what the divergence is above `settings.max_divergence`, at least 0; one number, or one for each
+            entry of the arrays. Without a bound it does nothing.
 
     Returns:
         Floats for floats; arrays of their shape for arrays.
     """
+    if settings.max_divergence is not None:
+        # The plain Lagrangian, speed - multiplier * divergence, is linear in both. Where speed is a convex function of
+        # divergence, its best settings are the two ends of the range, whatever the multiplier, and never one at the
+        # bound. With this hinge the best one is at the bound, once the multiplier exceeds the slope of the speed there.
+        excess = _above_zero(divergence - settings.max_divergence)
+        return {
+            "speed": settings.speed_weight * speedup,
+            "acceptance": 0.0 * acceptance_rate,
+            "range": 0.0 * speedup,
+            "divergence": 0.0 - settings.divergence_weight * divergence - multiplier * excess,
+        }
     return {
         "speed": settings.speed_weight * speedup,
         "acceptance": settings.acceptance_weight * acceptance_rate,
         "range": settings.range_weight * range_bonus(settings, knobs, values),
         "divergence": 0.0 - settings.divergence_weight * divergence,
     }
+
+
+def checked_multiplier(workload: str, value: float) -> float:
+    """A multiplier of `reward_terms` for one workload; raises ValueError unless it is finite and at least 0."""
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"the divergence multiplier of {workload} must be a finite number of at least 0, got {value}")
+    return float(value)
+
+
+def _above_zero(value: Number) -> Number:
+    return np.maximum(value, 0.0) if isinstance(value, np.ndarray) else max(value, 0.0)
 
 
 def _exponential(value: Number) -> Number:

@@ -46,8 +46,10 @@ class Source(Protocol):
         """
         ...
 
-    def decode(self, values: Mapping[str, float], prompt: Any, random: np.random.Generator) -> dict[str, float]:
-        """Decode a prompt with these knobs, and return what `measuring.metrics` gives."""
+    def decode(
+        self, values: Mapping[str, float], prompts: Sequence[Any], random: np.random.Generator
+    ) -> dict[str, float]:
+        """Decode one or more prompts with these knobs, and return what `measuring.metrics` gives of all together."""
         ...
 
     def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
@@ -111,12 +113,12 @@ class LiveSource:
             raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
 
     def decode(
-        self, values: Mapping[str, float], prompt: Sequence[int], random: np.random.Generator
+        self, values: Mapping[str, float], prompts: Sequence[Sequence[int]], random: np.random.Generator
     ) -> dict[str, float]:
-        """Decode token ids."""
+        """Decode prompts given as token ids."""
         seed = int(random.integers(2**31))
-        texts = decode_prompts(self.decoder, values, [prompt], self._tokens, self.workload.sampling, seed)
-        self._last = prompt, texts[0].rounds
+        texts = decode_prompts(self.decoder, values, prompts, self._tokens, self.workload.sampling, seed)
+        self._last = prompts[-1], texts[-1].rounds
         found = summarise(self.decoder, texts, self.profile)
         if self._wall:  # plain decoding is not run beside, its time stays the profile's
             found["ms_per_token"], found["seconds"] = found["wall_ms_per_token"], found["wall_seconds"]
@@ -124,7 +126,7 @@ class LiveSource:
         return found
 
     def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
-        """The text in colours, knobs and metrics."""
+        """The text in colours, knobs and metrics; the last text of several."""
         prompt, rounds = self._last
         title = self.workload.name
         return render_step(self.decoder.pair, prompt, rounds, title=title, knobs=knobs, metrics=shown, marks=marks)
@@ -174,13 +176,22 @@ class ReplaySource:
         """The index of a recorded prompt."""
         return check_prompt(prompt, self.prompts, self.workload)
 
-    def decode(self, values: Mapping[str, float], prompt: int, random: np.random.Generator) -> dict[str, float]:
-        """Decode a prompt of the trace, given by its index."""
+    def decode(
+        self, values: Mapping[str, float], prompts: Sequence[int], random: np.random.Generator
+    ) -> dict[str, float]:
+        """Decode prompts of the trace, given by their indices."""
         self._decoded = True
+        setting = LOSSLESS, 1.0, int(values.get("draft_length", self._longest))
         if "fallback" in values:
-            sums = self._replay.decode(prompt, values["fallback"], values["rollback"], self._longest, random)
-        else:
-            sums = self._replay.decode(prompt, LOSSLESS, 1.0, int(values["draft_length"]), random)
+            setting = values["fallback"], values["rollback"], self._longest
+        if len(prompts) == 1:
+            sums = self._replay.decode(prompts[0], *setting, random)
+        else:  # in one go, which draws in the order in which the vector environment does
+            texts = len(prompts)
+            fallback, rollback, longest = (np.full(texts, value) for value in setting)
+            which = np.asarray(prompts, np.int64), np.zeros(texts, np.int64)
+            many = self._replay.decode_many(*which, fallback, rollback, longest, random)
+            sums = {name: float(values.sum()) for name, values in many.items()}
         return metrics(**sums, autoregressive_seconds=self.profile.autoregressive_seconds)
 
     def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:

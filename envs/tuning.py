@@ -1,4 +1,4 @@
-"""Tuning a decoder's knobs: the state is the knobs, an action moves them, a step decodes one prompt."""
+"""Tuning a decoder's knobs: the state is the knobs, an action moves them, a step decodes with them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..decoding.decoder import Decoder, Knob
 from ..decoding.latency import LatencyProfile
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
-from .knob_moves import KnobMoves, prompt_orders
+from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves, prompt_orders
 from .knobs import checked_values
 from .rendering import print_step, shows_colour, to_ansi
-from .rewards import TERMS, RewardSettings, reward_terms
+from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
 from .sources import LiveSource, ReplaySource, Source
 from .traces import Trace
 from .workloads import Workload
@@ -36,8 +36,9 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     ## Description
     A decoder reads a few numbers, its knobs, while it generates text; which are best depends on the models, the
-    prompts and the machine. Here an agent moves the knobs and sees what decoding the next prompt with them was worth.
-    The prompts come in an order drawn from the environment's generator, all of them before any comes again.
+    prompts and the machine. Here an agent moves the knobs and sees what decoding the next prompt with them was worth,
+    or the next several (`prompts_per_step`). The prompts come in an order drawn from the environment's generator, all
+    of them before any comes again.
 
     ## Action space
     `Box(-1, 1, (knobs,), float32)`: how far to move each knob, in units of its scale. The result is clipped to the
@@ -68,6 +69,15 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | acceptance | accepted draft tokens over drafted ones                  | 0 to 1 | 0.5    |
     | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 4      |
     | divergence | minus the mean total variation from the target per token | -1 to 0 | 0     |
+
+    With `RewardSettings(max_divergence=0.05)` the aim is the fastest setting whose mean divergence stays below 0.05:
+    acceptance and range weigh nothing, whatever their weights, and the divergence term is
+
+    | term       | under a bound                                                          | range      |
+    |------------|------------------------------------------------------------------------|------------|
+    | divergence | minus `divergence_multiplier` times the excess over the bound, minus as above | at most 0 |
+
+    The multiplier starts at 1; whoever learns raises it while the bound is broken (`set_divergence_multiplier`).
 
     Time is charged by the pair's latency profile, so that the same tokens always cost the same; with `timing="wall"` by
     the clock. Reading the prompt is not charged.
@@ -111,6 +121,10 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         trace: what to replay, a `Trace` or its file; by default the one that ships for the workload and split.
         batch_size: sequences that are decoded together, all as this one, as far as the profile's time goes.
         context: tokens of each that were read before, likewise; by default the profile's own.
+        prompts_per_step: decoded each step, at least 1, all with the same knobs. Metrics are of all together: rates are
+            ratios of sums, so that a long text counts for more. More prompts make a step dearer and its reward surer.
+        action: `"move"` as above, or `"place"`: an action says where to put each knob, -1 for the low end of its range
+            and 1 for the high end, and `scales` play no part.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -142,6 +156,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         trace: Trace | str | Path | None = None,
         batch_size: int = 1,
         context: int | None = None,
+        prompts_per_step: int = 1,
+        action: ActionKind = "move",
     ) -> None:
         EzPickle.__init__(
             self,
@@ -161,7 +177,10 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             trace,
             batch_size,
             context,
+            prompts_per_step,
+            action,
         )
+        one_of("action", action, ACTION_KINDS)
         one_of("backend", backend, ("live", "replay"))
         one_of("timing", timing, ("profile", "wall"))
         one_of("start", start, ("random", "default"))
@@ -170,7 +189,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         one_of("render_mode", render_mode, (None, *_RENDER_MODES))
         if split is not None:
             one_of("split", split, ("train", "test"))
-        tokens = whole_tokens(tokens_per_step)
+        tokens = whole_number("tokens_per_step", tokens_per_step)
+        self._prompts_per_step = whole_number("prompts_per_step", prompts_per_step)
         self.render_mode = render_mode
         self._settings = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
         self._start = start
@@ -185,12 +205,13 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             if timing == "wall":
                 raise ValueError("timing='wall' needs backend='live'; a replay decodes nothing that a clock could time")
             self._source = ReplaySource(decoder, workload, split, trace, tokens, draft_length, *point)
-        self._moves = KnobMoves(self._source.knobs, ranges, scales)
+        self._moves = KnobMoves(self._source.knobs, ranges, scales, action)
         self.observation_space = self._moves.observation_space
         self.action_space = self._moves.action_space
         self._state = self._moves.defaults()
         self._queue: list[int] = []
         self._fixed_prompt: Any = None
+        self._divergence_multiplier = 1.0
         self._last_info: dict[str, Any] = {}
 
     @property
@@ -234,6 +255,22 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         """Weights and ranges of the reward."""
         return self._settings
 
+    @property
+    def divergence_multiplier(self) -> float:
+        """What an excess over `RewardSettings.max_divergence` costs; at first 1. Without a bound it does nothing."""
+        return self._divergence_multiplier
+
+    def set_divergence_multiplier(self, value: float) -> None:
+        """Let an excess over the bound cost this much from the next step on.
+
+        Args:
+            value: reward per unit of mean total variation, finite and at least 0.
+
+        Raises:
+            ValueError: it is not.
+        """
+        self._divergence_multiplier = checked_multiplier(self.workload.name, value)
+
     def knob_values(self) -> dict[str, float]:
         """The knobs as the decoder gets them, by name, in their own units."""
         return self._moves.values(self._state)
@@ -268,7 +305,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         return self._observation(), {"workload": self.workload.name, **self._knob_info(self.knob_values())}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Move the knobs, and decode the next prompt with them.
+        """Move the knobs, and decode the next prompt or prompts with them.
 
         Args:
             action: shape (knobs,), in [-1, 1]; what is beyond is clipped.
@@ -282,7 +319,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         """
         self._state = self._moves.moved(self._state, action)
         values = self.knob_values()
-        found = self._source.decode(values, self._next_prompt(), self.np_random)
+        found = self._source.decode(values, self._next_prompts(), self.np_random)
         terms = reward_terms(
             self._settings,
             speedup=found["speedup"],
@@ -290,6 +327,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
             divergence=found["divergence"],
             knobs=self.knobs,
             values=values,
+            multiplier=self._divergence_multiplier,
         )
         info: dict[str, Any] = {name: found[name] for name in METRICS}
         info["workload"] = self.workload.name
@@ -317,12 +355,15 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     def _knob_info(self, values: Mapping[str, float]) -> dict[str, float]:
         return {f"knobs/{name}": value for name, value in values.items()}
 
-    def _next_prompt(self) -> Any:
+    def _next_prompts(self) -> list[Any]:
         if self._fixed_prompt is not None:
-            return self._fixed_prompt
-        if not self._queue:
-            self._queue = prompt_orders(self.np_random, 1, len(self._source.prompts))[0].tolist()
-        return self._source.prompts[self._queue.pop(0)]
+            return [self._fixed_prompt] * self._prompts_per_step
+        chosen = []
+        for _ in range(self._prompts_per_step):
+            if not self._queue:
+                self._queue = prompt_orders(self.np_random, 1, len(self._source.prompts))[0].tolist()
+            chosen.append(self._source.prompts[self._queue.pop(0)])
+        return chosen
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
@@ -331,8 +372,8 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def whole_tokens(tokens: float) -> int:
-    """The argument `tokens_per_step`; raises ValueError unless it is a whole number of at least 1."""
-    if tokens < 1 or int(tokens) != tokens:
-        raise ValueError(f"tokens_per_step must be a whole number of at least 1, got {tokens}")
-    return int(tokens)
+def whole_number(name: str, value: float) -> int:
+    """The argument of this name; raises ValueError unless it is a whole number of at least 1."""
+    if value < 1 or int(value) != value:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+    return int(value)

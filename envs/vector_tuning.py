@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 from ..decoding.decoder import Knob
 from ..decoding.prompts import Split
-from .knob_moves import KnobMoves, prompt_orders
+from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves
 from .measuring import metrics
 from .operating_points import Profiles, Traces
 from .profiles import profile_of
+from .prompt_queues import PromptQueues
 from .replay import LOSSLESS, Replay
-from .rewards import TERMS, RewardSettings, reward_terms
+from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
 from .shipped_traces import find_trace
 from .sources import check_prompt, prepared
-from .tuning import METRICS, one_of, whole_tokens
-from .workload_shares import asked, one_each, shared_out
+from .tuning import METRICS, one_of, whole_number
+from .workload_shares import asked, one_each, probabilities, shared_out
 from .workloads import Workload
 
 Array = NDArray[np.float32]
@@ -51,10 +52,13 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         trace: one for each workload in order, or a mapping from their names; by default those that ship.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
         max_episode_steps: length of an episode.
+        prompts_per_step: as in `TuningEnv`, like `action`.
 
     Attributes:
+        workloads: in order.
         workload_names: of the workloads, in order.
-        workload_of: which of them each environment belongs to, shape (num_envs,), int64.
+        workload_of: which of them each environment belongs to in this episode, shape (num_envs,), int64.
+        profiles: what the time of each workload is charged by, at the operating point, in order.
 
     Raises:
         ValueError: as for `TuningEnv`; or the numbers of workloads, traces, profiles and weights do not agree.
@@ -81,6 +85,8 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         batch_size: int = 1,
         context: int | None = None,
         max_episode_steps: int = 20,
+        prompts_per_step: int = 1,
+        action: ActionKind = "move",
     ) -> None:
         if backend != "replay":
             raise ValueError(
@@ -88,39 +94,41 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
                 "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
             )
         one_of("start", start, ("random", "default"))
+        one_of("action", action, ACTION_KINDS)
         if split is not None:
             one_of("split", split, ("train", "test"))
         for name, number in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        tokens = whole_tokens(tokens_per_step)
+        tokens = whole_number("tokens_per_step", tokens_per_step)
+        self._prompts_per_step = whole_number("prompts_per_step", prompts_per_step)
         wanted = asked(workload, trace)
         traces = one_each("trace", trace, [str(one) for one in wanted])
         found = [find_trace(one, name, split) for one, name in zip(traces, wanted, strict=True)]
         self.workloads = [each for _, each in found]
         self.workload_names = [each.name for each in self.workloads]
-        self.workload_of = shared_out(num_envs, weights, len(found))
-        profiles = [
+        self._shares = shared_out(num_envs, weights, len(found))
+        self._probabilities: NDArray[np.float64] | None = None
+        self.profiles = [
             profile_of(each, one, replayed=True).at(batch_size=batch_size, context=context)
             for one, each in zip(
                 one_each("profile", profile, self.workload_names, shared=True), self.workloads, strict=True
             )
         ]
         knobs, table = prepared([each for each, _ in found], decoder, tokens, draft_length)
-        seconds = np.array([each.round_seconds(table.draft_length) for each in profiles])
+        seconds = np.array([each.round_seconds(table.draft_length) for each in self.profiles])
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
-        self._moves = KnobMoves(knobs, ranges, scales)
+        self._moves = KnobMoves(knobs, ranges, scales, action)
         self._settings = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
         self._start = start
         self._prompts = [prompts + first for prompts, first in zip(table.prompts, table.first_prompts, strict=True)]
         self._first_prompts = table.first_prompts
-        self._members = [np.flatnonzero(self.workload_of == place) for place in range(len(found))]
-        self._names = np.array([*self.workload_names, None], object)[self.workload_of]
         self._replay = Replay(table, seconds, tokens)
-        self._autoregressive = np.array([each.autoregressive_seconds for each in profiles])[self.workload_of]
+        self._multipliers = np.ones(len(found))
         self._longest = np.full(num_envs, draft_length)
         self._lossless = np.full(num_envs, LOSSLESS), np.ones(num_envs)
+        self._queues = PromptQueues(self._prompts, num_envs)
         self.single_observation_space = self._moves.observation_space
         self.single_action_space = self._moves.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -129,7 +137,8 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self._state = np.tile(self._moves.defaults(), (num_envs, 1))
         self._elapsed = 0
         self._fixed_prompts: NDArray[np.int64] | None = None
-        self._shuffle_anew()
+        self.workload_of = self._shares
+        self._belong(self._shares)
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
@@ -151,6 +160,38 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         """Weights and ranges of the reward."""
         return self._settings
 
+    @property
+    def divergence_multipliers(self) -> dict[str, float]:
+        """What an excess over `RewardSettings.max_divergence` costs, by workload; at first 1."""
+        return dict(zip(self.workload_names, self._multipliers.tolist(), strict=True))
+
+    def set_divergence_multipliers(self, multipliers: Mapping[str, float]) -> None:
+        """Let an excess over the bound cost this much from the next step on.
+
+        Args:
+            multipliers: of some workloads or all, by name, each finite and at least 0.
+
+        Raises:
+            ValueError: one is not, or there is no such workload.
+        """
+        changed = self._multipliers.copy()
+        for place, value in enumerate(one_each("divergence multipliers", dict(multipliers), self.workload_names)):
+            if value is not None:
+                changed[place] = checked_multiplier(self.workload_names[place], value)
+        self._multipliers = changed
+
+    def set_workload_weights(self, weights: Sequence[float] | Mapping[str, float] | None) -> None:
+        """From the next episode on, draw the workload of each environment that starts one.
+
+        Args:
+            weights: in proportion to what each workload is drawn, in order or by name, at least 0; None for the fixed
+                shares that the environments were made with.
+
+        Raises:
+            ValueError: they are not one finite number a workload, one is negative, or all are 0.
+        """
+        self._probabilities = None if weights is None else probabilities(weights, self.workload_names)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode of every environment.
 
@@ -169,19 +210,18 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         if unknown:
             raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(_OPTIONS)}")
         given = self._given_knobs(options.get("knobs") or {})
-        prompts = options.get("prompt")
-        fixed = None if prompts is None else self._given_prompts(prompts)
         if seed is not None:
-            self._shuffle_anew()
+            self._queues.forget()
         self._begin()
-        self._fixed_prompts = fixed
+        prompts = options.get("prompt")
+        self._fixed_prompts = None if prompts is None else self._given_prompts(prompts)
         for place, name in enumerate(self._moves.ranges):
             if name in given:
                 self._state[:, place] = given[name]
         return self._observation(), self._start_info()
 
     def step(self, actions: Array) -> tuple[Array, NDArray[Any], Flags, Flags, dict[str, Any]]:
-        """Move the knobs of all environments, and decode each one's next prompt.
+        """Move the knobs of all environments, and decode each one's next prompt or prompts.
 
         Args:
             actions: shape (num_envs, knobs), in [-1, 1]; what is beyond is clipped.
@@ -198,8 +238,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
             thresholds = values["fallback"], values["rollback"], self._longest
         else:
             thresholds = *self._lossless, values["draft_length"].astype(np.int64)
-        sums = self._replay.decode_many(self._next_prompts(), self.workload_of, *thresholds, self.np_random)
-        found = metrics(**sums, autoregressive_seconds=self._autoregressive)
+        found = metrics(**self._decoded(*thresholds), autoregressive_seconds=self._autoregressive)
         terms = reward_terms(
             self._settings,
             speedup=found["speedup"],
@@ -207,6 +246,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
             divergence=found["divergence"],
             knobs=self.knobs,
             values=values,
+            multiplier=self._multipliers[self.workload_of],
         )
         entries: dict[str, NDArray[Any]] = {name: found[name] for name in METRICS}
         entries["workload"] = self._names.copy()
@@ -228,6 +268,10 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
 
     def _begin(self) -> None:
         """Set all environments to the start of an episode."""
+        if self._probabilities is not None:
+            self._belong(self.np_random.choice(len(self.workloads), self.num_envs, p=self._probabilities))
+        elif self.workload_of is not self._shares:
+            self._belong(self._shares)
         if self._start == "random":
             self._state = self._moves.drawn(self.np_random, (self.num_envs,))
         else:
@@ -250,23 +294,34 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
             infos[name], infos[f"_{name}"] = entry, mask
         return infos
 
-    def _shuffle_anew(self) -> None:
-        """Let the next step of every environment draw an order of its prompts."""
-        self._orders: list[NDArray[np.int64]] = [np.empty((len(members), 0), np.int64) for members in self._members]
-        self._next = [0] * len(self._members)
+    def _belong(self, workload_of: NDArray[np.int64]) -> None:
+        """Let each environment belong to a workload; one that changes begins a new order of its prompts."""
+        self._queues.forget(self.workload_of != workload_of)
+        self.workload_of = workload_of
+        self._names = np.array([*self.workload_names, None], object)[workload_of]
+        self._autoregressive = np.array([each.autoregressive_seconds for each in self.profiles])[workload_of]
 
-    def _next_prompts(self) -> NDArray[np.int64]:
-        """The next prompt of every environment, as the table counts them."""
-        if self._fixed_prompts is not None:
-            return self._fixed_prompts
-        chosen = np.empty(self.num_envs, np.int64)
-        for place, (members, prompts) in enumerate(zip(self._members, self._prompts, strict=True)):
-            if self._next[place] >= self._orders[place].shape[1]:
-                self._orders[place] = prompts[prompt_orders(self.np_random, len(members), len(prompts))]
-                self._next[place] = 0
-            chosen[members] = self._orders[place][:, self._next[place]]
-            self._next[place] += 1
-        return chosen
+    def _decoded(
+        self, fallback: NDArray[np.float64], rollback: NDArray[np.float64], longest: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Sums over the rounds of each environment's next prompts, as `metrics` takes them."""
+        count = self._prompts_per_step
+        if self._fixed_prompts is None:
+            prompts = self._queues.take(self.workload_of, count, self.np_random)
+        else:
+            prompts = np.repeat(self._fixed_prompts[:, None], count, 1)
+        traces = self.workload_of
+        if count == 1:
+            return self._replay.decode_many(prompts[:, 0], traces, fallback, rollback, longest, self.np_random)
+        sums = self._replay.decode_many(
+            prompts.ravel(),
+            traces.repeat(count),
+            fallback.repeat(count),
+            rollback.repeat(count),
+            longest.repeat(count),
+            self.np_random,
+        )
+        return {name: values.reshape(self.num_envs, count).sum(1) for name, values in sums.items()}
 
     def _given_knobs(self, given: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         if not isinstance(given, Mapping):

@@ -66,3 +66,23 @@ def shared_out(environments: int, weights: Sequence[float] | None, workloads: in
         chosen[place] = np.argmin((given + 0.5) / shares)
         given[chosen[place]] += 1
     return chosen
+
+
+def probabilities(weights: Sequence[float] | Mapping[str, float], workloads: Sequence[str]) -> NDArray[np.float64]:
+    """With what probability each workload is drawn, in proportion to the weights; shape (workloads,).
+
+    Args:
+        weights: in the order of the workloads, or a mapping from their names.
+        workloads: their names.
+
+    Raises:
+        ValueError: the weights are not one finite number of at least 0 for each workload, or all are 0.
+    """
+    given = one_each("weights", weights if isinstance(weights, Mapping) else list(weights), workloads)
+    shares = np.array([np.nan if share is None else share for share in given], np.float64)
+    if not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
+        raise ValueError(
+            f"weights must be {len(workloads)} finite numbers of at least 0, one for each workload and not all 0, got "
+            f"{weights}"
+        )
+    return shares / shares.sum()

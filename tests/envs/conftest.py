@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import pytest
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.pairs import Pair
+from specgym.decoding.sampling import Sampling
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.traces import Trace
+from specgym.envs.vector_tuning import TuningVectorEnv
 
 VOCABULARY = 64
 DRAFT_LENGTH = 4
@@ -61,6 +64,14 @@ def toy_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     return record(Workload(pair, PROMPTS), "train", tmp_path_factory.mktemp("toy") / "toy.npz", settings)
 
 
+@pytest.fixture(scope="session")
+def sampled_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Of the same pair and prompts, sampled; the first two have detours."""
+    settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=2, detour_tokens=12)
+    work = Workload(pair, PROMPTS, Sampling(1.0))
+    return record(work, "train", tmp_path_factory.mktemp("sampled") / "toy.npz", settings)
+
+
 @pytest.fixture
 def profile() -> LatencyProfile:
     """Drafting costs 1 ms a token, a pass over one token 10 ms and over each further one 1 ms."""
@@ -77,5 +88,29 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
             "tokens_per_step": 8,
         }
         return gymnasium.make("specgym/Thresholds-v0", **(arguments | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_vector(toy_trace: Trace, profile: LatencyProfile) -> Callable[..., TuningVectorEnv]:
+    """Replayed environments that step together."""
+
+    def make(num_envs: int = 3, **changes: Any) -> TuningVectorEnv:
+        usual = {"trace": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        env = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=num_envs, **{**usual, **changes})
+        assert isinstance(env, TuningVectorEnv)
+        return env
+
+    return make
+
+
+@pytest.fixture
+def make_single(toy_trace: Trace, profile: LatencyProfile) -> MakeEnv:
+    """One replayed environment."""
+
+    def make(**changes: Any) -> gymnasium.Env:
+        usual = {"trace": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        return gymnasium.make("specgym/Thresholds-v0", backend="replay", **{**usual, **changes})
 
     return make

@@ -110,9 +110,9 @@ def test_prompts_with_detours_come_before_any_comes_again(
     seen: list[int] = []
     real = sources.ReplaySource.decode
 
-    def spy(self: Any, values: Any, prompt: int, random: Any) -> Any:
-        seen.append(prompt)
-        return real(self, values, prompt, random)
+    def spy(self: Any, values: Any, prompts: list[int], random: Any) -> Any:
+        seen.extend(prompts)
+        return real(self, values, prompts, random)
 
     monkeypatch.setattr(sources.ReplaySource, "decode", spy)
     for decoder, known in (("threshold", [0, 1, 2]), ("speculative", [0, 1, 2, 3])):

@@ -87,6 +87,9 @@ def test_ranges_may_come_as_lists_from_a_file() -> None:
         ({"divergence_weight": -1.0}, "divergence_weight must be"),
         ({"range_weight": "much"}, "range_weight must be a finite number"),
         ({"falloff": 0.0}, "falloff must be above 0"),
+        ({"max_divergence": 1.5}, "max_divergence must be between 0 and 1, or None for no bound, got 1.5"),
+        ({"max_divergence": math.nan}, "max_divergence must be between 0 and 1"),
+        ({"max_divergence": True}, "max_divergence must be between 0 and 1"),
         ({"ranges": {"fallback": (0.7, 0.4)}}, "'fallback' must go from low to high"),
         ({"ranges": {"rollback": 3}}, "'rollback' must be two numbers"),
         ({"ranges": {"rollback": (0.1, math.inf)}}, "'rollback' must go from low to high"),
@@ -97,17 +100,62 @@ def test_senseless_settings_are_refused_by_name(arguments: dict[str, Any], messa
         RewardSettings(**arguments)
 
 
+def test_under_a_bound_only_speed_and_what_is_above_the_bound_count() -> None:
+    settings = RewardSettings(speed_weight=3, divergence_weight=2, max_divergence=0.1)
+    below = terms(settings, divergence=0.1, multiplier=5.0)
+    assert below == pytest.approx({"speed": 6.0, "acceptance": 0.0, "range": 0.0, "divergence": -0.2})
+    above = terms(settings, divergence=0.4, multiplier=5.0)
+    assert above == pytest.approx({"speed": 6.0, "acceptance": 0.0, "range": 0.0, "divergence": -0.8 - 1.5})
+
+
+def test_below_the_bound_divergence_is_free() -> None:
+    assert math.copysign(1, terms(RewardSettings(max_divergence=0.2), multiplier=9.0)["divergence"]) == 1
+
+
+def test_without_a_bound_a_multiplier_does_nothing() -> None:
+    assert terms(RewardSettings(), multiplier=9.0) == terms(RewardSettings())
+
+
+@given(bound=st.floats(0.05, 0.95), steepness=st.floats(1, 6))
+def test_the_best_setting_is_at_the_bound_even_where_speed_is_convex_in_divergence(
+    bound: float, steepness: float
+) -> None:
+    divergence = np.sort(np.append(np.linspace(0, 1, 101), bound))
+    speedup = np.exp(steepness * divergence)
+    values = {"fallback": np.zeros(102), "rollback": np.ones(102)}
+    settings = RewardSettings(max_divergence=bound)
+    # As steep as the chord from the bound to the far end, and a little more.
+    multiplier = 1.01 * (speedup[-1] - math.exp(steepness * bound)) / (1 - bound) + 0.01
+    found = reward_terms(
+        settings,
+        speedup=speedup,
+        acceptance_rate=np.zeros(102),
+        divergence=divergence,
+        knobs=KNOBS,
+        values=values,
+        multiplier=multiplier,
+    )
+    assert divergence[np.argmax(sum(found.values()))] == pytest.approx(bound, abs=0.011)
+
+
 @given(
     speedups=st.lists(positive, min_size=1, max_size=5),
     acceptance=fractions,
     divergence=fractions,
     fallback=fractions,
     rollback=st.floats(1, 16),
+    bound=st.none() | fractions,
 )
 def test_arrays_give_what_their_numbers_give(
-    speedups: list[float], acceptance: float, divergence: float, fallback: float, rollback: float
+    speedups: list[float],
+    acceptance: float,
+    divergence: float,
+    fallback: float,
+    rollback: float,
+    bound: float | None,
 ) -> None:
-    settings = RewardSettings(divergence_weight=3.0)
+    settings = RewardSettings(divergence_weight=3.0, max_divergence=bound)
+    multipliers = np.arange(len(speedups)) + 0.5
     many = reward_terms(
         settings,
         speedup=np.array(speedups),
@@ -115,6 +163,7 @@ def test_arrays_give_what_their_numbers_give(
         divergence=np.full(len(speedups), divergence),
         knobs=KNOBS,
         values={"fallback": np.full(len(speedups), fallback), "rollback": np.full(len(speedups), rollback)},
+        multiplier=multipliers,
     )
     for place, speedup in enumerate(speedups):
         one = reward_terms(
@@ -124,6 +173,7 @@ def test_arrays_give_what_their_numbers_give(
             divergence=divergence,
             knobs=KNOBS,
             values={"fallback": fallback, "rollback": rollback},
+            multiplier=float(multipliers[place]),
         )
         assert all(type(term) is float for term in one.values())
         assert {name: term[place] for name, term in many.items()} == pytest.approx(one)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -15,44 +14,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from specgym.agents.vec_adaptor import VectorEnvAdaptor
-from specgym.decoding import Sampling
 from specgym.decoding.latency import LatencyProfile
-from specgym.envs.record import RecordSettings, record
 from specgym.envs.traces import Trace
 from specgym.envs.vector_tuning import TuningVectorEnv
 from specgym.envs.workloads import Workload
 
 MakeVector = Callable[..., TuningVectorEnv]
-
-
-@pytest.fixture(scope="session")
-def sampled_trace(toy_trace: Trace, pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Of the same pair and prompts, sampled."""
-    from .conftest import PROMPTS
-
-    how = RecordSettings(4, prompts=4, tokens=20, detour_prompts=2, detour_tokens=12)
-    work = Workload(pair, PROMPTS, Sampling(1.0))
-    return record(work, "train", tmp_path_factory.mktemp("sampled") / "toy.npz", how)
-
-
-@pytest.fixture
-def make_vector(toy_trace: Trace, profile: LatencyProfile) -> MakeVector:
-    def make(num_envs: int = 3, **changes: Any) -> TuningVectorEnv:
-        usual = {"trace": toy_trace, "profile": profile, "draft_length": 4, "tokens_per_step": 8}
-        env = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=num_envs, **{**usual, **changes})
-        assert isinstance(env, TuningVectorEnv)
-        return env
-
-    return make
-
-
-@pytest.fixture
-def make_single(toy_trace: Trace, profile: LatencyProfile) -> Callable[..., gymnasium.Env]:
-    def make(**changes: Any) -> gymnasium.Env:
-        usual = {"trace": toy_trace, "profile": profile, "draft_length": 4, "tokens_per_step": 8}
-        return gymnasium.make("specgym/Thresholds-v0", backend="replay", **{**usual, **changes})
-
-    return make
 
 
 def actions(env: TuningVectorEnv, seed: int, steps: int) -> list[np.ndarray]:
