@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import tyro
 
@@ -15,31 +15,58 @@ from ..decoding.errors import SpecgymError
 from .evaluation import evaluate, save_rows
 from .files import read_json
 from .recommend import load_thresholds
+from .report.gather import gather
+from .report.page import write_report
+from .requirements import SettingsError
 from .run import RunFolder, torch_threads
-from .settings import SettingsError, TrainSettings
+from .settings import TrainSettings
 from .stopping.command import evaluate_stopping, train_stopping
 from .stopping.settings import FORMAT as STOPPING_FORMAT
 from .stopping.settings import StoppingSettings
 from .tables import differences, rendered, verdict
 from .telling import console, quieten
 from .training import train
+from .tuner.command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
+from .tuner.comparison import Kind
+from .tuner.cross_validation import KINDS
+from .tuner.settings import FORMAT as TUNER_FORMAT
+from .tuner.settings import TunerSettings
 
 EnvName = Literal["specgym/Thresholds-v0", "specgym/DraftLength-v0"]
-THRESHOLDS: EnvName = "specgym/Thresholds-v0"
-DRAFT_LENGTH: EnvName = "specgym/DraftLength-v0"
+THRESHOLDS: Final = "specgym/Thresholds-v0"
+DRAFT_LENGTH: Final = "specgym/DraftLength-v0"
+TUNER = "tuner"
 
 
 @dataclass(frozen=True)
 class TrainCommand:
     """Learn decoding thresholds by reinforcement learning. Without options: on the pairs that ship with the package.
 
-    The options are those of --env specgym/Thresholds-v0. To learn when to stop a draft instead, and for the options of
-    that: --env specgym/DraftLength-v0 --help.
+    The options are those of --env specgym/Thresholds-v0. To learn a tuner for pairs never seen instead, and for the
+    options of that: --tuner --help. To learn when to stop a draft: --env specgym/DraftLength-v0 --help.
     """
 
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
     env: EnvName = THRESHOLDS
     """What to learn: thresholds for a prompt, or when to stop a draft."""
+    resume: Path | None = None
+    """Go on with this run (its folder) from its newest intact checkpoint. Its settings are kept; only
+    --total-timesteps may be raised."""
+
+
+@dataclass(frozen=True)
+class TrainTunerCommand:
+    """Learn to tune: a policy that tries a few thresholds on a workload, sees what they gave, and recommends others.
+
+    It practises on recorded workloads, by default all that ship with the package, and then tunes pairs that it never
+    saw: python evaluate.py <run> --pair <target>+<draft>.
+    """
+
+    settings: Annotated[TunerSettings, tyro.conf.arg(name="")]
+    env: Literal["specgym/Thresholds-v0"] = THRESHOLDS
+    """What is tuned."""
+    tuner: bool = True
+    """Learn a tuner, instead of thresholds for the workloads named."""
     resume: Path | None = None
     """Go on with this run (its folder) from its newest intact checkpoint. Its settings are kept; only
     --total-timesteps may be raised."""
@@ -67,19 +94,38 @@ class EvaluateCommand:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, such as runs/thresholds-20260101-120000."""
-    live: tuple[str, ...] = ()
-    """Of a run of --env specgym/DraftLength-v0: decode these workloads live instead, by the clock too, beside their
-    replay. For instance tiny/prose tiny-3m-1l/definitions."""
+    live: tuple[str, ...] | None = None
+    """With --pair: measure and confirm by decoding, with the clock beside. Of a run of --env specgym/DraftLength-v0:
+    decode these workloads live instead, by the clock too, beside their replay, for instance tiny/prose
+    tiny-3m-1l/definitions."""
+    report: bool = False
+    """Write report.html into the run's folder, one page with every table and figure there is, and the tables as CSV and
+    JSON into report/."""
+    pair: str | None = None
+    """Of a run of --tuner: recommend thresholds for this pair, such as my-target+my-draft, after a few measurements."""
+    prompts: str = "prose"
+    """With --pair: a prompt set, or a file of prompts; part of them is kept for confirming."""
+    temperature: float = 0.0
+    """With --pair: of sampling; 0 for greedy decoding."""
+    measurements: int | None = None
+    """With --pair: settings to try before recommending one; by default as many as the tuner has learned with."""
+    transfer: bool = False
+    """Of a run of --tuner: learn again without each pair, each dataset and each target family, tune what was left out,
+    and compare with searches that know no other workload. About a quarter of a minute for each training."""
+    leave_out: tuple[Kind, ...] = KINDS
+    """With --transfer: what to leave out."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """With --transfer: trainings and searches."""
+    jobs: int = 2
+    """With --transfer: trainings at a time."""
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
     """``train.py``. Returns the exit code: 0, 2 for what the user can mend, 130 after an interruption."""
 
     def run() -> None:
-        if _asked_env(sys.argv[1:] if arguments is None else arguments) == DRAFT_LENGTH:
-            _train_stopping(arguments)
-        else:
-            _train_thresholds(arguments)
+        asked = _asked(sys.argv[1:] if arguments is None else arguments)
+        {DRAFT_LENGTH: _train_stopping, TUNER: _train_tuner}.get(asked, _train_thresholds)(arguments)
 
     return _guarded(run)
 
@@ -90,9 +136,16 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         command = tyro.cli(EvaluateCommand, args=arguments)
         folder = RunFolder.existing(command.run).path
-        if _env_of(folder) == DRAFT_LENGTH:
-            evaluate_stopping(folder, command.live)
-        elif command.live:
+        kind = _kind_of(folder)
+        if command.report:
+            _report(folder)
+        elif kind == TUNER:
+            _evaluate_tuner(command, folder)
+        elif command.pair is not None or command.transfer:
+            raise SettingsError(f"--pair and --transfer are for runs of train.py --tuner; {folder} is none")
+        elif kind == DRAFT_LENGTH:
+            evaluate_stopping(folder, command.live or ())
+        elif command.live is not None:
             raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the thresholds of {folder} always are")
         else:
             evaluate_run(folder)
@@ -119,11 +172,40 @@ def _train_stopping(arguments: Sequence[str] | None) -> None:
     train_stopping(settings, command.resume)
 
 
-def _asked_env(arguments: Sequence[str]) -> str:
-    """The environment whose options these are; that of the run where one is resumed and no environment is named."""
+def _train_tuner(arguments: Sequence[str] | None) -> None:
+    command = tyro.cli(TrainTunerCommand, args=arguments, default=TrainTunerCommand(TunerSettings()))
+    settings = command.settings
+    if command.resume is not None:
+        saved = TunerSettings.load(RunFolder.existing(command.resume).settings)
+        settings = tyro.cli(TrainTunerCommand, args=arguments, default=TrainTunerCommand(saved)).settings
+    train_tuner(settings, command.resume)
+
+
+def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:
+    if command.pair is not None:
+        live = command.live is not None
+        recommend_for_pair(folder, command.pair, command.prompts, command.temperature, command.measurements, live=live)
+    elif command.live is not None:
+        raise SettingsError("--live needs --pair: which pair should be decoded?")
+    elif command.transfer:
+        transfer_tuner(folder, command.leave_out, command.seeds, command.jobs)
+    else:
+        evaluate_tuner(folder)
+
+
+def _report(folder: Path) -> None:
+    quieten()
+    path = write_report(gather(folder, shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])), folder)
+    console.print(f"The report is in {path}, its tables in {path.parent / 'report'}.", soft_wrap=True)
+
+
+def _asked(arguments: Sequence[str]) -> str:
+    """What the options are of; that of the run where one is resumed and nothing is named."""
     env, resume = _value_of("--env", arguments), _value_of("--resume", arguments)
+    if "--tuner" in arguments:
+        return TUNER
     if env is None and resume is not None and RunFolder(Path(resume)).settings.is_file():
-        return _env_of(Path(resume))
+        return _kind_of(Path(resume))
     return env or THRESHOLDS
 
 
@@ -138,10 +220,10 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _env_of(folder: Path) -> str:
+def _kind_of(folder: Path) -> str:
     """What a run has learned, by its settings."""
     content = read_json(RunFolder(folder).settings, f"is {folder} the folder of a run that train.py wrote?")
-    return DRAFT_LENGTH if content.get("format") == STOPPING_FORMAT else THRESHOLDS
+    return {STOPPING_FORMAT: DRAFT_LENGTH, TUNER_FORMAT: TUNER}.get(str(content.get("format")), THRESHOLDS)
 
 
 def evaluate_run(folder: Path) -> list[str]:
@@ -163,7 +245,7 @@ def evaluate_run(folder: Path) -> list[str]:
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     save_rows(run.path / "evaluation.json", rows, settings, command)
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
-    console.print(verdict(rows), highlight=False)
+    console.print(verdict(rows, settings.max_divergence), highlight=False)
     found = differences(rows, run.table)
     if found:
         console.print(f"{len(found)} charged numbers differ from {run.table} (another machine or version?):")

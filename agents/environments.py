@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,13 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
+from ..envs.workload_shares import shared_out
 from .numerics import FiniteGuard
 from .settings import TrainSettings
 from .telling import quieten
+
+PRELOADED = "SPECGYM_PRELOADED_WORKLOADS"
+"""The environment variable that tells a fork server which workloads' pairs to load, a JSON list of their names."""
 
 
 class WorkloadMark(gymnasium.ObservationWrapper[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]):
@@ -70,7 +77,7 @@ def make_env(
         tokens_per_step=environment.tokens_per_step,
         backend=environment.backend,
         timing=environment.timing,
-        reward=environment.reward,
+        reward=settings.reward,
         profile=str(profile),
         split="test" if held_out else "train",
         start="default" if held_out else "random",
@@ -83,22 +90,22 @@ def make_env(
 
 
 def training_environments(settings: TrainSettings, profiles: Sequence[Path]) -> VecNormalize:
-    """One environment a workload, on training prompts: guarded, monitored, rewards normalised.
+    """One environment a workload or more, on training prompts: guarded, monitored, rewards normalised.
 
     With `settings.subprocesses` each has its own process and one thread. (Timed by the clock they share this process,
-    since neighbours would disturb it.) The processes are forked from one that has imported everything, and so share
-    the memory of what they imported.
+    since neighbours would disturb it.) The processes are forked from one that has imported everything and loaded the
+    models, and so share the memory of both.
     """
-    apart = settings.subprocesses and settings.environment.timing == "profile" and len(settings.workloads) > 1
+    practising = settings.environments or len(settings.workloads)
+    apart = settings.subprocesses and settings.environment.timing == "profile" and practising > 1
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
-        partial(make_env, settings, place, profile, threads=1 if apart else None)
-        for place, profile in enumerate(profiles)
+        partial(make_env, settings, place, profiles[place], threads=1 if apart else None)
+        for place in shared_out(practising, settings.weights or None, len(settings.workloads)).tolist()
     ]
     venv: VecEnv
     if apart:
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            multiprocessing.set_forkserver_preload(["specgym.agents.environments", "specgym.envs.tuning"])
-        venv = SubprocVecEnv(makers)
+        with _preloaded(settings.workloads if settings.environment.backend == "live" else ()):
+            venv = SubprocVecEnv(makers)
     else:
         venv = DummyVecEnv(makers)
     return _wrapped(venv, settings, training=True)
@@ -116,6 +123,27 @@ def state_names(settings: TrainSettings, knobs: Sequence[str]) -> list[str]:
     """What each entry of an observation is."""
     marked = settings.identify_workloads and len(settings.workloads) > 1
     return [*knobs, *(f"workload/{name}" for name in settings.workloads if marked)]
+
+
+@contextmanager
+def _preloaded(workloads: Sequence[str]) -> Iterator[None]:
+    """Let the fork server, if it is started inside, import everything and load the pairs of these workloads.
+
+    One that runs already goes on with what it has loaded; its processes load other pairs on their own.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        yield
+        return
+    modules = ["specgym.agents.environments", "specgym.envs.tuning"]
+    if workloads and not torch.cuda.is_available():  # a process that has touched CUDA cannot be forked
+        modules.append("specgym.agents.preloading")
+        # The server is another program, so what to load must be told in its environment.
+        os.environ[PRELOADED] = json.dumps(list(workloads))
+    multiprocessing.set_forkserver_preload(modules)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRELOADED, None)
 
 
 def _wrapped(venv: VecEnv, settings: TrainSettings, training: bool) -> VecNormalize:

@@ -131,7 +131,7 @@ def _evaluate_workload(
         ) -> dict[str, float]:
             total = {name: sum(sums[method][place][name] for place in chosen) for name in sums[method][0]}
             plain = {name: sum(sums["autoregressive"][place][name] for place in chosen) for name in total}
-            return _columns(total, plain, profile, settings.environment.reward, decoder.knobs, knobs)
+            return _columns(total, plain, profile, settings.reward, decoder.knobs, knobs)
 
         values = columns(every)
         intervals: dict[str, tuple[float, float]] = {}

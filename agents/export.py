@@ -33,13 +33,17 @@ _WAY_OUT = "export the policy again: python train.py --resume <run>"
 
 @dataclass(frozen=True)
 class KnobRange:
-    """How one knob moves: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high]."""
+    """How one knob moves: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high].
+
+    The decoder gets the nearest whole number of one that is an `integer`.
+    """
 
     name: str
     low: float
     high: float
     default: float
     step: float
+    integer: bool = False
 
 
 class ExportedPolicy:

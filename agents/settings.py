@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from ..decoding.errors import SpecgymError
+from ..callbacks import ReplaySettings
 from ..decoding.files import write_json
 from ..envs.rewards import RewardSettings
 from ..envs.workloads import SHIPPED_WORKLOADS
-from .files import RunFileError, read_json
+from .requirements import (
+    SettingsError,
+    require_above_zero,
+    require_at_least,
+    require_folder_name,
+    require_one_of,
+    require_weights,
+    require_within,
+)
+from .settings_files import load_settings, to_json
 
 FORMAT = "specgym-settings-1"
-_T = TypeVar("_T")
-
-
-class SettingsError(SpecgymError, ValueError):
-    """A setting that makes no sense or contradicts another; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,19 @@ class LearningSettings:
     """How far an update may move an action's probability ratio from 1."""
     entropy_coefficient: float = 0.0
     """Of the bonus for spread-out actions."""
+    entropy_end: float | None = None
+    """Where the entropy coefficient goes, linearly, until the end of training; by default it stays."""
+    plateau_patience: int = 0
+    """Lower the learning rate when the reward has not improved for so many rollouts; 0 for never."""
+    plateau_factor: float = 0.5
+    """What the learning rate is multiplied by then."""
+    stop_patience: int = 0
+    """Stop when the reward has not improved for so many rollouts; 0 for never."""
+    workload_priorities: bool = False
+    """Practise more on workloads where there is more to learn (Prioritized Level Replay, arXiv 2010.03934). Needs
+    environments that can change their workload: those of train.py --tuner."""
+    replay: ReplaySettings = field(default_factory=lambda: ReplaySettings(updates=0))
+    """Prioritised replay of earlier rollouts; off while it makes no updates."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this norm."""
     std_low: float = 0.05
@@ -78,10 +92,15 @@ class LearningSettings:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "rollout_steps", "epochs")
         require_at_least(self, 2, "batch_size")
+        require_at_least(self, 0, "plateau_patience", "stop_patience")
         require_within(self, 0, 1, "gamma", "gae_lambda")
-        require_within(self, 0, math.inf, "entropy_coefficient")
+        require_within(self, 0, 1e6, "entropy_coefficient")
+        if self.entropy_end is not None:
+            require_within(self, 0, 1e6, "entropy_end")
+        if not 0 < self.plateau_factor < 1:
+            raise SettingsError(f"plateau_factor must be between 0 and 1, got {self.plateau_factor}")
         require_above_zero(self, "learning_rate", "clip_range", "max_grad_norm", "std_low")
-        if not self.std_low < self.std_high < math.inf:
+        if not self.std_low < self.std_high:
             raise SettingsError(f"std_low must be below std_high, got {self.std_low} and {self.std_high}")
 
 
@@ -134,6 +153,14 @@ class TrainSettings:
     """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
     identify_workloads: bool = True
     """Show the policy which workload it tunes, so that it can learn different thresholds for each."""
+    environments: int = 0
+    """How many environments practise side by side, shared out among the workloads; 0 for one each."""
+    weights: tuple[float, ...] = ()
+    """How often each workload is practised, in proportion, one number each in their order; by default all alike.
+    Needs more --environments than workloads to make a difference."""
+    max_divergence: float | None = None
+    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, 0 to 1, instead of
+    the reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
     environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
     """What the agent practises on."""
     learning: LearningSettings = field(default_factory=LearningSettings)
@@ -148,13 +175,20 @@ class TrainSettings:
         if repeated:
             raise SettingsError(f"workload {repeated[0]!r} is given twice; name each once")
         require_at_least(self, 1, "total_timesteps", "checkpoint_every")
-        require_at_least(self, 0, "seed", "threads")
-        if self.name in (".", "..") or any(letter in self.name for letter in "/\\"):
-            raise SettingsError(f"name must be a plain folder name, got {self.name!r}; --runs says where it goes")
-        rollout = self.learning.rollout_steps * len(self.workloads)
-        if self.learning.batch_size > rollout:
-            # One workload alone should need no further option.
-            object.__setattr__(self, "learning", replace(self.learning, batch_size=max(2, rollout)))
+        require_at_least(self, 0, "seed", "threads", "environments")
+        require_folder_name(self.name)
+        if self.environments and self.environments < len(self.workloads):
+            raise SettingsError(
+                f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
+            )
+        require_weights(self.weights, self.workloads)
+        if self.max_divergence is not None:
+            require_within(self, 0, 1, "max_divergence")
+        if self.learning.workload_priorities:
+            raise SettingsError(
+                "workload_priorities needs environments that can change their workload; it is for train.py --tuner"
+            )
+        rollout = self.learning.rollout_steps * (self.environments or len(self.workloads))
         if rollout < 2:
             raise SettingsError("a rollout must have at least 2 transitions; raise rollout_steps")
 
@@ -162,6 +196,11 @@ class TrainSettings:
     def folder(self) -> Path:
         """Where the run is written."""
         return self.runs / self.name
+
+    @property
+    def reward(self) -> RewardSettings:
+        """Of the environments, with the bound."""
+        return replace(self.environment.reward, max_divergence=self.max_divergence)
 
     def save(self, path: Path, command: str) -> None:
         """Write the settings with the command that made them, atomically."""
@@ -175,154 +214,3 @@ class TrainSettings:
             RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
         """
         return load_settings(cls, path, FORMAT, "a run", "train.py")
-
-
-def load_settings(kind: type[_T], path: Path, format_name: str, about: str, command: str) -> _T:
-    """Settings of some kind from the file of a run.
-
-    Args:
-        kind: the dataclass.
-        path: the file.
-        format_name: that it must name.
-        about: whose settings it should hold, for messages.
-        command: that writes such runs, for messages.
-
-    Raises:
-        RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-    """
-    way_out = f"is {path.parent} the folder of a run that {command} wrote?"
-    content = read_json(path, way_out)
-    if content.get("format") != format_name:
-        raise RunFileError(f"{path} does not hold the settings of {about} ({format_name}); {way_out}")
-    try:
-        return from_json(kind, content.get("settings"), "settings")
-    except (SpecgymError, ValueError) as error:
-        raise RunFileError(f"{path}: {error}") from error
-
-
-def merged(saved: TrainSettings, given: TrainSettings) -> TrainSettings:
-    """The settings with which a saved run goes on: its own, or those given if they only prolong it.
-
-    Raises:
-        SettingsError: a given setting contradicts the run's.
-    """
-    conflicts = sorted(
-        name for name, value in flat(to_json(given)).items()
-        if value != flat(to_json(saved)).get(name) and name != "total_timesteps"
-    )  # fmt: skip
-    if conflicts:
-        name = conflicts[0]
-        theirs, ours = flat(to_json(given)).get(name), flat(to_json(saved)).get(name)
-        raise SettingsError(
-            f"the run was started with {name} = {ours}, and cannot go on with {theirs}. Leave the option out, or start "
-            "a new run without --resume; only --total-timesteps may be raised."
-        )
-    if given.total_timesteps < saved.total_timesteps:
-        raise SettingsError(
-            f"the run is planned for {saved.total_timesteps} steps; total_timesteps can only be raised, and "
-            f"{given.total_timesteps} would shorten it"
-        )
-    return given
-
-
-def to_json(value: Any) -> Any:
-    """A setting as plain JSON values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: to_json(getattr(value, entry.name)) for entry in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): to_json(entry) for name, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_json(entry) for entry in value]
-    return value.as_posix() if isinstance(value, Path) else value
-
-
-def from_json(kind: type[_T], value: Any, where: str) -> _T:
-    """A dataclass from what `to_json` made of it; fields left out take their defaults.
-
-    Raises:
-        SettingsError: a name is unknown, or a value has the wrong type; the message says where.
-    """
-    decoded: _T = _decoded(kind, value, where)
-    return decoded
-
-
-def _decoded(kind: Any, value: Any, where: str) -> Any:
-    origin, parts = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return _decoded_dataclass(kind, value, where)
-    if origin is Literal:
-        if value in parts:
-            return value
-    elif origin in (Union, UnionType):
-        if value is None and type(None) in parts:
-            return None
-        return _decoded(next(part for part in parts if part is not type(None)), value, where)
-    elif origin is tuple and isinstance(value, list):
-        inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
-        if len(inner) == len(value):
-            return tuple(_decoded(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(inner, value, strict=True)))
-    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {name: _decoded(parts[1], entry, f"{where}.{name}") for name, entry in value.items()}
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise SettingsError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
-
-
-def _decoded_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise SettingsError(f"{where} must be an object, got {value!r}")
-    known = {entry.name: entry for entry in fields(kind)}
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise SettingsError(f"{where} has no {unknown[0]!r}; it has: {', '.join(known)}")
-    missing = [
-        name for name, entry in known.items()
-        if name not in value and entry.default is MISSING and entry.default_factory is MISSING
-    ]  # fmt: skip
-    if missing:
-        raise SettingsError(f"{where} lacks {missing[0]!r}")
-    types = get_type_hints(kind)
-    return kind(**{name: _decoded(types[name], entry, f"{where}.{name}") for name, entry in value.items()})
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """What `to_json` made of settings, by dotted names."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, entry in value.items():
-        found |= flat(entry, f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def require_at_least(settings: Any, least: int, *names: str) -> None:
-    """Raise SettingsError unless some settings are whole numbers of at least `least`."""
-    for name in names:
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingsError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def require_within(settings: Any, low: float, high: float, *names: str) -> None:
-    """Raise SettingsError unless some settings lie between two numbers."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise SettingsError(f"{name} must be between {low:g} and {high:g}, got {value}")
-
-
-def require_above_zero(settings: Any, *names: str) -> None:
-    """Raise SettingsError unless some settings are finite and positive."""
-    for name in names:
-        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
-            raise SettingsError(f"{name} must be a finite number above 0, got {getattr(settings, name)}")
-
-
-def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Raise SettingsError unless a setting is one of its choices."""
-    if getattr(settings, name) not in choices:
-        raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}")

@@ -76,8 +76,13 @@ def differences(rows: Sequence[Row], path: Path) -> list[str]:
     return found
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """What was learned, over all workloads, in a sentence; a second one where it strays further from the target."""
+def verdict(rows: Sequence[Row], max_divergence: float | None = None) -> str:
+    """What was learned, over all workloads, in a sentence; a second one on how far it strays from the target.
+
+    Args:
+        rows: of the table.
+        max_divergence: the bound that was asked for, if there was one.
+    """
     chosen = [row for row in rows if row.workload == ALL] or list(rows)
     by_method = {row.method: row.values for row in chosen}
     default, learned = by_method["default"], by_method["learned"]
@@ -86,10 +91,16 @@ def verdict(rows: Sequence[Row]) -> str:
         f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, divergence "
         f"{learned['divergence']:.3f} against {default['divergence']:.3f}."
     )
-    if learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
+    if max_divergence is not None:
+        of_learned = [row for row in rows if row.method == "learned" and row.workload != ALL]
+        broken = [row.workload for row in of_learned if row.values["divergence"] > max_divergence]
+        kept = f"{len(of_learned) - len(broken)} of {len(of_learned)} workloads"
+        sentence += f" The bound of {max_divergence:g} on the divergence is kept on the held-out prompts of {kept}"
+        sentence += f", not on {', '.join(broken)}." if broken else "."
+    elif learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
         sentence += (
             " The learned text follows the draft more than the target would; where that matters, train with "
-            "--environment.reward.divergence-weight above 0."
+            "--max-divergence, or --environment.reward.divergence-weight above 0."
         )
     return sentence
 

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-from stable_baselines3.common.vec_env import VecNormalize
-from torch.utils.tensorboard import SummaryWriter
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
-from ..callbacks import DecodingMetricsCallback, FolderCheckpointCallback, intact_checkpoints
+from ..callbacks import intact_checkpoints
 from ..callbacks.checkpoints import Checkpoint
-from ..decoding.errors import SpecgymError
 from ..decoding.files import replacing
 from ..envs.workloads import workload
 from .environments import held_out_environments, make_env, state_names, training_environments
 from .evaluation import evaluate, save_rows
 from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
-from .numerics import FiniteRolloutBuffer, NumericsCallback
+from .learner import Learner, go_on_command
 from .policy import KnobPolicy
 from .recommend import load_thresholds, recommend, save_thresholds
+from .requirements import SettingsError
 from .run import RunFolder, torch_threads
-from .settings import SettingsError, TrainSettings, merged
+from .settings import TrainSettings
+from .settings_files import prolonged
 from .tables import rendered, verdict
 from .telling import console, quieten
-
-
-class TrainingInterruptedError(SpecgymError, RuntimeError):
-    """The run stopped before its end; the message says why and how to go on."""
 
 
 def train(settings: TrainSettings | None = None, resume: Path | None = None) -> Path:
@@ -60,7 +53,7 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
     if resume is not None:
         run = RunFolder.existing(resume)
         saved = TrainSettings.load(run.settings)
-        settings = merged(saved, settings or saved)
+        settings = prolonged(saved, settings or saved)
         if settings != saved:
             settings.save(run.settings, _command())
     else:
@@ -104,77 +97,30 @@ def _new_run(settings: TrainSettings) -> tuple[RunFolder, TrainSettings]:
 
 def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:
     console.print("Starting the environments ...")
-    saver = FolderCheckpointCallback(settings.checkpoint_every, run.checkpoints)
-    go_on = f"Go on with: python train.py --resume {shlex.quote(str(run.path))}"
-    with contextlib.ExitStack() as closing:
-        try:
-            environments = training_environments(settings, profiles)
-            closing.callback(_close, environments)
-            model = _model(settings, environments, checkpoint)
-            closing.enter_context(_logging_to(model, run.tensorboard))
-            model.learn(
-                settings.total_timesteps - model.num_timesteps,
-                callback=CallbackList(_callbacks(settings, profiles, saver)),
-                reset_num_timesteps=checkpoint is None,
-                progress_bar=True,
-            )
-            model.logger.dump(model.num_timesteps)  # what the last update recorded
-        except KeyboardInterrupt:
-            if saver.model is not None:
-                saver.save()
-            raise TrainingInterruptedError(f"interrupted after {saver.steps_learned} steps. {go_on}") from None
-        except (EOFError, ConnectionError) as error:
-            raise TrainingInterruptedError(
-                f"the process of an environment ended ({type(error).__name__}): see what it said above, or it was "
-                f"killed, for instance for lack of memory. {go_on}, or start anew with --no-subprocesses."
-            ) from error
-
-
-def _model(settings: TrainSettings, environments: VecNormalize, checkpoint: Checkpoint | None) -> PPO:
-    """A new learner, or the one of a checkpoint with everything that belongs to it."""
-    learning = settings.learning
-    if checkpoint is not None:
-        if checkpoint.vecnormalize.is_file():
-            environments.ret_rms = VecNormalize.load(str(checkpoint.vecnormalize), environments.venv).ret_rms
-        model: PPO = PPO.load(checkpoint.policy, env=environments, device="cpu")
-        model.num_timesteps = checkpoint.steps
-        checkpoint.restore_random_states()
-        environments.seed(settings.seed + checkpoint.steps)  # the same prompts in the same order would teach less
-        return model
-    return PPO(
-        KnobPolicy,
-        environments,
-        n_steps=learning.rollout_steps,
-        batch_size=learning.batch_size,
-        n_epochs=learning.epochs,
-        learning_rate=learning.learning_rate,
-        gamma=learning.gamma,
-        gae_lambda=learning.gae_lambda,
-        clip_range=learning.clip_range,
-        ent_coef=learning.entropy_coefficient,
-        max_grad_norm=learning.max_grad_norm,
-        rollout_buffer_class=FiniteRolloutBuffer,
-        policy_kwargs={
-            "knob_names": _knob_names(environments),
-            "std_low": learning.std_low,
-            "std_high": learning.std_high,
-            "std_start": (learning.std_low * learning.std_high**2) ** (1 / 3),
-        },
-        seed=settings.seed,
-        device="cpu",  # networks this small are slower anywhere else
+    learner = Learner(
+        settings.learning,
+        settings.seed,
+        settings.total_timesteps,
+        run.checkpoints,
+        settings.checkpoint_every,
+        run.tensorboard,
+        settings.max_divergence,
+    )
+    learner.learn(
+        lambda: training_environments(settings, profiles),
+        checkpoint,
+        go_on_command(run.path),
+        _evaluations(settings, profiles),
     )
 
 
-def _callbacks(
-    settings: TrainSettings, profiles: Sequence[Path], saver: FolderCheckpointCallback
-) -> list[BaseCallback]:
-    callbacks: list[BaseCallback] = [NumericsCallback(), DecodingMetricsCallback(), saver]
-    if settings.evaluation.during_training:
-        count = len(settings.workloads)
-        every = max(settings.total_timesteps // count // settings.evaluation.during_training, 1)
-        held_out = held_out_environments(settings, profiles)
-        callbacks.append(EvalCallback(held_out, n_eval_episodes=count, eval_freq=every, verbose=0))
-    return callbacks
+def _evaluations(settings: TrainSettings, profiles: Sequence[Path]) -> list[BaseCallback]:
+    if not settings.evaluation.during_training:
+        return []
+    count, practising = len(settings.workloads), settings.environments or len(settings.workloads)
+    every = max(settings.total_timesteps // practising // settings.evaluation.during_training, 1)
+    held_out = held_out_environments(settings, profiles)
+    return [EvalCallback(held_out, n_eval_episodes=count, eval_freq=every, verbose=0)]
 
 
 def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint) -> None:
@@ -198,40 +144,14 @@ def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], c
         rows = evaluate(settings, thresholds, profiles, lambda name: status.update(f"Evaluating {name}"))
     save_rows(run.table, rows, settings, _command())
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
-    console.print(verdict(rows), highlight=False)
+    console.print(verdict(rows, settings.max_divergence), highlight=False)
     console.print(f"Recommended thresholds: {run.thresholds}. TensorBoard: tensorboard --logdir {run.path.parent}")
 
 
-def _knob_names(environments: VecNormalize) -> tuple[str, ...]:
-    return tuple(knob.name for knob in environments.get_attr("knobs", 0)[0])
-
-
 def _knob_ranges(env: Any) -> list[KnobRange]:
-    ranges, scales = env.get_wrapper_attr("ranges"), env.get_wrapper_attr("scales")
-    knobs = env.get_wrapper_attr("knobs")
-    return [
-        KnobRange(knob.name, ranges[knob.name][0], ranges[knob.name][1], knob.default, scales[knob.name])
-        for knob in knobs
-    ]
-
-
-@contextlib.contextmanager
-def _logging_to(model: PPO, folder: Path) -> Iterator[None]:
-    """TensorBoard events in one folder for the whole run; those of steps that were lost are hidden."""
-    output = TensorBoardOutputFormat.__new__(TensorBoardOutputFormat)
-    output.writer = SummaryWriter(str(folder), purge_step=model.num_timesteps + 1 if model.num_timesteps else None)
-    output._is_closed = False
-    logger = Logger(str(folder), [output])
-    model.set_logger(logger)
-    try:
-        yield
-    finally:
-        logger.close()
-
-
-def _close(environments: VecNormalize) -> None:
-    with contextlib.suppress(EOFError, ConnectionError):  # its processes may have ended before
-        environments.close()
+    knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
+    ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
+    return [KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer) for knob in knobs]
 
 
 def _command() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
@@ -89,8 +89,11 @@ class VectorEnvAdaptor(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The vector environment's attribute, once for each index: what is inside is not a list of environments."""
-        return [getattr(self.env, attr_name)] * len(self._rows(indices))
+        """The vector environment's attribute, once for each index: what is inside is not a list of environments.
+
+        Of an environment in wrappers the outermost that has the attribute answers.
+        """
+        return [getattr(self._owner(attr_name), attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set an attribute of the vector environment.
@@ -99,7 +102,7 @@ class VectorEnvAdaptor(VecEnv):
             ValueError: it is asked for some environments alone.
         """
         self._require_all(indices, f"set {attr_name}")
-        setattr(self.env, attr_name, value)
+        setattr(self._owner(attr_name), attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
@@ -110,7 +113,7 @@ class VectorEnvAdaptor(VecEnv):
             ValueError: it is asked for some environments alone.
         """
         self._require_all(indices, f"call {method_name}")
-        return [getattr(self.env, method_name)(*method_args, **method_kwargs)] * self.num_envs
+        return [getattr(self._owner(method_name), method_name)(*method_args, **method_kwargs)] * self.num_envs
 
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
@@ -132,6 +135,13 @@ class VectorEnvAdaptor(VecEnv):
                 if holds[row]:
                     dictionary[name] = listed[row]
         return dictionaries
+
+    def _owner(self, name: str) -> VectorEnv[Any, Any, Any]:
+        """Wrappers of Gymnasium's vector environments hand nothing through, so look for who has it."""
+        env = self.env
+        while not hasattr(env, name) and isinstance(env, VectorWrapper):
+            env = env.env
+        return env
 
     def _rows(self, indices: VecEnvIndices) -> list[int]:
         return list(self._get_indices(indices))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ...decoding.files import write_json
 from ...envs.draft_replay import DraftTable
+from ..learner import TrainingInterruptedError
+from ..requirements import SettingsError
 from ..run import torch_threads
-from ..settings import SettingsError
 from ..telling import console, quieten
-from ..training import TrainingInterruptedError
 from .comparison import Row, compare
 from .export import ExportedStopRule
 from .learning import learn

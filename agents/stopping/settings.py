@@ -10,15 +10,8 @@ from ...decoding.files import write_json
 from ...decoding.hardware_profiles import find_hardware
 from ...envs.draft_length import LONGEST
 from ...envs.workloads import SHIPPED_WORKLOADS
-from ..settings import (
-    SettingsError,
-    flat,
-    load_settings,
-    require_above_zero,
-    require_at_least,
-    require_within,
-    to_json,
-)
+from ..requirements import SettingsError, require_above_zero, require_at_least, require_within
+from ..settings_files import flat, load_settings, to_json
 
 FORMAT = "specgym-stopping-settings-1"
 

@@ -152,3 +152,30 @@ def telling_trace(make_drafted_trace: Callable[..., Trace]) -> Callable[..., Tra
 def cheap_drafts() -> LatencyProfile:
     """A drafted token costs a fifth of a plain one."""
     return LatencyProfile("toy", {0: 0.0, 1: 0.002}, {1: 0.010}, 0.010, {"device": "imaginary"})
+
+
+def transfer_content(name: str) -> dict[str, Any]:
+    """A small ``transfer.json`` in which a simpler method wins: after 2 measurements tpe reaches 99 %, learned 97 %."""
+    shares = {("learned", 0): 0.95, ("learned", 2): 0.97, ("tpe", 0): 0.8, ("tpe", 2): 0.99}
+    summary = [
+        {"kind": "pair", "method": method, "measurements": number, "fraction": share, "low": share - 0.01,
+         "high": share + 0.005, "within": 0.5}
+        for (method, number), share in shares.items()
+    ]  # fmt: skip
+    results = [
+        {"kind": "pair", "left_out": name, "workload": f"{name}/prose", "pair": name, "method": method, "seed": 0,
+         "measurements": number, "knobs": {"fallback": 0.5, "rollback": 4}, "reward": share, "best": 1.0,
+         "fraction": share, "speedup": 1.5, "divergence": 0.0, "kept": True}
+        for (method, number), share in shares.items()
+    ]  # fmt: skip
+    test = {"kind": "pair", "measurements": 2, "method": "learned", "against": "tpe", "difference": -0.02, "low": -0.03,
+            "high": -0.01, "p": 0.01, "p_adjusted": 0.02, "wins": 0.25, "units": 4}  # fmt: skip
+    fold = {"kind": "pair", "left_out": name, "workloads": [f"{name}/prose"], "universal": {"fallback": 0.5}}
+    return {"format": "specgym-transfer-1", "command": "python evaluate.py", "protocol": {"seeds": [0]},
+            "folds": [fold], "results": results, "summary": summary, "tests": [test]}  # fmt: skip
+
+
+@pytest.fixture
+def make_transfer() -> Callable[[str], dict[str, Any]]:
+    """`transfer_content`."""
+    return transfer_content

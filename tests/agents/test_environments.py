@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from specgym.agents.environments import make_env
-from specgym.agents.settings import EnvironmentSettings, SettingsError, TrainSettings
+from specgym.agents.requirements import SettingsError
+from specgym.agents.settings import EnvironmentSettings, TrainSettings
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs.workloads import Workload
 

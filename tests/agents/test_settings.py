@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from specgym.agents.files import RunFileError
-from specgym.agents.settings import (
-    EnvironmentSettings,
-    EvaluationSettings,
-    LearningSettings,
-    SettingsError,
-    TrainSettings,
-    merged,
-)
+from specgym.agents.requirements import SettingsError
+from specgym.agents.settings import EnvironmentSettings, EvaluationSettings, LearningSettings, TrainSettings
+from specgym.agents.settings_files import prolonged
 from specgym.envs.rewards import RewardSettings
 
 
@@ -100,14 +95,10 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         LearningSettings(std_low=2.0)
 
 
-def test_a_batch_larger_than_a_rollout_becomes_the_rollout() -> None:
-    assert TrainSettings(workloads=("tiny/prose",)).learning.batch_size == 20
-
-
 def test_a_resumed_run_may_be_prolonged_and_nothing_else() -> None:
     saved = TrainSettings(name="x", total_timesteps=100)
-    assert merged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200
+    assert prolonged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200
     with pytest.raises(SettingsError, match="would shorten it"):
-        merged(saved, replace(saved, total_timesteps=50))
+        prolonged(saved, replace(saved, total_timesteps=50))
     with pytest.raises(SettingsError, match=r"learning\.gamma = 0\.95, and cannot go on with 0\.5"):
-        merged(saved, replace(saved, learning=LearningSettings(gamma=0.5)))
+        prolonged(saved, replace(saved, learning=LearningSettings(gamma=0.5)))

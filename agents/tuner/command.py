@@ -1,0 +1,299 @@
+"""What ``train.py --tuner`` does, and ``evaluate.py`` with such a run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...callbacks import intact_checkpoints
+from ...decoding.files import write_json
+from ...envs.workloads import workload
+from ..evaluation import FORMAT as TABLE_FORMAT
+from ..evaluation import Row
+from ..export import ExportedPolicy
+from ..recommend import save_thresholds
+from ..report.data import HeatMap
+from ..report.heat_maps import save_heat_maps
+from ..requirements import SettingsError
+from ..run import torch_threads
+from ..settings_files import prolonged
+from ..tables import differences
+from ..tables import rendered as rendered_live
+from ..telling import console, quieten
+from .comparison import Kind, summary
+from .cross_validation import cross_validate
+from .learning import learn
+from .patterns import patterns
+from .patterns import save as save_patterns
+from .problem import Problem
+from .recommend import confirm, recommend, rendered, workload_of
+from .run import TunerRun, problems_of
+from .settings import TunerSettings
+from .table import rendered as rendered_table
+from .table import session, table_rows, verdict
+from .transfer_file import save as save_transfer
+from .transfer_tables import rendered_summary, rendered_tests, transfer_verdict
+from .tuner import LearnedTuner
+from .universal import losses, universal_setting
+
+
+def train_tuner(settings: TunerSettings | None = None, resume: Path | None = None) -> Path:
+    """Learn a tuner, judge it on held-out prompts, and write ``runs/<name>/`` (see `TunerRun`).
+
+    Args:
+        settings: what to do; by default the defaults, or the run's own when resuming.
+        resume: folder of a run to go on with, from its newest intact checkpoint. Of a finished run only what is missing
+            is made, unless `settings` asks for more steps.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        WorkloadError, TraceError: a workload is not known, or has no trace.
+        SettingsError: the folder is taken, or `settings` contradict those of the run to resume.
+        RunFileError: `resume` is not the folder of such a run, or a file in it is damaged.
+        TrainingInterruptedError: interrupted by the user.
+    """
+    quieten()
+    if resume is not None:
+        run = TunerRun(resume)
+        saved = TunerSettings.load(run.settings)
+        settings = prolonged(saved, settings or saved)
+        if settings != saved:
+            settings.save(run.settings, _command())
+            for stale in (run.policy, run.thresholds, run.table, run.heat_maps, run.transfer):
+                stale.unlink(missing_ok=True)
+    else:
+        run, settings = _new_run(settings or TunerSettings())
+    started = time.perf_counter()
+    with torch_threads(settings.threads):
+        _train(run, settings)
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.", highlight=False)
+    return run.path
+
+
+def evaluate_tuner(folder: Path) -> None:
+    """Make a run's table again, print it, and write it to ``evaluation.json`` beside the stored one.
+
+    Raises:
+        RunFileError: the run is not finished, or a file of it is damaged.
+    """
+    quieten()
+    run, settings = _finished(folder)
+    with torch_threads(settings.threads), console.status("Judging on held-out prompts"):
+        rows = _judged(run, settings, problems_of(settings), run.path / "evaluation.json")
+    console.print(rendered_table(rows, f"Held-out prompts, {run.path}"))
+    console.print(verdict(rows, settings.max_divergence), highlight=False)
+    found = differences(rows, run.table)
+    if found:
+        console.print(f"{len(found)} numbers differ from {run.table} (another version?):")
+        for line in found[:10]:
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"All numbers equal those in {run.table}.", soft_wrap=True)
+
+
+def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jobs: int) -> None:
+    """Cross-validate a run's settings, print what came of it, and write ``transfer.json``.
+
+    Args:
+        folder: of the run.
+        kinds: what to leave out.
+        seeds: one training of each fold a seed.
+        jobs: trainings at a time.
+
+    Raises:
+        RunFileError: the folder is not that of such a run.
+    """
+    quieten()
+    run = TunerRun(folder)
+    settings = TunerSettings.load(run.settings)
+    with torch_threads(settings.threads), console.status("Cross-validation") as status:
+        found = cross_validate(
+            settings,
+            run.path / "folds",
+            _command(),
+            kinds,
+            seeds,
+            jobs=jobs,
+            tell=lambda message: status.update(message),
+        )
+    save_transfer(run.transfer, found)
+    for kind in found.kinds():
+        console.print(rendered_summary(summary(found.results(kind)), kind))
+        console.print(rendered_tests(found.results(kind), kind))
+    console.print(transfer_verdict(found), highlight=False)
+    console.print(f"Everything is in {run.transfer}; python evaluate.py {run.path} --report shows it.", soft_wrap=True)
+
+
+def recommend_for_pair(
+    folder: Path, pair: str, prompts: str, temperature: float, measurements: int | None, live: bool
+) -> None:
+    """Tune a pair with a run's policy, print what to use and what to expect, and store it in the run's folder.
+
+    Args:
+        folder: of the run.
+        pair: as `load_pair` takes it.
+        prompts: as `load_prompts` takes it.
+        temperature: of sampling; 0 for greedy decoding.
+        measurements: before the recommendation; by default as many as the tuner has learned with.
+        live: measure and confirm by decoding, with the clock beside, even where the pair has a shipped trace.
+
+    Raises:
+        RunFileError: the run is not finished. Loading errors as for `load_pair` and `load_prompts`.
+    """
+    quieten()
+    run, settings = _finished(folder)
+    found = workload_of(pair, prompts, temperature)
+    place = run.path / "recommendations" / "".join(c if c.isalnum() or c in "@.-" else "_" for c in found.name)
+    with torch_threads(settings.threads), console.status(f"Tuning {found}") as status:
+        recommendation = recommend(
+            settings,
+            ExportedPolicy.load(run.path),
+            found,
+            settings.measurements if measurements is None else measurements,
+            live,
+            lambda message: status.update(message),
+        )
+        recommendation.save(place / "recommendation.json", _command())
+        console.print(rendered(recommendation))
+        if live:
+            status.update(f"Confirming on held-out prompts of {found}")
+            rows = confirm(settings, found, recommendation.knobs, place)
+            console.print(rendered_live(rows, f"Held-out prompts of {found}, decoded live"))
+    knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
+    expected = recommendation.expected.values
+    console.print(
+        f"Recommended for {found}: {knobs}. Expected: {expected['speedup']:.2f} times plain decoding, divergence "
+        f"{expected['divergence']:.3f}. Stored in {place / 'recommendation.json'}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if expected["speedup"] < 1:
+        console.print(
+            "That is slower than plain decoding: with thresholds this pair does not pay. Try a shorter draft, or "
+            "SpeculativeDecoder with a small draft_length.",
+            highlight=False,
+        )
+
+
+def _new_run(settings: TunerSettings) -> tuple[TunerRun, TunerSettings]:
+    if not settings.name:
+        settings = replace(settings, name=time.strftime("tuner-%Y%m%d-%H%M%S"))
+    run = TunerRun(settings.folder)
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
+        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+    problems_of(settings)  # a misspelt name, or a trace that is not there, should leave no folder behind
+    run.path.mkdir(parents=True, exist_ok=True)
+    settings.save(run.settings, _command())
+    return run, settings
+
+
+def _train(run: TunerRun, settings: TunerSettings) -> None:
+    console.print(
+        f"[bold]{run.path}[/]: {len(settings.workloads)} recorded workloads, {settings.total_timesteps} measurements"
+    )
+    problems = problems_of(settings)
+    with console.status("The best settings on training prompts") as status:
+        for problem in problems:
+            status.update(f"The best settings on training prompts: {problem.name}")
+            problem.train_grid()
+    checkpoint = next(intact_checkpoints(run.checkpoints), None)
+    if checkpoint is not None and not run.learned:
+        console.print(f"Going on from step {checkpoint.steps}.")
+    if not run.learned:
+        best = {problem.name: problem.train_grid().best_reward for problem in problems}
+        learn(run, settings, best, progress_bar=console.is_terminal)
+    with console.status("Judging on held-out prompts"):
+        rows = _judged(run, settings, problems, run.table)
+    console.print(rendered_table(rows, f"Held-out prompts, {run.path}"))
+    console.print(verdict(rows, settings.max_divergence), highlight=False)
+    console.print(
+        f"For a pair of your own: python evaluate.py {run.path} --pair <target>+<draft>. On pairs never seen: "
+        f"python evaluate.py {run.path} --transfer. TensorBoard: tensorboard --logdir {run.tensorboard}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem], table: Path) -> list[Row]:
+    """The table, written with everything that belongs beside it."""
+    tuner = LearnedTuner.load(run.path)
+    paths = {problem.name: session(tuner, problem, settings.measurements, settings.seed) for problem in problems}
+    recommended = {name: path[-1] for name, path in paths.items()}
+    universal = universal_setting(problems)
+    save_thresholds(
+        run.thresholds, {**_by_pair(recommended), "universal": universal, "loss": losses(problems, universal)}
+    )
+    rows = table_rows(problems, recommended, universal)
+    _save_table(table, settings, rows)
+    save_heat_maps(run.heat_maps, [_heat_map(problem, paths[problem.name]) for problem in problems], _command())
+    save_patterns(run.path, patterns(problems))
+    return rows
+
+
+def _by_pair(recommended: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    members: dict[str, list[dict[str, float]]] = {}
+    for name, knobs in recommended.items():
+        members.setdefault(str(workload(name).pair), []).append(knobs)
+    pairs = {
+        pair: {knob: round(sum(one[knob] for one in group) / len(group), 4) for knob in group[0]}
+        for pair, group in members.items()
+    }
+    return {"pairs": pairs, "workloads": recommended}
+
+
+def _heat_map(problem: Problem, path: Sequence[dict[str, float]]) -> HeatMap:
+    grid = problem.grid()
+
+    def point(knobs: dict[str, float]) -> tuple[float, float]:
+        return knobs["fallback"], knobs["rollback"]
+
+    return HeatMap(
+        problem.name,
+        grid.fallback,
+        grid.rollback,
+        grid.reward,
+        [point(problem.default), *map(point, path)],
+        point(problem.default),
+        point(path[-1]),
+        point(grid.best),
+    )
+
+
+def _save_table(path: Path, settings: TunerSettings, rows: Sequence[Row]) -> None:
+    write_json(
+        path,
+        {
+            "format": TABLE_FORMAT,
+            "command": _command(),
+            "hardware": {"charged": "reference latency profiles, measured on the machines that their files name"},
+            "protocol": {
+                "measurements": settings.measurements,
+                "prompts_per_measurement": settings.prompts_per_measurement,
+                "tokens": settings.tokens_per_prompt,
+                "intervals": "95 %, bootstrap over held-out prompts",
+            },
+            "rows": [
+                {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values,
+                 "intervals": {name: list(ends) for name, ends in row.intervals.items()}}
+                for row in rows
+            ],
+        },
+    )  # fmt: skip
+
+
+def _finished(folder: Path) -> tuple[TunerRun, TunerSettings]:
+    run = TunerRun(folder)
+    settings = TunerSettings.load(run.settings)
+    run.require_learned()
+    return run, settings
+
+
+def _command() -> str:
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,85 @@
+"""The folder of a run of learning to tune, and what it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...decoding.prompts import Split
+from ...envs.record import trace_name
+from ...envs.shipped_traces import find_trace
+from ...envs.traces import Trace
+from ...envs.workloads import workload
+from ..export import DESCRIPTION_FILE, WEIGHTS_FILE
+from ..files import RunFileError
+from .problem import Problem
+from .settings import TunerSettings
+
+
+class TunerRun:
+    """Paths within ``runs/<name>/``.
+
+    ==========================================  ============================================================
+    ``settings.json``                           the exact configuration
+    ``policy.zip``                              the learned policy for Stable-Baselines3
+    ``policy.safetensors``, ``policy.json``     the same policy without any framework (`tuner.LearnedTuner`)
+    ``thresholds.json``                         recommended thresholds, of the workloads and for all of them
+    ``table.json``                              the table on held-out prompts
+    ``heat_maps.json``                          rewards over all thresholds, with the path that the tuner takes
+    ``patterns.json``                           where the best thresholds lie
+    ``transfer.json``                           cross-validation, if it was asked for
+    ``checkpoints/``                            what ``--resume`` continues from
+    ``tensorboard/``                            event files
+    ==========================================  ============================================================
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.policy = path / "policy.zip"
+        self.thresholds = path / "thresholds.json"
+        self.table = path / "table.json"
+        self.heat_maps = path / "heat_maps.json"
+        self.patterns = path / "patterns.json"
+        self.transfer = path / "transfer.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+
+    @property
+    def learned(self) -> bool:
+        """Whether the policy is complete."""
+        return all(file.is_file() for file in (self.policy, self.path / WEIGHTS_FILE, self.path / DESCRIPTION_FILE))
+
+    def require_learned(self) -> None:
+        """Raise RunFileError unless the policy is complete."""
+        if not self.learned:
+            raise RunFileError(
+                f"{self.path} holds no finished policy; go on with: python train.py --resume {self.path}"
+            )
+
+
+def trace_of(settings: TunerSettings, name: str, split: Split) -> Trace:
+    """The trace of a workload's prompts.
+
+    Raises:
+        TraceError: there is none, or it is damaged.
+        WorkloadError: the workload's name is not known.
+    """
+    given = None if settings.traces is None else settings.traces / trace_name(workload(name).name, split)
+    return find_trace(given, name, split)[0]
+
+
+def problems_of(settings: TunerSettings, names: Sequence[str] | None = None) -> list[Problem]:
+    """The workloads of a run as problems to tune, or some of them. Raises as `Problem` and `trace_of`."""
+    return [
+        Problem(
+            name,
+            settings.reward,
+            prompts_per_measurement=settings.prompts_per_measurement,
+            tokens=settings.tokens_per_prompt,
+            draft_length=settings.draft_length,
+            train=trace_of(settings, name, "train"),
+            test=trace_of(settings, name, "test"),
+        )
+        for name in (settings.workloads if names is None else names)
+    ]
