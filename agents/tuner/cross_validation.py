@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Training:
 class Search:
     """Searches on one workload that learn from no other; those that start from a universal setting are given it."""
 
-    settings: TunerSettings
+    settings: TunerSettings = field(compare=False)  # those of the run, the same for all
     workload: str
     methods: tuple[str, ...]
     universal: tuple[tuple[str, float], ...]
