@@ -13,9 +13,11 @@ import tyro
 
 from ..decoding.errors import SpecgymError
 from .evaluation import evaluate, save_rows
+from .export import ExportedPolicy
 from .files import read_json
 from .recommend import load_thresholds
-from .report.gather import gather
+from .report.gather import HEAT_MAPS_FILE, gather
+from .report.heat_maps import save_heat_maps
 from .report.page import write_report
 from .requirements import SettingsError
 from .run import RunFolder, torch_threads
@@ -29,6 +31,7 @@ from .training import train
 from .tuner.command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
 from .tuner.comparison import Kind
 from .tuner.cross_validation import KINDS
+from .tuner.heat import heat_maps_of
 from .tuner.settings import FORMAT as TUNER_FORMAT
 from .tuner.settings import TunerSettings
 
@@ -138,7 +141,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         folder = RunFolder.existing(command.run).path
         kind = _kind_of(folder)
         if command.report:
-            _report(folder)
+            _report(folder, kind)
         elif kind == TUNER:
             _evaluate_tuner(command, folder)
         elif command.pair is not None or command.transfer:
@@ -193,10 +196,24 @@ def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:
         evaluate_tuner(folder)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, kind: str) -> None:
     quieten()
-    path = write_report(gather(folder, shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])), folder)
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    with console.status("Drawing"):
+        if kind == THRESHOLDS:
+            _save_heat_maps(RunFolder(folder), command)
+        path = write_report(gather(folder, command), folder)
     console.print(f"The report is in {path}, its tables in {path.parent / 'report'}.", soft_wrap=True)
+
+
+def _save_heat_maps(run: RunFolder, command: str) -> None:
+    """What `train.py --tuner` has written already, and `train.py`, which need not know any trace, has not."""
+    if (run.path / HEAT_MAPS_FILE).is_file() or not run.thresholds.is_file():
+        return
+    settings, recommended = TrainSettings.load(run.settings), load_thresholds(run.thresholds)["workloads"]
+    maps = heat_maps_of(settings, ExportedPolicy.load(run.path), recommended)
+    if maps:
+        save_heat_maps(run.path / HEAT_MAPS_FILE, maps, command)
 
 
 def _asked(arguments: Sequence[str]) -> str:

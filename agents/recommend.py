@@ -21,14 +21,19 @@ LAST = 40
 """The recommendation is the mean over the last of them, since a policy may settle into a small swing."""
 
 
-def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
-    """The knobs where the deterministic policy stays for a workload, from their defaults; in their own units."""
-    values = {knob.name: knob.default for knob in policy.knobs}
-    values = {knob.name: min(max(values[knob.name], knob.low), knob.high) for knob in policy.knobs}
+def followed(policy: ExportedPolicy, name: str | None = None) -> list[dict[str, float]]:
+    """Where the deterministic policy moves the knobs for a workload, from their defaults, in their own units."""
+    values = {knob.name: min(max(knob.default, knob.low), knob.high) for knob in policy.knobs}
     path = []
     for _ in range(STEPS):
         values = policy.step(values, name)
         path.append(values)
+    return path
+
+
+def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
+    """The knobs where the deterministic policy stays for a workload; in their own units."""
+    path = followed(policy, name)
     return {knob.name: round(sum(point[knob.name] for point in path[-LAST:]) / LAST, 4) for knob in policy.knobs}
 
 

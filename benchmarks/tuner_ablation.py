@@ -1,4 +1,4 @@
-"""What each part of learning a tuner does for it: replay, priorities, schedules, beside plain PPO and a matched control.
+"""What each part of learning a tuner does: replay, priorities, schedules, beside plain PPO and a matched control.
 
     python -m benchmarks.tuner_ablation                       # about 20 minutes on two cores
     python -m benchmarks.tuner_ablation --steps 300000

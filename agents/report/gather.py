@@ -25,7 +25,7 @@ TRANSFER_FORMAT = "specgym-transfer-1"
 HEAT_MAPS_FILE, TRANSFER_FILE, PATTERNS_FILE = "heat_maps.json", "transfer.json", "patterns.json"
 THRESHOLDS_WAYS = {
     TABLE: "python train.py --resume {run}",
-    HEAT_MAPS: "python train.py --tuner",
+    HEAT_MAPS: "python evaluate.py {run} --report",
     CURVES: "python train.py --resume {run} --total-timesteps <more>",
     TRANSFER: "python train.py --tuner",
     PATTERNS: "python train.py --tuner",
@@ -33,12 +33,12 @@ THRESHOLDS_WAYS = {
 }
 """The command that makes each section of a run; some belong to another kind of run alone."""
 TUNER_WAYS = {
-    TABLE: "python evaluate.py {run}",
+    TABLE: "python train.py --resume {run}",
     HEAT_MAPS: "python evaluate.py {run}",
     CURVES: "python train.py --resume {run} --total-timesteps <more>",
     TRANSFER: "python evaluate.py {run} --transfer",
     PATTERNS: "python evaluate.py {run}",
-    HARDWARE: "python evaluate.py {run}",
+    HARDWARE: "python train.py --resume {run}",
 }
 """The same for runs of ``train.py --tuner``."""
 PACKAGES = ("torch", "transformers", "stable-baselines3", "gymnasium", "numpy", "matplotlib")
@@ -102,7 +102,7 @@ def gather(run_folder: Path, command: str) -> Report:
         title=f"Thresholds learned in {run.path.resolve().name}",
         command=command,
         created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        summary=summarise(table, maps, transfer, verdict),
+        summary=summarise(table, maps, transfer),
         table=table,
         heat_maps=maps,
         curves=curves,

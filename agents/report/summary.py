@@ -18,16 +18,12 @@ SIGNIFICANT = 0.05
 _NAMED = 6
 
 
-def summarise(
-    table: Sequence[TableRow], maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None, pattern_verdict: str
-) -> list[str]:
+def summarise(table: Sequence[TableRow], maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None) -> list[str]:
     """Sentences on each part that there is, the held-out prompts first."""
     sentences = [*_of_table(table), *_of_maps(maps)]
     if transfer is not None:
         for kind in dict.fromkeys(row["kind"] for row in transfer["summary"]):
             sentences += _of_transfer(transfer, kind)
-    if pattern_verdict:
-        sentences.append(pattern_verdict)
     return sentences or ["The run holds no results yet."]
 
 

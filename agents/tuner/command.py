@@ -16,7 +16,6 @@ from ..evaluation import FORMAT as TABLE_FORMAT
 from ..evaluation import Row
 from ..export import ExportedPolicy
 from ..recommend import save_thresholds
-from ..report.data import HeatMap
 from ..report.heat_maps import save_heat_maps
 from ..requirements import SettingsError
 from ..run import torch_threads
@@ -26,6 +25,7 @@ from ..tables import rendered as rendered_live
 from ..telling import console, quieten
 from .comparison import Kind, summary
 from .cross_validation import cross_validate
+from .heat import heat_map
 from .learning import learn
 from .patterns import patterns
 from .patterns import save as save_patterns
@@ -232,7 +232,10 @@ def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem],
     )
     rows = table_rows(problems, recommended, universal)
     _save_table(table, settings, rows)
-    save_heat_maps(run.heat_maps, [_heat_map(problem, paths[problem.name]) for problem in problems], _command())
+    maps = [
+        heat_map(problem, [problem.default, *paths[problem.name]], recommended[problem.name]) for problem in problems
+    ]
+    save_heat_maps(run.heat_maps, maps, _command())
     save_patterns(run.path, patterns(problems))
     return rows
 
@@ -246,24 +249,6 @@ def _by_pair(recommended: dict[str, dict[str, float]]) -> dict[str, dict[str, di
         for pair, group in members.items()
     }
     return {"pairs": pairs, "workloads": recommended}
-
-
-def _heat_map(problem: Problem, path: Sequence[dict[str, float]]) -> HeatMap:
-    grid = problem.grid()
-
-    def point(knobs: dict[str, float]) -> tuple[float, float]:
-        return knobs["fallback"], knobs["rollback"]
-
-    return HeatMap(
-        problem.name,
-        grid.fallback,
-        grid.rollback,
-        grid.reward,
-        [point(problem.default), *map(point, path)],
-        point(problem.default),
-        point(path[-1]),
-        point(grid.best),
-    )
 
 
 def _save_table(path: Path, settings: TunerSettings, rows: Sequence[Row]) -> None:

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .problem import Measurement, Problem
+from .outcomes import Measurement
+from .problem import Problem
 from .searchers import Knobs, SearcherFactory
 from .statistics import holm, interval, resampled_means, sign_flip_test
 

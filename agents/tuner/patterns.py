@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ...decoding.files import write_json, write_text
 from ...envs.rewards import RewardSettings
-from .problem import Floats, Grid, Problem
+from .outcomes import Floats, Grid
+from .problem import Problem
 from .statistics import rank_correlation
 
 BOUNDS = (0.05, 0.1, 0.2)

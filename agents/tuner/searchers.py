@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from ...decoding.errors import SpecgymError
-from .problem import Measurement, Problem
+from .outcomes import Measurement
+from .problem import Problem
 
 INTEGER = frozenset({"rollback"})
 """Knobs that are searched as whole numbers."""

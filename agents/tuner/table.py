@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from ..evaluation import ALL, Row
-from .problem import Floats, Measurement, Problem
+from .outcomes import Floats, Measurement
+from .problem import Problem
 from .tuner import LearnedSearcher, LearnedTuner
 
 METHODS = ("default", "universal", "learned", "best")

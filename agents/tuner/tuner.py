@@ -8,7 +8,8 @@ from pathlib import Path
 from ...envs.context import ContextLayout
 from ..export import ExportedPolicy
 from ..files import RunFileError
-from .problem import Measurement, Problem
+from .outcomes import Measurement
+from .problem import Problem
 
 
 class LearnedTuner:

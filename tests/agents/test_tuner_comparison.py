@@ -14,9 +14,10 @@ import pytest
 
 from specgym.agents.files import RunFileError
 from specgym.agents.tuner.comparison import Result, compare, folds, paired_tests, summary
+from specgym.agents.tuner.outcomes import Measurement
 from specgym.agents.tuner.patterns import AIMS, patterns, verdict
 from specgym.agents.tuner.patterns import save as save_patterns
-from specgym.agents.tuner.problem import Measurement, Problem
+from specgym.agents.tuner.problem import Problem
 from specgym.agents.tuner.searchers import FixedSetting, Knobs, searchers
 from specgym.agents.tuner.transfer_file import JudgedFold, Transfer, read, save
 from specgym.envs.rewards import RewardSettings
