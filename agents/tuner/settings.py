@@ -34,7 +34,7 @@ def _tuner_learning() -> LearningSettings:
     return LearningSettings(
         rollout_steps=18,
         batch_size=1024,
-        epochs=6,
+        epochs=3,
         learning_rate=1e-3,
         plateau_patience=5,
         gamma=0.5,
