@@ -103,7 +103,7 @@ class WorkloadPriorities(JsonState, BaseCallback):
         if lacking:
             raise ValueError(
                 f"these environments cannot redraw their workloads (they have no {lacking[0]}), so that priorities "
-                "would change nothing; train on recorded traces with --environment.backend replay, or leave "
+                "would change nothing; practise on recorded traces, as train.py --tuner does, or leave "
                 "WorkloadPriorities out"
             )
         self._names = list(source.get_attr("workload_names", [0])[0])

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ...decoding.errors import SpecgymError
 from .outcomes import Measurement
 from .problem import Problem
 from .searchers import Knobs, SearcherFactory
@@ -20,6 +21,10 @@ WITHIN = 0.97
 LEARNED = "learned"
 Kind = Literal["pair", "dataset", "family"]
 _ATTRIBUTES: dict[Kind, str] = {"pair": "pair", "dataset": "prompts", "family": "family"}
+
+
+class FoldError(SpecgymError, ValueError):
+    """Nothing can be left out in the way asked for."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +135,18 @@ def folds(problems: Sequence[Problem], kind: Kind) -> list[Fold]:
         kind: what is left out: `"pair"`, `"dataset"` (a prompt set) or `"family"` (a target).
 
     Raises:
-        ValueError: an unknown kind, or all workloads have the same one, so that none is left to learn from.
+        ValueError: an unknown kind.
+        FoldError: all workloads have the same one, so that none is left to learn from.
     """
     if kind not in _ATTRIBUTES:
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     of = {problem.name: str(getattr(problem, _ATTRIBUTES[kind])) for problem in problems}
     names = list(dict.fromkeys(of.values()))
     if len(names) < 2:
-        raise ValueError(f"leaving one {kind} out needs workloads of at least two, got {', '.join(names) or 'none'}")
+        raise FoldError(
+            f"leaving one {kind} out needs workloads of at least two, got {', '.join(names) or 'none'}; name the other "
+            "kinds with --leave-out"
+        )
     return [
         Fold(
             kind,

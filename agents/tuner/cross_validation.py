@@ -85,14 +85,16 @@ def cross_validate(
         tell: called with what is being done.
 
     Raises:
-        ValueError: the workloads are all of one pair, dataset or family, so nothing can be left out.
+        FoldError: the workloads are all of one pair, dataset or family, so nothing can be left out.
         MissingOptunaError: a method needs optuna, which is not installed.
     """
     alone = tuple(name for name in methods if name not in NEEDS_UNIVERSAL)
     warm = tuple(name for name in methods if name in NEEDS_UNIVERSAL)
     problems = {problem.name: problem for problem in problems_of(settings)}
     every = [fold for kind in kinds for fold in folds(list(problems.values()), kind)]
-    searchers({}, methods)  # a method that is not there should not show after an hour of training
+    first = next(iter(problems.values()))
+    for make in searchers(first.default, methods).values():
+        make(first, 0)  # a method that is unknown or not installed should not show after all the training
     tell("The best settings on training prompts")
     best = {name: problem.train_grid().best_reward for name, problem in problems.items()}
     universal = {fold: universal_setting([problems[name] for name in fold.train]) for fold in every}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,19 @@ def test_cross_validation_goes_on_where_it_was_interrupted(
     assert evaluate_command(command) == 0
     assert [file.stat().st_mtime_ns for file in policies] == written
     assert json.loads((run / "transfer.json").read_text())["results"] == transfer["results"]
+
+
+def test_what_stands_in_the_way_of_a_cross_validation_is_named_before_anything_is_trained(
+    finished: Path, tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "mine"
+    shutil.copytree(finished, run)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert evaluate_command([str(run), "--transfer", "--leave-out", "family"]) == 2
+    assert "leaving one family out needs workloads of at least two, got tiny-3m" in shown()
+    assert evaluate_command([str(run), "--transfer", "--leave-out", "pair", "--jobs", "1"]) == 2
+    assert 'pip install "specgym[tuning]"' in shown()
+    assert not (run / "folds").exists()
 
 
 @pytest.mark.parametrize(

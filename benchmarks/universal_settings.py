@@ -1,0 +1,89 @@
+"""The best single setting of each decoder over all shipped workloads, and what it loses on each pair.
+
+    python -m benchmarks.universal_settings
+
+The setting is chosen on training prompts and judged on held-out ones, by replay: of threshold decoding by the default
+reward, of exact speculative decoding by its speedup alone, since its text is the target's whatever the draft length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from specgym.agents.tuner.run import problems_of
+from specgym.agents.tuner.settings import TunerSettings
+from specgym.agents.tuner.universal import losses, universal_setting
+from specgym.decoding.prompts import Split
+from specgym.envs.profiles import profile_of
+from specgym.envs.replay import LOSSLESS, Replay
+from specgym.envs.shipped_traces import find_trace
+from specgym.envs.sources import prepared
+
+LENGTHS = np.arange(1, 17)
+PASSES = 16
+
+
+def speedups(name: str, split: Split, tokens: int = 48) -> NDArray[np.float64]:
+    """Of exact speculative decoding over plain decoding, by draft length, shape (16,)."""
+    trace, workload = find_trace(None, name, split)
+    _, table = prepared([trace], "speculative", tokens, int(LENGTHS[-1]))
+    profile = profile_of(workload, None, replayed=True).at()
+    replay = Replay(table, profile.round_seconds(table.draft_length)[None], tokens)
+    prompts = np.tile(table.prompts[0], PASSES if table.sampled else 1)
+    texts = len(prompts)
+    found = []
+    for length in LENGTHS:
+        sums = replay.decode_many(
+            prompts,
+            np.zeros(texts, np.int64),
+            np.full(texts, LOSSLESS),
+            np.ones(texts),
+            np.full(texts, length),
+            np.random.default_rng(0),
+        )
+        found.append(profile.autoregressive_seconds * sums["tokens"].sum() / sums["seconds"].sum())
+    return np.array(found)
+
+
+def by_pair(loss: Mapping[str, float]) -> dict[str, float]:
+    """Means over the workloads of each pair."""
+    members: dict[str, list[float]] = {}
+    for name, value in loss.items():
+        members.setdefault(name.partition("/")[0], []).append(value)
+    return {pair: float(np.mean(values)) for pair, values in members.items()}
+
+
+def universal_length(names: Sequence[str]) -> tuple[int, dict[str, float]]:
+    """The best single draft length on training prompts, and what it loses on the held-out ones of each workload."""
+    train = {name: speedups(name, "train") for name in names}
+    place = int(np.argmax(np.mean([values / values.max() for values in train.values()], axis=0)))
+    test = {name: speedups(name, "test") for name in track(names, "Draft lengths")}
+    return int(LENGTHS[place]), {name: float(1 - values[place] / values.max()) for name, values in test.items()}
+
+
+def main() -> None:
+    """Print the settings and a table."""
+    settings = TunerSettings()
+    problems = problems_of(settings)
+    thresholds = universal_setting(problems)
+    of_thresholds = losses(problems, thresholds)
+    length, of_length = universal_length(settings.workloads)
+    setting = ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items())
+    table = Table(title="Mean loss on held-out prompts, as a share of the best setting", title_justify="left")
+    for heading in ("pair", f"thresholds: {setting}", f"exact: draft length {length}"):
+        table.add_column(heading, justify="left" if heading == "pair" else "right")
+    columns = by_pair(of_thresholds), by_pair(of_length)
+    for pair in columns[0]:
+        table.add_row(pair, *(f"{100 * column[pair]:.1f} %" for column in columns))
+    table.add_row("all workloads", *(f"{100 * np.mean(list(o.values())):.1f} %" for o in (of_thresholds, of_length)))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
