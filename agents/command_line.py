@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, Final, Literal
 import tyro
 
 from ..decoding.errors import SpecgymError
+from .beginning import this_command
 from .evaluation import evaluate, save_rows
 from .export import ExportedPolicy
 from .files import read_json
@@ -198,7 +198,7 @@ def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:
 
 def _report(folder: Path, kind: str) -> None:
     quieten()
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = this_command()
     with console.status("Drawing"):
         if kind == THRESHOLDS:
             _save_heat_maps(RunFolder(folder), command)
@@ -259,7 +259,7 @@ def evaluate_run(folder: Path) -> list[str]:
     with torch_threads(settings.threads), console.status("Evaluating on held-out prompts") as status:
         profiles = run.measure_profiles(settings)
         rows = evaluate(settings, thresholds, profiles, lambda name: status.update(f"Evaluating {name}"))
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = this_command()
     save_rows(run.path / "evaluation.json", rows, settings, command)
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)

@@ -40,14 +40,18 @@ def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
 def recommend(policy: ExportedPolicy, workloads: Sequence[str]) -> dict[str, Any]:
     """Recommended thresholds: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
     by_workload = {name: settle(policy, name) for name in workloads}
-    members: dict[str, list[dict[str, float]]] = {}
+    return {"pairs": by_pair(by_workload), "workloads": by_workload}
+
+
+def by_pair(by_workload: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The mean thresholds over the workloads of each pair, from those by workload."""
+    members: dict[str, list[Mapping[str, float]]] = {}
     for name, values in by_workload.items():
         members.setdefault(str(workload(name).pair), []).append(values)
-    by_pair = {
+    return {
         pair: {knob: round(sum(values[knob] for values in group) / len(group), 4) for knob in group[0]}
         for pair, group in members.items()
     }
-    return {"pairs": by_pair, "workloads": by_workload}
 
 
 def save_thresholds(path: Path, recommended: Mapping[str, Any]) -> None:

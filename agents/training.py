@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,13 @@ from ..callbacks import intact_checkpoints
 from ..callbacks.checkpoints import Checkpoint
 from ..decoding.files import replacing
 from ..envs.workloads import workload
+from .beginning import begin, this_command
 from .environments import held_out_environments, make_env, state_names, training_environments
 from .evaluation import evaluate, save_rows
 from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from .learner import Learner, go_on_command
 from .policy import KnobPolicy
 from .recommend import load_thresholds, recommend, save_thresholds
-from .requirements import SettingsError
 from .run import RunFolder, torch_threads
 from .settings import TrainSettings
 from .settings_files import prolonged
@@ -55,9 +51,10 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
         saved = TrainSettings.load(run.settings)
         settings = prolonged(saved, settings or saved)
         if settings != saved:
-            settings.save(run.settings, _command())
+            settings.save(run.settings, this_command())
     else:
-        run, settings = _new_run(settings or TrainSettings())
+        settings = begin(settings or TrainSettings(), "thresholds", _check)
+        run = RunFolder(settings.folder)
     with torch_threads(settings.threads):
         _train(settings, run, going_on=resume is not None)
     return run.path
@@ -81,18 +78,9 @@ def _train(settings: TrainSettings, run: RunFolder, going_on: bool) -> None:
     _finish(settings, run, profiles, checkpoint)
 
 
-def _new_run(settings: TrainSettings) -> tuple[RunFolder, TrainSettings]:
-    if not settings.name:
-        settings = replace(settings, name=time.strftime("thresholds-%Y%m%d-%H%M%S"))
-    run = RunFolder(settings.folder)
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
-        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+def _check(settings: TrainSettings) -> None:
     for name in settings.workloads:  # a misspelt name should leave no folder behind
         workload(name)
-    run.path.mkdir(parents=True, exist_ok=True)
-    settings.save(run.settings, _command())
-    return run, settings
 
 
 def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:
@@ -142,7 +130,7 @@ def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], c
     thresholds = load_thresholds(run.thresholds)["workloads"]
     with console.status("Evaluating on held-out prompts") as status:
         rows = evaluate(settings, thresholds, profiles, lambda name: status.update(f"Evaluating {name}"))
-    save_rows(run.table, rows, settings, _command())
+    save_rows(run.table, rows, settings, this_command())
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)
     console.print(f"Recommended thresholds: {run.thresholds}. TensorBoard: tensorboard --logdir {run.path.parent}")
@@ -152,7 +140,3 @@ def _knob_ranges(env: Any) -> list[KnobRange]:
     knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
     ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
     return [KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer) for knob in knobs]
-
-
-def _command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...decoding.files import write_json
 from ...envs.draft_replay import DraftTable
+from ..beginning import begin, this_command
 from ..learner import TrainingInterruptedError
-from ..requirements import SettingsError
 from ..run import torch_threads
 from ..telling import console, quieten
 from .comparison import Row, compare
@@ -48,10 +46,11 @@ def train_stopping(settings: StoppingSettings | None = None, resume: Path | None
         saved = StoppingSettings.load(run.settings)
         settings = continued(saved, settings or saved)
         if settings != saved:
-            settings.save(run.settings, _command())
+            settings.save(run.settings, this_command())
             run.table.unlink(missing_ok=True)  # it lacks the seeds that were added
     else:
-        run, settings = _new_run(settings or StoppingSettings())
+        settings = begin(settings or StoppingSettings(), "stopping", _check)
+        run = StoppingRun(settings.folder)
     started = time.perf_counter()
     try:
         with torch_threads(settings.threads):
@@ -83,7 +82,9 @@ def evaluate_stopping(folder: Path, live: Sequence[str] = ()) -> None:
             _evaluate_live(run, settings, live)
             return
         rows = _compared(run, settings)
-        write_json(run.path / "evaluation.json", {"command": _command(), "rows": [row_to_json(row) for row in rows]})
+        write_json(
+            run.path / "evaluation.json", {"command": this_command(), "rows": [row_to_json(row) for row in rows]}
+        )
     _show(run, rows)
     found = differences(rows, run.table)
     if found:
@@ -94,19 +95,10 @@ def evaluate_stopping(folder: Path, live: Sequence[str] = ()) -> None:
         console.print(f"All throughputs equal those in {run.table}.", soft_wrap=True)
 
 
-def _new_run(settings: StoppingSettings) -> tuple[StoppingRun, StoppingSettings]:
-    if not settings.name:
-        settings = replace(settings, name=time.strftime("stopping-%Y%m%d-%H%M%S"))
-    run = StoppingRun(settings.folder)
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
-        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+def _check(settings: StoppingSettings) -> None:
     for name in settings.workloads:  # a misspelt name, or a trace that lacks what is asked, should leave no folder
         both = [trace_of(settings, name, split) for split in ("train", "test")]
         DraftTable(both, settings.max_draft_length, settings.tokens)
-    run.path.mkdir(parents=True, exist_ok=True)
-    settings.save(run.settings, _command())
-    return run, settings
 
 
 def _train(run: StoppingRun, settings: StoppingSettings) -> None:
@@ -129,7 +121,7 @@ def _train(run: StoppingRun, settings: StoppingSettings) -> None:
         console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.", soft_wrap=True)
         return
     rows = _compared(run, settings)
-    save_rows(run.table, rows, settings, profiles, _command())
+    save_rows(run.table, rows, settings, profiles, this_command())
     _show(run, rows)
     console.print(
         f"Live: python evaluate.py {run.path} --live {settings.workloads[0]}. TensorBoard: tensorboard --logdir "
@@ -167,7 +159,12 @@ def _evaluate_live(run: StoppingRun, settings: StoppingSettings, live: Sequence[
     path = run.path / "live.json"
     write_json(
         path,
-        {"format": LIVE_FORMAT, "command": _command(), "seed": settings.seeds[0], "rows": [vars(row) for row in rows]},
+        {
+            "format": LIVE_FORMAT,
+            "command": this_command(),
+            "seed": settings.seeds[0],
+            "rows": [vars(row) for row in rows],
+        },
     )
     console.print(rendered_live(rows, f"Test prompts, {run.path}, the policy of seed {settings.seeds[0]}"))
     console.print(agreement(rows), highlight=False)
@@ -177,7 +174,3 @@ def _evaluate_live(run: StoppingRun, settings: StoppingSettings, live: Sequence[
 def _show(run: StoppingRun, rows: Sequence[Row]) -> None:
     console.print(rendered(rows, f"Test prompts, {run.path}"))
     console.print(verdict(rows), highlight=False)
-
-
-def _command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ...callbacks import intact_checkpoints
 from ...decoding.files import write_json
-from ...envs.workloads import workload
+from ..beginning import begin, this_command
 from ..evaluation import FORMAT as TABLE_FORMAT
 from ..evaluation import Row
 from ..export import ExportedPolicy
-from ..recommend import save_thresholds
+from ..recommend import by_pair, save_thresholds
 from ..report.heat_maps import save_heat_maps
-from ..requirements import SettingsError
 from ..run import torch_threads
 from ..settings_files import prolonged
 from ..tables import differences
@@ -64,11 +60,13 @@ def train_tuner(settings: TunerSettings | None = None, resume: Path | None = Non
         saved = TunerSettings.load(run.settings)
         settings = prolonged(saved, settings or saved)
         if settings != saved:
-            settings.save(run.settings, _command())
+            settings.save(run.settings, this_command())
             for stale in (run.policy, run.thresholds, run.table, run.heat_maps, run.transfer):
                 stale.unlink(missing_ok=True)
     else:
-        run, settings = _new_run(settings or TunerSettings())
+        # A misspelt name, or a trace that is not there, leaves no folder behind.
+        settings = begin(settings or TunerSettings(), "tuner", problems_of)
+        run = TunerRun(settings.folder)
     started = time.perf_counter()
     with torch_threads(settings.threads):
         _train(run, settings)
@@ -116,7 +114,7 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
         found = cross_validate(
             settings,
             run.path / "folds",
-            _command(),
+            this_command(),
             kinds,
             seeds,
             jobs=jobs,
@@ -159,7 +157,7 @@ def recommend_for_pair(
             live,
             lambda message: status.update(message),
         )
-        recommendation.save(place / "recommendation.json", _command())
+        recommendation.save(place / "recommendation.json", this_command())
         console.print(rendered(recommendation))
         if live:
             status.update(f"Confirming on held-out prompts of {found}")
@@ -179,19 +177,6 @@ def recommend_for_pair(
             "SpeculativeDecoder with a small draft_length.",
             highlight=False,
         )
-
-
-def _new_run(settings: TunerSettings) -> tuple[TunerRun, TunerSettings]:
-    if not settings.name:
-        settings = replace(settings, name=time.strftime("tuner-%Y%m%d-%H%M%S"))
-    run = TunerRun(settings.folder)
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
-        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
-    problems_of(settings)  # a misspelt name, or a trace that is not there, should leave no folder behind
-    run.path.mkdir(parents=True, exist_ok=True)
-    settings.save(run.settings, _command())
-    return run, settings
 
 
 def _train(run: TunerRun, settings: TunerSettings) -> None:
@@ -228,27 +213,22 @@ def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem],
     recommended = {name: path[-1] for name, path in paths.items()}
     universal = universal_setting(problems)
     save_thresholds(
-        run.thresholds, {**_by_pair(recommended), "universal": universal, "loss": losses(problems, universal)}
+        run.thresholds,
+        {
+            "pairs": by_pair(recommended),
+            "workloads": recommended,
+            "universal": universal,
+            "loss": losses(problems, universal),
+        },
     )
     rows = table_rows(problems, recommended, universal)
     _save_table(table, settings, rows)
     maps = [
         heat_map(problem, [problem.default, *paths[problem.name]], recommended[problem.name]) for problem in problems
     ]
-    save_heat_maps(run.heat_maps, maps, _command())
+    save_heat_maps(run.heat_maps, maps, this_command())
     save_patterns(run.path, patterns(problems))
     return rows
-
-
-def _by_pair(recommended: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
-    members: dict[str, list[dict[str, float]]] = {}
-    for name, knobs in recommended.items():
-        members.setdefault(str(workload(name).pair), []).append(knobs)
-    pairs = {
-        pair: {knob: round(sum(one[knob] for one in group) / len(group), 4) for knob in group[0]}
-        for pair, group in members.items()
-    }
-    return {"pairs": pairs, "workloads": recommended}
 
 
 def _save_table(path: Path, settings: TunerSettings, rows: Sequence[Row]) -> None:
@@ -256,7 +236,7 @@ def _save_table(path: Path, settings: TunerSettings, rows: Sequence[Row]) -> Non
         path,
         {
             "format": TABLE_FORMAT,
-            "command": _command(),
+            "command": this_command(),
             "hardware": {"charged": "reference latency profiles, measured on the machines that their files name"},
             "protocol": {
                 "measurements": settings.measurements,
@@ -278,7 +258,3 @@ def _finished(folder: Path) -> tuple[TunerRun, TunerSettings]:
     settings = TunerSettings.load(run.settings)
     run.require_learned()
     return run, settings
-
-
-def _command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

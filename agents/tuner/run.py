@@ -12,11 +12,12 @@ from ...envs.traces import Trace
 from ...envs.workloads import workload
 from ..export import DESCRIPTION_FILE, WEIGHTS_FILE
 from ..files import RunFileError
+from ..run import RunFolder
 from .problem import Problem
 from .settings import TunerSettings
 
 
-class TunerRun:
+class TunerRun(RunFolder):
     """Paths within ``runs/<name>/``.
 
     ==========================================  ============================================================
@@ -34,16 +35,10 @@ class TunerRun:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.settings = path / "settings.json"
-        self.policy = path / "policy.zip"
-        self.thresholds = path / "thresholds.json"
-        self.table = path / "table.json"
+        super().__init__(path)
         self.heat_maps = path / "heat_maps.json"
         self.patterns = path / "patterns.json"
         self.transfer = path / "transfer.json"
-        self.checkpoints = path / "checkpoints"
-        self.tensorboard = path / "tensorboard"
 
     @property
     def learned(self) -> bool:
