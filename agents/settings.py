@@ -159,7 +159,7 @@ class TrainSettings:
     """How often each workload is practised, in proportion, one number each in their order; by default all alike.
     Needs more --environments than workloads to make a difference."""
     max_divergence: float | None = None
-    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, 0 to 1, instead of
+    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, above 0, instead of
     the reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
     environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
     """What the agent practises on."""
@@ -184,6 +184,7 @@ class TrainSettings:
         require_weights(self.weights, self.workloads)
         if self.max_divergence is not None:
             require_within(self, 0, 1, "max_divergence")
+            require_above_zero(self, "max_divergence")  # for 0 there are lossless decoders
         if self.learning.workload_priorities:
             raise SettingsError(
                 "workload_priorities needs environments that can change their workload; it is for train.py --tuner"

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from ...decoding.files import write_json
 from ...envs.rewards import RewardSettings
-from ..requirements import SettingsError, require_at_least, require_folder_name, require_weights, require_within
+from ..requirements import (
+    SettingsError,
+    require_above_zero,
+    require_at_least,
+    require_folder_name,
+    require_weights,
+    require_within,
+)
 from ..settings import LearningSettings
 from ..settings_files import load_settings, to_json
 
@@ -77,7 +84,7 @@ class TunerSettings:
     threads: int = 1
     """Torch's threads; 0 for torch's own choice. Networks this small gain nothing from more."""
     max_divergence: float | None = None
-    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, 0 to 1, instead of
+    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, above 0, instead of
     the reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
     reward: RewardSettings = field(default_factory=RewardSettings)
     """Weights and ranges of the reward's terms."""
@@ -100,6 +107,7 @@ class TunerSettings:
         require_weights(self.weights, self.workloads)
         if self.max_divergence is not None:
             require_within(self, 0, 1, "max_divergence")
+            require_above_zero(self, "max_divergence")  # for 0 there are lossless decoders
             object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
 
     @property

@@ -90,3 +90,16 @@ def test_the_table_shows_every_method(measured: tuple[TrainSettings, list[Path],
     assert text.count("learned") == 3
     assert "0.90, 1.00" in text
     assert "Learned thresholds against the defaults" in verdict(rows)
+
+
+def test_the_verdict_says_on_which_workloads_a_bound_is_broken(
+    measured: tuple[TrainSettings, list[Path], list[Row]],
+) -> None:
+    rows = measured[2]
+    divergences = {row.workload: row.values["divergence"] for row in rows if row.method == "learned"}
+    strayed = [name for name, value in divergences.items() if value > 0 and name != ALL]
+    assert strayed
+    told = verdict(rows, max_divergence=0.0)
+    assert f"kept on the held-out prompts of {len(divergences) - 1 - len(strayed)} of {len(divergences) - 1}" in told
+    assert all(name in told for name in strayed)
+    assert "kept on the held-out prompts of 2 of 2 workloads." in verdict(rows, max_divergence=1.0)

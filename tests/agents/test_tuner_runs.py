@@ -180,6 +180,7 @@ def test_what_stands_in_the_way_of_a_cross_validation_is_named_before_anything_i
         (["--environments", "2"], "environments must be a whole number of at least"),
         (["--weights", "1", "2"], "weights must be"),
         (["--max-divergence", "2"], "max_divergence must be between 0 and 1"),
+        (["--max-divergence", "0"], "max_divergence must be a finite number above 0"),
         (["--learning.replay.alpha", "-1"], "alpha must be"),
     ],
 )
