@@ -4,8 +4,8 @@
     python -m benchmarks.tuner_live runs/tuner
 
 For every shipped tiny pair: the tuner of the fold that left the pair out takes eight measurements on training prompts
-by replay, and its recommendation, the best single setting over the other pairs and the decoder's default decode held-out
-prompts live, on this machine, beside plain decoding.
+by replay. Its recommendation, the best single setting over the other pairs and the decoder's default then decode
+held-out prompts live, on this machine, beside plain decoding.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_probabilities_add_up_and_follow_the_scores(
 
 
 def test_environments_that_cannot_redraw_are_refused_with_the_way_out(toy_tuning: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"--environment\.backend replay"):
+    with pytest.raises(ValueError, match=r"train\.py --tuner"):
         learn(DummyVecEnv([lambda: toy_tuning("tiny/code")]), WorkloadPriorities())
 
 
