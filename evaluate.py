@@ -1,4 +1,4 @@
-"""Measure a saved run again on held-out prompts: ``python evaluate.py runs/<name>``."""
+"""Measure a saved run again, report on it, or recommend with it: ``python evaluate.py --help``."""
 
 from specgym.agents.command_line import evaluate_command
 

@@ -1,4 +1,4 @@
-"""Learn decoding thresholds, or when to stop a draft, by reinforcement learning: ``python train.py --help``."""
+"""Learn thresholds, to tune them, or when to stop a draft, by reinforcement learning: ``python train.py --help``."""
 
 from specgym.agents.command_line import train_command
 

@@ -93,7 +93,11 @@ class TrainStoppingCommand:
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure a saved run again on held-out prompts, and compare the table with the stored one."""
+    """Measure a saved run again on held-out prompts, and compare the table with the stored one.
+
+    Or write a report of it; or, of a run of train.py --tuner, recommend thresholds for any pair, or see how well that
+    works on pairs, datasets and targets that were left out of training.
+    """
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, such as runs/thresholds-20260101-120000."""
