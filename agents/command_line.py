@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import tyro
 
@@ -127,12 +127,20 @@ class EvaluateCommand:
     """With --transfer: trainings at a time."""
 
 
+_KINDS: dict[str, tuple[Any, Any, Callable[[Any, Path | None], Path]]] = {
+    THRESHOLDS: (TrainCommand, TrainSettings, train),
+    TUNER: (TrainTunerCommand, TunerSettings, train_tuner),
+    DRAFT_LENGTH: (TrainStoppingCommand, StoppingSettings, train_stopping),
+}
+"""Options, settings and training of everything that can be learned."""
+
+
 def train_command(arguments: Sequence[str] | None = None) -> int:
     """``train.py``. Returns the exit code: 0, 2 for what the user can mend, 130 after an interruption."""
 
     def run() -> None:
         asked = _asked(sys.argv[1:] if arguments is None else arguments)
-        {DRAFT_LENGTH: _train_stopping, TUNER: _train_tuner}.get(asked, _train_thresholds)(arguments)
+        _train(asked if asked in _KINDS else THRESHOLDS, arguments)
 
     return _guarded(run)
 
@@ -144,6 +152,8 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         command = tyro.cli(EvaluateCommand, args=arguments)
         folder = RunFolder.existing(command.run).path
         kind = _kind_of(folder)
+        if command.report + command.transfer + (command.pair is not None) > 1:
+            raise SettingsError("--report, --transfer and --pair are three things to do; give one at a time")
         if command.report:
             _report(folder, kind)
         elif kind == TUNER:
@@ -160,32 +170,14 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     return _guarded(run)
 
 
-def _train_thresholds(arguments: Sequence[str] | None) -> None:
-    command = tyro.cli(TrainCommand, args=arguments, default=TrainCommand(TrainSettings()))
-    settings = command.settings
+def _train(kind: str, arguments: Sequence[str] | None) -> None:
+    command_kind, settings_kind, learn = _KINDS[kind]
+    command = tyro.cli(command_kind, args=arguments, default=command_kind(settings_kind()))
     if command.resume is not None:
         # Options left out mean the run's own settings, not the defaults.
-        saved = TrainSettings.load(RunFolder.existing(command.resume).settings)
-        settings = tyro.cli(TrainCommand, args=arguments, default=TrainCommand(saved)).settings
-    train(settings, command.resume)
-
-
-def _train_stopping(arguments: Sequence[str] | None) -> None:
-    command = tyro.cli(TrainStoppingCommand, args=arguments, default=TrainStoppingCommand(StoppingSettings()))
-    settings = command.settings
-    if command.resume is not None:
-        saved = StoppingSettings.load(RunFolder.existing(command.resume).settings)
-        settings = tyro.cli(TrainStoppingCommand, args=arguments, default=TrainStoppingCommand(saved)).settings
-    train_stopping(settings, command.resume)
-
-
-def _train_tuner(arguments: Sequence[str] | None) -> None:
-    command = tyro.cli(TrainTunerCommand, args=arguments, default=TrainTunerCommand(TunerSettings()))
-    settings = command.settings
-    if command.resume is not None:
-        saved = TunerSettings.load(RunFolder.existing(command.resume).settings)
-        settings = tyro.cli(TrainTunerCommand, args=arguments, default=TrainTunerCommand(saved)).settings
-    train_tuner(settings, command.resume)
+        saved = settings_kind.load(RunFolder.existing(command.resume).settings)
+        command = tyro.cli(command_kind, args=arguments, default=command_kind(saved))
+    learn(command.settings, command.resume)
 
 
 def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:

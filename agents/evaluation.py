@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -189,12 +190,7 @@ def save_rows(path: Path, rows: Sequence[Row], settings: TrainSettings, command:
         {
             "format": FORMAT,
             "command": command,
-            "hardware": {
-                **describe_hardware(first),
-                "cores": os.cpu_count(),
-                "system": f"{platform.system()} {platform.machine()}",
-                "python": platform.python_version(),
-            },
+            "hardware": describe_hardware(first) | machine(),
             "protocol": {
                 "prompts": settings.evaluation.prompts,
                 "tokens": settings.evaluation.tokens,
@@ -203,10 +199,21 @@ def save_rows(path: Path, rows: Sequence[Row], settings: TrainSettings, command:
                 "charged": list(CHARGED),
                 "clock": list(CLOCK),
             },
-            "rows": [
-                {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values,
-                 "intervals": {name: list(ends) for name, ends in row.intervals.items()}}
-                for row in rows
-            ],
+            "rows": [row_to_json(row) for row in rows],
         },
-    )  # fmt: skip
+    )
+
+
+def row_to_json(row: Row) -> dict[str, Any]:
+    """A row as plain JSON values."""
+    intervals = {name: list(ends) for name, ends in row.intervals.items()}
+    return {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values, "intervals": intervals}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that this runs on, beside what a model says of its device."""
+    return {
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }

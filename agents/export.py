@@ -52,7 +52,7 @@ class ExportedPolicy:
     Args:
         knobs: what each entry of the action moves.
         state: what each entry of the state is; the knobs first, in their own units, then one entry a workload that is 1
-            for the workload being tuned and 0 for the others.
+            for the workload being tuned and 0 for the others, or, of a tuner, the rest of a `ContextLayout`.
         std_low, std_high: bounds of the standard deviation, in units of the action.
         weights: ``low``, ``high``, ``hidden.<n>.weight``, ``hidden.<n>.bias`` and the same for ``mean`` and ``std``.
     """

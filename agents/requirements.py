@@ -25,6 +25,17 @@ def require_weights(weights: Sequence[float], workloads: Sequence[str]) -> None:
         raise SettingsError(f"weights must be {len(workloads)} positive numbers, one a workload, got {weights}")
 
 
+def require_one_bound(bound: float | None, of_reward: float | None) -> None:
+    """Raise SettingsError unless a bound on the divergence is within its range, and the reward has no other one."""
+    if bound is not None and not 0 < bound <= 1:
+        raise SettingsError(f"max_divergence must be above 0 and at most 1, got {bound}; for 0 use a lossless decoder")
+    if of_reward not in (None, bound):
+        raise SettingsError(
+            f"the reward's own max_divergence is {of_reward}; give --max-divergence {of_reward} instead, which also "
+            "lets the price of going beyond be learned"
+        )
+
+
 def require_at_least(settings: Any, least: int, *names: str) -> None:
     """Raise SettingsError unless some settings are whole numbers of at least `least`."""
     for name in names:

@@ -15,6 +15,7 @@ from .requirements import (
     require_above_zero,
     require_at_least,
     require_folder_name,
+    require_one_bound,
     require_one_of,
     require_weights,
     require_within,
@@ -182,9 +183,7 @@ class TrainSettings:
                 f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
             )
         require_weights(self.weights, self.workloads)
-        if self.max_divergence is not None:
-            require_within(self, 0, 1, "max_divergence")
-            require_above_zero(self, "max_divergence")  # for 0 there are lossless decoders
+        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
         if self.learning.workload_priorities:
             raise SettingsError(
                 "workload_priorities needs environments that can change their workload; it is for train.py --tuner"

@@ -18,7 +18,7 @@ from .beginning import begin, this_command
 from .environments import held_out_environments, make_env, state_names, training_environments
 from .evaluation import evaluate, save_rows
 from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
-from .learner import Learner, go_on_command
+from .learner import learn
 from .policy import KnobPolicy
 from .recommend import load_thresholds, recommend, save_thresholds
 from .run import RunFolder, torch_threads
@@ -52,6 +52,8 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
         settings = prolonged(saved, settings or saved)
         if settings != saved:
             settings.save(run.settings, this_command())
+            for stale in (run.table, run.thresholds, run.policy):
+                stale.unlink(missing_ok=True)
     else:
         settings = begin(settings or TrainSettings(), "thresholds", _check)
         run = RunFolder(settings.folder)
@@ -65,12 +67,11 @@ def _train(settings: TrainSettings, run: RunFolder, going_on: bool) -> None:
     console.print("Latency profiles (measured once for this hardware, then read from the cache):")
     profiles = run.measure_profiles(settings)
     checkpoint = next(intact_checkpoints(run.checkpoints), None)
-    if checkpoint is None or checkpoint.steps < settings.total_timesteps:
+    # A run that has stopped early has a policy, and fewer steps than it was allowed.
+    if checkpoint is None or (checkpoint.steps < settings.total_timesteps and not run.policy.is_file()):
         if going_on:
             began = f"step {checkpoint.steps}" if checkpoint else "the beginning, having no checkpoint"
             console.print(f"Going on from {began}.")
-        for stale in (run.table, run.thresholds, run.policy):
-            stale.unlink(missing_ok=True)
         _learn(settings, run, profiles, checkpoint)
         checkpoint = next(intact_checkpoints(run.checkpoints))
     else:
@@ -85,20 +86,8 @@ def _check(settings: TrainSettings) -> None:
 
 def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:
     console.print("Starting the environments ...")
-    learner = Learner(
-        settings.learning,
-        settings.seed,
-        settings.total_timesteps,
-        run.checkpoints,
-        settings.checkpoint_every,
-        run.tensorboard,
-        settings.max_divergence,
-    )
-    learner.learn(
-        lambda: training_environments(settings, profiles),
-        checkpoint,
-        go_on_command(run.path),
-        _evaluations(settings, profiles),
+    learn(
+        settings, run, lambda: training_environments(settings, profiles), checkpoint, _evaluations(settings, profiles)
     )
 
 

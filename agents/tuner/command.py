@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...callbacks import intact_checkpoints
 from ...decoding.files import write_json
 from ..beginning import begin, this_command
 from ..evaluation import FORMAT as TABLE_FORMAT
-from ..evaluation import Row
+from ..evaluation import Row, machine, row_to_json
 from ..export import ExportedPolicy
 from ..recommend import by_pair, save_thresholds
+from ..report.data import HeatMap
 from ..report.heat_maps import save_heat_maps
+from ..requirements import SettingsError
 from ..run import torch_threads
 from ..settings_files import prolonged
 from ..tables import differences
 from ..tables import rendered as rendered_live
+from ..tables import verdict as live_verdict
 from ..telling import console, quieten
 from .comparison import Kind, summary
 from .cross_validation import cross_validate
@@ -83,7 +88,9 @@ def evaluate_tuner(folder: Path) -> None:
     quieten()
     run, settings = _finished(folder)
     with torch_threads(settings.threads), console.status("Judging on held-out prompts"):
-        rows = _judged(run, settings, problems_of(settings), run.path / "evaluation.json")
+        problems = problems_of(settings)
+        rows = _judged(run, settings, problems).rows
+        _save_table(run.path / "evaluation.json", settings, problems, rows)
     console.print(rendered_table(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)
     found = differences(rows, run.table)
@@ -106,8 +113,14 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
 
     Raises:
         RunFileError: the folder is not that of such a run.
+        SettingsError: there is nothing to leave out, no seed, or no job.
     """
     quieten()
+    if not kinds or not seeds or min(seeds) < 0 or jobs < 1:
+        raise SettingsError(
+            f"--transfer needs something to leave out, seeds of at least 0 and at least one job, got {tuple(kinds)}, "
+            f"{tuple(seeds)} and {jobs}"
+        )
     run = TunerRun(folder)
     settings = TunerSettings.load(run.settings)
     with torch_threads(settings.threads), console.status("Cross-validation") as status:
@@ -163,6 +176,7 @@ def recommend_for_pair(
             status.update(f"Confirming on held-out prompts of {found}")
             rows = confirm(settings, found, recommendation.knobs, place)
             console.print(rendered_live(rows, f"Held-out prompts of {found}, decoded live"))
+            console.print(live_verdict(rows, settings.max_divergence), highlight=False)
     knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
     expected = recommendation.expected.values
     console.print(
@@ -183,19 +197,27 @@ def _train(run: TunerRun, settings: TunerSettings) -> None:
     console.print(
         f"[bold]{run.path}[/]: {len(settings.workloads)} recorded workloads, {settings.total_timesteps} measurements"
     )
+    if run.learned and run.table.is_file():
+        console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.", soft_wrap=True)
+        return
     problems = problems_of(settings)
     with console.status("The best settings on training prompts") as status:
         for problem in problems:
             status.update(f"The best settings on training prompts: {problem.name}")
             problem.train_grid()
-    checkpoint = next(intact_checkpoints(run.checkpoints), None)
-    if checkpoint is not None and not run.learned:
-        console.print(f"Going on from step {checkpoint.steps}.")
     if not run.learned:
+        checkpoint = next(intact_checkpoints(run.checkpoints), None)
+        if checkpoint is not None:
+            console.print(f"Going on from step {checkpoint.steps}.")
         best = {problem.name: problem.train_grid().best_reward for problem in problems}
         learn(run, settings, best, progress_bar=console.is_terminal)
     with console.status("Judging on held-out prompts"):
-        rows = _judged(run, settings, problems, run.table)
+        judged = _judged(run, settings, problems)
+        save_thresholds(run.thresholds, judged.thresholds)
+        save_heat_maps(run.heat_maps, judged.heat_maps, this_command())
+        save_patterns(run.path, patterns(problems))
+        _save_table(run.table, settings, problems, judged.rows)  # last: with it the run is complete
+    rows = judged.rows
     console.print(rendered_table(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)
     console.print(
@@ -206,51 +228,51 @@ def _train(run: TunerRun, settings: TunerSettings) -> None:
     )
 
 
-def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem], table: Path) -> list[Row]:
-    """The table, written with everything that belongs beside it."""
+@dataclass(frozen=True)
+class Judged:
+    """What a tuner comes to on the workloads of its run: the table, thresholds to use, and heat maps."""
+
+    rows: list[Row]
+    thresholds: dict[str, Any]
+    heat_maps: list[HeatMap]
+
+
+def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem]) -> Judged:
     tuner = LearnedTuner.load(run.path)
     paths = {problem.name: session(tuner, problem, settings.measurements, settings.seed) for problem in problems}
     recommended = {name: path[-1] for name, path in paths.items()}
     universal = universal_setting(problems)
-    save_thresholds(
-        run.thresholds,
-        {
-            "pairs": by_pair(recommended),
-            "workloads": recommended,
-            "universal": universal,
-            "loss": losses(problems, universal),
-        },
-    )
-    rows = table_rows(problems, recommended, universal)
-    _save_table(table, settings, rows)
+    thresholds = {
+        "pairs": by_pair(recommended),
+        "workloads": recommended,
+        "universal": universal,
+        "loss": losses(problems, universal),
+    }
     maps = [
         heat_map(problem, [problem.default, *paths[problem.name]], recommended[problem.name]) for problem in problems
     ]
-    save_heat_maps(run.heat_maps, maps, this_command())
-    save_patterns(run.path, patterns(problems))
-    return rows
+    return Judged(table_rows(problems, recommended, universal), thresholds, maps)
 
 
-def _save_table(path: Path, settings: TunerSettings, rows: Sequence[Row]) -> None:
+def _save_table(path: Path, settings: TunerSettings, problems: Sequence[Problem], rows: Sequence[Row]) -> None:
     write_json(
         path,
         {
             "format": TABLE_FORMAT,
             "command": this_command(),
-            "hardware": {"charged": "reference latency profiles, measured on the machines that their files name"},
+            "hardware": {
+                **machine(),
+                "time is charged by profiles of": sorted({problem.profiled_on for problem in problems}),
+            },
             "protocol": {
                 "measurements": settings.measurements,
                 "prompts_per_measurement": settings.prompts_per_measurement,
                 "tokens": settings.tokens_per_prompt,
                 "intervals": "95 %, bootstrap over held-out prompts",
             },
-            "rows": [
-                {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values,
-                 "intervals": {name: list(ends) for name, ends in row.intervals.items()}}
-                for row in rows
-            ],
+            "rows": [row_to_json(row) for row in rows],
         },
-    )  # fmt: skip
+    )
 
 
 def _finished(folder: Path) -> tuple[TunerRun, TunerSettings]:

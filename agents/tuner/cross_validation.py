@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..beginning import this_command
 from ..telling import quieten
 from .comparison import LEARNED, MEASUREMENTS, Fold, Kind, Result, compare, folds
 from .learning import learn
@@ -168,7 +169,7 @@ def train_fold(one: Training) -> None:
     if run.settings.is_file() and TunerSettings.load(run.settings) != one.settings:
         shutil.rmtree(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    one.settings.save(run.settings, "")
+    one.settings.save(run.settings, this_command())
     learn(run, one.settings, one.best, progress_bar=False)
 
 

@@ -15,8 +15,8 @@ from ...envs.context import ContextLayout
 from ...envs.knob_moves import KnobMoves
 from ...envs.vector_context import VectorObserveContext
 from ...envs.vector_tuning import TuningVectorEnv
+from .. import learner
 from ..export import ExportedPolicy, KnobRange
-from ..learner import Learner, go_on_command
 from ..numerics import FiniteGuard
 from ..policy import KnobPolicy
 from ..vec_adaptor import VectorEnvAdaptor
@@ -65,18 +65,7 @@ def learn(
         TrainingInterruptedError: interrupted by the user.
     """
     checkpoint = next(intact_checkpoints(run.checkpoints), None)
-    learner = Learner(
-        settings.learning,
-        settings.seed,
-        settings.total_timesteps,
-        run.checkpoints,
-        settings.checkpoint_every,
-        run.tensorboard,
-        settings.max_divergence,
-    )
-    model = learner.learn(
-        lambda: practice(settings, best), checkpoint, go_on_command(run.path), progress_bar=progress_bar
-    )
+    model = learner.learn(settings, run, lambda: practice(settings, best), checkpoint, progress_bar=progress_bar)
     policy = exported(model, settings)
     save_policy(run.path, model, policy)
     return policy

@@ -109,6 +109,12 @@ class Problem:
         self.ranges = dict(moves.ranges)
         self.default = moves.values(moves.defaults())
 
+    @property
+    def profiled_on(self) -> str:
+        """The hardware that the latency profile is of."""
+        hardware = self._profile.hardware
+        return f"{hardware.get('name', hardware.get('device', 'unknown'))}, {hardware.get('threads', '?')} thread(s)"
+
     def measure(self, knobs: Mapping[str, float], number: int, seed: int) -> Measurement:
         """Decode a few training prompts with one setting.
 

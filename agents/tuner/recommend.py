@@ -14,33 +14,21 @@ from rich.table import Table
 from ...decoding.files import write_json
 from ...envs.context import ObserveContext
 from ...envs.profiles import profile_of
-from ...envs.shipped_traces import find_trace
-from ...envs.traces import TraceError
+from ...envs.sources import prepared
+from ...envs.traces import Trace, TraceError
 from ...envs.tuning import TuningEnv
 from ...envs.workloads import Workload, workload
 from ..evaluation import Row, evaluate
 from ..export import ExportedPolicy
+from ..requirements import SettingsError
 from ..settings import EnvironmentSettings, EvaluationSettings, TrainSettings
+from .outcomes import Measurement
+from .run import trace_of
 from .settings import TunerSettings
 from .tuner import LearnedTuner
 
 FORMAT = "specgym-recommendation-1"
 SHOWN = ("speedup", "ms_per_token", "draft_acceptance_rate", "mean_acceptance_length", "divergence")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measurement: a setting and what decoding training prompts with it gave.
-
-    Attributes:
-        knobs: by name, as the decoder got them.
-        values: the metrics `SHOWN`.
-        reward: by the run's weights.
-    """
-
-    knobs: dict[str, float]
-    values: dict[str, float]
-    reward: float
 
 
 @dataclass(frozen=True)
@@ -57,9 +45,9 @@ class Recommendation:
 
     workload: str
     backend: str
-    tried: list[Trial]
+    tried: list[Measurement]
     knobs: dict[str, float]
-    expected: Trial
+    expected: Measurement
 
     def save(self, path: Path, command: str) -> None:
         """Write it as JSON, atomically."""
@@ -70,7 +58,7 @@ class Recommendation:
                 "command": command,
                 "workload": self.workload,
                 "backend": self.backend,
-                "tried": [vars(trial) for trial in self.tried],
+                "tried": [vars(measurement) for measurement in self.tried],
                 "recommended": self.knobs,
                 "expected": vars(self.expected),
             },
@@ -101,10 +89,13 @@ def recommend(
         tell: called before each measurement with what is being done.
 
     Raises:
-        RunFileError: the policy has not learned to tune. Loading errors as for `TuningEnv`.
+        RunFileError: the policy has not learned to tune.
+        SettingsError: `measurements` is negative. Loading errors as for `TuningEnv`.
     """
+    if measurements < 0:
+        raise SettingsError(f"measurements must be at least 0, got {measurements}")
     tuner = LearnedTuner(policy)
-    backend = "live" if live or not _has_trace(found) else "replay"
+    trace = None if live else _trace(settings, found)
     inner = TuningEnv(
         workload=found,
         tokens_per_step=settings.tokens_per_prompt,
@@ -113,18 +104,20 @@ def recommend(
         start="default",
         action="place",
         split="train",
-        backend="live" if backend == "live" else "replay",
+        backend="live" if trace is None else "replay",
         draft_length=settings.draft_length,
+        trace=trace,
     )
     env: gymnasium.Env[Any, Any] = ObserveContext(inner, tuner.layout.history)
     observation, _ = env.reset(seed=settings.seed)
-    tried: list[Trial] = []
+    tried: list[Measurement] = []
     for number in range(measurements + 1):
         tell(f"{found}: measurement {number + 1} of {measurements + 1}")
         observation, reward, _, _, info = env.step(policy(observation))
         knobs = {knob.name: float(info[f"knobs/{knob.name}"]) for knob in inner.knobs}
-        tried.append(Trial(knobs, {name: float(info[name]) for name in SHOWN}, float(reward)))
+        tried.append(Measurement(knobs, {name: float(info[name]) for name in SHOWN}, float(reward)))
     # What the policy would try next is what it recommends; so the last measurement is of the recommended setting.
+    backend = "live" if trace is None else "replay"
     return Recommendation(found.name, backend, tried[:-1], tried[-1].knobs, tried[-1])
 
 
@@ -175,9 +168,11 @@ def rendered(found: Recommendation) -> Table:
     return table
 
 
-def _has_trace(found: Workload) -> bool:
+def _trace(settings: TunerSettings, found: Workload) -> Trace | None:
+    """The trace of the workload's training prompts, if there is one that holds what the run's measurements need."""
     try:
-        find_trace(None, found, "train")
+        trace = trace_of(settings, found.name, "train")
+        prepared([trace], "threshold", settings.tokens_per_prompt, settings.draft_length)
     except TraceError:
-        return False
-    return True
+        return None
+    return trace

@@ -37,7 +37,6 @@ class TunerRun(RunFolder):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.heat_maps = path / "heat_maps.json"
-        self.patterns = path / "patterns.json"
         self.transfer = path / "transfer.json"
 
     @property

@@ -9,11 +9,10 @@ from ...decoding.files import write_json
 from ...envs.rewards import RewardSettings
 from ..requirements import (
     SettingsError,
-    require_above_zero,
     require_at_least,
     require_folder_name,
+    require_one_bound,
     require_weights,
-    require_within,
 )
 from ..settings import LearningSettings
 from ..settings_files import load_settings, to_json
@@ -105,10 +104,8 @@ class TunerSettings:
         require_at_least(self, len(self.workloads), "environments")
         require_folder_name(self.name)
         require_weights(self.weights, self.workloads)
-        if self.max_divergence is not None:
-            require_within(self, 0, 1, "max_divergence")
-            require_above_zero(self, "max_divergence")  # for 0 there are lossless decoders
-            object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
+        require_one_bound(self.max_divergence, self.reward.max_divergence)
+        object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,6 @@ from .comparison import LEARNED, Kind, Result, paired_tests, summary
 from .searchers import Knobs
 
 FORMAT = "specgym-transfer-1"
-FILE = "transfer.json"
 _DIGITS = 6
 
 

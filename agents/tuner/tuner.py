@@ -23,6 +23,7 @@ class LearnedTuner:
     Attributes:
         layout: what the policy sees.
         ranges: (low, high) of every knob that it sets, by name.
+        defaults: of every knob, by name.
 
     Raises:
         RunFileError: the policy has another state: it was not learned with `train.py --tuner`.

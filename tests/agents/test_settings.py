@@ -95,6 +95,12 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         LearningSettings(std_low=2.0)
 
 
+def test_a_bound_is_said_once() -> None:
+    with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
+        TrainSettings(environment=EnvironmentSettings(reward=RewardSettings(max_divergence=0.1)))
+    assert TrainSettings(max_divergence=0.1).reward.max_divergence == 0.1
+
+
 def test_a_resumed_run_may_be_prolonged_and_nothing_else() -> None:
     saved = TrainSettings(name="x", total_timesteps=100)
     assert prolonged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200

@@ -86,6 +86,22 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_to_more_steps(finished: Path,
     assert "seed = 0, and cannot go on with 5" in shown()
 
 
+def test_a_finished_run_that_is_resumed_or_evaluated_keeps_its_files(
+    finished: Path, tmp_path: Path, shown: Shown
+) -> None:
+    run = tmp_path / "mine"
+    shutil.copytree(finished, run)
+    kept = {file.name: file.stat().st_mtime_ns for file in run.iterdir() if file.is_file()}
+    assert train_command(["--resume", str(run)]) == 0
+    assert "makes it again" in shown()
+    assert evaluate_command([str(run)]) == 0
+    now = {file.name: file.stat().st_mtime_ns for file in run.iterdir() if file.is_file()}
+    assert now.keys() - kept.keys() <= {"evaluation.json"}
+    assert {name: now[name] for name in kept if name != "evaluation.json"} == {
+        name: time for name, time in kept.items() if name != "evaluation.json"
+    }
+
+
 def test_a_tuner_with_every_option_learns_logs_and_resumes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -179,8 +195,9 @@ def test_what_stands_in_the_way_of_a_cross_validation_is_named_before_anything_i
         (["--workloads", "tiny/prose", "--traces", "nowhere"], "nowhere"),
         (["--environments", "2"], "environments must be a whole number of at least"),
         (["--weights", "1", "2"], "weights must be"),
-        (["--max-divergence", "2"], "max_divergence must be between 0 and 1"),
-        (["--max-divergence", "0"], "max_divergence must be a finite number above 0"),
+        (["--max-divergence", "2"], "max_divergence must be above 0 and at most 1"),
+        (["--max-divergence", "0"], "max_divergence must be above 0 and at most 1"),
+        (["--reward.max-divergence", "0.1"], "give --max-divergence 0.1 instead"),
         (["--learning.replay.alpha", "-1"], "alpha must be"),
     ],
 )
@@ -194,6 +211,28 @@ def test_bad_options_are_one_message_and_leave_no_folder(
     assert code == 2
     assert message in shown().replace("│ ", "")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pair", "tiny", "--measurements", "-1"], "measurements must be at least 0"),
+        (["--transfer", "--jobs", "0"], "at least one job"),
+        (["--transfer", "--seeds"], "seeds of at least 0"),
+        (["--report", "--pair", "tiny"], "give one at a time"),
+    ],
+)
+def test_bad_options_of_an_evaluation_are_one_message(
+    finished: Path, words: list[str], message: str, shown: Shown
+) -> None:
+    assert evaluate_command([str(finished), *words]) == 2
+    assert message in shown()
+
+
+def test_the_table_says_what_hardware_time_is_charged_for(finished: Path) -> None:
+    hardware = json.loads((finished / "table.json").read_text())["hardware"]
+    assert hardware["cores"] >= 1
+    assert any("1 thread" in name for name in hardware["time is charged by profiles of"])
 
 
 def test_a_tuner_s_options_are_refused_for_other_runs(finished: Path, tmp_path: Path, shown: Shown) -> None:

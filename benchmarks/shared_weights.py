@@ -1,0 +1,82 @@
+"""How much memory live environments have to themselves, with the models loaded before they are forked and without.
+
+    python -m benchmarks.shared_weights                        # Linux only
+
+Four environments of one pair, each in a process of its own. *Loaded before* is how `train.py` starts them; *each its
+own* is the same with a fork server that was started empty. Private memory is what `/proc/<pid>/smaps_rollup` says.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from specgym.agents.environments import training_environments
+from specgym.agents.settings import EnvironmentSettings, TrainSettings
+from specgym.envs.profiles import profile_of
+from specgym.envs.workloads import workload
+
+
+@dataclass
+class Settings:
+    """Compare the memory of environments."""
+
+    pair: str = "tiny"
+    """A shipped pair."""
+    way: str = ""
+    """Used by the benchmark itself, which measures every way in a process of its own."""
+
+
+WAYS = ("each its own", "loaded before")
+
+
+def private_megabytes(process: int) -> float:
+    """What belongs to a process alone."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def measured(pair: str, way: str) -> list[float]:
+    """Private megabytes of each of four environments that have taken two steps."""
+    if way == "each its own":
+        multiprocessing.set_forkserver_preload(["specgym.agents.environments", "specgym.envs.tuning"])
+        multiprocessing.forkserver.ensure_running()
+    names = tuple(f"{pair}/{prompts}" for prompts in ("prose", "code", "definitions", "chat"))
+    settings = TrainSettings(workloads=names, environment=EnvironmentSettings(tokens_per_step=8))
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "latency.json"
+        profile_of(workload(names[0]), None, replayed=True).save(profile)
+        environments = training_environments(settings, [profile] * len(names))
+        environments.reset()
+        for _ in range(2):
+            environments.step(np.zeros((len(names), 2), np.float32))
+        processes = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+        found = [private_megabytes(process) for process in processes]
+        environments.close()
+    return found
+
+
+def main() -> None:
+    """Measure both ways, each in a process of its own, and print them."""
+    chosen = tyro.cli(Settings, prog="python -m benchmarks.shared_weights", description=__doc__)
+    if chosen.way:
+        print(json.dumps(measured(chosen.pair, chosen.way)))
+        return
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.shared_weights", "--pair", chosen.pair, "--way", way]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = json.loads(shown.splitlines()[-1])
+        print(f"{chosen.pair}, {way}: {', '.join(f'{value:.0f}' for value in found)} MB private to each environment")
+
+
+if __name__ == "__main__":
+    main()
