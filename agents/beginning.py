@@ -8,30 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from .requirements import SettingsError
+from .settings_files import StoredSettings
 
-
-class RunSettings(Protocol):
-    """What the settings of every run, which are dataclasses, have."""
-
-    @property
-    def name(self) -> str:
-        """Of the run; may be empty."""
-        ...
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        ...
-
-    def save(self, path: Path, command: str) -> None:
-        """Write the settings with the command that made them."""
-        ...
-
-
-_T = TypeVar("_T", bound=RunSettings)
+_T = TypeVar("_T", bound=StoredSettings)
 
 
 def this_command() -> str:

@@ -26,7 +26,7 @@ from .stopping.command import evaluate_stopping, train_stopping
 from .stopping.settings import FORMAT as STOPPING_FORMAT
 from .stopping.settings import StoppingSettings
 from .tables import differences, rendered, verdict
-from .telling import console, quieten
+from .telling import console, quieten, tell_differences
 from .training import train
 from .tuner.command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
 from .tuner.comparison import Kind
@@ -260,12 +260,7 @@ def evaluate_run(folder: Path) -> list[str]:
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)
     found = differences(rows, run.table)
-    if found:
-        console.print(f"{len(found)} charged numbers differ from {run.table} (another machine or version?):")
-        for line in found[:10]:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"All charged numbers equal those in {run.table}.")
+    tell_differences(found, run.table, "charged numbers")
     return found
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from ..callbacks import ReplaySettings
-from ..decoding.files import write_json
 from ..envs.rewards import RewardSettings
 from ..envs.workloads import SHIPPED_WORKLOADS
 from .requirements import (
@@ -20,7 +19,7 @@ from .requirements import (
     require_weights,
     require_within,
 )
-from .settings_files import load_settings, to_json
+from .settings_files import StoredSettings
 
 FORMAT = "specgym-settings-1"
 
@@ -130,8 +129,12 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(StoredSettings):
     """Learn decoding thresholds by reinforcement learning. With no option at all: on the pairs that ship."""
+
+    FORMAT = FORMAT
+    ABOUT = "a run"
+    MADE_BY = "train.py"
 
     workloads: tuple[str, ...] = SHIPPED_WORKLOADS
     """What to tune for: pair/prompts, or pair/prompts@temperature, for instance tiny/prose or gpt2-xl+gpt2/code@1.0."""
@@ -193,24 +196,6 @@ class TrainSettings:
             raise SettingsError("a rollout must have at least 2 transitions; raise rollout_steps")
 
     @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return self.runs / self.name
-
-    @property
     def reward(self) -> RewardSettings:
         """Of the environments, with the bound."""
         return replace(self.environment.reward, max_divergence=self.max_divergence)
-
-    def save(self, path: Path, command: str) -> None:
-        """Write the settings with the command that made them, atomically."""
-        write_json(path, {"format": FORMAT, "command": command, "settings": to_json(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> TrainSettings:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-        """
-        return load_settings(cls, path, FORMAT, "a run", "train.py")

@@ -6,36 +6,56 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..decoding.errors import SpecgymError
+from ..decoding.files import write_json
 from .files import RunFileError, read_json
 from .requirements import SettingsError
 
 _T = TypeVar("_T")
 
 
-def load_settings(kind: type[_T], path: Path, format_name: str, about: str, command: str) -> _T:
-    """Settings of some kind from the file of a run.
+class StoredSettings:
+    """What the settings of every run have, which are frozen dataclasses: a place, and a file.
 
-    Args:
-        kind: the dataclass.
-        path: the file.
-        format_name: that it must name.
-        about: whose settings it should hold, for messages.
-        command: that writes such runs, for messages.
-
-    Raises:
-        RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
+    Attributes:
+        name: of the run; by default the date and time.
+        runs: folder of all runs.
     """
-    way_out = f"is {path.parent} the folder of a run that {command} wrote?"
-    content = read_json(path, way_out)
-    if content.get("format") != format_name:
-        raise RunFileError(f"{path} does not hold the settings of {about} ({format_name}); {way_out}")
-    try:
-        return from_json(kind, content.get("settings"), "settings")
-    except (SpecgymError, ValueError) as error:
-        raise RunFileError(f"{path}: {error}") from error
+
+    FORMAT: ClassVar[str]
+    ABOUT: ClassVar[str]
+    """Whose settings they are, for messages."""
+    MADE_BY: ClassVar[str]
+    """The command that writes such runs, for messages."""
+    name: str
+    runs: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return self.runs / self.name
+
+    def save(self, path: Path, command: str) -> None:
+        """Write the settings with the command that made them, atomically."""
+        write_json(path, {"format": self.FORMAT, "command": command, "settings": to_json(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
+        """
+        way_out = f"is {path.parent} the folder of a run that {cls.MADE_BY} wrote?"
+        content = read_json(path, way_out)
+        if content.get("format") != cls.FORMAT:
+            raise RunFileError(f"{path} does not hold the settings of {cls.ABOUT} ({cls.FORMAT}); {way_out}")
+        try:
+            return from_json(cls, content.get("settings"), "settings")
+        except (SpecgymError, ValueError) as error:
+            raise RunFileError(f"{path}: {error}") from error
 
 
 def prolonged(saved: _T, given: _T) -> _T:

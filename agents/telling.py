@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -12,6 +14,16 @@ from rich.logging import RichHandler
 console = Console()
 if not console.is_terminal:
     console.width = 120  # a file or a pipe has no width, and the usual 80 would break lines for nothing
+
+
+def tell_differences(found: Sequence[str], path: Path, what: str) -> None:
+    """Say where figures that were made again differ from those in a file, or that none does."""
+    if not found:
+        console.print(f"All {what} equal those in {path}.", soft_wrap=True)
+        return
+    console.print(f"{len(found)} {what} differ from {path} (another machine or version?):")
+    for line in found[:10]:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def quieten() -> None:

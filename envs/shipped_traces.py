@@ -46,6 +46,19 @@ def find_trace(
     return trace, named.with_split("train" if info.split == "train" else "test")
 
 
+def trace_in(folder: Path | None, name: str, split: Split) -> Trace:
+    """The trace of a workload's prompts in a folder that `python -m specgym.envs.record` wrote; shipped if None.
+
+    Raises:
+        TraceError: there is none, or it is damaged.
+        WorkloadError: the workload's name is not known.
+    """
+    from .record import trace_name
+
+    given = None if folder is None else folder / trace_name(workload(name).name, split)
+    return find_trace(given, name, split)[0]
+
+
 def shipped_trace(name: str, split: str) -> Trace:
     """The trace of a workload's prompts that ships with the package; read once a process.
 

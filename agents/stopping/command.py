@@ -9,15 +9,16 @@ from pathlib import Path
 
 from ...decoding.files import write_json
 from ...envs.draft_replay import DraftTable
+from ...envs.shipped_traces import trace_in
 from ..beginning import begin, this_command
 from ..learner import TrainingInterruptedError
 from ..run import torch_threads
-from ..telling import console, quieten
+from ..telling import console, quieten, tell_differences
 from .comparison import Row, compare
 from .export import ExportedStopRule
 from .learning import learn
 from .live import LiveRow, agreement, compare_live, rendered_live
-from .run import StoppingRun, new_profile, trace_of
+from .run import StoppingRun, new_profile
 from .settings import StoppingSettings, continued
 from .tables import differences, rendered, row_to_json, save_rows, verdict
 
@@ -87,17 +88,12 @@ def evaluate_stopping(folder: Path, live: Sequence[str] = ()) -> None:
         )
     _show(run, rows)
     found = differences(rows, run.table)
-    if found:
-        console.print(f"{len(found)} throughputs differ from {run.table} (another version?):")
-        for line in found[:10]:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"All throughputs equal those in {run.table}.", soft_wrap=True)
+    tell_differences(found, run.table, "throughputs")
 
 
 def _check(settings: StoppingSettings) -> None:
     for name in settings.workloads:  # a misspelt name, or a trace that lacks what is asked, should leave no folder
-        both = [trace_of(settings, name, split) for split in ("train", "test")]
+        both = [trace_in(settings.traces, name, split) for split in ("train", "test")]
         DraftTable(both, settings.max_draft_length, settings.tokens)
 
 
@@ -109,7 +105,7 @@ def _train(run: StoppingRun, settings: StoppingSettings) -> None:
     kind = f"computed for {settings.hardware}" if settings.hardware else "measured once for this hardware, then cached"
     console.print(f"Latency profiles ({kind}):")
     profiles = run.profiles(settings)
-    traces = [trace_of(settings, name, "train") for name in settings.workloads]
+    traces = [trace_in(settings.traces, name, "train") for name in settings.workloads]
     for number, seed in enumerate(settings.seeds):
         if run.learned(seed):
             console.print(f"Seed {seed} is learned already.")
@@ -133,7 +129,9 @@ def _train(run: StoppingRun, settings: StoppingSettings) -> None:
 
 def _compared(run: StoppingRun, settings: StoppingSettings) -> list[Row]:
     learned = [ExportedStopRule.load(run.policy_folder(seed)) for seed in settings.seeds]
-    train, test = ([trace_of(settings, name, split) for name in settings.workloads] for split in ("train", "test"))
+    train, test = (
+        [trace_in(settings.traces, name, split) for name in settings.workloads] for split in ("train", "test")
+    )
     profiles = run.profiles(settings)
     with console.status("Comparing on test prompts") as status:
         return compare(
@@ -152,8 +150,8 @@ def _evaluate_live(run: StoppingRun, settings: StoppingSettings, live: Sequence[
                 name,
                 learned,
                 kept[name] if name in kept else new_profile(settings, name),
-                trace_of(settings, name, "train"),
-                trace_of(settings, name, "test"),
+                trace_in(settings.traces, name, "train"),
+                trace_in(settings.traces, name, "test"),
                 lambda message: status.update(message),
             )
     path = run.path / "live.json"

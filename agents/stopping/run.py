@@ -10,12 +10,8 @@ from ...decoding.drafters import ModelDrafter
 from ...decoding.latency import LatencyProfile
 from ...decoding.latency_measure import measure, measured
 from ...decoding.pairs import Pair
-from ...decoding.prompts import Split
 from ...decoding.roofline import ModelShape, roofline
 from ...decoding.sampling import Sampling
-from ...envs.record import trace_name
-from ...envs.shipped_traces import find_trace
-from ...envs.traces import Trace
 from ...envs.workloads import workload
 from ..export import DESCRIPTION_FILE, WEIGHTS_FILE
 from ..telling import console
@@ -100,17 +96,6 @@ def new_profile(settings: StoppingSettings, name: str, refresh: bool = False) ->
         sampling=found.sampling,
         batch_sizes=settings.batch_sizes,
     )
-
-
-def trace_of(settings: StoppingSettings, name: str, split: Split) -> Trace:
-    """The trace of a workload's prompts.
-
-    Raises:
-        TraceError: there is none, or it is damaged.
-        WorkloadError: the workload's name is not known.
-    """
-    given = None if settings.traces is None else settings.traces / trace_name(workload(name).name, split)
-    return find_trace(given, name, split)[0]
 
 
 def _computed(settings: StoppingSettings, pair: Pair) -> LatencyProfile:

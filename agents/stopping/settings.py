@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...decoding.files import write_json
 from ...decoding.hardware_profiles import find_hardware
 from ...envs.draft_length import LONGEST
 from ...envs.workloads import SHIPPED_WORKLOADS
-from ..requirements import SettingsError, require_above_zero, require_at_least, require_within
-from ..settings_files import flat, load_settings, to_json
+from ..requirements import SettingsError, require_above_zero, require_at_least, require_folder_name, require_within
+from ..settings_files import StoredSettings, flat, to_json
 
 FORMAT = "specgym-stopping-settings-1"
 
@@ -71,8 +70,12 @@ class ComparisonSettings:
 
 
 @dataclass(frozen=True)
-class StoppingSettings:
+class StoppingSettings(StoredSettings):
     """Learn when to stop a draft, from recorded texts. With no option at all: on the pairs that ship."""
+
+    FORMAT = FORMAT
+    ABOUT = "learning to stop"
+    MADE_BY = "train.py --env specgym/DraftLength-v0"
 
     workloads: tuple[str, ...] = SHIPPED_WORKLOADS
     """What to learn on, all together: pair/prompts, or pair/prompts@temperature."""
@@ -135,26 +138,7 @@ class StoppingSettings:
                 f"environments must be at least {points}, one for each workload with each batch size, got "
                 f"{self.environments}"
             )
-        if self.name in (".", "..") or any(letter in self.name for letter in "/\\"):
-            raise SettingsError(f"name must be a plain folder name, got {self.name!r}; --runs says where it goes")
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return self.runs / self.name
-
-    def save(self, path: Path, command: str) -> None:
-        """Write the settings with the command that made them, atomically."""
-        write_json(path, {"format": FORMAT, "command": command, "settings": to_json(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> StoppingSettings:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-        """
-        return load_settings(cls, path, FORMAT, "learning to stop", "train.py --env specgym/DraftLength-v0")
+        require_folder_name(self.name)
 
 
 def continued(saved: StoppingSettings, given: StoppingSettings) -> StoppingSettings:

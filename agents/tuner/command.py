@@ -23,7 +23,7 @@ from ..settings_files import prolonged
 from ..tables import differences
 from ..tables import rendered as rendered_live
 from ..tables import verdict as live_verdict
-from ..telling import console, quieten
+from ..telling import console, quieten, tell_differences
 from .comparison import Kind, summary
 from .cross_validation import cross_validate
 from .heat import heat_map
@@ -94,12 +94,7 @@ def evaluate_tuner(folder: Path) -> None:
     console.print(rendered_table(rows, f"Held-out prompts, {run.path}"))
     console.print(verdict(rows, settings.max_divergence), highlight=False)
     found = differences(rows, run.table)
-    if found:
-        console.print(f"{len(found)} numbers differ from {run.table} (another version?):")
-        for line in found[:10]:
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
-    else:
-        console.print(f"All numbers equal those in {run.table}.", soft_wrap=True)
+    tell_differences(found, run.table, "numbers")
 
 
 def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jobs: int) -> None:

@@ -13,6 +13,7 @@ from ...decoding.files import replacing
 from ...decoding.threshold import threshold_knobs
 from ...envs.context import ContextLayout
 from ...envs.knob_moves import KnobMoves
+from ...envs.shipped_traces import trace_in
 from ...envs.vector_context import VectorObserveContext
 from ...envs.vector_tuning import TuningVectorEnv
 from .. import learner
@@ -20,7 +21,7 @@ from ..export import ExportedPolicy, KnobRange
 from ..numerics import FiniteGuard
 from ..policy import KnobPolicy
 from ..vec_adaptor import VectorEnvAdaptor
-from .run import TunerRun, trace_of
+from .run import TunerRun
 from .sessions import TuningSessions
 from .settings import TunerSettings
 
@@ -42,7 +43,7 @@ def practice(settings: TunerSettings, best: Mapping[str, float]) -> VecNormalize
         start="default",
         action="place",
         draft_length=settings.draft_length,
-        trace=[trace_of(settings, name, "train") for name in settings.workloads],
+        trace=[trace_in(settings.traces, name, "train") for name in settings.workloads],
         max_episode_steps=settings.measurements + 1,  # the last is what the measurements were for
     )
     observed = VectorObserveContext(env, settings.measurements)

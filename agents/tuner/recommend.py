@@ -14,6 +14,7 @@ from rich.table import Table
 from ...decoding.files import write_json
 from ...envs.context import ObserveContext
 from ...envs.profiles import profile_of
+from ...envs.shipped_traces import trace_in
 from ...envs.sources import prepared
 from ...envs.traces import Trace, TraceError
 from ...envs.tuning import TuningEnv
@@ -23,7 +24,6 @@ from ..export import ExportedPolicy
 from ..requirements import SettingsError
 from ..settings import EnvironmentSettings, EvaluationSettings, TrainSettings
 from .outcomes import Measurement
-from .run import trace_of
 from .settings import TunerSettings
 from .tuner import LearnedTuner
 
@@ -171,7 +171,7 @@ def rendered(found: Recommendation) -> Table:
 def _trace(settings: TunerSettings, found: Workload) -> Trace | None:
     """The trace of the workload's training prompts, if there is one that holds what the run's measurements need."""
     try:
-        trace = trace_of(settings, found.name, "train")
+        trace = trace_in(settings.traces, found.name, "train")
         prepared([trace], "threshold", settings.tokens_per_prompt, settings.draft_length)
     except TraceError:
         return None

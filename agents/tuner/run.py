@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...decoding.prompts import Split
-from ...envs.record import trace_name
-from ...envs.shipped_traces import find_trace
-from ...envs.traces import Trace
-from ...envs.workloads import workload
+from ...envs.shipped_traces import trace_in
 from ..export import DESCRIPTION_FILE, WEIGHTS_FILE
 from ..files import RunFileError
 from ..run import RunFolder
@@ -52,17 +48,6 @@ class TunerRun(RunFolder):
             )
 
 
-def trace_of(settings: TunerSettings, name: str, split: Split) -> Trace:
-    """The trace of a workload's prompts.
-
-    Raises:
-        TraceError: there is none, or it is damaged.
-        WorkloadError: the workload's name is not known.
-    """
-    given = None if settings.traces is None else settings.traces / trace_name(workload(name).name, split)
-    return find_trace(given, name, split)[0]
-
-
 def problems_of(settings: TunerSettings, names: Sequence[str] | None = None) -> list[Problem]:
     """The workloads of a run as problems to tune, or some of them. Raises as `Problem` and `trace_of`."""
     return [
@@ -72,8 +57,8 @@ def problems_of(settings: TunerSettings, names: Sequence[str] | None = None) -> 
             prompts_per_measurement=settings.prompts_per_measurement,
             tokens=settings.tokens_per_prompt,
             draft_length=settings.draft_length,
-            train=trace_of(settings, name, "train"),
-            test=trace_of(settings, name, "test"),
+            train=trace_in(settings.traces, name, "train"),
+            test=trace_in(settings.traces, name, "test"),
         )
         for name in (settings.workloads if names is None else names)
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ...decoding.files import write_json
 from ...envs.rewards import RewardSettings
 from ..requirements import (
     SettingsError,
@@ -15,7 +14,7 @@ from ..requirements import (
     require_weights,
 )
 from ..settings import LearningSettings
-from ..settings_files import load_settings, to_json
+from ..settings_files import StoredSettings
 
 FORMAT = "specgym-tuner-settings-1"
 _PAIRS = (
@@ -50,8 +49,12 @@ def _tuner_learning() -> LearningSettings:
 
 
 @dataclass(frozen=True)
-class TunerSettings:
+class TunerSettings(StoredSettings):
     """Learn to tune thresholds on recorded workloads, so that a few measurements suffice on one never seen."""
+
+    FORMAT = FORMAT
+    ABOUT = "a run of learning to tune"
+    MADE_BY = "train.py --tuner"
 
     workloads: tuple[str, ...] = RECORDED_WORKLOADS
     """What to practise on: pair/prompts, or pair/prompts@temperature. Each needs a trace of its training prompts and of
@@ -106,21 +109,3 @@ class TunerSettings:
         require_weights(self.weights, self.workloads)
         require_one_bound(self.max_divergence, self.reward.max_divergence)
         object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return self.runs / self.name
-
-    def save(self, path: Path, command: str) -> None:
-        """Write the settings with the command that made them, atomically."""
-        write_json(path, {"format": FORMAT, "command": command, "settings": to_json(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> TunerSettings:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-        """
-        return load_settings(cls, path, FORMAT, "a run of learning to tune", "train.py --tuner")
