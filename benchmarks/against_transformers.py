@@ -47,7 +47,7 @@ Side = Callable[[list[int], int], int]
 class Settings:
     """Compare with transformers."""
 
-    pairs: tuple[str, ...] = tuple(name for name in PRESETS if name.startswith("tiny"))
+    pairs: tuple[str, ...] = tuple(name for name, preset in PRESETS.items() if name.startswith("tiny") and preset.draft)
     """What `load_pair` takes."""
     samplings: tuple[Literal["greedy", "sample"], ...] = ("greedy", "sample")
     """Greedy, and temperature 1."""

@@ -11,6 +11,7 @@ from .errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
+from .lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
 from .models import LanguageModel, Logits
 from .ngram import NGramDrafter
 from .pairs import Pair, load_pair
@@ -33,16 +34,19 @@ __all__ = [
     "EntropyAbove",
     "FixedLength",
     "Generation",
+    "JacobiDecoder",
     "Knob",
     "KnobError",
     "LanguageModel",
     "Logits",
+    "LookaheadDecoder",
     "ModelDrafter",
     "ModelStep",
     "NGramDrafter",
     "NumericalError",
     "OneHotStep",
     "Pair",
+    "PoolSettings",
     "ProductBelow",
     "PromptError",
     "PromptLookupDrafter",

@@ -51,6 +51,16 @@ class Round:
     """Everything the round did is in one of the two."""
     taken_back: tuple[int, ...] = ()
     """Draft tokens that were verified and not kept, in order."""
+    draft_steps: int = -1
+    """Tokens that the draft made one after another; as many as `drafted` if not given. 0 where drafting needs none."""
+    target_tokens: int = -1
+    """Tokens that the target's pass read; those drafted and the one before them if not given."""
+
+    def __post_init__(self) -> None:
+        if self.draft_steps < 0:
+            object.__setattr__(self, "draft_steps", self.drafted)
+        if self.target_tokens < 0:
+            object.__setattr__(self, "target_tokens", self.drafted + 1)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,11 @@ class Generation:
     def mean_acceptance_length(self) -> float:
         """Emitted tokens per round, the target's own token included."""
         return len(self.tokens) / max(len(self.rounds), 1)
+
+    @property
+    def target_tokens_per_token(self) -> float:
+        """Tokens that the target read in all rounds, per emitted token: its arithmetic over that of plain decoding."""
+        return sum(cycle.target_tokens for cycle in self.rounds) / max(len(self.tokens), 1)
 
     @property
     def divergence(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,6 +37,9 @@ class LanguageModel:
     Batch size 1. Tree attention goes through the public 4-D attention mask and position ids, so no architecture is
     patched; one that gives other results that way is refused here, by a small trial.
 
+    Attributes:
+        mask_seconds: how long building the mask of the last pass took.
+
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
         prepack: reorder the linear layers' weights for oneDNN, *in place* (see `prepack`); by default on
@@ -67,6 +71,7 @@ class LanguageModel:
             prepack_linears(model)
         self._cache = BranchingCache()
         self._last_start = 0
+        self.mask_seconds = 0.0
         _try_tree_attention(self)
 
     def fresh(self) -> LanguageModel:
@@ -83,7 +88,13 @@ class LanguageModel:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, tree: TokenTree | None = None, *, last: int | None = None, hidden: bool = False
+        self,
+        tokens: Tensor,
+        tree: TokenTree | None = None,
+        *,
+        last: int | None = None,
+        rows: Tensor | None = None,
+        hidden: bool = False,
     ) -> Logits:
         """Read tokens after those in the cache, and append them to it.
 
@@ -91,7 +102,9 @@ class LanguageModel:
             tokens: shape (tokens,), integer ids on the model's device.
             tree: how the tokens hang together; by default each follows the one before it. A tree with more nodes than
                 there are tokens is one that grows: its first nodes are the last tokens in the cache, the rest are new.
-            last: return only this many last rows, for instance 1 for a prompt; by default all.
+            last: return only this many last rows of scores, for instance 1 for a prompt; by default all.
+            rows: return the scores of these tokens alone, shape (wanted,), int64, on the model's device. The output
+                layer, dear where the vocabulary is large, does no other work.
             hidden: also return the last hidden states.
 
         Raises:
@@ -106,6 +119,7 @@ class LanguageModel:
                 f"{self.name} has a context of {self.context_limit} tokens; {start} are cached and {end - start} more "
                 "were given. Shorten the prompt or generate fewer tokens."
             )
+        started = time.perf_counter()
         if tree is None:
             mask = _causal_mask(start, count, self._mask_value, self.dtype, self.device)
             positions = _numbers(start + count, self.device)[start : start + count]
@@ -115,7 +129,8 @@ class LanguageModel:
                     f"a tree of {len(tree)} nodes cannot end in {count} new tokens after {cached} in the cache"
                 )
             mask = _tree_mask(tree, start, count, self._mask_value, self.dtype, self.device)
-            positions = tree.depths[-count:].to(self.device) + start
+            positions = tree.on(self.device)[0][-count:] + start
+        self.mask_seconds = time.perf_counter() - started
         output = self.model(
             input_ids=tokens.unsqueeze(0),
             attention_mask=mask,
@@ -123,7 +138,7 @@ class LanguageModel:
             past_key_values=self._cache,
             use_cache=True,
             output_hidden_states=hidden,
-            logits_to_keep=last or 0,
+            logits_to_keep=(last or 0) if rows is None else rows,
         )
         self._last_start = start
         return Logits(output.logits[0].float(), output.hidden_states[-1][0] if hidden else None)
@@ -186,7 +201,7 @@ def _tree_mask(
     tree: TokenTree, start: int, count: int, value: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     mask = torch.zeros(count, start + len(tree), dtype=dtype, device=device)
-    mask[:, start:].masked_fill_(~tree.visible[-count:].to(device), value)
+    mask[:, start:].masked_fill_(tree.on(device)[1][-count:], value)
     return mask[None, None]
 
 

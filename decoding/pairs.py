@@ -98,14 +98,14 @@ def load_pair(
     Args:
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
             draft may also be ``prompt-lookup``, ``ngram`` (a table that ships with the package) or the path of a table
-            made by ``python -m specgym.decoding.fit ngram``.
+            made by ``python -m specgym.decoding.fit ngram``. A folder or ``owner/model`` is a target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
         offline: make no network attempt.
 
     Raises:
-        UnknownPairError: the name is neither a preset nor ``target+draft``.
+        UnknownPairError: the name is neither a preset, nor ``target+draft``, nor a target.
         ModelNotFoundError: a model is in none of the places where it was looked for.
         VocabularyMismatchError: target and draft have different vocabularies.
         UnsupportedModelError: a model cannot be decoded speculatively.
@@ -114,8 +114,10 @@ def load_pair(
     preset = presets.resolve(name)
     model, tokenizer = load_model(preset.target, dtype=dtype, device=device, offline=offline)
     vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
-    draft: PreTrainedModel | Drafter
-    if preset.draft == presets.PROMPT_LOOKUP:
+    draft: PreTrainedModel | Drafter | None = None
+    if preset.draft is None:
+        pass
+    elif preset.draft == presets.PROMPT_LOOKUP:
         draft = PromptLookupDrafter(vocabulary_size)
     elif preset.draft == presets.NGRAM:
         draft = NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM)

@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class UnknownPairError(SpecgymError, ValueError):
-    """A name that is neither a preset nor ``target+draft``; the message lists the presets."""
+    """A name that is neither a preset, nor ``target+draft``, nor a target; the message lists the presets."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class PairPreset:
         name: of the preset, or ``target+draft``.
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text) or ``prompt-lookup`` (copied from the text so
-            far).
+            far); None for a target alone.
         doc: one line on what the pair is for.
     """
 
     name: str
     target: str
-    draft: str
+    draft: str | None
     doc: str
 
     @property
     def draft_is_model(self) -> bool:
         """Whether the draft is a language model that has to be loaded."""
-        return self.draft not in (NGRAM, PROMPT_LOOKUP)
+        return self.draft not in (NGRAM, PROMPT_LOOKUP, None)
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -60,6 +60,9 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset("tiny-3m-lookup", "tiny-3m", PROMPT_LOOKUP, "shipped; the smallest target, drafts copied"),
         PairPreset("smollm2-ngram", smollm2.HUB_ID, NGRAM, "a real 135M chat model, an n-gram table as draft"),
         PairPreset("smollm2-lookup", smollm2.HUB_ID, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
+        PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
+        PairPreset("tiny-3m", "tiny-3m", None, "shipped; the smallest target, no draft"),
+        PairPreset("smollm2", smollm2.HUB_ID, None, "a real 135M chat model, no draft"),
         PairPreset("opt-6.7b+opt-1.3b", "facebook/opt-6.7b", "facebook/opt-1.3b", "hub; 5:1, an accurate draft"),
         PairPreset("opt-6.7b+opt-125m", "facebook/opt-6.7b", "facebook/opt-125m", "hub; 54:1, a cheap draft"),
         PairPreset(
@@ -74,11 +77,11 @@ def resolve(name: str) -> PairPreset:
 
     Args:
         name: a preset, or ``target+draft`` where each side is what `load_model` takes and the draft may also be
-            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Whether the models exist is seen
-            when they are loaded.
+            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. A target alone, for decoders that
+            need no draft, is a folder or ``owner/model``. Whether the models exist is seen when they are loaded.
 
     Raises:
-        UnknownPairError: the name is neither; the message lists the presets, the closest first.
+        UnknownPairError: the name is none of these; the message lists the presets, the closest first.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -87,6 +90,9 @@ def resolve(name: str) -> PairPreset:
         target, draft = name[:plus], name[plus + 1 :]
         if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and _may_be_model(draft):
             return PairPreset(name, target, draft, f"{target} with the draft {draft}")
+    of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
+    if of_hub or Path(name).expanduser().is_dir():
+        return PairPreset(name, name, None, f"{name} without a draft")
     raise UnknownPairError(_unknown(name))
 
 
@@ -100,5 +106,5 @@ def _unknown(name: str) -> str:
     table = "".join(f"\n  {preset.name:18} {preset.doc}" for preset in PRESETS.values())
     return (
         f"{name!r} is no known pair.{hint} Give target+draft (hub ids, folders or shipped models; the draft may be "
-        f"{NGRAM!r} or {PROMPT_LOOKUP!r}), or one of:{table}"
+        f"{NGRAM!r} or {PROMPT_LOOKUP!r}), a target alone (a folder or owner/model), or one of:{table}"
     )

@@ -25,6 +25,7 @@ class TokenTree:
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
                 raise ValueError(f"node {node} has parent {parent}; parents come before their children, or are -1")
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def chain(cls, length: int) -> TokenTree:
@@ -50,11 +51,20 @@ class TokenTree:
     @cached_property
     def visible(self) -> Tensor:
         """Which node (column) each node (row) sees: itself and its ancestors. Shape (nodes, nodes), bool."""
-        visible = torch.eye(len(self), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                visible[node] |= visible[parent]
-        return visible
+        steps = torch.eye(len(self))
+        children = [node for node, parent in enumerate(self.parents) if parent >= 0]
+        steps[children, [self.parents[node] for node in children]] = 1
+        seen = 1  # how many nodes up the matrix reaches; it doubles with every product
+        while seen < self.height - 1:
+            steps = (steps @ steps).clamp_(max=1)
+            seen *= 2
+        return steps > 0
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`depths`, and the negation of `visible`, on a device; moved there once."""
+        if device not in self._moved:
+            self._moved[device] = self.depths.to(device), (~self.visible).to(device)
+        return self._moved[device]
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root's child down to `node`, both included."""

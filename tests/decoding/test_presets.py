@@ -76,7 +76,9 @@ def test_a_misspelt_preset_gets_suggestions_and_the_list() -> None:
         assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", "+", "tiny-10m", "tiny-10m+", "+tiny-10m", "ngram+tiny-10m", "a b+c", "a/b/c+d"])
+@pytest.mark.parametrize(
+    "name", ["", "+", "tiny-20m", "tiny/code", "tiny-10m+", "+tiny-10m", "ngram+tiny-10m", "a b+c", "a/b/c+d"]
+)
 def test_what_is_neither_preset_nor_pair_is_refused_with_the_way_out(name: str) -> None:
     with pytest.raises(UnknownPairError, match=r"Give target\+draft"):
         resolve(name)
@@ -88,4 +90,11 @@ def test_any_text_is_either_resolved_to_itself_or_refused(name: str) -> None:
         preset = resolve(name)
     except UnknownPairError:
         return
-    assert name in PRESETS or f"{preset.target}+{preset.draft}" == name
+    alone = preset.draft is None and preset.target == name
+    assert name in PRESETS or alone or f"{preset.target}+{preset.draft}" == name
+
+
+def test_a_folder_or_a_hub_id_is_a_target_without_a_draft(tmp_path: Path) -> None:
+    for name in (str(tmp_path), "facebook/opt-125m"):
+        preset = resolve(name)
+        assert (preset.target, preset.draft, preset.draft_is_model) == (name, None, False)
