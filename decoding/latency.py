@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from .decoder import Round
 from .errors import SpecgymError
 from .files import write_json
+from .round_kinds import CHAIN, LOOKAHEAD, ROUNDS
+from .sampling import Sampling
 
-_FORMAT = "specgym-latency-2"
+_FORMAT = "specgym-latency-3"
 _TABLES = ("draft_seconds", "target_seconds")
+_ABOUT = ("pair", "hardware", "sampling", "rounds")
 _LONGEST_FITTED = 16
 
 
@@ -44,18 +47,21 @@ class LatencyProfile:
     Attributes:
         pair: name of the pair.
         draft_seconds: seconds to draft so many tokens (0 or more), by number.
-        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number.
+        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number; where
+            the rounds are `lookahead`, all that a round takes.
         autoregressive_seconds: seconds per token of plain decoding with the target.
         hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers.
         sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
+        rounds: what kind of rounds the tables are of: `chain`, or `lookahead`, which are those of a target alone and
+            draft nothing ({0: 0.0}). Charging the one kind by the other's times is wrong; see `require_rounds`.
         batch_size: sequences decoded together, 1 or more.
         context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
         points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
             full grid, every batch size with every context.
 
     Raises:
-        LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), or
-            points that are no full grid.
+        LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), an
+            unknown kind of rounds, or points that are no full grid.
     """
 
     pair: str
@@ -64,6 +70,7 @@ class LatencyProfile:
     autoregressive_seconds: float
     hardware: Mapping[str, Any]
     sampling: str = "greedy"
+    rounds: str = CHAIN
     batch_size: int = 1
     context: int | None = None
     points: tuple[LatencyProfile, ...] = ()
@@ -80,6 +87,8 @@ class LatencyProfile:
             object.__setattr__(self, name, ordered)
         if not (math.isfinite(self.autoregressive_seconds) and self.autoregressive_seconds > 0):
             raise LatencyProfileError(f"autoregressive_seconds is {self.autoregressive_seconds}; it must be positive")
+        if self.rounds not in ROUNDS:
+            raise LatencyProfileError(f"rounds must be one of {', '.join(ROUNDS)}, got {self.rounds!r}")
         object.__setattr__(self, "batch_size", operator.index(self.batch_size))
         if self.context is not None:
             object.__setattr__(self, "context", operator.index(self.context))
@@ -118,8 +127,24 @@ class LatencyProfile:
         return max(0.0, float(slope)) / self.autoregressive_seconds
 
     def charge(self, rounds: Iterable[Round]) -> float:
-        """Seconds of some draft-then-verify rounds together."""
-        return sum(self.round(cycle.drafted) for cycle in rounds)
+        """Seconds of some rounds together, each by what it drafted and what the target read."""
+        return sum(self.draft(cycle.draft_steps) + self.target(cycle.target_tokens) for cycle in rounds)
+
+    def require_rounds(self, wanted: str) -> LatencyProfile:
+        """The profile itself, where its rounds are of the kind that is wanted.
+
+        Raises:
+            LatencyProfileError: they are of another kind; the message says how to get the right profile.
+        """
+        if self.rounds == wanted:
+            return self
+        draft = "None, " if wanted == LOOKAHEAD else "draft, "
+        raise LatencyProfileError(
+            f"the latency profile of {self.pair} was made for {self.rounds} rounds, and {wanted} rounds are to be "
+            "charged. Give no profile, which measures one, or get the right kind: specgym.decoding.latency_measure."
+            f"measured(pair, rounds={wanted!r}), python -m specgym.envs.profiles WORKLOAD --rounds {wanted}, or "
+            f"specgym.decoding.roofline.roofline(target, {draft}hardware, rounds={wanted!r})"
+        )
 
     def at(self, *, batch_size: int = 1, context: int | None = None) -> LatencyProfile:
         """The profile of another operating point, without points of its own.
@@ -138,11 +163,14 @@ class LatencyProfile:
         batch_sizes = sorted({size for size, _ in grid})
         contexts = sorted({length for _, length in grid if length is not None})
         if context is None or not (_covers(batch_sizes, batch_size) and _covers(contexts, context)):
+            measuring = (
+                "rounds='lookahead', contexts=..." if self.rounds == LOOKAHEAD else "batch_sizes=..., contexts=..."
+            )
             raise LatencyProfileError(
                 f"the latency profile of {self.pair} has no point at batch size {batch_size} and context {context}: "
                 f"it covers {_words('batch size', batch_sizes)} and {_words('context', contexts)}. Get a wider one "
-                "with specgym.decoding.latency_measure.measure(pair, batch_sizes=..., contexts=...), or with "
-                "specgym.decoding.roofline.roofline, which takes the same two"
+                f"with specgym.decoding.latency_measure.measure(pair, {measuring}), or with "
+                "specgym.decoding.roofline.roofline, which takes batch_sizes and contexts"
             )
         corners = [
             (grid[size, length], size_share * length_share)
@@ -169,8 +197,11 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
-        about = {"format": _FORMAT, "pair": self.pair, "hardware": self.hardware, "sampling": self.sampling}
-        write_json(Path(path), {**about, **self._stored(), "points": [point._stored() for point in self.points]})
+        about = {name: getattr(self, name) for name in _ABOUT}
+        write_json(
+            Path(path),
+            {"format": _FORMAT, **about, **self._stored(), "points": [point._stored() for point in self.points]},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyProfile:
@@ -189,7 +220,7 @@ class LatencyProfile:
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
         try:
-            about = {name: content.pop(name) for name in ("pair", "hardware", "sampling")}
+            about = {name: content.pop(name) for name in _ABOUT}
             points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
             return cls(**about, **_restored(content), points=points)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -207,6 +238,8 @@ class LatencyProfile:
 
     def _check_grid(self) -> None:
         grid = self._grid()
+        if any(point.rounds != self.rounds for point in self.points):
+            raise LatencyProfileError(f"the points' rounds must be {self.rounds} rounds, as the profile's own are")
         if any(point.points or point.context is None for point in self.points) or self.context is None:
             raise LatencyProfileError("every point of a grid has a context, and no point has points of its own")
         sizes, lengths = {size for size, _ in grid}, {length for _, length in grid}
@@ -219,6 +252,13 @@ class LatencyProfile:
         for table in _TABLES:
             if not _shared(getattr(point, table) for point in grid.values()):
                 raise LatencyProfileError(f"the points share no number of tokens in {table}, so nothing lies between")
+
+
+def arithmetic_of(sampling: Sampling) -> str:
+    """Which sampling settings take the same time: `greedy`, or `sampled` with `-top-k` and `-top-p` where used."""
+    if sampling.greedy:
+        return "greedy"
+    return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
 
 
 def _restored(point: Mapping[str, Any]) -> dict[str, Any]:

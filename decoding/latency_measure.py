@@ -7,34 +7,36 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .autoregressive import AutoregressiveDecoder
-from .decoder import GREEDY, Decoder, Round, Session
+from .decoder import GREEDY
 from .hardware import describe_hardware, fingerprint
-from .latency import LatencyProfile, LatencyProfileError
+from .latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency_grid import measure_points, plan_grid
+from .latency_lookahead import measure_lookahead, target_alone
 from .pairs import Pair
+from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
+from .round_kinds import CHAIN, LOOKAHEAD, largest_size, require_kind
 from .sampling import Sampling
 from .smollm2 import cache_folder
-from .speculative import require_draft, require_positive
+from .speculative import require_positive
 from .stopwatch import StopwatchDrafter
 from .threshold import ThresholdDecoder
 
 _LOG = logging.getLogger(__name__)
-_WARM_UP = 3
-_FEWEST_REPEATS = 3
 _known: dict[Path, LatencyProfile] = {}
 
 
 def measure(
     pair: Pair,
     *,
-    max_draft_length: int = 16,
+    rounds: str = CHAIN,
+    max_draft_length: int | None = None,
+    max_target_tokens: int | None = None,
     repeats: int = 40,
     prompt: Sequence[int] | None = None,
     sampling: Sampling = GREEDY,
@@ -42,66 +44,80 @@ def measure(
     batch_sizes: Sequence[int] = (1,),
     contexts: Sequence[int] | None = None,
 ) -> LatencyProfile:
-    """Time live rounds of threshold decoding at several draft lengths, and plain decoding, all interleaved.
+    """Time live rounds of several sizes, and plain decoding, all interleaved.
 
     Each number is a median over the repeats, and a slow spell of the machine hits all numbers alike. The warm-up is
-    left out, and an accelerator is synchronised. The rounds are threshold decoding's because its verification contains
+    left out, and an accelerator is synchronised. Chains are threshold decoding's because its verification contains
     that of speculative sampling; the two differ by the distance between the models, a small part of a target pass.
+    Lookahead's rounds are timed as a whole, by the tokens that the target's pass reads (`latency_lookahead`).
 
     Live rounds are timed at batch size 1 and the prompt's length as the context. Other batch sizes and contexts become
     the profile's `points`, timed as `latency_grid.measure_points` tells; the grid always contains the live point.
+    Lookahead's rounds are timed live at other contexts, and at no other batch size.
 
     Args:
-        pair: a target with a draft.
-        max_draft_length: the longest draft timed, in tokens.
-        repeats: how often every length is timed.
+        pair: a target with a draft; for `lookahead` the target is enough.
+        rounds: what is timed: `chain` or `lookahead`.
+        max_draft_length: of chains, the longest draft timed, in tokens; by default 16.
+        max_target_tokens: of Lookahead, the most tokens that a timed pass reads; by default 160, which is what the
+            decoder reads with its knobs as high as they go, or as many as the target's context has room for.
+        repeats: how often every size is timed.
         prompt: token ids to continue; by default ids that repeat themselves, so that prompt lookup has matches.
         sampling: drawing tokens costs more than taking the likeliest.
         time_limit: seconds after which fewer repeats have to do, but at least 3; for the live rounds, and once more
-            for the other points together.
+            for the other points of chains together.
         batch_sizes: sequences decoded together, each 1 or more.
         contexts: tokens of each sequence that were read before, each 1 or more; by default the prompt's length alone.
 
     Raises:
-        ValueError: the pair has no draft, a number is not positive, or a context does not leave the models room for
-            the longest draft.
+        ValueError: the pair has no draft and chains are to be timed, a number is not positive or does not belong to
+            this kind of rounds, a batch of Lookahead is asked for, or a context leaves the models no room for the
+            longest draft or the largest pass.
     """
-    require_draft(pair, "a latency profile")
-    assert pair.draft is not None
-    require_positive("max_draft_length", max_draft_length)
+    longest = largest_size(rounds, max_draft_length, max_target_tokens)
     require_positive("repeats", repeats)
-    prompt = list(prompt) if prompt is not None else _repeating_prompt(pair)
+    if rounds == LOOKAHEAD:
+        if set(batch_sizes) - {1}:
+            raise ValueError(
+                f"Lookahead's rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}; for others "
+                "compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, rounds='lookahead')"
+            )
+        return measure_lookahead(
+            pair,
+            max_target_tokens=max_target_tokens,
+            repeats=repeats,
+            prompt=prompt,
+            sampling=sampling,
+            time_limit=time_limit,
+            contexts=contexts or (),
+        )
+    _require_chains(pair)
+    assert pair.draft is not None
+    prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
     stopwatch = StopwatchDrafter(pair.draft)
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
-    rounds = _Endless(ThresholdDecoder(timed, max_draft_length), prompt, sampling)
-    plain = _Endless(AutoregressiveDecoder(pair), prompt, sampling)
-    lengths = [0, *(2**power for power in range(max_draft_length.bit_length()) if 2**power < max_draft_length)]
-    lengths.append(max_draft_length)
-    places = plan_grid(pair, len(prompt), max_draft_length, batch_sizes, contexts or ())
+    chains = EndlessText(ThresholdDecoder(timed, longest), prompt, sampling)
+    plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling)
+    lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
+    places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts or ())
     draft: defaultdict[int, list[float]] = defaultdict(list)
     target: defaultdict[int, list[float]] = defaultdict(list)
     autoregressive: list[float] = []
-    started = time.perf_counter()
-    for repeat in range(_WARM_UP + repeats):
-        if repeat == _WARM_UP:
-            for table in (draft, target):
-                table.clear()
-            autoregressive.clear()
-        elif repeat >= _WARM_UP + _FEWEST_REPEATS and time.perf_counter() - started > time_limit:
-            break
-        rounds.restart()
+    for turn, counts in turns(repeats, time_limit):
+        chains.restart()
         plain.restart()
-        first = repeat % len(lengths)  # every length is now early, now late in a text
-        for length in lengths[first:] + lengths[:first]:
+        for length in rotated(lengths, turn):
             stopwatch.length = length
-            cycle = rounds.step()
-            draft[stopwatch.found].append(stopwatch.seconds)
-            target[cycle.drafted + 1].append(cycle.verify_seconds)
-            autoregressive.append(plain.step().verify_seconds)
+            cycle = chains.step()
+            plainly = plain.step()
+            if counts:
+                draft[stopwatch.found].append(stopwatch.seconds)
+                target[cycle.drafted + 1].append(cycle.verify_seconds)
+                autoregressive.append(plainly.verify_seconds)
     profile = LatencyProfile(
         pair=pair.name,
-        draft_seconds=_medians(draft),
-        target_seconds=_medians(target),
+        draft_seconds=medians(draft),
+        target_seconds=medians(target),
         autoregressive_seconds=statistics.median(autoregressive),
         hardware=describe_hardware(pair),
         sampling=arithmetic_of(sampling),
@@ -112,21 +128,28 @@ def measure(
     return replace(profile, points=points)
 
 
-def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY) -> LatencyProfile:
+def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY, rounds: str = CHAIN) -> LatencyProfile:
     """The profile of a pair on this hardware: measured at the first call, then read from specgym's cache folder.
 
     Args:
-        pair: a target with a draft.
+        pair: a target with a draft; for `lookahead` the target is enough, and pairs of one target share a profile.
         refresh: measure again, for instance because the machine was busy the last time.
         sampling: greedy decoding, sampling, and sampling with top-k or top-p each have their own profile.
+        rounds: what is timed, `chain` or `lookahead`; each kind has its own profile.
 
     Raises:
-        ValueError: the pair has no draft.
+        ValueError: the pair has no draft and chains are to be timed, or there is no such kind of rounds.
     """
-    require_draft(pair, "a latency profile")
+    require_kind(rounds)
+    if rounds == CHAIN:
+        _require_chains(pair)
+        kind = ""
+    else:
+        pair = target_alone(pair)
+        kind = f"{rounds}-"
     arithmetic = arithmetic_of(sampling)
     plain_name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in pair.name)[-60:]
-    path = cache_folder() / "latency" / f"{plain_name}-{arithmetic}-{fingerprint(pair)}.json"
+    path = cache_folder() / "latency" / f"{plain_name}-{kind}{arithmetic}-{fingerprint(pair)}.json"
     if not refresh and path in _known:
         return _known[path]
     if not refresh and path.exists():
@@ -135,8 +158,8 @@ def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY) 
             return _known[path]
         except LatencyProfileError as error:
             _LOG.warning("%s; doing so now", error)
-    _LOG.info("measuring the latency of %s (%s), once for this hardware", pair.name, arithmetic)
-    profile = measure(pair, sampling=sampling)
+    _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, rounds, arithmetic)
+    profile = measure(pair, sampling=sampling, rounds=rounds)
     try:
         profile.save(path)
         _LOG.info("latency profile of %s kept in %s", pair.name, path)
@@ -146,42 +169,10 @@ def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY) 
     return profile
 
 
-class _Endless:
-    """Sessions of one decoder on one prompt; a new one begins where a text ends."""
-
-    def __init__(self, decoder: Decoder, prompt: list[int], sampling: Sampling) -> None:
-        self._decoder = decoder
-        self._prompt = prompt
-        self._sampling = sampling
-        self._seed = 0
-        self._session: Session | None = None
-
-    def restart(self) -> None:
-        self._session = None
-
-    def step(self) -> Round:
-        if self._session is None or self._session.finished:
-            self._seed += 1
-            self._session = self._decoder.start(
-                self._prompt, max_new_tokens=2**20, sampling=self._sampling, seed=self._seed
-            )
-        return self._session.step()
-
-
-def _repeating_prompt(pair: Pair) -> list[int]:
-    length = max(2, min(48, pair.target.context_limit // 4))
-    period = max(1, length // 2)
-    return [(7919 * (place % period) + 11) % pair.target.vocabulary_size for place in range(length)]
-
-
-def _medians(samples: Mapping[int, list[float]]) -> dict[int, float]:
-    """Median by number of tokens, without the numbers that came up too rarely to trust."""
-    enough = min(_FEWEST_REPEATS, max(len(seconds) for seconds in samples.values()))
-    return {tokens: statistics.median(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
-
-
-def arithmetic_of(sampling: Sampling) -> str:
-    """Which sampling settings take the same time: `greedy`, or `sampled` with `-top-k` and `-top-p` where used."""
-    if sampling.greedy:
-        return "greedy"
-    return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
+def _require_chains(pair: Pair) -> None:
+    if pair.draft is None:
+        raise ValueError(
+            f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
+            "pair's name, or time Lookahead's rounds, which need none, with rounds='lookahead' "
+            "(--rounds lookahead on the command line)"
+        )

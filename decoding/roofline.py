@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .hardware_profiles import Hardware, find_hardware
 from .latency import LatencyProfile
+from .round_kinds import CHAIN, LOOKAHEAD, largest_size
 from .speculative import require_positive
 
 BANDWIDTH_SHARE = 0.83
@@ -116,7 +117,9 @@ def roofline(
     draft: ModelShape | None,
     hardware: Hardware | str,
     *,
-    max_draft_length: int = 16,
+    rounds: str = CHAIN,
+    max_draft_length: int | None = None,
+    max_target_tokens: int | None = None,
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
     contexts: Sequence[int] = (512, 2048, 8192),
     pair: str | None = None,
@@ -126,31 +129,39 @@ def roofline(
     """The latency profile of a pair as computed for some hardware, on a grid of batch sizes and contexts.
 
     A draft of k tokens is k passes over a token each, a round's target pass reads k + 1, and both have a cache as long
-    as the context. Choosing tokens is taken to be free, and so is a draft that is no model. Whether the memory and the
-    models' own limits allow a point is not asked.
+    as the context. A round of Lookahead is one target pass. Choosing tokens is taken to be free, and so is a draft that
+    is no model. Whether the memory and the models' own limits allow a point is not asked.
 
     Args:
         target: the model whose text is wanted, for instance one of `MODEL_SHAPES`.
         draft: the drafting model; None for drafts that cost nothing, such as an n-gram table's.
         hardware: a name in `hardware_profiles.HARDWARE`, or figures of your own.
-        max_draft_length: longest draft in the tables, in tokens.
+        rounds: what the profile is for: `chain`, or `lookahead`, which has no draft.
+        max_draft_length: of chains, the longest draft in the tables, in tokens; by default 16.
+        max_target_tokens: of Lookahead, the most tokens that a pass in the table reads; by default 160, which is what
+            the decoder reads with its knobs as high as they go.
         batch_sizes: sequences decoded together, each 1 or more; the profile's own point has the smallest.
         contexts: tokens that every sequence has read, each 1 or more; the profile's own point has the shortest.
-        pair: the profile's name for the pair; by default made of the models' names.
+        pair: the profile's name for the pair; by default made of the models' names, and the target's for Lookahead.
         bandwidth_share: of the memory bandwidth, what passes reach; above 0, at most 1.
         arithmetic_share: of the peak arithmetic, what passes reach; above 0, at most 1.
 
     Raises:
         UnknownHardwareError: there is no hardware of that name.
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range or does not belong to this kind of rounds, or Lookahead is given a
+            draft.
     """
     hardware = find_hardware(hardware)
-    require_positive("max_draft_length", max_draft_length)
+    largest = largest_size(rounds, max_draft_length, max_target_tokens)
+    if rounds == LOOKAHEAD and draft is not None:
+        raise ValueError(f"Lookahead rounds have no draft, and {draft.name} was given; give None")
+    drafted, read = (0, largest) if rounds == LOOKAHEAD else (largest, largest + 1)
     for name, values in (("batch_sizes", batch_sizes), ("contexts", contexts)):
         if not values:
             raise ValueError(f"{name} must have an entry")
         for value in values:
             require_positive(f"each of {name}", value)
+    usual = target.name if rounds == LOOKAHEAD else f"{target.name}+{'free' if draft is None else draft.name}"
     shares = {"bandwidth_share": bandwidth_share, "arithmetic_share": arithmetic_share}
 
     def point(batch_size: int, context: int, points: tuple[LatencyProfile, ...] = ()) -> LatencyProfile:
@@ -158,13 +169,14 @@ def roofline(
             return pass_seconds(model, hardware, tokens, batch_size=batch_size, context=context, **shares)
 
         step = 0.0 if draft is None else seconds(draft, 1)
-        target_seconds = {tokens: seconds(target, tokens) for tokens in range(1, max_draft_length + 2)}
+        target_seconds = {tokens: seconds(target, tokens) for tokens in range(1, read + 1)}
         return LatencyProfile(
-            pair=pair or f"{target.name}+{'free' if draft is None else draft.name}",
-            draft_seconds={tokens: tokens * step for tokens in range(max_draft_length + 1)},
+            pair=pair or usual,
+            draft_seconds={tokens: tokens * step for tokens in range(drafted + 1)},
             target_seconds=target_seconds,
             autoregressive_seconds=target_seconds[1],
             hardware={"device": "roofline", **asdict(hardware), **shares},
+            rounds=rounds,
             batch_size=batch_size,
             context=context,
             points=points,

@@ -13,20 +13,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from ..decoding.errors import SpecgymError
-from ..decoding.latency import LatencyProfile
-from ..decoding.latency_measure import arithmetic_of, measure, measured
+from ..decoding.latency import LatencyProfile, LatencyProfileError, arithmetic_of
+from ..decoding.latency_measure import measure, measured
+from ..decoding.presets import resolve
+from ..decoding.round_kinds import CHAIN, LOOKAHEAD
 from .workloads import Workload, workload
 
 REFERENCES = Path(__file__).parent / "data" / "latency"
 """The folder of the profiles that ship with the package."""
 
 
-def profile_of(found: Workload, given: LatencyProfile | str | Path | None, *, replayed: bool) -> LatencyProfile:
+def profile_of(
+    found: Workload, given: LatencyProfile | str | Path | None, *, replayed: bool, rounds: str = CHAIN
+) -> LatencyProfile:
     """What the time of a workload is charged by.
 
     Args:
@@ -34,25 +39,36 @@ def profile_of(found: Workload, given: LatencyProfile | str | Path | None, *, re
         given: a profile, or a file with one; None for the default.
         replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
             this hardware, for which it is loaded; measured once, it is read from the cache.
+        rounds: the kind of rounds that is charged: `chain` or `lookahead`.
 
     Raises:
-        LatencyProfileError: the file is missing or damaged. Loading errors as for `load_pair`, where none is given.
+        LatencyProfileError: the file is missing or damaged, or what is given was made for another kind of rounds.
+        ValueError: chains are to be measured of a pair without a draft. Loading errors as for `load_pair`, where no
+            profile is given.
     """
     if isinstance(given, str | Path):
-        return LatencyProfile.load(given)
+        given = LatencyProfile.load(given)
     if given is not None:
-        return given
-    reference = REFERENCES / profile_name(found)
+        return given.require_rounds(rounds)
+    reference = REFERENCES / profile_name(found, rounds)
     if replayed and isinstance(found.pair, str) and reference.is_file():
         return _loaded(reference)
-    return measured(found.load(), sampling=found.sampling)
+    return measured(found.load(), sampling=found.sampling, rounds=rounds)
 
 
-def profile_name(found: Workload) -> str:
-    """The file name of a profile that serves a workload: its pair, and whether tokens are drawn."""
-    pair = found.pair if isinstance(found.pair, str) else found.pair.name
-    plain = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in pair)
-    return f"{plain}.{arithmetic_of(found.sampling)}.json"
+def profile_name(found: Workload, rounds: str = CHAIN) -> str:
+    """The file name of a profile that serves a workload: what is timed, and whether tokens are drawn.
+
+    Chains are timed of a pair; Lookahead's rounds of its target alone, so `tiny` and `tiny-10m` share a profile.
+    """
+    if rounds == CHAIN:
+        subject = found.pair if isinstance(found.pair, str) else found.pair.name
+        kind = ""
+    else:
+        subject = resolve(found.pair).target if isinstance(found.pair, str) else found.pair.target.name
+        kind = f"{rounds}."
+    plain = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in subject)
+    return f"{plain}.{kind}{arithmetic_of(found.sampling)}.json"
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,19 +78,24 @@ def _loaded(path: Path) -> LatencyProfile:
 
 @dataclass(frozen=True)
 class ProfileCommand:
-    """Measure how long drafting and verifying take on this machine, which should do nothing else meanwhile."""
+    """Measure how long decoding's rounds take on this machine, which should do nothing else meanwhile."""
 
     workloads: tyro.conf.Positional[tuple[str, ...]]
     """pair/prompts or pair/prompts@temperature. Prompts do not matter here: workloads of one pair that are all greedy
-    share a profile."""
+    share a profile, and for Lookahead those of one target."""
     out: Path = Path("latency")
     """Folder of the profiles."""
+    rounds: Literal["chain", "lookahead"] = "chain"
+    """What is timed: drafting a chain of tokens and verifying it, or whole rounds of Lookahead decoding, which need no
+    draft."""
     batch_sizes: tuple[int, ...] = (1,)
-    """Sequences decoded together, at which to measure."""
+    """Sequences decoded together, at which to measure; for Lookahead 1 alone."""
     contexts: tuple[int, ...] = ()
     """Tokens read before, at which to measure; by default a short prompt's."""
-    max_draft_length: int = 16
-    """The longest draft timed, in tokens."""
+    max_draft_length: int | None = None
+    """Of chains, the longest draft timed, in tokens; by default 16."""
+    max_target_tokens: int | None = None
+    """Of Lookahead, the most tokens that a timed pass reads; by default 160, or as many as the model has room for."""
     threads: int = 1
     """torch's threads; 0 for torch's own choice."""
 
@@ -86,20 +107,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(command.threads)
     for name in command.workloads:
         found = workload(name)
-        path = command.out / profile_name(found)
+        path = command.out / profile_name(found, command.rounds)
         if path.is_file():
             print(f"{path} is there already")
             continue
-        profile = measure(
-            found.load(),
-            max_draft_length=command.max_draft_length,
-            sampling=found.sampling,
-            batch_sizes=command.batch_sizes,
-            contexts=command.contexts or None,
-        )
+        pair = found.load()
+        try:
+            profile = measure(
+                pair,
+                rounds=command.rounds,
+                max_draft_length=command.max_draft_length,
+                max_target_tokens=command.max_target_tokens,
+                sampling=found.sampling,
+                batch_sizes=command.batch_sizes,
+                contexts=command.contexts or None,
+            )
+        except ValueError as error:  # the arguments do not fit the pair or one another
+            raise LatencyProfileError(f"{name} cannot be measured: {error}") from error
         profile.save(path)
+        token = "token read" if command.rounds == LOOKAHEAD else "drafted token"
         print(
-            f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more drafted token adds "
+            f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more {token} adds "
             f"{profile.marginal_cost():.2f} of that"
         )
 

@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The pairs measured, with a measurement that takes no time."""
     pairs: list[str] = []
 
-    def quick(pair: Pair, *, sampling: Sampling) -> LatencyProfile:
+    def quick(pair: Pair, *, sampling: Sampling, rounds: str) -> LatencyProfile:
         pairs.append(pair.name)
         return replace(PROFILE, autoregressive_seconds=float(len(pairs)))
 
@@ -89,11 +89,6 @@ def test_measuring_leaves_the_pair_as_it_was(pair: Pair) -> None:
 def test_measuring_refuses_numbers_that_are_not_positive(pair: Pair, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must be a whole number of at least 1, got 0"):
         measure(pair, **arguments)
-
-
-def test_a_pair_without_a_draft_is_refused(pair: Pair) -> None:
-    with pytest.raises(ValueError, match="a latency profile needs a draft"):
-        measured(Pair(pair.target))
 
 
 @pytest.mark.usefixtures("_own_cache")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from specgym.decoding import Sampling
+from specgym.decoding import Pair, Sampling
+from specgym.decoding.errors import SpecgymError
 from specgym.decoding.latency import LatencyProfile, LatencyProfileError
 from specgym.envs import Workload, profiles, workload
 from specgym.envs.profiles import main, profile_name, profile_of
@@ -42,6 +43,10 @@ def test_what_is_given_comes_first(profile: LatencyProfile, tmp_path: Path) -> N
     for replayed in (True, False):
         assert profile_of(found, profile, replayed=replayed) is profile
         assert profile_of(found, tmp_path / "own.json", replayed=replayed) == profile
+        with pytest.raises(LatencyProfileError, match="made for chain rounds, and lookahead rounds are to be charged"):
+            profile_of(found, tmp_path / "own.json", replayed=replayed, rounds="lookahead")
+        with pytest.raises(LatencyProfileError, match="made for lookahead rounds, and chain rounds"):
+            profile_of(found, replace(profile, rounds="lookahead"), replayed=replayed)
     with pytest.raises(LatencyProfileError, match=r"there is no latency profile .*missing\.json"):
         profile_of(found, tmp_path / "missing.json", replayed=True)
 
@@ -49,14 +54,63 @@ def test_what_is_given_comes_first(profile: LatencyProfile, tmp_path: Path) -> N
 def test_live_decoding_and_pairs_of_ones_own_are_measured(
     toy_workload: Workload, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiles, "measured", lambda pair, sampling: profile)
+    kinds: list[str] = []
+
+    def found(pair: Pair, *, sampling: Sampling, rounds: str) -> LatencyProfile:
+        kinds.append(rounds)
+        return profile
+
+    monkeypatch.setattr(profiles, "measured", found)
     assert profile_of(toy_workload, None, replayed=True) is profile
     assert profile_of(workload("tiny-3m-ngram/prose"), None, replayed=False) is profile
+    assert profile_of(toy_workload, None, replayed=True, rounds="lookahead") is profile
+    assert kinds == ["chain", "chain", "lookahead"]
 
 
 def test_greedy_workloads_of_a_pair_share_a_profile() -> None:
     names = [profile_name(workload(name)) for name in ("tiny/prose", "tiny/code", "tiny/code@0.7", "tiny/code@1.0")]
     assert names == ["tiny.greedy.json", "tiny.greedy.json", "tiny.sampled.json", "tiny.sampled.json"]
+
+
+@pytest.mark.usefixtures("no_measuring")
+@pytest.mark.parametrize("name", ["tiny-10m/prose", "tiny/code", "tiny-3m-1l/chat", "tiny-10m/prose@1.0"])
+def test_a_replay_of_lookahead_is_charged_by_the_reference_of_the_target_alone(name: str) -> None:
+    found = profile_of(workload(name), None, replayed=True, rounds="lookahead")
+    assert found.rounds == "lookahead"
+    assert found.pair == ("tiny-3m" if "3m" in name else "tiny-10m")
+    assert found.sampling == ("sampled" if "@" in name else "greedy")
+    assert found.draft_seconds == {0: 0.0}
+    assert found.at().target(120) > found.at().target(20)
+
+
+def test_lookaheads_profiles_are_named_after_the_target(toy_workload: Workload, pair: Pair) -> None:
+    names = {
+        profile_name(workload(name), "lookahead")
+        for name in ("tiny/prose", "tiny-10m-ngram/code@0.0", "tiny-10m/chat", "tiny-10m-2l/definitions")
+    }
+    assert names == {"tiny-10m.lookahead.greedy.json"}
+    assert profile_name(workload("tiny-3m/prose@0.7"), "lookahead") == "tiny-3m.lookahead.sampled.json"
+    assert profile_name(toy_workload, "lookahead") == f"{pair.target.name}.lookahead.greedy.json"
+
+
+def test_the_command_measures_lookahead_where_it_is_asked_to(
+    toy_workload: Workload, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = replace(toy_workload, pair=Pair(pair.target, name="alone"), name="alone")
+    monkeypatch.setattr(profiles, "workload", {"toy/ids": toy_workload, "alone/ids": alone}.get)
+    with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .* needs a draft.*--rounds lookahead"):
+        main(["alone/ids", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    arguments = ["--rounds", "lookahead", "--out", str(tmp_path), "--max-target-tokens", "6", "--contexts", "9"]
+    main(["alone/ids", *arguments])
+    main(["toy/ids", *arguments])  # the same target: nothing left to do
+    (path,) = tmp_path.iterdir()
+    found = LatencyProfile.load(path)
+    assert (path.name, found.rounds) == (f"{pair.target.name}.lookahead.greedy.json", "lookahead")
+    assert list(found.target_seconds) == [1, 2, 4, 6]
+    assert found.at(context=9).context == 9
+    with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .*batch size 1 alone"):
+        main(["alone/ids", "--rounds", "lookahead", "--out", str(tmp_path / "other"), "--batch-sizes", "1", "4"])
 
 
 def test_the_command_measures_once(
