@@ -51,14 +51,12 @@ class TokenTree:
     @cached_property
     def visible(self) -> Tensor:
         """Which node (column) each node (row) sees: itself and its ancestors. Shape (nodes, nodes), bool."""
-        steps = torch.eye(len(self))
-        children = [node for node, parent in enumerate(self.parents) if parent >= 0]
-        steps[children, [self.parents[node] for node in children]] = 1
-        seen = 1  # how many nodes up the matrix reaches; it doubles with every product
-        while seen < self.height - 1:
-            steps = (steps @ steps).clamp_(max=1)
-            seen *= 2
-        return steps > 0
+        visible = torch.eye(len(self), dtype=torch.bool)
+        parents, depths = torch.tensor(self.parents), self.depths
+        for depth in range(1, self.height):  # a level at a time, as every ancestor is on an earlier one
+            nodes = (depths == depth).nonzero()[:, 0]
+            visible[nodes] |= visible[parents[nodes]]
+        return visible
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`depths`, and the negation of `visible`, on a device; moved there once."""

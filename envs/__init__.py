@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .context import ContextLayout, ObserveContext
     from .draft_length import DraftLengthEnv
     from .measuring import measure_setting
+    from .outcomes import Outcomes
     from .rewards import RewardSettings
     from .traces import Trace
     from .tuning import TuningEnv
@@ -22,6 +23,7 @@ __all__ = [
     "ContextLayout",
     "DraftLengthEnv",
     "ObserveContext",
+    "Outcomes",
     "RewardSettings",
     "TokenPrompts",
     "Trace",
@@ -37,6 +39,7 @@ _HOMES = {
     "ContextLayout": "context",
     "DraftLengthEnv": "draft_length",
     "ObserveContext": "context",
+    "Outcomes": "outcomes",
     "SHIPPED_WORKLOADS": "workloads",
     "RewardSettings": "rewards",
     "TokenPrompts": "workloads",
@@ -58,14 +61,15 @@ def __getattr__(name: str) -> Any:
 
 def register_environments() -> None:
     """Add the environments of this package to Gymnasium's registry; those already there are left alone."""
-    if "specgym/Thresholds-v0" not in gymnasium.registry:
-        gymnasium.register(
-            id="specgym/Thresholds-v0",
-            entry_point="specgym.envs.tuning:TuningEnv",
-            vector_entry_point="specgym.envs.vector_tuning:TuningVectorEnv",
-            max_episode_steps=20,
-            kwargs={"decoder": "threshold"},
-        )
+    for name, decoder in (("Thresholds", "threshold"), ("Lookahead", "lookahead")):
+        if f"specgym/{name}-v0" not in gymnasium.registry:
+            gymnasium.register(
+                id=f"specgym/{name}-v0",
+                entry_point="specgym.envs.tuning:TuningEnv",
+                vector_entry_point="specgym.envs.vector_tuning:TuningVectorEnv",
+                max_episode_steps=20,
+                kwargs={"decoder": decoder},
+            )
     if "specgym/DraftLength-v0" not in gymnasium.registry:
         gymnasium.register(
             id="specgym/DraftLength-v0",

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from ..decoding.decoder import Decoder, Knob
 from ..decoding.errors import KnobError
+from ..decoding.lookahead import LookaheadDecoder, lookahead_knobs
+from ..decoding.lookahead.decoder import PRESETS
 from ..decoding.pairs import Pair
-from ..decoding.speculative import SpeculativeDecoder
-from ..decoding.threshold import ThresholdDecoder
+from ..decoding.speculative import SpeculativeDecoder, speculative_knobs
+from ..decoding.threshold import ThresholdDecoder, threshold_knobs
+from .shipped_traces import DEFAULT_WORKLOAD
+
+
+def _lookahead(pair: Pair, draft_length: int) -> Decoder:
+    return LookaheadDecoder(pair)  # it drafts nothing
+
 
 DECODERS: dict[str, Callable[[Pair, int], Decoder]] = {
     "threshold": ThresholdDecoder,
     "speculative": SpeculativeDecoder,
+    "lookahead": _lookahead,
 }
 """Decoders by name, made from a pair and a draft length."""
 
+KNOBS: dict[str, Callable[[int], tuple[Knob, ...]]] = {
+    "threshold": threshold_knobs,
+    "speculative": speculative_knobs,
+    "lookahead": lambda draft_length: lookahead_knobs(),
+}
+"""What can be tuned of each decoder in `DECODERS`, by draft length and without a pair."""
+
+PRESET_SETTINGS: dict[str, tuple[tuple[float, ...], ...]] = {"lookahead": tuple(PRESETS.values())}
+"""Settings that people use, values in the order of the knobs, of decoders that have more than their default."""
+
+_DRAFTLESS = ("lookahead",)
+_WORKLOADS = {"lookahead": "tiny-10m/prose"}
 _RANGES = {"fallback": (0.05, 0.95)}  # at either end a threshold decides nothing, and there is nothing to learn
 _SCALES = {"fallback": 0.2}
 
@@ -36,6 +58,27 @@ def build_decoder(decoder: str | Callable[[Pair], Decoder], pair: Pair, draft_le
     if not made.knobs:
         raise ValueError(f"{type(made).__name__} has no knobs, so there is nothing to tune")
     return made
+
+
+def rounds_of(decoder: str | Decoder | Callable[[Pair], Decoder]) -> Literal["chain", "lookahead"]:
+    """What kind of rounds a decoder does, as `LatencyProfile` tells them apart.
+
+    Args:
+        decoder: a name of `DECODERS`, a decoder, its class, or a callable that makes one. Of any other callable nothing
+            is known, and it counts as one that drafts chains: ask about the decoder that it makes.
+    """
+    kind: Any = decoder if isinstance(decoder, type) else type(decoder)
+    return "lookahead" if decoder == "lookahead" or issubclass(kind, LookaheadDecoder) else "chain"
+
+
+def drafts_tokens(decoder: str) -> bool:
+    """Whether the decoder of this name needs a draft, and so has a draft length."""
+    return decoder not in _DRAFTLESS
+
+
+def default_workload(decoder: str | Callable[[Pair], Decoder]) -> str:
+    """The workload of an environment for which none is given."""
+    return _WORKLOADS.get(decoder, DEFAULT_WORKLOAD) if isinstance(decoder, str) else DEFAULT_WORKLOAD
 
 
 def env_ranges(

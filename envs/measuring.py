@@ -10,6 +10,7 @@ from ..decoding.decoder import GREEDY, Decoder, Generation
 from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
+from .knobs import rounds_of
 from .rewards import Number
 
 
@@ -37,7 +38,7 @@ def measure_setting(
         ValueError: there is no prompt. Otherwise as for `Decoder.generate`.
     """
     if profile is None:
-        profile = measured(decoder.pair, sampling=sampling)
+        profile = measured(decoder.pair, sampling=sampling, rounds=rounds_of(decoder))
     return summarise(decoder, decode_prompts(decoder, knobs, prompts, tokens, sampling, seed), profile)
 
 

@@ -1,17 +1,19 @@
-"""``python -m specgym.envs.record``: record traces of workloads, so that decoding can be replayed without the models.
+"""``python -m specgym.envs.record``: record workloads, so that decoding can be replayed without the models.
 
-A recording that is interrupted goes on from the last complete prompt when the same command is given again.
+A *trace* has what the draft would do at every position of texts, and replays decoders that draft chains of tokens. With
+``--decoder NAME`` the *outcomes* of that decoder are recorded, over many settings of its knobs.
+
+A recording that is interrupted goes on from the last complete text when the same command is given again.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +26,14 @@ from .. import __version__
 from ..decoding.autoregressive import AutoregressiveDecoder
 from ..decoding.digests import draft_digest, weights_digest
 from ..decoding.errors import SpecgymError
-from ..decoding.files import digest, replacing, write_json
+from ..decoding.files import digest
 from ..decoding.prompts import PromptSet, Split, load_prompts
 from ..decoding.speculative import SpeculativeDecoder, require_draft
 from ..decoding.threshold import ThresholdDecoder
+from .record_command import RecordCommand
+from .record_outcomes import OutcomeSettings, record_outcomes
 from .recording import PER_TOKEN, Recorder, Rows
+from .recording_parts import claim_parts, parts_of, write_part
 from .traces import Trace, TraceError, TraceInfo
 from .workloads import Workload, workload
 
@@ -95,15 +100,13 @@ def record(
     require_draft(pair, "a trace")
     prompts = found.prompt_ids()[: settings.prompts]
     info = _info(found, split, settings, prompts)
-    parts = path.with_name(path.name + ".parts")
-    _claim(parts, info, settings)
+    parts = parts_of(path)
+    claim_parts(parts, {**asdict(info), **asdict(settings)})
     recorder = _Texts(found, settings)
     for number, prompt in enumerate(tqdm(prompts, f"{found} {split}", unit="prompt", disable=not progress)):
         part = parts / f"{number:04}.npz"
         if not part.is_file():
-            arrays = recorder.record(prompt, settings.seed + number, number < settings.detour_prompts)
-            with replacing(part) as temporary, temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+            write_part(part, recorder.record(prompt, settings.seed + number, number < settings.detour_prompts))
     trace = _joined(info, prompts, [dict(np.load(parts / f"{n:04}.npz")) for n in range(len(prompts))])
     trace.save(path)
     shutil.rmtree(parts)
@@ -236,23 +239,6 @@ def _info(found: Workload, split: Split, settings: RecordSettings, prompts: Sequ
     )
 
 
-def _claim(parts: Path, info: TraceInfo, settings: RecordSettings) -> None:
-    """Make the folder of parts, or see that the one there belongs to this recording."""
-    mark, expected = parts / "recording.json", {**asdict(info), **asdict(settings)}
-    if not parts.exists():
-        write_json(mark, expected)
-        return
-    try:
-        same = json.loads(mark.read_text(encoding="utf-8")) == expected
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        raise TraceError(
-            f"{parts} holds parts of another recording (other models, prompts, settings or versions); remove it, or "
-            "choose another file"
-        )
-
-
 def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[Rows]) -> Trace:
     own = [len(part["text"]) for part in parts]
     starts = np.concatenate([[0], np.cumsum(own)])
@@ -284,41 +270,41 @@ def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[R
     )
 
 
-@dataclass(frozen=True)
-class RecordCommand:
-    """Record what a pair's draft would do at every position of texts, so that decoding can be replayed in NumPy."""
-
-    workloads: tyro.conf.Positional[tuple[str, ...]]
-    """pair/prompts or pair/prompts@temperature; several may be given."""
-    out: Path = Path("traces")
-    """Folder of the traces; each is named after its workload and split."""
-    splits: tuple[Split, ...] = ("train", "test")
-    """Whose prompts to record; every split has a file of its own."""
-    threads: int = 0
-    """torch's threads; 0 for torch's own choice."""
-    settings: Annotated[RecordSettings, tyro.conf.arg(name="")] = RecordSettings()
-
-
 def trace_name(name: str, split: str) -> str:
     """The file name of a workload's trace: letters, digits, ``@``, ``.``, ``-``, and ``_`` for everything else."""
     plain = "".join(letter if letter.isalnum() or letter in "@.-" else "_" for letter in name)
     return f"{plain}.{split}.npz"
 
 
+def outcomes_name(name: str, decoder: str, split: str) -> str:
+    """The file name of a workload's outcomes with a decoder, as `trace_name` has it."""
+    return trace_name(name, f"{decoder}.{split}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command, given as on the command line. A trace that is there already is left alone."""
+    """Run the command, given as on the command line. A file that is there already is left alone."""
     command = tyro.cli(RecordCommand, prog="python -m specgym.envs.record", description=__doc__, args=arguments)
     if command.threads:
         torch.set_num_threads(command.threads)
+    traces = outcomes = None
+    if command.decoder is None:
+        traces = RecordSettings(**command.given())
+    else:
+        outcomes = OutcomeSettings(command.decoder, **command.given())
     for name in command.workloads:
         for split in command.splits:
-            path = command.out / trace_name(name, split)
+            file = trace_name(name, split) if outcomes is None else outcomes_name(name, outcomes.decoder, split)
+            path = command.folder / file
             if path.is_file():
                 print(f"{path} is there already")
-                continue
-            trace = record(name, split, path, command.settings, progress=True)
-            rate = trace.match[: len(trace.text)].mean()
-            print(f"{path}: {len(trace.text)} positions of {trace.prompts} prompts, {rate:.0%} of the drafts match")
+            elif outcomes is None:
+                trace = record(name, split, path, traces, progress=True)
+                rate = trace.match[: len(trace.text)].mean()
+                print(f"{path}: {len(trace.text)} positions of {trace.prompts} prompts, {rate:.0%} of the drafts match")
+            else:
+                found = record_outcomes(workload(name), split, path, outcomes, progress=True)
+                length = found.emitted.mean()
+                print(f"{path}: {len(found.settings)} settings of {found.prompts} prompts, {length:.2f} tokens a round")
 
 
 if __name__ == "__main__":

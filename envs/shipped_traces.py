@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from ..decoding.prompts import Split
-from .traces import Trace, TraceError
+from .outcomes import OutcomeInfo
+from .traces import Trace, TraceError, TraceInfo
 from .workloads import Workload, workload
 
 TRACES = Path(__file__).parent / "data" / "traces"
@@ -34,16 +36,7 @@ def find_trace(
         named = named if split is None else named.with_split(split)
         return shipped_trace(named.name, named.split), named
     trace = given if isinstance(given, Trace) else _loaded(Path(given).resolve())
-    info = trace.info
-    named = recorded_workload(trace) if wanted is None else workload(wanted)
-    if named.name != info.workload:
-        raise TraceError(
-            f"the trace given was recorded from {info.workload}, and the workload asked for is {named.name}; leave the "
-            f"workload out, or record its trace: {record_command(named.name)}"
-        )
-    if split not in (None, info.split):
-        raise TraceError(f"the trace given has the {info.split} prompts of {info.workload}, not the {split} prompts")
-    return trace, named.with_split("train" if info.split == "train" else "test")
+    return trace, recorded_workload(trace.info, wanted, split, record_command)
 
 
 def trace_in(folder: Path | None, name: str, split: Split) -> Trace:
@@ -82,10 +75,37 @@ def record_command(name: str) -> str:
     return f"`python -m specgym.envs.record '{name}' --out traces` (specgym.envs.record.record for a pair in memory)"
 
 
-def recorded_workload(trace: Trace) -> Workload:
-    """The workload that a trace was recorded from, by its name alone; loading it needs the pair to be known."""
-    pair, _, prompts = trace.info.workload.partition("@")[0].rpartition("/")
-    return Workload(pair, prompts, trace.info.sampling, name=trace.info.workload)
+def recorded_workload(
+    info: TraceInfo | OutcomeInfo, wanted: str | Workload | None, split: Split | None, command: Callable[[str], str]
+) -> Workload:
+    """The workload of a recording that is given. By its name alone it can be loaded only if the pair is known.
+
+    Args:
+        info: of the recording.
+        wanted: the workload asked for, or its name; None for that of the recording.
+        split: whose prompts are asked for; None for those recorded.
+        command: says how to record the workload of a name.
+
+    Raises:
+        TraceError: the recording is of another workload or split.
+        WorkloadError: the workload's name is not known.
+    """
+    if wanted is None:
+        pair, _, prompts = info.workload.partition("@")[0].rpartition("/")
+        named = Workload(pair, prompts, info.sampling, name=info.workload)
+    else:
+        named = workload(wanted)
+    if named.name != info.workload:
+        raise TraceError(
+            f"the recording given was recorded from {info.workload}, and the workload asked for is {named.name}; leave "
+            f"the workload out, or record it: {command(named.name)}"
+        )
+    if split not in (None, info.split):
+        raise TraceError(
+            f"the recording given has the {info.split} prompts of {info.workload}, not the {split} prompts; leave the "
+            f"split out, or record it: {command(named.name)}"
+        )
+    return named.with_split("train" if info.split == "train" else "test")
 
 
 @functools.lru_cache(maxsize=64)

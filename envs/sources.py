@@ -1,4 +1,4 @@
-"""Where an environment's decoding comes from: the models, live, or a recorded trace."""
+"""Where an environment's decoding comes from: the models, live, or a recording."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..decoding.decoder import Decoder, Knob, Round
 from ..decoding.latency import LatencyProfile
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
-from ..decoding.speculative import require_positive, speculative_knobs
-from ..decoding.threshold import threshold_knobs
-from .knobs import build_decoder
+from ..decoding.speculative import require_positive
+from .knobs import KNOBS, build_decoder, default_workload, rounds_of
 from .measuring import decode_prompts, metrics, summarise
+from .outcome_replay import OutcomeReplay
+from .outcomes import OutcomeError, Outcomes
 from .profiles import profile_of
 from .rendering import render_step
-from .replay import LOSSLESS, Replay
+from .replay import Replay
 from .replay_table import ReplayTable
-from .shipped_traces import DEFAULT_WORKLOAD, find_trace, record_command
+from .replaying import KnobReplay, TraceReplay
+from .shipped_outcomes import TRACED, Recording, find_recording, outcome_command
+from .shipped_traces import record_command
 from .traces import Trace, TraceError
 from .workloads import Workload
 from .workloads import workload as named_workload
-
-_KNOBS: dict[str, Callable[[int], tuple[Knob, ...]]] = {"threshold": threshold_knobs, "speculative": speculative_knobs}
 
 
 class Source(Protocol):
@@ -60,6 +61,10 @@ class Source(Protocol):
         """Show nothing of what was decoded before."""
         ...
 
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Raise an error, with the way out, if knobs between these values cannot be decoded; (low, high) by name."""
+        ...
+
 
 class LiveSource:
     """Runs the models.
@@ -87,11 +92,11 @@ class LiveSource:
         context: int | None,
         wall: bool,
     ) -> None:
-        found = named_workload(workload or DEFAULT_WORKLOAD)
+        found = named_workload(workload or default_workload(decoder))
         self.workload = found if split is None else found.with_split(split)
         self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
         self.knobs = self.decoder.knobs
-        profile = profile_of(self.workload, profile, replayed=False)
+        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds_of(self.decoder))
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
         self._tokens = tokens
@@ -135,13 +140,16 @@ class LiveSource:
         """Forget the last text."""
         self._last = (), []
 
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """The decoder takes whatever its knobs allow."""
+
 
 class ReplaySource:
-    """Looks up a trace. No model is loaded, unless the profile has to be measured.
+    """Looks up a recording. No model is loaded, unless the profile has to be measured.
 
     Args:
-        decoder: `"threshold"` or `"speculative"`.
-        workload: as `find_trace` takes it, like the next two.
+        decoder: a name.
+        workload: as `find_recording` takes it, like the next two.
         split: whose prompts.
         trace: what was recorded.
         tokens: as for `LiveSource`, like the rest.
@@ -156,20 +164,18 @@ class ReplaySource:
         decoder: str | Callable[[Pair], Decoder],
         workload: str | Workload | None,
         split: Split | None,
-        trace: Trace | str | Path | None,
+        trace: Recording | str | Path | None,
         tokens: int,
         draft_length: int,
         profile: LatencyProfile | str | Path | None,
         batch_size: int,
         context: int | None,
     ) -> None:
-        found, self.workload = find_trace(trace, workload, split)
-        self.knobs, table = prepared([found], decoder, tokens, draft_length)
-        profile = profile_of(self.workload, profile, replayed=True)
+        found, self.workload = find_recording(decoder, trace, workload, split)
+        profile = profile_of(self.workload, profile, replayed=True, rounds=rounds_of(decoder))
         self.profile = profile.at(batch_size=batch_size, context=context)
-        self.prompts: Sequence[int] = table.prompts[0].tolist()
-        self._replay = Replay(table, self.profile.round_seconds(table.draft_length)[None], tokens)
-        self._longest = draft_length
+        self.knobs, self._replay = replay_of(decoder, [found], [self.profile], tokens, draft_length)
+        self.prompts: Sequence[int] = self._replay.prompts[0].tolist()
         self._decoded = False
 
     def chosen(self, prompt: Any) -> int:
@@ -179,23 +185,20 @@ class ReplaySource:
     def decode(
         self, values: Mapping[str, float], prompts: Sequence[int], random: np.random.Generator
     ) -> dict[str, float]:
-        """Decode prompts of the trace, given by their indices."""
+        """Decode recorded prompts, given by their indices."""
         self._decoded = True
-        setting = LOSSLESS, 1.0, int(values.get("draft_length", self._longest))
-        if "fallback" in values:
-            setting = values["fallback"], values["rollback"], self._longest
         if len(prompts) == 1:
-            sums = self._replay.decode(prompts[0], *setting, random)
+            sums = self._replay.decode(prompts[0], values, random)
         else:  # in one go, which draws in the order in which the vector environment does
             texts = len(prompts)
-            fallback, rollback, longest = (np.full(texts, value) for value in setting)
+            alike = {name: np.full(texts, value) for name, value in values.items()}
             which = np.asarray(prompts, np.int64), np.zeros(texts, np.int64)
-            many = self._replay.decode_many(*which, fallback, rollback, longest, random)
-            sums = {name: float(values.sum()) for name, values in many.items()}
+            many = self._replay.decode_many(*which, alike, random)
+            sums = {name: float(each.sum()) for name, each in many.items()}
         return metrics(**sums, autoregressive_seconds=self.profile.autoregressive_seconds)
 
     def render(self, knobs: Mapping[str, float], shown: Mapping[str, float], marks: bool) -> Text:
-        """Knobs and metrics; a trace does not hold the tokens of every text, so none is shown."""
+        """Knobs and metrics; a recording does not hold the tokens of every text, so none is shown."""
         text = Text()
         text.append(f"{self.workload.name}  ", style="bold").append("replayed  ", style="dim")
         for values in (knobs, shown if self._decoded else {}):
@@ -206,11 +209,57 @@ class ReplaySource:
         """Nothing was decoded."""
         self._decoded = False
 
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """What was recorded covers them, or an error says how to record more."""
+        self._replay.check_ranges(ranges)
+
+
+def replay_of(
+    decoder: str | Callable[[Pair], Decoder],
+    recordings: Sequence[Recording],
+    profiles: Sequence[LatencyProfile],
+    tokens: int,
+    draft_length: int,
+) -> tuple[tuple[Knob, ...], KnobReplay]:
+    """The knobs of a decoder, and what replays it.
+
+    Args:
+        decoder: a name, as `find_recording` has accepted it.
+        recordings: traces, or outcomes; one a workload.
+        profiles: what each workload's time is charged by, at the operating point.
+        tokens: generated of each prompt, at most.
+        draft_length: K.
+
+    Raises:
+        TraceError: a recording has shorter texts or other drafts than asked for, or some are traces and some outcomes.
+        ValueError: the decoder cannot be replayed.
+    """
+    traces = [one for one in recordings if isinstance(one, Trace)]
+    outcomes = [one for one in recordings if isinstance(one, Outcomes)]
+    if not outcomes:
+        knobs, table = prepared(traces, decoder, tokens, draft_length)
+        seconds = np.array([each.round_seconds(table.draft_length) for each in profiles])
+        return knobs, TraceReplay(Replay(table, seconds, tokens), draft_length)
+    if traces:
+        names = f"a trace of {traces[0].info.workload}, and {outcomes[0].info}"
+        raise OutcomeError(f"trace: given are {names}; workloads that are replayed together need the same of either")
+    assert isinstance(decoder, str)
+    require_positive("draft_length", draft_length)
+    for info in (one.info for one in outcomes):
+        # All decoders but exact ones decide otherwise about the beginning of a draft that is longer.
+        if decoder == "threshold" and draft_length != info.draft_length:
+            raise OutcomeError(
+                f"draft_length is {draft_length}, and {info} are of {info.draft_length}; give draft_length="
+                f"{info.draft_length}, or record others: {outcome_command(info.workload, decoder)} with --draft-length "
+                f"{draft_length}"
+            )
+    return KNOBS[decoder](draft_length), OutcomeReplay(outcomes, profiles, tokens)
+
 
 def prepared(
     traces: Sequence[Trace], decoder: str | Callable[[Pair], Decoder], tokens: int, draft_length: int
 ) -> tuple[tuple[Knob, ...], ReplayTable]:
-    """The knobs of a decoder, and the table that replays it.
+    """The knobs of a decoder, and the table of traces that replays it.
 
     Args:
         traces: one or several.
@@ -222,12 +271,12 @@ def prepared(
         TraceError: a trace has shorter texts or other drafts than asked for.
         ValueError: the decoder cannot be replayed.
     """
-    if callable(decoder) or decoder not in _KNOBS:
-        raise ValueError(f"backend='replay' replays the decoders {', '.join(_KNOBS)} by name, not {decoder!r}")
+    if callable(decoder) or decoder not in TRACED:
+        raise ValueError(f"a trace replays the decoders {', '.join(TRACED)} by name, not {decoder!r}")
     require_positive("draft_length", draft_length)
     for trace in traces:
         _check(trace, decoder == "threshold", tokens, draft_length)
-    return _KNOBS[decoder](draft_length), ReplayTable(traces, detours=decoder == "threshold")
+    return KNOBS[decoder](draft_length), ReplayTable(traces, detours=decoder == "threshold")
 
 
 def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:
@@ -238,7 +287,7 @@ def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:
     """
     if not isinstance(prompt, int | np.integer):
         raise ValueError(
-            f"reset option prompt: a trace knows its own prompts only, so backend='replay' takes an index, not a "
+            f"reset option prompt: a recording knows its own prompts only, so backend='replay' takes an index, not a "
             f"{type(prompt).__name__}; decode others with backend='live'"
         )
     if prompt not in known:

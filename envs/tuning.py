@@ -20,8 +20,8 @@ from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves, prompt_orders
 from .knobs import checked_values
 from .rendering import print_step, shows_colour, to_ansi
 from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
+from .shipped_outcomes import Recording
 from .sources import LiveSource, ReplaySource, Source
-from .traces import Trace
 from .workloads import Workload
 
 Array = NDArray[np.float32]
@@ -49,6 +49,16 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | 0     | move of fallback  | 0.2        | -1  | 1    |
     | 1     | move of rollback  | (K - 1)/10 tokens, 1.5 for K = 16 | -1 | 1 |
 
+    For the lookahead decoder (`specgym/Lookahead-v0`):
+
+    | index | action            | scale at 1   | low | high |
+    |-------|-------------------|--------------|-----|------|
+    | 0     | move of window    | 1.5 columns  | -1  | 1    |
+    | 1     | move of ngram     | 0.4 tokens   | -1  | 1    |
+    | 2     | move of guesses   | 1.6 n-grams  | -1  | 1    |
+
+    and for the speculative decoder one action, the move of `draft_length` by (K - 1)/10 tokens.
+
     ## Observation space
     `Box(low, high, (knobs,), float32)`: the knobs in their own units. For the threshold decoder:
 
@@ -56,6 +66,16 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     |-------|-------------|------|------|-----------------------------------|
     | 0     | fallback    | 0.05 | 0.95 | total variation                   |
     | 1     | rollback    | 1    | K    | draft tokens that a rejection takes back |
+
+    For the lookahead decoder:
+
+    | index | observation | low  | high | unit                              |
+    |-------|-------------|------|------|-----------------------------------|
+    | 0     | window      | 1    | 16   | W, columns of guesses that a pass improves |
+    | 1     | ngram       | 2    | 6    | N, tokens of the n-grams found    |
+    | 2     | guesses     | 0    | 16   | G, n-grams verified a pass, at most |
+
+    and for the speculative decoder one, `draft_length`, from 1 to K tokens.
 
     A whole-number knob is a real number here, so that small actions add up; the decoder gets the nearest whole number,
     which is what `info` shows.
@@ -69,6 +89,9 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | acceptance | accepted draft tokens over drafted ones                  | 0 to 1 | 0.5    |
     | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 4      |
     | divergence | minus the mean total variation from the target per token | -1 to 0 | 0     |
+
+    A knob without a preferred range earns nothing by the range term. By default only the thresholds have one, so for
+    other decoders the term is 0. A lossless decoder's divergence is 0, too: it is paid for speed, and for acceptance.
 
     With `RewardSettings(max_divergence=0.05)` the aim is the fastest setting whose mean divergence stays below 0.05:
     acceptance and range weigh nothing, whatever their weights, and the divergence term is
@@ -97,9 +120,9 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     ## Arguments
     Args:
-        decoder: `"threshold"`, `"speculative"`, or anything that makes a decoder with knobs from a pair.
-        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of the trace
-            given, or `"tiny/prose"`.
+        decoder: `"threshold"`, `"speculative"`, `"lookahead"`, or anything that makes a decoder with knobs from a pair.
+        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of the recording
+            given, or `"tiny/prose"`, and `"tiny-10m/prose"`, a target without a draft, for the lookahead decoder.
         tokens_per_step: generated each step, at most (an end-of-text token ends a prompt early).
         ranges: (low, high) of knobs by name, in their own units, within what the decoder takes; by default all of
             that, but 0.05 to 0.95 for `fallback`.
@@ -113,12 +136,15 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         split: `"train"` or `"test"` prompts; by default the workload's own, which is `"train"`.
         render_mode: `"ansi"` returns the last step as coloured text, `"human"` prints every step; there are no
             pictures, so `"rgb_array"` shows nothing.
-        backend: `"live"` runs the models. `"replay"` looks up a recorded trace, in microseconds (`specgym.envs.replay`
-            says how true it is): the decoders given by name, the prompts recorded (those with detours, for thresholds,
-            if there are any), no clock, and no text when rendering.
-        draft_length: K, in tokens, for a decoder given by name. A replay of thresholds needs the K that was recorded;
-            exact decoding takes any up to that.
-        trace: what to replay, a `Trace` or its file; by default the one that ships for the workload and split.
+        backend: `"live"` runs the models. `"replay"` looks up a recording, in microseconds: the decoders given by name,
+            the prompts recorded (those with detours, for thresholds, if there are any), no clock, and no text when
+            rendering. Thresholds and exact speculative decoding are replayed from a trace of the draft
+            (`specgym.envs.replay` says how true that is), other decoders from their recorded outcomes
+            (`specgym.envs.outcome_replay` does).
+        draft_length: K, in tokens, for a decoder given by name that drafts. A replay of thresholds needs the K that was
+            recorded; exact decoding takes any up to that.
+        trace: what to replay, a `Trace`, `Outcomes` of the decoder, or a file of either; by default the one that ships
+            for the workload and split.
         batch_size: sequences that are decoded together, all as this one, as far as the profile's time goes.
         context: tokens of each that were read before, likewise; by default the profile's own.
         prompts_per_step: decoded each step, at least 1, all with the same knobs. Metrics are of all together: rates are
@@ -128,7 +154,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     Raises:
         ValueError: an argument is out of range; the message says which.
-        TraceError: there is no such trace, or it does not hold what is asked for; the message says how to record one.
+        TraceError: there is no such recording, or it does not hold what is asked for, also of the knobs' ranges; the
+            message says how to make one.
         LatencyProfileError: the profile does not cover the batch size and context. Loading errors as for `load_pair`
             and `load_prompts`.
 
@@ -153,7 +180,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         render_mode: Literal["ansi", "human", "rgb_array"] | None = None,
         backend: Literal["live", "replay"] = "live",
         draft_length: int = 16,
-        trace: Trace | str | Path | None = None,
+        trace: Recording | str | Path | None = None,
         batch_size: int = 1,
         context: int | None = None,
         prompts_per_step: int = 1,
@@ -206,6 +233,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
                 raise ValueError("timing='wall' needs backend='live'; a replay decodes nothing that a clock could time")
             self._source = ReplaySource(decoder, workload, split, trace, tokens, draft_length, *point)
         self._moves = KnobMoves(self._source.knobs, ranges, scales, action)
+        self._source.check_ranges(self._moves.ranges)
         self.observation_space = self._moves.observation_space
         self.action_space = self._moves.action_space
         self._state = self._moves.defaults()

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from ..decoding.decoder import Knob
 from ..decoding.prompts import Split
 from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves
+from .knobs import rounds_of
 from .measuring import metrics
-from .operating_points import Profiles, Traces
+from .operating_points import Profiles
 from .profiles import profile_of
 from .prompt_queues import PromptQueues
-from .replay import LOSSLESS, Replay
 from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
-from .shipped_traces import find_trace
-from .sources import check_prompt, prepared
+from .shipped_outcomes import Recordings, find_recording
+from .sources import check_prompt, replay_of
 from .tuning import METRICS, one_of, whole_number
 from .workload_shares import asked, one_each, probabilities, shared_out
 from .workloads import Workload
@@ -32,7 +32,7 @@ _OPTIONS = ("knobs", "prompt")
 
 
 class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
-    """`specgym.envs.TuningEnv` with recorded traces, many times over, and of several workloads at once.
+    """`specgym.envs.TuningEnv` with recordings, many times over, and of several workloads at once.
 
     Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
     workload, steps are the same to the last digit but for rounding. All environments run in step and are cut off after
@@ -41,15 +41,16 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
 
     Args:
         num_envs: how many environments.
-        decoder: `"threshold"` or `"speculative"`.
-        workload: a name, a `Workload`, or several; by default that of the traces given, or `"tiny/prose"`.
+        decoder: `"threshold"`, `"speculative"` or `"lookahead"`.
+        workload: a name, a `Workload`, or several; by default that of the recordings given, or the one of `TuningEnv`.
         weights: how many environments each workload gets, in proportion; by default as many as any other.
         tokens_per_step: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `draft_length`, `batch_size` and
             `context`.
         profile: one for all workloads, one for each in order, or a mapping from their names; by default the pairs'
             reference profiles (`specgym.envs.profiles`).
         split: whose prompts.
-        trace: one for each workload in order, or a mapping from their names; by default those that ship.
+        trace: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
+            default those that ship.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
         max_episode_steps: length of an episode.
         prompts_per_step: as in `TuningEnv`, like `action`.
@@ -69,7 +70,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
     def __init__(
         self,
         num_envs: int = 1,
-        decoder: Literal["threshold", "speculative"] = "threshold",
+        decoder: str = "threshold",
         workload: str | Workload | Sequence[str | Workload] | None = None,
         weights: Sequence[float] | None = None,
         tokens_per_step: int = 32,
@@ -81,7 +82,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         split: Split | None = None,
         backend: Literal["replay"] = "replay",
         draft_length: int = 16,
-        trace: Traces = None,
+        trace: Recordings = None,
         batch_size: int = 1,
         context: int | None = None,
         max_episode_steps: int = 20,
@@ -103,31 +104,29 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         tokens = whole_number("tokens_per_step", tokens_per_step)
         self._prompts_per_step = whole_number("prompts_per_step", prompts_per_step)
         wanted = asked(workload, trace)
-        traces = one_each("trace", trace, [str(one) for one in wanted])
-        found = [find_trace(one, name, split) for one, name in zip(traces, wanted, strict=True)]
+        given = one_each("trace", trace, [str(one) for one in wanted])
+        found = [find_recording(decoder, one, name, split) for one, name in zip(given, wanted, strict=True)]
         self.workloads = [each for _, each in found]
         self.workload_names = [each.name for each in self.workloads]
         self._shares = shared_out(num_envs, weights, len(found))
         self._probabilities: NDArray[np.float64] | None = None
         self.profiles = [
-            profile_of(each, one, replayed=True).at(batch_size=batch_size, context=context)
+            profile_of(each, one, replayed=True, rounds=rounds_of(decoder)).at(batch_size=batch_size, context=context)
             for one, each in zip(
                 one_each("profile", profile, self.workload_names, shared=True), self.workloads, strict=True
             )
         ]
-        knobs, table = prepared([each for each, _ in found], decoder, tokens, draft_length)
-        seconds = np.array([each.round_seconds(table.draft_length) for each in self.profiles])
+        recordings = [each for each, _ in found]
+        knobs, self._replay = replay_of(decoder, recordings, self.profiles, tokens, draft_length)
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self._moves = KnobMoves(knobs, ranges, scales, action)
+        self._replay.check_ranges(self._moves.ranges)
         self._settings = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
         self._start = start
-        self._prompts = [prompts + first for prompts, first in zip(table.prompts, table.first_prompts, strict=True)]
-        self._first_prompts = table.first_prompts
-        self._replay = Replay(table, seconds, tokens)
+        self._first_prompts = self._replay.first_prompts
+        self._prompts = [own + first for own, first in zip(self._replay.prompts, self._first_prompts, strict=True)]
         self._multipliers = np.ones(len(found))
-        self._longest = np.full(num_envs, draft_length)
-        self._lossless = np.full(num_envs, LOSSLESS), np.ones(num_envs)
         self._queues = PromptQueues(self._prompts, num_envs)
         self.single_observation_space = self._moves.observation_space
         self.single_action_space = self._moves.action_space
@@ -234,11 +233,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         """
         self._state = self._moves.moved(self._state, actions)
         values = self._moves.values_of_many(self._state)
-        if "fallback" in values:
-            thresholds = values["fallback"], values["rollback"], self._longest
-        else:
-            thresholds = *self._lossless, values["draft_length"].astype(np.int64)
-        found = metrics(**self._decoded(*thresholds), autoregressive_seconds=self._autoregressive)
+        found = metrics(**self._decoded(values), autoregressive_seconds=self._autoregressive)
         terms = reward_terms(
             self._settings,
             speedup=found["speedup"],
@@ -301,27 +296,18 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self._names = np.array([*self.workload_names, None], object)[workload_of]
         self._autoregressive = np.array([each.autoregressive_seconds for each in self.profiles])[workload_of]
 
-    def _decoded(
-        self, fallback: NDArray[np.float64], rollback: NDArray[np.float64], longest: NDArray[np.int64]
-    ) -> dict[str, NDArray[np.float64]]:
+    def _decoded(self, values: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         """Sums over the rounds of each environment's next prompts, as `metrics` takes them."""
         count = self._prompts_per_step
         if self._fixed_prompts is None:
             prompts = self._queues.take(self.workload_of, count, self.np_random)
         else:
             prompts = np.repeat(self._fixed_prompts[:, None], count, 1)
-        traces = self.workload_of
         if count == 1:
-            return self._replay.decode_many(prompts[:, 0], traces, fallback, rollback, longest, self.np_random)
-        sums = self._replay.decode_many(
-            prompts.ravel(),
-            traces.repeat(count),
-            fallback.repeat(count),
-            rollback.repeat(count),
-            longest.repeat(count),
-            self.np_random,
-        )
-        return {name: values.reshape(self.num_envs, count).sum(1) for name, values in sums.items()}
+            return self._replay.decode_many(prompts[:, 0], self.workload_of, values, self.np_random)
+        repeated = {name: each.repeat(count) for name, each in values.items()}
+        sums = self._replay.decode_many(prompts.ravel(), self.workload_of.repeat(count), repeated, self.np_random)
+        return {name: each.reshape(self.num_envs, count).sum(1) for name, each in sums.items()}
 
     def _given_knobs(self, given: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         if not isinstance(given, Mapping):

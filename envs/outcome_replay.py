@@ -1,0 +1,225 @@
+"""Replay by outcomes: decoding with any setting of a decoder's knobs, from the recorded rounds of some settings.
+
+A trace (`specgym.envs.replay`) knows what a draft proposes at every position, whatever the knobs. Outcomes know only
+what came of the settings that were recorded, so what lies between them is made up of two parts:
+
+* the *mean* over the prompts of each quantity, rounds, accepted tokens and divergence per emitted token, drafted tokens
+  and seconds per round: a smooth surface over the knobs through the recorded means (`specgym.envs.surfaces`);
+* the *residual*: how a prompt differs from that mean. It is the ratio of the prompt's own outcome to the mean at one of
+  the recorded settings nearest to the one asked for, drawn at random, the nearer the likelier. All quantities take the
+  same one, so that they stay correlated, a hard prompt stays hard, and over all prompts the mean is the surface.
+
+So: the tokens of a text are exact, as many as were decoded at the setting that was drawn. Everything else is exact only
+on average, and only as far as the surface is right, which `OutcomeReplay.leave_one_out` estimates for the speedup. The
+number of rounds, and of tokens drafted and accepted, need not be whole. Decoding one prompt twice with the same knobs
+gives results that differ, as much as those of neighbouring settings do. Rates lie within what is possible: there are
+at most as many rounds as tokens, and at most as many tokens accepted as drafted.
+
+Where all knobs are whole numbers there are few settings, and the surfaces are tabulated once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decoding.latency import LatencyProfile
+from .outcome_totals import QUANTITIES, Totals, totals
+from .outcomes import OutcomeError, Outcomes
+from .shipped_outcomes import outcome_command
+from .surfaces import Surface, matern
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+_UNITS = {"rounds": "tokens", "drafted": "rounds", "accepted": "tokens", "divergence": "tokens", "seconds": "rounds"}
+"""Per what each of `QUANTITIES` is interpolated. What a round reads and costs follows from the knobs nearly alone, so
+that per round it is smoother than per token."""
+_NEAREST = 4  # recorded settings, of which one lends its residuals
+_TABULATED = 20_000  # settings at most; beyond that they are computed when asked for
+
+
+@dataclass(frozen=True)
+class SpeedupError:
+    """How far off a workload's interpolated speedup is where it was not recorded, relative to the recorded one."""
+
+    mean: float
+    """Mean of the absolute relative error over the settings; 0.01 is one per cent."""
+    worst: float
+    """The largest."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What is known of some settings of a workload; arrays begin with the dimension of the settings."""
+
+    means: Floats
+    """Per token, shape (settings, quantities)."""
+    near: Integers
+    """The nearest recorded settings, shape (settings, nearest)."""
+    shares: Floats
+    """The probabilities of those, added up from the first, shape (settings, nearest)."""
+
+
+class OutcomeReplay:
+    """Replays one decoder on one or several workloads. See `KnobReplay` for what it does, and for its attributes.
+
+    Args:
+        outcomes: of the same decoder with the same knobs between the same values, one a workload.
+        profiles: what each workload's time is charged by, at the operating point.
+        tokens: decoded of each prompt, at most.
+
+    Attributes:
+        leave_one_out: how far off the speedup of each workload is at recorded settings, interpolated between all the
+            others. `Surface.left_out` says what to make of it; settings that were recorded apart tell more (`means`).
+        recorded: what each workload's recorded texts add up to.
+
+    Raises:
+        OutcomeError: fewer tokens were recorded, or the outcomes are not alike; the message says how to record others.
+    """
+
+    def __init__(self, outcomes: Sequence[Outcomes], profiles: Sequence[LatencyProfile], tokens: int) -> None:
+        _require_alike(outcomes, tokens)
+        self._knobs = outcomes[0].info.knobs
+        self._infos = [one.info for one in outcomes]
+        self.recorded = [totals(one, profile, tokens) for one, profile in zip(outcomes, profiles, strict=True)]
+        self._settings = [one.settings for one in outcomes]
+        self._surfaces = [
+            {name: Surface(self._knobs, one.settings, found.per(unit, name)) for name, unit in _UNITS.items()}
+            for one, found in zip(outcomes, self.recorded, strict=True)
+        ]
+        self.leave_one_out = [
+            _speedup_error(found.per_token("seconds"), fitted["rounds"].left_out * fitted["seconds"].left_out)
+            for found, fitted in zip(self.recorded, self._surfaces, strict=True)
+        ]
+        counts = np.array([one.prompts for one in outcomes])
+        self.prompts: Sequence[Integers] = [np.arange(count) for count in counts]
+        self.first_prompts: Integers = np.cumsum(counts) - counts
+        # The texts of all workloads one after another: those of a setting side by side, one for each prompt.
+        self._counts = counts
+        self._first_settings: Integers = np.cumsum([0, *map(len, self._settings)])[:-1]
+        self._first_texts: Integers = np.cumsum([0, *(found.tokens.size for found in self.recorded)])[:-1]
+        self._tokens = np.concatenate([found.tokens.ravel() for found in self.recorded])
+        self._texts = np.concatenate([_columns(found, ravelled=True) for found in self.recorded])
+        self._means = np.concatenate([_columns(found, ravelled=False) for found in self.recorded])
+        self._lowest = np.array([knob.low for knob in self._knobs])
+        self._sizes = tuple(int(knob.high - knob.low) + 1 for knob in self._knobs)
+        self._table: _Places | None = None
+        if all(knob.integer for knob in self._knobs) and math.prod(self._sizes) <= _TABULATED:
+            grid = np.indices(self._sizes).reshape(len(self._sizes), -1).T + self._lowest
+            self._table = _joined([self._places(number, grid) for number in range(len(outcomes))])
+
+    def decode(self, prompt: int, values: Mapping[str, float], random: np.random.Generator) -> dict[str, float]:
+        """As `KnobReplay.decode`."""
+        arrays = {name: np.array([value], np.float64) for name, value in values.items()}
+        found = self.decode_many(np.array([prompt]), np.zeros(1, np.int64), arrays, random)
+        return {name: float(sums[0]) for name, sums in found.items()}
+
+    def decode_many(
+        self, prompts: Integers, workloads: Integers, values: Mapping[str, Floats], random: np.random.Generator
+    ) -> dict[str, Floats]:
+        """As `KnobReplay.decode_many`."""
+        settings = np.stack([values[knob.name] for knob in self._knobs], axis=-1)
+        places = self._looked_up(settings, workloads)
+        which = (random.random(len(prompts))[:, None] >= places.shares[:, :-1]).sum(1)
+        near = np.take_along_axis(places.near, which[:, None], 1)[:, 0]
+        own = prompts - self.first_prompts[workloads]
+        text = self._first_texts[workloads] + near * self._counts[workloads] + own
+        usual, tokens = self._means[self._first_settings[workloads] + near], self._tokens[text]
+        # Where a quantity is 0 at the recorded setting, no ratio says how prompts differ: all get the mean.
+        none = usual == 0
+        found = np.where(none, tokens[:, None], self._texts[text] / (usual + none)) * places.means
+        rounds, drafted, accepted, divergence, seconds = found.T
+        return {
+            "tokens": tokens,
+            "rounds": np.minimum(rounds, tokens),
+            "drafted": drafted,
+            "accepted": np.minimum(accepted, drafted),
+            "divergence": np.minimum(divergence, tokens),
+            "seconds": seconds,
+        }
+
+    def means(self, workload: int, settings: Floats) -> dict[str, Floats]:
+        """What settings cost and do, over all prompts and per emitted token, interpolated.
+
+        Args:
+            workload: its place.
+            settings: shape (settings, knobs), values in the order of the knobs.
+
+        Returns:
+            `rounds`, `drafted`, `accepted`, `divergence` and `seconds`, each of shape (settings,).
+        """
+        found = {name: surface(settings) for name, surface in self._surfaces[workload].items()}
+        return {name: each * found["rounds"] if _UNITS[name] == "rounds" else each for name, each in found.items()}
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """As `KnobReplay.check_ranges`."""
+        for knob in self._knobs:
+            low, high = ranges[knob.name]
+            if not knob.low <= low <= high <= knob.high:
+                info = self._infos[0]
+                raise OutcomeError(
+                    f"{knob.name} goes from {low:g} to {high:g}, and {info} were recorded from {knob.low:g} to "
+                    f"{knob.high:g}; give narrower ranges (or a smaller draft_length, if that is the knob), or record "
+                    f"others: {outcome_command(info.workload, info.decoder)}"
+                )
+
+    def _looked_up(self, settings: Floats, workloads: Integers) -> _Places:
+        """What is known of one setting of each of some workloads, shape (texts, knobs)."""
+        if self._table is not None:
+            steps = tuple(np.rint(settings - self._lowest).astype(np.int64).T)
+            row = np.ravel_multi_index(steps, self._sizes) + workloads * math.prod(self._sizes)
+            return _Places(self._table.means[row], self._table.near[row], self._table.shares[row])
+        if len(self._settings) == 1:
+            return self._places(0, settings)
+        found, order = [], []
+        for workload in np.unique(workloads):
+            members = np.flatnonzero(workloads == workload)
+            found.append(self._places(int(workload), settings[members]))
+            order.append(members)
+        joined, back = _joined(found), np.argsort(np.concatenate(order))
+        return _Places(joined.means[back], joined.near[back], joined.shares[back])
+
+    def _places(self, workload: int, settings: Floats) -> _Places:
+        known = self._settings[workload]
+        distances = self._surfaces[workload]["rounds"].scale.distances(settings, known)
+        near = np.argsort(distances, axis=1, kind="stable")[:, :_NEAREST]
+        weights = matern(np.take_along_axis(distances, near, 1)) + 1e-12  # also where all are far
+        if near.shape[1] < _NEAREST:  # fewer were recorded than are asked of other workloads
+            missing = ((0, 0), (0, _NEAREST - near.shape[1]))
+            near, weights = np.pad(near, missing), np.pad(weights, missing)
+        shares = np.cumsum(weights, axis=1) / weights.sum(1, keepdims=True)
+        means = self.means(workload, settings)
+        return _Places(np.stack([means[name] for name in QUANTITIES], axis=1), near, shares)
+
+
+def _require_alike(outcomes: Sequence[Outcomes], tokens: int) -> None:
+    first = outcomes[0].info
+    for info in (one.info for one in outcomes):
+        again = outcome_command(info.workload, info.decoder)
+        if tokens > info.tokens:
+            raise OutcomeError(
+                f"tokens_per_step is {tokens}, and {info} have texts of {info.tokens} tokens; ask for fewer, or record "
+                f"longer ones: {again} with --tokens {tokens}"
+            )
+        if (info.decoder, info.knobs, info.draft_length) != (first.decoder, first.knobs, first.draft_length):
+            raise OutcomeError(f"{info} and {first} are of other decoders, knobs or ranges; record them alike: {again}")
+
+
+def _columns(found: Totals, ravelled: bool) -> Floats:
+    """The quantities as columns: of every text, or of every setting per token."""
+    return np.stack([getattr(found, name).ravel() if ravelled else found.per_token(name) for name in QUANTITIES], 1)
+
+
+def _joined(each: Sequence[_Places]) -> _Places:
+    return _Places(*(np.concatenate([getattr(one, name) for one in each]) for name in ("means", "near", "shares")))
+
+
+def _speedup_error(recorded: Floats, interpolated: Floats) -> SpeedupError:
+    """Of seconds per token: a speedup is another number over them."""
+    off = np.abs(recorded / interpolated - 1)
+    return SpeedupError(float(off.mean()), float(off.max()))

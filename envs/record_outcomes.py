@@ -1,0 +1,169 @@
+"""Recording outcomes: every prompt of a workload decoded with a designed set of settings of a decoder's knobs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from .. import __version__
+from ..decoding.decoder import Decoder, Round
+from ..decoding.digests import draft_digest, weights_digest
+from ..decoding.files import digest
+from ..decoding.prompts import PromptSet, Split, load_prompts
+from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges
+from .outcome_design import design
+from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
+from .recording_parts import claim_parts, parts_of, write_part
+from .workloads import Workload, workload
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OutcomeSettings:
+    """How much is recorded, and of which decoder.
+
+    Raises:
+        OutcomeError: a number is out of range, or the decoder is not known by name.
+    """
+
+    decoder: str = "lookahead"
+    """A name of `specgym.envs.knobs.DECODERS`."""
+    settings: int = 48
+    """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
+    prompts: int = 12
+    """Prompts of the split, at most; the first ones."""
+    tokens: int = 64
+    """Decoded of each prompt with each setting, at most."""
+    draft_length: int = 16
+    """K, for a decoder that drafts."""
+    seed: int = 0
+    """Of the design and of all sampling."""
+
+    def __post_init__(self) -> None:
+        if self.decoder not in KNOBS:
+            raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(KNOBS)}")
+        for name in ("prompts", "tokens", "draft_length"):
+            if getattr(self, name) < 1:
+                raise OutcomeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise OutcomeError(f"seed must be at least 0, got {self.seed}")
+        if self.settings < len(self._given()):
+            raise OutcomeError(
+                f"settings must be at least {len(self._given())}, the default of {self.decoder} and its presets, got "
+                f"{self.settings}"
+            )
+
+    @property
+    def knobs(self) -> tuple[RecordedKnob, ...]:
+        """The knobs, between what values environments move them."""
+        knobs = KNOBS[self.decoder](self.draft_length)
+        ranges = env_ranges(knobs)
+        return tuple(RecordedKnob(knob.name, *ranges[knob.name], knob.integer) for knob in knobs)
+
+    def designed(self) -> NDArray[np.float64]:
+        """The settings to record, shape (settings, knobs)."""
+        return design(self.knobs, self.settings, self._given(), self.seed)
+
+    def _given(self) -> list[tuple[float, ...]]:
+        default = tuple(float(knob.default) for knob in KNOBS[self.decoder](self.draft_length))
+        presets = (tuple(map(float, preset)) for preset in PRESET_SETTINGS.get(self.decoder, ()))
+        return list(dict.fromkeys((default, *presets)))
+
+
+def record_outcomes(
+    name: str | Workload,
+    split: Split,
+    path: str | Path,
+    settings: OutcomeSettings | None = None,
+    progress: bool = False,
+) -> Outcomes:
+    """Decode a workload's prompts with many settings, and write what came of it.
+
+    Args:
+        name: a workload; its pair needs a draft if the decoder does.
+        split: whose prompts to take.
+        path: the file to write, ending in ``.npz``. Finished texts are kept beside it, in ``<path>.parts``, until all
+            are; called again, a recording goes on from there.
+        settings: how much to record.
+        progress: show a progress bar.
+
+    Raises:
+        TraceError: the parts found are those of another recording.
+        ValueError: the pair does not suit the decoder. Loading errors as for `load_pair` and `load_prompts`.
+    """
+    settings = settings or OutcomeSettings()
+    found, path = workload(name).with_split(split), Path(path)
+    decoder = build_decoder(settings.decoder, found.load(), settings.draft_length)
+    prompts = found.prompt_ids()[: settings.prompts]
+    info, chosen = _info(found, split, settings, prompts), settings.designed()
+    parts = parts_of(path)
+    claim_parts(parts, {**asdict(info), **asdict(settings)})
+    texts = [(number, place) for number in range(len(chosen)) for place in range(len(prompts))]
+    for number, place in tqdm(texts, f"{found} {split} {settings.decoder}", unit="text", disable=not progress):
+        part = _part(parts, number, place)
+        if not part.is_file():
+            seed = int(np.random.SeedSequence((settings.seed, number, place)).generate_state(1)[0])
+            write_part(part, _decoded(decoder, found, chosen[number], prompts[place], settings.tokens, seed))
+    outcomes = _joined(info, chosen, [_part(parts, *text) for text in texts])
+    outcomes.save(path)
+    shutil.rmtree(parts)
+    return Outcomes.load(path)
+
+
+def _part(parts: Path, number: int, place: int) -> Path:
+    return parts / f"{number:04}-{place:04}.npz"
+
+
+def _decoded(
+    decoder: Decoder, found: Workload, setting: NDArray[np.float64], prompt: Sequence[int], tokens: int, seed: int
+) -> dict[str, NDArray[np.generic]]:
+    """The rounds of one text."""
+    knobs = {knob.name: value for knob, value in zip(decoder.knobs, setting.tolist(), strict=True)}
+    rounds: list[Round] = decoder.generate(
+        prompt, max_new_tokens=tokens, sampling=found.sampling, seed=seed, knobs=knobs
+    ).rounds
+    emitted = np.array([len(cycle.tokens) for cycle in rounds])
+    others = {name: np.array([getattr(cycle, name) for cycle in rounds]) for name in COUNTS[1:]}
+    return {"emitted": emitted, **others, "divergence": np.array([cycle.divergence for cycle in rounds], np.float32)}
+
+
+def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Path]) -> Outcomes:
+    texts = [dict(np.load(part)) for part in parts]
+    columns = {name: np.concatenate([text[name] for text in texts]) for name in (*COUNTS, "divergence")}
+    starts = np.concatenate([[0], np.cumsum([len(text["emitted"]) for text in texts])])
+    return Outcomes(info, settings, starts, **columns)
+
+
+def _info(found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]]) -> OutcomeInfo:
+    pair, sampling = found.load(), found.sampling
+    draft = pair.draft if drafts_tokens(settings.decoder) else None
+    source = load_prompts(found.prompts) if isinstance(found.prompts, str) else found.prompts
+    return OutcomeInfo(
+        workload=found.name,
+        split=split,
+        decoder=settings.decoder,
+        knobs=settings.knobs,
+        draft_length=0 if draft is None else settings.draft_length,
+        target=pair.target.name,
+        target_sha256=weights_digest(pair.target.model),
+        draft="" if draft is None else draft.name,
+        draft_sha256="" if draft is None else draft_digest(draft),
+        temperature=float(sampling.temperature),
+        top_k=int(sampling.top_k),
+        top_p=float(sampling.top_p),
+        prompts_sha256=source.digest if isinstance(source, PromptSet) else digest(map(str, prompts)),
+        tokens=settings.tokens,
+        seed=settings.seed,
+        specgym=__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
