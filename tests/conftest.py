@@ -146,13 +146,16 @@ class TableModel(LanguageModel):
         self.dtype = torch.float32
         ends: Any = SimpleNamespace(eos_token_id=eos)
         self.model: Any = SimpleNamespace(config=ends, generation_config=ends)
+        self.mask_seconds = 0.0
         self.seen: list[int] = []
+        self._last_start = 0
 
     def fresh(self) -> TableModel:
         """The same table, nothing read."""
         other = TableModel.__new__(TableModel)
         other.__dict__.update(self.__dict__)
         other.seen = []
+        other._last_start = 0
         return other
 
     @property
@@ -161,25 +164,37 @@ class TableModel(LanguageModel):
         return len(self.seen)
 
     def forward(
-        self, tokens: Tensor, tree: TokenTree | None = None, *, last: int | None = None, hidden: bool = False
+        self,
+        tokens: Tensor,
+        tree: TokenTree | None = None,
+        *,
+        last: int | None = None,
+        rows: Tensor | None = None,
+        hidden: bool = False,
     ) -> Logits:
-        """Rows of the table."""
-        assert tree is None
+        """Rows of the table; a node of a tree has its parent before it."""
         assert not hidden
-        before = self.seen[-1] if self.seen else 0
+        start = self.length if tree is None else self.length + tokens.shape[0] - len(tree)
         self.seen += tokens.tolist()
-        assert self.length <= self.context_limit
-        sequence = [before, *self.seen[-tokens.shape[0] :]]
-        rows = self.table[sequence[:-1], sequence[1:]]
-        return Logits(rows if last is None else rows[-last:], None)
+        nodes = self.seen[start:]
+        assert start + (len(nodes) if tree is None else tree.height) <= self.context_limit
+        parents = range(-1, len(nodes) - 1) if tree is None else tree.parents
+        root = self.seen[start - 1] if start else 0
+        before = [nodes[parent] if parent >= 0 else root for parent in parents]
+        self._last_start = start
+        scores = self.table[before, nodes][len(nodes) - tokens.shape[0] :]
+        if rows is not None:
+            return Logits(scores[rows], None)
+        return Logits(scores if last is None else scores[-last:], None)
 
     def truncate(self, length: int) -> None:
         """Forget what was read from `length` on."""
         del self.seen[length:]
 
     def keep(self, path: Sequence[int]) -> None:
-        """Not needed by chains."""
-        raise AssertionError("a chain is cut, not gathered")
+        """Of the last tree, keep these nodes alone."""
+        assert list(path) == sorted(set(path))
+        self.seen[self._last_start :] = [self.seen[self._last_start + node] for node in path]
 
 
 def random_table(vocabulary: int, seed: int, spread: float = 1.0) -> Tensor:

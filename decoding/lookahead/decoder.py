@@ -89,6 +89,8 @@ class LookaheadSession(Session):
         self._learn(guesses, emitted)
         if looks_ahead:
             self._move_on(new, emitted, ngram, sureness, keeps=count > 0)
+        else:
+            self._window.follow(emitted)
         ended = time.perf_counter()
         return LookaheadRound(
             tokens=tuple(emitted),
@@ -129,10 +131,11 @@ class LookaheadSession(Session):
             p = None
             parts.append((likeliest[plan.parents_on(scores.device)] == tokens[plan.checked_on(scores.device)]).float())
         else:
-            p = self.sampling.probabilities(scores)
+            p = self.sampling.probabilities(scores[: len(plan.checked) + 1])  # the window's last row is no matter of it
             parts.append(p[plan.parents_on(scores.device), tokens[plan.checked_on(scores.device)]])
-        # The round's first wait for the device, and its last when greedy. Doubles hold token numbers and floats alike.
-        values = torch.cat([*(part.double() for part in parts), likeliest.double()]).tolist()
+        # The round's first wait for the device, and its last when greedy. (Floats are exact up to 2^24, far above any
+        # vocabulary.)
+        values = torch.cat([*parts, likeliest.float()]).tolist()
         self._refuse_broken(values[0])
         choices = [int(token) for token in values[-len(plan.wanted) :]]
         sureness = values[1 : 1 + len(plan.newest)] if self._weighs else [1.0] * len(plan.newest)
@@ -140,6 +143,7 @@ class LookaheadSession(Session):
         of_chains = [[next(chances) for _ in nodes] for nodes in plan.chains]
         accepted = follow(chains, of_chains, self._dice.random)
         last = plan.place[([0, *plan.chains[accepted.guess]])[accepted.length]]
+        sureness = [0.0 if token in self._ends else sure for token, sure in zip(choices[newest], sureness, strict=True)]
         new = [self._filler() if token in self._ends else token for token in choices[newest]]
         return accepted, choices[last] if p is None else self._drawn(p[last], accepted.rejected), new, sureness
 

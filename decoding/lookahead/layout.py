@@ -48,8 +48,12 @@ class Layout:
 
     @cached_property
     def wanted(self) -> list[int]:
-        """Nodes whose scores are needed, ascending; a window of three rows or more has some that are not."""
-        return sorted({*self.trunk, *self.newest, *(node for guess in self.guesses for node in guess)})
+        """Nodes whose scores are needed: those that are verified, then the window's last row.
+
+        A window of three rows or more has some that are not needed.
+        """
+        verified = [0, *self.checked]
+        return verified if self.newest == self.trunk else [*verified, *self.newest]
 
     @cached_property
     def place(self) -> dict[int, int]:

@@ -42,7 +42,8 @@ class PoolSettings:
     """N-grams kept for each."""
     top_share: float | None = None
     """Verify only the most promising n-grams, as many as make up this share of the running scores of all that were
-    found for a token, 0 to 1. A score is the number of tokens that an n-gram's verification is expected to bring."""
+    found for a token (and are likely enough for `min_acceptance`), 0 to 1. A score is the number of tokens that an
+    n-gram's verification is expected to bring."""
     max_overlap: float | None = None
     """Leave out an n-gram that has more than this share of its tokens, place by place, in common with one that is
     verified already, 0 to 1."""
@@ -145,7 +146,7 @@ class NGramPool:
         known = group.get(tokens)
         if known is not None:
             known.seen += 1
-            known.last_seen = now
+            known.last_seen = max(known.last_seen, now)  # the text's own runs are noted late
             known.probability = probability
             group.move_to_end(tokens)
             return
@@ -165,6 +166,8 @@ class NGramPool:
             for old in [one for one in group.values() if now - one.last_seen > self.settings.horizon]:
                 del group[old.tokens]
                 self._size -= 1
+            if not group:
+                del self._guesses[key]
         found = list(reversed(group.values()))
         if self.settings.retention == "frequency":
             found.sort(key=lambda guess: -guess.seen)  # stable: of those found as often, the latest first

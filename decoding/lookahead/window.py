@@ -71,10 +71,21 @@ class Window:
                 for run, sure in zip(zip(*self.rows, strict=True), zip(*self._sure, strict=True), strict=True)
             ]
             del self.rows[0], self._sure[0]
-        # A row that moves up is one place further on already. Columns whose places the text has passed are not thrown
-        # away but go to the other end, where a guess about earlier places is still better than none.
-        passed = (len(emitted) - full) % len(new)
-        self.rows = [row[passed:] + row[:passed] for row in self.rows]
-        self._sure = [row[passed:] + row[:passed] for row in self._sure]
-        self.rows[0][0] = emitted[-1]
+        else:
+            self.rows[0][0] = self._filler()  # the current token is no guess, and may be one that ends a text
+        # A row that moves up is one place further on already.
+        self._pass(len(emitted) - full, emitted[-1])
         return found
+
+    def follow(self, emitted: Sequence[int]) -> None:
+        """Move on with the text after a pass that did not read the window. Its new tokens as for `advance`."""
+        self.rows[0][0] = self._filler()
+        self._pass(len(emitted), emitted[-1])
+
+    def _pass(self, places: int, current: int) -> None:
+        # Columns whose places the text has passed are not thrown away but go to the other end, where a guess about
+        # earlier places is still better than none.
+        places %= len(self.rows[0])
+        self.rows = [row[places:] + row[:places] for row in self.rows]
+        self._sure = [row[places:] + row[:places] for row in self._sure]
+        self.rows[0][0] = current

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import pytest
 import torch
@@ -22,27 +21,9 @@ from specgym.decoding.threshold import ThresholdDecoder
 
 PROMPTS, NEW = 64, 64
 FAMILIES = ("llama", "opt", "gpt2", "qwen2")
+Reference = Callable[..., list[list[int]]]
 ROLLBACKS = (1.0, 1.5, 2.0, 3.25, 8.0)
 SHIPPED = [name for name, preset in PRESETS.items() if name.startswith("tiny") and preset.draft]
-
-
-def reference(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What plain greedy `generate` gives; prompts of one length go in one batch, so that nothing is padded."""
-    expected: dict[int, list[int]] = {}
-    by_length: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(number)
-    given = model.generation_config.eos_token_id
-    ends = set(given if isinstance(given, list) else [] if given is None else [given])
-    for length, numbers in by_length.items():
-        batch = torch.tensor([prompts[number] for number in numbers])
-        output = cast(Any, model).generate(
-            batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=NEW, pad_token_id=0
-        )
-        for number, row in zip(numbers, output[:, length:].tolist(), strict=True):
-            stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            expected[number] = row[:stop]
-    return [expected[number] for number in range(len(prompts))]
 
 
 def check(
@@ -69,13 +50,16 @@ def acceptance(generations: Sequence[Generation]) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_output_on_random_models_equals_generate(
-    make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel], family: str
+    make_model: Callable[..., PreTrainedModel],
+    make_noisy: Callable[..., PreTrainedModel],
+    reference: Reference,
+    family: str,
 ) -> None:
     model = make_model(family)
     generator = torch.Generator().manual_seed(1)
     # Four lengths, so that the reference runs in four batches.
     prompts = [torch.randint(0, 96, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(PROMPTS)]
-    expected = reference(model, prompts)
+    expected = reference(model, prompts, NEW)
     draft = make_noisy(model, 0.02)
     seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
     drafters: list[PreTrainedModel | Drafter] = [
@@ -111,7 +95,7 @@ def test_greedy_output_on_random_models_equals_generate(
 
 
 @pytest.fixture(scope="module")
-def expected_of() -> Callable[[Pair], tuple[list[list[int]], list[list[int]]]]:
+def expected_of(reference: Reference) -> Callable[[Pair], tuple[list[list[int]], list[list[int]]]]:
     """Prompts from all shipped sets and what each shipped target makes of them, computed once a target."""
     known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
 
@@ -122,7 +106,7 @@ def expected_of() -> Callable[[Pair], tuple[list[list[int]], list[list[int]]]]:
             ]
             prompts = [pair.encode(text)[:64] for text in texts]
             assert len(prompts) == PROMPTS
-            known[pair.target.name] = prompts, reference(pair.target.model, prompts)
+            known[pair.target.name] = prompts, reference(pair.target.model, prompts, NEW)
         return known[pair.target.name]
 
     return of

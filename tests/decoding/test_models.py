@@ -122,6 +122,30 @@ def test_a_tree_smaller_than_its_new_tokens_or_larger_than_the_cache_is_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_rows_that_are_asked_for_come_back_and_all_tokens_are_read(make_model: MakeModel, family: str) -> None:
+    stock = make_model(family)
+    tokens, nodes = some_tokens(9), some_tokens(12, 1)
+    tree = TokenTree(random_parents(12, 5))
+    model = LanguageModel(stock, prepack=False)
+    expected = model.forward(tokens).scores
+    expected_of_tree = model.forward(nodes, tree).scores
+    for wanted in ([0], [8], [2, 3, 7], [5, 1], list(range(9)), []):
+        model.truncate(0)
+        scores = model.forward(tokens, rows=torch.tensor(wanted, dtype=torch.int64)).scores
+        assert scores.shape == (len(wanted), 96)
+        assert scores.dtype == torch.float32
+        assert model.length == 9
+        if wanted:
+            close(scores, expected[wanted])
+    scores = model.forward(nodes, tree, rows=torch.tensor([0, 4, 11])).scores
+    close(scores, expected_of_tree[[0, 4, 11]])
+    path = tree.path(11)
+    model.keep(path)
+    after = some_tokens(2, 3)
+    close(model.forward(after).scores, plain(stock, torch.cat([tokens, nodes[path], after]))[-2:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_those_after_the_final_norm(make_model: MakeModel, family: str) -> None:
     stock = make_model(family)
     output = LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True)

@@ -1,0 +1,39 @@
+"""What `transformers` itself generates, for decoders to be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+
+def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """What plain greedy `generate` gives; prompts of one length go in one batch, so that nothing is padded."""
+    expected: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(number)
+    given = model.generation_config.eos_token_id
+    ends = set(given if isinstance(given, list) else [] if given is None else [given])
+    for length, numbers in by_length.items():
+        batch = torch.tensor([prompts[number] for number in numbers])
+        output = cast(Any, model).generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=0,
+        )
+        for number, row in zip(numbers, output[:, length:].tolist(), strict=True):
+            stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            expected[number] = row[:stop]
+    return [expected[number] for number in range(len(prompts))]
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., list[list[int]]]:
+    """`generated`."""
+    return generated

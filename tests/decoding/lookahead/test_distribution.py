@@ -1,0 +1,229 @@
+"""What Lookahead decoding samples follows the target's distribution, whatever the settings.
+
+Through the real sessions on toy targets whose distribution is known: *exactly*, by walking every outcome of the dice
+(to rounding error), and *sampled*, by a chi-square test of thousands of seeded texts' first three tokens. Each test's
+significance is 1e-3, so that with the five here one run in two hundred would fail for no reason, were the seeds not
+fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from specgym.decoding.decoder import Round
+from specgym.decoding.lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
+from specgym.decoding.lookahead import decoder as module
+from specgym.decoding.lookahead.verification import Accepted, follow
+from specgym.decoding.models import LanguageModel
+from specgym.decoding.pairs import Pair
+from specgym.decoding.sampling import Sampling
+
+PROMPT = (0, 1, 2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1)
+SIGNIFICANCE = 1e-3
+SAMPLINGS = {
+    "plain": Sampling(),
+    "cold": Sampling(0.6),
+    "hot": Sampling(1.7),
+    "top-k": Sampling(1.2, top_k=2),
+    "top-p": Sampling(0.9, top_p=0.8),
+    "all": Sampling(0.8, top_k=5, top_p=0.9),
+}
+POOLS = {
+    "usual": PoolSettings(),
+    "unseeded": PoolSettings(seeds="nothing"),
+    "prompt": PoolSettings(seeds="prompt", per_key=3),
+    "frequency": PoolSettings(retention="frequency", per_key=2),
+    "sliding": PoolSettings(retention="sliding", horizon=4, max_keys=2),
+    "top share": PoolSettings(top_share=0.5),
+    "overlap": PoolSettings(max_overlap=0.4),
+    "two stages": PoolSettings(min_acceptance=0.5),
+    "all": PoolSettings("prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1),
+}
+MakeTable = Callable[..., LanguageModel]
+Joint = dict[tuple[int, ...], float]
+Knobs = Callable[[int], Mapping[str, float]]
+
+
+def of_shape(window: int, ngram: int, guesses: int) -> Knobs:
+    return lambda number: {"window": window, "ngram": ngram, "guesses": guesses}
+
+
+def changing(number: int) -> Mapping[str, float]:
+    """Other knobs in every round."""
+    return (
+        {"window": 3, "ngram": 3, "guesses": 4},
+        {"window": 1, "ngram": 4, "guesses": 2},
+        {"window": 4, "ngram": 2},
+    )[number % 3]
+
+
+def exact_joint(target: LanguageModel, sampling: Sampling, length: int) -> Joint:
+    """Probability of every run of `length` tokens after the prompt."""
+    joint: Joint = {(): 1.0}
+    for _ in range(length):
+        joint = {
+            (*text, token): weight * p
+            for text, weight in joint.items()
+            for token, p in enumerate(
+                sampling.probabilities(target.fresh().forward(torch.tensor((*PROMPT, *text)), last=1).scores)[
+                    0
+                ].tolist()
+            )
+        }
+    return joint
+
+
+def distance(one: Joint, two: Joint) -> float:
+    """Total variation."""
+    return sum(abs(one.get(text, 0.0) - two.get(text, 0.0)) for text in one.keys() | two.keys()) / 2
+
+
+class Walker:
+    """Walks every outcome of a decoder's first three tokens.
+
+    Attributes:
+        accepted: tokens of guesses, expected a text.
+        tried: likewise.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, branches: Any, dice: Any) -> None:
+        self._monkeypatch, self._branches, self._dice = monkeypatch, branches, dice
+        self.accepted = self.tried = 0.0
+
+    def __call__(self, decoder: LookaheadDecoder, sampling: Sampling, knobs: Knobs, ahead: int = 3) -> Joint:
+        walk = self._branches()
+
+        def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return torch.tensor(walk.choose((p.double() / p.double().sum()).tolist()))
+
+        joint: Joint = {}
+        with self._monkeypatch.context() as patch:
+            patch.setattr(module, "draw", draw)
+            for _ in walk:
+                session = decoder.start(PROMPT, max_new_tokens=3 + ahead, sampling=sampling, seed=0)
+                session._dice = self._dice(walk)
+                rounds: list[Round] = []
+                while len(session.tokens) < 3:
+                    rounds.append(session.step(knobs(len(rounds))))
+                text = tuple(session.tokens[:3])
+                joint[text] = joint.get(text, 0.0) + walk.weight
+                self.accepted += walk.weight * sum(cycle.accepted for cycle in rounds)
+                self.tried += walk.weight * sum(cycle.drafted for cycle in rounds)
+        assert sum(joint.values()) == pytest.approx(1)
+        return joint
+
+
+@pytest.fixture
+def walker(monkeypatch: pytest.MonkeyPatch, branches: Any, dice: Any) -> Walker:
+    return Walker(monkeypatch, branches, dice)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_sampling_is_exact_with_windows_of_every_shape(
+    walker: Walker, make_table: MakeTable, sampling: Sampling
+) -> None:
+    target = make_table(3, seed=1, spread=1.2)
+    expected = exact_joint(target, sampling, 3)
+    decoder = LookaheadDecoder(Pair(target))
+    for knobs in (of_shape(1, 2, 0), of_shape(4, 2, 0), of_shape(1, 3, 3), of_shape(3, 4, 2), changing):
+        assert distance(walker(decoder, sampling, knobs), expected) < 1e-5
+    assert walker.accepted > 1
+    assert walker.tried - walker.accepted > 1
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS.keys())
+def test_sampling_is_exact_with_every_option_of_the_pool(
+    walker: Walker, make_table: MakeTable, pool: PoolSettings
+) -> None:
+    target = make_table(3, seed=1, spread=1.2)
+    decoder = LookaheadDecoder(Pair(target), pool=pool)
+    for sampling in (Sampling(), Sampling(0.7, top_p=0.9)):
+        expected = exact_joint(target, sampling, 3)
+        for knobs in (of_shape(2, 3, 3), changing):
+            assert distance(walker(decoder, sampling, knobs), expected) < 1e-5
+
+
+def test_jacobi_sampling_is_exact(walker: Walker, make_table: MakeTable) -> None:
+    target = make_table(3, seed=1, spread=1.2)
+    expected = exact_joint(target, Sampling(), 3)
+    joint = walker(JacobiDecoder(Pair(target)), Sampling(), lambda number: {"window": 4})
+    assert distance(joint, expected) < 1e-5
+    assert walker.accepted > 0.1
+
+
+def keeps_rejected(*arguments: Any) -> Accepted:
+    """Afterwards the token comes from the whole distribution, as if nothing had been rejected."""
+    return follow(*arguments)._replace(rejected=[])
+
+
+def divides(guesses: Any, chances: Any, uniform: Any) -> Accepted:
+    """Accepts with min(1, p / q), as if the guess had been drawn with a probability of a half."""
+    return follow(guesses, [[min(1.0, 2 * chance) for chance in row] for row in chances], uniform)
+
+
+@pytest.mark.parametrize("wrong", [keeps_rejected, divides])
+def test_a_wrong_verification_is_found_out_both_ways(
+    monkeypatch: pytest.MonkeyPatch, walker: Walker, make_table: MakeTable, wrong: Callable[..., Accepted]
+) -> None:
+    monkeypatch.setattr(module, "follow", wrong)
+    target = make_table(3, seed=1, spread=1.2)
+    decoder = LookaheadDecoder(Pair(target))
+    joint = walker(decoder, Sampling(), of_shape(3, 3, 4))
+    assert distance(joint, exact_joint(target, Sampling(), 3)) > 0.01
+    decoder = LookaheadDecoder(Pair(make_table(6, seed=1, spread=1.2)))
+    assert sampled_p_value(decoder, Sampling(), 2_000, of_shape(3, 3, 4))[0] < SIGNIFICANCE / 1000
+
+
+def sampled_p_value(
+    decoder: LookaheadDecoder, sampling: Sampling, generations: int, knobs: Knobs
+) -> tuple[float, int, int]:
+    """The chi-square test (0 where an impossible text came up), and how many guessed tokens were kept and not."""
+    counts: dict[tuple[int, ...], int] = {}
+    accepted = rejected = 0
+    for seed in range(generations):
+        # More than is looked at, so that guesses reach beyond it.
+        session = decoder.start(PROMPT, max_new_tokens=6, sampling=sampling, seed=seed)
+        rounds: list[Round] = []
+        while len(session.tokens) < 3:
+            rounds.append(session.step(knobs(len(rounds))))
+        accepted += sum(cycle.accepted for cycle in rounds)
+        rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
+        text = tuple(session.tokens[:3])
+        counts[text] = counts.get(text, 0) + 1
+    expected = {text: generations * p for text, p in exact_joint(decoder.pair.target, sampling, 3).items()}
+    if any(expected[text] < 1e-9 * generations for text in counts):
+        return 0.0, accepted, rejected
+    common = [text for text, count in expected.items() if count >= 5]
+    observed = [counts.get(text, 0) for text in common]
+    wanted = [expected[text] for text in common]
+    rest = generations - sum(wanted)
+    if rest >= 5:  # rare texts count as one class
+        observed.append(generations - sum(observed))
+        wanted.append(rest)
+    scale = sum(observed) / sum(wanted)
+    p_value = float(stats.chisquare(observed, [scale * count for count in wanted]).pvalue)
+    return p_value, accepted, rejected
+
+
+CASES: dict[str, tuple[str, str, Knobs]] = {
+    "hot": ("hot", "usual", of_shape(5, 3, 5)),
+    "top-k": ("top-k", "usual", of_shape(16, 6, 16)),
+    "top-p, every option": ("top-p", "all", changing),
+    "frequency": ("plain", "frequency", of_shape(2, 5, 7)),
+    "two stages": ("all", "two stages", of_shape(8, 3, 16)),
+}
+
+
+@pytest.mark.parametrize(("name", "pool", "knobs"), CASES.values(), ids=CASES.keys())
+def test_sampled_texts_follow_the_target(make_table: MakeTable, name: str, pool: str, knobs: Knobs) -> None:
+    target = make_table(6, seed=4, spread=1.2)
+    decoder = LookaheadDecoder(Pair(target), pool=POOLS[pool])
+    p_value, accepted, rejected = sampled_p_value(decoder, SAMPLINGS[name], 4_000, knobs)
+    assert p_value > SIGNIFICANCE
+    assert min(accepted, rejected) > 400
