@@ -1,4 +1,4 @@
-"""Learn thresholds, to tune them, or when to stop a draft, by reinforcement learning: ``python train.py --help``."""
+"""Learn a decoder's knobs, to tune them, or when to stop a draft, by reinforcement learning: ``train.py --help``."""
 
 from specgym.agents.command_line import train_command
 

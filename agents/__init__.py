@@ -3,5 +3,6 @@
 from .export import ExportedPolicy
 from .policy import KnobPolicy
 from .settings import TrainSettings
+from .tunable import LookaheadSettings, ThresholdSettings
 
-__all__ = ["ExportedPolicy", "KnobPolicy", "TrainSettings"]
+__all__ = ["ExportedPolicy", "KnobPolicy", "LookaheadSettings", "ThresholdSettings", "TrainSettings"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import tyro
 
@@ -15,7 +15,7 @@ from .beginning import this_command
 from .evaluation import evaluate, save_rows
 from .export import ExportedPolicy
 from .files import read_json
-from .recommend import load_thresholds
+from .recommend import load_knobs
 from .report.gather import HEAT_MAPS_FILE, gather
 from .report.heat_maps import save_heat_maps
 from .report.page import write_report
@@ -23,35 +23,31 @@ from .requirements import SettingsError
 from .run import RunFolder, torch_threads
 from .settings import TrainSettings
 from .stopping.command import evaluate_stopping, train_stopping
-from .stopping.settings import FORMAT as STOPPING_FORMAT
 from .stopping.settings import StoppingSettings
 from .tables import differences, rendered, verdict
 from .telling import console, quieten, tell_differences
 from .training import train
+from .tunable import TUNABLE, ThresholdSettings, load_settings
 from .tuner.command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
-from .tuner.comparison import Kind
+from .tuner.comparison import Kind as LeftOut
 from .tuner.cross_validation import KINDS
 from .tuner.heat import heat_maps_of
-from .tuner.settings import FORMAT as TUNER_FORMAT
 from .tuner.settings import TunerSettings
 
-EnvName = Literal["specgym/Thresholds-v0", "specgym/DraftLength-v0"]
+EnvName = Literal["specgym/Thresholds-v0", "specgym/Lookahead-v0", "specgym/DraftLength-v0"]
 THRESHOLDS: Final = "specgym/Thresholds-v0"
 DRAFT_LENGTH: Final = "specgym/DraftLength-v0"
 TUNER = "tuner"
+_S = TypeVar("_S", bound=TrainSettings)
 
 
 @dataclass(frozen=True)
-class TrainCommand:
-    """Learn decoding thresholds by reinforcement learning. Without options: on the pairs that ship with the package.
+class TrainCommand(Generic[_S]):
+    """Learn the knobs of a decoder, whichever it is; what its settings are called says more."""
 
-    The options are those of --env specgym/Thresholds-v0. To learn a tuner for pairs never seen instead, and for the
-    options of that: --tuner --help. To learn when to stop a draft: --env specgym/DraftLength-v0 --help.
-    """
-
-    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    settings: Annotated[_S, tyro.conf.arg(name="")]
     env: EnvName = THRESHOLDS
-    """What to learn: thresholds for a prompt, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead decoding, or when to stop a draft."""
     resume: Path | None = None
     """Go on with this run (its folder) from its newest intact checkpoint. Its settings are kept; only
     --total-timesteps may be raised."""
@@ -79,13 +75,13 @@ class TrainTunerCommand:
 class TrainStoppingCommand:
     """Learn when to stop a draft, from recorded texts of the pairs that ship with the package.
 
-    The options are those of --env specgym/DraftLength-v0. To learn decoding thresholds instead, and for the options of
-    that: --env specgym/Thresholds-v0 --help.
+    The options are those of --env specgym/DraftLength-v0. To tune a decoder instead, and for the options of that: --env
+    specgym/Thresholds-v0 --help, or --env specgym/Lookahead-v0 --help.
     """
 
     settings: Annotated[StoppingSettings, tyro.conf.arg(name="")]
     env: EnvName = DRAFT_LENGTH
-    """What to learn: thresholds for a prompt, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead decoding, or when to stop a draft."""
     resume: Path | None = None
     """Go on with this run (its folder). Its settings are kept; only --seeds may be added, and those that are learned
     stay."""
@@ -119,7 +115,7 @@ class EvaluateCommand:
     transfer: bool = False
     """Of a run of --tuner: learn again without each pair, each dataset and each target family, tune what was left out,
     and compare with searches that know no other workload. About a quarter of a minute for each training."""
-    leave_out: tuple[Kind, ...] = KINDS
+    leave_out: tuple[LeftOut, ...] = KINDS
     """With --transfer: what to leave out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """With --transfer: trainings and searches."""
@@ -127,12 +123,41 @@ class EvaluateCommand:
     """With --transfer: trainings at a time."""
 
 
-_KINDS: dict[str, tuple[Any, Any, Callable[[Any, Path | None], Path]]] = {
-    THRESHOLDS: (TrainCommand, TrainSettings, train),
-    TUNER: (TrainTunerCommand, TunerSettings, train_tuner),
-    DRAFT_LENGTH: (TrainStoppingCommand, StoppingSettings, train_stopping),
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be learned: its options, settings and training.
+
+    Attributes:
+        command: a dataclass of the options.
+        settings: a dataclass of those that are stored.
+        learn: called with the settings, and the folder of a run to go on with.
+        more: arguments of `command` beside the settings.
+        description: of the command; by default its docstring.
+    """
+
+    command: Any
+    settings: Any
+    learn: Callable[[Any, Path | None], Path]
+    more: dict[str, Any] = field(default_factory=dict)
+    description: str | None = None
+
+
+def _tuning(kind: type[TrainSettings]) -> Kind:
+    others = ", ".join(f"--env {env} --help" for env in (*TUNABLE, DRAFT_LENGTH) if env != kind.ENV)
+    told = (
+        f"{kind.__doc__}\n\nThe options are those of --env {kind.ENV}. For others: {others}. To learn a tuner for "
+        "pairs never seen instead: --tuner --help."
+    )
+    command: Any = TrainCommand  # mypy takes no type parameter that is a variable
+    return Kind(command[kind], kind, train, {"env": kind.ENV}, told)
+
+
+_KINDS: dict[str, Kind] = {
+    **{env: _tuning(kind) for env, kind in TUNABLE.items()},
+    TUNER: Kind(TrainTunerCommand, TunerSettings, train_tuner),
+    DRAFT_LENGTH: Kind(TrainStoppingCommand, StoppingSettings, train_stopping),
 }
-"""Options, settings and training of everything that can be learned."""
+"""Everything that can be learned."""
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +188,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         elif kind == DRAFT_LENGTH:
             evaluate_stopping(folder, command.live or ())
         elif command.live is not None:
-            raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the thresholds of {folder} always are")
+            raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {folder} always is")
         else:
             evaluate_run(folder)
 
@@ -171,13 +196,17 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(kind: str, arguments: Sequence[str] | None) -> None:
-    command_kind, settings_kind, learn = _KINDS[kind]
-    command = tyro.cli(command_kind, args=arguments, default=command_kind(settings_kind()))
+    chosen = _KINDS[kind]
+
+    def parsed(settings: Any) -> Any:
+        default = chosen.command(settings, **chosen.more)
+        return tyro.cli(chosen.command, args=arguments, default=default, description=chosen.description)
+
+    command = parsed(chosen.settings())
     if command.resume is not None:
         # Options left out mean the run's own settings, not the defaults.
-        saved = settings_kind.load(RunFolder.existing(command.resume).settings)
-        command = tyro.cli(command_kind, args=arguments, default=command_kind(saved))
-    learn(command.settings, command.resume)
+        command = parsed(chosen.settings.load(RunFolder.existing(command.resume).settings))
+    chosen.learn(command.settings, command.resume)
 
 
 def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:
@@ -204,9 +233,9 @@ def _report(folder: Path, kind: str) -> None:
 
 def _save_heat_maps(run: RunFolder, command: str) -> None:
     """What `train.py --tuner` has written already, and `train.py`, which need not know any trace, has not."""
-    if (run.path / HEAT_MAPS_FILE).is_file() or not run.thresholds.is_file():
+    if (run.path / HEAT_MAPS_FILE).is_file() or not run.knobs.is_file():
         return
-    settings, recommended = TrainSettings.load(run.settings), load_thresholds(run.thresholds)["workloads"]
+    settings, recommended = ThresholdSettings.load(run.settings), load_knobs(run.knobs)["workloads"]
     maps = heat_maps_of(settings, ExportedPolicy.load(run.path), recommended)
     if maps:
         save_heat_maps(run.path / HEAT_MAPS_FILE, maps, command)
@@ -236,7 +265,8 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 def _kind_of(folder: Path) -> str:
     """What a run has learned, by its settings."""
     content = read_json(RunFolder(folder).settings, f"is {folder} the folder of a run that train.py wrote?")
-    return {STOPPING_FORMAT: DRAFT_LENGTH, TUNER_FORMAT: TUNER}.get(str(content.get("format")), THRESHOLDS)
+    formats = {kind.settings.FORMAT: name for name, kind in _KINDS.items()}
+    return formats.get(str(content.get("format")), THRESHOLDS)
 
 
 def evaluate_run(folder: Path) -> list[str]:
@@ -250,15 +280,15 @@ def evaluate_run(folder: Path) -> list[str]:
     """
     quieten()
     run = RunFolder.existing(folder)
-    settings = TrainSettings.load(run.settings)
-    thresholds = load_thresholds(run.thresholds)["workloads"]
+    settings = load_settings(run.settings)
+    learned = load_knobs(run.knobs)["workloads"]
     with torch_threads(settings.threads), console.status("Evaluating on held-out prompts") as status:
         profiles = run.measure_profiles(settings)
-        rows = evaluate(settings, thresholds, profiles, lambda name: status.update(f"Evaluating {name}"))
+        rows = evaluate(settings, learned, profiles, lambda name: status.update(f"Evaluating {name}"))
     command = this_command()
     save_rows(run.path / "evaluation.json", rows, settings, command)
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
-    console.print(verdict(rows, settings.max_divergence), highlight=False)
+    console.print(verdict(rows, settings.KNOBS, settings.max_divergence), highlight=False)
     found = differences(rows, run.table)
     tell_differences(found, run.table, "charged numbers")
     return found

@@ -1,4 +1,4 @@
-"""The environments of a run: one for each workload, side by side, guarded and normalised."""
+"""The environments of a run, whatever its decoder: one or more for each workload, guarded and normalised."""
 
 from __future__ import annotations
 
@@ -12,46 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
-from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
+from ..decoding.prompts import Split
+from ..envs.record import outcomes_name, trace_name
+from ..envs.shipped_outcomes import TRACED, find_recording
+from ..envs.traces import TraceError
 from ..envs.workload_shares import shared_out
 from .numerics import FiniteGuard
+from .requirements import SettingsError
 from .settings import TrainSettings
 from .telling import quieten
+from .vec_adaptor import VectorEnvAdaptor
+from .workload_marks import VectorWorkloadMark, WorkloadMark
 
 PRELOADED = "SPECGYM_PRELOADED_WORKLOADS"
 """The environment variable that tells a fork server which workloads' pairs to load, a JSON list of their names."""
-
-
-class WorkloadMark(gymnasium.ObservationWrapper[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]):
-    """Appends to the knobs which of several workloads they are tuned for: 1 for this one, 0 for the others.
-
-    Without it the differences between workloads are noise to the agent, and it can only learn one setting for all.
-
-    Args:
-        env: an environment with a flat Box of observations.
-        place: which workload this is, from 0.
-        workloads: how many there are.
-    """
-
-    def __init__(self, env: gymnasium.Env[Any, Any], place: int, workloads: int) -> None:
-        super().__init__(env)
-        space = env.observation_space
-        assert isinstance(space, spaces.Box)
-        self._mark = np.zeros(workloads, dtype=np.float32)
-        self._mark[place] = 1
-        self.observation_space = spaces.Box(
-            np.concatenate([space.low, np.zeros(workloads, np.float32)]),
-            np.concatenate([space.high, np.ones(workloads, np.float32)]),
-        )
-
-    def observation(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The knobs in their own units, followed by the mark."""
-        return np.concatenate([observation, self._mark])
 
 
 def make_env(
@@ -63,40 +40,53 @@ def make_env(
         settings: of the run.
         place: the workload's place in `settings.workloads`.
         profile: the latency profile's file.
-        held_out: test prompts from the default thresholds in short episodes, instead of training.
+        held_out: test prompts from the decoder's defaults in short episodes, instead of training.
         threads: torch's, for this process; unchanged if None.
     """
     if threads is not None:
         torch.set_num_threads(threads)
         quieten()
-    environment = settings.environment
+    split: Split = "test" if held_out else "train"
     env: gymnasium.Env[Any, Any] = gymnasium.make(
-        "specgym:specgym/Thresholds-v0",
+        f"specgym:{settings.ENV}",
         workload=settings.workloads[place],
-        draft_length=environment.draft_length,
-        tokens_per_step=environment.tokens_per_step,
-        backend=environment.backend,
-        timing=environment.timing,
-        reward=settings.reward,
+        timing=settings.environment.timing,
         profile=str(profile),
-        split="test" if held_out else "train",
+        trace=_recording(settings, settings.workloads[place], split),
+        split=split,
         start="default" if held_out else "random",
         max_episode_steps=settings.evaluation.episode_steps if held_out else None,
         disable_env_checker=True,
+        **_shared_options(settings),
     )
-    if settings.identify_workloads and len(settings.workloads) > 1:
+    if _marked(settings):
         env = WorkloadMark(env, place, len(settings.workloads))
     return env
+
+
+def require_recordings(settings: TrainSettings) -> None:
+    """Raise SettingsError unless all that is to be replayed is there."""
+    for name in settings.workloads if settings.replayed else ():
+        splits: tuple[Split, ...] = ("train", "test") if settings.evaluation.during_training else ("train",)
+        for split in splits:
+            try:
+                find_recording(settings.DECODER, _recording(settings, name, split), name, split)
+            except TraceError as error:
+                raise SettingsError(
+                    f"{error}. Their folder goes to --environment.recordings; --environment.backend live needs none"
+                ) from error
 
 
 def training_environments(settings: TrainSettings, profiles: Sequence[Path]) -> VecNormalize:
     """One environment a workload or more, on training prompts: guarded, monitored, rewards normalised.
 
-    With `settings.subprocesses` each has its own process and one thread. (Timed by the clock they share this process,
-    since neighbours would disturb it.) The processes are forked from one that has imported everything and loaded the
-    models, and so share the memory of both.
+    Those that replay step together, as one vector environment. Live ones have, with `settings.subprocesses`, each its
+    own process and one thread. (Timed by the clock they share this process, since neighbours would disturb it.) The
+    processes are forked from one that has imported everything and loaded the models, and so share the memory of both.
     """
-    practising = settings.environments or len(settings.workloads)
+    if settings.replayed:
+        return _wrapped(VectorEnvAdaptor(_replays(settings, profiles)), settings, training=True)
+    practising = settings.practising
     apart = settings.subprocesses and settings.environment.timing == "profile" and practising > 1
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
         partial(make_env, settings, place, profiles[place], threads=1 if apart else None)
@@ -104,7 +94,7 @@ def training_environments(settings: TrainSettings, profiles: Sequence[Path]) -> 
     ]
     venv: VecEnv
     if apart:
-        with _preloaded(settings.workloads if settings.environment.backend == "live" else ()):
+        with _preloaded(settings.workloads):
             venv = SubprocVecEnv(makers)
     else:
         venv = DummyVecEnv(makers)
@@ -121,8 +111,46 @@ def held_out_environments(settings: TrainSettings, profiles: Sequence[Path]) -> 
 
 def state_names(settings: TrainSettings, knobs: Sequence[str]) -> list[str]:
     """What each entry of an observation is."""
-    marked = settings.identify_workloads and len(settings.workloads) > 1
-    return [*knobs, *(f"workload/{name}" for name in settings.workloads if marked)]
+    return [*knobs, *(f"workload/{name}" for name in settings.workloads if _marked(settings))]
+
+
+def _replays(settings: TrainSettings, profiles: Sequence[Path]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    env = gymnasium.make_vec(
+        f"specgym:{settings.ENV}",
+        num_envs=settings.practising,
+        workload=settings.workloads,
+        weights=settings.weights or None,
+        profile=list(profiles),
+        trace={name: found for name in settings.workloads if (found := _recording(settings, name, "train"))} or None,
+        split="train",
+        **_shared_options(settings),
+    )
+    return VectorWorkloadMark(env) if _marked(settings) else env
+
+
+def _recording(settings: TrainSettings, name: str, split: Split) -> Path | None:
+    """The file that a workload is replayed from; None for that which ships, or where nothing is replayed."""
+    folder = settings.environment.recordings
+    if folder is None:
+        return None
+    traced = settings.DECODER in TRACED
+    return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.DECODER, split))
+
+
+def _shared_options(settings: TrainSettings) -> dict[str, Any]:
+    """What single environments and those that step together are told alike."""
+    return {
+        "decoder": settings.DECODER,
+        "tokens_per_step": settings.environment.tokens_per_step,
+        "backend": settings.environment.backend,
+        "reward": settings.reward,
+        **settings.decoder_options,
+    }
+
+
+def _marked(settings: TrainSettings) -> bool:
+    """Whether the policy is shown which workload it tunes."""
+    return settings.identify_workloads and len(settings.workloads) > 1
 
 
 @contextmanager

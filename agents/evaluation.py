@@ -1,4 +1,4 @@
-"""The table: plain decoding, the decoder's defaults and the learned thresholds, on prompts that training never saw.
+"""The table: plain decoding, the decoder's defaults and the learned knobs, on prompts that training never saw.
 
 All methods get the same prompts and seeds, prompt by prompt in turn, so that a slow spell of the machine hits them
 alike. Time is charged by the latency profiles that the run has stored, which makes those columns repeatable to the last
@@ -21,7 +21,6 @@ from ..decoding.decoder import Decoder, Generation, Knob
 from ..decoding.files import write_json
 from ..decoding.hardware import describe_hardware
 from ..decoding.latency import LatencyProfile
-from ..decoding.threshold import ThresholdDecoder
 from ..envs.measuring import decode_prompts, summarise
 from ..envs.rewards import RewardSettings, reward_terms
 from ..envs.workloads import workload
@@ -35,6 +34,7 @@ CHARGED = (
     "draft_acceptance_rate",
     "mean_acceptance_length",
     "divergence",
+    "target_tokens_per_token",
     "reward",
 )
 """Columns that are the same whenever the same run is evaluated on the same machine."""
@@ -51,10 +51,11 @@ class Row:
     Attributes:
         workload: its name, or `ALL` for the mean over the workloads.
         method: one of `METHODS`.
-        knobs: the thresholds in use, in their own units; empty for plain decoding and for the means.
+        knobs: those in use, in their own units, `int` where they are whole numbers; empty for plain decoding and for
+            the means.
         values: by column: `ms_per_token` and `wall_ms_per_token` in milliseconds, `speedup` and `wall_speedup` over
             plain decoding, `draft_acceptance_rate` and `divergence` from 0 to 1, `mean_acceptance_length` in tokens
-            a round, `reward`.
+            a round, `target_tokens_per_token` in tokens that the target read for one emitted, `reward`.
         intervals: 95 % bootstrap intervals over the prompts, by column, where there are several prompts.
     """
 
@@ -67,7 +68,7 @@ class Row:
 
 def evaluate(
     settings: TrainSettings,
-    thresholds: Mapping[str, Mapping[str, float]],
+    recommended: Mapping[str, Mapping[str, float]],
     profiles: Sequence[Path],
     tell: Callable[[str], None] = lambda message: None,
 ) -> list[Row]:
@@ -75,7 +76,7 @@ def evaluate(
 
     Args:
         settings: of the run.
-        thresholds: the learned knobs by workload.
+        recommended: the learned knobs by workload.
         profiles: one stored latency profile a workload.
         tell: called with each workload's name before it is measured.
 
@@ -85,7 +86,7 @@ def evaluate(
     rows: list[Row] = []
     for name, path in zip(settings.workloads, profiles, strict=True):
         tell(name)
-        rows += _evaluate_workload(settings, name, thresholds[name], LatencyProfile.load(path))
+        rows += _evaluate_workload(settings, name, recommended[name], LatencyProfile.load(path))
     if len(settings.workloads) > 1:
         for method in METHODS:
             of_method = [row for row in rows if row.method == method]
@@ -102,11 +103,11 @@ def _evaluate_workload(
     found = workload(name)
     pair = found.load()
     prompts = found.prompt_ids("test")[: settings.evaluation.prompts]
-    threshold = ThresholdDecoder(pair, settings.environment.draft_length)
+    tuned = settings.decoder(pair)
     methods: dict[str, tuple[Decoder, dict[str, float]]] = {
         "autoregressive": (AutoregressiveDecoder(pair), {}),
-        "default": (threshold, threshold.resolve_knobs()),
-        "learned": (threshold, threshold.resolve_knobs(learned)),
+        "default": (tuned, whole_numbers(tuned.knobs, tuned.resolve_knobs())),
+        "learned": (tuned, whole_numbers(tuned.knobs, tuned.resolve_knobs(learned))),
     }
     made: dict[str, list[list[Generation]]] = {method: [[] for _ in prompts] for method in methods}
     tokens = settings.evaluation.tokens
@@ -119,7 +120,7 @@ def _evaluate_workload(
                     decoder, knobs, [prompt], tokens, found.sampling, seed=10_000 * seed + place
                 )
     sums = {
-        method: [_sums(summarise(decoder, texts, profile)) for texts in made[method]]
+        method: [_sums(texts, summarise(decoder, texts, profile)) for texts in made[method]]
         for method, (decoder, _) in methods.items()
     }
     draws = np.random.default_rng(0).integers(len(prompts), size=(_RESAMPLES, len(prompts)))
@@ -132,7 +133,7 @@ def _evaluate_workload(
         ) -> dict[str, float]:
             total = {name: sum(sums[method][place][name] for place in chosen) for name in sums[method][0]}
             plain = {name: sum(sums["autoregressive"][place][name] for place in chosen) for name in total}
-            return _columns(total, plain, profile, settings.reward, decoder.knobs, knobs)
+            return _columns(total, plain, profile, settings.reward, decoder, knobs)
 
         values = columns(every)
         intervals: dict[str, tuple[float, float]] = {}
@@ -145,10 +146,40 @@ def _evaluate_workload(
     return rows
 
 
-def _sums(metrics: Mapping[str, float]) -> dict[str, float]:
+def whole_numbers(knobs: Sequence[Knob], values: Mapping[str, float]) -> dict[str, float]:
+    """Values of some knobs, in their order, with an `int` for each that takes whole numbers."""
+    return {knob.name: int(values[knob.name]) if knob.integer else values[knob.name] for knob in knobs}
+
+
+def reward_of(
+    reward: RewardSettings, found: Mapping[str, float], decoder: Decoder, values: Mapping[str, float]
+) -> float:
+    """The reward for some decoded texts.
+
+    Args:
+        reward: weights and ranges.
+        found: `speedup`, `draft_acceptance_rate` and `divergence` of the texts.
+        decoder: that decoded them.
+        values: of its knobs.
+    """
+    terms = reward_terms(
+        reward,
+        speedup=found["speedup"],
+        acceptance_rate=found["draft_acceptance_rate"],
+        divergence=found["divergence"],
+        knobs=decoder.knobs,
+        values=values,
+    )
+    return float(sum(terms.values()))
+
+
+def _sums(texts: Sequence[Generation], metrics: Mapping[str, float]) -> dict[str, float]:
     """What adds up over prompts."""
     names = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
-    return {name: metrics[name] for name in names} | {"divergence": metrics["divergence"] * metrics["tokens"]}
+    return {name: metrics[name] for name in names} | {
+        "divergence": metrics["divergence"] * metrics["tokens"],
+        "target_tokens": float(sum(cycle.target_tokens for text in texts for cycle in text.rounds)),
+    }
 
 
 def _columns(
@@ -156,7 +187,7 @@ def _columns(
     plain: Mapping[str, float],
     profile: LatencyProfile,
     reward: RewardSettings,
-    knobs: Sequence[Knob],
+    decoder: Decoder,
     values: Mapping[str, float],
 ) -> dict[str, float]:
     """The table's columns from the sums over prompts of a method and of plain decoding."""
@@ -167,18 +198,11 @@ def _columns(
         "draft_acceptance_rate": total["accepted"] / max(total["drafted"], 1),
         "mean_acceptance_length": tokens / total["rounds"],
         "divergence": total["divergence"] / tokens,
+        "target_tokens_per_token": total["target_tokens"] / tokens,
         "wall_ms_per_token": 1000 * total["wall_seconds"] / tokens,
         "wall_speedup": (plain["wall_seconds"] / plain["tokens"]) / (total["wall_seconds"] / tokens),
     }
-    terms = reward_terms(
-        reward,
-        speedup=columns["speedup"],
-        acceptance_rate=columns["draft_acceptance_rate"],
-        divergence=columns["divergence"],
-        knobs=knobs,
-        values=values,
-    )
-    columns["reward"] = sum(terms.values())
+    columns["reward"] = reward_of(reward, columns, decoder, values)
     return {name: float(columns[name]) for name in (*CHARGED, *CLOCK)}
 
 

@@ -1,4 +1,4 @@
-"""From a policy that moves thresholds to thresholds: follow it from the defaults until it stays.
+"""From a policy that moves knobs to knobs: follow it from the defaults until it stays.
 
 Where it stays is what it recommends. The state is the knobs and the workload alone, so no text need be decoded for it.
 """
@@ -14,7 +14,7 @@ from ..envs.workloads import workload
 from .export import ExportedPolicy
 from .files import RunFileError, read_json
 
-FORMAT = "specgym-thresholds-1"
+FORMAT = "specgym-knobs-1"
 STEPS = 200
 """Steps of the deterministic policy, far more than crossing a knob's whole range takes."""
 LAST = 40
@@ -32,29 +32,32 @@ def followed(policy: ExportedPolicy, name: str | None = None) -> list[dict[str, 
 
 
 def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
-    """The knobs where the deterministic policy stays for a workload; in their own units."""
+    """The knobs where the deterministic policy stays for a workload, in their own units; whole where they must be."""
     path = followed(policy, name)
-    return {knob.name: round(sum(point[knob.name] for point in path[-LAST:]) / LAST, 4) for knob in policy.knobs}
+    return {knob.name: _mean([point[knob.name] for point in path[-LAST:]], knob.integer) for knob in policy.knobs}
 
 
 def recommend(policy: ExportedPolicy, workloads: Sequence[str]) -> dict[str, Any]:
-    """Recommended thresholds: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
+    """Recommended knobs: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
     by_workload = {name: settle(policy, name) for name in workloads}
     return {"pairs": by_pair(by_workload), "workloads": by_workload}
 
 
 def by_pair(by_workload: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The mean thresholds over the workloads of each pair, from those by workload."""
+    """The mean knobs over the workloads of each pair, from those by workload; whole where all of them are `int`."""
     members: dict[str, list[Mapping[str, float]]] = {}
     for name, values in by_workload.items():
         members.setdefault(str(workload(name).pair), []).append(values)
     return {
-        pair: {knob: round(sum(values[knob] for values in group) / len(group), 4) for knob in group[0]}
+        pair: {
+            knob: _mean([values[knob] for values in group], all(isinstance(values[knob], int) for values in group))
+            for knob in group[0]
+        }
         for pair, group in members.items()
     }
 
 
-def save_thresholds(path: Path, recommended: Mapping[str, Any]) -> None:
+def save_knobs(path: Path, recommended: Mapping[str, Any]) -> None:
     """Write the result of `recommend` as JSON, atomically."""
     about = (
         "Knobs in their own units. Each workload's are where the deterministic policy stays, followed from the "
@@ -63,8 +66,8 @@ def save_thresholds(path: Path, recommended: Mapping[str, Any]) -> None:
     write_json(path, {"format": FORMAT, "about": about, **recommended})
 
 
-def load_thresholds(path: Path) -> dict[str, Any]:
-    """Read what `save_thresholds` wrote.
+def load_knobs(path: Path) -> dict[str, Any]:
+    """Read what `save_knobs` wrote.
 
     Raises:
         RunFileError: the file is missing, damaged, or of another kind.
@@ -72,5 +75,10 @@ def load_thresholds(path: Path) -> dict[str, Any]:
     way_out = "write it again with: python train.py --resume <run>"
     content = read_json(path, way_out)
     if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("pairs", "workloads")):
-        raise RunFileError(f"{path} does not hold thresholds ({FORMAT}); {way_out}")
+        raise RunFileError(f"{path} does not hold knobs ({FORMAT}); {way_out}")
     return content
+
+
+def _mean(values: Sequence[float], whole: bool) -> float:
+    mean = sum(values) / len(values)
+    return round(mean) if whole else round(mean, 4)

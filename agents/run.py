@@ -13,6 +13,7 @@ import torch
 from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
+from ..envs.knobs import rounds_of
 from ..envs.workloads import workload
 from .files import RunFileError
 from .settings import TrainSettings
@@ -38,7 +39,7 @@ class RunFolder:
     ``settings.json``                           the exact configuration
     ``policy.zip``, ``vecnormalize.pkl``        the learned policy for Stable-Baselines3
     ``policy.safetensors``, ``policy.json``     the same policy without any framework (`export.ExportedPolicy`)
-    ``thresholds.json``                         the recommended thresholds
+    ``knobs.json``                              the recommended knobs
     ``table.json``                              the table on held-out prompts
     ``latency/``                                the latency profile that each workload's time is charged by
     ``checkpoints/``                            what ``--resume`` continues from
@@ -51,7 +52,7 @@ class RunFolder:
         self.settings = path / "settings.json"
         self.policy = path / "policy.zip"
         self.vecnormalize = path / "vecnormalize.pkl"
-        self.thresholds = path / "thresholds.json"
+        self.knobs = path / "knobs.json"
         self.table = path / "table.json"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
@@ -93,14 +94,28 @@ class RunFolder:
                 continue
             started = time.perf_counter()
             key = id(pair), found.sampling
-            profile = measured(pair, settings.refresh_latency and key not in refreshed, sampling=found.sampling)
+            profile = measured(
+                pair,
+                settings.refresh_latency and key not in refreshed,
+                sampling=found.sampling,
+                rounds=rounds_of(settings.DECODER),
+            )
             refreshed.add(key)
             profile.save(path)
             console.print(
-                f"  {name}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, a round of 4 drafted "
-                f"{1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms "
+                f"  {name}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, {_rounds(profile)} "
                 f"({time.perf_counter() - started:.0f} s)",
                 highlight=False,
                 soft_wrap=True,
             )
         return paths
+
+
+def _rounds(profile: LatencyProfile) -> str:
+    """What two rounds cost, in words."""
+    if profile.rounds == "chain":
+        return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
+    return (
+        f"a {profile.rounds} round that reads 16 tokens {1000 * profile.target(16):.2f} ms, 64 "
+        f"{1000 * profile.target(64):.2f} ms"
+    )

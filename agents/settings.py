@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from ..callbacks import ReplaySettings
+from ..decoding.decoder import Decoder
+from ..decoding.pairs import Pair
+from ..envs.knobs import build_decoder
 from ..envs.rewards import RewardSettings
-from ..envs.workloads import SHIPPED_WORKLOADS
 from .requirements import (
     SettingsError,
     require_above_zero,
     require_at_least,
     require_folder_name,
-    require_one_bound,
     require_one_of,
     require_weights,
     require_within,
 )
 from .settings_files import StoredSettings
 
-FORMAT = "specgym-settings-1"
-
 
 @dataclass(frozen=True)
 class EnvironmentSettings:
-    """What the agent practises on."""
+    """What the agent practises on, whatever the decoder."""
 
-    draft_length: int = 16
-    """Tokens drafted every round (K), and the upper end of the rollback threshold."""
     tokens_per_step: int = 32
     """Tokens generated for one prompt in one environment step."""
     backend: Literal["live", "replay"] = "live"
-    """Run the models, or replay the recorded traces that ship: much faster, and a little different where the learned
-    text leaves the recorded ones. The table is live in any case."""
+    """Run the models, or replay the recordings that ship: much faster, and a little different from what the models
+    would do. The table is live in any case."""
+    recordings: Path | None = None
+    """Folder of what `python -m specgym.envs.record` wrote, for --environment.backend replay; by default the recordings
+    that ship with the package."""
     timing: Literal["profile", "wall"] = "profile"
     """Charge each round the time of the pair's latency profile (repeatable), or the clock's (noisy, and then all
     environments run one after another)."""
@@ -42,11 +43,15 @@ class EnvironmentSettings:
     """Weights and ranges of the reward's terms."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "draft_length", "tokens_per_step")
+        require_at_least(self, 1, "tokens_per_step")
         require_one_of(self, "backend", ("live", "replay"))
         require_one_of(self, "timing", ("profile", "wall"))
         if self.backend == "replay" and self.timing == "wall":
-            raise SettingsError("a replay has no clock; leave out --environment.timing, or --environment.backend")
+            raise SettingsError(
+                "a replay has no clock; leave out --environment.timing, or give --environment.backend live"
+            )
+        if self.backend == "live" and self.recordings is not None:
+            raise SettingsError("recordings are for --environment.backend replay; live environments run the models")
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class EvaluationSettings:
     during_training: int = 4
     """Short evaluations spread over training (TensorBoard: eval/mean_reward); 0 for none."""
     episode_steps: int = 5
-    """Steps of an episode in those; they start from the decoder's default thresholds."""
+    """Steps of an episode in those; they start from the decoder's defaults."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompts", "tokens", "episode_steps")
@@ -130,13 +135,22 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(StoredSettings):
-    """Learn decoding thresholds by reinforcement learning. With no option at all: on the pairs that ship."""
+    """How the knobs of a decoder are learned; a subclass for each decoder says what is particular to it.
 
-    FORMAT = FORMAT
-    ABOUT = "a run"
+    Attributes:
+        ENV: the id of the environment.
+        DECODER: the decoder's name in `envs.knobs.DECODERS`.
+        KNOBS: what the knobs of this decoder are called, together.
+        REPLAYED: environments for each workload that practise on replay where `environments` is 0.
+    """
+
     MADE_BY = "train.py"
+    ENV: ClassVar[str]
+    DECODER: ClassVar[str]
+    KNOBS: ClassVar[str]
+    REPLAYED: ClassVar[int] = 1
 
-    workloads: tuple[str, ...] = SHIPPED_WORKLOADS
+    workloads: tuple[str, ...] = ()
     """What to tune for: pair/prompts, or pair/prompts@temperature, for instance tiny/prose or gpt2-xl+gpt2/code@1.0."""
     total_timesteps: int = 2000
     """Environment steps over all workloads; rounded up to whole rollouts."""
@@ -149,22 +163,21 @@ class TrainSettings(StoredSettings):
     checkpoint_every: int = 320
     """Environment steps between two checkpoints, which --resume continues from."""
     subprocesses: bool = True
-    """Step every workload in a process of its own, with one torch thread each, instead of one after another here."""
+    """Live: step every workload in a process of its own, with one torch thread each, instead of one after another here.
+    A replay needs no process but this one."""
     threads: int = 1
     """Torch's threads where time is measured: for latency profiles and in the table. Models as small as those that ship
     gain little from more, and with more a busy machine slows them tenfold; 0 for torch's own choice."""
     refresh_latency: bool = False
     """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
     identify_workloads: bool = True
-    """Show the policy which workload it tunes, so that it can learn different thresholds for each."""
+    """Show the policy which workload it tunes, so that it can learn different knobs for each."""
     environments: int = 0
-    """How many environments practise side by side, shared out among the workloads; 0 for one each."""
+    """How many environments practise side by side, shared out among the workloads; 0 for one each, or for as many as
+    suit a replay."""
     weights: tuple[float, ...] = ()
     """How often each workload is practised, in proportion, one number each in their order; by default all alike.
     Needs more --environments than workloads to make a difference."""
-    max_divergence: float | None = None
-    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, above 0, instead of
-    the reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
     environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
     """What the agent practises on."""
     learning: LearningSettings = field(default_factory=LearningSettings)
@@ -186,16 +199,38 @@ class TrainSettings(StoredSettings):
                 f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
             )
         require_weights(self.weights, self.workloads)
-        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
         if self.learning.workload_priorities:
             raise SettingsError(
                 "workload_priorities needs environments that can change their workload; it is for train.py --tuner"
             )
-        rollout = self.learning.rollout_steps * (self.environments or len(self.workloads))
-        if rollout < 2:
+        if self.learning.rollout_steps * self.practising < 2:
             raise SettingsError("a rollout must have at least 2 transitions; raise rollout_steps")
 
     @property
+    def replayed(self) -> bool:
+        """Whether it learns from recordings."""
+        return self.environment.backend == "replay"
+
+    @property
+    def practising(self) -> int:
+        """How many environments practise side by side."""
+        return self.environments or len(self.workloads) * (self.REPLAYED if self.replayed else 1)
+
+    @property
     def reward(self) -> RewardSettings:
-        """Of the environments, with the bound."""
-        return replace(self.environment.reward, max_divergence=self.max_divergence)
+        """Of the environments."""
+        return self.environment.reward
+
+    @property
+    def max_divergence(self) -> float | None:
+        """A bound on the divergence, where a decoder that strays from the target has one."""
+        return None
+
+    @property
+    def decoder_options(self) -> Mapping[str, Any]:
+        """What an environment is told about the decoder beside its name."""
+        return {}
+
+    def decoder(self, pair: Pair) -> Decoder:
+        """The decoder that is tuned. Errors as for `build_decoder`."""
+        return build_decoder(self.DECODER, pair, int(self.decoder_options.get("draft_length", 1)))

@@ -19,8 +19,11 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
     """A rich table; half the width of the 95 % interval follows a number after ±."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("workload\n  method", min_width=16, max_width=24, overflow="fold")
-    for heading in ("fallback,\nrollback", "ms/\ntoken", "speedup", "accept.\nrate", "tokens\n/round", "diver-\ngence",
-                    "reward", "clock ms\n/token"):  # fmt: skip
+    names = next((",\n".join(row.knobs) for row in rows if row.knobs), "knobs")
+    strays = _strays(rows)
+    price = "diver-\ngence" if strays else "tokens read\n/token"
+    for heading in (names, "ms/\ntoken", "speedup", "accept.\nrate", "tokens\n/round", price, "reward",
+                    "clock ms\n/token"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -31,12 +34,12 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
         values = row.values
         table.add_row(
             f"  {row.method}",
-            ", ".join(f"{value:.2f}" for value in row.knobs.values()) or "-",
+            ", ".join(str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.knobs.values()) or "-",
             f"{values['ms_per_token']:.2f}",
             _with_interval(row, "speedup"),
             f"{values['draft_acceptance_rate']:.3f}",
             f"{values['mean_acceptance_length']:.2f}",
-            f"{values['divergence']:.3f}",
+            f"{values['divergence']:.3f}" if strays else f"{values['target_tokens_per_token']:.2f}",
             _with_interval(row, "reward"),
             f"{values['wall_ms_per_token']:.2f}",
             style="bold" if row.method == "learned" else None,
@@ -46,6 +49,8 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
         "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every "
         "time. ± is half a 95 % interval over prompts."
     )
+    if not strays:
+        table.caption += " Tokens read are the target's, for every one emitted: plain decoding reads one."
     return table
 
 
@@ -69,28 +74,35 @@ def differences(rows: Sequence[Row], path: Path) -> list[str]:
         if before is None:
             found.append(f"{row.workload}, {row.method}: not in {path}")
             continue
-        for column in CHARGED:
+        for column in (name for name in CHARGED if name in row.values):
             old, new = before.get(column), row.values[column]
             if old is None or abs(old - new) > 1e-9 * max(1.0, abs(new)):
                 found.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
     return found
 
 
-def verdict(rows: Sequence[Row], max_divergence: float | None = None) -> str:
-    """What was learned, over all workloads, in a sentence; a second one on how far it strays from the target.
+def verdict(rows: Sequence[Row], learned_what: str = "thresholds", max_divergence: float | None = None) -> str:
+    """What was learned, over all workloads, in a sentence; where it strays from the target, a second one on how far.
 
     Args:
         rows: of the table.
+        learned_what: how the knobs are called together.
         max_divergence: the bound that was asked for, if there was one.
     """
     chosen = [row for row in rows if row.workload == ALL] or list(rows)
     by_method = {row.method: row.values for row in chosen}
     default, learned = by_method["default"], by_method["learned"]
     sentence = (
-        f"Learned thresholds against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
-        f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, divergence "
-        f"{learned['divergence']:.3f} against {default['divergence']:.3f}."
+        f"Learned {learned_what} against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
+        f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, "
     )
+    if not _strays(rows):
+        return sentence + (
+            f"with {learned['mean_acceptance_length']:.2f} against {default['mean_acceptance_length']:.2f} tokens a "
+            f"round, for {learned['target_tokens_per_token']:.1f} against {default['target_tokens_per_token']:.1f} "
+            "tokens that the target reads for every one emitted. The text is the target's own."
+        )
+    sentence += f"divergence {learned['divergence']:.3f} against {default['divergence']:.3f}."
     if max_divergence is not None:
         of_learned = [row for row in rows if row.method == "learned" and row.workload != ALL]
         broken = [row.workload for row in of_learned if row.values["divergence"] > max_divergence]
@@ -103,6 +115,11 @@ def verdict(rows: Sequence[Row], max_divergence: float | None = None) -> str:
             "--max-divergence, or --environment.reward.divergence-weight above 0."
         )
     return sentence
+
+
+def _strays(rows: Sequence[Row]) -> bool:
+    """Whether any text is not the target's own; then the divergence is the price of speed, and else what is read."""
+    return any(row.values["divergence"] > 0 for row in rows)
 
 
 def _with_interval(row: Row, column: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,24 +16,25 @@ from ..callbacks.checkpoints import Checkpoint
 from ..decoding.files import replacing
 from ..envs.workloads import workload
 from .beginning import begin, this_command
-from .environments import held_out_environments, make_env, state_names, training_environments
+from .environments import held_out_environments, make_env, require_recordings, state_names, training_environments
 from .evaluation import evaluate, save_rows
 from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from .learner import learn
 from .policy import KnobPolicy
-from .recommend import load_thresholds, recommend, save_thresholds
+from .recommend import load_knobs, recommend, save_knobs
 from .run import RunFolder, torch_threads
 from .settings import TrainSettings
 from .settings_files import prolonged
 from .tables import rendered, verdict
 from .telling import console, quieten
+from .tunable import ThresholdSettings, load_settings
 
 
 def train(settings: TrainSettings | None = None, resume: Path | None = None) -> Path:
-    """Learn thresholds, judge them on held-out prompts, and write ``runs/<name>/`` (see `RunFolder`).
+    """Learn a decoder's knobs, judge them on held-out prompts, and write ``runs/<name>/`` (see `RunFolder`).
 
     Args:
-        settings: what to do; by default the defaults, or the run's own when resuming.
+        settings: what to do; by default thresholds with their defaults, or the run's own when resuming.
         resume: folder of a run to go on with, from its newest intact checkpoint. Of a finished run only what is missing
             is made, unless `settings` asks for more steps.
 
@@ -48,14 +50,15 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
     quieten()
     if resume is not None:
         run = RunFolder.existing(resume)
-        saved = TrainSettings.load(run.settings)
+        saved = load_settings(run.settings)
         settings = prolonged(saved, settings or saved)
         if settings != saved:
             settings.save(run.settings, this_command())
-            for stale in (run.table, run.thresholds, run.policy):
+            for stale in (run.table, run.knobs, run.policy):
                 stale.unlink(missing_ok=True)
     else:
-        settings = begin(settings or TrainSettings(), "thresholds", _check)
+        settings = settings or ThresholdSettings()
+        settings = begin(settings, re.sub(r".*/|-v\d+$", "", settings.ENV).lower(), _check)
         run = RunFolder(settings.folder)
     with torch_threads(settings.threads):
         _train(settings, run, going_on=resume is not None)
@@ -80,8 +83,9 @@ def _train(settings: TrainSettings, run: RunFolder, going_on: bool) -> None:
 
 
 def _check(settings: TrainSettings) -> None:
-    for name in settings.workloads:  # a misspelt name should leave no folder behind
+    for name in settings.workloads:  # a misspelt name, or a recording that is not there, should leave no folder behind
         workload(name)
+    require_recordings(settings)
 
 
 def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:
@@ -94,8 +98,8 @@ def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], ch
 def _evaluations(settings: TrainSettings, profiles: Sequence[Path]) -> list[BaseCallback]:
     if not settings.evaluation.during_training:
         return []
-    count, practising = len(settings.workloads), settings.environments or len(settings.workloads)
-    every = max(settings.total_timesteps // practising // settings.evaluation.during_training, 1)
+    count = len(settings.workloads)
+    every = max(settings.total_timesteps // settings.practising // settings.evaluation.during_training, 1)
     held_out = held_out_environments(settings, profiles)
     return [EvalCallback(held_out, n_eval_episodes=count, eval_freq=every, verbose=0)]
 
@@ -111,21 +115,24 @@ def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], c
         for source, target in ((checkpoint.vecnormalize, run.vecnormalize), (checkpoint.policy, run.policy)):
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
-    if not run.thresholds.is_file():
-        save_thresholds(run.thresholds, recommend(ExportedPolicy.load(run.path), settings.workloads))
+    if not run.knobs.is_file():
+        save_knobs(run.knobs, recommend(ExportedPolicy.load(run.path), settings.workloads))
     if run.table.is_file():
         console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.")
         return
-    thresholds = load_thresholds(run.thresholds)["workloads"]
+    learned = load_knobs(run.knobs)["workloads"]
     with console.status("Evaluating on held-out prompts") as status:
-        rows = evaluate(settings, thresholds, profiles, lambda name: status.update(f"Evaluating {name}"))
+        rows = evaluate(settings, learned, profiles, lambda name: status.update(f"Evaluating {name}"))
     save_rows(run.table, rows, settings, this_command())
     console.print(rendered(rows, f"Held-out prompts, {run.path}"))
-    console.print(verdict(rows, settings.max_divergence), highlight=False)
-    console.print(f"Recommended thresholds: {run.thresholds}. TensorBoard: tensorboard --logdir {run.path.parent}")
+    console.print(verdict(rows, settings.KNOBS, settings.max_divergence), highlight=False)
+    console.print(f"Recommended {settings.KNOBS}: {run.knobs}. TensorBoard: tensorboard --logdir {run.path.parent}")
 
 
 def _knob_ranges(env: Any) -> list[KnobRange]:
     knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
     ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
-    return [KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer) for knob in knobs]
+    return [
+        KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer, knob.logarithmic)
+        for knob in knobs
+    ]

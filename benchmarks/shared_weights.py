@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from specgym.agents.environments import training_environments
-from specgym.agents.settings import EnvironmentSettings, TrainSettings
+from specgym.agents.tunable import ThresholdEnvironment, ThresholdSettings
 from specgym.envs.profiles import profile_of
 from specgym.envs.workloads import workload
 
@@ -51,7 +51,7 @@ def measured(pair: str, way: str) -> list[float]:
         multiprocessing.set_forkserver_preload(["specgym.agents.environments", "specgym.envs.tuning"])
         multiprocessing.forkserver.ensure_running()
     names = tuple(f"{pair}/{prompts}" for prompts in ("prose", "code", "definitions", "chat"))
-    settings = TrainSettings(workloads=names, environment=EnvironmentSettings(tokens_per_step=8))
+    settings = ThresholdSettings(workloads=names, environment=ThresholdEnvironment(tokens_per_step=8))
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "latency.json"
         profile_of(workload(names[0]), None, replayed=True).save(profile)

@@ -22,7 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents.evaluation import Row, evaluate
-from specgym.agents.settings import EvaluationSettings, TrainSettings
+from specgym.agents.settings import EvaluationSettings
+from specgym.agents.tunable import ThresholdSettings
 from specgym.agents.tuner.run import problems_of
 from specgym.agents.tuner.settings import TunerSettings
 from specgym.agents.tuner.table import session
@@ -48,7 +49,7 @@ class Settings:
 
 def measured(settings: TunerSettings, name: str, knobs: dict[str, float], prompts: int) -> dict[str, Row]:
     """The rows of a workload by method, with some knobs as the learned ones."""
-    judged = TrainSettings(
+    judged = ThresholdSettings(
         workloads=(name,),
         evaluation=EvaluationSettings(prompts=prompts, tokens=settings.tokens_per_prompt, seeds=(0,)),
     )

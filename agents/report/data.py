@@ -31,7 +31,7 @@ class TableRow:
     Attributes:
         workload: its name, or `agents.evaluation.ALL` for the mean over the workloads.
         method: its name, such as ``learned``.
-        knobs: the thresholds in use, in their own units; may be empty.
+        knobs: those in use, in their own units, `int` where they are whole numbers; may be empty.
         values: by column, in the units of `agents.evaluation.Row`.
         intervals: 95 % intervals (low, high) by column, where there are any.
     """
@@ -108,7 +108,7 @@ class Report:
         hardware: that the table was measured on, nested.
         versions: of the packages that wrote the report, by name.
         missing: for each section that the run lacks, how to make it.
-        thresholds: the recommended ones, ``{"pairs": {pair: knobs}, "workloads": {workload: knobs}}`` and, where there
+        recommended: knobs, ``{"pairs": {pair: knobs}, "workloads": {workload: knobs}}`` and, where there
             is one for all, ``"universal": {name: knobs}``; or None.
         correlations: rows of rank correlations of good thresholds with the workloads; may be empty.
         made_by: the commands that made what the report shows, by what they made.
@@ -128,6 +128,6 @@ class Report:
     hardware: Mapping[str, Any]
     versions: Mapping[str, str]
     missing: Mapping[str, str]
-    thresholds: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
+    recommended: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
     correlations: Sequence[Mapping[str, Any]] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)

@@ -12,9 +12,10 @@ from typing import Any
 from ... import __version__
 from ..evaluation import FORMAT as TABLE_FORMAT
 from ..files import RunFileError, read_json
-from ..recommend import load_thresholds
+from ..recommend import load_knobs
 from ..run import RunFolder
 from ..stopping.settings import FORMAT as STOPPING_FORMAT
+from ..tunable import TUNABLE, ThresholdSettings
 from ..tuner.settings import FORMAT as TUNER_FORMAT
 from .data import CURVES, HARDWARE, HEAT_MAPS, PATTERNS, TABLE, TRANSFER, HeatMap, Report, TableRow
 from .events import read_curves
@@ -32,6 +33,8 @@ THRESHOLDS_WAYS = {
     HARDWARE: "python train.py --resume {run}",
 }
 """The command that makes each section of a run; some belong to another kind of run alone."""
+TUNED_WAYS = {section: THRESHOLDS_WAYS[section] for section in (TABLE, CURVES, HARDWARE)}
+"""The same for runs of other decoders, whose reports have no section on pairs of thresholds."""
 TUNER_WAYS = {
     TABLE: "python train.py --resume {run}",
     HEAT_MAPS: "python evaluate.py {run}",
@@ -60,16 +63,21 @@ def gather(run_folder: Path, command: str) -> Report:
         command: the one that asked for the report.
 
     Raises:
-        RunFileError: it is not the folder of a thresholds run, or a file in it is damaged; the message names the file.
+        RunFileError: it is not the folder of a run that tunes a decoder, or a file in it is damaged; the message names
+            the file.
     """
     run = RunFolder.existing(run_folder)
     stored = read_json(run.settings, "copy it from a backup, or train anew")
-    chosen = TUNER_WAYS if stored.get("format") == TUNER_FORMAT else THRESHOLDS_WAYS
+    kinds = {kind.FORMAT: kind for kind in TUNABLE.values()}
+    kind = kinds.get(str(stored.get("format")), ThresholdSettings)
+    chosen = THRESHOLDS_WAYS if kind is ThresholdSettings else TUNED_WAYS
+    if stored.get("format") == TUNER_FORMAT:
+        chosen = TUNER_WAYS
     ways = {section: way.format(run=shlex.quote(run_folder.as_posix())) for section, way in chosen.items()}
     if stored.get("format") == STOPPING_FORMAT:
         raise RunFileError(
             f"{run_folder} is a run of --env specgym/DraftLength-v0, and a report is for runs of --env "
-            f"specgym/Thresholds-v0; see its table with: python evaluate.py {shlex.quote(run_folder.as_posix())}"
+            f"{' or '.join(TUNABLE)}; see its table with: python evaluate.py {shlex.quote(run_folder.as_posix())}"
         )
     if not isinstance(stored.get("settings"), dict):
         raise RunFileError(f"{run.settings} does not hold the settings of a run; copy it from a backup, or train anew")
@@ -80,7 +88,7 @@ def gather(run_folder: Path, command: str) -> Report:
     hardware: dict[str, Any] = {}
     if run.table.is_file():
         table, hardware, made_by["the table"] = _read_table(run.table, _write_again(ways[TABLE]))
-    thresholds = _thresholds(run.thresholds) if run.thresholds.is_file() else None
+    recommended = _recommended(run.knobs) if run.knobs.is_file() else None
     maps: list[HeatMap] = []
     if (path := run.path / HEAT_MAPS_FILE).is_file():
         maps, made_by["the heat maps"] = load_heat_maps(path, _write_again(ways[HEAT_MAPS]))
@@ -96,13 +104,13 @@ def gather(run_folder: Path, command: str) -> Report:
     curves = read_curves(run.tensorboard)
     found = {TABLE: table, HEAT_MAPS: maps, CURVES: curves, TRANSFER: transfer, PATTERNS: patterns, HARDWARE: hardware}
     for section, content in found.items():
-        if not content:
+        if not content and section in ways:
             missing[section] = ways[section]
     return Report(
-        title=f"Thresholds learned in {run.path.resolve().name}",
+        title=f"{kind.KNOBS[0].upper()}{kind.KNOBS[1:]} learned in {run.path.resolve().name}",
         command=command,
         created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        summary=summarise(table, maps, transfer),
+        summary=summarise(table, maps, transfer, kind.KNOBS),
         table=table,
         heat_maps=maps,
         curves=curves,
@@ -113,7 +121,7 @@ def gather(run_folder: Path, command: str) -> Report:
         hardware=hardware,
         versions=_versions(),
         missing=missing,
-        thresholds=thresholds,
+        recommended=recommended,
         correlations=correlations,
         made_by={what: how for what, how in made_by.items() if how},
     )
@@ -139,7 +147,7 @@ def _row(row: dict[str, Any]) -> TableRow:
     return TableRow(
         workload=str(workload),
         method=str(method),
-        knobs={name: float(value) for name, value in knobs.items()},
+        knobs=dict(knobs),
         values={name: float(value) for name, value in row.items()},
         intervals={name: (float(low), float(high)) for name, (low, high) in intervals.items()},
     )
@@ -176,8 +184,8 @@ def _read_patterns(path: Path, way_out: str) -> tuple[list[dict[str, Any]], list
     return rows, correlations, verdict
 
 
-def _thresholds(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    stored = load_thresholds(path)
+def _recommended(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    stored = load_knobs(path)
     found = {kind: stored[kind] for kind in ("pairs", "workloads")}
     if isinstance(stored.get("universal"), dict):
         found["universal"] = {"universal": stored["universal"]}

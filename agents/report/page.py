@@ -18,7 +18,7 @@ from .heat_figures import describe, heat_legend, heat_map
 from .regret_figures import duels, method_curves, overview
 from .summary import KINDS
 from .tables import NAMES, flat_tables, to_csv
-from .views import generic_view, kinds, nested_view, results_view, thresholds_view, transfer_views
+from .views import generic_view, kinds, nested_view, recommended_view, results_view, transfer_views
 
 FORMAT = "specgym-report-1"
 PAGE, TABLES, CONTENT = "report.html", "report", "report.json"
@@ -73,7 +73,7 @@ def rendered(report: Report) -> str:
     return template.render(
         report=report,
         results=results_view(report.table) if report.table else None,
-        thresholds=thresholds_view(report.thresholds) if report.thresholds else None,
+        recommended=recommended_view(report.recommended) if report.recommended else None,
         heat_legend=Markup(heat_legend("heat-legend")),
         heat_maps=[
             {"title": found.workload, "words": describe(found), "svg": Markup(heat_map(found, f"heat-{place}"))}

@@ -18,16 +18,18 @@ SIGNIFICANT = 0.05
 _NAMED = 6
 
 
-def summarise(table: Sequence[TableRow], maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None) -> list[str]:
-    """Sentences on each part that there is, the held-out prompts first."""
-    sentences = [*_of_table(table), *_of_maps(maps)]
+def summarise(
+    table: Sequence[TableRow], maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None, what: str = "thresholds"
+) -> list[str]:
+    """Sentences on each part that there is, the held-out prompts first; `what` is how the knobs are called together."""
+    sentences = [*_of_table(table, what), *_of_maps(maps)]
     if transfer is not None:
         for kind in dict.fromkeys(row["kind"] for row in transfer["summary"]):
             sentences += _of_transfer(transfer, kind)
     return sentences or ["The run holds no results yet."]
 
 
-def _of_table(table: Sequence[TableRow]) -> list[str]:
+def _of_table(table: Sequence[TableRow], what: str) -> list[str]:
     by_workload: dict[str, dict[str, TableRow]] = {}
     for row in table:
         by_workload.setdefault(row.workload, {})[row.method] = row
@@ -36,10 +38,10 @@ def _of_table(table: Sequence[TableRow]) -> list[str]:
         return []
     learned, default = over_all[LEARNED].values, over_all[DEFAULT].values
     sentences = [
-        f"On the held-out prompts of {_count(len(by_workload), 'workload')} the learned thresholds reach a mean reward "
+        f"On the held-out prompts of {_count(len(by_workload), 'workload')} the learned {what} reach a mean reward "
         f"of {learned['reward']:.3f}, against {default['reward']:.3f} with the decoder's defaults. They decode "
-        f"{learned['speedup']:.2f} times as fast as plain decoding (the defaults: {default['speedup']:.2f}), with a "
-        f"divergence of {learned['divergence']:.3f} from the target (the defaults: {default['divergence']:.3f})."
+        f"{learned['speedup']:.2f} times as fast as plain decoding (the defaults: {default['speedup']:.2f}), "
+        f"{_price(learned, default)}"
     ]
     shares = [
         f"{method} {_percent(row.values[SHARE])}"
@@ -53,8 +55,20 @@ def _of_table(table: Sequence[TableRow]) -> list[str]:
             sentences += _against(by_workload, rival)
     slower = [name for name, of in by_workload.items() if LEARNED in of and of[LEARNED].values["speedup"] < 1]
     if slower:
-        sentences.append(f"Plain decoding is faster than the learned thresholds on {_listed(slower)}.")
+        sentences.append(f"Plain decoding is faster than the learned {what} on {_listed(slower)}.")
     return sentences
+
+
+def _price(learned: Mapping[str, float], default: Mapping[str, float]) -> str:
+    """What the speed is paid with: another text, or more tokens that the target reads."""
+    if not learned["divergence"] and not default["divergence"] and "target_tokens_per_token" in learned:
+        return (
+            f"and the target reads {learned['target_tokens_per_token']:.1f} tokens for every one emitted (the "
+            f"defaults: {default['target_tokens_per_token']:.1f}). The text is the target's own."
+        )
+    return (
+        f"with a divergence of {learned['divergence']:.3f} from the target (the defaults: {default['divergence']:.3f})."
+    )
 
 
 def _against(by_workload: Mapping[str, Mapping[str, TableRow]], rival: str) -> list[str]:

@@ -14,7 +14,7 @@ from .data import Report
 
 FlatRow = dict[str, Any]
 NAMES = (
-    "table", "thresholds", "heat_maps", "policy_paths", "curves", "transfer_summary", "transfer_tests",
+    "table", "recommended", "heat_maps", "policy_paths", "curves", "transfer_summary", "transfer_tests",
     "transfer_folds", "transfer_results", "patterns", "correlations",
 )  # fmt: skip
 """Every table that a report may have."""
@@ -25,9 +25,9 @@ def flat_tables(report: Report) -> dict[str, list[FlatRow]]:
     transfer = report.transfer or {}
     tables: dict[str, Iterable[FlatRow]] = {
         "table": (_table_row(row) for row in report.table),
-        "thresholds": (
+        "recommended": (
             {"of": kind.removesuffix("s"), "name": name, **knobs}
-            for kind, group in (report.thresholds or {}).items()
+            for kind, group in (report.recommended or {}).items()
             for name, knobs in group.items()
         ),
         "heat_maps": (

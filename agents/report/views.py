@@ -20,6 +20,7 @@ _COLUMNS = {  # heading, digits
     "draft_acceptance_rate": ("acceptance rate", 3),
     "mean_acceptance_length": ("tokens per round", 2),
     "divergence": ("divergence", 3),
+    "target_tokens_per_token": ("tokens read per token", 2),
     "reward": ("reward", 3),
     "share_of_best": ("share of the grid's best", 3),
     "wall_ms_per_token": ("clock: ms per token", 2),
@@ -90,19 +91,19 @@ def results_view(table: Sequence[TableRow]) -> View:
     return View(caption, ["method", *knobs, *(_COLUMNS[name][0] for name in values)], groups)
 
 
-def thresholds_view(thresholds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> View:
-    """The recommended thresholds of every pair, and of each of its workloads."""
-    knobs = columns([values for group in thresholds.values() for values in group.values()])
+def recommended_view(recommended: Mapping[str, Mapping[str, Mapping[str, float]]]) -> View:
+    """The recommended knobs of every pair, and of each of its workloads."""
+    knobs = columns([values for group in recommended.values() for values in group.values()])
     titles = {
         "pairs": "pairs of models (mean over their workloads)",
         "workloads": "workloads",
         "universal": "one for all",
     }
     return View(
-        "Recommended thresholds, in their own units; in the last group one setting for all workloads (universal), and "
+        "Recommended knobs, in their own units; in the last group one setting for all workloads (universal), and "
         "in the last column the share of the grid's best reward that it loses."
-        if "universal" in thresholds
-        else "Recommended thresholds, in their own units.",
+        if "universal" in recommended
+        else "Recommended knobs, in their own units.",
         ["", *(knob.replace("_", " ") for knob in knobs)],
         [
             Group(
@@ -112,7 +113,7 @@ def thresholds_view(thresholds: Mapping[str, Mapping[str, Mapping[str, float]]])
                     for name, values in group.items()
                 ],
             )
-            for kind, group in thresholds.items()
+            for kind, group in recommended.items()
         ],
     )  # fmt: skip
 
@@ -249,7 +250,10 @@ def _value(row: TableRow, name: str, strong: bool) -> Cell:
 
 
 def _knob(knobs: Mapping[str, float], name: str, digits: int) -> Cell:
-    return Cell(f"{knobs[name]:.{digits}f}") if name in knobs else ABSENT
+    if name not in knobs:
+        return ABSENT
+    value = knobs[name]
+    return Cell(str(value) if isinstance(value, int) else f"{value:.{digits}f}")
 
 
 def _method(name: str) -> Cell:

@@ -14,7 +14,7 @@ from ..beginning import begin, this_command
 from ..evaluation import FORMAT as TABLE_FORMAT
 from ..evaluation import Row, machine, row_to_json
 from ..export import ExportedPolicy
-from ..recommend import by_pair, save_thresholds
+from ..recommend import by_pair, save_knobs
 from ..report.data import HeatMap
 from ..report.heat_maps import save_heat_maps
 from ..requirements import SettingsError
@@ -66,7 +66,7 @@ def train_tuner(settings: TunerSettings | None = None, resume: Path | None = Non
         settings = prolonged(saved, settings or saved)
         if settings != saved:
             settings.save(run.settings, this_command())
-            for stale in (run.policy, run.thresholds, run.table, run.heat_maps, run.transfer):
+            for stale in (run.policy, run.knobs, run.table, run.heat_maps, run.transfer):
                 stale.unlink(missing_ok=True)
     else:
         # A misspelt name, or a trace that is not there, leaves no folder behind.
@@ -171,7 +171,7 @@ def recommend_for_pair(
             status.update(f"Confirming on held-out prompts of {found}")
             rows = confirm(settings, found, recommendation.knobs, place)
             console.print(rendered_live(rows, f"Held-out prompts of {found}, decoded live"))
-            console.print(live_verdict(rows, settings.max_divergence), highlight=False)
+            console.print(live_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
     knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
     expected = recommendation.expected.values
     console.print(
@@ -208,7 +208,7 @@ def _train(run: TunerRun, settings: TunerSettings) -> None:
         learn(run, settings, best, progress_bar=console.is_terminal)
     with console.status("Judging on held-out prompts"):
         judged = _judged(run, settings, problems)
-        save_thresholds(run.thresholds, judged.thresholds)
+        save_knobs(run.knobs, judged.thresholds)
         save_heat_maps(run.heat_maps, judged.heat_maps, this_command())
         save_patterns(run.path, patterns(problems))
         _save_table(run.table, settings, problems, judged.rows)  # last: with it the run is complete

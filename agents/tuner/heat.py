@@ -8,7 +8,7 @@ from ...envs.traces import TraceError
 from ..export import ExportedPolicy
 from ..recommend import followed
 from ..report.data import HeatMap
-from ..settings import TrainSettings
+from ..tunable import ThresholdSettings
 from .problem import Problem, TuningProblemError
 
 
@@ -34,9 +34,9 @@ def heat_map(problem: Problem, path: Sequence[Mapping[str, float]], recommended:
 
 
 def heat_maps_of(
-    settings: TrainSettings, policy: ExportedPolicy, recommended: Mapping[str, Mapping[str, float]]
+    settings: ThresholdSettings, policy: ExportedPolicy, recommended: Mapping[str, Mapping[str, float]]
 ) -> list[HeatMap]:
-    """Heat maps of a run of `train.py`, by replay, for those of its workloads whose traces ship.
+    """Heat maps of a run of thresholds, by replay, for those of its workloads whose traces ship.
 
     Args:
         settings: of the run.

@@ -22,7 +22,8 @@ from ...envs.workloads import Workload, workload
 from ..evaluation import Row, evaluate
 from ..export import ExportedPolicy
 from ..requirements import SettingsError
-from ..settings import EnvironmentSettings, EvaluationSettings, TrainSettings
+from ..settings import EvaluationSettings
+from ..tunable import ThresholdEnvironment, ThresholdSettings
 from .outcomes import Measurement
 from .settings import TunerSettings
 from .tuner import LearnedTuner
@@ -135,9 +136,9 @@ def confirm(settings: TunerSettings, found: Workload, knobs: dict[str, float], f
     """
     profile = folder / "latency.json"
     profile_of(found, None, replayed=False).save(profile)
-    judged = TrainSettings(
+    judged = ThresholdSettings(
         workloads=(found.name,),
-        environment=EnvironmentSettings(draft_length=settings.draft_length, reward=settings.reward),
+        environment=ThresholdEnvironment(draft_length=settings.draft_length, reward=settings.reward),
         evaluation=EvaluationSettings(tokens=settings.tokens_per_prompt),
         max_divergence=settings.max_divergence,
     )

@@ -20,7 +20,7 @@ class TunerRun(RunFolder):
     ``settings.json``                           the exact configuration
     ``policy.zip``                              the learned policy for Stable-Baselines3
     ``policy.safetensors``, ``policy.json``     the same policy without any framework (`tuner.LearnedTuner`)
-    ``thresholds.json``                         recommended thresholds, of the workloads and for all of them
+    ``knobs.json``                              recommended thresholds, of the workloads and for all of them
     ``table.json``                              the table on held-out prompts
     ``heat_maps.json``                          rewards over all thresholds, with the path that the tuner takes
     ``patterns.json``                           where the best thresholds lie

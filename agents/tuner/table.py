@@ -8,7 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ..evaluation import ALL, CHARGED, Row
+from ..evaluation import ALL, Row
 from .outcomes import Floats, Measurement
 from .problem import Problem
 from .tuner import LearnedSearcher, LearnedTuner
@@ -16,7 +16,15 @@ from .tuner import LearnedSearcher, LearnedTuner
 METHODS = ("default", "universal", "learned", "best")
 """`universal` is the best single setting over the training prompts of all workloads; `best` is the best of a dense grid
 on the very prompts that the others are judged on, which none of them could know."""
-COLUMNS = (*CHARGED, "share_of_best")
+COLUMNS = (
+    "ms_per_token",
+    "speedup",
+    "draft_acceptance_rate",
+    "mean_acceptance_length",
+    "divergence",
+    "reward",
+    "share_of_best",
+)
 _RESAMPLES = 1000
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from specgym.agents.environments import make_env, training_environments
 from specgym.agents.requirements import SettingsError
-from specgym.agents.settings import EnvironmentSettings, TrainSettings
+from specgym.agents.tunable import ThresholdEnvironment, ThresholdSettings
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs.workloads import Workload
 
@@ -31,7 +31,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: Path) -> None:
-    settings = TrainSettings(workloads=("tiny/prose",), environment=EnvironmentSettings(backend="replay"))
+    settings = ThresholdSettings(workloads=("tiny/prose",), environment=ThresholdEnvironment(backend="replay"))
     env = make_env(settings, 0, profile)
     env.reset(seed=0)
     _, reward, _, _, info = env.step(np.zeros(2, np.float32))
@@ -41,27 +41,28 @@ def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: P
 
 def test_a_replay_by_the_clock_is_refused() -> None:
     with pytest.raises(SettingsError, match="a replay has no clock"):
-        EnvironmentSettings(backend="replay", timing="wall")
+        ThresholdEnvironment(backend="replay", timing="wall")
 
 
 @pytest.mark.usefixtures("no_models")
 def test_environments_are_shared_out_by_weight(profile: Path) -> None:
-    settings = TrainSettings(
+    settings = ThresholdSettings(
         workloads=("tiny-3m-ngram/prose", "tiny-3m-ngram/code"),
         environments=6,
         weights=(2.0, 1.0),
         subprocesses=False,
-        environment=EnvironmentSettings(backend="replay"),
+        environment=ThresholdEnvironment(backend="replay"),
     )
     environments = training_environments(settings, [profile, profile])
-    names = [str(found) for found in environments.get_attr("workload")]
+    (replays, *_) = environments.get_attr("unwrapped")
+    names = [replays.workload_names[place] for place in replays.workload_of]
     assert sorted(names) == ["tiny-3m-ngram/code"] * 2 + ["tiny-3m-ngram/prose"] * 4
 
 
 @pytest.mark.usefixtures("no_models")
 def test_a_bound_on_the_divergence_replaces_the_reward_s_own_terms(profile: Path) -> None:
-    settings = TrainSettings(
-        workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment=EnvironmentSettings(backend="replay")
+    settings = ThresholdSettings(
+        workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment=ThresholdEnvironment(backend="replay")
     )
     env = make_env(settings, 0, profile)
     env.reset(seed=0, options={"knobs": {"fallback": 0.95}})

@@ -12,16 +12,17 @@ from rich.console import Console
 
 from specgym.agents.evaluation import ALL, CHARGED, METHODS, Row, evaluate, save_rows
 from specgym.agents.files import RunFileError
-from specgym.agents.settings import EvaluationSettings, TrainSettings
+from specgym.agents.settings import EvaluationSettings
 from specgym.agents.tables import differences, rendered, verdict
+from specgym.agents.tunable import ThresholdSettings
 from specgym.decoding.latency import LatencyProfile
 
 PROFILE = LatencyProfile("pair", {0: 0.0, 16: 0.016}, {1: 0.010, 17: 0.014}, 0.010, {"name": "made up"})
 
 
 @pytest.fixture
-def measured(small_workloads: tuple[str, str], tmp_path: Path) -> tuple[TrainSettings, list[Path], list[Row]]:
-    settings = TrainSettings(
+def measured(small_workloads: tuple[str, str], tmp_path: Path) -> tuple[ThresholdSettings, list[Path], list[Row]]:
+    settings = ThresholdSettings(
         workloads=small_workloads, evaluation=EvaluationSettings(prompts=3, tokens=12, seeds=(0, 1))
     )
     PROFILE.save(tmp_path / "profile.json")
@@ -31,7 +32,7 @@ def measured(small_workloads: tuple[str, str], tmp_path: Path) -> tuple[TrainSet
 
 
 def test_every_method_on_every_workload_and_their_means(
-    measured: tuple[TrainSettings, list[Path], list[Row]], small_workloads: tuple[str, str]
+    measured: tuple[ThresholdSettings, list[Path], list[Row]], small_workloads: tuple[str, str]
 ) -> None:
     rows = measured[2]
     assert [row.method for row in rows] == list(METHODS) * 3
@@ -55,7 +56,7 @@ def test_every_method_on_every_workload_and_their_means(
 
 
 def test_measured_again_the_charged_columns_are_identical(
-    measured: tuple[TrainSettings, list[Path], list[Row]], tmp_path: Path
+    measured: tuple[ThresholdSettings, list[Path], list[Row]], tmp_path: Path
 ) -> None:
     settings, profiles, rows = measured
     learned = {row.workload: row.knobs for row in rows if row.method == "learned" and row.workload != ALL}
@@ -69,7 +70,7 @@ def test_measured_again_the_charged_columns_are_identical(
 
 
 def test_the_stored_table_has_its_command_and_hardware(
-    measured: tuple[TrainSettings, list[Path], list[Row]], tmp_path: Path
+    measured: tuple[ThresholdSettings, list[Path], list[Row]], tmp_path: Path
 ) -> None:
     settings, _, rows = measured
     save_rows(tmp_path / "table.json", rows, settings, "python train.py --seed 1")
@@ -82,7 +83,7 @@ def test_the_stored_table_has_its_command_and_hardware(
         differences(rows, tmp_path / "table.json")
 
 
-def test_the_table_shows_every_method(measured: tuple[TrainSettings, list[Path], list[Row]]) -> None:
+def test_the_table_shows_every_method(measured: tuple[ThresholdSettings, list[Path], list[Row]]) -> None:
     rows = measured[2]
     console = Console(width=90, record=True, file=io.StringIO())
     console.print(rendered(rows, "Held-out prompts"))
@@ -93,7 +94,7 @@ def test_the_table_shows_every_method(measured: tuple[TrainSettings, list[Path],
 
 
 def test_the_verdict_says_on_which_workloads_a_bound_is_broken(
-    measured: tuple[TrainSettings, list[Path], list[Row]],
+    measured: tuple[ThresholdSettings, list[Path], list[Row]],
 ) -> None:
     rows = measured[2]
     divergences = {row.workload: row.values["divergence"] for row in rows if row.method == "learned"}

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from specgym.agents.export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from specgym.agents.files import RunFileError
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.recommend import load_thresholds, recommend, save_thresholds, settle
+from specgym.agents.recommend import load_knobs, recommend, save_knobs, settle
 
 KNOBS = (KnobRange("fallback", 0.05, 0.95, 0.5, 0.2), KnobRange("rollback", 1, 16, 1, 1.5))
 WORKLOADS = ("tiny/prose", "tiny/code", "tiny-10m-ngram/code")
@@ -65,8 +65,8 @@ def test_recommends_where_the_policy_stays(policy: KnobPolicy, tmp_path: Path) -
     assert found["pairs"]["tiny-10m-ngram"] == found["workloads"]["tiny-10m-ngram/code"]
     both = [found["workloads"][name]["rollback"] for name in WORKLOADS[:2]]
     assert found["pairs"]["tiny"]["rollback"] == pytest.approx(sum(both) / 2, abs=1e-4)
-    save_thresholds(tmp_path / "thresholds.json", found)
-    assert load_thresholds(tmp_path / "thresholds.json")["pairs"] == found["pairs"]
+    save_knobs(tmp_path / "knobs.json", found)
+    assert load_knobs(tmp_path / "knobs.json")["pairs"] == found["pairs"]
 
 
 def test_a_state_of_the_wrong_length_or_with_nan_is_refused(policy: KnobPolicy) -> None:

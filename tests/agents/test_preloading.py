@@ -24,7 +24,7 @@ import gymnasium
 import numpy as np
 
 from specgym.agents import environments
-from specgym.agents.settings import EnvironmentSettings, TrainSettings
+from specgym.agents.tunable import ThresholdEnvironment, ThresholdSettings
 from specgym.decoding.latency import LatencyProfile
 
 
@@ -42,10 +42,10 @@ def made(*arguments, **options):
 
 
 def rollout(subprocesses):
-    chosen = TrainSettings(
+    chosen = ThresholdSettings(
         workloads=workloads,
         subprocesses=subprocesses,
-        environment=EnvironmentSettings(backend="live", tokens_per_step=8),
+        environment=ThresholdEnvironment(backend="live", tokens_per_step=8),
     )
     venv = environments.training_environments(chosen, [profile] * len(workloads))
     venv.seed(3)

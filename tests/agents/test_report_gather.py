@@ -120,7 +120,7 @@ def test_learned_is_named_the_best_only_where_it_is(make_transfer: Callable[...,
         ("transfer.json", '{"format": "specgym-transfer-1", "folds": [], "results": [], "summary": [{}], "tests": []}'),
         ("transfer.json", '{"format": "another"}'),
         ("patterns.json", '{"rows": "none"}'),
-        ("thresholds.json", "[]"),
+        ("knobs.json", "[]"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_way_out(run: Path, name: str, content: str) -> None:

@@ -90,7 +90,7 @@ def full_report(bare_report: Report, make_transfer: Callable[..., dict[str, Any]
         bare_report, title=f"About {ODD}", table=rows, heat_maps=[heat_map], curves=curves, transfer=make_transfer(ODD),
         patterns=[{"workload": ODD, "inside": True, "loss": {"reward": 0.25}}], pattern_verdict="They lie low.",
         settings={"learning": {"rate": 0.001}, "workloads": [ODD]}, hardware={"name": "an imaginary processor"},
-        missing={}, thresholds={"pairs": {ODD: {"fallback": 0.4}}, "workloads": {}},
+        missing={}, recommended={"pairs": {ODD: {"fallback": 0.4}}, "workloads": {}},
         made_by={"the run": f"python train.py --workloads '{ODD}'"},
     )  # fmt: skip
 

@@ -11,30 +11,31 @@ import pytest
 
 from specgym.agents.files import RunFileError
 from specgym.agents.requirements import SettingsError
-from specgym.agents.settings import EnvironmentSettings, EvaluationSettings, LearningSettings, TrainSettings
+from specgym.agents.settings import EvaluationSettings, LearningSettings
 from specgym.agents.settings_files import prolonged
+from specgym.agents.tunable import ThresholdEnvironment, ThresholdSettings
 from specgym.envs.rewards import RewardSettings
 
 
 def test_written_and_read_they_are_the_same(tmp_path: Path) -> None:
-    settings = TrainSettings(
+    settings = ThresholdSettings(
         workloads=("tiny/prose", "tiny/code@1.0"),
         total_timesteps=77,
         name="mine",
         runs=tmp_path / "runs",
-        environment=EnvironmentSettings(
+        environment=ThresholdEnvironment(
             timing="wall", reward=RewardSettings(divergence_weight=2.0, ranges={"fallback": (0.1, 0.2)})
         ),
         learning=LearningSettings(batch_size=20, gamma=1.0),
         evaluation=EvaluationSettings(seeds=(3, 4, 5)),
     )
     settings.save(tmp_path / "settings.json", "python train.py --name mine")
-    assert TrainSettings.load(tmp_path / "settings.json") == settings
+    assert ThresholdSettings.load(tmp_path / "settings.json") == settings
     assert json.loads((tmp_path / "settings.json").read_text())["command"] == "python train.py --name mine"
 
 
 def broken(path: Path, change: dict[str, Any]) -> Path:
-    TrainSettings(name="x").save(path, "")
+    ThresholdSettings(name="x").save(path, "")
     content = json.loads(path.read_text())
     for place, value in change.items():
         *folders, last = place.split(".")
@@ -63,7 +64,7 @@ def broken(path: Path, change: dict[str, Any]) -> Path:
 def test_a_file_with_something_wrong_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = broken(tmp_path / "settings.json", change)
     with pytest.raises(RunFileError, match=r"settings\.json") as caught:
-        TrainSettings.load(path)
+        ThresholdSettings.load(path)
     assert message in str(caught.value)
 
 
@@ -72,9 +73,9 @@ def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path: Path, content: 
     path = tmp_path / "settings.json"
     path.write_text(content)
     with pytest.raises(RunFileError, match=r"settings\.json"):
-        TrainSettings.load(path)
+        ThresholdSettings.load(path)
     with pytest.raises(RunFileError, match="there is no"):
-        TrainSettings.load(tmp_path / "nothing.json")
+        ThresholdSettings.load(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path: Path, content: 
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        TrainSettings(**settings)
+        ThresholdSettings(**settings)
     with pytest.raises(SettingsError, match="at least one seed"):
         EvaluationSettings(seeds=())
     with pytest.raises(SettingsError, match="std_low must be below"):
@@ -97,12 +98,12 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 
 def test_a_bound_is_said_once() -> None:
     with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
-        TrainSettings(environment=EnvironmentSettings(reward=RewardSettings(max_divergence=0.1)))
-    assert TrainSettings(max_divergence=0.1).reward.max_divergence == 0.1
+        ThresholdSettings(environment=ThresholdEnvironment(reward=RewardSettings(max_divergence=0.1)))
+    assert ThresholdSettings(max_divergence=0.1).reward.max_divergence == 0.1
 
 
 def test_a_resumed_run_may_be_prolonged_and_nothing_else() -> None:
-    saved = TrainSettings(name="x", total_timesteps=100)
+    saved = ThresholdSettings(name="x", total_timesteps=100)
     assert prolonged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200
     with pytest.raises(SettingsError, match="would shorten it"):
         prolonged(saved, replace(saved, total_timesteps=50))

@@ -105,7 +105,7 @@ def test_a_resume_that_contradicts_the_run_is_refused(
         assert train_command([*resume, *changed]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert train_command([*resume, "--env", "specgym/Thresholds-v0"]) == 2
-    assert "does not hold the settings of a run (specgym-settings-1)" in capsys.readouterr().err
+    assert "does not hold the settings of a run of thresholds (specgym-settings-1)" in capsys.readouterr().err
     assert train_command(options) == 2
     assert "exists already; go on with --resume" in capsys.readouterr().err
 
@@ -150,9 +150,9 @@ def test_bad_options_leave_one_message_and_no_folder(
 
 
 def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from specgym.agents.settings import TrainSettings
+    from specgym.agents.tunable import ThresholdSettings
 
-    TrainSettings(name="other").save(tmp_path / "settings.json", "")
+    ThresholdSettings(name="other").save(tmp_path / "settings.json", "")
     assert evaluate_command([str(tmp_path), "--live", "tiny/prose"]) == 2
     assert "--live is for runs of --env specgym/DraftLength-v0" in capsys.readouterr().err
 

@@ -69,7 +69,7 @@ def test_killed_resumed_finished_and_reproduced(
     assert not (run / "checkpoints" / ".unfinished-x").exists()
     for name in ("policy.zip", "policy.safetensors", "policy.json", "vecnormalize.pkl", "settings.json"):
         assert (run / name).stat().st_size > 0
-    thresholds = json.loads((run / "thresholds.json").read_text())
+    thresholds = json.loads((run / "knobs.json").read_text())
     assert set(thresholds["workloads"]) == set(small_workloads)
     assert len(thresholds["pairs"]) == 1
     table = json.loads((run / "table.json").read_text())

@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_that_its_folder_promises(finished: Path) -> Non
         if row["intervals"]:
             low, high = row["intervals"]["speedup"]
             assert low <= row["speedup"] <= high
-    thresholds = json.loads((finished / "thresholds.json").read_text())
+    thresholds = json.loads((finished / "knobs.json").read_text())
     assert set(thresholds["workloads"]) == set(WORKLOADS)
     assert set(thresholds["pairs"]) == {"tiny-3m-ngram", "tiny-3m-1l"}
     assert set(thresholds["universal"]) == {"fallback", "rollback"}

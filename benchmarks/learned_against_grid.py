@@ -1,0 +1,285 @@
+"""Learned knobs against every setting of a dense grid, decoded live on held-out prompts.
+
+    python train.py --env specgym/Lookahead-v0 --name lookahead
+    python -m benchmarks.learned_against_grid runs/lookahead
+    python -m benchmarks.learned_against_grid runs/lookahead --window 1 2 3 4 6 8 12 16 --ngram 2 3 4 --guesses 0 4 8
+
+Any run of train.py that tunes a decoder will do. Every knob of it is an option that takes the values to try; by default
+they lie evenly over the knob's range, so many that the grid has about 250 settings. Time is charged by the latency
+profiles that the run has stored, and what it brings is weighed by the run's reward. The best of the grid is chosen on
+the very prompts that it is judged on, which no tuner could know, so it is a bound and not a rival. Finished workloads
+are kept in ``learned_against_grid.json`` in the run's folder, for the next call with the same options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from specgym.agents.beginning import this_command
+from specgym.agents.evaluation import reward_of, whole_numbers
+from specgym.agents.export import ExportedPolicy, KnobRange
+from specgym.agents.files import read_json
+from specgym.agents.recommend import load_knobs
+from specgym.agents.requirements import SettingsError
+from specgym.agents.run import RunFolder
+from specgym.agents.settings import TrainSettings
+from specgym.agents.telling import quieten
+from specgym.agents.tunable import load_settings
+from specgym.decoding.errors import SpecgymError
+from specgym.decoding.files import write_json
+from specgym.decoding.latency import LatencyProfile
+from specgym.envs.measuring import decode_prompts, summarise
+from specgym.envs.workloads import workload
+
+FORMAT = "specgym-learned-against-grid-1"
+FILE = "learned_against_grid.json"
+MOST = 250
+"""Settings of a grid for which nothing is said, at most."""
+AIM = 0.97
+_CHUNK = 4  # settings that a process decodes before it says so
+
+Setting = dict[str, float]
+
+
+@dataclass
+class Settings:
+    """Decode held-out prompts with every setting of a grid, and compare the best with what a run has learned."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run of train.py."""
+    workloads: tuple[str, ...] = ()
+    """Which of the run's; by default all."""
+    prompts: int = 8
+    """Held-out prompts of each workload, at most."""
+    tokens: int = 64
+    """Tokens generated for each."""
+    jobs: int = 1
+    """Processes that decode side by side, with one thread each. Clocks are not read, so they may share the machine."""
+
+
+def thinned(
+    knobs: Sequence[KnobRange], given: Mapping[str, Sequence[float]], most: int = MOST
+) -> dict[str, list[float]]:
+    """The values to try of every knob: those given, else evenly spread over its range.
+
+    Args:
+        knobs: of the decoder.
+        given: values of some of them, by name.
+        most: settings of the whole grid, at most, as far as the values given allow.
+    """
+    counts = {
+        knob.name: len(set(given[knob.name]))
+        if knob.name in given
+        else (int(knob.high - knob.low) + 1 if knob.integer else most)
+        for knob in knobs
+    }
+    while np.prod(list(counts.values())) > most:
+        largest = max((name for name in counts if name not in given), key=lambda name: counts[name], default=None)
+        if largest is None or counts[largest] <= 2:
+            break
+        counts[largest] -= 1
+    values = {}
+    for knob in knobs:
+        spread = np.linspace(knob.low, knob.high, counts[knob.name])
+        even = sorted(set(np.rint(spread).tolist())) if knob.integer else spread.tolist()
+        values[knob.name] = sorted({float(value) for value in given.get(knob.name, even)})
+    return values
+
+
+def settings_of(values: Mapping[str, Sequence[float]]) -> list[Setting]:
+    """Every combination of the values, in order."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, tokens: int) -> list[float]:
+    """What each of some settings earns on a workload's held-out prompts, decoded live.
+
+    Greedy decoding gives the same text every time, so once is enough; sampled texts are drawn with each of the seeds
+    of the run's evaluation, the same ones for all settings.
+    """
+    torch.set_num_threads(1)
+    folder = RunFolder(run)
+    settings = load_settings(folder.settings)
+    profile = LatencyProfile.load(folder.profile_paths(settings)[settings.workloads.index(name)])
+    found = workload(name)
+    decoder = settings.decoder(found.load())
+    held_out = found.prompt_ids("test")[:prompts]
+    earned = []
+    for knobs in chosen:
+        texts = [
+            text
+            for seed in (settings.evaluation.seeds[:1] if found.sampling.greedy else settings.evaluation.seeds)
+            for place, prompt in enumerate(held_out)
+            for text in decode_prompts(decoder, knobs, [prompt], tokens, found.sampling, 10_000 * seed + place)
+        ]
+        earned.append(reward_of(settings.reward, summarise(decoder, texts, profile), decoder, knobs))
+    return earned
+
+
+def compared(grid: Sequence[Setting], earned: Sequence[float], learned: Setting, default: Setting) -> dict[str, Any]:
+    """A workload's entry in the file.
+
+    Args:
+        grid: its settings.
+        earned: the reward of each of them, then of the learned setting, then of the default.
+        learned: as the run recommends.
+        default: of the decoder.
+    """
+    *of_grid, of_learned, of_default = earned
+    best = int(np.argmax(of_grid))
+    return {
+        "best": {"knobs": grid[best], "reward": of_grid[best]},
+        "learned": {"knobs": learned, "reward": of_learned},
+        "default": {"knobs": default, "reward": of_default},
+        "share_of_best": of_learned / of_grid[best],
+        "grid": [{"knobs": knobs, "reward": reward} for knobs, reward in zip(grid, of_grid, strict=True)],
+    }
+
+
+def decoded(chosen: Settings, name: str, wanted: Sequence[Setting], tick: Callable[[int], None]) -> list[float]:
+    """`rewards` of many settings, in `chosen.jobs` processes; `tick` is called with how many more are done."""
+    chunks = {place: wanted[place : place + _CHUNK] for place in range(0, len(wanted), _CHUNK)}
+    arguments = chosen.prompts, chosen.tokens
+    done: dict[int, list[float]] = {}
+    if chosen.jobs == 1:
+        for place, chunk in chunks.items():
+            done[place] = rewards(chosen.run, name, chunk, *arguments)
+            tick(len(chunk))
+    else:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        with ProcessPoolExecutor(chosen.jobs, context) as pool:
+            asked = {
+                pool.submit(rewards, chosen.run, name, chunk, *arguments): place for place, chunk in chunks.items()
+            }
+            for finished in as_completed(asked):
+                done[asked[finished]] = finished.result()
+                tick(len(chunks[asked[finished]]))
+    return [reward for place in chunks for reward in done[place]]
+
+
+def parsed(arguments: Sequence[str] | None) -> tuple[Settings, TrainSettings, dict[str, list[float]]]:
+    """The options, the run's settings, and the values of its knobs to try.
+
+    Raises:
+        SettingsError: a knob's value is out of its range, or a workload is not the run's.
+    """
+    chosen, rest = tyro.cli(
+        Settings,
+        prog="python -m benchmarks.learned_against_grid",
+        description=__doc__,
+        args=arguments,
+        return_unknown_args=True,
+    )
+    settings = load_settings(RunFolder.existing(chosen.run).settings)
+    for name in chosen.workloads:
+        if name not in settings.workloads:
+            raise SettingsError(f"{chosen.run} has not tuned {name!r}; it has tuned: {', '.join(settings.workloads)}")
+    if min(chosen.prompts, chosen.tokens, chosen.jobs) < 1:
+        raise SettingsError("--prompts, --tokens and --jobs must be at least 1")
+    knobs = ExportedPolicy.load(chosen.run).knobs
+    options: Any = dataclasses.make_dataclass(
+        "Values", [(knob.name, tuple[float, ...], dataclasses.field(default=())) for knob in knobs]
+    )
+    given = {name: values for name, values in vars(tyro.cli(options, args=rest)).items() if values}
+    for knob in knobs:
+        for value in given.get(knob.name, ()):
+            if not knob.low <= value <= knob.high or (knob.integer and value != int(value)):
+                kind = "whole numbers" if knob.integer else "numbers"
+                raise SettingsError(f"--{knob.name} takes {kind} from {knob.low:g} to {knob.high:g}, got {value:g}")
+    return chosen, settings, thinned(knobs, given)
+
+
+def finished_before(path: Path, protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The workloads in the file of an earlier call, if that was asked for the same."""
+    if not path.is_file():
+        return {}
+    stored = read_json(path, "remove it")
+    same = stored.get("format") == FORMAT and stored.get("protocol") == protocol
+    return dict(stored["workloads"]) if same else {}
+
+
+def compare(chosen: Settings, settings: TrainSettings, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Decode workload after workload, and store each as soon as it is finished; all that were asked for, by name."""
+    run = RunFolder(chosen.run)
+    recommended, grid = load_knobs(run.knobs)["workloads"], settings_of(values)
+    protocol = {"prompts": chosen.prompts, "tokens": chosen.tokens, "values": dict(values), "learned": recommended}
+    done = finished_before(run.path / FILE, protocol)
+    names = chosen.workloads or settings.workloads
+    with Progress(console=Console(stderr=True)) as progress:
+        for name in names:
+            task = progress.add_task(name, total=len(grid) + 2)
+            if name in done:
+                progress.update(task, completed=len(grid) + 2)
+                continue
+            decoder = settings.decoder(workload(name).load())
+            learned, default = (decoder.resolve_knobs(knobs) for knobs in (recommended[name], None))
+            earned = decoded(chosen, name, [*grid, learned, default], lambda n, task=task: progress.advance(task, n))
+            found = compared(grid, earned, *(whole_numbers(decoder.knobs, knobs) for knobs in (learned, default)))
+            done[name] = found
+            content = {"format": FORMAT, "command": this_command(), "protocol": protocol, "workloads": done}
+            write_json(run.path / FILE, content)
+    return {name: done[name] for name in names}
+
+
+def rendered(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """A line a workload, and one for all."""
+    table = Table(title=title, title_justify="left")
+    names = ", ".join(next(iter(found.values()))["default"]["knobs"])
+    for heading in (
+        "workload",
+        f"best of the grid\n{names}",
+        "reward",
+        "learned",
+        "reward",
+        "default",
+        "reward",
+        "share",
+    ):
+        table.add_column(heading, justify="left" if heading == "workload" else "right")
+    for name, entry in found.items():
+        cells = []
+        for method in ("best", "learned", "default"):
+            cells += [", ".join(f"{value:.4g}" for value in entry[method]["knobs"].values())]
+            cells += [f"{entry[method]['reward']:.3f}"]
+        table.add_row(name, *cells, f"{entry['share_of_best']:.3f}")
+    shares = [entry["share_of_best"] for entry in found.values()]
+    table.add_section()
+    table.add_row("mean", *([""] * 6), f"{np.mean(shares):.3f}")
+    reached = sum(share >= AIM for share in shares)
+    table.caption = f"At least {AIM:g} of the grid's best on {reached} of {len(shares)} workloads."
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Decode, store, and print a table. Returns the exit code: 0, or 2 for what the user can mend."""
+    quieten()
+    try:
+        chosen, settings, values = parsed(arguments)
+        found = compare(chosen, settings, values)
+    except SpecgymError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = int(np.prod([len(each) for each in values.values()]))
+    title = f"{chosen.run}: {size} settings, {chosen.prompts} held-out prompts of {chosen.tokens} tokens, live"
+    Console(width=140).print(rendered(found, title))
+    print(f"Everything is in {chosen.run / FILE}.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
