@@ -7,6 +7,8 @@ A Stable-Baselines3 zip is unpickled when it is loaded and can run code; these t
     mean     = tanh(mean_weight * hidden + mean_bias)
     std      = std_low * (std_high / std_low) ** sigmoid(std_weight * hidden + std_bias)
     knobs    = clip(knobs + step * clip(mean, -1, 1), knob_low, knob_high)    one step of tuning
+
+where the step of a logarithmic knob is one of log2(1 + knob - knob_low).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from safetensors.numpy import load_file, save
 from torch import nn
 
 from ..decoding.files import replacing, write_json
+from ..envs.knobs import doublings, from_doublings
 from .files import RunFileError, read_json
 from .policy import BoundsScaler, KnobPolicy
 
@@ -35,7 +38,8 @@ _WAY_OUT = "export the policy again: python train.py --resume <run>"
 class KnobRange:
     """How one knob moves: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high].
 
-    The decoder gets the nearest whole number of one that is an `integer`.
+    The step is one of log2(1 + knob - low) where the knob is `logarithmic`. The decoder gets the nearest whole number
+    of one that is an `integer`.
     """
 
     name: str
@@ -44,6 +48,16 @@ class KnobRange:
     default: float
     step: float
     integer: bool = False
+    logarithmic: bool = False
+
+    def moved(self, value: float, action: float) -> float:
+        """The value after an action in [-1, 1]."""
+        if self.logarithmic:
+            most = doublings(self.high, self.low)
+            value = float(from_doublings(min(doublings(value, self.low) + self.step * action, most), self.low))
+        else:
+            value += self.step * action
+        return min(max(value, self.low), self.high)
 
 
 class ExportedPolicy:
@@ -122,7 +136,7 @@ class ExportedPolicy:
         """The knobs after one step of tuning from `values`."""
         action = self(self.state_of(values, workload))
         return {
-            knob.name: float(min(max(values[knob.name] + knob.step * float(move), knob.low), knob.high))
+            knob.name: knob.moved(float(values[knob.name]), float(move))
             for knob, move in zip(self.knobs, action, strict=True)
         }
 

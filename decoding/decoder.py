@@ -32,6 +32,8 @@ class Knob:
     default: float
     integer: bool = False
     doc: str = ""
+    logarithmic: bool = False
+    """Whether what matters is how many times a value is another, so that steps should be small where values are."""
 
 
 @dataclass(frozen=True)

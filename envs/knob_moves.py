@@ -10,7 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..decoding.decoder import Knob
-from .knobs import default_scales, env_ranges
+from .knobs import default_scales, doublings, env_ranges, from_doublings
 
 Floats = NDArray[np.float64]
 ActionKind = Literal["move", "place"]
@@ -28,7 +28,7 @@ class KnobMoves:
         ranges: (low, high) of some knobs by name; see `knobs.env_ranges`.
         scales: how far an action of 1 moves some knobs, by name; see `knobs.default_scales`.
         action: `"move"` for actions that move the knobs by so much, `"place"` for actions that put them there: -1 is a
-            range's low end, 1 its high end.
+            range's low end, 1 its high end. Logarithmic knobs are moved and placed in doublings (`knobs.doublings`).
 
     Attributes:
         knobs: as given.
@@ -51,11 +51,13 @@ class KnobMoves:
         self._places = action == "place"
         self.knobs = tuple(knobs)
         self.ranges = env_ranges(knobs, ranges)
-        self.scales = default_scales(self.ranges, scales)
+        self.scales = default_scales(knobs, self.ranges, scales)
         self._low = np.array([low for low, _ in self.ranges.values()])
         self._high = np.array([high for _, high in self.ranges.values()])
         self._scale = np.array([self.scales[name] for name in self.ranges])
         self._defaults = np.array([knob.default for knob in knobs])
+        self._logarithmic = np.flatnonzero([knob.logarithmic for knob in knobs])
+        self._first, self._last = self._positions_of(self._low), self._positions_of(self._high)
         self.observation_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
         self.action_space = spaces.Box(-1.0, 1.0, (len(knobs),), np.float32)
 
@@ -64,8 +66,8 @@ class KnobMoves:
         return self._clipped(self._defaults)
 
     def drawn(self, random: np.random.Generator, shape: tuple[int, ...] = ()) -> Floats:
-        """States drawn uniformly from the ranges, shape (*shape, knobs)."""
-        return random.uniform(self._low, self._high, (*shape, len(self.knobs)))
+        """States drawn uniformly from the ranges, logarithmic knobs so in doublings; shape (*shape, knobs)."""
+        return self._states_at(random.uniform(self._first, self._last, (*shape, len(self.knobs))))
 
     def moved(self, state: Floats, action: NDArray[np.float32]) -> Floats:
         """States after actions of the same shape; what is beyond [-1, 1] is clipped, and so is the result.
@@ -86,11 +88,11 @@ class KnobMoves:
         moves = np.minimum(np.maximum(moves, -1.0), 1.0)
         if self._places:
             return self.placed(moves)
-        return self._clipped(state + moves * self._scale)
+        return self._states_at(self._positions_of(state) + moves * self._scale)
 
     def placed(self, action: Floats) -> Floats:
         """States where actions in [-1, 1] put the knobs, of the same shape: -1 at the low ends, 1 at the high ends."""
-        return self._low + (action + 1) / 2 * (self._high - self._low)
+        return self._states_at(self._first + (action + 1) / 2 * (self._last - self._first))
 
     def values(self, state: Floats) -> dict[str, float]:
         """One state's knobs as the decoder gets them, by name."""
@@ -105,6 +107,25 @@ class KnobMoves:
             knob.name: np.rint(column) if knob.integer else column.copy()
             for knob, column in zip(self.knobs, states.T, strict=True)
         }
+
+    def _positions_of(self, state: Floats) -> Floats:
+        """Where knobs stand on the scales that moves are added on: their values, of logarithmic ones in doublings."""
+        columns = self._logarithmic
+        if not columns.size:
+            return state
+        positions = state.copy()
+        positions[..., columns] = doublings(state[..., columns], self._low[columns])
+        return positions
+
+    def _states_at(self, positions: Floats) -> Floats:
+        """The states at these positions, as far as the ranges allow."""
+        columns = self._logarithmic
+        if not columns.size:
+            return self._clipped(positions)
+        states = positions.copy()
+        within = np.minimum(positions[..., columns], self._last[columns])
+        states[..., columns] = from_doublings(within, self._low[columns])
+        return self._clipped(states)
 
     def _clipped(self, state: Floats) -> Floats:
         return np.minimum(np.maximum(state, self._low), self._high)  # np.clip takes thrice as long for so few

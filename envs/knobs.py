@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from ..decoding.decoder import Decoder, Knob
 from ..decoding.errors import KnobError
 from ..decoding.lookahead import LookaheadDecoder, lookahead_knobs
@@ -104,9 +106,16 @@ def env_ranges(
 
 
 def default_scales(
-    ranges: Mapping[str, tuple[float, float]], given: Mapping[str, float] | None = None
+    knobs: Sequence[Knob], ranges: Mapping[str, tuple[float, float]], given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """How far an action of 1 moves every knob: as given, else by default.
+    """How far an action of 1 moves every knob: as given, else by default a tenth of its range.
+
+    In the knob's own units, of a logarithmic one in `doublings`.
+
+    Args:
+        knobs: of the decoder, in order.
+        ranges: (low, high) of each by name.
+        given: of some of them, by name.
 
     Raises:
         KnobError: an unknown knob, or a scale that is not positive and finite.
@@ -114,12 +123,29 @@ def default_scales(
     given = given or {}
     _refuse_unknown("scales", given, list(ranges))
     scales = {}
-    for name, (low, high) in ranges.items():
-        scale = float(given.get(name, _SCALES.get(name, (high - low) / 10)))
+    for knob in knobs:
+        low, high = ranges[knob.name]
+        span = doublings(high, low) if knob.logarithmic else high - low
+        scale = float(given.get(knob.name, _SCALES.get(knob.name, span / 10)))
         if not (math.isfinite(scale) and scale > 0):
-            raise KnobError(f"scales: {name} must be positive and finite, got {scale}")
-        scales[name] = scale
+            raise KnobError(f"scales: {knob.name} must be positive and finite, got {scale}")
+        scales[knob.name] = scale
     return scales
+
+
+def doublings(value: Any, low: Any) -> Any:
+    """How often 1, at the low end of a logarithmic knob's range, is doubled until it is at a value: log2(1 + distance).
+
+    Args:
+        value: at least `low`; a number or an array, like the result.
+        low: the range's low end.
+    """
+    return np.log2(1 + value - low)
+
+
+def from_doublings(count: Any, low: Any) -> Any:
+    """The value that is so many `doublings` above a range's low end."""
+    return low - 1 + np.exp2(count)
 
 
 def checked_values(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:

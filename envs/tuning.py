@@ -42,7 +42,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     ## Action space
     `Box(-1, 1, (knobs,), float32)`: how far to move each knob, in units of its scale. The result is clipped to the
-    knob's range. For the threshold decoder (K is the draft length):
+    knob's range. A logarithmic knob moves in doublings: a move of 1 doubles 1 + its distance from its low end. For the
+    threshold decoder (K is the draft length):
 
     | index | action            | scale at 1 | low | high |
     |-------|-------------------|------------|-----|------|
@@ -51,11 +52,11 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     For the lookahead decoder (`specgym/Lookahead-v0`):
 
-    | index | action            | scale at 1   | low | high |
-    |-------|-------------------|--------------|-----|------|
-    | 0     | move of window    | 1.5 columns  | -1  | 1    |
-    | 1     | move of ngram     | 0.4 tokens   | -1  | 1    |
-    | 2     | move of guesses   | 1.6 n-grams  | -1  | 1    |
+    | index | action            | scale at 1     | low | high |
+    |-------|-------------------|----------------|-----|------|
+    | 0     | move of window    | 0.4 doublings  | -1  | 1    |
+    | 1     | move of ngram     | 0.4 tokens     | -1  | 1    |
+    | 2     | move of guesses   | 0.41 doublings | -1  | 1    |
 
     and for the speculative decoder one action, the move of `draft_length` by (K - 1)/10 tokens.
 
@@ -111,7 +112,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     steps.
 
     ## Starting state
-    Knobs drawn uniformly from their ranges, or the decoder's defaults with `start="default"`.
+    Knobs drawn uniformly from their ranges (logarithmic ones in doublings), or the decoder's defaults with
+    `start="default"`.
     `reset(options={"knobs": {"fallback": 0.3}})` sets some or all of them, and `options={"prompt": ...}` the prompt of
     the whole episode: an index into the workload's prompts, token ids, or a string.
 
@@ -126,8 +128,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         tokens_per_step: generated each step, at most (an end-of-text token ends a prompt early).
         ranges: (low, high) of knobs by name, in their own units, within what the decoder takes; by default all of
             that, but 0.05 to 0.95 for `fallback`.
-        scales: by how much an action of 1 moves each knob, in its own units; by default 0.2 for `fallback`, and a tenth
-            of its range for any other.
+        scales: by how much an action of 1 moves each knob, in its own units, or in doublings; by default 0.2 for
+            `fallback`, and a tenth of its range for any other.
         reward: a `RewardSettings`, or its arguments as a mapping.
         timing: `"profile"` or `"wall"`. With the clock, steps are neither reproducible nor free of the machine's noise.
         profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once, and
@@ -150,7 +152,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         prompts_per_step: decoded each step, at least 1, all with the same knobs. Metrics are of all together: rates are
             ratios of sums, so that a long text counts for more. More prompts make a step dearer and its reward surer.
         action: `"move"` as above, or `"place"`: an action says where to put each knob, -1 for the low end of its range
-            and 1 for the high end, and `scales` play no part.
+            and 1 for the high end (0 is the middle, of a logarithmic knob in doublings), and `scales` play no part.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -254,7 +256,7 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     @property
     def scales(self) -> dict[str, float]:
-        """By how much an action of 1 moves a knob, by name, in its own units."""
+        """By how much an action of 1 moves a knob, by name, in its own units; a logarithmic one in doublings."""
         return dict(self._moves.scales)
 
     @property

@@ -151,7 +151,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
 
     @property
     def scales(self) -> dict[str, float]:
-        """By how much an action of 1 moves a knob, by name, in its own units."""
+        """By how much an action of 1 moves a knob, by name, in its own units; a logarithmic one in doublings."""
         return dict(self._moves.scales)
 
     @property

@@ -239,9 +239,9 @@ def lookahead_knobs(
         raise ValueError(f"max_ngram must be at least 2, a token and the one after it, got {max_ngram}")
     window, ngram, guesses = PRESETS[preset]
     return (
-        Knob("window", 1, max_window, min(window, max_window), True, "columns of the window"),
+        Knob("window", 1, max_window, min(window, max_window), True, "columns of the window", True),
         Knob("ngram", 2, max_ngram, min(ngram, max_ngram), True, "tokens of an n-gram, rows of the window and one"),
-        Knob("guesses", 0, max_guesses, min(guesses, max_guesses), True, "n-grams verified a round, at most"),
+        Knob("guesses", 0, max_guesses, min(guesses, max_guesses), True, "n-grams verified a round, at most", True),
     )
 
 
