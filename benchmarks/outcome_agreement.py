@@ -1,0 +1,134 @@
+"""How far decoding replayed from recorded outcomes is from live decoding, at settings that were not recorded.
+
+    python -m benchmarks.outcome_agreement                                  # shipped Lookahead workloads, half an hour
+    python -m benchmarks.outcome_agreement --workloads tiny-3m/code --settings 12
+
+The settings are drawn as an environment's episodes draw their first, without those recorded. Live decoding gets the
+prompts that were recorded, and both sides are charged by the same latency profile, so what differs is what the
+interpolation gets wrong.
+For comparison the error that the recording states of itself, by leaving each of its settings out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from specgym.agents.tunable import LookaheadSettings
+from specgym.decoding.files import write_json
+from specgym.decoding.latency import LatencyProfile
+from specgym.decoding.prompts import Split
+from specgym.envs.knob_moves import KnobMoves
+from specgym.envs.knobs import KNOBS, build_decoder, rounds_of
+from specgym.envs.measuring import decode_prompts, summarise
+from specgym.envs.outcome_replay import OutcomeReplay
+from specgym.envs.outcomes import Outcomes
+from specgym.envs.profiles import profile_of
+from specgym.envs.shipped_outcomes import find_recording
+from specgym.envs.workloads import Workload
+
+
+@dataclass
+class Settings:
+    """Compare replayed outcomes with live decoding."""
+
+    workloads: tuple[str, ...] = LookaheadSettings.workloads
+    """Recorded workloads."""
+    decoder: str = "lookahead"
+    """Whose outcomes."""
+    split: Split = "train"
+    """Whose prompts."""
+    settings: int = 16
+    """Settings of the knobs that were not recorded."""
+    seed: int = 1
+    """Of their choice."""
+    threads: int = 1
+    """torch's."""
+    json: Path | None = None
+    """Where to write the figures of every setting, too."""
+
+
+def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]:
+    """Settings drawn as episodes draw their first, none of them recorded, shape (settings, knobs)."""
+    info, random = outcomes.info, np.random.default_rng(seed)
+    ranges = {knob.name: (knob.low, knob.high) for knob in info.knobs}
+    moves = KnobMoves(KNOBS[info.decoder](info.draft_length or 1), ranges, None)
+    known = {tuple(setting) for setting in outcomes.settings.tolist()}
+    chosen: dict[tuple[float, ...], None] = {}
+    while len(chosen) < count:
+        drawn = tuple(moves.values(moves.drawn(random)).values())
+        if drawn not in known:
+            chosen[drawn] = None
+    return np.array(list(chosen))
+
+
+def live(
+    found: Workload, outcomes: Outcomes, profile: LatencyProfile, settings: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """`speedup` and `mean_acceptance_length` of decoding the recorded prompts with each setting, shape (settings,)."""
+    info = outcomes.info
+    decoder = build_decoder(info.decoder, found.load(), info.draft_length or 1)
+    prompts = found.prompt_ids()[: outcomes.prompts]
+    rows = []
+    for number, setting in enumerate(track(settings.tolist(), found.name)):
+        knobs = dict(zip((knob.name for knob in info.knobs), setting, strict=True))
+        texts = decode_prompts(decoder, knobs, prompts, info.tokens, found.sampling, 1000 * (number + 1))
+        rows.append(summarise(decoder, texts, profile))
+    return {name: np.array([row[name] for row in rows]) for name in ("speedup", "mean_acceptance_length")}
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(settings.threads)
+    table = Table(
+        title=f"{settings.settings} settings of {settings.decoder} that were not recorded, {settings.split} prompts"
+    )
+    for heading in ("workload", "recorded", "prompts", "speedup off by, mean", "greatest", "tokens a round, mean",
+                    "stated by leaving out, mean", "greatest"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "workload" else "right")
+    report = {}
+    for name in settings.workloads:
+        outcomes, found = find_recording(settings.decoder, None, name, settings.split)
+        assert isinstance(outcomes, Outcomes)
+        profile = profile_of(found, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
+        replay = OutcomeReplay([outcomes], [profile], outcomes.info.tokens)
+        chosen = unrecorded(outcomes, settings.settings, settings.seed)
+        real, means = live(found, outcomes, profile, chosen), replay.means(0, chosen)
+        replayed = {
+            "speedup": profile.autoregressive_seconds / means["seconds"],
+            "mean_acceptance_length": 1 / means["rounds"],
+        }
+        off = {key: np.abs(replayed[key] / real[key] - 1) for key in real}
+        stated = replay.leave_one_out[0]
+        table.add_row(
+            name,
+            str(len(outcomes.settings)),
+            str(outcomes.prompts),
+            f"{off['speedup'].mean():.1%}",
+            f"{off['speedup'].max():.1%}",
+            f"{off['mean_acceptance_length'].mean():.1%}",
+            f"{stated.mean:.1%}",
+            f"{stated.worst:.1%}",
+        )
+        report[name] = {
+            "settings": chosen.tolist(),
+            "live": {key: values.tolist() for key, values in real.items()},
+            "replayed": {key: values.tolist() for key, values in replayed.items()},
+            "stated": {"mean": stated.mean, "worst": stated.worst},
+        }
+        if settings.json:
+            write_json(settings.json, report)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
