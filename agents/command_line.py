@@ -204,9 +204,19 @@ def _train(kind: str, arguments: Sequence[str] | None) -> None:
 
     command = parsed(chosen.settings())
     if command.resume is not None:
+        learned = _kind_of(RunFolder.existing(command.resume).path)
+        if learned != kind:
+            raise SettingsError(
+                f"{command.resume} is a run of {_option_of(learned)}, not of {_option_of(kind)}; leave that out to go "
+                "on with it"
+            )
         # Options left out mean the run's own settings, not the defaults.
         command = parsed(chosen.settings.load(RunFolder.existing(command.resume).settings))
     chosen.learn(command.settings, command.resume)
+
+
+def _option_of(kind: str) -> str:
+    return "--tuner" if kind == TUNER else f"--env {kind}"
 
 
 def _evaluate_tuner(command: EvaluateCommand, folder: Path) -> None:

@@ -16,8 +16,11 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from ..decoding.prompts import Split
+from ..envs.outcome_replay import require_tokens
+from ..envs.outcomes import Outcomes
 from ..envs.record import outcomes_name, trace_name
-from ..envs.shipped_outcomes import TRACED, find_recording
+from ..envs.shipped_outcomes import TRACED, find_recording, outcome_command
+from ..envs.shipped_traces import record_command
 from ..envs.traces import TraceError
 from ..envs.workload_shares import shared_out
 from .numerics import FiniteGuard
@@ -69,8 +72,17 @@ def require_recordings(settings: TrainSettings) -> None:
     for name in settings.workloads if settings.replayed else ():
         splits: tuple[Split, ...] = ("train", "test") if settings.evaluation.during_training else ("train",)
         for split in splits:
+            path = _recording(settings, name, split)
+            if path is not None and not path.is_file():
+                traced = settings.DECODER in TRACED
+                command = record_command(name) if traced else outcome_command(name, settings.DECODER)
+                raise SettingsError(
+                    f"{path.parent} has no {path.name}; make it: {command}, or give another --environment.recordings"
+                )
             try:
-                find_recording(settings.DECODER, _recording(settings, name, split), name, split)
+                found, _ = find_recording(settings.DECODER, path, name, split)
+                if isinstance(found, Outcomes):
+                    require_tokens(found, settings.environment.tokens_per_step)
             except TraceError as error:
                 raise SettingsError(
                     f"{error}. Their folder goes to --environment.recordings; --environment.backend live needs none"

@@ -59,6 +59,14 @@ class KnobRange:
             value += self.step * action
         return min(max(value, self.low), self.high)
 
+    def mean(self, values: Sequence[float]) -> float:
+        """The mean of some values, of a logarithmic knob in doublings; an `int` where the knob takes whole numbers."""
+        mean = sum(values) / len(values)
+        if self.logarithmic:
+            places = [float(doublings(value, self.low)) for value in values]
+            mean = float(from_doublings(sum(places) / len(places), self.low))
+        return round(mean) if self.integer else round(mean, 4)
+
 
 class ExportedPolicy:
     """A policy as a NumPy function from state to action.

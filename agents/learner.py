@@ -110,6 +110,8 @@ def learn(
                 saver.save()
             raise TrainingInterruptedError(f"interrupted after {saver.steps_learned} steps. {go_on}") from None
         except (EOFError, ConnectionError) as error:
+            if saver.model is not None:
+                saver.save()
             raise TrainingInterruptedError(
                 f"the process of an environment ended ({type(error).__name__}): see what it said above, or it was "
                 f"killed, for instance for lack of memory. {go_on}, or start anew with --no-subprocesses."

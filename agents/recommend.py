@@ -11,7 +11,7 @@ from typing import Any
 
 from ..decoding.files import write_json
 from ..envs.workloads import workload
-from .export import ExportedPolicy
+from .export import ExportedPolicy, KnobRange
 from .files import RunFileError, read_json
 
 FORMAT = "specgym-knobs-1"
@@ -34,25 +34,22 @@ def followed(policy: ExportedPolicy, name: str | None = None) -> list[dict[str, 
 def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
     """The knobs where the deterministic policy stays for a workload, in their own units; whole where they must be."""
     path = followed(policy, name)
-    return {knob.name: _mean([point[knob.name] for point in path[-LAST:]], knob.integer) for knob in policy.knobs}
+    return {knob.name: knob.mean([point[knob.name] for point in path[-LAST:]]) for knob in policy.knobs}
 
 
 def recommend(policy: ExportedPolicy, workloads: Sequence[str]) -> dict[str, Any]:
     """Recommended knobs: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
     by_workload = {name: settle(policy, name) for name in workloads}
-    return {"pairs": by_pair(by_workload), "workloads": by_workload}
+    return {"pairs": by_pair(by_workload, policy.knobs), "workloads": by_workload}
 
 
-def by_pair(by_workload: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The mean knobs over the workloads of each pair, from those by workload; whole where all of them are `int`."""
+def by_pair(by_workload: Mapping[str, Mapping[str, float]], knobs: Sequence[KnobRange]) -> dict[str, dict[str, float]]:
+    """The mean knobs over the workloads of each pair, from those by workload."""
     members: dict[str, list[Mapping[str, float]]] = {}
     for name, values in by_workload.items():
         members.setdefault(str(workload(name).pair), []).append(values)
     return {
-        pair: {
-            knob: _mean([values[knob] for values in group], all(isinstance(values[knob], int) for values in group))
-            for knob in group[0]
-        }
+        pair: {knob.name: knob.mean([values[knob.name] for values in group]) for knob in knobs}
         for pair, group in members.items()
     }
 
@@ -77,8 +74,3 @@ def load_knobs(path: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("pairs", "workloads")):
         raise RunFileError(f"{path} does not hold knobs ({FORMAT}); {way_out}")
     return content
-
-
-def _mean(values: Sequence[float], whole: bool) -> float:
-    mean = sum(values) / len(values)
-    return round(mean) if whole else round(mean, 4)

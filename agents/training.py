@@ -22,6 +22,7 @@ from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from .learner import learn
 from .policy import KnobPolicy
 from .recommend import load_knobs, recommend, save_knobs
+from .report.gather import HEAT_MAPS_FILE
 from .run import RunFolder, torch_threads
 from .settings import TrainSettings
 from .settings_files import prolonged
@@ -54,7 +55,7 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
         settings = prolonged(saved, settings or saved)
         if settings != saved:
             settings.save(run.settings, this_command())
-            for stale in (run.table, run.knobs, run.policy):
+            for stale in (run.table, run.knobs, run.policy, run.path / HEAT_MAPS_FILE):
                 stale.unlink(missing_ok=True)
     else:
         settings = settings or ThresholdSettings()

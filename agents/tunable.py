@@ -74,8 +74,9 @@ class LosslessEnvironment(EnvironmentSettings):
     """Tokens generated for one prompt in one environment step: as many as the table's. What pays depends on it where a
     decoder learns from the text as it grows, as Lookahead's pool does."""
     backend: Literal["live", "replay"] = "replay"
-    """Replay the recordings that ship, or run the models: some thousand times slower, so that --total-timesteps should
-    be small, and free of the recordings' small errors. The table is live in any case."""
+    """Replay the recordings that ship, or run the models: some thousand times slower, so that --total-timesteps,
+    --checkpoint-every and --learning.batch-size should be small, and free of the recordings' small errors. The table is
+    live in any case."""
     reward: RewardSettings = field(default_factory=_speed_alone)
     """Weights and ranges of the reward's terms; by default the speedup is the reward. What is not accepted costs what
     the latency profile charges for it."""
@@ -117,7 +118,7 @@ class LookaheadSettings(TrainSettings):
     unless --environment.backend is live."""
     total_timesteps: int = 300_000
     """Environment steps over all workloads; rounded up to whole rollouts."""
-    checkpoint_every: int = 50_000
+    checkpoint_every: int = 20_000
     """Environment steps between two checkpoints, which --resume continues from."""
     environment: LosslessEnvironment = field(default_factory=LosslessEnvironment)
     """What the agent practises on."""

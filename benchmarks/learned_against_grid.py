@@ -8,13 +8,14 @@ Any run of train.py that tunes a decoder will do. Every knob of it is an option 
 they lie evenly over the knob's range, so many that the grid has about 250 settings. Time is charged by the latency
 profiles that the run has stored, and what it brings is weighed by the run's reward. The best of the grid is chosen on
 the very prompts that it is judged on, which no tuner could know, so it is a bound and not a rival. Finished workloads
-are kept in ``learned_against_grid.json`` in the run's folder, for the next call with the same options.
+are kept in ``learned_against_grid-<digest>.json`` in the run's folder, for the next call with the same options.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -41,13 +42,13 @@ from specgym.agents.settings import TrainSettings
 from specgym.agents.telling import quieten
 from specgym.agents.tunable import load_settings
 from specgym.decoding.errors import SpecgymError
-from specgym.decoding.files import write_json
+from specgym.decoding.files import digest, write_json
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs.measuring import decode_prompts, summarise
 from specgym.envs.workloads import workload
 
 FORMAT = "specgym-learned-against-grid-1"
-FILE = "learned_against_grid.json"
+FILE = "learned_against_grid-{}.json"
 MOST = 250
 """Settings of a grid for which nothing is said, at most."""
 AIM = 0.97
@@ -213,12 +214,26 @@ def finished_before(path: Path, protocol: Mapping[str, Any]) -> dict[str, Any]:
     return dict(stored["workloads"]) if same else {}
 
 
-def compare(chosen: Settings, settings: TrainSettings, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Decode workload after workload, and store each as soon as it is finished; all that were asked for, by name."""
+def compare(
+    chosen: Settings, settings: TrainSettings, values: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, Any], Path]:
+    """Decode workload after workload, and store each as soon as it is finished.
+
+    Returns:
+        All that were asked for, by name, and the file, whose name tells one protocol from another.
+    """
     run = RunFolder(chosen.run)
     recommended, grid = load_knobs(run.knobs)["workloads"], settings_of(values)
-    protocol = {"prompts": chosen.prompts, "tokens": chosen.tokens, "values": dict(values), "learned": recommended}
-    done = finished_before(run.path / FILE, protocol)
+    protocol = {
+        "prompts": chosen.prompts,
+        "tokens": chosen.tokens,
+        "values": {name: list(tried) for name, tried in values.items()},
+        "learned": recommended,
+        "seeds": list(settings.evaluation.seeds),
+        "profiles": digest(path.read_text(encoding="utf-8") for path in run.profile_paths(settings)),
+    }
+    stored = run.path / FILE.format(digest([json.dumps(protocol, sort_keys=True)])[:8])
+    done = finished_before(stored, protocol)
     names = chosen.workloads or settings.workloads
     with Progress(console=Console(stderr=True)) as progress:
         for name in names:
@@ -232,8 +247,8 @@ def compare(chosen: Settings, settings: TrainSettings, values: Mapping[str, Sequ
             found = compared(grid, earned, *(whole_numbers(decoder.knobs, knobs) for knobs in (learned, default)))
             done[name] = found
             content = {"format": FORMAT, "command": this_command(), "protocol": protocol, "workloads": done}
-            write_json(run.path / FILE, content)
-    return {name: done[name] for name in names}
+            write_json(stored, content)
+    return {name: done[name] for name in names}, stored
 
 
 def rendered(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
@@ -270,14 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     try:
         chosen, settings, values = parsed(arguments)
-        found = compare(chosen, settings, values)
+        found, stored = compare(chosen, settings, values)
     except SpecgymError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = int(np.prod([len(each) for each in values.values()]))
     title = f"{chosen.run}: {size} settings, {chosen.prompts} held-out prompts of {chosen.tokens} tokens, live"
     Console(width=140).print(rendered(found, title))
-    print(f"Everything is in {chosen.run / FILE}.")
+    print(f"Everything is in {stored}.")
     return 0
 
 

@@ -11,6 +11,7 @@ For comparison the error that the recording states of itself, by leaving each of
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,11 @@ from specgym.envs.measuring import decode_prompts, summarise
 from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcomes import Outcomes
 from specgym.envs.profiles import profile_of
+from specgym.envs.record import outcomes_name
 from specgym.envs.shipped_outcomes import find_recording
 from specgym.envs.workloads import Workload
+
+_TRIES = 50
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Settings:
     """Recorded workloads."""
     decoder: str = "lookahead"
     """Whose outcomes."""
+    recordings: Path | None = None
+    """Folder of the recordings; by default those that ship."""
     split: Split = "train"
     """Whose prompts."""
     settings: int = 16
@@ -57,13 +63,18 @@ class Settings:
 
 
 def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]:
-    """Settings drawn as episodes draw their first, none of them recorded, shape (settings, knobs)."""
+    """Settings drawn as episodes draw their first, none of them recorded, shape (settings, knobs).
+
+    Fewer than asked for where hardly any were not recorded.
+    """
     info, random = outcomes.info, np.random.default_rng(seed)
     ranges = {knob.name: (knob.low, knob.high) for knob in info.knobs}
     moves = KnobMoves(KNOBS[info.decoder](info.draft_length or 1), ranges, None)
     known = {tuple(setting) for setting in outcomes.settings.tolist()}
     chosen: dict[tuple[float, ...], None] = {}
-    while len(chosen) < count:
+    for _ in range(_TRIES * count):
+        if len(chosen) == count:
+            break
         drawn = tuple(moves.values(moves.drawn(random)).values())
         if drawn not in known:
             chosen[drawn] = None
@@ -97,8 +108,13 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     report = {}
     for name in settings.workloads:
-        outcomes, found = find_recording(settings.decoder, None, name, settings.split)
-        assert isinstance(outcomes, Outcomes)
+        path = settings.recordings and settings.recordings / outcomes_name(name, settings.decoder, settings.split)
+        outcomes, found = find_recording(settings.decoder, path, name, settings.split)
+        if not isinstance(outcomes, Outcomes):
+            sys.exit(
+                f"error: {settings.decoder} is replayed from a trace, for which there is benchmarks.replay_agreement; "
+                "its outcomes are compared with --recordings"
+            )
         profile = profile_of(found, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
         replay = OutcomeReplay([outcomes], [profile], outcomes.info.tokens)
         chosen = unrecorded(outcomes, settings.settings, settings.seed)

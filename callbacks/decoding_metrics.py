@@ -25,7 +25,7 @@ class DecodingMetricsCallback(BaseCallback):
     ``reward/<term>``               its terms: speed, acceptance, range, divergence
     ``decoding/<metric>``           ``ms_per_token`` (ms), ``speedup`` (a ratio), ``draft_acceptance_rate`` (0..1),
                                     ``mean_acceptance_length`` (tokens per round), ``divergence`` (0..1)
-    ``knobs/<knob>``                the thresholds in use, in their own units
+    ``knobs/<knob>``                those in use, in their own units
     ``policy/<knob>_std``           the policy's standard deviation in the states visited, in units of the action
     ``workload/<name>/<tag>``       any of the first four, for one workload alone
     ==============================  ============================================================================

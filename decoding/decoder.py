@@ -171,7 +171,7 @@ class Session(ABC):
         """
         values = self.decoder.resolve_knobs(knobs)
         if self.finished:
-            return Round((), 0, 0, 0.0, 0.0, 0.0)
+            return Round((), 0, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=0)
         return self._round(values)
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:

@@ -127,8 +127,8 @@ class LatencyProfile:
         return max(0.0, float(slope)) / self.autoregressive_seconds
 
     def charge(self, rounds: Iterable[Round]) -> float:
-        """Seconds of some rounds together, each by what it drafted and what the target read."""
-        return sum(self.draft(cycle.draft_steps) + self.target(cycle.target_tokens) for cycle in rounds)
+        """Seconds of some rounds together, each by what it drafted and what the target read; none for empty ones."""
+        return sum(self.draft(cycle.draft_steps) + self.target(cycle.target_tokens) for cycle in rounds if cycle.tokens)
 
     def require_rounds(self, wanted: str) -> LatencyProfile:
         """The profile itself, where its rounds are of the kind that is wanted.

@@ -19,7 +19,8 @@ from .shipped_traces import DEFAULT_WORKLOAD
 
 
 def _lookahead(pair: Pair, draft_length: int) -> Decoder:
-    return LookaheadDecoder(pair)  # it drafts nothing
+    # It drafts nothing. The preset is named, since a replay does not know the device, by which it would be chosen.
+    return LookaheadDecoder(pair, preset="small")
 
 
 DECODERS: dict[str, Callable[[Pair, int], Decoder]] = {

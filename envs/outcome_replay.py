@@ -5,15 +5,17 @@ what came of the settings that were recorded, so what lies between them is made 
 
 * the *mean* over the prompts of each quantity, rounds, accepted tokens and divergence per emitted token, drafted tokens
   and seconds per round: a smooth surface over the knobs through the recorded means (`specgym.envs.surfaces`);
-* the *residual*: how a prompt differs from that mean. It is the ratio of the prompt's own outcome to the mean at one of
-  the recorded settings nearest to the one asked for, drawn at random, the nearer the likelier. All quantities take the
-  same one, so that they stay correlated, a hard prompt stays hard, and over all prompts the mean is the surface.
+* the *residual*: how a prompt differs from that mean. It is taken from one of the recorded settings nearest to the one
+  asked for, drawn at random, the nearer the likelier; a setting that was recorded itself takes its own. All quantities
+  take the same one, so that they stay correlated, and a hard prompt stays hard. Where fewer rounds are saved than at
+  that setting, the prompt's saving shrinks in proportion, where more are saved its rounds do, so that there are never
+  more rounds than tokens, and over all prompts the mean is the surface.
 
 So: the tokens of a text are exact, as many as were decoded at the setting that was drawn. Everything else is exact only
 on average, and only as far as the surface is right, which `OutcomeReplay.leave_one_out` estimates for the speedup. The
 number of rounds, and of tokens drafted and accepted, need not be whole. Decoding one prompt twice with the same knobs
-gives results that differ, as much as those of neighbouring settings do. Rates lie within what is possible: there are
-at most as many rounds as tokens, and at most as many tokens accepted as drafted.
+gives results that differ, as much as those of neighbouring settings do. What comes out is possible: a round emits what
+it accepted and, where the recorded text did so, one token of the target's own.
 
 Where all knobs are whole numbers there are few settings, and the surfaces are tabulated once.
 """
@@ -83,7 +85,9 @@ class OutcomeReplay:
     """
 
     def __init__(self, outcomes: Sequence[Outcomes], profiles: Sequence[LatencyProfile], tokens: int) -> None:
-        _require_alike(outcomes, tokens)
+        for one in outcomes:
+            require_tokens(one, tokens)
+        _require_alike(outcomes)
         self._knobs = outcomes[0].info.knobs
         self._infos = [one.info for one in outcomes]
         self.recorded = [totals(one, profile, tokens) for one, profile in zip(outcomes, profiles, strict=True)]
@@ -130,17 +134,27 @@ class OutcomeReplay:
         own = prompts - self.first_prompts[workloads]
         text = self._first_texts[workloads] + near * self._counts[workloads] + own
         usual, tokens = self._means[self._first_settings[workloads] + near], self._tokens[text]
-        # Where a quantity is 0 at the recorded setting, no ratio says how prompts differ: all get the mean.
-        none = usual == 0
-        found = np.where(none, tokens[:, None], self._texts[text] / (usual + none)) * places.means
-        rounds, drafted, accepted, divergence, seconds = found.T
+        of_text, of_setting, wanted = (
+            dict(zip(QUANTITIES, each.T, strict=True)) for each in (self._texts[text], usual, places.means)
+        )
+        rounds = _rounds(tokens, of_text["rounds"], of_setting["rounds"], wanted["rounds"])
+        # A round may end without a token of the target's own, as the last one of a text that was cut does.
+        without_own = of_text["accepted"] - (tokens - of_text["rounds"])
+        accepted = np.minimum(np.maximum(tokens - rounds + without_own, 0.0), tokens)
+
+        def per_round(name: str) -> Floats:
+            one, usual, other = (each[name] / each["rounds"] for each in (of_text, of_setting, wanted))
+            found: Floats = rounds * other * _ratio(one, usual)
+            return found
+
+        divergence = tokens * wanted["divergence"] * _ratio(of_text["divergence"] / tokens, of_setting["divergence"])
         return {
             "tokens": tokens,
-            "rounds": np.minimum(rounds, tokens),
-            "drafted": drafted,
-            "accepted": np.minimum(accepted, drafted),
+            "rounds": rounds,
+            "drafted": np.maximum(per_round("drafted"), accepted),
+            "accepted": accepted,
             "divergence": np.minimum(divergence, tokens),
-            "seconds": seconds,
+            "seconds": per_round("seconds"),
         }
 
     def means(self, workload: int, settings: Floats) -> dict[str, Floats]:
@@ -189,6 +203,8 @@ class OutcomeReplay:
         distances = self._surfaces[workload]["rounds"].scale.distances(settings, known)
         near = np.argsort(distances, axis=1, kind="stable")[:, :_NEAREST]
         weights = matern(np.take_along_axis(distances, near, 1)) + 1e-12  # also where all are far
+        recorded = (settings == known[near[:, 0]]).all(1)
+        weights[recorded, 1:] = 0.0
         if near.shape[1] < _NEAREST:  # fewer were recorded than are asked of other workloads
             missing = ((0, 0), (0, _NEAREST - near.shape[1]))
             near, weights = np.pad(near, missing), np.pad(weights, missing)
@@ -197,16 +213,42 @@ class OutcomeReplay:
         return _Places(np.stack([means[name] for name in QUANTITIES], axis=1), near, shares)
 
 
-def _require_alike(outcomes: Sequence[Outcomes], tokens: int) -> None:
+def _ratio(of_text: Floats, of_setting: Floats) -> Floats:
+    """How texts differ from the mean of their setting; 1 where that is 0, which says nothing of how texts differ."""
+    none = of_setting == 0
+    return np.where(none, 1.0, of_text / (of_setting + none))
+
+
+def _rounds(tokens: Floats, of_text: Floats, of_setting: Floats, wanted: Floats) -> Floats:
+    """Rounds of texts with another setting than that which they were recorded with.
+
+    Args:
+        tokens: of each text, shape (texts,), like the rest.
+        of_text: rounds that were recorded.
+        of_setting: mean rounds per token of the recorded setting.
+        wanted: mean rounds per token of the other setting.
+    """
+    saved, wanted_saved = 1 - of_setting, 1 - np.minimum(wanted, 1.0)
+    shrunk = tokens - (tokens - of_text) * wanted_saved / np.where(saved > 0, saved, 1.0)
+    fewer: Floats = np.where(wanted_saved <= saved, shrunk, of_text * np.minimum(wanted, 1.0) / of_setting)
+    return fewer
+
+
+def require_tokens(outcomes: Outcomes, tokens: int) -> None:
+    """Raise OutcomeError if the recorded texts are shorter than so many tokens."""
+    info = outcomes.info
+    if tokens > info.tokens:
+        raise OutcomeError(
+            f"tokens_per_step is {tokens}, and {info} have texts of {info.tokens} tokens; ask for fewer, or record "
+            f"longer ones: {outcome_command(info.workload, info.decoder)} with --tokens {tokens}"
+        )
+
+
+def _require_alike(outcomes: Sequence[Outcomes]) -> None:
     first = outcomes[0].info
     for info in (one.info for one in outcomes):
-        again = outcome_command(info.workload, info.decoder)
-        if tokens > info.tokens:
-            raise OutcomeError(
-                f"tokens_per_step is {tokens}, and {info} have texts of {info.tokens} tokens; ask for fewer, or record "
-                f"longer ones: {again} with --tokens {tokens}"
-            )
         if (info.decoder, info.knobs, info.draft_length) != (first.decoder, first.knobs, first.draft_length):
+            again = outcome_command(info.workload, info.decoder)
             raise OutcomeError(f"{info} and {first} are of other decoders, knobs or ranges; record them alike: {again}")
 
 

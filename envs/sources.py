@@ -280,7 +280,7 @@ def prepared(
 
 
 def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:
-    """The index of a prompt, if the trace can replay it.
+    """The index of a prompt, if the recording can replay it.
 
     Raises:
         ValueError: it is no index, or not one of those.
@@ -292,7 +292,7 @@ def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:
         )
     if prompt not in known:
         raise ValueError(
-            f"reset option prompt={prompt}: the trace of {workload} can replay the {workload.split} prompts "
+            f"reset option prompt={prompt}: the recording of {workload} can replay the {workload.split} prompts "
             f"{', '.join(map(str, known))}"
         )
     return int(prompt)

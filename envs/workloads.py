@@ -215,6 +215,6 @@ def _unknown(name: str, body: str) -> str:
         close = difflib.get_close_matches(name, SHIPPED_WORKLOADS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"no workload {name!r}: {wrong}.{hint} Pairs: {', '.join(PRESETS)}, or target+draft. Prompts: "
-        f"{', '.join([*shipped_prompts(), *HUB_SETS])}, or a file."
+        f"no workload {name!r}: {wrong}.{hint} Pairs: {', '.join(PRESETS)}, target+draft, or a target alone (a folder "
+        f"or owner/model). Prompts: {', '.join([*shipped_prompts(), *HUB_SETS])}, or a file."
     )

@@ -238,7 +238,7 @@ def _judged(run: TunerRun, settings: TunerSettings, problems: Sequence[Problem])
     recommended = {name: path[-1] for name, path in paths.items()}
     universal = universal_setting(problems)
     thresholds = {
-        "pairs": by_pair(recommended),
+        "pairs": by_pair(recommended, tuner.policy.knobs),
         "workloads": recommended,
         "universal": universal,
         "loss": losses(problems, universal),

@@ -21,6 +21,7 @@ class LearnedTuner:
         policy: its state must be that of a `ContextLayout`.
 
     Attributes:
+        policy: that it follows.
         layout: what the policy sees.
         ranges: (low, high) of every knob that it sets, by name.
         defaults: of every knob, by name.
@@ -30,7 +31,7 @@ class LearnedTuner:
     """
 
     def __init__(self, policy: ExportedPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self.ranges = {knob.name: (knob.low, knob.high) for knob in policy.knobs}
         self.defaults = {knob.name: knob.default for knob in policy.knobs}
         remembered = sum(name.endswith("/divergence") for name in policy.state)
@@ -64,9 +65,9 @@ class LearnedTuner:
             )
             for each in history
         ]
-        action = self._policy(self.layout.observation(now, temperature, cost_ratio, past))
+        action = self.policy(self.layout.observation(now, temperature, cost_ratio, past))
         knobs = {}
-        for knob, place in zip(self._policy.knobs, action.tolist(), strict=True):
+        for knob, place in zip(self.policy.knobs, action.tolist(), strict=True):
             value = knob.low + (min(max(place, -1.0), 1.0) + 1) / 2 * (knob.high - knob.low)
             knobs[knob.name] = float(round(value) if knob.integer else value)
         return knobs

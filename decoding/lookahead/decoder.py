@@ -33,6 +33,7 @@ from .window import Window
 Preset = Literal["small", "large"]
 PRESETS: dict[Preset, tuple[int, int, int]] = {"small": (5, 3, 5), "large": (15, 5, 15)}
 """Window, n-gram size and guesses: for small devices, and for an A100 with a 7B target (the paper's section 5)."""
+_TRIES = 100
 
 
 class LookaheadSession(Session):
@@ -53,9 +54,11 @@ class LookaheadSession(Session):
         self._seeded = 0  # runs of the text that begin before here are in the pool
 
     def _filler(self) -> int:
-        """A token of the text at random; one that ends a text is none."""
+        """A token of the text at random, but none that ends a text, unless hardly any other is to be found."""
         token = self._dice.choice(self.context)
-        while token in self._ends:
+        for _ in range(_TRIES):
+            if token not in self._ends:
+                break
             token = self._dice.randrange(self.target.vocabulary_size)
         return token
 

@@ -39,13 +39,14 @@ class LookaheadStatistics:
 
     @classmethod
     def of(cls, rounds: Sequence[Round]) -> LookaheadStatistics:
-        """Statistics of a generation's rounds, or of several generations' together.
+        """Statistics of a generation's rounds, or of several generations' together; empty ones do not count.
 
         Raises:
             ValueError: there is no round, or one is of another decoder.
         """
-        chosen = [cycle for cycle in rounds if isinstance(cycle, LookaheadRound)]
-        if not chosen or len(chosen) < len(rounds):
+        made = [cycle for cycle in rounds if cycle.tokens]
+        chosen = [cycle for cycle in made if isinstance(cycle, LookaheadRound)]
+        if not chosen or len(chosen) < len(made):
             raise ValueError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
         count = len(chosen)
         return cls(

@@ -120,7 +120,7 @@ def test_a_finished_run_can_be_prolonged_and_nothing_else(finished: Path, shown:
     assert train_command(["--resume", str(run), "--environment.tokens-per-step", "4"]) == 2
     assert "cannot go on with 4" in shown()
     assert train_command(["--env", "specgym/Thresholds-v0", "--resume", str(run)]) == 2
-    assert "does not hold the settings of a run of thresholds" in shown()
+    assert "is a run of --env specgym/Lookahead-v0, not of --env specgym/Thresholds-v0; leave that out" in shown()
 
 
 def test_the_report_has_no_place_for_pairs_of_thresholds(finished: Path) -> None:
@@ -142,7 +142,8 @@ def test_the_report_has_no_place_for_pairs_of_thresholds(finished: Path) -> None
         (["--max-divergence", "0.1"], "Unrecognized options: --max-divergence"),
         (["--environment.draft-length", "4"], "Unrecognized options: --environment.draft-length"),
         (["--environment.reward.max-divergence", "0.1"], "no divergence to weigh or to bound"),
-        (["--environment.recordings", "nowhere"], "Their folder goes to --environment.recordings"),
+        (["--environment.recordings", "nowhere"], "nowhere has no"),
+        (["--environment.tokens-per-step", "13"], "have texts of 12 tokens; ask for fewer, or record longer ones"),
     ],
 )
 def test_what_does_not_apply_is_one_message_and_leaves_no_folder(
@@ -175,6 +176,16 @@ def test_the_table_names_the_decoder_s_knobs_and_what_it_reads() -> None:
     assert "Learned such against the defaults" in verdict(rows, "such")
 
 
+def test_workloads_may_have_weights_and_one_may_stand_alone(
+    workloads: tuple[str, str], recordings: Path, tmp_path: Path
+) -> None:
+    assert train_command([*options(tmp_path, workloads, recordings), "--weights", "3", "1"]) == 0
+    assert train_command([*options(tmp_path, workloads[:1], recordings, **{"--name": "alone"})]) == 0
+    described = json.loads((tmp_path / "alone" / "policy.json").read_text())
+    assert described["state"] == list(KNOBS)  # a workload alone needs no mark
+    assert [knob["logarithmic"] for knob in described["knobs"]] == [True, False, True]
+
+
 def test_the_grid_is_compared_once_with_what_was_learned(
     finished: Path, workloads: tuple[str, str], shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +194,8 @@ def test_the_grid_is_compared_once_with_what_was_learned(
     ]  # fmt: skip
     assert benchmark.main(asked) == 0
     assert "of the grid's best on" in shown()
-    stored = json.loads((finished / benchmark.FILE).read_text())["workloads"]
+    (file,) = finished.glob(benchmark.FILE.format("*"))
+    stored = json.loads(file.read_text())["workloads"]
     assert list(stored) == list(workloads)
     learned = json.loads((finished / "knobs.json").read_text())["workloads"]
     table = {
@@ -204,7 +216,7 @@ def test_the_grid_is_compared_once_with_what_was_learned(
 
     monkeypatch.setattr(benchmark, "rewards", refuse)
     assert benchmark.main(asked) == 0
-    assert json.loads((finished / benchmark.FILE).read_text())["workloads"] == stored
+    assert json.loads(file.read_text())["workloads"] == stored
     with pytest.raises(AssertionError, match="decoded before"):
         benchmark.main([*asked[:-1], "4"])
 

@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from specgym.decoding import Pair, SpeculativeDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
+from specgym.envs.knob_moves import KnobMoves
+from specgym.envs.knobs import KNOBS
 from specgym.envs.measuring import summarise
 from specgym.envs.outcome_design import design
 from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcome_totals import QUANTITIES, totals
 from specgym.envs.outcomes import OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
+from specgym.envs.profiles import profile_of
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.replay import LOSSLESS, Replay
 from specgym.envs.replay_table import ReplayTable
+from specgym.envs.shipped_outcomes import find_recording
 from specgym.envs.shipped_traces import shipped_trace
 from specgym.envs.surfaces import Surface
 
@@ -97,6 +101,61 @@ def test_at_a_recorded_setting_the_mean_over_prompts_is_the_recorded_one(
             assert found[name].sum() / found["tokens"].sum() == pytest.approx(recorded, rel=0.1), name
 
 
+def test_a_recorded_setting_is_replayed_as_it_was_recorded(profile: LatencyProfile) -> None:
+    """As tiny-3m/code with (1, 2, 0), where live decoding always emits one token a round."""
+    settings = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 2.0], [4.0, 3.0, 2.0], [16.0, 6.0, 16.0]])
+    texts: list[Text] = []
+    for rounds_of_both in ((32, 32), (20, 12), (16, 11), (8, 16)):
+        for count in rounds_of_both:
+            texts.append([(1, 5, 0)] * (count - 1) + [(33 - count, 40, 32 - count)])
+    replay = OutcomeReplay([made("lookahead", LOOKAHEAD, settings, texts)], [profile], tokens=32)
+    prompts, workloads = np.tile([0, 1], 100), np.zeros(200, np.int64)
+    for number, setting in enumerate(settings):
+        values = {knob.name: np.full(200, value) for knob, value in zip(LOOKAHEAD, setting, strict=True)}
+        found = replay.decode_many(prompts, workloads, values, np.random.default_rng(0))
+        # The surface is smooth, and need not go through every setting.
+        recorded = replay.recorded[0].rounds[number].tolist()
+        assert found["rounds"].reshape(-1, 2) == pytest.approx(np.tile(recorded, (100, 1)), rel=0.1), setting
+        if number == 0:
+            assert found["rounds"].min() > 30
+
+
+def test_whatever_is_replayed_could_have_been_decoded() -> None:
+    """Lookahead emits what it accepts and one token more each round; the shipped recordings are of it."""
+    outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
+    assert isinstance(outcomes, Outcomes)
+    charged = profile_of(found, None, replayed=True, rounds="lookahead").at()
+    replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
+    moves = KnobMoves(KNOBS["lookahead"](16), None, None)
+    values = moves.values_of_many(moves.drawn(random, (4_000,)))
+    prompts = random.integers(0, outcomes.prompts, 4_000)
+    sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
+    assert (sums["rounds"] <= sums["tokens"] + 1e-9).all()
+    assert (sums["rounds"] > 0).all()
+    assert (sums["accepted"] <= sums["drafted"]).all()
+    beyond = sums["accepted"] + sums["rounds"] - sums["tokens"]
+    assert beyond.min() > -1e-9
+    assert beyond.max() < 1 + 1e-9  # a text may end with what was accepted
+    assert sums["accepted"].std() > 1  # and it is not all the same
+
+
+def test_over_all_prompts_the_mean_is_the_surface() -> None:
+    outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
+    assert isinstance(outcomes, Outcomes)
+    charged = profile_of(found, None, replayed=True, rounds="lookahead").at()
+    replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
+    prompts = np.tile(np.arange(outcomes.prompts), 200)
+    for setting in ([1, 4, 1], [2, 2, 0], [7, 3, 9], [16, 6, 16]):
+        values = {
+            knob.name: np.full(len(prompts), float(value)) for knob, value in zip(LOOKAHEAD, setting, strict=True)
+        }
+        sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
+        means = replay.means(0, np.array([setting], np.float64))
+        for name in ("rounds", "seconds"):
+            per_token = sums[name].sum() / sums["tokens"].sum()
+            assert per_token == pytest.approx(min(float(means[name][0]), 1.0 if name == "rounds" else 1e9), rel=0.02)
+
+
 @pytest.mark.parametrize(("noise", "bound"), [(0.0, 0.01), (0.02, 0.025)])
 def test_a_smooth_surface_is_recovered_from_few_settings(noise: float, bound: float) -> None:
     known = design(LOOKAHEAD, 48, [], seed=1)
@@ -134,8 +193,9 @@ def test_prompts_stay_as_different_as_they_were(profile: LatencyProfile) -> None
     hard, easy = (
         replay.decode_many(np.full(200, prompt), np.zeros(200, np.int64), values, random) for prompt in (0, 1)
     )
-    assert hard["rounds"] / easy["rounds"] == pytest.approx(np.full(200, 2.0))
-    assert hard["seconds"] / easy["seconds"] == pytest.approx(np.full(200, 2.0))
+    # What the hard one saves shrinks, or its rounds do, according to which setting was drawn.
+    for name in ("rounds", "seconds"):
+        assert ((hard[name] / easy[name] > 1.4) & (hard[name] / easy[name] < 2.3)).all(), name
     assert (hard["accepted"] <= hard["drafted"]).all()
     assert 2 < hard["rounds"].mean() < 10
 

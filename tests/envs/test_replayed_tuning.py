@@ -211,7 +211,7 @@ def test_exact_decoding_takes_shorter_drafts_than_recorded(make_replay: MakeEnv)
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (3, r"prompt=3: the trace of toy/ids can replay the train prompts 0, 1, 2"),
+        (3, r"prompt=3: the recording of toy/ids can replay the train prompts 0, 1, 2"),
         (-1, "can replay the train prompts"),
         ([1, 2], "backend='replay' takes an index, not a list"),
         ("seek", "takes an index, not a str; decode others with backend='live'"),

@@ -14,6 +14,7 @@ from specgym.decoding import Pair, Sampling
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.drafters import ModelDrafter
 from specgym.decoding.errors import KnobError, NumericalError, PromptError
+from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.lookahead import (
     JacobiDecoder,
     LookaheadDecoder,
@@ -141,7 +142,24 @@ def test_a_finished_session_makes_empty_rounds(table_of: TableOf) -> None:
     while not session.finished:
         session.step()
     assert session.tokens == [3, 4]
-    assert session.step().tokens == ()
+    empty = session.step()
+    assert empty.tokens == ()
+    assert (empty.draft_steps, empty.target_tokens) == (0, 0)
+
+
+def test_empty_rounds_count_for_nothing(table_of: TableOf) -> None:
+    session = LookaheadDecoder(Pair(table_of(counting(), eos=[4]))).start([1, 2], max_new_tokens=40)
+    rounds = [session.step() for _ in range(5)]
+    assert rounds[-1].tokens == ()
+    made = [cycle for cycle in rounds if cycle.tokens]
+    assert LookaheadStatistics.of(rounds) == LookaheadStatistics.of(made)
+    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 2: 2.0}, 1.0, {}, rounds="lookahead")
+    assert profile.charge(rounds) == profile.charge(made)
+
+
+def test_a_vocabulary_that_ends_texts_all_through_does_not_stop_it(table_of: TableOf) -> None:
+    generation = LookaheadDecoder(Pair(table_of(counting(), eos=list(range(8))))).generate([1, 2], max_new_tokens=4)
+    assert (generation.tokens, generation.finish_reason) == ([3], "eos")
 
 
 def test_rounds_tell_what_they_read(table_of: TableOf) -> None:
