@@ -6,7 +6,8 @@
 
 Any run of train.py that tunes a decoder will do. Every knob of it is an option that takes the values to try; by default
 they lie evenly over the knob's range, so many that the grid has about 250 settings. Time is charged by the latency
-profiles that the run has stored, and what it brings is weighed by the run's reward. The best of the grid is chosen on
+profiles that the run has stored, and what it brings is weighed by the run's reward. The whole grid is decoded with a
+few held-out prompts, and the best of it, the finalists, with many more, on which the best is chosen. It is chosen on
 the very prompts that it is judged on, which no tuner could know, so it is a bound and not a rival. Finished workloads
 are kept in ``learned_against_grid-<digest>.json`` in the run's folder, for the next call with the same options.
 """
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from specgym.agents.beginning import this_command
@@ -65,8 +66,12 @@ class Settings:
     """Folder of a run of train.py."""
     workloads: tuple[str, ...] = ()
     """Which of the run's; by default all."""
-    prompts: int = 8
-    """Held-out prompts of each workload, at most."""
+    prompts: int = 6
+    """Held-out prompts of each workload for the whole grid, at most."""
+    finalists: int = 16
+    """How many of the grid's best settings are decoded with more prompts."""
+    final_prompts: int = 24
+    """Held-out prompts of each workload for these, for what was learned, and for the default, at most."""
     tokens: int = 64
     """Tokens generated for each."""
     jobs: int = 1
@@ -132,30 +137,46 @@ def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, token
     return earned
 
 
-def compared(grid: Sequence[Setting], earned: Sequence[float], learned: Setting, default: Setting) -> dict[str, Any]:
+def compared(
+    grid: Sequence[Setting],
+    earned: Sequence[float],
+    finalists: Sequence[Setting],
+    finals: Sequence[float],
+    learned: Setting,
+    default: Setting,
+) -> dict[str, Any]:
     """A workload's entry in the file.
 
     Args:
         grid: its settings.
-        earned: the reward of each of them, then of the learned setting, then of the default.
+        earned: the reward of each of them with few prompts.
+        finalists: those that were decoded with many.
+        finals: the reward of each of these, then of the learned setting, then of the default, with many.
         learned: as the run recommends.
         default: of the decoder.
     """
-    *of_grid, of_learned, of_default = earned
-    best = int(np.argmax(of_grid))
+    *of_finalists, of_learned, of_default = finals
+    best = int(np.argmax(of_finalists))
+
+    def entries(settings: Sequence[Setting], rewards: Sequence[float]) -> list[dict[str, Any]]:
+        return [{"knobs": knobs, "reward": reward} for knobs, reward in zip(settings, rewards, strict=True)]
+
     return {
-        "best": {"knobs": grid[best], "reward": of_grid[best]},
+        "best": {"knobs": finalists[best], "reward": of_finalists[best]},
         "learned": {"knobs": learned, "reward": of_learned},
         "default": {"knobs": default, "reward": of_default},
-        "share_of_best": of_learned / of_grid[best],
-        "grid": [{"knobs": knobs, "reward": reward} for knobs, reward in zip(grid, of_grid, strict=True)],
+        "share_of_best": of_learned / of_finalists[best],
+        "finalists": entries(finalists, of_finalists),
+        "grid": entries(grid, earned),
     }
 
 
-def decoded(chosen: Settings, name: str, wanted: Sequence[Setting], tick: Callable[[int], None]) -> list[float]:
+def decoded(
+    chosen: Settings, name: str, wanted: Sequence[Setting], prompts: int, tick: Callable[[int], None]
+) -> list[float]:
     """`rewards` of many settings, in `chosen.jobs` processes; `tick` is called with how many more are done."""
     chunks = {place: wanted[place : place + _CHUNK] for place in range(0, len(wanted), _CHUNK)}
-    arguments = chosen.prompts, chosen.tokens
+    arguments = prompts, chosen.tokens
     done: dict[int, list[float]] = {}
     if chosen.jobs == 1:
         for place, chunk in chunks.items():
@@ -190,8 +211,8 @@ def parsed(arguments: Sequence[str] | None) -> tuple[Settings, TrainSettings, di
     for name in chosen.workloads:
         if name not in settings.workloads:
             raise SettingsError(f"{chosen.run} has not tuned {name!r}; it has tuned: {', '.join(settings.workloads)}")
-    if min(chosen.prompts, chosen.tokens, chosen.jobs) < 1:
-        raise SettingsError("--prompts, --tokens and --jobs must be at least 1")
+    if min(chosen.prompts, chosen.final_prompts, chosen.finalists, chosen.tokens, chosen.jobs) < 1:
+        raise SettingsError("--prompts, --final-prompts, --finalists, --tokens and --jobs must be at least 1")
     knobs = ExportedPolicy.load(chosen.run).knobs
     options: Any = dataclasses.make_dataclass(
         "Values", [(knob.name, tuple[float, ...], dataclasses.field(default=())) for knob in knobs]
@@ -226,6 +247,8 @@ def compare(
     recommended, grid = load_knobs(run.knobs)["workloads"], settings_of(values)
     protocol = {
         "prompts": chosen.prompts,
+        "finalists": chosen.finalists,
+        "final_prompts": chosen.final_prompts,
         "tokens": chosen.tokens,
         "values": {name: list(tried) for name, tried in values.items()},
         "learned": recommended,
@@ -237,15 +260,22 @@ def compare(
     names = chosen.workloads or settings.workloads
     with Progress(console=Console(stderr=True)) as progress:
         for name in names:
-            task = progress.add_task(name, total=len(grid) + 2)
+            total = len(grid) + min(chosen.finalists, len(grid)) + 2
+            task = progress.add_task(name, total=total)
             if name in done:
-                progress.update(task, completed=len(grid) + 2)
+                progress.update(task, completed=total)
                 continue
+
+            def tick(more: int, task: TaskID = task) -> None:
+                progress.advance(task, more)
+
             decoder = settings.decoder(workload(name).load())
             learned, default = (decoder.resolve_knobs(knobs) for knobs in (recommended[name], None))
-            earned = decoded(chosen, name, [*grid, learned, default], lambda n, task=task: progress.advance(task, n))
-            found = compared(grid, earned, *(whole_numbers(decoder.knobs, knobs) for knobs in (learned, default)))
-            done[name] = found
+            earned = decoded(chosen, name, grid, chosen.prompts, tick)
+            finalists = [grid[place] for place in np.argsort(earned)[::-1][: chosen.finalists]]
+            finals = decoded(chosen, name, [*finalists, learned, default], chosen.final_prompts, tick)
+            shown = (whole_numbers(decoder.knobs, knobs) for knobs in (learned, default))
+            done[name] = compared(grid, earned, finalists, finals, *shown)
             content = {"format": FORMAT, "command": this_command(), "protocol": protocol, "workloads": done}
             write_json(stored, content)
     return {name: done[name] for name in names}, stored
@@ -290,7 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = int(np.prod([len(each) for each in values.values()]))
-    title = f"{chosen.run}: {size} settings, {chosen.prompts} held-out prompts of {chosen.tokens} tokens, live"
+    title = (
+        f"{chosen.run}: {size} settings with {chosen.prompts} held-out prompts, the best {chosen.finalists} with "
+        f"{chosen.final_prompts}, {chosen.tokens} tokens each, live"
+    )
     Console(width=140).print(rendered(found, title))
     print(f"Everything is in {stored}.")
     return 0
