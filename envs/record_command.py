@@ -13,7 +13,7 @@ from .knobs import drafts_tokens
 from .traces import TraceError
 
 _OF_TRACES = ("draft_length", "prompts", "tokens", "detour_prompts", "detour_tokens", "seed")
-_OF_OUTCOMES = ("settings", "draft_length", "prompts", "tokens", "seed")
+_OF_OUTCOMES = ("settings", "refine", "draft_length", "prompts", "tokens", "seed")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class RecordCommand:
     """torch's threads; 0 for torch's own choice."""
     settings: int | None = None
     """Outcomes: settings of the knobs, the default and the presets among them (48)."""
+    refine: int | None = None
+    """Outcomes: settings beyond those, where the recorded ones say that decoding is fastest (0)."""
     draft_length: int | None = None
     """Tokens drafted at every position, K (16); not for lookahead, which drafts none."""
     prompts: int | None = None

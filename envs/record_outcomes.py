@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,15 +18,19 @@ from tqdm import tqdm
 from .. import __version__
 from ..decoding.decoder import Decoder, Round
 from ..decoding.digests import draft_digest, weights_digest
-from ..decoding.files import digest
+from ..decoding.files import digest, write_json
+from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import PromptSet, Split, load_prompts
-from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges
+from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges, rounds_of
 from .outcome_design import design
+from .outcome_refinement import fastest
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
+from .profiles import profile_of
 from .recording_parts import claim_parts, parts_of, write_part
 from .workloads import Workload, workload
 
 Integers = NDArray[np.int64]
+_REFINED_AT_A_TIME = 6
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class OutcomeSettings:
     """A name of `specgym.envs.knobs.DECODERS`."""
     settings: int = 48
     """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
+    refine: int = 0
+    """Settings beyond those, a few at a time where the recorded ones say that decoding is fastest."""
     prompts: int = 12
     """Prompts of the split, at most; the first ones."""
     tokens: int = 64
@@ -54,8 +62,9 @@ class OutcomeSettings:
         for name in ("prompts", "tokens", "draft_length"):
             if getattr(self, name) < 1:
                 raise OutcomeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise OutcomeError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "refine"):
+            if getattr(self, name) < 0:
+                raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.settings < len(self._given()):
             raise OutcomeError(
                 f"settings must be at least {len(self._given())}, the default of {self.decoder} and its presets, got "
@@ -85,6 +94,7 @@ def record_outcomes(
     path: str | Path,
     settings: OutcomeSettings | None = None,
     progress: bool = False,
+    profile: LatencyProfile | None = None,
 ) -> Outcomes:
     """Decode a workload's prompts with many settings, and write what came of it.
 
@@ -95,6 +105,7 @@ def record_outcomes(
             are; called again, a recording goes on from there.
         settings: how much to record.
         progress: show a progress bar.
+        profile: what decoding is charged by, to know where it is fastest; by default the pair's reference profile.
 
     Raises:
         TraceError: the parts found are those of another recording.
@@ -107,16 +118,43 @@ def record_outcomes(
     info, chosen = _info(found, split, settings, prompts), settings.designed()
     parts = parts_of(path)
     claim_parts(parts, {**asdict(info), **asdict(settings)})
-    texts = [(number, place) for number in range(len(chosen)) for place in range(len(prompts))]
-    for number, place in tqdm(texts, f"{found} {split} {settings.decoder}", unit="text", disable=not progress):
-        part = _part(parts, number, place)
-        if not part.is_file():
-            seed = int(np.random.SeedSequence((settings.seed, number, place)).generate_state(1)[0])
-            write_part(part, _decoded(decoder, found, chosen[number], prompts[place], settings.tokens, seed))
-    outcomes = _joined(info, chosen, [_part(parts, *text) for text in texts])
+    if settings.refine and profile is None:
+        profile = profile_of(found, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
+    bar = tqdm(
+        total=(len(chosen) + settings.refine) * len(prompts),
+        desc=f"{found} {split} {settings.decoder}",
+        unit="text",
+        disable=not progress,
+    )
+    wanted, done = len(chosen) + settings.refine, 0
+    while True:
+        for number, place in itertools.product(range(done, len(chosen)), range(len(prompts))):
+            part = _part(parts, number, place)
+            if not part.is_file():
+                seed = int(np.random.SeedSequence((settings.seed, number, place)).generate_state(1)[0])
+                write_part(part, _decoded(decoder, found, chosen[number], prompts[place], settings.tokens, seed))
+            bar.update()
+        done = len(chosen)
+        outcomes = _joined(info, chosen, [_part(parts, *text) for text in np.ndindex(done, len(prompts))])
+        if done >= wanted:
+            break
+        assert profile is not None
+        more = _refined(parts, outcomes, profile, min(_REFINED_AT_A_TIME, wanted - done))
+        if not len(more):
+            break
+        chosen = np.concatenate([chosen, more])
+    bar.close()
     outcomes.save(path)
     shutil.rmtree(parts)
     return Outcomes.load(path)
+
+
+def _refined(parts: Path, outcomes: Outcomes, profile: LatencyProfile, count: int) -> NDArray[np.float64]:
+    """The next settings to record. They are kept, since a recording that goes on may have another profile."""
+    file = parts / f"refined-{len(outcomes.settings):04}.json"
+    if not file.is_file():
+        write_json(file, fastest(outcomes, profile, count).tolist())
+    return np.array(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _part(parts: Path, number: int, place: int) -> Path:

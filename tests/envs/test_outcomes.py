@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from specgym.decoding import LookaheadDecoder, NumericalError, Pair, SpeculativeDecoder, ThresholdDecoder
+from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
 from specgym.envs import record_outcomes as module
 from specgym.envs.outcome_design import design
+from specgym.envs.outcome_refinement import fastest
+from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcomes import COUNTS, FORMAT, OutcomeError, Outcomes, RecordedKnob
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.traces import TraceError
@@ -127,6 +130,50 @@ def test_a_resumed_recording_equals_an_unbroken_one(
     assert len(decoded) == 4 * 2 + 1  # the sixth text alone was tried twice
     assert [entry.name for entry in broken.parent.iterdir()] == ["toy.npz"]
     assert_same(Outcomes.load(broken), Outcomes.load(path))
+
+
+def test_refining_adds_the_settings_that_would_be_fastest_and_goes_on_where_it_stopped(
+    work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one token costing as much as many, the more tokens a round emits the better."""
+    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 200: 1.0}, 1.0, {}, rounds="lookahead")
+    settings = replace(FEW, settings=12, refine=8)
+    whole = record_outcomes(work, "train", tmp_path / "whole.npz", settings, profile=profile)
+    plain = record_outcomes(work, "train", tmp_path / "plain.npz", replace(FEW, settings=12))
+    assert len(whole.settings) == 20
+    assert len(np.unique(whole.settings, axis=0)) == 20
+    np.testing.assert_array_equal(whole.settings[:12], plain.settings)
+    np.testing.assert_array_equal(whole.settings[12:18], fastest(plain, profile, 6))
+
+    def rounds(settings: np.ndarray) -> float:
+        return float(OutcomeReplay([plain], [profile], 12).means(0, settings)["rounds"].mean())
+
+    assert rounds(whole.settings[12:18]) < rounds(whole.settings[:12])
+
+    decode, calls = module._decoded, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(module, "_decoded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record_outcomes(work, "train", tmp_path / "broken.npz", settings, profile=profile)
+    monkeypatch.setattr(module, "_decoded", decode)
+    other = replace(profile, target_seconds={1: 1.0, 200: 200.0})  # what was chosen stays chosen
+    resumed = record_outcomes(work, "train", tmp_path / "broken.npz", settings, profile=other)
+    np.testing.assert_array_equal(resumed.settings[:18], whole.settings[:18])
+    assert (tmp_path / "broken.npz.parts").exists() is False
+
+
+def test_nothing_is_refined_where_all_settings_are_recorded(work: Workload, tmp_path: Path) -> None:
+    profile = LatencyProfile("toy", {0: 0.0, 1: 0.1}, {1: 1.0, 2: 1.1}, 1.0, {})
+    settings = OutcomeSettings("speculative", settings=4, refine=3, prompts=2, tokens=8, draft_length=4)
+    found = record_outcomes(work, "train", tmp_path / "all.npz", settings, profile=profile)
+    assert sorted(found.settings[:, 0]) == [1, 2, 3, 4]
 
 
 def test_parts_of_another_recording_are_refused(work: Workload, tmp_path: Path) -> None:
