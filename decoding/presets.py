@@ -91,13 +91,25 @@ def resolve(name: str) -> PairPreset:
         if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and _may_be_model(draft):
             return PairPreset(name, target, draft, f"{target} with the draft {draft}")
     of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
-    if of_hub or Path(name).expanduser().is_dir():
+    if of_hub or _may_be_folder(name):
         return PairPreset(name, name, None, f"{name} without a draft")
     raise UnknownPairError(_unknown(name))
 
 
 def _may_be_model(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) or (bool(name) and Path(name).expanduser().exists())
+    return bool(_HUB_ID.fullmatch(name)) or _exists(name)
+
+
+def _may_be_folder(name: str) -> bool:
+    return _exists(name) and Path(name).expanduser().is_dir()
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name; an empty one would be the working directory."""
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # names that no file can have, or the home of an unknown user
+        return False
 
 
 def _unknown(name: str) -> str:

@@ -22,7 +22,7 @@ def test_every_preset_resolves_to_itself(name: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_model_of_a_preset_could_be_a_hub_id_or_is_shipped(preset: PairPreset) -> None:
     for model in (preset.target, preset.draft):
-        if model not in (NGRAM, PROMPT_LOOKUP):
+        if model not in (NGRAM, PROMPT_LOOKUP, None):
             validate_repo_id(model)
             assert "/" in model or model.startswith("tiny-")
 
@@ -77,7 +77,21 @@ def test_a_misspelt_preset_gets_suggestions_and_the_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "+", "tiny-20m", "tiny/code", "tiny-10m+", "+tiny-10m", "ngram+tiny-10m", "a b+c", "a/b/c+d"]
+    "name",
+    [
+        "",
+        "+",
+        "~nobody",
+        "~0",
+        "a\0b",
+        "tiny-20m",
+        "tiny/code",
+        "tiny-10m+",
+        "+tiny-10m",
+        "ngram+tiny-10m",
+        "a b+c",
+        "a/b/c+d",
+    ],
 )
 def test_what_is_neither_preset_nor_pair_is_refused_with_the_way_out(name: str) -> None:
     with pytest.raises(UnknownPairError, match=r"Give target\+draft"):
