@@ -105,7 +105,8 @@ def test_a_resume_that_contradicts_the_run_is_refused(
         assert train_command([*resume, *changed]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert train_command([*resume, "--env", "specgym/Thresholds-v0"]) == 2
-    assert "does not hold the settings of a run of thresholds (specgym-settings-1)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is a run of --env specgym/DraftLength-v0, not of --env specgym/Thresholds-v0" in told
     assert train_command(options) == 2
     assert "exists already; go on with --resume" in capsys.readouterr().err
 
