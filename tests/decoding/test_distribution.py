@@ -12,13 +12,13 @@ Two ways, both through the real sessions on toy models whose distribution is kno
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
+from known_distributions import SAMPLINGS, Branches, conditional, distance, exact_joint, p_value_of
 from specgym.decoding import autoregressive, drafters, speculative, threshold
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Decoder
@@ -34,14 +34,6 @@ from specgym.decoding.threshold import ThresholdDecoder
 
 PROMPT = (1, 0, 1)
 SIGNIFICANCE = 1e-3
-SAMPLINGS = {
-    "plain": Sampling(),
-    "cold": Sampling(0.6),
-    "hot": Sampling(1.7),
-    "top-k": Sampling(1.2, top_k=2),
-    "top-p": Sampling(0.9, top_p=0.8),
-    "all": Sampling(0.8, top_k=5, top_p=0.9),
-}
 MakeTable = Callable[..., LanguageModel]
 
 
@@ -53,51 +45,6 @@ def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
         text = torch.randint(0, vocabulary, (60,), generator=torch.Generator().manual_seed(3)).tolist()
         return NGramDrafter.fit([text], vocabulary, order=3)
     return PromptLookupDrafter(vocabulary, longest=2)
-
-
-def conditional(target: LanguageModel, sampling: Sampling, prefix: Sequence[int]) -> Tensor:
-    """The target's own distribution of the next token."""
-    return sampling.probabilities(target.fresh().forward(torch.tensor(prefix), last=1).scores)[0].double()
-
-
-def exact_joint(target: LanguageModel, sampling: Sampling, length: int) -> dict[tuple[int, ...], float]:
-    """Probability of every run of `length` tokens after the prompt."""
-    joint: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(length):
-        joint = {
-            (*text, token): weight * p
-            for text, weight in joint.items()
-            for token, p in enumerate(conditional(target, sampling, (*PROMPT, *text)).tolist())
-        }
-    return joint
-
-
-class Branches:
-    """Walks every outcome of a random procedure: `choose` stands for its random choices."""
-
-    def __init__(self) -> None:
-        self._trail: list[tuple[list[int], int]] = []  # at each choice the possible options, and which one is taken
-        self._depth = 0
-        self.weight = 1.0
-
-    def choose(self, probabilities: Sequence[float]) -> int:
-        if self._depth == len(self._trail):
-            self._trail.append(([option for option, p in enumerate(probabilities) if p > 0], 0))
-        options, taken = self._trail[self._depth]
-        self._depth += 1
-        self.weight *= probabilities[options[taken]]
-        return options[taken]
-
-    def __iter__(self) -> Iterator[None]:
-        while True:
-            self._depth, self.weight = 0, 1.0
-            yield
-            while self._trail and self._trail[-1][1] == len(self._trail[-1][0]) - 1:
-                self._trail.pop()
-            if not self._trail:
-                return
-            options, taken = self._trail[-1]
-            self._trail[-1] = (options, taken + 1)
 
 
 def walk(
@@ -150,11 +97,6 @@ def walk(
     return joint, divergence, tokens
 
 
-def distance(one: dict[tuple[int, ...], float], two: dict[tuple[int, ...], float]) -> float:
-    """Total variation of two joint distributions."""
-    return sum(abs(one.get(text, 0.0) - two.get(text, 0.0)) for text in one.keys() | two.keys()) / 2
-
-
 def sampled_p_value(
     decoder: Decoder, sampling: Sampling, generations: int, knobs: dict[str, float] | None = None, first_seed: int = 0
 ) -> float:
@@ -166,18 +108,7 @@ def sampled_p_value(
             session.step(knobs)
         text = tuple(session.tokens)
         counts[text] = counts.get(text, 0) + 1
-    expected = {text: generations * p for text, p in exact_joint(decoder.pair.target, sampling, 3).items()}
-    if any(expected[text] < 1e-9 * generations for text in counts):
-        return 0.0
-    common = [text for text, count in expected.items() if count >= 5]
-    observed = [counts.get(text, 0) for text in common]
-    wanted = [expected[text] for text in common]
-    rest = generations - sum(wanted)
-    if rest >= 5:  # rare texts count as one class
-        observed.append(generations - sum(observed))
-        wanted.append(rest)
-    scale = sum(observed) / sum(wanted)
-    return float(stats.chisquare(observed, [scale * count for count in wanted]).pvalue)
+    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, 3))
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram", "prompt-lookup"])
@@ -187,7 +118,7 @@ def test_speculative_sampling_is_exact(
 ) -> None:
     target = make_table(3, seed=1, spread=1.2)
     decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 3)))
-    expected = exact_joint(target, sampling, 3)
+    expected = exact_joint(target, sampling, PROMPT, 3)
     for draft_length in (1, 2):
         joint, divergence, _ = walk(monkeypatch, decoder, sampling, 3, {"draft_length": draft_length})
         assert distance(joint, expected) < 1e-5
@@ -201,7 +132,7 @@ def test_speculative_sampling_is_exact_for_longer_drafts(
     target = make_table(2, seed=1, spread=1.2)
     for kind in ("model", "ngram", "prompt-lookup"):
         decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)))
-        expected = exact_joint(target, Sampling(), 3)
+        expected = exact_joint(target, Sampling(), PROMPT, 3)
         joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, {"draft_length": draft_length}, ahead=2)
         assert distance(joint, expected) < 1e-5
 
@@ -217,7 +148,7 @@ def test_speculative_sampling_is_exact_whatever_rule_ends_the_drafts(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str
 ) -> None:
     target = make_table(2, seed=1, spread=1.2)
-    expected = exact_joint(target, Sampling(), 3)
+    expected = exact_joint(target, Sampling(), PROMPT, 3)
     for rule in RULES[kind]:
         decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)), max_draft_length=4, stop=rule)
         joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, ahead=2)
@@ -236,7 +167,7 @@ def test_speculative_sampling_is_exact_whatever_rule_ends_the_drafts(
 def test_autoregressive_sampling_is_exact(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable) -> None:
     target = make_table(4, seed=1)
     joint, _, _ = walk(monkeypatch, AutoregressiveDecoder(Pair(target)), SAMPLINGS["all"], 3)
-    assert distance(joint, exact_joint(target, SAMPLINGS["all"], 3)) < 1e-6
+    assert distance(joint, exact_joint(target, SAMPLINGS["all"], PROMPT, 3)) < 1e-6
 
 
 def wrong_residual(p: Tensor, q: Tensor) -> Tensor:
@@ -256,7 +187,7 @@ def test_a_wrong_residual_is_found_out(monkeypatch: pytest.MonkeyPatch, make_tab
         3,
         {"draft_length": 2},
     )
-    assert distance(joint, exact_joint(make_table(3, seed=1), Sampling(), 3)) > 0.01
+    assert distance(joint, exact_joint(make_table(3, seed=1), Sampling(), PROMPT, 3)) > 0.01
 
 
 def test_a_draft_distribution_of_another_temperature_is_found_out(
@@ -332,7 +263,7 @@ def test_every_conditional_distribution_is_within_fallback_of_the_target(
         assert actual <= divergence + 1e-5
         if fallback == 0:
             assert divergence == 0
-            assert distance(joint, exact_joint(target, sampling, 3)) < 1e-5
+            assert distance(joint, exact_joint(target, sampling, PROMPT, 3)) < 1e-5
     assert worst[-1] > 0.2  # the bound is not kept by doing nothing
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
+from branching_dice import Dice
+from known_distributions import SAMPLINGS, Branches, Joint, distance, exact_joint, p_value_of
 from specgym.decoding.decoder import Round
 from specgym.decoding.lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
 from specgym.decoding.lookahead import decoder as module
@@ -26,14 +27,6 @@ from specgym.decoding.sampling import Sampling
 
 PROMPT = (0, 1, 2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1)
 SIGNIFICANCE = 1e-3
-SAMPLINGS = {
-    "plain": Sampling(),
-    "cold": Sampling(0.6),
-    "hot": Sampling(1.7),
-    "top-k": Sampling(1.2, top_k=2),
-    "top-p": Sampling(0.9, top_p=0.8),
-    "all": Sampling(0.8, top_k=5, top_p=0.9),
-}
 POOLS = {
     "usual": PoolSettings(),
     "unseeded": PoolSettings(seeds="nothing"),
@@ -46,7 +39,6 @@ POOLS = {
     "all": PoolSettings("prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1),
 }
 MakeTable = Callable[..., LanguageModel]
-Joint = dict[tuple[int, ...], float]
 Knobs = Callable[[int], Mapping[str, float]]
 
 
@@ -63,27 +55,6 @@ def changing(number: int) -> Mapping[str, float]:
     )[number % 3]
 
 
-def exact_joint(target: LanguageModel, sampling: Sampling, length: int) -> Joint:
-    """Probability of every run of `length` tokens after the prompt."""
-    joint: Joint = {(): 1.0}
-    for _ in range(length):
-        joint = {
-            (*text, token): weight * p
-            for text, weight in joint.items()
-            for token, p in enumerate(
-                sampling.probabilities(target.fresh().forward(torch.tensor((*PROMPT, *text)), last=1).scores)[
-                    0
-                ].tolist()
-            )
-        }
-    return joint
-
-
-def distance(one: Joint, two: Joint) -> float:
-    """Total variation."""
-    return sum(abs(one.get(text, 0.0) - two.get(text, 0.0)) for text in one.keys() | two.keys()) / 2
-
-
 class Walker:
     """Walks every outcome of a decoder's first three tokens.
 
@@ -92,12 +63,12 @@ class Walker:
         tried: likewise.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, branches: Any, dice: Any) -> None:
-        self._monkeypatch, self._branches, self._dice = monkeypatch, branches, dice
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
         self.accepted = self.tried = 0.0
 
     def __call__(self, decoder: LookaheadDecoder, sampling: Sampling, knobs: Knobs, ahead: int = 3) -> Joint:
-        walk = self._branches()
+        walk = Branches()
 
         def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
             return torch.tensor(walk.choose((p.double() / p.double().sum()).tolist()))
@@ -107,7 +78,7 @@ class Walker:
             patch.setattr(module, "draw", draw)
             for _ in walk:
                 session = decoder.start(PROMPT, max_new_tokens=3 + ahead, sampling=sampling, seed=0)
-                session._dice = self._dice(walk)
+                session._dice = Dice(walk)
                 rounds: list[Round] = []
                 while len(session.tokens) < 3:
                     rounds.append(session.step(knobs(len(rounds))))
@@ -120,8 +91,8 @@ class Walker:
 
 
 @pytest.fixture
-def walker(monkeypatch: pytest.MonkeyPatch, branches: Any, dice: Any) -> Walker:
-    return Walker(monkeypatch, branches, dice)
+def walker(monkeypatch: pytest.MonkeyPatch) -> Walker:
+    return Walker(monkeypatch)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
@@ -129,7 +100,7 @@ def test_sampling_is_exact_with_windows_of_every_shape(
     walker: Walker, make_table: MakeTable, sampling: Sampling
 ) -> None:
     target = make_table(3, seed=1, spread=1.2)
-    expected = exact_joint(target, sampling, 3)
+    expected = exact_joint(target, sampling, PROMPT, 3)
     decoder = LookaheadDecoder(Pair(target))
     for knobs in (of_shape(1, 2, 0), of_shape(4, 2, 0), of_shape(1, 3, 3), of_shape(3, 4, 2), changing):
         assert distance(walker(decoder, sampling, knobs), expected) < 1e-5
@@ -144,14 +115,14 @@ def test_sampling_is_exact_with_every_option_of_the_pool(
     target = make_table(3, seed=1, spread=1.2)
     decoder = LookaheadDecoder(Pair(target), pool=pool)
     for sampling in (Sampling(), Sampling(0.7, top_p=0.9)):
-        expected = exact_joint(target, sampling, 3)
+        expected = exact_joint(target, sampling, PROMPT, 3)
         for knobs in (of_shape(2, 3, 3), changing):
             assert distance(walker(decoder, sampling, knobs), expected) < 1e-5
 
 
 def test_jacobi_sampling_is_exact(walker: Walker, make_table: MakeTable) -> None:
     target = make_table(3, seed=1, spread=1.2)
-    expected = exact_joint(target, Sampling(), 3)
+    expected = exact_joint(target, Sampling(), PROMPT, 3)
     joint = walker(JacobiDecoder(Pair(target)), Sampling(), lambda number: {"window": 4})
     assert distance(joint, expected) < 1e-5
     assert walker.accepted > 0.1
@@ -175,7 +146,7 @@ def test_a_wrong_verification_is_found_out_both_ways(
     target = make_table(3, seed=1, spread=1.2)
     decoder = LookaheadDecoder(Pair(target))
     joint = walker(decoder, Sampling(), of_shape(3, 3, 4))
-    assert distance(joint, exact_joint(target, Sampling(), 3)) > 0.01
+    assert distance(joint, exact_joint(target, Sampling(), PROMPT, 3)) > 0.01
     decoder = LookaheadDecoder(Pair(make_table(6, seed=1, spread=1.2)))
     assert sampled_p_value(decoder, Sampling(), 2_000, of_shape(3, 3, 4))[0] < SIGNIFICANCE / 1000
 
@@ -196,18 +167,7 @@ def sampled_p_value(
         rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
         text = tuple(session.tokens[:3])
         counts[text] = counts.get(text, 0) + 1
-    expected = {text: generations * p for text, p in exact_joint(decoder.pair.target, sampling, 3).items()}
-    if any(expected[text] < 1e-9 * generations for text in counts):
-        return 0.0, accepted, rejected
-    common = [text for text, count in expected.items() if count >= 5]
-    observed = [counts.get(text, 0) for text in common]
-    wanted = [expected[text] for text in common]
-    rest = generations - sum(wanted)
-    if rest >= 5:  # rare texts count as one class
-        observed.append(generations - sum(observed))
-        wanted.append(rest)
-    scale = sum(observed) / sum(wanted)
-    p_value = float(stats.chisquare(observed, [scale * count for count in wanted]).pvalue)
+    p_value = p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, 3))
     return p_value, accepted, rejected
 
 

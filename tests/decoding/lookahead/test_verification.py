@@ -11,6 +11,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from branching_dice import Throw
+from known_distributions import Branches
 from specgym.decoding.lookahead.verification import Accepted, follow
 
 VOCABULARY = 4
@@ -41,13 +43,13 @@ def chances(given_guesses: Sequence[Sequence[int]], target: Target) -> list[list
 
 
 def joint(
-    new: Any, given_guesses: Sequence[Sequence[int]], target: Target, verify: Callable[..., Accepted]
+    given_guesses: Sequence[Sequence[int]], target: Target, verify: Callable[..., Accepted]
 ) -> dict[tuple[int, ...], float]:
     """The distribution of the text that one round emits, and plain draws after it up to four tokens."""
     texts: dict[tuple[int, ...], float] = {}
-    walk = new()
+    walk = Branches()
     for _ in walk:
-        accepted = verify(given_guesses, chances(given_guesses, target), walk.throw)
+        accepted = verify(given_guesses, chances(given_guesses, target), lambda: Throw(walk))
         text = tuple(given_guesses[accepted.guess][: accepted.length])
         p = [0.0 if token in accepted.rejected else chance for token, chance in enumerate(target(text))]
         text = (*text, walk.choose([chance / sum(p) for chance in p]))
@@ -70,10 +72,8 @@ def off(texts: dict[tuple[int, ...], float], target: Target) -> float:
 
 @settings(max_examples=25, deadline=None)
 @given(guesses, targets())
-def test_what_is_emitted_follows_the_target_exactly(
-    branches: Any, given_guesses: list[list[int]], target: Target
-) -> None:
-    assert off(joint(branches, given_guesses, target, follow), target) < 1e-6
+def test_what_is_emitted_follows_the_target_exactly(given_guesses: list[list[int]], target: Target) -> None:
+    assert off(joint(given_guesses, target, follow), target) < 1e-6
 
 
 def keeps_rejected(*arguments: Any) -> Accepted:
@@ -97,13 +97,13 @@ def divides(given_guesses: Any, given_chances: Any, uniform: Any) -> Accepted:
 
 
 @pytest.mark.parametrize("wrong", [keeps_rejected, keeps_its_share, divides])
-def test_wrong_verifications_are_found_out(branches: Any, wrong: Callable[..., Accepted]) -> None:
+def test_wrong_verifications_are_found_out(wrong: Callable[..., Accepted]) -> None:
     def target(prefix: tuple[int, ...]) -> list[float]:
         return [0.4, 0.3, 0.2, 0.1]
 
     some = [[0, 1], [1, 2], [2, 2]]
-    assert off(joint(branches, some, target, follow), target) < 1e-6
-    assert off(joint(branches, some, target, wrong), target) > 0.02
+    assert off(joint(some, target, follow), target) < 1e-6
+    assert off(joint(some, target, wrong), target) > 0.02
 
 
 @given(guesses, targets(), st.integers(0, 1000))
