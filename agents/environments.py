@@ -16,12 +16,12 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from ..decoding.prompts import Split
+from ..envs.archives import TraceError
 from ..envs.outcome_replay import require_tokens
-from ..envs.outcomes import Outcomes
-from ..envs.record import outcomes_name, trace_name
+from ..envs.outcomes import Outcomes, outcomes_name
 from ..envs.shipped_outcomes import TRACED, find_recording, outcome_command
 from ..envs.shipped_traces import record_command
-from ..envs.traces import TraceError
+from ..envs.traces import trace_name
 from ..envs.workload_shares import shared_out
 from .numerics import FiniteGuard
 from .requirements import SettingsError

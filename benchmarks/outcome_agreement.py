@@ -31,9 +31,8 @@ from specgym.envs.knob_moves import KnobMoves
 from specgym.envs.knobs import KNOBS, build_decoder, rounds_of
 from specgym.envs.measuring import decode_prompts, summarise
 from specgym.envs.outcome_replay import OutcomeReplay
-from specgym.envs.outcomes import Outcomes
+from specgym.envs.outcomes import Outcomes, outcomes_name
 from specgym.envs.profiles import profile_of
-from specgym.envs.record import outcomes_name
 from specgym.envs.shipped_outcomes import find_recording
 from specgym.envs.workloads import Workload
 

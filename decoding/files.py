@@ -53,3 +53,8 @@ def digest(parts: Iterable[str]) -> str:
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()
+
+
+def file_name(name: str) -> str:
+    """A name that every file system takes: letters, digits, ``@``, ``.``, ``-``, and ``_`` for everything else."""
+    return "".join(letter if letter.isalnum() or letter in "@.-" else "_" for letter in name)

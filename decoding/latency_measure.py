@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .autoregressive import AutoregressiveDecoder
 from .decoder import GREEDY
+from .files import file_name
 from .hardware import describe_hardware, fingerprint
 from .latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency_grid import measure_points, plan_grid
@@ -148,8 +149,7 @@ def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY, 
         pair = target_alone(pair)
         kind = f"{rounds}-"
     arithmetic = arithmetic_of(sampling)
-    plain_name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in pair.name)[-60:]
-    path = cache_folder() / "latency" / f"{plain_name}-{kind}{arithmetic}-{fingerprint(pair)}.json"
+    path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{kind}{arithmetic}-{fingerprint(pair)}.json"
     if not refresh and path in _known:
         return _known[path]
     if not refresh and path.exists():

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.stopping import DraftTracker
+from .archives import TraceError
 from .throughput import DraftCharges
-from .traces import Trace, TraceError
+from .traces import Trace
 
 Indices = NDArray[np.intp]
 

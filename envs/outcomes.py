@@ -8,10 +8,7 @@ of JSON (nothing in it is ever unpickled). It holds no text.
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding.files import replacing
-from ..decoding.sampling import Sampling
-from .traces import TraceError
+from ..decoding.files import file_name
+from .archives import TraceError, has_form, read_archive, write_archive
+from .provenance import Provenance
 
 FORMAT = "specgym-outcomes-1"
 COUNTS = ("emitted", "drafted", "accepted", "draft_steps", "target_tokens")
@@ -46,40 +43,13 @@ class RecordedKnob:
     integer: bool
 
 
-@dataclass(frozen=True)
-class OutcomeInfo:
+@dataclass(frozen=True, kw_only=True)
+class OutcomeInfo(Provenance):
     """What outcomes were recorded from."""
 
-    workload: str
-    split: str
     decoder: str
     """A name of `specgym.envs.knobs.DECODERS`."""
     knobs: tuple[RecordedKnob, ...]
-    draft_length: int
-    """K, with which the decoder was made; 0 for one that drafts nothing."""
-    target: str
-    target_sha256: str
-    """Over the names and values of all weights."""
-    draft: str
-    """Empty, like the next, for a decoder that drafts nothing."""
-    draft_sha256: str
-    temperature: float
-    top_k: int
-    top_p: float
-    prompts_sha256: str
-    """Of the prompt set (`PromptSet.digest`)."""
-    tokens: int
-    """Decoded of each prompt, at most."""
-    seed: int
-    """Of the design and of all sampling."""
-    specgym: str
-    torch: str
-    transformers: str
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens were chosen."""
-        return Sampling(self.temperature, self.top_k, self.top_p)
 
     def __str__(self) -> str:
         return f"the {self.decoder} outcomes of {self.workload} ({self.split})"
@@ -124,9 +94,7 @@ class Outcomes:
         arrays |= {name: _small(getattr(self, name)) for name in COUNTS}
         if self.divergence.any():
             arrays["divergence"] = self.divergence.astype(np.float32)
-        arrays["metadata"] = np.array(json.dumps({"format": FORMAT, **asdict(self.info)}))
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+        write_archive(path, FORMAT, asdict(self.info), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Outcomes:
@@ -135,35 +103,29 @@ class Outcomes:
         Raises:
             OutcomeError: the file is missing, truncated, damaged, of another kind or version, or contradicts itself.
         """
-        way_out = "record them again: python -m specgym.envs.record --help"
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: archive[name] for name in archive.files}
-        except FileNotFoundError:
-            raise OutcomeError(f"there are no outcomes {path}; {way_out}") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise OutcomeError(f"outcomes {path} are damaged, or none ({error}); {way_out}") from error
-        try:
-            metadata = json.loads(str(content.pop("metadata")))
-            if metadata.pop("format") != FORMAT:
-                raise ValueError("another format")
-            knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
-            info = OutcomeInfo(**metadata, knobs=knobs)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise OutcomeError(f"{path} holds no outcomes of this version ({FORMAT}): {error}; {way_out}") from error
-        try:
-            return _checked(_decoded(cls, info, content))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise OutcomeError(f"outcomes {path} are damaged ({error}); {way_out}") from error
+        return read_archive(
+            path,
+            FORMAT,
+            "file of outcomes",
+            OutcomeError,
+            _info,
+            lambda info, content: _checked(_decoded(cls, info, content)),
+        )
 
 
 def holds_outcomes(path: str | Path) -> bool:
     """Whether a file says that it holds outcomes; False for any other, also one that is missing or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return json.loads(str(archive["metadata"])).get("format") == FORMAT
-    except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
-        return False
+    return has_form(path, FORMAT)
+
+
+def outcomes_name(name: str, decoder: str, split: str) -> str:
+    """The file name of a workload's outcomes with a decoder."""
+    return f"{file_name(name)}.{decoder}.{split}.npz"
+
+
+def _info(metadata: dict[str, Any]) -> OutcomeInfo:
+    knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
+    return OutcomeInfo(**metadata, knobs=knobs)
 
 
 def _small(values: Integers) -> NDArray[Any]:

@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from ..decoding.errors import SpecgymError
+from ..decoding.files import file_name
 from ..decoding.latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from ..decoding.latency_measure import measure, measured
 from ..decoding.presets import resolve
@@ -67,8 +68,7 @@ def profile_name(found: Workload, rounds: str = CHAIN) -> str:
     else:
         subject = resolve(found.pair).target if isinstance(found.pair, str) else found.pair.target.name
         kind = f"{rounds}."
-    plain = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in subject)
-    return f"{plain}.{kind}{arithmetic_of(found.sampling)}.json"
+    return f"{file_name(subject)}.{kind}{arithmetic_of(found.sampling)}.json"
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,24 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .. import __version__
 from ..decoding.autoregressive import AutoregressiveDecoder
-from ..decoding.digests import draft_digest, weights_digest
 from ..decoding.errors import SpecgymError
-from ..decoding.files import digest
-from ..decoding.prompts import PromptSet, Split, load_prompts
+from ..decoding.prompts import Split
 from ..decoding.speculative import SpeculativeDecoder, require_draft
 from ..decoding.threshold import ThresholdDecoder
+from .archives import TraceError
+from .outcomes import outcomes_name
 from .record_command import RecordCommand
 from .record_outcomes import OutcomeSettings, record_outcomes
 from .recording import PER_TOKEN, Recorder, Rows
-from .recording_parts import claim_parts, parts_of, write_part
-from .traces import Trace, TraceError, TraceInfo
+from .recording_parts import claim_parts, parts_of, provenance_of, write_part
+from .traces import Trace, TraceInfo, trace_name
 from .workloads import Workload, workload
 
 _ALL_ROWS = ("tokens", "successor", "drafted", "match", "distance")
@@ -214,28 +212,13 @@ class _Texts:
 
 
 def _info(found: Workload, split: Split, settings: RecordSettings, prompts: Sequence[Sequence[int]]) -> TraceInfo:
-    pair, sampling = found.load(), found.sampling
-    assert pair.draft is not None
-    source = load_prompts(found.prompts) if isinstance(found.prompts, str) else found.prompts
     return TraceInfo(
-        workload=found.name,
-        split=split,
-        target=pair.target.name,
-        target_sha256=weights_digest(pair.target.model),
-        draft=pair.draft.name,
-        draft_sha256=draft_digest(pair.draft),
-        temperature=float(sampling.temperature),
-        top_k=int(sampling.top_k),
-        top_p=float(sampling.top_p),
-        prompts_sha256=source.digest if isinstance(source, PromptSet) else digest(map(str, prompts)),
-        vocabulary_size=pair.target.vocabulary_size,
+        **provenance_of(found, split, prompts, drafted=True),
+        vocabulary_size=found.load().target.vocabulary_size,
         draft_length=settings.draft_length,
         tokens=settings.tokens,
         detour_tokens=settings.detour_tokens if settings.detour_prompts else 0,
         seed=settings.seed,
-        specgym=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
     )
 
 
@@ -268,17 +251,6 @@ def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[R
         detour_rows=np.concatenate(rows)[:, :width] if width else np.empty((0, 0), np.int64),
         **columns,
     )
-
-
-def trace_name(name: str, split: str) -> str:
-    """The file name of a workload's trace: letters, digits, ``@``, ``.``, ``-``, and ``_`` for everything else."""
-    plain = "".join(letter if letter.isalnum() or letter in "@.-" else "_" for letter in name)
-    return f"{plain}.{split}.npz"
-
-
-def outcomes_name(name: str, decoder: str, split: str) -> str:
-    """The file name of a workload's outcomes with a decoder, as `trace_name` has it."""
-    return trace_name(name, f"{decoder}.{split}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from ..decoding.prompts import Split
+from .archives import TraceError
 from .knobs import drafts_tokens
-from .traces import TraceError
 
 _OF_TRACES = ("draft_length", "prompts", "tokens", "detour_prompts", "detour_tokens", "seed")
 _OF_OUTCOMES = ("settings", "refine", "draft_length", "prompts", "tokens", "seed")

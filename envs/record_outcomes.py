@@ -10,23 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .. import __version__
 from ..decoding.decoder import Decoder, Round
-from ..decoding.digests import draft_digest, weights_digest
-from ..decoding.files import digest, write_json
+from ..decoding.files import write_json
 from ..decoding.latency import LatencyProfile
-from ..decoding.prompts import PromptSet, Split, load_prompts
+from ..decoding.prompts import Split
 from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges, rounds_of
 from .outcome_design import design
 from .outcome_refinement import fastest
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
 from .profiles import profile_of
-from .recording_parts import claim_parts, parts_of, write_part
+from .recording_parts import claim_parts, parts_of, provenance_of, write_part
 from .workloads import Workload, workload
 
 Integers = NDArray[np.int64]
@@ -182,26 +178,12 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
 
 
 def _info(found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]]) -> OutcomeInfo:
-    pair, sampling = found.load(), found.sampling
-    draft = pair.draft if drafts_tokens(settings.decoder) else None
-    source = load_prompts(found.prompts) if isinstance(found.prompts, str) else found.prompts
+    drafted = drafts_tokens(settings.decoder)
     return OutcomeInfo(
-        workload=found.name,
-        split=split,
+        **provenance_of(found, split, prompts, drafted),
         decoder=settings.decoder,
         knobs=settings.knobs,
-        draft_length=0 if draft is None else settings.draft_length,
-        target=pair.target.name,
-        target_sha256=weights_digest(pair.target.model),
-        draft="" if draft is None else draft.name,
-        draft_sha256="" if draft is None else draft_digest(draft),
-        temperature=float(sampling.temperature),
-        top_k=int(sampling.top_k),
-        top_p=float(sampling.top_p),
-        prompts_sha256=source.digest if isinstance(source, PromptSet) else digest(map(str, prompts)),
+        draft_length=settings.draft_length if drafted else 0,
         tokens=settings.tokens,
         seed=settings.seed,
-        specgym=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
     )

@@ -1,16 +1,22 @@
-"""The folder in which a recording keeps what is finished, until all of it is."""
+"""What recordings of every kind need: where they come from, and a folder for what is finished until all of it is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
-from ..decoding.files import replacing, write_json
-from .traces import TraceError
+from .. import __version__
+from ..decoding.digests import draft_digest, weights_digest
+from ..decoding.files import digest, replacing, write_json
+from ..decoding.prompts import PromptSet, Split, load_prompts
+from .archives import TraceError
+from .workloads import Workload
 
 
 def parts_of(path: Path) -> Path:
@@ -47,3 +53,32 @@ def write_part(part: Path, arrays: Mapping[str, Any]) -> None:
     """Write the arrays of one part, whole or not at all."""
     with replacing(part) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def provenance_of(found: Workload, split: Split, prompts: Sequence[Sequence[int]], drafted: bool) -> dict[str, Any]:
+    """The fields of `Provenance` that do not depend on how much is recorded.
+
+    Args:
+        found: the workload; it is loaded.
+        split: whose prompts are recorded.
+        prompts: their tokens.
+        drafted: whether the pair's draft takes part.
+    """
+    pair, sampling = found.load(), found.sampling
+    draft = pair.draft if drafted else None
+    source = load_prompts(found.prompts) if isinstance(found.prompts, str) else found.prompts
+    return {
+        "workload": found.name,
+        "split": split,
+        "target": pair.target.name,
+        "target_sha256": weights_digest(pair.target.model),
+        "draft": "" if draft is None else draft.name,
+        "draft_sha256": "" if draft is None else draft_digest(draft),
+        "temperature": float(sampling.temperature),
+        "top_k": int(sampling.top_k),
+        "top_p": float(sampling.top_p),
+        "prompts_sha256": source.digest if isinstance(source, PromptSet) else digest(map(str, prompts)),
+        "specgym": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

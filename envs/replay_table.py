@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .traces import Trace, TraceError
+from .archives import TraceError
+from .traces import Trace
 
 COPIES = 16
 """How often the dice are thrown for every row of a sampled trace, when the table is made."""

@@ -10,7 +10,7 @@ from ..decoding.decoder import Decoder
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
 from .knobs import KNOBS, default_workload
-from .outcomes import OutcomeError, Outcomes, holds_outcomes
+from .outcomes import OutcomeError, Outcomes, holds_outcomes, outcomes_name
 from .shipped_traces import find_trace, recorded_workload
 from .traces import Trace
 from .workloads import Workload, workload
@@ -76,8 +76,6 @@ def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
     Raises:
         OutcomeError: none are shipped for that workload; the message says which there are and how to record some.
     """
-    from .record import outcomes_name  # it imports all that recording needs
-
     path = OUTCOMES / outcomes_name(name, decoder, split)
     if not path.is_file():
         there = ", ".join(sorted(file.name.removesuffix(".npz") for file in OUTCOMES.glob("*.npz"))) or "none"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..decoding.prompts import Split
+from .archives import TraceError
 from .outcomes import OutcomeInfo
-from .traces import Trace, TraceError, TraceInfo
+from .traces import Trace, TraceInfo, trace_name
 from .workloads import Workload, workload
 
 TRACES = Path(__file__).parent / "data" / "traces"
@@ -46,8 +47,6 @@ def trace_in(folder: Path | None, name: str, split: Split) -> Trace:
         TraceError: there is none, or it is damaged.
         WorkloadError: the workload's name is not known.
     """
-    from .record import trace_name
-
     given = None if folder is None else folder / trace_name(workload(name).name, split)
     return find_trace(given, name, split)[0]
 
@@ -58,8 +57,6 @@ def shipped_trace(name: str, split: str) -> Trace:
     Raises:
         TraceError: none is shipped for that workload; the message says which there are and how to record one.
     """
-    from .record import trace_name  # it imports all that recording needs
-
     path = TRACES / trace_name(name, split)
     if not path.is_file():
         there = ", ".join(sorted(file.name.removesuffix(".npz") for file in TRACES.glob("*.npz"))) or "none"

@@ -14,6 +14,7 @@ from ..decoding.latency import LatencyProfile
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
 from ..decoding.speculative import require_positive
+from .archives import TraceError
 from .knobs import KNOBS, build_decoder, default_workload, rounds_of
 from .measuring import decode_prompts, metrics, summarise
 from .outcome_replay import OutcomeReplay
@@ -25,7 +26,7 @@ from .replay_table import ReplayTable
 from .replaying import KnobReplay, TraceReplay
 from .shipped_outcomes import TRACED, Recording, find_recording, outcome_command
 from .shipped_traces import record_command
-from .traces import Trace, TraceError
+from .traces import Trace
 from .workloads import Workload
 from .workloads import workload as named_workload
 

@@ -6,9 +6,6 @@ A trace is one ``.npz`` file, of plain arrays and one string of JSON (nothing in
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoding.errors import SpecgymError
-from ..decoding.files import replacing
-from ..decoding.sampling import Sampling
+from ..decoding.files import file_name
+from .archives import TraceError, read_archive, write_archive
+from .provenance import Provenance
 
 FORMAT = "specgym-trace-1"
 NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
@@ -30,42 +27,13 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
 
-class TraceError(SpecgymError, ValueError):
-    """A trace that cannot be read, or does not hold what is asked of it; the message names it and the way out."""
-
-
-@dataclass(frozen=True)
-class TraceInfo:
+@dataclass(frozen=True, kw_only=True)
+class TraceInfo(Provenance):
     """What a trace was recorded from."""
 
-    workload: str
-    split: str
-    target: str
-    target_sha256: str
-    """Over the names and values of all weights."""
-    draft: str
-    draft_sha256: str
-    temperature: float
-    top_k: int
-    top_p: float
-    prompts_sha256: str
-    """Of the prompt set (`PromptSet.digest`)."""
     vocabulary_size: int
-    draft_length: int
-    """K, the most tokens drafted at a position."""
-    tokens: int
-    """Recorded of each of the target's texts, at most."""
     detour_tokens: int
-    """The same for detours; 0 where none was recorded."""
-    seed: int
-    specgym: str
-    torch: str
-    transformers: str
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens were chosen."""
-        return Sampling(self.temperature, self.top_k, self.top_p)
+    """Recorded of each detour, at most; 0 where none was recorded."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +119,7 @@ class Trace:
         }
         if np.array_equal(arrays["q"], arrays["confidence"]):
             del arrays["q"]  # the draft always takes its likeliest token
-        arrays["metadata"] = np.array(json.dumps({"format": FORMAT, **asdict(self.info)}))
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+        write_archive(path, FORMAT, asdict(self.info), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -162,25 +128,19 @@ class Trace:
         Raises:
             TraceError: the file is missing, truncated, damaged, of another kind or version, or contradicts itself.
         """
-        way_out = "record it again: python -m specgym.envs.record --help"
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {name: archive[name] for name in archive.files}
-        except FileNotFoundError:
-            raise TraceError(f"there is no trace {path}; {way_out}") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise TraceError(f"trace {path} is damaged, or no trace ({error}); {way_out}") from error
-        try:
-            metadata = json.loads(str(content.pop("metadata")))
-            if metadata.pop("format") != FORMAT:
-                raise ValueError("another format")
-            info = TraceInfo(**metadata)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TraceError(f"{path} is not a trace of this version ({FORMAT}): {error}; {way_out}") from error
-        try:
-            return _checked(_decoded(cls, info, content))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise TraceError(f"trace {path} is damaged ({error}); {way_out}") from error
+        return read_archive(
+            path,
+            FORMAT,
+            "trace",
+            TraceError,
+            lambda metadata: TraceInfo(**metadata),
+            lambda info, content: _checked(_decoded(cls, info, content)),
+        )
+
+
+def trace_name(name: str, split: str) -> str:
+    """The file name of a workload's trace."""
+    return f"{file_name(name)}.{split}.npz"
 
 
 def _rounded(values: Floats) -> NDArray[np.float16]:

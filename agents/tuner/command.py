@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...callbacks import intact_checkpoints
-from ...decoding.files import write_json
+from ...decoding.files import file_name, write_json
 from ..beginning import begin, this_command
 from ..evaluation import FORMAT as TABLE_FORMAT
 from ..evaluation import Row, machine, row_to_json
@@ -155,7 +155,7 @@ def recommend_for_pair(
     quieten()
     run, settings = _finished(folder)
     found = workload_of(pair, prompts, temperature)
-    place = run.path / "recommendations" / "".join(c if c.isalnum() or c in "@.-" else "_" for c in found.name)
+    place = run.path / "recommendations" / file_name(found.name)
     with torch_threads(settings.threads), console.status(f"Tuning {found}") as status:
         recommendation = recommend(
             settings,

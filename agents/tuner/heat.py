@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...envs.traces import TraceError
+from ...envs.archives import TraceError
 from ..export import ExportedPolicy
 from ..recommend import followed
 from ..report.data import HeatMap

@@ -12,11 +12,12 @@ from rich import box
 from rich.table import Table
 
 from ...decoding.files import write_json
+from ...envs.archives import TraceError
 from ...envs.context import ObserveContext
 from ...envs.profiles import profile_of
 from ...envs.shipped_traces import trace_in
 from ...envs.sources import prepared
-from ...envs.traces import Trace, TraceError
+from ...envs.traces import Trace
 from ...envs.tuning import TuningEnv
 from ...envs.workloads import Workload, workload
 from ..evaluation import Row, evaluate

@@ -17,7 +17,7 @@ from specgym.agents.evaluation import CHARGED, Row
 from specgym.agents.export import ExportedPolicy
 from specgym.agents.tables import rendered, verdict
 from specgym.agents.tunable import LookaheadSettings, load_settings
-from specgym.envs.record import outcomes_name
+from specgym.envs.outcomes import outcomes_name
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.workloads import workload
 

@@ -11,7 +11,8 @@ import pytest
 
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.stopping.settings import StoppingSettings
-from specgym.envs.record import RecordSettings, record, trace_name
+from specgym.envs.record import RecordSettings, record
+from specgym.envs.traces import trace_name
 
 DRAFT_LENGTH = ["--env", "specgym/DraftLength-v0"]
 Train = Callable[..., int]

@@ -184,7 +184,7 @@ def test_shipped_outcomes_are_found_by_workload_decoder_and_split(
         ({"decoder": "beam"}, "replays the decoders threshold, speculative, lookahead by name, not 'beam'"),
         ({"split": "test"}, "has the train prompts of toy/ids, not the test prompts"),
         ({"workload": "tiny-3m/code"}, "recorded from toy/ids, and the workload asked for is tiny-3m/code"),
-        ({"trace": "nowhere.npz"}, "there are no outcomes .*nowhere.npz"),
+        ({"trace": "nowhere.npz"}, "there is no file of outcomes .*nowhere.npz"),
     ],
 )
 def test_what_was_not_recorded_is_refused(
@@ -212,7 +212,7 @@ def test_a_trace_is_refused_and_the_way_to_record_outcomes_is_named(
     with pytest.raises(ValueError, match=r"a trace replays the decoders threshold, speculative .*--decoder lookahead"):
         make(trace=toy_trace)
     toy_trace.save(tmp_path / "trace.npz")
-    with pytest.raises(ValueError, match=r"trace\.npz holds no outcomes of this version"):
+    with pytest.raises(ValueError, match=r"trace\.npz is no file of outcomes of this version"):
         make(trace=tmp_path / "trace.npz")
 
 

@@ -16,12 +16,12 @@ from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
 from specgym.envs import record_outcomes as module
+from specgym.envs.archives import TraceError
 from specgym.envs.outcome_design import design
 from specgym.envs.outcome_refinement import fastest
 from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcomes import COUNTS, FORMAT, OutcomeError, Outcomes, RecordedKnob
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
-from specgym.envs.traces import TraceError
 
 FEW = OutcomeSettings("lookahead", settings=4, prompts=2, tokens=12)
 
@@ -226,15 +226,15 @@ def test_a_truncated_file_is_refused_by_name(path: Path, tmp_path: Path, kept: f
     whole = path.read_bytes()
     cut = tmp_path / "cut.npz"
     cut.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
-    with pytest.raises(OutcomeError, match=r"cut\.npz are damaged, or none .* record them again"):
+    with pytest.raises(OutcomeError, match=r"cut\.npz is damaged, or none .* record it again"):
         Outcomes.load(cut)
 
 
 def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "foreign.npz", weights=np.ones(3))
-    with pytest.raises(OutcomeError, match=rf"foreign\.npz holds no outcomes of this version \({FORMAT}\)"):
+    with pytest.raises(OutcomeError, match=rf"foreign\.npz is no file of outcomes of this version \({FORMAT}\)"):
         Outcomes.load(tmp_path / "foreign.npz")
-    with pytest.raises(OutcomeError, match=r"there are no outcomes .*missing\.npz"):
+    with pytest.raises(OutcomeError, match=r"there is no file of outcomes .*missing\.npz"):
         Outcomes.load(tmp_path / "missing.npz")
 
 
@@ -259,7 +259,7 @@ def test_arrays_that_contradict_each_other_are_refused(
 ) -> None:
     outcomes = Outcomes.load(path)
     replace(outcomes, **{name: spoil(getattr(outcomes, name))}).save(tmp_path / "spoilt.npz")
-    with pytest.raises(OutcomeError, match=rf"spoilt\.npz are damaged \(.*{message}"):
+    with pytest.raises(OutcomeError, match=rf"spoilt\.npz is damaged \(.*{message}"):
         Outcomes.load(tmp_path / "spoilt.npz")
 
 

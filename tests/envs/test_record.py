@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from specgym.decoding import AutoregressiveDecoder, NumericalError, Pair, Sampling, ThresholdDecoder
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
-from specgym.envs.record import RecordSettings, record, trace_name
-from specgym.envs.traces import FORMAT, Trace, TraceError
+from specgym.envs.archives import TraceError
+from specgym.envs.record import RecordSettings, record
+from specgym.envs.traces import FORMAT, Trace, trace_name
 
 SETTINGS = RecordSettings(draft_length=4, prompts=3, tokens=20, detour_prompts=2, detour_tokens=10)
 MakeModel = Callable[..., PreTrainedModel]
@@ -185,7 +186,7 @@ def test_a_truncated_file_is_refused_by_name(trace_path: Path, tmp_path: Path, k
     whole = trace_path.read_bytes()
     cut = tmp_path / "cut.npz"
     cut.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
-    with pytest.raises(TraceError, match=r"cut\.npz is damaged, or no trace .* record it again"):
+    with pytest.raises(TraceError, match=r"cut\.npz is damaged, or none .* record it again"):
         Trace.load(cut)
 
 
@@ -199,7 +200,7 @@ def test_a_flipped_bit_is_noticed(trace_path: Path, tmp_path: Path) -> None:
 
 def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "foreign.npz", weights=np.ones(3))
-    with pytest.raises(TraceError, match=rf"foreign\.npz is not a trace of this version \({FORMAT}\)"):
+    with pytest.raises(TraceError, match=rf"foreign\.npz is no trace of this version \({FORMAT}\)"):
         Trace.load(tmp_path / "foreign.npz")
     np.savez(tmp_path / "pickled.npz", metadata=np.array([{"format": FORMAT}], dtype=object))
     with pytest.raises(TraceError, match=r"pickled\.npz"):

@@ -23,10 +23,11 @@ from specgym.decoding import (
     ThresholdDecoder,
 )
 from specgym.envs import TokenPrompts, Workload
+from specgym.envs.archives import TraceError
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.replay import LOSSLESS, Replay
 from specgym.envs.replay_table import ACCEPTED, COPIES, ReplayTable
-from specgym.envs.traces import Trace, TraceError
+from specgym.envs.traces import Trace
 
 K, TOKENS, DETOUR_TOKENS = 5, 24, 16
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 7, 8, 9, 7]]

@@ -19,7 +19,8 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from specgym.decoding import Pair, Sampling, SpeculativeDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TuningEnv, Workload, shipped_traces
-from specgym.envs.traces import Trace, TraceError
+from specgym.envs.archives import TraceError
+from specgym.envs.traces import Trace
 
 MakeEnv = Callable[..., gymnasium.Env]
 STILL = np.zeros(2, np.float32)
