@@ -33,7 +33,7 @@ from ..decoding.latency import LatencyProfile
 from .outcome_totals import QUANTITIES, Totals, totals
 from .outcomes import OutcomeError, Outcomes
 from .shipped_outcomes import outcome_command
-from .surfaces import Surface, matern
+from .surfaces import fitted, matern
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -93,7 +93,7 @@ class OutcomeReplay:
         self.recorded = [totals(one, profile, tokens) for one, profile in zip(outcomes, profiles, strict=True)]
         self._settings = [one.settings for one in outcomes]
         self._surfaces = [
-            {name: Surface(self._knobs, one.settings, found.per(unit, name)) for name, unit in _UNITS.items()}
+            {name: fitted(self._knobs, one.settings, found.per(unit, name)) for name, unit in _UNITS.items()}
             for one, found in zip(outcomes, self.recorded, strict=True)
         ]
         self.leave_one_out = [

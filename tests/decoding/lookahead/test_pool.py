@@ -172,7 +172,7 @@ def test_any_use_keeps_to_the_bounds_and_to_the_rules(
 
 
 @pytest.mark.parametrize("retention", RETENTIONS)
-def test_a_text_of_20_000_tokens_stays_within_the_bound_and_costs_no_more_at_its_end(
+def test_a_long_text_stays_within_the_bound_and_costs_no_more_at_its_end(
     make_table: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch, retention: Any
 ) -> None:
     length = 20_000 if retention == "recency" else 3_000
