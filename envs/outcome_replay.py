@@ -4,20 +4,23 @@ A trace (`specgym.envs.replay`) knows what a draft proposes at every position, w
 what came of the settings that were recorded, so what lies between them is made up of two parts:
 
 * the *mean* over the prompts of each quantity, rounds, accepted tokens and divergence per emitted token, drafted tokens
-  and seconds per round: a smooth surface over the knobs through the recorded means (`specgym.envs.surfaces`);
+  and seconds per round: the recorded mean at a setting that was recorded, and elsewhere a smooth surface over the knobs
+  near all recorded means (`specgym.envs.surfaces`). What a round costs has steps that a surface rounds off: at the best
+  settings the recorded means tell better than the surface what they bring with other prompts;
 * the *residual*: how a prompt differs from that mean. It is taken from one of the recorded settings nearest to the one
   asked for, drawn at random, the nearer the likelier; a setting that was recorded itself takes its own. All quantities
   take the same one, so that they stay correlated, and a hard prompt stays hard. Where fewer rounds are saved than at
   that setting, the prompt's saving shrinks in proportion, where more are saved its rounds do, so that there are never
   more rounds than tokens, and over all prompts the mean is the surface.
 
-So: the tokens of a text are exact, as many as were decoded at the setting that was drawn. Everything else is exact only
-on average, and only as far as the surface is right, which `OutcomeReplay.leave_one_out` estimates for the speedup. The
-number of rounds, and of tokens drafted and accepted, need not be whole. Decoding one prompt twice with the same knobs
-gives results that differ, as much as those of neighbouring settings do. What comes out is possible: a round emits what
-it accepted and, where the recorded text did so, one token of the target's own.
+So: a recorded setting is replayed as it was recorded. At any other the tokens of a text are exact, as many as were
+decoded at the setting that was drawn, and everything else is exact only on average, and only as far as the surface is
+right, which `OutcomeReplay.leave_one_out` estimates for the speedup. There the number of rounds, and of tokens drafted
+and accepted, need not be whole, and decoding one prompt twice with the same knobs gives results that differ, as much as
+those of neighbouring settings do. What comes out is possible: a round emits what it accepted and, where the recorded
+text did so, one token of the target's own.
 
-Where all knobs are whole numbers there are few settings, and the surfaces are tabulated once.
+Where all knobs are whole numbers there are few settings, and what is known of each is tabulated once.
 """
 
 from __future__ import annotations
@@ -158,7 +161,7 @@ class OutcomeReplay:
         }
 
     def means(self, workload: int, settings: Floats) -> dict[str, Floats]:
-        """What settings cost and do, over all prompts and per emitted token, interpolated.
+        """What settings cost and do, over all prompts and per emitted token: recorded, or interpolated.
 
         Args:
             workload: its place.
@@ -168,7 +171,13 @@ class OutcomeReplay:
             `rounds`, `drafted`, `accepted`, `divergence` and `seconds`, each of shape (settings,).
         """
         found = {name: surface(settings) for name, surface in self._surfaces[workload].items()}
-        return {name: each * found["rounds"] if _UNITS[name] == "rounds" else each for name, each in found.items()}
+        place, known = np.nonzero((settings[:, None] == self._settings[workload]).all(-1))
+        for name, unit in _UNITS.items():
+            if unit == "rounds":
+                found[name] = found[name] * found["rounds"]
+        for name, means in found.items():
+            means[place] = self.recorded[workload].per_token(name)[known]
+        return found
 
     def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
         """As `KnobReplay.check_ranges`."""

@@ -88,19 +88,19 @@ def test_spaces_are_those_of_the_live_environment(make: MakeEnv, work: Workload,
     assert infos[0]["reward/range"] == infos[0]["reward/divergence"] == 0
 
 
-def test_recorded_settings_cost_on_average_what_they_cost_live(
+def test_recorded_settings_cost_what_they_cost_live(
     make: MakeEnv, outcomes: Outcomes, work: Workload, cheap: LatencyProfile
 ) -> None:
     decoder = LookaheadDecoder(work.load())
-    replayed, live = [], []
-    env = make(prompts_per_step=400)
-    for setting in outcomes.settings[:4]:
+    env = make(prompts_per_step=4)  # each once
+    for number, setting in enumerate(outcomes.settings):
         knobs = dict(zip(("window", "ngram", "guesses"), setting.tolist(), strict=True))
         env.reset(seed=0, options={"knobs": knobs})
-        replayed.append(env.step(STILL)[4]["speedup"])
-        texts = [decoder.generate(prompt, max_new_tokens=16, seed=0, knobs=knobs) for prompt in work.prompt_ids()]
-        live.append(0.010 * 64 / sum(cheap.charge(text.rounds) for text in texts))
-    assert replayed == pytest.approx(live, rel=0.08)
+        seconds = 0.0
+        for place, prompt in enumerate(work.prompt_ids()):
+            seed = int(np.random.SeedSequence((0, number, place)).generate_state(1)[0])  # as it was recorded
+            seconds += cheap.charge(decoder.generate(prompt, max_new_tokens=16, seed=seed, knobs=knobs).rounds)
+        assert env.step(STILL)[4]["speedup"] == pytest.approx(0.010 * 64 / seconds), knobs
 
 
 def test_one_environment_and_many_agree_in_distribution(

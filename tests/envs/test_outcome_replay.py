@@ -87,23 +87,21 @@ def test_texts_cut_shorter_cost_what_decoding_fewer_tokens_costs(
                 assert getattr(found, name)[number, place] == pytest.approx(live[name]), name
 
 
-def test_at_a_recorded_setting_the_mean_over_prompts_is_the_surface_near_the_recorded_one(
-    exact: Outcomes, profile: LatencyProfile
-) -> None:
+def test_a_recorded_setting_is_replayed_text_by_text(exact: Outcomes, profile: LatencyProfile) -> None:
     replay = OutcomeReplay([exact], [profile], tokens=20)
-    random, prompts = np.random.default_rng(0), np.arange(4)
+    random, prompts = np.random.default_rng(0), np.tile(np.arange(4), 10)
     for number, (length,) in enumerate(exact.settings):
         values = {"draft_length": np.full(len(prompts), length)}
         found = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
-        assert set(found["tokens"]) == {20.0}  # the text's own, whatever was drawn
+        assert set(found["tokens"]) == {20.0}
         means = replay.means(0, exact.settings[[number]])
         for name in QUANTITIES:
-            per_token = found[name].sum() / found["tokens"].sum()
-            assert per_token == pytest.approx(means[name][0], abs=1e-3), name
-            assert per_token == pytest.approx(replay.recorded[0].per_token(name)[number], rel=0.03), name
+            recorded = getattr(replay.recorded[0], name)[number]
+            assert found[name] == pytest.approx(recorded[prompts]), name
+            assert means[name][0] == pytest.approx(recorded.sum() / 80), name
 
 
-def test_a_recorded_setting_is_replayed_as_it_was_recorded(profile: LatencyProfile) -> None:
+def test_a_recorded_setting_is_replayed_as_it_was_recorded_however_rough(profile: LatencyProfile) -> None:
     """As tiny-3m/code with (1, 2, 0), where live decoding always emits one token a round."""
     settings = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 2.0], [4.0, 3.0, 2.0], [16.0, 6.0, 16.0]])
     texts: list[Text] = []
@@ -115,11 +113,7 @@ def test_a_recorded_setting_is_replayed_as_it_was_recorded(profile: LatencyProfi
     for number, setting in enumerate(settings):
         values = {knob.name: np.full(200, value) for knob, value in zip(LOOKAHEAD, setting, strict=True)}
         found = replay.decode_many(prompts, workloads, values, np.random.default_rng(0))
-        # The surface is smooth, and need not go through every setting; all that was recorded moves with it.
-        both = found["rounds"].reshape(-1, 2)
-        assert (both == both[0]).all(), setting
-        assert both[0].mean() == pytest.approx(32 * replay.means(0, setting[None])["rounds"][0]), setting
-        assert both[0] == pytest.approx(replay.recorded[0].rounds[number], rel=0.06), setting
+        assert found["rounds"] == pytest.approx(replay.recorded[0].rounds[number][prompts]), setting
 
 
 def test_whatever_is_replayed_could_have_been_decoded() -> None:
