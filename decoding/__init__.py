@@ -12,6 +12,7 @@ from .errors import (
     VocabularyMismatchError,
 )
 from .lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
+from .medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, load_heads
 from .models import LanguageModel, Logits
 from .ngram import NGramDrafter
 from .pairs import Pair, load_pair
@@ -40,6 +41,8 @@ __all__ = [
     "LanguageModel",
     "Logits",
     "LookaheadDecoder",
+    "MedusaDecoder",
+    "MedusaHeads",
     "ModelDrafter",
     "ModelStep",
     "NGramDrafter",
@@ -60,8 +63,10 @@ __all__ = [
     "StopRule",
     "ThresholdDecoder",
     "TokenTree",
+    "TypicalMedusaDecoder",
     "UnsupportedModelError",
     "VocabularyMismatchError",
+    "load_heads",
     "load_pair",
     "load_prompts",
 ]

@@ -1,4 +1,4 @@
-"""Digests of models and drafts, by which a recording names what it was made with."""
+"""Digests of models, drafts and heads, by which a recording names what it was made with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .drafters import Drafter, ModelDrafter
+from .medusa import MedusaHeads
 from .ngram import NGramDrafter
 from .prompt_lookup import PromptLookupDrafter
 
@@ -20,6 +21,12 @@ def weights_digest(model: nn.Module) -> str:
         values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
         state.update(values.contiguous().numpy().tobytes())
     return state.hexdigest()
+
+
+def heads_digest(heads: MedusaHeads) -> str:
+    """SHA-256 over all that a target's Medusa heads are: weights, tokens, and accuracies, by which trees are made."""
+    known = f"{heads.shape} {heads.accuracies} {weights_digest(heads)}"
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def draft_digest(draft: Drafter) -> str:

@@ -143,10 +143,19 @@ class LanguageModel:
         self._last_start = start
         return Logits(output.logits[0].float(), output.hidden_states[-1][0] if hidden else None)
 
-    def read(self, tokens: Sequence[int]) -> None:
-        """Append a text to the cache, in parts, so that no mask is as long as it is wide. Errors as `forward`."""
+    def read(self, tokens: Sequence[int], *, hidden: bool = False) -> Tensor | None:
+        """Append a text to the cache, in parts, so that no mask is as long as it is wide. Errors as `forward`.
+
+        Args:
+            tokens: of the text, ids.
+            hidden: return the hidden state of its last token, shape (hidden size,).
+        """
+        state: Tensor | None = None
         for start in range(0, len(tokens), _PART):
-            self.forward(torch.tensor(tokens[start : start + _PART], device=self.device), last=1)
+            part = torch.tensor(tokens[start : start + _PART], device=self.device)
+            states = self.forward(part, last=1, hidden=hidden).hidden
+            state = None if states is None else states[-1]
+        return state
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:

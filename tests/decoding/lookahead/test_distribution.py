@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from branching_dice import Dice
-from known_distributions import SAMPLINGS, Branches, Joint, distance, exact_joint, p_value_of
-from specgym.decoding.decoder import Round
+from first_tokens import AHEAD, LENGTH, FirstTokens, Knobs, sampled_p_value
+from known_distributions import SAMPLINGS, Branches, Joint, distance, exact_joint
 from specgym.decoding.lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
 from specgym.decoding.lookahead import decoder as module
 from specgym.decoding.lookahead.verification import Accepted, follow
@@ -39,7 +39,6 @@ POOLS = {
     "all": PoolSettings("prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1),
 }
 MakeTable = Callable[..., LanguageModel]
-Knobs = Callable[[int], Mapping[str, float]]
 
 
 def of_shape(window: int, ngram: int, guesses: int) -> Knobs:
@@ -60,34 +59,29 @@ class Walker:
 
     Attributes:
         accepted: tokens of guesses, expected a text.
-        tried: likewise.
+        rejected: likewise.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self.accepted = self.tried = 0.0
+        self.accepted = self.rejected = 0.0
 
-    def __call__(self, decoder: LookaheadDecoder, sampling: Sampling, knobs: Knobs, ahead: int = 3) -> Joint:
-        walk = Branches()
+    def __call__(self, decoder: LookaheadDecoder, sampling: Sampling, knobs: Knobs) -> Joint:
+        walk, found = Branches(), FirstTokens()
 
         def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
             return torch.tensor(walk.choose((p.double() / p.double().sum()).tolist()))
 
-        joint: Joint = {}
         with self._monkeypatch.context() as patch:
             patch.setattr(module, "draw", draw)
             for _ in walk:
-                session = decoder.start(PROMPT, max_new_tokens=3 + ahead, sampling=sampling, seed=0)
+                session = decoder.start(PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=0)
                 session._dice = Dice(walk)
-                rounds: list[Round] = []
-                while len(session.tokens) < 3:
-                    rounds.append(session.step(knobs(len(rounds))))
-                text = tuple(session.tokens[:3])
-                joint[text] = joint.get(text, 0.0) + walk.weight
-                self.accepted += walk.weight * sum(cycle.accepted for cycle in rounds)
-                self.tried += walk.weight * sum(cycle.drafted for cycle in rounds)
-        assert sum(joint.values()) == pytest.approx(1)
-        return joint
+                found.add(session, knobs, walk)
+        assert sum(found.weights.values()) == pytest.approx(1)
+        self.accepted += found.accepted
+        self.rejected += found.rejected
+        return found.weights
 
 
 @pytest.fixture
@@ -105,7 +99,7 @@ def test_sampling_is_exact_with_windows_of_every_shape(
     for knobs in (of_shape(1, 2, 0), of_shape(4, 2, 0), of_shape(1, 3, 3), of_shape(3, 4, 2), changing):
         assert distance(walker(decoder, sampling, knobs), expected) < 1e-5
     assert walker.accepted > 1
-    assert walker.tried - walker.accepted > 1
+    assert walker.rejected > 1
 
 
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS.keys())
@@ -148,27 +142,7 @@ def test_a_wrong_verification_is_found_out_both_ways(
     joint = walker(decoder, Sampling(), of_shape(3, 3, 4))
     assert distance(joint, exact_joint(target, Sampling(), PROMPT, 3)) > 0.01
     decoder = LookaheadDecoder(Pair(make_table(6, seed=1, spread=1.2)))
-    assert sampled_p_value(decoder, Sampling(), 2_000, of_shape(3, 3, 4))[0] < SIGNIFICANCE / 1000
-
-
-def sampled_p_value(
-    decoder: LookaheadDecoder, sampling: Sampling, generations: int, knobs: Knobs
-) -> tuple[float, int, int]:
-    """The chi-square test (0 where an impossible text came up), and how many guessed tokens were kept and not."""
-    counts: dict[tuple[int, ...], int] = {}
-    accepted = rejected = 0
-    for seed in range(generations):
-        # More than is looked at, so that guesses reach beyond it.
-        session = decoder.start(PROMPT, max_new_tokens=6, sampling=sampling, seed=seed)
-        rounds: list[Round] = []
-        while len(session.tokens) < 3:
-            rounds.append(session.step(knobs(len(rounds))))
-        accepted += sum(cycle.accepted for cycle in rounds)
-        rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
-        text = tuple(session.tokens[:3])
-        counts[text] = counts.get(text, 0) + 1
-    p_value = p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, 3))
-    return p_value, accepted, rejected
+    assert sampled_p_value(decoder, Sampling(), PROMPT, 2_000, of_shape(3, 3, 4))[0] < SIGNIFICANCE / 1000
 
 
 CASES: dict[str, tuple[str, str, Knobs]] = {
@@ -184,6 +158,6 @@ CASES: dict[str, tuple[str, str, Knobs]] = {
 def test_sampled_texts_follow_the_target(make_table: MakeTable, name: str, pool: str, knobs: Knobs) -> None:
     target = make_table(6, seed=4, spread=1.2)
     decoder = LookaheadDecoder(Pair(target), pool=POOLS[pool])
-    p_value, accepted, rejected = sampled_p_value(decoder, SAMPLINGS[name], 4_000, knobs)
+    p_value, texts = sampled_p_value(decoder, SAMPLINGS[name], PROMPT, 4_000, knobs)
     assert p_value > SIGNIFICANCE
-    assert min(accepted, rejected) > 400
+    assert min(texts.accepted, texts.rejected) > 400

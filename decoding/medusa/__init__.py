@@ -1,0 +1,23 @@
+"""Medusa decoding: heads on the target, trees of their candidates, and what of these is accepted."""
+
+from .decoder import MedusaDecoder, MedusaRound, TypicalMedusaDecoder, medusa_knobs
+from .files import load_heads, save_heads, usual_heads
+from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
+from .trees import CandidateTree, cartesian, expected_length, sparse
+
+__all__ = [
+    "CandidateTree",
+    "HeadsShape",
+    "MedusaDecoder",
+    "MedusaHeads",
+    "MedusaHeadsError",
+    "MedusaRound",
+    "TypicalMedusaDecoder",
+    "cartesian",
+    "expected_length",
+    "load_heads",
+    "medusa_knobs",
+    "save_heads",
+    "sparse",
+    "usual_heads",
+]
