@@ -1,4 +1,4 @@
-"""``python -m specgym.decoding.fit <command>``: corpus, tokenizer, target, draft, ngram, prompts."""
+"""``python -m specgym.decoding.fit <command>``: make text, tokenisers, targets, drafts, heads and prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import tyro
 from ..errors import SpecgymError
 from .corpus import CorpusSettings, make_corpus
 from .draft import DraftSettings, make_draft
+from .joint import JointSettings, make_joint
+from .medusa import MedusaSettings, make_medusa
 from .ngram import NGramSettings, make_ngram
 from .prompts import PromptSettings, make_prompts
 from .target import TargetSettings, make_target
@@ -20,6 +22,8 @@ Command = (
     | Annotated[TokenizerSettings, tyro.conf.subcommand("tokenizer")]
     | Annotated[TargetSettings, tyro.conf.subcommand("target")]
     | Annotated[DraftSettings, tyro.conf.subcommand("draft")]
+    | Annotated[MedusaSettings, tyro.conf.subcommand("medusa")]
+    | Annotated[JointSettings, tyro.conf.subcommand("medusa-joint")]
     | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
     | Annotated[PromptSettings, tyro.conf.subcommand("prompts")]
 )
@@ -37,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
             make_target(command)
         case DraftSettings():
             make_draft(command)
+        case MedusaSettings():
+            make_medusa(command)
+        case JointSettings():
+            make_joint(command)
         case NGramSettings():
             make_ngram(command)
         case PromptSettings():

@@ -135,7 +135,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
     )
     outcome = train(
         draft,
-        lambda batch: distillation_loss(draft, target, batch),
+        lambda batch: distillation_loss(draft, target, batch.to(target.device)),
         Windows(data.train, loop.batch, loop.length, loop.seed),
         loop,
         loop.work / f"{settings.out.name}.pt",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from .errors import FitError
 
@@ -89,7 +90,8 @@ def measure_domains(
 ) -> dict[str, Quality]:
     """:func:`measure` for each domain, on windows of at most 512 tokens, at most ``limit`` tokens of each."""
     length = min(512, *(context_of(part) for part in (model, target) if part is not None))
-    return {domain: measure(model, windows_of(row, length, limit), target) for domain, row in sorted(held_out.items())}
+    rows = tqdm(sorted(held_out.items()), unit="domain", mininterval=5.0, desc="held-out text")
+    return {domain: measure(model, windows_of(row, length, limit), target) for domain, row in rows}
 
 
 def context_of(model: nn.Module) -> int:

@@ -87,6 +87,7 @@ def make_target(settings: TargetSettings) -> dict[str, Quality]:
     move(model, device_of(loop))
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.to(model.device)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 

@@ -116,6 +116,10 @@ class Windows:
             raise FitError(f"{len(tokens)} tokens of text are too few for a batch of {batch} windows of {length}")
         self._epoch, self._order, self._offset = -1, np.empty(0, dtype=np.int64), 0
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens, 64 hex digits."""
+        return token_digest(self.tokens)
+
     def __call__(self, step: int) -> torch.Tensor:
         """The batch of one step: int64, shape (batch, length + 1)."""
         epoch, place = divmod(step, self.per_epoch)

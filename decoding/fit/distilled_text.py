@@ -1,0 +1,215 @@
+"""Text that a target writes itself, for heads to learn from: generated in batches, stored in parts, used again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..digests import weights_digest
+from ..files import replacing
+from .errors import FitError
+from .measure import context_of
+from .prompt_windows import Prompts
+
+
+@dataclass
+class TextSettings:
+    """How the target's own text is made."""
+
+    texts: int = 4000
+    """Prompts that the target continues. A tenth of them is never trained on: early stopping and the report use it."""
+    prompt_tokens: int = 64
+    """Most tokens of a prompt; the shortest have half as many."""
+    new_tokens: int = 128
+    """Most tokens that the target writes after a prompt."""
+    temperature: float = 0.3
+    """Of the target's sampling; 0 takes its likeliest token."""
+    generate_batch: int = 64
+    """Prompts continued at a time."""
+
+
+@dataclass(frozen=True)
+class DistilledText:
+    """Texts that a target wrote after prompts.
+
+    Attributes:
+        tokens: each row a prompt, its continuation, then zeros; shape (n, width), int32.
+        prompts: tokens of each prompt, shape (n,), int64.
+        ends: tokens of each prompt and continuation together, shape (n,), int64.
+        domain: of each row its place among ``domains``, shape (n,), int64.
+        side: what each row is for (see `prompt_windows`), shape (n,), int64.
+        domains: names.
+        digest: of all that the text depends on, 64 hex digits.
+        folder: where it is kept, and what is computed from it may be.
+    """
+
+    tokens: np.ndarray
+    prompts: np.ndarray
+    ends: np.ndarray
+    domain: np.ndarray
+    side: np.ndarray
+    domains: tuple[str, ...]
+    digest: str
+    folder: Path
+
+
+def check_text_settings(settings: TextSettings, model: PreTrainedModel, heads: int) -> None:
+    """Refuse what cannot work, before anything is generated.
+
+    Raises:
+        FitError: a setting is out of range, the windows exceed the target's context, or no head could learn from them.
+    """
+    for name, least in (("prompt_tokens", 2), ("new_tokens", heads + 1), ("generate_batch", 1)):
+        if getattr(settings, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise FitError(f"{option} {getattr(settings, name)} is too few for {heads} heads: give at least {least}")
+    if not 0 <= settings.temperature < float("inf"):
+        raise FitError(f"--temperature {settings.temperature} makes no sense: give 0 or more")
+    if settings.prompt_tokens + settings.new_tokens > context_of(model):
+        raise FitError(
+            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} are together more than "
+            f"the target's context of {context_of(model)} tokens"
+        )
+
+
+def distil_text(
+    model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int, work: Path
+) -> DistilledText:
+    """Let the target continue every prompt, or read what it wrote when it was last asked so.
+
+    Each batch is a file of its own, so that a run that is killed goes on with the batch that was lost.
+
+    Args:
+        model: the target.
+        ends: tokens that end a text; they are kept as its last.
+        prompts: what to continue.
+        settings: how.
+        seed: of the sampling; every batch has its own, so that it does not matter which are generated anew.
+        work: folder in which the text is kept, by its digest.
+
+    Raises:
+        FitError: a file of an earlier run is damaged.
+    """
+    digest = _digest(model, ends, prompts, settings, seed)
+    folder = work / f"text-{digest[:16]}"
+    width = settings.prompt_tokens + settings.new_tokens
+    tokens = np.zeros((len(prompts.rows), width), dtype=np.int32)
+    lengths = np.zeros(len(prompts.rows), dtype=np.int64)
+    starts = range(0, len(prompts.rows), settings.generate_batch)
+    for part, start in enumerate(tqdm(starts, unit="batch", mininterval=5.0, desc="text of the target")):
+        rows = slice(start, start + settings.generate_batch)
+        path = folder / f"part-{part:05d}.npz"
+        if not path.is_file():
+            found = continue_rows(model, prompts.rows[rows], ends, settings, _seed(digest, part))
+            written, ended = _padded(found, width)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, tokens=written, ends=ended)
+        tokens[rows], lengths[rows] = _read(path, tokens[rows].shape)
+    return DistilledText(
+        tokens=tokens,
+        prompts=np.array([len(row) for row in prompts.rows], dtype=np.int64),
+        ends=lengths,
+        domain=prompts.domain,
+        side=prompts.side,
+        domains=prompts.domains,
+        digest=digest,
+        folder=folder,
+    )
+
+
+@torch.inference_mode()
+def continue_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], ends: Collection[int], settings: TextSettings, seed: int
+) -> list[list[int]]:
+    """Prompts with their continuations, in one batch padded on the left; nothing follows a token that ends a text.
+
+    Args:
+        model: the target.
+        rows: token ids of the prompts.
+        ends: tokens that end a text.
+        settings: how many tokens, and the temperature.
+        seed: of the sampling.
+    """
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, width - len(row) :] = torch.tensor(row)
+        mask[place, width - len(row) :] = 1
+    sampling = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=settings.new_tokens,
+        do_sample=bool(settings.temperature),
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+        **sampling,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _without_defaults(model):
+        torch.manual_seed(seed)
+        written = cast(Any, model).generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+    found = []
+    for row, continuation in zip(rows, written[:, width:].tolist(), strict=True):
+        # What follows the end is padding, whatever token pads.
+        last = next((place for place, token in enumerate(continuation) if token in ends), len(continuation))
+        found.append([*row, *continuation[: last + 1]])
+    return found
+
+
+@contextlib.contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Set a model's own defaults of generation aside.
+
+    They fill in whatever is not asked for (min_p, penalties, suppressed tokens, beams, ...), and would bend the
+    distribution that heads are to predict.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(rows), width), dtype=np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], dtype=np.int64)
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            tokens, ends = stored["tokens"], stored["ends"]
+        if tokens.shape != shape or ends.shape != shape[:1]:
+            raise ValueError(f"it holds {tokens.shape} tokens instead of {shape}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise FitError(
+            f"{path} is damaged ({error}): remove it, and that part of the text is generated anew"
+        ) from error
+    return tokens, ends
+
+
+def _digest(model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int) -> str:
+    sides = [prompts.domain.tolist(), prompts.side.tolist(), prompts.domains]
+    # The batch is part of it: what is drawn for one text depends on which others are drawn with it.
+    parts = [weights_digest(model), str(model.dtype), sorted(ends), asdict(settings), seed, prompts.rows, sides]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _seed(digest: str, part: int) -> int:
+    return int(hashlib.sha256(f"{digest}/{part}".encode()).hexdigest()[:15], 16)
