@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .decoder import Round
 from .errors import SpecgymError
 from .files import write_json
-from .round_kinds import CHAIN, LOOKAHEAD, ROUNDS
+from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, ROUNDS
 from .sampling import Sampling
 
 _FORMAT = "specgym-latency-3"
@@ -46,14 +46,17 @@ class LatencyProfile:
 
     Attributes:
         pair: name of the pair.
-        draft_seconds: seconds to draft so many tokens (0 or more), by number.
+        draft_seconds: seconds to draft so many tokens (0 or more), by number; where the rounds are Medusa's, to ask so
+            many heads and to make a tree of their candidates.
         target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number; where
             the rounds are `lookahead`, all that a round takes.
         autoregressive_seconds: seconds per token of plain decoding with the target.
-        hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers.
+        hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers; and the
+            shape of the heads, where the rounds are Medusa's.
         sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
-        rounds: what kind of rounds the tables are of: `chain`, or `lookahead`, which are those of a target alone and
-            draft nothing ({0: 0.0}). Charging the one kind by the other's times is wrong; see `require_rounds`.
+        rounds: what kind of rounds the tables are of: `chain`; or, of a target alone, `lookahead`, which draft nothing
+            ({0: 0.0}), or `medusa`, or `medusa-typical`. Charging the one kind by the other's times is wrong; see
+            `require_rounds`.
         batch_size: sequences decoded together, 1 or more.
         context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
         points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
@@ -100,7 +103,10 @@ class LatencyProfile:
             self._check_grid()
 
     def draft(self, tokens: int) -> float:
-        """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two."""
+        """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two.
+
+        Where the rounds are Medusa's, seconds to ask so many heads.
+        """
         return _interpolate(self.draft_seconds, tokens, 0)
 
     def target(self, tokens: int) -> float:
@@ -108,8 +114,9 @@ class LatencyProfile:
         return _interpolate(self.target_seconds, tokens, 1)
 
     def round(self, drafted: int) -> float:
-        """Seconds of a round that drafts so many tokens, 0 or more."""
-        return self.draft(drafted) + self.target(drafted + 1)
+        """Seconds of a round that drafts so many tokens, 0 or more; of Medusa's with as many heads as they can have."""
+        asked = min(drafted, max(self.draft_seconds)) if self.rounds in OF_HEADS else drafted
+        return self.draft(asked) + self.target(drafted + 1)
 
     def round_seconds(self, longest: int) -> NDArray[np.float64]:
         """Seconds of a round by number of drafted tokens, from 0 to `longest`; shape (longest + 1,)."""
@@ -119,11 +126,15 @@ class LatencyProfile:
         """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
 
         It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
-        from 1 drafted token to 16, or to as many as were measured.
+        from 1 drafted token to 16, or to as many as were measured. Medusa's heads cost the same however many candidates
+        they give, and are left out.
         """
         longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
         centred = np.arange(1, longest + 1) - (longest + 1) / 2
-        slope = centred @ self.round_seconds(longest)[1:] / (centred @ centred)
+        seconds = self.round_seconds(longest)[1:]
+        if self.rounds in OF_HEADS:
+            seconds = np.array([self.target(drafted + 1) for drafted in range(1, longest + 1)])
+        slope = centred @ seconds / (centred @ centred)
         return max(0.0, float(slope)) / self.autoregressive_seconds
 
     def charge(self, rounds: Iterable[Round]) -> float:
@@ -138,12 +149,11 @@ class LatencyProfile:
         """
         if self.rounds == wanted:
             return self
-        draft = "None, " if wanted == LOOKAHEAD else "draft, "
         raise LatencyProfileError(
             f"the latency profile of {self.pair} was made for {self.rounds} rounds, and {wanted} rounds are to be "
             "charged. Give no profile, which measures one, or get the right kind: specgym.decoding.latency_measure."
-            f"measured(pair, rounds={wanted!r}), python -m specgym.envs.profiles WORKLOAD --rounds {wanted}, or "
-            f"specgym.decoding.roofline.roofline(target, {draft}hardware, rounds={wanted!r})"
+            f"measured(pair, rounds={wanted!r}), or python -m specgym.envs.profiles WORKLOAD --rounds {wanted}"
+            f"{_computed(wanted)}"
         )
 
     def at(self, *, batch_size: int = 1, context: int | None = None) -> LatencyProfile:
@@ -163,14 +173,16 @@ class LatencyProfile:
         batch_sizes = sorted({size for size, _ in grid})
         contexts = sorted({length for _, length in grid if length is not None})
         if context is None or not (_covers(batch_sizes, batch_size) and _covers(contexts, context)):
-            measuring = (
-                "rounds='lookahead', contexts=..." if self.rounds == LOOKAHEAD else "batch_sizes=..., contexts=..."
+            measuring = f"rounds={self.rounds!r}" if self.rounds != CHAIN else "batch_sizes=..."
+            computing = (
+                ""
+                if self.rounds in OF_HEADS
+                else (", or with specgym.decoding.roofline.roofline, which takes batch_sizes and contexts")
             )
             raise LatencyProfileError(
                 f"the latency profile of {self.pair} has no point at batch size {batch_size} and context {context}: "
                 f"it covers {_words('batch size', batch_sizes)} and {_words('context', contexts)}. Get a wider one "
-                f"with specgym.decoding.latency_measure.measure(pair, {measuring}), or with "
-                "specgym.decoding.roofline.roofline, which takes batch_sizes and contexts"
+                f"with specgym.decoding.latency_measure.measure(pair, {measuring}, contexts=...){computing}"
             )
         corners = [
             (grid[size, length], size_share * length_share)
@@ -259,6 +271,14 @@ def arithmetic_of(sampling: Sampling) -> str:
     if sampling.greedy:
         return "greedy"
     return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
+
+
+def _computed(rounds: str) -> str:
+    """The call that computes a profile of some kind of rounds, as the last of several ways; empty if none does."""
+    if rounds in OF_HEADS:
+        return ""
+    draft = "None, " if rounds == LOOKAHEAD else "draft, "
+    return f", or specgym.decoding.roofline.roofline(target, {draft}hardware, rounds={rounds!r})"
 
 
 def _restored(point: Mapping[str, Any]) -> dict[str, Any]:

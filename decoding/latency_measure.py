@@ -17,11 +17,14 @@ from .decoder import GREEDY
 from .files import file_name
 from .hardware import describe_hardware, fingerprint
 from .latency import LatencyProfile, LatencyProfileError, arithmetic_of
+from .latency_alone import Timing, target_alone
 from .latency_grid import measure_points, plan_grid
-from .latency_lookahead import measure_lookahead, target_alone
+from .latency_lookahead import measure_lookahead
+from .latency_medusa import found_heads, heads_timed, measure_medusa
+from .medusa import MedusaHeads
 from .pairs import Pair
 from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
-from .round_kinds import CHAIN, LOOKAHEAD, largest_size, require_kind
+from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, largest_size, timed_as
 from .sampling import Sampling
 from .smollm2 import cache_folder
 from .speculative import require_positive
@@ -44,24 +47,26 @@ def measure(
     time_limit: float = 40.0,
     batch_sizes: Sequence[int] = (1,),
     contexts: Sequence[int] | None = None,
+    heads: MedusaHeads | str | Path | None = None,
 ) -> LatencyProfile:
     """Time live rounds of several sizes, and plain decoding, all interleaved.
 
     Each number is a median over the repeats, and a slow spell of the machine hits all numbers alike. The warm-up is
     left out, and an accelerator is synchronised. Chains are threshold decoding's because its verification contains
     that of speculative sampling; the two differ by the distance between the models, a small part of a target pass.
-    Lookahead's rounds are timed as a whole, by the tokens that the target's pass reads (`latency_lookahead`).
+    Lookahead's rounds are timed as a whole, by the tokens that the target's pass reads (`latency_lookahead`); Medusa's
+    by the heads that are asked and the tokens that the pass reads (`latency_medusa`).
 
     Live rounds are timed at batch size 1 and the prompt's length as the context. Other batch sizes and contexts become
     the profile's `points`, timed as `latency_grid.measure_points` tells; the grid always contains the live point.
-    Lookahead's rounds are timed live at other contexts, and at no other batch size.
+    Lookahead's and Medusa's rounds are timed live at other contexts, and at no other batch size.
 
     Args:
-        pair: a target with a draft; for `lookahead` the target is enough.
-        rounds: what is timed: `chain` or `lookahead`.
+        pair: a target with a draft; for all rounds but chains the target is enough.
+        rounds: what is timed: `chain`, `lookahead`, `medusa` or `medusa-typical`, which greedy is `medusa`.
         max_draft_length: of chains, the longest draft timed, in tokens; by default 16.
-        max_target_tokens: of Lookahead, the most tokens that a timed pass reads; by default 160, which is what the
-            decoder reads with its knobs as high as they go, or as many as the target's context has room for.
+        max_target_tokens: of Lookahead and Medusa, the most tokens that a timed pass reads; by default 160 and 65,
+            which is what the decoders read with their knobs as high as they go, or as many as there is room for.
         repeats: how often every size is timed.
         prompt: token ids to continue; by default ids that repeat themselves, so that prompt lookup has matches.
         sampling: drawing tokens costs more than taking the likeliest.
@@ -69,29 +74,38 @@ def measure(
             for the other points of chains together.
         batch_sizes: sequences decoded together, each 1 or more.
         contexts: tokens of each sequence that were read before, each 1 or more; by default the prompt's length alone.
+        heads: of Medusa, as `MedusaDecoder` takes them; by default the usual ones of the target.
 
     Raises:
         ValueError: the pair has no draft and chains are to be timed, a number is not positive or does not belong to
-            this kind of rounds, a batch of Lookahead is asked for, or a context leaves the models no room for the
-            longest draft or the largest pass.
+            this kind of rounds, a batch is asked for where none can be timed, or a context leaves the models no room
+            for the longest draft or the largest pass.
+        MedusaHeadsError: the target has no heads, and Medusa's rounds are to be timed; the message says how to train
+            some.
     """
+    rounds = timed_as(rounds, sampling.greedy)
     longest = largest_size(rounds, max_draft_length, max_target_tokens)
     require_positive("repeats", repeats)
-    if rounds == LOOKAHEAD:
+    _require_no_heads(heads, rounds)
+    if rounds != CHAIN:
         if set(batch_sizes) - {1}:
+            hint = "; for others compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, "
             raise ValueError(
-                f"Lookahead's rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}; for others "
-                "compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, rounds='lookahead')"
+                f"{rounds} rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}"
+                + (f"{hint}rounds={rounds!r})" if rounds == LOOKAHEAD else "; leave them out")
             )
-        return measure_lookahead(
+        timing = Timing.of(
             pair,
-            max_target_tokens=max_target_tokens,
+            rounds,
             repeats=repeats,
             prompt=prompt,
             sampling=sampling,
             time_limit=time_limit,
             contexts=contexts or (),
         )
+        if rounds in OF_HEADS:
+            return measure_medusa(timing, found_heads(heads, pair.target), max_target_tokens)
+        return measure_lookahead(timing, max_target_tokens)
     _require_chains(pair)
     assert pair.draft is not None
     prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
@@ -129,25 +143,39 @@ def measure(
     return replace(profile, points=points)
 
 
-def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY, rounds: str = CHAIN) -> LatencyProfile:
+def measured(
+    pair: Pair,
+    refresh: bool = False,
+    *,
+    sampling: Sampling = GREEDY,
+    rounds: str = CHAIN,
+    heads: MedusaHeads | str | Path | None = None,
+) -> LatencyProfile:
     """The profile of a pair on this hardware: measured at the first call, then read from specgym's cache folder.
 
     Args:
-        pair: a target with a draft; for `lookahead` the target is enough, and pairs of one target share a profile.
+        pair: a target with a draft; for all rounds but chains the target is enough, and pairs of one target share a
+            profile.
         refresh: measure again, for instance because the machine was busy the last time.
         sampling: greedy decoding, sampling, and sampling with top-k or top-p each have their own profile.
-        rounds: what is timed, `chain` or `lookahead`; each kind has its own profile.
+        rounds: what is timed, as for `measure`; each kind has its own profile.
+        heads: of Medusa, as for `measure`; each shape of heads has its own profile.
 
     Raises:
         ValueError: the pair has no draft and chains are to be timed, or there is no such kind of rounds.
+        MedusaHeadsError: as for `measure`.
     """
-    require_kind(rounds)
+    rounds = timed_as(rounds, sampling.greedy)
+    _require_no_heads(heads, rounds)
+    kind = ""
     if rounds == CHAIN:
         _require_chains(pair)
-        kind = ""
     else:
         pair = target_alone(pair)
         kind = f"{rounds}-"
+    if rounds in OF_HEADS:
+        heads = found_heads(heads, pair.target)
+        kind += "".join(f"{name}_{value}-" for name, value in heads_timed(heads).items())
     arithmetic = arithmetic_of(sampling)
     path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{kind}{arithmetic}-{fingerprint(pair)}.json"
     if not refresh and path in _known:
@@ -159,7 +187,7 @@ def measured(pair: Pair, refresh: bool = False, *, sampling: Sampling = GREEDY, 
         except LatencyProfileError as error:
             _LOG.warning("%s; doing so now", error)
     _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, rounds, arithmetic)
-    profile = measure(pair, sampling=sampling, rounds=rounds)
+    profile = measure(pair, sampling=sampling, rounds=rounds, heads=heads)
     try:
         profile.save(path)
         _LOG.info("latency profile of %s kept in %s", pair.name, path)
@@ -173,6 +201,11 @@ def _require_chains(pair: Pair) -> None:
     if pair.draft is None:
         raise ValueError(
             f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
-            "pair's name, or time Lookahead's rounds, which need none, with rounds='lookahead' "
-            "(--rounds lookahead on the command line)"
+            "pair's name, or time rounds that need none, with rounds='lookahead' or rounds='medusa' (--rounds "
+            "lookahead or --rounds medusa on the command line)"
         )
+
+
+def _require_no_heads(heads: object, rounds: str) -> None:
+    if heads is not None and rounds not in OF_HEADS:
+        raise ValueError(f"heads are for rounds='medusa', and the rounds are {rounds}; leave them out")

@@ -1,0 +1,167 @@
+"""Timing rounds of decoders that need a target alone: live rounds of many sizes and plain decoding, all interleaved."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .autoregressive import AutoregressiveDecoder
+from .decoder import Decoder, Round
+from .hardware import describe_hardware
+from .latency import LatencyProfile, arithmetic_of
+from .pairs import Pair
+from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
+from .sampling import Sampling
+from .speculative import require_positive
+
+GROWTH = 16
+"""Tokens after which a timed text is begun anew."""
+_TRIES = 8
+
+
+def target_alone(pair: Pair) -> Pair:
+    """A pair's target without the draft, called by the target's name."""
+    return Pair(pair.target, None, pair.tokenizer, name=pair.target.name)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How rounds are timed.
+
+    Attributes:
+        pair: a target alone.
+        rounds: the kind, `lookahead`, `medusa` or `medusa-typical`.
+        repeats: how often every size is timed, 1 or more.
+        prompts: token ids to continue, one prompt a context, the profile's own first.
+        sampling: drawing tokens costs more than taking the likeliest.
+        time_limit: seconds after which fewer repeats have to do, but at least 3.
+    """
+
+    pair: Pair
+    rounds: str
+    repeats: int
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    time_limit: float
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        rounds: str,
+        *,
+        repeats: int,
+        prompt: Sequence[int] | None,
+        sampling: Sampling,
+        time_limit: float,
+        contexts: Sequence[int],
+    ) -> Timing:
+        """Of a pair whose draft, if it has one, is not used.
+
+        Args:
+            prompt: token ids to continue; None for some of which nothing is known.
+            contexts: tokens read before, each 1 or more, besides the prompt's own length. They are timed by live
+                rounds too, after a text of that length.
+
+        Raises:
+            ValueError: a context is not positive, or the prompt cannot be read.
+        """
+        pair = target_alone(pair)
+        for context in contexts:
+            require_positive("each of contexts", context)
+        own = repeating_prompt(pair) if prompt is None else AutoregressiveDecoder(pair).check_prompt(prompt)
+        lengths = [len(own), *sorted({*map(int, contexts)} - {len(own)})]
+        prompts = [(own * (length // len(own) + 1))[:length] for length in lengths]
+        return cls(pair, rounds, repeats, prompts, sampling, time_limit)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may follow one another behind the longest context, at the end of a text."""
+        return self.pair.target.context_limit - max(map(len, self.prompts)) - GROWTH
+
+    def require_room(self, tokens: int) -> None:
+        """Raise ValueError unless so many tokens may follow one another behind the longest context."""
+        if self.room < tokens:
+            name, limit = self.pair.target.name, self.pair.target.context_limit
+            raise ValueError(
+                f"a context of {max(map(len, self.prompts))} tokens leaves {name}, whose context is {limit}, no room "
+                f"for {self.rounds} rounds to be timed, which takes {GROWTH + tokens} tokens; give a shorter prompt or "
+                "shorter contexts"
+            )
+
+    def measure(
+        self,
+        decoder: Decoder,
+        sizes: Sequence[int],
+        knobs: Callable[[int], Mapping[str, float]],
+        *,
+        drafting: bool,
+        about: Mapping[str, object] | None = None,
+    ) -> LatencyProfile:
+        """Time the rounds, and plain decoding beside them.
+
+        Args:
+            decoder: of the rounds.
+            sizes: tokens that the target's pass reads.
+            knobs: of a round that reads so many tokens.
+            drafting: whether drafting is timed apart, by `Round.draft_steps`; otherwise it is part of the pass.
+            about: what the profile tells of the decoder, beside the hardware.
+        """
+        plain_decoder = AutoregressiveDecoder(self.pair)
+        samples = [_Samples() for _ in self.prompts]
+        texts = [
+            tuple(EndlessText(each, prompt, self.sampling, growth=GROWTH) for each in (decoder, plain_decoder))
+            for prompt in self.prompts
+        ]
+        for turn, counts in turns(self.repeats, self.time_limit):
+            for (text, plain), own in zip(texts, samples, strict=True):
+                text.restart()
+                plain.restart()
+                for size in rotated(sizes, turn):
+                    cycle = _round_of(text, size, knobs(size))
+                    plainly = plain.step()
+                    if counts:
+                        own.add(cycle, plainly, drafting)
+        found = [self._profile(own, len(prompt), about) for own, prompt in zip(samples, self.prompts, strict=True)]
+        return replace(found[0], points=tuple(found[1:]))
+
+    def _profile(self, samples: _Samples, context: int, about: Mapping[str, object] | None) -> LatencyProfile:
+        return LatencyProfile(
+            pair=self.pair.name,
+            draft_seconds=medians(samples.draft) if samples.draft else {0: 0.0},
+            target_seconds=medians(samples.target),
+            autoregressive_seconds=statistics.median(samples.plain),
+            hardware={**describe_hardware(self.pair), **(about or {})},
+            sampling=arithmetic_of(self.sampling),
+            rounds=self.rounds,
+            batch_size=1,
+            context=context,
+        )
+
+
+class _Samples:
+    """Seconds as they were measured behind one context: of drafting, of passes by the tokens they read, and plainly."""
+
+    def __init__(self) -> None:
+        self.draft: defaultdict[int, list[float]] = defaultdict(list)
+        self.target: defaultdict[int, list[float]] = defaultdict(list)
+        self.plain: list[float] = []
+
+    def add(self, cycle: Round | None, plainly: Round, drafting: bool) -> None:
+        self.plain.append(plainly.verify_seconds)
+        if cycle is None:
+            return
+        if drafting:
+            self.draft[cycle.draft_steps].append(cycle.draft_seconds)
+        self.target[cycle.target_tokens].append(cycle.verify_seconds + (0.0 if drafting else cycle.draft_seconds))
+
+
+def _round_of(text: EndlessText, size: int, knobs: Mapping[str, float]) -> Round | None:
+    """A round that reads so many tokens; a decoder that has yet to warm up is given some rounds for it."""
+    for _ in range(_TRIES):
+        cycle = text.step(knobs)
+        if cycle.target_tokens == size:
+            return cycle
+    return None
