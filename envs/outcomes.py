@@ -50,6 +50,8 @@ class OutcomeInfo(Provenance):
     decoder: str
     """A name of `specgym.envs.knobs.DECODERS`."""
     knobs: tuple[RecordedKnob, ...]
+    heads_sha256: str = ""
+    """Over what Medusa heads propose, and in which trees; empty for a decoder without heads."""
 
     def __str__(self) -> str:
         return f"the {self.decoder} outcomes of {self.workload} ({self.split})"

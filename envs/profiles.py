@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -22,8 +21,9 @@ from ..decoding.errors import SpecgymError
 from ..decoding.files import file_name
 from ..decoding.latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from ..decoding.latency_measure import measure, measured
+from ..decoding.medusa import MedusaHeads
 from ..decoding.presets import resolve
-from ..decoding.round_kinds import CHAIN, LOOKAHEAD
+from ..decoding.round_kinds import CHAIN, Rounds, timed_as
 from .workloads import Workload, workload
 
 REFERENCES = Path(__file__).parent / "data" / "latency"
@@ -31,7 +31,12 @@ REFERENCES = Path(__file__).parent / "data" / "latency"
 
 
 def profile_of(
-    found: Workload, given: LatencyProfile | str | Path | None, *, replayed: bool, rounds: str = CHAIN
+    found: Workload,
+    given: LatencyProfile | str | Path | None,
+    *,
+    replayed: bool,
+    rounds: str = CHAIN,
+    heads: MedusaHeads | None = None,
 ) -> LatencyProfile:
     """What the time of a workload is charged by.
 
@@ -40,13 +45,17 @@ def profile_of(
         given: a profile, or a file with one; None for the default.
         replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
             this hardware, for which it is loaded; measured once, it is read from the cache.
-        rounds: the kind of rounds that is charged: `chain` or `lookahead`.
+        rounds: the kind of rounds that is charged: `chain`, `lookahead`, `medusa` or `medusa-typical`, which is
+            `medusa` where the workload is greedy.
+        heads: that Medusa's rounds are timed with, where they are measured; by default the usual ones of the target.
 
     Raises:
         LatencyProfileError: the file is missing or damaged, or what is given was made for another kind of rounds.
-        ValueError: chains are to be measured of a pair without a draft. Loading errors as for `load_pair`, where no
-            profile is given.
+        ValueError: chains are to be measured of a pair without a draft.
+        MedusaHeadsError: Medusa's rounds are to be measured of a target without heads. Loading errors as for
+            `load_pair`, where no profile is given.
     """
+    rounds = timed_as(rounds, found.sampling.greedy)
     if isinstance(given, str | Path):
         given = LatencyProfile.load(given)
     if given is not None:
@@ -54,14 +63,16 @@ def profile_of(
     reference = REFERENCES / profile_name(found, rounds)
     if replayed and isinstance(found.pair, str) and reference.is_file():
         return _loaded(reference)
-    return measured(found.load(), sampling=found.sampling, rounds=rounds)
+    return measured(found.load(), sampling=found.sampling, rounds=rounds, heads=heads)
 
 
 def profile_name(found: Workload, rounds: str = CHAIN) -> str:
     """The file name of a profile that serves a workload: what is timed, and whether tokens are drawn.
 
-    Chains are timed of a pair; Lookahead's rounds of its target alone, so `tiny` and `tiny-10m` share a profile.
+    Chains are timed of a pair; Lookahead's and Medusa's rounds of its target alone, so `tiny` and `tiny-10m` share a
+    profile.
     """
+    rounds = timed_as(rounds, found.sampling.greedy)
     if rounds == CHAIN:
         subject = found.pair if isinstance(found.pair, str) else found.pair.name
         kind = ""
@@ -82,20 +93,21 @@ class ProfileCommand:
 
     workloads: tyro.conf.Positional[tuple[str, ...]]
     """pair/prompts or pair/prompts@temperature. Prompts do not matter here: workloads of one pair that are all greedy
-    share a profile, and for Lookahead those of one target."""
+    share a profile, and for Lookahead and Medusa those of one target."""
     out: Path = Path("latency")
     """Folder of the profiles."""
-    rounds: Literal["chain", "lookahead"] = "chain"
-    """What is timed: drafting a chain of tokens and verifying it, or whole rounds of Lookahead decoding, which need no
-    draft."""
+    rounds: Rounds = CHAIN
+    """What is timed: drafting a chain of tokens and verifying it; or, which needs no draft, rounds of Lookahead
+    decoding, or of Medusa decoding, exact or typical, with the heads beside the target or those that ship for it."""
     batch_sizes: tuple[int, ...] = (1,)
-    """Sequences decoded together, at which to measure; for Lookahead 1 alone."""
+    """Sequences decoded together, at which to measure; for Lookahead and Medusa 1 alone."""
     contexts: tuple[int, ...] = ()
     """Tokens read before, at which to measure; by default a short prompt's."""
     max_draft_length: int | None = None
     """Of chains, the longest draft timed, in tokens; by default 16."""
     max_target_tokens: int | None = None
-    """Of Lookahead, the most tokens that a timed pass reads; by default 160, or as many as the model has room for."""
+    """Of Lookahead and Medusa, the most tokens that a timed pass reads; by default 160 and 65, or as many as there is
+    room for."""
     threads: int = 1
     """torch's threads; 0 for torch's own choice."""
 
@@ -125,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:  # the arguments do not fit the pair or one another
             raise LatencyProfileError(f"{name} cannot be measured: {error}") from error
         profile.save(path)
-        token = "token read" if command.rounds == LOOKAHEAD else "drafted token"
+        token = "drafted token" if command.rounds == CHAIN else "token read"
         print(
             f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more {token} adds "
             f"{profile.marginal_cost():.2f} of that"

@@ -24,8 +24,8 @@ class RecordCommand:
     workloads: tyro.conf.Positional[tuple[str, ...]]
     """pair/prompts or pair/prompts@temperature; several may be given."""
     decoder: str | None = None
-    """Record outcomes of this decoder (lookahead, or threshold or speculative, which can do with a trace); by default a
-    trace of the draft."""
+    """Record outcomes of this decoder (lookahead, medusa or medusa-typical, or threshold or speculative, which can do
+    with a trace); by default a trace of the draft."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder of the files, each named after its workload and split; by default traces, or outcomes."""
     splits: tuple[Split, ...] = ("train", "test")
@@ -37,7 +37,7 @@ class RecordCommand:
     refine: int | None = None
     """Outcomes: settings beyond those, where the recorded ones say that decoding is fastest (0)."""
     draft_length: int | None = None
-    """Tokens drafted at every position, K (16); not for lookahead, which drafts none."""
+    """Tokens drafted at every position, K (16); not for the others, which draft none."""
     prompts: int | None = None
     """Prompts of the split, at most; the first ones (24, or 12 for outcomes)."""
     tokens: int | None = None

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..decoding.decoder import Decoder, Round
+from ..decoding.decoder import Decoder, Knob, Round
+from ..decoding.digests import heads_digest
 from ..decoding.files import write_json
 from ..decoding.latency import LatencyProfile
+from ..decoding.medusa import MedusaDecoder
 from ..decoding.prompts import Split
 from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges, rounds_of
 from .outcome_design import design
@@ -61,27 +63,37 @@ class OutcomeSettings:
         for name in ("seed", "refine"):
             if getattr(self, name) < 0:
                 raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.settings < len(self._given()):
+        least = len(self._given(KNOBS[self.decoder](self.draft_length)))
+        if self.settings < least:
             raise OutcomeError(
-                f"settings must be at least {len(self._given())}, the default of {self.decoder} and its presets, got "
-                f"{self.settings}"
+                f"settings must be at least {least}, the default of {self.decoder} and its presets, got {self.settings}"
             )
 
     @property
     def knobs(self) -> tuple[RecordedKnob, ...]:
-        """The knobs, between what values environments move them."""
-        knobs = KNOBS[self.decoder](self.draft_length)
-        ranges = env_ranges(knobs)
-        return tuple(RecordedKnob(knob.name, *ranges[knob.name], knob.integer) for knob in knobs)
+        """The knobs that the decoder has whatever the target, between what values environments move them."""
+        return recorded_knobs(KNOBS[self.decoder](self.draft_length))
 
-    def designed(self) -> NDArray[np.float64]:
-        """The settings to record, shape (settings, knobs)."""
-        return design(self.knobs, self.settings, self._given(), self.seed)
+    def designed(self, knobs: Sequence[Knob] | None = None) -> NDArray[np.float64]:
+        """The settings to record, shape (settings, knobs).
 
-    def _given(self) -> list[tuple[float, ...]]:
-        default = tuple(float(knob.default) for knob in KNOBS[self.decoder](self.draft_length))
+        Args:
+            knobs: of the decoder at work, whose target may have more or fewer Medusa heads than usual; by default those
+                of `KNOBS`.
+        """
+        own = KNOBS[self.decoder](self.draft_length) if knobs is None else knobs
+        return design(recorded_knobs(own), self.settings, self._given(own), self.seed)
+
+    def _given(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
+        default = tuple(float(knob.default) for knob in knobs)
         presets = (tuple(map(float, preset)) for preset in PRESET_SETTINGS.get(self.decoder, ()))
         return list(dict.fromkeys((default, *presets)))
+
+
+def recorded_knobs(knobs: Sequence[Knob]) -> tuple[RecordedKnob, ...]:
+    """A decoder's knobs, between what values environments move them."""
+    ranges = env_ranges(knobs)
+    return tuple(RecordedKnob(knob.name, *ranges[knob.name], knob.integer) for knob in knobs)
 
 
 def record_outcomes(
@@ -104,14 +116,15 @@ def record_outcomes(
         profile: what decoding is charged by, to know where it is fastest; by default the pair's reference profile.
 
     Raises:
-        TraceError: the parts found are those of another recording.
-        ValueError: the pair does not suit the decoder. Loading errors as for `load_pair` and `load_prompts`.
+        TraceError: the parts found are those of another recording; the message says in what it differs.
+        ValueError: the pair does not suit the decoder, or has no Medusa heads for it. Loading errors as for `load_pair`
+            and `load_prompts`.
     """
     settings = settings or OutcomeSettings()
     found, path = workload(name).with_split(split), Path(path)
     decoder = build_decoder(settings.decoder, found.load(), settings.draft_length)
     prompts = found.prompt_ids()[: settings.prompts]
-    info, chosen = _info(found, split, settings, prompts), settings.designed()
+    info, chosen = _info(found, split, settings, prompts, decoder), settings.designed(decoder.knobs)
     parts = parts_of(path)
     claim_parts(parts, {**asdict(info), **asdict(settings)})
     if settings.refine and profile is None:
@@ -177,12 +190,15 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
     return Outcomes(info, settings, starts, **columns)
 
 
-def _info(found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]]) -> OutcomeInfo:
+def _info(
+    found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder
+) -> OutcomeInfo:
     drafted = drafts_tokens(settings.decoder)
     return OutcomeInfo(
         **provenance_of(found, split, prompts, drafted),
         decoder=settings.decoder,
-        knobs=settings.knobs,
+        knobs=recorded_knobs(decoder.knobs),
+        heads_sha256=heads_digest(decoder.heads) if isinstance(decoder, MedusaDecoder) else "",
         draft_length=settings.draft_length if drafted else 0,
         tokens=settings.tokens,
         seed=settings.seed,

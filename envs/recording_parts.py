@@ -32,20 +32,21 @@ def claim_parts(parts: Path, expected: Mapping[str, Any]) -> None:
         expected: all that the recording depends on; plain values that JSON takes.
 
     Raises:
-        TraceError: it belongs to another.
+        TraceError: it belongs to another; the message names what differs.
     """
     mark, written = parts / "recording.json", json.loads(json.dumps(expected))
     if not parts.exists():
         write_json(mark, written)
         return
     try:
-        same = json.loads(mark.read_text(encoding="utf-8")) == written
-    except (OSError, ValueError):
-        same = False
-    if not same:
+        there = json.loads(mark.read_text(encoding="utf-8"))
+        differing = sorted(name for name in {*there, *written} if there.get(name) != written.get(name))
+    except (OSError, ValueError, TypeError, AttributeError):
+        differing = [f"a damaged {mark.name}"]
+    if differing:
         raise TraceError(
-            f"{parts} holds parts of another recording (other models, prompts, settings or versions); remove it, or "
-            "choose another file"
+            f"{parts} holds parts of another recording (with other {', '.join(differing)}); remove it, or choose "
+            "another file"
         )
 
 

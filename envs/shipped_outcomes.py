@@ -78,7 +78,8 @@ def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
     """
     path = OUTCOMES / outcomes_name(name, decoder, split)
     if not path.is_file():
-        there = ", ".join(sorted(file.name.removesuffix(".npz") for file in OUTCOMES.glob("*.npz"))) or "none"
+        files = OUTCOMES.glob(f"*.{decoder}.*.npz")
+        there = ", ".join(sorted(file.name.removesuffix(".npz") for file in files)) or "none"
         raise OutcomeError(
             f"no {decoder} outcomes of {name} ({split} prompts) ship with specgym (shipped: {there}); record some with "
             f"{outcome_command(name, decoder)}, and give their file as trace="

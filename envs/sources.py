@@ -15,7 +15,7 @@ from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
 from ..decoding.speculative import require_positive
 from .archives import TraceError
-from .knobs import KNOBS, build_decoder, default_workload, rounds_of
+from .knobs import KNOBS, build_decoder, default_workload, heads_of, replayed_knobs, rounds_of
 from .measuring import decode_prompts, metrics, summarise
 from .outcome_replay import OutcomeReplay
 from .outcomes import OutcomeError, Outcomes
@@ -97,7 +97,8 @@ class LiveSource:
         self.workload = found if split is None else found.with_split(split)
         self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
         self.knobs = self.decoder.knobs
-        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds_of(self.decoder))
+        rounds, heads = rounds_of(self.decoder), heads_of(self.decoder)
+        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds, heads=heads)
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
         self._tokens = tokens
@@ -254,7 +255,9 @@ def replay_of(
                 f"{info.draft_length}, or record others: {outcome_command(info.workload, decoder)} with --draft-length "
                 f"{draft_length}"
             )
-    return KNOBS[decoder](draft_length), OutcomeReplay(outcomes, profiles, tokens)
+    replay = OutcomeReplay(outcomes, profiles, tokens)
+    highest = {knob.name: knob.high for knob in outcomes[0].info.knobs}
+    return replayed_knobs(decoder, draft_length, highest), replay
 
 
 def prepared(

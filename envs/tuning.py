@@ -58,6 +58,15 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | 1     | move of ngram     | 0.4 tokens     | -1  | 1    |
     | 2     | move of guesses   | 0.41 doublings | -1  | 1    |
 
+    For the medusa decoder (`specgym/Medusa-v0`), of five heads, the first two; with `decoder="medusa-typical"` all:
+
+    | index | action            | scale at 1     | low | high |
+    |-------|-------------------|----------------|-----|------|
+    | 0     | move of heads     | 0.5 heads      | -1  | 1    |
+    | 1     | move of tree_size | 0.6 doublings  | -1  | 1    |
+    | 2     | move of epsilon   | 0.1            | -1  | 1    |
+    | 3     | move of delta     | 0.2            | -1  | 1    |
+
     and for the speculative decoder one action, the move of `draft_length` by (K - 1)/10 tokens.
 
     ## Observation space
@@ -75,6 +84,15 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | 0     | window      | 1    | 16   | W, columns of guesses that a pass improves |
     | 1     | ngram       | 2    | 6    | N, tokens of the n-grams found    |
     | 2     | guesses     | 0    | 16   | G, n-grams verified a pass, at most |
+
+    For the medusa decoder, likewise:
+
+    | index | observation | low  | high | unit                              |
+    |-------|-------------|------|------|-----------------------------------|
+    | 0     | heads       | 0    | 5    | heads that propose candidates     |
+    | 1     | tree_size   | 0    | 64   | candidates verified a pass        |
+    | 2     | epsilon     | 0    | 1    | probability above which all candidates are accepted |
+    | 3     | delta       | 0    | 2    | share of exp(-entropy), in nats, above which a candidate is |
 
     and for the speculative decoder one, `draft_length`, from 1 to K tokens.
 
@@ -122,9 +140,11 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
 
     ## Arguments
     Args:
-        decoder: `"threshold"`, `"speculative"`, `"lookahead"`, or anything that makes a decoder with knobs from a pair.
+        decoder: `"threshold"`, `"speculative"`, `"lookahead"`, `"medusa"`, `"medusa-typical"`, or anything that makes a
+            decoder with knobs from a pair. Medusa's heads are those in the folder `<target>-medusa` beside the target's
+            own, or those that ship for it; the typical one strays from the target when sampling, as thresholds do.
         workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of the recording
-            given, or `"tiny/prose"`, and `"tiny-10m/prose"`, a target without a draft, for the lookahead decoder.
+            given, or `"tiny/prose"`, and `"tiny-10m/prose"`, a target without a draft, for decoders that need none.
         tokens_per_step: generated each step, at most (an end-of-text token ends a prompt early).
         ranges: (low, high) of knobs by name, in their own units, within what the decoder takes; by default all of
             that, but 0.05 to 0.95 for `fallback`.

@@ -41,7 +41,7 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
 
     Args:
         num_envs: how many environments.
-        decoder: `"threshold"`, `"speculative"` or `"lookahead"`.
+        decoder: a name that `TuningEnv` takes.
         workload: a name, a `Workload`, or several; by default that of the recordings given, or the one of `TuningEnv`.
         weights: how many environments each workload gets, in proportion; by default as many as any other.
         tokens_per_step: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `draft_length`, `batch_size` and

@@ -11,7 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from random_medusa_heads import random_heads
 from specgym.decoding.latency import LatencyProfile
+from specgym.decoding.medusa import save_heads
 from specgym.decoding.pairs import Pair
 from specgym.decoding.sampling import Sampling
 from specgym.envs import TokenPrompts, Workload
@@ -114,3 +116,25 @@ def make_single(toy_trace: Trace, profile: LatencyProfile) -> MakeEnv:
         return gymnasium.make("specgym/Thresholds-v0", backend="replay", **{**usual, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def alone(make_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A random target with random Medusa heads in the folder beside its own."""
+    folder = tmp_path_factory.mktemp("toy")
+    pair = Pair(make_model("llama", layers=1, vocabulary=64, hidden=16, context=128), name="toy")
+    pair.target.name = str(folder / "toy")
+    save_heads(random_heads(pair.target.model, 5, spread=0.2), folder / "toy-medusa", pair.target)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def alone_work(alone: Pair) -> Workload:
+    """Of the target alone."""
+    return Workload(alone, PROMPTS)
+
+
+@pytest.fixture
+def cheap_heads() -> LatencyProfile:
+    """Medusa heads that cost a twentieth of a pass, and a further token of a pass a hundredth."""
+    return LatencyProfile("toy", {0: 0.0, 5: 0.0005}, {1: 0.010, 65: 0.0164}, 0.010, {}, rounds="medusa")

@@ -17,7 +17,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from specgym.decoding import LookaheadDecoder, Pair
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, TuningEnv, Workload, shipped_outcomes
-from specgym.envs.knobs import DECODERS, KNOBS, build_decoder, default_workload, rounds_of
+from specgym.envs.knobs import KNOBS, build_decoder, default_workload, rounds_of
 from specgym.envs.outcomes import Outcomes
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.traces import Trace
@@ -181,7 +181,7 @@ def test_shipped_outcomes_are_found_by_workload_decoder_and_split(
     [
         ({"tokens_per_step": 17}, r"the lookahead outcomes of toy/ids \(train\) have texts of 16 tokens.*--tokens 17"),
         ({"decoder": "speculative"}, "the decoder asked for is speculative; give decoder='lookahead', or record"),
-        ({"decoder": "beam"}, "replays the decoders threshold, speculative, lookahead by name, not 'beam'"),
+        ({"decoder": "beam"}, "replays the decoders threshold, speculative, lookahead, .* by name, not 'beam'"),
         ({"split": "test"}, "has the train prompts of toy/ids, not the test prompts"),
         ({"workload": "tiny-3m/code"}, "recorded from toy/ids, and the workload asked for is tiny-3m/code"),
         ({"trace": "nowhere.npz"}, "there is no file of outcomes .*nowhere.npz"),
@@ -230,8 +230,7 @@ def test_traces_and_outcomes_do_not_mix(
 
 
 def test_a_decoders_kind_of_rounds_and_workload_are_known_by_name(pair: Pair) -> None:
-    assert set(DECODERS) == set(KNOBS)
-    for name in DECODERS:
+    for name in ("threshold", "speculative", "lookahead"):
         decoder = build_decoder(name, pair, 4)
         assert decoder.knobs == KNOBS[name](4)
         assert rounds_of(name) == rounds_of(decoder) == rounds_of(type(decoder))
