@@ -3,6 +3,6 @@
 from .export import ExportedPolicy
 from .policy import KnobPolicy
 from .settings import TrainSettings
-from .tunable import LookaheadSettings, ThresholdSettings
+from .tunable import LookaheadSettings, MedusaSettings, ThresholdSettings
 
-__all__ = ["ExportedPolicy", "KnobPolicy", "LookaheadSettings", "ThresholdSettings", "TrainSettings"]
+__all__ = ["ExportedPolicy", "KnobPolicy", "LookaheadSettings", "MedusaSettings", "ThresholdSettings", "TrainSettings"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from .tuner.cross_validation import KINDS
 from .tuner.heat import heat_maps_of
 from .tuner.settings import TunerSettings
 
-EnvName = Literal["specgym/Thresholds-v0", "specgym/Lookahead-v0", "specgym/DraftLength-v0"]
+EnvName = Literal["specgym/Thresholds-v0", "specgym/Lookahead-v0", "specgym/Medusa-v0", "specgym/DraftLength-v0"]
 THRESHOLDS: Final = "specgym/Thresholds-v0"
 DRAFT_LENGTH: Final = "specgym/DraftLength-v0"
 TUNER = "tuner"
@@ -47,7 +48,7 @@ class TrainCommand(Generic[_S]):
 
     settings: Annotated[_S, tyro.conf.arg(name="")]
     env: EnvName = THRESHOLDS
-    """What to learn: thresholds, the settings of Lookahead decoding, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead or Medusa decoding, or when to stop a draft."""
     resume: Path | None = None
     """Go on with this run (its folder) from its newest intact checkpoint. Its settings are kept; only
     --total-timesteps may be raised."""
@@ -76,12 +77,12 @@ class TrainStoppingCommand:
     """Learn when to stop a draft, from recorded texts of the pairs that ship with the package.
 
     The options are those of --env specgym/DraftLength-v0. To tune a decoder instead, and for the options of that: --env
-    specgym/Thresholds-v0 --help, or --env specgym/Lookahead-v0 --help.
+    specgym/Thresholds-v0 --help, --env specgym/Lookahead-v0 --help, or --env specgym/Medusa-v0 --help.
     """
 
     settings: Annotated[StoppingSettings, tyro.conf.arg(name="")]
     env: EnvName = DRAFT_LENGTH
-    """What to learn: thresholds, the settings of Lookahead decoding, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead or Medusa decoding, or when to stop a draft."""
     resume: Path | None = None
     """Go on with this run (its folder). Its settings are kept; only --seeds may be added, and those that are learned
     stay."""
@@ -145,8 +146,8 @@ class Kind:
 def _tuning(kind: type[TrainSettings]) -> Kind:
     others = ", ".join(f"--env {env} --help" for env in (*TUNABLE, DRAFT_LENGTH) if env != kind.ENV)
     told = (
-        f"{kind.__doc__}\n\nThe options are those of --env {kind.ENV}. For others: {others}. To learn a tuner for "
-        "pairs never seen instead: --tuner --help."
+        f"{inspect.getdoc(kind)}\n\nThe options are those of --env {kind.ENV}. For others: {others}. To learn a tuner "
+        "for pairs never seen instead: --tuner --help."
     )
     command: Any = TrainCommand  # mypy takes no type parameter that is a variable
     return Kind(command[kind], kind, train, {"env": kind.ENV}, told)

@@ -74,13 +74,13 @@ def require_recordings(settings: TrainSettings) -> None:
         for split in splits:
             path = _recording(settings, name, split)
             if path is not None and not path.is_file():
-                traced = settings.DECODER in TRACED
-                command = record_command(name) if traced else outcome_command(name, settings.DECODER)
+                traced = settings.decoder_name in TRACED
+                command = record_command(name) if traced else outcome_command(name, settings.decoder_name)
                 raise SettingsError(
                     f"{path.parent} has no {path.name}; make it: {command}, or give another --environment.recordings"
                 )
             try:
-                found, _ = find_recording(settings.DECODER, path, name, split)
+                found, _ = find_recording(settings.decoder_name, path, name, split)
                 if isinstance(found, Outcomes):
                     require_tokens(found, settings.environment.tokens_per_step)
             except TraceError as error:
@@ -145,14 +145,14 @@ def _recording(settings: TrainSettings, name: str, split: Split) -> Path | None:
     folder = settings.environment.recordings
     if folder is None:
         return None
-    traced = settings.DECODER in TRACED
-    return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.DECODER, split))
+    traced = settings.decoder_name in TRACED
+    return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.decoder_name, split))
 
 
 def _shared_options(settings: TrainSettings) -> dict[str, Any]:
     """What single environments and those that step together are told alike."""
     return {
-        "decoder": settings.DECODER,
+        "decoder": settings.decoder_name,
         "tokens_per_step": settings.environment.tokens_per_step,
         "backend": settings.environment.backend,
         "reward": settings.reward,

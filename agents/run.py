@@ -98,7 +98,7 @@ class RunFolder:
                 pair,
                 settings.refresh_latency and key not in refreshed,
                 sampling=found.sampling,
-                rounds=rounds_of(settings.DECODER),
+                rounds=rounds_of(settings.decoder_name),
             )
             refreshed.add(key)
             profile.save(path)

@@ -12,6 +12,7 @@ from ..decoding.decoder import Decoder
 from ..decoding.pairs import Pair
 from ..envs.knobs import build_decoder
 from ..envs.rewards import RewardSettings
+from ..envs.workloads import workload
 from .requirements import (
     SettingsError,
     require_above_zero,
@@ -139,7 +140,7 @@ class TrainSettings(StoredSettings):
 
     Attributes:
         ENV: the id of the environment.
-        DECODER: the decoder's name in `envs.knobs.DECODERS`.
+        DECODER: the usual decoder's name in `envs.knobs.DECODERS`.
         KNOBS: what the knobs of this decoder are called, together.
         REPLAYED: environments for each workload that practise on replay where `environments` is 0.
     """
@@ -227,10 +228,25 @@ class TrainSettings(StoredSettings):
         return None
 
     @property
+    def decoder_name(self) -> str:
+        """Of the decoder that is tuned, in `envs.knobs.DECODERS`."""
+        return self.DECODER
+
+    @property
     def decoder_options(self) -> Mapping[str, Any]:
         """What an environment is told about the decoder beside its name."""
         return {}
 
     def decoder(self, pair: Pair) -> Decoder:
         """The decoder that is tuned. Errors as for `build_decoder`."""
-        return build_decoder(self.DECODER, pair, int(self.decoder_options.get("draft_length", 1)))
+        return build_decoder(self.decoder_name, pair, int(self.decoder_options.get("draft_length", 1)))
+
+    def check_workloads(self) -> None:
+        """Raise an error unless all workloads are known and suit the decoder, as far as can be told without models.
+
+        Raises:
+            WorkloadError: one is not known.
+            SettingsError: there would be nothing to learn of them.
+        """
+        for name in self.workloads:
+            workload(name)

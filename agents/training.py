@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from ..callbacks import intact_checkpoints
 from ..callbacks.checkpoints import Checkpoint
+from ..decoding.errors import SpecgymError
 from ..decoding.files import replacing
 from ..envs.workloads import workload
 from .beginning import begin, this_command
@@ -23,6 +24,7 @@ from .learner import learn
 from .policy import KnobPolicy
 from .recommend import load_knobs, recommend, save_knobs
 from .report.gather import HEAT_MAPS_FILE
+from .requirements import SettingsError
 from .run import RunFolder, torch_threads
 from .settings import TrainSettings
 from .settings_files import prolonged
@@ -44,7 +46,9 @@ def train(settings: TrainSettings | None = None, resume: Path | None = None) -> 
 
     Raises:
         WorkloadError: a workload is not known.
-        SettingsError: the folder is taken, or `settings` contradict those of the run to resume.
+        SettingsError: the folder is taken, a workload does not suit the decoder, or `settings` contradict those of the
+            run to resume.
+        MedusaHeadsError: a target has no Medusa heads where they are tuned. Loading errors as for `load_pair`.
         RunFileError: `resume` is not the folder of a run, or a file in it is damaged.
         TrainingInterruptedError: interrupted by the user, or by the end of an environment's process.
     """
@@ -84,9 +88,17 @@ def _train(settings: TrainSettings, run: RunFolder, going_on: bool) -> None:
 
 
 def _check(settings: TrainSettings) -> None:
-    for name in settings.workloads:  # a misspelt name, or a recording that is not there, should leave no folder behind
-        workload(name)
+    """Raise what would end the run, so that a misspelt name, or heads that are not there, leave no folder behind."""
+    settings.check_workloads()
     require_recordings(settings)
+    with torch_threads(settings.threads):
+        for name in settings.workloads:  # loaded once a process, so this takes no time that would not be taken later
+            try:
+                settings.decoder(workload(name).load())
+            except SpecgymError:
+                raise
+            except ValueError as error:
+                raise SettingsError(f"{name} cannot be decoded so: {error}") from error
 
 
 def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:

@@ -8,13 +8,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..envs.rewards import RewardSettings
-from ..envs.workloads import SHIPPED_WORKLOADS
+from ..envs.workloads import SHIPPED_WORKLOADS, workload
 from .files import RunFileError, read_json
-from .requirements import SettingsError, require_at_least, require_one_bound
+from .requirements import SettingsError, require_at_least, require_one_bound, require_one_of
 from .settings import EnvironmentSettings, LearningSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class BoundedSettings(TrainSettings):
+    """How the knobs of a decoder are learned whose text may stray from the target's, and how far it may."""
+
+    max_divergence: float | None = None
+    """Ask for the fastest setting whose mean divergence from the target stays under this bound, above 0, instead of the
+    reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
+
+    @property
+    def reward(self) -> RewardSettings:
+        """Of the environments, with the bound."""
+        return replace(self.environment.reward, max_divergence=self.max_divergence)
 
 
 @dataclass(frozen=True)
@@ -30,7 +48,7 @@ class ThresholdEnvironment(EnvironmentSettings):
 
 
 @dataclass(frozen=True)
-class ThresholdSettings(TrainSettings):
+class ThresholdSettings(BoundedSettings):
     """Learn decoding thresholds by reinforcement learning. With no option at all: on the pairs that ship."""
 
     FORMAT = "specgym-settings-1"
@@ -43,18 +61,6 @@ class ThresholdSettings(TrainSettings):
     """What to tune for: pair/prompts, or pair/prompts@temperature, for instance tiny/prose or gpt2-xl+gpt2/code@1.0."""
     environment: ThresholdEnvironment = field(default_factory=ThresholdEnvironment)
     """What the agent practises on."""
-    max_divergence: float | None = None
-    """Ask for the fastest thresholds whose mean divergence from the target stays under this bound, above 0, instead of
-    the reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
-
-    @property
-    def reward(self) -> RewardSettings:
-        """Of the environments, with the bound."""
-        return replace(self.environment.reward, max_divergence=self.max_divergence)
 
     @property
     def decoder_options(self) -> Mapping[str, Any]:
@@ -67,8 +73,9 @@ def _speed_alone() -> RewardSettings:
 
 
 @dataclass(frozen=True)
-class LosslessEnvironment(EnvironmentSettings):
-    """What the agent practises on, with a decoder whose text is the target's own: speed is all there is to gain."""
+class TargetAloneEnvironment(EnvironmentSettings):
+    """What the agent practises on, with a decoder that needs no draft. Where its text is the target's own, speed is all
+    there is to gain."""
 
     tokens_per_step: int = 64
     """Tokens generated for one prompt in one environment step: as many as the table's. What pays depends on it where a
@@ -81,29 +88,21 @@ class LosslessEnvironment(EnvironmentSettings):
     """Weights and ranges of the reward's terms; by default the speedup is the reward. What is not accepted costs what
     the latency profile charges for it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reward.max_divergence is not None or self.reward.divergence_weight:
-            raise SettingsError(
-                "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
-                "leave out --environment.reward.max-divergence and --environment.reward.divergence-weight"
-            )
-
 
 def _replay_learning() -> LearningSettings:
     return LearningSettings(batch_size=1024, epochs=5, learning_rate=1e-3, plateau_patience=8, gamma=0.9)
 
 
 @dataclass(frozen=True)
-class LookaheadSettings(TrainSettings):
-    """Learn window, n-gram size and guesses of Lookahead decoding. With no option at all: from recordings that ship."""
+class TargetAloneSettings(TrainSettings):
+    """How the knobs of a decoder are learned that needs no draft, and that is replayed by its outcomes.
 
-    FORMAT = "specgym-lookahead-settings-1"
-    ABOUT = "a run of Lookahead decoding"
-    ENV = "specgym/Lookahead-v0"
-    DECODER = "lookahead"
-    KNOBS = "Lookahead knobs"
+    Attributes:
+        STRAYING: how else to ask for a decoder whose text strays from the target's, if there is one.
+    """
+
     REPLAYED = 32
+    STRAYING: ClassVar[str] = ""
 
     workloads: tuple[str, ...] = (
         "tiny-10m/prose",
@@ -120,13 +119,91 @@ class LookaheadSettings(TrainSettings):
     """Environment steps over all workloads; rounded up to whole rollouts."""
     checkpoint_every: int = 20_000
     """Environment steps between two checkpoints, which --resume continues from."""
-    environment: LosslessEnvironment = field(default_factory=LosslessEnvironment)
+    environment: TargetAloneEnvironment = field(default_factory=TargetAloneEnvironment)
     """What the agent practises on."""
     learning: LearningSettings = field(default_factory=_replay_learning)
     """How it learns."""
 
+    def __post_init__(self) -> None:
+        reward = self.environment.reward
+        bounded = self.max_divergence is not None or reward.max_divergence is not None
+        if self.lossless and (bounded or reward.divergence_weight):
+            raise SettingsError(
+                "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
+                f"leave out max-divergence and --environment.reward.divergence-weight{self.STRAYING}"
+            )
+        super().__post_init__()
 
-TUNABLE: dict[str, type[TrainSettings]] = {kind.ENV: kind for kind in (ThresholdSettings, LookaheadSettings)}
+    @property
+    def lossless(self) -> bool:
+        """Whether the text is the target's own."""
+        return True
+
+
+@dataclass(frozen=True)
+class LookaheadSettings(TargetAloneSettings):
+    """Learn window, n-gram size and guesses of Lookahead decoding. With no option at all: from recordings that ship."""
+
+    FORMAT = "specgym-lookahead-settings-1"
+    ABOUT = "a run of Lookahead decoding"
+    ENV = "specgym/Lookahead-v0"
+    DECODER = "lookahead"
+    KNOBS = "Lookahead knobs"
+
+
+@dataclass(frozen=True)
+class MedusaSettings(TargetAloneSettings, BoundedSettings):
+    """Learn how many heads and how large a tree Medusa decoding uses, and, with typical acceptance, what it accepts.
+
+    With no option at all: from recordings that ship, with exact acceptance.
+    The heads are those in the folder <target>-medusa beside the target's own, or those that ship for it.
+    """
+
+    FORMAT = "specgym-medusa-settings-1"
+    ABOUT = "a run of Medusa decoding"
+    ENV = "specgym/Medusa-v0"
+    DECODER = "medusa"
+    KNOBS = "Medusa knobs"
+    STRAYING = ", or give --acceptance typical"
+
+    acceptance: Literal["exact", "typical"] = "exact"
+    """Exact: the text is the target's own. Typical: whatever candidate is probable enough under the target is accepted,
+    and how probable that is, epsilon and delta, is learned too. Sampled texts then come faster and stray from the
+    target, so that --max-divergence should say how far they may; greedy ones stay as they are, and for epsilon and
+    delta to matter a workload must sample, as tiny-3m/prose@1.0 does."""
+    max_divergence: float | None = None
+    """With --acceptance typical, ask for the fastest setting whose mean divergence from the target stays under this
+    bound, above 0, instead of the reward's weights. The price of going beyond is learned along, one for each
+    workload."""
+
+    def __post_init__(self) -> None:
+        require_one_of(self, "acceptance", ("exact", "typical"))
+        super().__post_init__()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether acceptance is exact."""
+        return self.acceptance == "exact"
+
+    @property
+    def decoder_name(self) -> str:
+        """That of the decoder with this acceptance."""
+        return self.DECODER if self.lossless else "medusa-typical"
+
+    def check_workloads(self) -> None:
+        """As for any decoder; and with typical acceptance a workload must sample."""
+        super().check_workloads()
+        if not self.lossless and all(workload(name).sampling.greedy for name in self.workloads):
+            raise SettingsError(
+                "typical acceptance changes sampled texts alone, and every workload is greedy, so epsilon and delta "
+                "would do nothing; name a workload that samples, for instance tiny-3m/prose@1.0, or leave out "
+                "--acceptance typical"
+            )
+
+
+TUNABLE: dict[str, type[TrainSettings]] = {
+    kind.ENV: kind for kind in (ThresholdSettings, LookaheadSettings, MedusaSettings)
+}
 """The settings of every decoder that can be tuned, by the id of its environment."""
 
 

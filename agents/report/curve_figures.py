@@ -39,8 +39,9 @@ class CurveFigure:
 def curve_figures(curves: Mapping[str, Curve]) -> list[CurveFigure]:
     """One small figure for each quantity that was logged at least twice and, if a setting, ever changed."""
     found = []
-    own = [tag for tag in sorted(curves) if tag.startswith("knobs/") and tag not in _SHOWN]
-    for tag, title in (_SHOWN | {tag: f"{tag.removeprefix('knobs/').capitalize()} in use" for tag in own}).items():
+    tags = [tag for tag in sorted(curves) if tag.startswith("knobs/") and tag not in _SHOWN]
+    own = {tag: f"{tag.removeprefix('knobs/').replace('_', ' ').capitalize()} in use" for tag in tags}
+    for tag, title in (_SHOWN | own).items():
         parts = [curve for name, curve in sorted(curves.items()) if _is_part(name, tag) and len(curve[0]) > 1]
         whole = curves.get(tag)
         if whole is None and parts:

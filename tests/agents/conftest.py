@@ -65,6 +65,12 @@ def fake_tuning() -> Callable[..., FakeTuning]:
     return FakeTuning
 
 
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What was printed since the last call, without line breaks and frames."""
+    return lambda: " ".join("".join(capsys.readouterr()).replace("│", " ").split())
+
+
 @pytest.fixture(scope="session")
 def small_workloads(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_noisy: Callable[..., Any]

@@ -12,42 +12,28 @@ import pytest
 from rich.console import Console
 
 from benchmarks import learned_against_grid as benchmark
+from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.evaluation import CHARGED, Row
 from specgym.agents.export import ExportedPolicy
 from specgym.agents.tables import rendered, verdict
 from specgym.agents.tunable import LookaheadSettings, load_settings
-from specgym.envs.outcomes import outcomes_name
-from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
-from specgym.envs.workloads import workload
 
+ENV = "specgym/Lookahead-v0"
 KNOBS = ("window", "ngram", "guesses")
 Shown = Callable[[], str]
-
-
-@pytest.fixture
-def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
-    """What was printed since the last call, without line breaks and frames."""
-    return lambda: " ".join("".join(capsys.readouterr()).replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")
 def workloads(small_workloads: tuple[str, str]) -> tuple[str, str]:
     """The target of the small workloads alone, greedy and sampled."""
-    target, rest = small_workloads[0].split("+")
-    name = f"{target}/{rest.partition('/draft/')[2]}"
-    return name, f"{name}@1.0"
+    return target_alone(small_workloads)
 
 
 @pytest.fixture(scope="module")
 def recordings(workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the outcomes of both workloads."""
-    folder = tmp_path_factory.mktemp("outcomes")
-    few = OutcomeSettings("lookahead", settings=6, prompts=2, tokens=12)
-    for name in workloads:
-        for split in ("train", "test"):
-            record_outcomes(workload(name), split, folder / outcomes_name(name, "lookahead", split), few)  # type: ignore[arg-type]
-    return folder
+    return record_little("lookahead", workloads, tmp_path_factory.mktemp("outcomes"))
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +42,8 @@ def finished(workloads: tuple[str, str], recordings: Path, tmp_path_factory: pyt
     runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECGYM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        assert train_command(options(runs, workloads, recordings)) == 0
+        assert train_command(options(ENV, runs, workloads, recordings)) == 0
         yield runs / "mine"
-
-
-def options(runs: Path, workloads: tuple[str, ...], recordings: Path, **changed: object) -> list[str]:
-    chosen = {
-        "--runs": runs, "--name": "mine", "--total-timesteps": 320, "--environments": 8,
-        "--environment.recordings": recordings, "--environment.tokens-per-step": 8, "--checkpoint-every": 160,
-        "--learning.rollout-steps": 10, "--learning.batch-size": 40, "--learning.epochs": 2,
-        "--evaluation.prompts": 2, "--evaluation.tokens": 8, "--evaluation.during-training": 1, **changed,
-    }  # fmt: skip
-    words = (str(word) for pair in chosen.items() for word in pair)
-    return ["--env", "specgym/Lookahead-v0", "--workloads", *workloads, *words]
 
 
 def test_a_run_leaves_whole_numbers_a_policy_and_a_table(finished: Path, workloads: tuple[str, str]) -> None:
@@ -149,7 +124,7 @@ def test_the_report_has_no_place_for_pairs_of_thresholds(finished: Path) -> None
 def test_what_does_not_apply_is_one_message_and_leaves_no_folder(
     wrong: list[str], message: str, workloads: tuple[str, str], recordings: Path, tmp_path: Path, shown: Shown
 ) -> None:
-    arguments = [*options(tmp_path / "runs", workloads, recordings), *wrong]
+    arguments = [*options(ENV, tmp_path / "runs", workloads, recordings), *wrong]
     try:
         code = train_command(arguments)
     except SystemExit as ended:  # what the parser itself refuses
@@ -179,8 +154,8 @@ def test_the_table_names_the_decoder_s_knobs_and_what_it_reads() -> None:
 def test_workloads_may_have_weights_and_one_may_stand_alone(
     workloads: tuple[str, str], recordings: Path, tmp_path: Path
 ) -> None:
-    assert train_command([*options(tmp_path, workloads, recordings), "--weights", "3", "1"]) == 0
-    assert train_command([*options(tmp_path, workloads[:1], recordings, **{"--name": "alone"})]) == 0
+    assert train_command([*options(ENV, tmp_path, workloads, recordings), "--weights", "3", "1"]) == 0
+    assert train_command([*options(ENV, tmp_path, workloads[:1], recordings, **{"--name": "alone"})]) == 0
     described = json.loads((tmp_path / "alone" / "policy.json").read_text())
     assert described["state"] == list(KNOBS)  # a workload alone needs no mark
     assert [knob["logarithmic"] for knob in described["knobs"]] == [True, False, True]

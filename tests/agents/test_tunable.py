@@ -13,7 +13,15 @@ from specgym.agents.files import RunFileError
 from specgym.agents.requirements import SettingsError
 from specgym.agents.settings import TrainSettings
 from specgym.agents.settings_files import prolonged
-from specgym.agents.tunable import TUNABLE, LookaheadSettings, LosslessEnvironment, ThresholdSettings, load_settings
+from specgym.agents.training import train
+from specgym.agents.tunable import (
+    TUNABLE,
+    LookaheadSettings,
+    MedusaSettings,
+    TargetAloneEnvironment,
+    ThresholdSettings,
+    load_settings,
+)
 from specgym.envs.knobs import DECODERS
 from specgym.envs.rewards import RewardSettings
 
@@ -48,20 +56,51 @@ def test_what_means_nothing_without_a_draft_is_not_offered(name: str) -> None:
     with pytest.raises(TypeError, match=name):
         LookaheadSettings(**{name: 4})
     with pytest.raises(TypeError, match=name):
-        LosslessEnvironment(**{name: 4})
+        TargetAloneEnvironment(**{name: 4})
 
 
 @pytest.mark.parametrize("reward", [RewardSettings(max_divergence=0.1), RewardSettings(divergence_weight=1.0)])
 def test_a_lossless_decoder_has_no_divergence_to_weigh(reward: RewardSettings) -> None:
-    with pytest.raises(SettingsError, match="the target's own"):
-        LosslessEnvironment(reward=reward)
+    for kind in (LookaheadSettings, MedusaSettings):
+        with pytest.raises(SettingsError, match="the target's own"):
+            kind(environment=TargetAloneEnvironment(reward=reward))
+
+
+def test_a_bound_is_for_typical_acceptance_alone(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"leave out max-divergence .*, or give --acceptance typical"):
+        MedusaSettings(max_divergence=0.1)
+    with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
+        MedusaSettings(
+            acceptance="typical", environment=TargetAloneEnvironment(reward=RewardSettings(max_divergence=0.1))
+        )
+    with pytest.raises(SettingsError, match="acceptance must be one of exact, typical, got 'lax'"):
+        MedusaSettings(acceptance="lax")  # type: ignore[arg-type]
+    settings = MedusaSettings(acceptance="typical", max_divergence=0.1)
+    assert (settings.reward.max_divergence, settings.reward.speed_weight) == (0.1, 1)
+    assert (settings.decoder_name, MedusaSettings().decoder_name) == ("medusa-typical", "medusa")
+    settings.save(tmp_path / "settings.json", "")
+    assert load_settings(tmp_path / "settings.json") == settings
+
+
+def test_typical_acceptance_needs_a_workload_that_samples() -> None:
+    greedy, both = ("tiny-3m/prose",), ("tiny-3m/prose", "tiny-3m/prose@1.0")
+    with pytest.raises(SettingsError, match="epsilon and delta would do nothing; name a workload that samples"):
+        MedusaSettings(workloads=greedy, acceptance="typical").check_workloads()
+    MedusaSettings(workloads=greedy).check_workloads()
+    MedusaSettings(workloads=both, acceptance="typical").check_workloads()
+
+
+def test_a_pair_that_does_not_suit_the_decoder_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"tiny-3m/prose cannot be decoded so: .* draft"):
+        train(ThresholdSettings(workloads=("tiny-3m/prose",), runs=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_recordings_are_for_replay_and_the_clock_for_live_decoding() -> None:
     with pytest.raises(SettingsError, match="recordings are for"):
-        LosslessEnvironment(backend="live", recordings=Path("outcomes"))
+        TargetAloneEnvironment(backend="live", recordings=Path("outcomes"))
     with pytest.raises(SettingsError, match="a replay has no clock"):
-        LosslessEnvironment(timing="wall")
+        TargetAloneEnvironment(timing="wall")
 
 
 def test_by_default_speed_is_all_that_a_lossless_decoder_is_rewarded_for() -> None:
@@ -79,11 +118,11 @@ def test_many_practise_on_replay_and_one_a_workload_live() -> None:
     settings = LookaheadSettings(workloads=("tiny-3m/prose", "tiny-3m/code"))
     assert settings.practising == 64
     assert replace(settings, environments=5).practising == 5
-    assert replace(settings, environment=LosslessEnvironment(backend="live")).practising == 2
+    assert replace(settings, environment=TargetAloneEnvironment(backend="live")).practising == 2
 
 
 def test_a_run_goes_on_with_its_own_settings_alone() -> None:
     saved = LookaheadSettings(name="x")
     assert prolonged(saved, replace(saved, total_timesteps=400_000)).total_timesteps == 400_000
     with pytest.raises(SettingsError, match="tokens_per_step = 64, and cannot go on with 8"):
-        prolonged(saved, replace(saved, environment=LosslessEnvironment(tokens_per_step=8)))
+        prolonged(saved, replace(saved, environment=TargetAloneEnvironment(tokens_per_step=8)))

@@ -26,12 +26,6 @@ WORKLOADS = ("tiny-3m-ngram/prose", "tiny-3m-ngram/code", "tiny-3m-1l/prose", "t
 Shown = Callable[[], str]
 
 
-@pytest.fixture
-def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
-    """What was printed since the last call, without line breaks."""
-    return lambda: " ".join("".join(capsys.readouterr()).split())
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few hundred measurements."""
