@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.lookahead import encoded
+from benchmarks.sides import encoded
 from specgym.decoding.decoder import Round
 from specgym.decoding.files import write_json
 from specgym.decoding.latency import LatencyProfile

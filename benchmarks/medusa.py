@@ -1,0 +1,125 @@
+"""Medusa decoding with heads and candidate trees of several sizes, against plain and speculative decoding.
+
+    python -m benchmarks.medusa                                     # both shipped targets, 5 minutes
+    python -m benchmarks.medusa --targets tiny-3m --prompts 2       # a first impression
+    python -m benchmarks.medusa --temperature 0.7                   # exact sampling beside typical acceptance
+    python -m benchmarks.medusa --device cuda --dtype float32
+
+Every prompt is decoded by all methods, one after another, before the next one. Reading the prompt is not in the times.
+A greedy text that is not that of plain decoding is an error in float32; in lower precisions passes of different shapes
+round differently, so there it is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.sides import PLAIN, Comparison, Figures, Method, compared, decode, drafted, figures_by_set
+from specgym.decoding.autoregressive import AutoregressiveDecoder
+from specgym.decoding.decoder import Round
+from specgym.decoding.files import write_json
+from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder
+from specgym.decoding.medusa.decoder import DELTA, EPSILON
+from specgym.decoding.medusa.files import load_heads, usual_heads
+from specgym.decoding.pairs import Pair
+
+
+@dataclass
+class Settings(Comparison):
+    """Compare Medusa decoding with others."""
+
+    prompt_sets: tuple[str, ...] = ("prose", "code", "definitions", "chat")
+    """What `load_prompts` takes, and `repetitive`."""
+    heads_from: str | None = None
+    """Folder of the heads, for a single target; by default those that decoders find by themselves."""
+    heads: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Numbers of heads used; those there are at most."""
+    candidates: tuple[int, ...] = (8, 16, 32, 64)
+    """Numbers of candidates verified in a step."""
+    epsilon: float = EPSILON
+    """Of typical acceptance, which is compared when sampling: probability above which all is accepted."""
+    delta: float = DELTA
+    """Of typical acceptance: share of exp(-entropy) above which a candidate is accepted."""
+
+
+def name_of(heads: int, candidates: int) -> str:
+    """Of Medusa decoding with so many of both."""
+    return f"Medusa ({heads}, {candidates})"
+
+
+def methods(pair: Pair, heads: MedusaHeads, settings: Settings) -> list[Method]:
+    """All sides, plain decoding first."""
+    exact = MedusaDecoder(pair, heads, max_tree=max(settings.candidates))
+    found = [Method(PLAIN, AutoregressiveDecoder(pair)), *drafted(pair, settings)]
+    for count in settings.heads:
+        if count <= heads.shape.heads:
+            found += [
+                Method(name_of(count, size), exact, {"heads": count, "tree_size": size}) for size in settings.candidates
+            ]
+    if settings.temperature:
+        typical = TypicalMedusaDecoder(pair, heads, max_tree=max(settings.candidates))
+        for size in settings.candidates:
+            knobs = {
+                "heads": heads.shape.heads,
+                "tree_size": size,
+                "epsilon": settings.epsilon,
+                "delta": settings.delta,
+            }
+            found.append(Method(f"typical ({heads.shape.heads}, {size})", typical, knobs))
+    return found
+
+
+def shown(_: str, rounds: Sequence[Round], figures: Figures) -> dict[str, str]:
+    """The columns of Medusa decoding."""
+    tokens = sum(len(cycle.tokens) for cycle in rounds)
+    return {
+        "cost of a step": f"{figures['step_cost']:.2f}",
+        "divergence": f"{sum(cycle.divergence for cycle in rounds) / tokens:.3f}",
+    }
+
+
+def trade(target: str, overall: Mapping[str, Figures], settings: Settings) -> Table:
+    """Tokens per step against what a step costs, by heads and candidates, over all prompt sets."""
+    title = f"{target}: tokens per step / cost of a step in plain steps = speedup"
+    table = Table("heads", title=title, box=box.MARKDOWN)
+    for size in settings.candidates:
+        table.add_column(f"{size} candidates", justify="right", no_wrap=True)
+    for count in settings.heads:
+        cells = [overall.get(name_of(count, size)) for size in settings.candidates]
+        if all(cells):
+            table.add_row(
+                str(count),
+                *(
+                    f"{cell['tokens_per_step']:.2f} / {cell['step_cost']:.2f} = {cell['speedup']:.2f}"
+                    for cell in cells
+                    if cell
+                ),
+            )
+    return table
+
+
+def main() -> None:
+    """Decode, and print."""
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(settings.threads)
+    console, report = Console(width=200), settings.report()
+    for target in settings.targets:
+        pair = settings.pair(target)
+        heads = load_heads(settings.heads_from, pair.target) if settings.heads_from else usual_heads(pair.target)
+        results = decode(pair, methods(pair, heads, settings), settings)
+        found = figures_by_set(results)
+        console.print(compared(target, results, found, settings, shown), trade(target, found["all"], settings))
+        report["targets"][target] = {"figures": found}
+        if settings.json:
+            write_json(settings.json, report)
+
+
+if __name__ == "__main__":
+    main()
