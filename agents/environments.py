@@ -17,9 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from ..decoding.prompts import Split
 from ..envs.archives import TraceError
+from ..envs.decoders import TRACED
 from ..envs.outcome_replay import require_tokens
 from ..envs.outcomes import Outcomes, outcomes_name
-from ..envs.shipped_outcomes import TRACED, find_recording, outcome_command
+from ..envs.shipped_outcomes import find_recording, outcome_command
 from ..envs.shipped_traces import record_command
 from ..envs.traces import trace_name
 from ..envs.workload_shares import shared_out

@@ -13,7 +13,7 @@ import torch
 from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
-from ..envs.knobs import rounds_of
+from ..envs.decoders import rounds_of
 from ..envs.workloads import workload
 from .files import RunFileError
 from .settings import TrainSettings

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from ..callbacks import ReplaySettings
 from ..decoding.decoder import Decoder
 from ..decoding.pairs import Pair
-from ..envs.knobs import build_decoder
+from ..envs.decoders import build_decoder
 from ..envs.rewards import RewardSettings
 from ..envs.workloads import workload
 from .requirements import (
@@ -140,7 +140,7 @@ class TrainSettings(StoredSettings):
 
     Attributes:
         ENV: the id of the environment.
-        DECODER: the usual decoder's name in `envs.knobs.DECODERS`.
+        DECODER: the usual decoder's name in `envs.decoders.DECODERS`.
         KNOBS: what the knobs of this decoder are called, together.
         REPLAYED: environments for each workload that practise on replay where `environments` is 0.
     """
@@ -229,7 +229,7 @@ class TrainSettings(StoredSettings):
 
     @property
     def decoder_name(self) -> str:
-        """Of the decoder that is tuned, in `envs.knobs.DECODERS`."""
+        """Of the decoder that is tuned, in `envs.decoders.DECODERS`."""
         return self.DECODER
 
     @property

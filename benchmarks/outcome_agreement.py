@@ -27,8 +27,8 @@ from specgym.agents.tunable import LookaheadSettings
 from specgym.decoding.files import write_json
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.prompts import Split
+from specgym.envs.decoders import DECODERS, build_decoder, rounds_of
 from specgym.envs.knob_moves import KnobMoves
-from specgym.envs.knobs import KNOBS, build_decoder, rounds_of
 from specgym.envs.measuring import decode_prompts, summarise
 from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcomes import Outcomes, outcomes_name
@@ -68,7 +68,7 @@ def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]
     """
     info, random = outcomes.info, np.random.default_rng(seed)
     ranges = {knob.name: (knob.low, knob.high) for knob in info.knobs}
-    moves = KnobMoves(KNOBS[info.decoder](info.draft_length or 1), ranges, None)
+    moves = KnobMoves(DECODERS[info.decoder].knobs(info.draft_length or 1), ranges, None)
     known = {tuple(setting) for setting in outcomes.settings.tolist()}
     chosen: dict[tuple[float, ...], None] = {}
     for _ in range(_TRIES * count):

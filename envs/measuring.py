@@ -10,7 +10,7 @@ from ..decoding.decoder import GREEDY, Decoder, Generation
 from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
-from .knobs import heads_of, rounds_of
+from .decoders import heads_of, rounds_of
 from .rewards import Number
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoding.latency import LatencyProfile
-from .knobs import rounds_of
+from .decoders import rounds_of
 from .outcomes import Outcomes
 
 Floats = NDArray[np.float64]

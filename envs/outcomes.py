@@ -48,7 +48,7 @@ class OutcomeInfo(Provenance):
     """What outcomes were recorded from."""
 
     decoder: str
-    """A name of `specgym.envs.knobs.DECODERS`."""
+    """A name of `specgym.envs.decoders.DECODERS`."""
     knobs: tuple[RecordedKnob, ...]
     heads_sha256: str = ""
     """Over what Medusa heads propose, and in which trees; empty for a decoder without heads."""

@@ -10,7 +10,7 @@ import tyro
 
 from ..decoding.prompts import Split
 from .archives import TraceError
-from .knobs import drafts_tokens
+from .decoders import DECODERS
 
 _OF_TRACES = ("draft_length", "prompts", "tokens", "detour_prompts", "detour_tokens", "seed")
 _OF_OUTCOMES = ("settings", "refine", "draft_length", "prompts", "tokens", "seed")
@@ -69,6 +69,6 @@ class RecordCommand:
                 raise TraceError(f"{option} is for outcomes; give --decoder, or leave it out to record a trace")
             if self.decoder is not None and name not in _OF_OUTCOMES:
                 raise TraceError(f"{option} is for traces; leave it out, or leave out --decoder {self.decoder}")
-            if name == "draft_length" and self.decoder is not None and not drafts_tokens(self.decoder):
+            if name == "draft_length" and self.decoder is not None and not DECODERS[self.decoder].drafts:
                 raise TraceError(f"{option}: {self.decoder} drafts no tokens one after another; leave it out")
         return given

@@ -19,7 +19,8 @@ from ..decoding.files import write_json
 from ..decoding.latency import LatencyProfile
 from ..decoding.medusa import MedusaDecoder
 from ..decoding.prompts import Split
-from .knobs import KNOBS, PRESET_SETTINGS, build_decoder, drafts_tokens, env_ranges, rounds_of
+from .decoders import DECODERS, build_decoder, rounds_of
+from .knobs import env_ranges
 from .outcome_design import design
 from .outcome_refinement import fastest
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
@@ -40,7 +41,7 @@ class OutcomeSettings:
     """
 
     decoder: str = "lookahead"
-    """A name of `specgym.envs.knobs.DECODERS`."""
+    """A name of `specgym.envs.decoders.DECODERS`."""
     settings: int = 48
     """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
     refine: int = 0
@@ -55,15 +56,15 @@ class OutcomeSettings:
     """Of the design and of all sampling."""
 
     def __post_init__(self) -> None:
-        if self.decoder not in KNOBS:
-            raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(KNOBS)}")
+        if self.decoder not in DECODERS:
+            raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(DECODERS)}")
         for name in ("prompts", "tokens", "draft_length"):
             if getattr(self, name) < 1:
                 raise OutcomeError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "refine"):
             if getattr(self, name) < 0:
                 raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
-        least = len(self._given(KNOBS[self.decoder](self.draft_length)))
+        least = len(self._given(DECODERS[self.decoder].knobs(self.draft_length)))
         if self.settings < least:
             raise OutcomeError(
                 f"settings must be at least {least}, the default of {self.decoder} and its presets, got {self.settings}"
@@ -72,21 +73,21 @@ class OutcomeSettings:
     @property
     def knobs(self) -> tuple[RecordedKnob, ...]:
         """The knobs that the decoder has whatever the target, between what values environments move them."""
-        return recorded_knobs(KNOBS[self.decoder](self.draft_length))
+        return recorded_knobs(DECODERS[self.decoder].knobs(self.draft_length))
 
     def designed(self, knobs: Sequence[Knob] | None = None) -> NDArray[np.float64]:
         """The settings to record, shape (settings, knobs).
 
         Args:
             knobs: of the decoder at work, whose target may have more or fewer Medusa heads than usual; by default those
-                of `KNOBS`.
+                of `DECODERS`.
         """
-        own = KNOBS[self.decoder](self.draft_length) if knobs is None else knobs
+        own = DECODERS[self.decoder].knobs(self.draft_length) if knobs is None else knobs
         return design(recorded_knobs(own), self.settings, self._given(own), self.seed)
 
     def _given(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
         default = tuple(float(knob.default) for knob in knobs)
-        presets = (tuple(map(float, preset)) for preset in PRESET_SETTINGS.get(self.decoder, ()))
+        presets = (tuple(map(float, preset)) for preset in DECODERS[self.decoder].presets)
         return list(dict.fromkeys((default, *presets)))
 
 
@@ -193,7 +194,7 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
 def _info(
     found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder
 ) -> OutcomeInfo:
-    drafted = drafts_tokens(settings.decoder)
+    drafted = DECODERS[settings.decoder].drafts
     return OutcomeInfo(
         **provenance_of(found, split, prompts, drafted),
         decoder=settings.decoder,

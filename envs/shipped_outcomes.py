@@ -9,7 +9,7 @@ from pathlib import Path
 from ..decoding.decoder import Decoder
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
-from .knobs import KNOBS, default_workload
+from .decoders import DECODERS, TRACED, default_workload
 from .outcomes import OutcomeError, Outcomes, holds_outcomes, outcomes_name
 from .shipped_traces import find_trace, recorded_workload
 from .traces import Trace
@@ -17,8 +17,6 @@ from .workloads import Workload, workload
 
 OUTCOMES = Path(__file__).parent / "data" / "outcomes"
 """The folder of the outcomes that ship with the package."""
-TRACED = ("threshold", "speculative")
-"""The decoders that a trace can replay."""
 
 Recording = Trace | Outcomes
 Recordings = Recording | str | Path | Sequence[Recording | str | Path] | Mapping[str, Recording | str | Path] | None
@@ -46,11 +44,11 @@ def find_recording(
         WorkloadError: the workload's name is not known.
         ValueError: the decoder cannot be replayed.
     """
-    known = TRACED if isinstance(given, Trace) else tuple(KNOBS)
+    known = TRACED if isinstance(given, Trace) else tuple(DECODERS)
     if callable(decoder) or decoder not in known:
         what = "a trace" if isinstance(given, Trace) else "backend='replay'"
         hint = ""
-        if isinstance(given, Trace) and not callable(decoder) and decoder in KNOBS:
+        if isinstance(given, Trace) and not callable(decoder) and decoder in DECODERS:
             hint = f"; record its outcomes: {outcome_command(given.info.workload, decoder)}"
         raise ValueError(f"{what} replays the decoders {', '.join(known)} by name, not {decoder!r}{hint}")
     if isinstance(given, str | Path) and (decoder not in TRACED or holds_outcomes(given)):

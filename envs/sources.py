@@ -15,7 +15,7 @@ from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
 from ..decoding.speculative import require_positive
 from .archives import TraceError
-from .knobs import KNOBS, build_decoder, default_workload, heads_of, replayed_knobs, rounds_of
+from .decoders import DECODERS, TRACED, build_decoder, default_workload, heads_of, replayed_knobs, rounds_of
 from .measuring import decode_prompts, metrics, summarise
 from .outcome_replay import OutcomeReplay
 from .outcomes import OutcomeError, Outcomes
@@ -24,7 +24,7 @@ from .rendering import render_step
 from .replay import Replay
 from .replay_table import ReplayTable
 from .replaying import KnobReplay, TraceReplay
-from .shipped_outcomes import TRACED, Recording, find_recording, outcome_command
+from .shipped_outcomes import Recording, find_recording, outcome_command
 from .shipped_traces import record_command
 from .traces import Trace
 from .workloads import Workload
@@ -280,7 +280,7 @@ def prepared(
     require_positive("draft_length", draft_length)
     for trace in traces:
         _check(trace, decoder == "threshold", tokens, draft_length)
-    return KNOBS[decoder](draft_length), ReplayTable(traces, detours=decoder == "threshold")
+    return DECODERS[decoder].knobs(draft_length), ReplayTable(traces, detours=decoder == "threshold")
 
 
 def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..decoding.decoder import Knob
 from ..decoding.prompts import Split
+from .decoders import rounds_of
 from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves
-from .knobs import rounds_of
 from .measuring import metrics
 from .operating_points import Profiles
 from .profiles import profile_of

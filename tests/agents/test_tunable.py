@@ -22,7 +22,7 @@ from specgym.agents.tunable import (
     ThresholdSettings,
     load_settings,
 )
-from specgym.envs.knobs import DECODERS
+from specgym.envs.decoders import DECODERS
 from specgym.envs.rewards import RewardSettings
 
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from specgym.decoding import LookaheadDecoder, Pair
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, TuningEnv, Workload, shipped_outcomes
-from specgym.envs.knobs import KNOBS, build_decoder, default_workload, rounds_of
+from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
 from specgym.envs.outcomes import Outcomes
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.traces import Trace
@@ -232,7 +232,7 @@ def test_traces_and_outcomes_do_not_mix(
 def test_a_decoders_kind_of_rounds_and_workload_are_known_by_name(pair: Pair) -> None:
     for name in ("threshold", "speculative", "lookahead"):
         decoder = build_decoder(name, pair, 4)
-        assert decoder.knobs == KNOBS[name](4)
+        assert decoder.knobs == DECODERS[name].knobs(4)
         assert rounds_of(name) == rounds_of(decoder) == rounds_of(type(decoder))
     assert (rounds_of("lookahead"), rounds_of("threshold")) == ("lookahead", "chain")
     assert default_workload("lookahead") == "tiny-10m/prose"

@@ -15,7 +15,7 @@ from specgym.decoding.latency_measure import measured
 from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, save_heads
 from specgym.decoding.sampling import Sampling
 from specgym.envs import Workload, profiles
-from specgym.envs.knobs import KNOBS, build_decoder, default_workload, drafts_tokens, rounds_of
+from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
 from specgym.envs.profiles import profile_name, profile_of
 
 
@@ -46,9 +46,9 @@ def test_a_medusa_decoders_rounds_knobs_and_workload_are_known_by_name(alone: Pa
     for name, kind in (("medusa", MedusaDecoder), ("medusa-typical", TypicalMedusaDecoder)):
         decoder = build_decoder(name, alone, 4)
         assert type(decoder) is kind
-        assert decoder.knobs == KNOBS[name](4)
+        assert decoder.knobs == DECODERS[name].knobs(4)
         assert rounds_of(name) == rounds_of(decoder) == rounds_of(kind) == name  # what is judged is timed
-        assert not drafts_tokens(name)
+        assert not DECODERS[name].drafts
         assert default_workload(name) == "tiny-10m/prose"
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from specgym.decoding import Pair, SpeculativeDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
+from specgym.envs.decoders import DECODERS
 from specgym.envs.knob_moves import KnobMoves
-from specgym.envs.knobs import KNOBS
 from specgym.envs.measuring import summarise
 from specgym.envs.outcome_design import design
 from specgym.envs.outcome_replay import OutcomeReplay
@@ -122,7 +122,7 @@ def test_whatever_is_replayed_could_have_been_decoded() -> None:
     assert isinstance(outcomes, Outcomes)
     charged = profile_of(found, None, replayed=True, rounds="lookahead").at()
     replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
-    moves = KnobMoves(KNOBS["lookahead"](16), None, None)
+    moves = KnobMoves(DECODERS["lookahead"].knobs(16), None, None)
     values = moves.values_of_many(moves.drawn(random, (4_000,)))
     prompts = random.integers(0, outcomes.prompts, 4_000)
     sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
