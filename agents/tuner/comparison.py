@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ...decoding.errors import SpecgymError
-from .outcomes import Measurement
+from .measurements import Measurement
 from .problem import Problem
 from .searchers import Knobs, SearcherFactory
 from .statistics import holm, interval, resampled_means, sign_flip_test

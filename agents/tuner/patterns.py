@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...decoding.files import write_json, write_text
 from ...envs.rewards import RewardSettings
-from .outcomes import Floats, Grid
+from .measurements import Floats, Grid
 from .problem import Problem
 from .statistics import rank_correlation
 

@@ -24,7 +24,7 @@ from ...envs.shipped_traces import find_trace
 from ...envs.sources import prepared
 from ...envs.traces import Trace
 from ...envs.workloads import Workload
-from .outcomes import Floats, Grid, Measurement, Worth
+from .measurements import Floats, Grid, Measurement, Worth
 
 PASSES = 16
 """How often every prompt is decoded to judge a setting: sampling throws dice, and so does a replay for its path."""

@@ -25,7 +25,7 @@ from ..export import ExportedPolicy
 from ..requirements import SettingsError
 from ..settings import EvaluationSettings
 from ..tunable import ThresholdEnvironment, ThresholdSettings
-from .outcomes import Measurement
+from .measurements import Measurement
 from .settings import TunerSettings
 from .tuner import LearnedTuner
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...decoding.errors import SpecgymError
-from .outcomes import Measurement
+from .measurements import Measurement
 from .problem import Problem
 
 INTEGER = frozenset({"rollback"})

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ..evaluation import ALL, Row
-from .outcomes import Floats, Measurement
+from .measurements import Floats, Measurement
 from .problem import Problem
 from .tuner import LearnedSearcher, LearnedTuner
 

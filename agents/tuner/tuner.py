@@ -8,7 +8,7 @@ from pathlib import Path
 from ...envs.context import ContextLayout
 from ..export import ExportedPolicy
 from ..files import RunFileError
-from .outcomes import Measurement
+from .measurements import Measurement
 from .problem import Problem
 
 

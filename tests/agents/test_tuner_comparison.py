@@ -14,7 +14,7 @@ import pytest
 
 from specgym.agents.files import RunFileError
 from specgym.agents.tuner.comparison import Result, compare, folds, paired_tests, summary
-from specgym.agents.tuner.outcomes import Measurement
+from specgym.agents.tuner.measurements import Measurement
 from specgym.agents.tuner.patterns import AIMS, patterns, verdict
 from specgym.agents.tuner.patterns import save as save_patterns
 from specgym.agents.tuner.problem import Problem

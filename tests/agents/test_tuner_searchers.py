@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.agents.tuner.outcomes import Measurement
+from specgym.agents.tuner.measurements import Measurement
 from specgym.agents.tuner.searchers import (
     METHODS,
     NEEDS_UNIVERSAL,
