@@ -12,8 +12,9 @@ import pytest
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 
+from made_up import trace_info
 from specgym.decoding.latency import LatencyProfile
-from specgym.envs.traces import Trace, TraceInfo
+from specgym.envs.traces import Trace
 
 
 class FakeTuning(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -110,9 +111,7 @@ def drafted_trace(
     rows, longest = kept.shape
     sure = np.broadcast_to(np.asarray(confidence, np.float32), kept.shape)
     tokens = rows // prompts
-    info = TraceInfo(
-        workload, split, "t", "0", "d", "0", temperature, 0, 1.0, "0", 50, longest, tokens, 0, 0, "0", "0", "0"
-    )
+    info = trace_info(workload=workload, split=split, temperature=temperature, draft_length=longest, tokens=tokens)
     nothing = np.zeros(kept.shape, np.float32)
     return Trace(
         info=info,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import counting_model, words
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from counting import counting_model, words
 from random_medusa_heads import random_heads
 from specgym.decoding import models
 from specgym.decoding.fit import distilled_text, joint

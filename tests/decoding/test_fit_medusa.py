@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import counting_model, words
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from counting import counting_model, words
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.fit import distilled_text, medusa
 from specgym.decoding.fit.__main__ import main

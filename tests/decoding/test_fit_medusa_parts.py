@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from counting import counting_model
 from transformers import PreTrainedModel
 
+from counting import counting_model
 from specgym.decoding.fit.distilled_text import DistilledText
 from specgym.decoding.fit.errors import FitError
 from specgym.decoding.fit.head_accuracy import accuracies

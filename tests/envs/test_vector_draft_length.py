@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
+from made_up import trace_info
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import Workload
 from specgym.envs.draft_length import DraftLengthEnv
-from specgym.envs.traces import Trace, TraceInfo
+from specgym.envs.traces import Trace
 from specgym.envs.vector_draft_length import DraftLengthVectorEnv
 
 GO, STOP = 0, 1
@@ -45,9 +46,7 @@ def random_trace(
     drafted = np.full(rows, int(columns["drafted"])) if "drafted" in columns else dice.integers(0, K + 1, rows)
     temperature = float(name.partition("@")[2] or 0)
     return Trace(
-        info=TraceInfo(
-            name, "train", "target", "0", "draft", "0", temperature, 0, 1.0, "0", 50, K, tokens, 0, 0, "0", "0", "0"
-        ),
+        info=trace_info(workload=name, temperature=temperature, draft_length=K, tokens=tokens),
         prompt_lengths=np.full(prompts, 3),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         ended=ended,
