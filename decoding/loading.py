@@ -138,6 +138,9 @@ class _Source:
             torch.nn.Module.to(own, torch.device("cuda" if device == "auto" else device))
             return own
         options: dict[str, Any] = {**self.gguf, **self.hub}
+        if self.hub:
+            # Where peft is installed transformers looks for adapters, and otherwise in the network.
+            options["adapter_kwargs"] = {"local_files_only": self.hub["local_files_only"]}
         if self.gguf:
             # Otherwise the weights stay packed, and their arithmetic is neither float32's nor trainable.
             options["quantization_config"] = GgufConfig(dequantize=True)
