@@ -166,6 +166,9 @@ class MedusaSettings(TargetAloneSettings, BoundedSettings):
     KNOBS = "Medusa knobs"
     STRAYING = ", or give --acceptance typical"
 
+    workloads: tuple[str, ...] = ("tiny-10m/prose", "tiny-10m/code", "tiny-3m/prose", "tiny-3m/code")
+    """What to tune for: target/prompts, or target/prompts@temperature; the target needs heads. Each needs a recording
+    unless --environment.backend is live."""
     acceptance: Literal["exact", "typical"] = "exact"
     """Exact: the text is the target's own. Typical: whatever candidate is probable enough under the target is accepted,
     and how probable that is, epsilon and delta, is learned too. Sampled texts then come faster and stray from the
