@@ -25,9 +25,8 @@ from benchmarks.sides import PLAIN, Comparison, Figures, Method, compared, decod
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Round
 from specgym.decoding.files import write_json
-from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder
+from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, heads_for
 from specgym.decoding.medusa.decoder import DELTA, EPSILON
-from specgym.decoding.medusa.files import load_heads, usual_heads
 from specgym.decoding.pairs import Pair
 
 
@@ -112,7 +111,7 @@ def main() -> None:
     console, report = Console(width=200), settings.report()
     for target in settings.targets:
         pair = settings.pair(target)
-        heads = load_heads(settings.heads_from, pair.target) if settings.heads_from else usual_heads(pair.target)
+        heads = heads_for(pair.target, settings.heads_from)
         results = decode(pair, methods(pair, heads, settings), settings)
         found = figures_by_set(results)
         console.print(compared(target, results, found, settings, shown), trade(target, found["all"], settings))

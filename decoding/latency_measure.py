@@ -20,8 +20,8 @@ from .latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency_alone import Timing, target_alone
 from .latency_grid import measure_points, plan_grid
 from .latency_lookahead import measure_lookahead
-from .latency_medusa import found_heads, heads_timed, measure_medusa
-from .medusa import MedusaHeads
+from .latency_medusa import heads_timed, measure_medusa
+from .medusa import MedusaHeads, heads_for
 from .pairs import Pair
 from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
 from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, largest_size, timed_as
@@ -104,7 +104,7 @@ def measure(
             contexts=contexts or (),
         )
         if rounds in OF_HEADS:
-            return measure_medusa(timing, found_heads(heads, pair.target), max_target_tokens)
+            return measure_medusa(timing, heads_for(pair.target, heads), max_target_tokens)
         return measure_lookahead(timing, max_target_tokens)
     _require_chains(pair)
     assert pair.draft is not None
@@ -174,7 +174,7 @@ def measured(
         pair = target_alone(pair)
         kind = f"{rounds}-"
     if rounds in OF_HEADS:
-        heads = found_heads(heads, pair.target)
+        heads = heads_for(pair.target, heads)
         kind += "".join(f"{name}_{value}-" for name, value in heads_timed(heads).items())
     arithmetic = arithmetic_of(sampling)
     path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{kind}{arithmetic}-{fingerprint(pair)}.json"

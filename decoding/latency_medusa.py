@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from .latency import LatencyProfile
 from .latency_alone import Timing
@@ -19,26 +18,12 @@ from .medusa import (
     MedusaDecoder,
     MedusaHeads,
     TypicalMedusaDecoder,
-    load_heads,
     sparse,
-    usual_heads,
 )
-from .models import LanguageModel
 from .round_kinds import MEDUSA_TYPICAL, MOST_TREE_TOKENS
 
 _LOG = logging.getLogger(__name__)
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 40, 48, 56, MOST_TREE_TOKENS)
-
-
-def found_heads(heads: MedusaHeads | str | Path | None, target: LanguageModel) -> MedusaHeads:
-    """The heads that are meant: those given, as `MedusaDecoder` takes them, or the usual ones of a target.
-
-    Raises:
-        MedusaHeadsError: there are none, or they do not fit; the message says how to train some.
-    """
-    if isinstance(heads, MedusaHeads):
-        return heads
-    return usual_heads(target) if heads is None else load_heads(heads, target)
 
 
 def heads_timed(heads: MedusaHeads) -> dict[str, object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
+from .medusa.trees import LARGEST_TREE
+
 Rounds = Literal["chain", "lookahead", "medusa", "medusa-typical"]
 
 CHAIN: Final = "chain"
@@ -24,7 +26,7 @@ LONGEST_DRAFT = 16
 """Of chains, in tokens."""
 MOST_TARGET_TOKENS = 160
 """Of Lookahead: what the decoder reads with its knobs as high as they go."""
-MOST_TREE_TOKENS = 65
+MOST_TREE_TOKENS = LARGEST_TREE + 1
 """Of Medusa: the same, the tree's root included."""
 
 _LARGEST = {

@@ -5,8 +5,7 @@ what came of the settings that were recorded, so what lies between them is made 
 
 * the *mean* over the prompts of each quantity, rounds, accepted tokens and divergence per emitted token, drafted tokens
   and seconds per round: the recorded mean at a setting that was recorded, and elsewhere a smooth surface over the knobs
-  near all recorded means (`specgym.envs.surfaces`). What a round costs has steps that a surface rounds off: at the best
-  settings the recorded means tell better than the surface what they bring with other prompts;
+  near all recorded means (`specgym.envs.surfaces`). What a round costs has steps, which a surface rounds off;
 * the *residual*: how a prompt differs from that mean. It is taken from one of the recorded settings nearest to the one
   asked for, drawn at random, the nearer the likelier; a setting that was recorded itself takes its own. All quantities
   take the same one, so that they stay correlated, and a hard prompt stays hard. Where fewer rounds are saved than at

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .corpus import held_out
 from .errors import FitError
-from .text import pack, read_documents, read_plain, token_digest
+from .text import pack, read_documents, read_plain, shuffled, token_digest, tokenise
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Data:
 
     Attributes:
         train: all domains mixed, shape (n,), int32.
+        domains: the same by domain, in the order of the documents, shape (m,), int32.
         held_out: for each domain its held-out tokens, shape (m,), int32.
         sources: lines that say where the text comes from, under what licence, and its digest.
     """
 
     train: np.ndarray
+    domains: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
     sources: list[str]
 
@@ -46,18 +48,25 @@ def load_data(tokenizer: PreTrainedTokenizerBase, corpus: Path, text: Sequence[P
     if text:
         documents = read_plain(text)
         kept = _hold_out(documents)
-        train = [row[2] for row in documents if row[1] not in kept]
+        train = [row for row in documents if row[1] not in kept]
         held = [row for row in documents if row[1] in kept]
         sources = [f"{path.name}; licence not stated" for path in text]
     else:
-        train = [row[2] for row in read_documents(corpus, "train")]
+        train = read_documents(corpus, "train")
         held = read_documents(corpus, "held-out")
         sources = _corpus_sources(corpus)
-    tokens = pack(tokenizer, train, seed)
+    tokenised = tokenise(tokenizer, [row[2] for row in train])
+    tokens = shuffled(tokenised, seed)
+    domains = {
+        domain: np.concatenate([ids for ids, row in zip(tokenised, train, strict=True) if row[0] == domain])
+        for domain in {row[0] for row in train}
+    }
     rows = {
         domain: pack(tokenizer, [row[2] for row in held if row[0] == domain]) for domain in {row[0] for row in held}
     }
-    return Data(tokens, rows, [*sources, f"training tokens: {len(tokens):,}, SHA-256 `{token_digest(tokens)}`"])
+    return Data(
+        tokens, domains, rows, [*sources, f"training tokens: {len(tokens):,}, SHA-256 `{token_digest(tokens)}`"]
+    )
 
 
 def _hold_out(documents: list[tuple[str, str, str]]) -> set[str]:

@@ -10,11 +10,10 @@ import torch
 from tqdm import tqdm
 
 from ..medusa import MedusaHeads
+from ..medusa.trees import LARGEST_TREE
 from .hidden_states import HiddenStates
 from .labels import IGNORED
 
-RANKS = 64
-"""As many candidates as the largest tree has, so that even one head alone can fill it."""
 _POSITIONS_AT_A_TIME = 512
 
 
@@ -29,6 +28,11 @@ class Accuracy:
 
     shares: np.ndarray
     counts: np.ndarray
+
+    @property
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """The shares as `MedusaHeads.accuracies` has them."""
+        return tuple(tuple(row) for row in self.shares.tolist())
 
     def top(self, ranks: int) -> np.ndarray:
         """Shares of positions at which one of each head's first ranks was right, shape (heads,)."""
@@ -45,7 +49,7 @@ def accuracies(
         states: of the target.
         positions: numbers of those to judge on, shape (m,), int64.
     """
-    count, ranks = heads.shape.heads, min(RANKS, heads.shape.outputs)
+    count, ranks = heads.shape.heads, min(LARGEST_TREE, heads.shape.outputs)  # so that even one head alone can fill it
     domains = states.text.domains
     hits = np.zeros((len(domains), count, ranks), dtype=np.int64)
     seen = np.zeros((len(domains), count), dtype=np.int64)

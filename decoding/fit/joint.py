@@ -19,8 +19,7 @@ from ..checkpoint import save_checkpoint
 from ..digests import heads_digest
 from ..files import write_text
 from ..loading import load_model
-from ..medusa import MedusaHeads, load_heads, save_heads
-from ..medusa.files import usual_heads
+from ..medusa import MedusaHeads, heads_for, save_heads
 from ..models import LanguageModel
 from ..pairs import Pair
 from .card import Facts, write_card
@@ -95,7 +94,7 @@ def make_joint(settings: JointSettings) -> JointReport:
         torch.set_num_threads(loop.threads)
     model, tokenizer = load_model(settings.target, dtype=dtype_of(settings, loop, frozen=False), device=device_of(loop))
     pair = Pair(model, None, tokenizer, prepack=False)
-    heads = _warmed_up(settings, pair.target).float()  # loaded, they are of the target's type
+    heads = heads_for(pair.target, settings.heads_from).float()  # loaded, they are of the target's type
     heads.attach(model)
     check_together(heads, settings.lora_rank)
     name = Path(settings.target).name  # files that are passed on do not say where it was
@@ -103,7 +102,7 @@ def make_joint(settings: JointSettings) -> JointReport:
     prompts = cut_prompts(tokenizer, settings.corpus, settings.text, own_text.texts, own_text.prompt_tokens, loop.seed)
     require_batch(int((prompts.side == TRAINING).sum()), loop.batch, TEXTS)
     text = distil_text(model, pair.eos_token_ids, prompts, own_text, loop.seed, loop.work)
-    before = _measured(settings, settings.target, partial(_warmed_up, settings), text, prompts.held_out)
+    before = _measured(settings, settings.target, partial(heads_for, heads=settings.heads_from), text, prompts.held_out)
     trained, outcome, stopping = _train(settings, loop, model, heads, text)
     trained.name_or_path = settings.out.name
     facts = Facts(
@@ -120,19 +119,14 @@ def make_joint(settings: JointSettings) -> JointReport:
     heads.accuracies = ()  # those of the warm-up
     folder, target = _heads_folder(settings), LanguageModel(trained, prepack=False)
     save_heads(heads, folder, target)
-    after = _measured(settings, str(settings.out), partial(load_heads, folder), text, prompts.held_out)
-    heads.accuracies = tuple(tuple(map(float, row)) for row in after.accuracy.shares)
+    after = _measured(settings, str(settings.out), partial(heads_for, heads=folder), text, prompts.held_out)
+    heads.accuracies = after.accuracy.rows
     report = JointReport(facts.name, name, before, after, stopping.first, stopping.best)
     card = report.card(facts, own_text, loop, target.dtype, outcome)
     save_heads(heads, folder, target, card=card)
     write_text(settings.out / "README.md", card)
     report.show()
     return report
-
-
-def _warmed_up(settings: JointSettings, target: LanguageModel) -> MedusaHeads:
-    """The heads that the target has before."""
-    return usual_heads(target) if settings.heads_from is None else load_heads(settings.heads_from, target)
 
 
 def _heads_folder(settings: JointSettings) -> Path:
@@ -199,7 +193,7 @@ def _measured(
         )
         states = hidden_states(model, apart)
         accuracy, _ = accuracies(heads, states, np.arange(len(states)))
-    heads.accuracies = tuple(tuple(map(float, row)) for row in accuracy.shares)
+    heads.accuracies = accuracy.rows
     prompts = speed_prompts(text, settings.report_prompts)
     return Measured(quality, accuracy, measure_speed(pair, heads, prompts, settings.tree_size, settings.report_tokens))
 

@@ -55,10 +55,10 @@ class MedusaSettings(HeadsSettings):
     blocks: int = 1
     """Residual blocks of each head."""
     own_output: bool = False
-    """Give each head a copy of the target's output layer to train; larger files, and a little more accuracy."""
+    """Give each head a copy of the target's output layer to train; larger files."""
     vocabulary: int = 0
-    """Let heads propose only the so many most frequent tokens of the target's own text; 0 for all. Where a vocabulary
-    is large this makes heads much faster, and decoding stays lossless."""
+    """Let heads propose only the so many most frequent tokens of the target's own text; 0 for all. That spares most of
+    their arithmetic where a vocabulary is large, and decoding stays lossless."""
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=_loop)
     """How to train; a step takes --batch times --length positions of the text, wherever they are."""
 
@@ -124,7 +124,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     outcome, stopping = _train(settings, heads, states, publish)
     heads.eval()
     accuracy, by_domain = accuracies(heads, states, states.of_side(JUDGING))
-    heads.accuracies = tuple(tuple(map(float, row)) for row in accuracy.shares)
+    heads.accuracies = accuracy.rows
     publish(outcome)
     tree = sparse(heads.accuracies, settings.tree_size)
     # The heads are loaded anew, so that what is measured is what was written; the target is prepacked, as decoders have

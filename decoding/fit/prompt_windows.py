@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import load_data
 from .errors import FitError
-from .text import pack, read_documents
 
 TRAINING, JUDGING, SPEED = 0, 1, 2
 """What a text is for: training; early stopping and accuracies; measuring the speed. Only the first is trained on.
@@ -127,14 +126,9 @@ def _documents(
     """By domain the tokens to train on and those kept apart, and lines on where they come from."""
     if not text:
         data = load_data(tokenizer, corpus, (), seed)
-        documents = read_documents(corpus, "train")
-        trained = {
-            domain: pack(tokenizer, [row[2] for row in documents if row[0] == domain])
-            for domain in {row[0] for row in documents}
-        }
-        if trained.keys() != data.held_out.keys():
+        if data.domains.keys() != data.held_out.keys():
             raise FitError(f"a domain of {corpus} has no documents to train on or none held out: collect more text")
-        return trained, data.held_out, data.sources
+        return data.domains, data.held_out, data.sources
     trained, kept, sources = dict[str, np.ndarray](), dict[str, np.ndarray](), list[str]()
     for path in text:
         if path.stem in trained:

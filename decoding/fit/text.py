@@ -67,13 +67,12 @@ def _parts(text: str, size: int) -> Iterator[str]:
         yield part
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], seed: int | None = None) -> np.ndarray:
-    """All texts as one row of token ids, each followed by the separator (eos); shape (n,), int32.
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:
+    """The token ids of each text, followed by the separator (eos), int32.
 
     Args:
         tokenizer: must have an eos token.
         texts: the documents.
-        seed: shuffles the documents; None keeps their order.
 
     Raises:
         FitError: if the tokeniser has no eos token.
@@ -82,9 +81,17 @@ def pack(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], seed: int | N
     if eos is None:
         raise FitError(f"the tokeniser {tokenizer.name_or_path!r} has no eos token to put between documents")
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    if seed is not None:
-        rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
-    return np.concatenate([np.asarray([*row, eos], dtype=np.int32) for row in rows])
+    return [np.asarray([*row, eos], dtype=np.int32) for row in rows]
+
+
+def pack(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> np.ndarray:
+    """`tokenise`, and all texts as one row; shape (n,), int32."""
+    return np.concatenate(tokenise(tokenizer, texts))
+
+
+def shuffled(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Tokenised documents as one row, in a random order; shape (n,), int32."""
+    return np.concatenate([rows[i] for i in np.random.default_rng(seed).permutation(len(rows))])
 
 
 def token_digest(tokens: np.ndarray) -> str:

@@ -1,7 +1,7 @@
 """Medusa decoding: heads on the target, trees of their candidates, and what of these is accepted."""
 
 from .decoder import MedusaDecoder, MedusaRound, TypicalMedusaDecoder, medusa_knobs
-from .files import load_heads, save_heads, usual_heads
+from .files import heads_for, load_heads, save_heads
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 from .trees import CandidateTree, cartesian, expected_length, sparse
 
@@ -15,9 +15,9 @@ __all__ = [
     "TypicalMedusaDecoder",
     "cartesian",
     "expected_length",
+    "heads_for",
     "load_heads",
     "medusa_knobs",
     "save_heads",
     "sparse",
-    "usual_heads",
 ]

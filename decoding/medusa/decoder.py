@@ -1,7 +1,7 @@
 """Medusa decoding: heads on the target itself propose a tree of candidates, which the target checks in one pass.
 
-Cai et al. (arXiv 2401.10774). There is no draft model: the heads read the hidden state that the last pass left, so that
-drafting costs next to nothing. Each round verifies a tree below the last token of the text.
+Cai et al. (arXiv 2401.10774). There is no draft model: the heads read the hidden state that the last pass left. Each
+round verifies a tree below the last token of the text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from ..pairs import Pair
 from ..sampling import draw
 from ..speculative import require_positive
 from .acceptance import longest, matched, typical
-from .files import load_heads, usual_heads
+from .files import heads_for
 from .heads import MedusaHeads
-from .trees import CandidateTree, assumed_accuracies, sparse
+from .trees import LARGEST_TREE, CandidateTree, assumed_accuracies, sparse
 
-LARGEST_TREE = 64
-"""Candidates of the largest tree, by default: the paper's."""
 USUAL_TREE = 16
 EPSILON, DELTA = 0.09, 0.3
 """The paper's thresholds of typical acceptance; delta is the square root of epsilon."""
@@ -153,10 +151,7 @@ class MedusaDecoder(Decoder):
     ) -> None:
         super().__init__(pair)
         require_positive("max_tree", max_tree)
-        if heads is None:
-            heads = usual_heads(pair.target)
-        self.heads = heads if isinstance(heads, MedusaHeads) else load_heads(heads, pair.target)
-        self.heads = self.heads.serving(pair.target.model).eval()
+        self.heads = heads_for(pair.target, heads).serving(pair.target.model).eval()
         shape = self.heads.shape
         self._tree = tree
         self._trees: dict[tuple[int, int], CandidateTree] = {}

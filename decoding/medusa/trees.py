@@ -18,6 +18,8 @@ from torch import Tensor
 from ..tree import TokenTree
 
 Ranks = tuple[int, ...]
+LARGEST_TREE = 64
+"""Candidates of the largest tree, by default: the paper's."""
 
 
 class CandidateTree:
@@ -163,7 +165,7 @@ def expected_length(tree: CandidateTree, accuracies: Sequence[Sequence[float]]) 
     return 1 + sum(math.prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in tree.paths)
 
 
-def assumed_accuracies(heads: int, ranks: int = 10) -> tuple[tuple[float, ...], ...]:
+def assumed_accuracies(heads: int, ranks: int = LARGEST_TREE) -> tuple[tuple[float, ...], ...]:
     """Accuracies to build trees by while none were measured: each head and each rank is right less often."""
     return tuple(tuple(0.6**depth / 2**rank / 2 for rank in range(ranks)) for depth in range(heads))
 

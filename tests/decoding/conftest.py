@@ -1,4 +1,4 @@
-"""What `transformers` itself generates, for decoders to be compared with."""
+"""What `transformers` itself generates, for decoders to be compared with, and a small tokeniser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from counting import words
+from specgym.decoding.fit.tokenizer import train_tokenizer
 
 
 def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -37,3 +40,9 @@ def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_
 def reference() -> Callable[..., list[list[int]]]:
     """`generated`."""
     return generated
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Of 300 tokens, trained on `words`."""
+    return train_tokenizer([words(500)], 300)

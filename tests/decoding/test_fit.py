@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from counting import words
 from specgym.decoding.checkpoint import load_checkpoint
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.corpus import write_corpus
@@ -35,7 +35,6 @@ from specgym.decoding.fit.measure import measure
 from specgym.decoding.fit.shrink import fresh, spread, take_layers
 from specgym.decoding.fit.sources import Document
 from specgym.decoding.fit.text import Windows, read_plain
-from specgym.decoding.fit.tokenizer import train_tokenizer
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 
@@ -73,27 +72,6 @@ def random_model(family: str, vocabulary: int = 60) -> PreTrainedModel:
             )
         )  # fmt: skip
     return BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=16, n_layer=3, n_head=2, **special))
-
-
-def words(count: int, seed: int = 0) -> str:
-    """Text with some regularity: lines of a few words."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(["the", "spec", "draft", "token", "model", "of", "and"], count)
-    return "\n\n".join(" ".join(chosen[i : i + 9]) for i in range(0, count, 9))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on two threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([words(500)], 300)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,12 @@ from specgym.decoding.fit.measure import measure_domains
 from specgym.decoding.fit.medusa_speed import measure_speed
 from specgym.decoding.fit.prompt_windows import cut_prompts
 from specgym.decoding.fit.together import Together
-from specgym.decoding.fit.tokenizer import train_tokenizer
 from specgym.decoding.loading import load_model
 from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, MedusaHeadsError, load_heads, save_heads
 from specgym.decoding.models import LanguageModel
 from specgym.decoding.pairs import Pair
 
 MakeModel = Callable[..., PreTrainedModel]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([words(500)], 300)
 
 
 @pytest.fixture

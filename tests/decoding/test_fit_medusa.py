@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,10 @@ from specgym.decoding.fit.heads_settings import dtype_of
 from specgym.decoding.fit.hidden_states import hidden_states
 from specgym.decoding.fit.loop import LoopSettings
 from specgym.decoding.fit.medusa import MedusaSettings, make_medusa
-from specgym.decoding.fit.tokenizer import train_tokenizer
 from specgym.decoding.medusa import load_heads
 from specgym.decoding.models import LanguageModel
 
 SHIPPED = Path(medusa.__file__).parent.parent / "data" / "models"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([words(500)], 300)
 
 
 @pytest.fixture(scope="module")

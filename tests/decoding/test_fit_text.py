@@ -11,23 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from counting import words
 from specgym.decoding.fit.corpus import held_out, limit, unpack, write_corpus
 from specgym.decoding.fit.prompts import choose, cut_prompts
 from specgym.decoding.fit.sources import Document, read_dictionary, read_python
-from specgym.decoding.fit.text import Windows, pack, read_documents
-from specgym.decoding.fit.tokenizer import train_tokenizer
-
-
-def words(count: int, seed: int = 0) -> str:
-    """Text with some regularity: lines of a few words."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(["the", "spec", "draft", "token", "model", "of", "and"], count)
-    return "\n\n".join(" ".join(chosen[i : i + 9]) for i in range(0, count, 9))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([words(500)], 300)
+from specgym.decoding.fit.text import Windows, pack, read_documents, shuffled, tokenise
 
 
 @pytest.fixture
@@ -105,9 +93,11 @@ def test_the_tokenizer_gives_text_back_as_it_was(tokenizer: PreTrainedTokenizerB
 def test_documents_are_packed_with_a_separator(tokenizer: PreTrainedTokenizerBase) -> None:
     row = pack(tokenizer, ["the draft", "a model"])
     assert tokenizer.decode(row) == "the draft<|endoftext|>a model<|endoftext|>"
-    shuffled = [pack(tokenizer, [str(i) for i in range(9)], seed) for seed in (1, 1, 2)]
-    assert np.array_equal(shuffled[0], shuffled[1])
-    assert not np.array_equal(shuffled[0], shuffled[2])
+    rows = tokenise(tokenizer, [str(i) for i in range(9)])
+    orders = [shuffled(rows, seed) for seed in (1, 1, 2)]
+    assert np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2])
+    assert sorted(orders[2].tolist()) == sorted(np.concatenate(rows).tolist())
 
 
 def test_windows_depend_on_the_step_alone_and_cover_an_epoch() -> None:

@@ -1,4 +1,4 @@
-"""A target that counts in a circle, and text to cut its prompts from: what heads can learn within seconds."""
+"""Small things to fit: text, and a target that counts in a circle, which heads can learn within seconds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ CIRCLE = range(20, 32)
 
 
 def words(count: int, seed: int = 0) -> str:
+    """Text with some regularity: lines of a few words."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(["the", "spec", "draft", "token", "model", "of", "and"], count)
     return "\n\n".join(" ".join(chosen[i : i + 9]) for i in range(0, count, 9))
