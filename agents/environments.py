@@ -56,7 +56,7 @@ def make_env(
         workload=settings.workloads[place],
         timing=settings.environment.timing,
         profile=str(profile),
-        trace=_recording(settings, settings.workloads[place], split),
+        trace=recording_path(settings, settings.workloads[place], split),
         split=split,
         start="default" if held_out else "random",
         max_episode_steps=settings.evaluation.episode_steps if held_out else None,
@@ -73,7 +73,7 @@ def require_recordings(settings: TrainSettings) -> None:
     for name in settings.workloads if settings.replayed else ():
         splits: tuple[Split, ...] = ("train", "test") if settings.evaluation.during_training else ("train",)
         for split in splits:
-            path = _recording(settings, name, split)
+            path = recording_path(settings, name, split)
             if path is not None and not path.is_file():
                 traced = settings.decoder_name in TRACED
                 command = record_command(name) if traced else outcome_command(name, settings.decoder_name)
@@ -134,14 +134,19 @@ def _replays(settings: TrainSettings, profiles: Sequence[Path]) -> gymnasium.vec
         workload=settings.workloads,
         weights=settings.weights or None,
         profile=list(profiles),
-        trace={name: found for name in settings.workloads if (found := _recording(settings, name, "train"))} or None,
+        trace=_training_recordings(settings) or None,
         split="train",
         **_shared_options(settings),
     )
     return VectorWorkloadMark(env) if _marked(settings) else env
 
 
-def _recording(settings: TrainSettings, name: str, split: Split) -> Path | None:
+def _training_recordings(settings: TrainSettings) -> dict[str, Path]:
+    paths = ((name, recording_path(settings, name, "train")) for name in settings.workloads)
+    return {name: path for name, path in paths if path is not None}
+
+
+def recording_path(settings: TrainSettings, name: str, split: Split) -> Path | None:
     """The file that a workload is replayed from; None for that which ships, or where nothing is replayed."""
     folder = settings.environment.recordings
     if folder is None:

@@ -8,18 +8,19 @@ Any run of train.py that tunes a decoder will do. Every knob of it is an option 
 they lie evenly over the knob's range, so many that the grid has about 250 settings. Time is charged by the latency
 profiles that the run has stored, and what it brings is weighed by the run's reward. The whole grid is decoded with a
 few held-out prompts, and the best of it, the finalists, with many more, on which the best is chosen. It is chosen on
-the very prompts that it is judged on, which no tuner could know, so it is a bound and not a rival. Finished workloads
-are kept in ``learned_against_grid-<digest>.json`` in the run's folder, for the next call with the same options.
+the very prompts that it is judged on, which no tuner could know, so it is a bound and not a rival. A rival that learns
+nothing is the recorded setting that was fastest with the training prompts, where a run was replayed by outcomes.
+Finished workloads are kept in ``learned_against_grid-<digest>.json`` in the run's folder, for the next call with the
+same options.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from benchmarks.grids import Setting, settings_of, thinned
 from specgym.agents.beginning import this_command
+from specgym.agents.environments import recording_path
 from specgym.agents.evaluation import reward_of, whole_numbers
-from specgym.agents.export import ExportedPolicy, KnobRange
+from specgym.agents.export import ExportedPolicy
 from specgym.agents.files import read_json
 from specgym.agents.recommend import load_knobs
 from specgym.agents.requirements import SettingsError
@@ -46,16 +49,15 @@ from specgym.decoding.errors import SpecgymError
 from specgym.decoding.files import digest, write_json
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs.measuring import decode_prompts, summarise
+from specgym.envs.outcome_totals import totals
+from specgym.envs.outcomes import Outcomes
+from specgym.envs.shipped_outcomes import find_recording
 from specgym.envs.workloads import workload
 
-FORMAT = "specgym-learned-against-grid-1"
+FORMAT = "specgym-learned-against-grid-2"
 FILE = "learned_against_grid-{}.json"
-MOST = 250
-"""Settings of a grid for which nothing is said, at most."""
 AIM = 0.97
 _CHUNK = 4  # settings that a process decodes before it says so
-
-Setting = dict[str, float]
 
 
 @dataclass
@@ -76,40 +78,6 @@ class Settings:
     """Tokens generated for each."""
     jobs: int = 1
     """Processes that decode side by side, with one thread each. Clocks are not read, so they may share the machine."""
-
-
-def thinned(
-    knobs: Sequence[KnobRange], given: Mapping[str, Sequence[float]], most: int = MOST
-) -> dict[str, list[float]]:
-    """The values to try of every knob: those given, else evenly spread over its range.
-
-    Args:
-        knobs: of the decoder.
-        given: values of some of them, by name.
-        most: settings of the whole grid, at most, as far as the values given allow.
-    """
-    counts = {
-        knob.name: len(set(given[knob.name]))
-        if knob.name in given
-        else (int(knob.high - knob.low) + 1 if knob.integer else most)
-        for knob in knobs
-    }
-    while np.prod(list(counts.values())) > most:
-        largest = max((name for name in counts if name not in given), key=lambda name: counts[name], default=None)
-        if largest is None or counts[largest] <= 2:
-            break
-        counts[largest] -= 1
-    values = {}
-    for knob in knobs:
-        spread = np.linspace(knob.low, knob.high, counts[knob.name])
-        even = sorted(set(np.rint(spread).tolist())) if knob.integer else spread.tolist()
-        values[knob.name] = sorted({float(value) for value in given.get(knob.name, even)})
-    return values
-
-
-def settings_of(values: Mapping[str, Sequence[float]]) -> list[Setting]:
-    """Every combination of the values, in order."""
-    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
 def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, tokens: int) -> list[float]:
@@ -137,13 +105,24 @@ def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, token
     return earned
 
 
+def fastest_recorded(settings: TrainSettings, name: str, profile: LatencyProfile) -> Setting | None:
+    """The recorded setting that is fastest with a workload's training prompts; None if the run has no outcomes."""
+    if not settings.replayed:
+        return None
+    found, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
+    if not isinstance(found, Outcomes):
+        return None
+    seconds = totals(found, profile.at(), settings.environment.tokens_per_step).per_token("seconds")
+    values = found.settings[int(np.argmin(seconds))].tolist()
+    return dict(zip((knob.name for knob in found.info.knobs), values, strict=True))
+
+
 def compared(
     grid: Sequence[Setting],
     earned: Sequence[float],
     finalists: Sequence[Setting],
     finals: Sequence[float],
-    learned: Setting,
-    default: Setting,
+    others: Mapping[str, Setting],
 ) -> dict[str, Any]:
     """A workload's entry in the file.
 
@@ -151,21 +130,18 @@ def compared(
         grid: its settings.
         earned: the reward of each of them with few prompts.
         finalists: those that were decoded with many.
-        finals: the reward of each of these, then of the learned setting, then of the default, with many.
-        learned: as the run recommends.
-        default: of the decoder.
+        finals: the reward of each of these, then of each of the others, with many.
+        others: the learned setting and those that it is compared with, by name.
     """
-    *of_finalists, of_learned, of_default = finals
+    of_finalists, of_others = finals[: len(finalists)], finals[len(finalists) :]
     best = int(np.argmax(of_finalists))
 
-    def entries(settings: Sequence[Setting], rewards: Sequence[float]) -> list[dict[str, Any]]:
+    def entries(settings: Iterable[Setting], rewards: Sequence[float]) -> list[dict[str, Any]]:
         return [{"knobs": knobs, "reward": reward} for knobs, reward in zip(settings, rewards, strict=True)]
 
     return {
         "best": {"knobs": finalists[best], "reward": of_finalists[best]},
-        "learned": {"knobs": learned, "reward": of_learned},
-        "default": {"knobs": default, "reward": of_default},
-        "share_of_best": of_learned / of_finalists[best],
+        **dict(zip(others, entries(others.values(), of_others), strict=True)),
         "finalists": entries(finalists, of_finalists),
         "grid": entries(grid, earned),
     }
@@ -260,53 +236,57 @@ def compare(
     names = chosen.workloads or settings.workloads
     with Progress(console=Console(stderr=True)) as progress:
         for name in names:
-            total = len(grid) + min(chosen.finalists, len(grid)) + 2
-            task = progress.add_task(name, total=total)
             if name in done:
-                progress.update(task, completed=total)
+                progress.add_task(name, total=1, completed=1)
                 continue
+            profile = LatencyProfile.load(run.profile_paths(settings)[settings.workloads.index(name)])
+            decoder = settings.decoder(workload(name).load())
+            others = {"learned": decoder.resolve_knobs(recommended[name]), "default": decoder.resolve_knobs(None)}
+            recorded = fastest_recorded(settings, name, profile)
+            if recorded is not None:
+                others["recorded"] = recorded
+            task = progress.add_task(name, total=len(grid) + min(chosen.finalists, len(grid)) + len(others))
 
             def tick(more: int, task: TaskID = task) -> None:
                 progress.advance(task, more)
 
-            decoder = settings.decoder(workload(name).load())
-            learned, default = (decoder.resolve_knobs(knobs) for knobs in (recommended[name], None))
             earned = decoded(chosen, name, grid, chosen.prompts, tick)
             finalists = [grid[place] for place in np.argsort(earned)[::-1][: chosen.finalists]]
-            finals = decoded(chosen, name, [*finalists, learned, default], chosen.final_prompts, tick)
-            shown = (whole_numbers(decoder.knobs, knobs) for knobs in (learned, default))
-            done[name] = compared(grid, earned, finalists, finals, *shown)
+            finals = decoded(chosen, name, [*finalists, *others.values()], chosen.final_prompts, tick)
+            shown = {method: whole_numbers(decoder.knobs, knobs) for method, knobs in others.items()}
+            done[name] = compared(grid, earned, finalists, finals, shown)
             content = {"format": FORMAT, "command": this_command(), "protocol": protocol, "workloads": done}
             write_json(stored, content)
     return {name: done[name] for name in names}, stored
 
 
 def rendered(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
-    """A line a workload, and one for all."""
+    """A line a workload, and one for all: what is best, and what the others reach of it."""
+    rivals = {"learned": "learned", "recorded": "fastest recorded", "default": "default"}
+    rivals = {name: heading for name, heading in rivals.items() if all(name in entry for entry in found.values())}
     table = Table(title=title, title_justify="left")
-    names = ", ".join(next(iter(found.values()))["default"]["knobs"])
-    for heading in (
-        "workload",
-        f"best of the grid\n{names}",
-        "reward",
-        "learned",
-        "reward",
-        "default",
-        "reward",
-        "share",
-    ):
-        table.add_column(heading, justify="left" if heading == "workload" else "right")
-    for name, entry in found.items():
+    table.add_column("workload")
+    knobs = ", ".join(next(iter(found.values()))["default"]["knobs"])
+    for heading in (f"best of the grid\n{knobs}", *rivals.values()):
+        table.add_column(heading, justify="right")
+        table.add_column("reward", justify="right")
+        if "best" not in heading:
+            table.add_column("share", justify="right")
+    shares: dict[str, list[float]] = {name: [] for name in rivals}
+    for workload_name, entry in found.items():
         cells = []
-        for method in ("best", "learned", "default"):
+        for method in ("best", *rivals):
             cells += [", ".join(f"{value:.4g}" for value in entry[method]["knobs"].values())]
             cells += [f"{entry[method]['reward']:.3f}"]
-        table.add_row(name, *cells, f"{entry['share_of_best']:.3f}")
-    shares = [entry["share_of_best"] for entry in found.values()]
+            if method in rivals:
+                shares[method].append(entry[method]["reward"] / entry["best"]["reward"])
+                cells += [f"{shares[method][-1]:.3f}"]
+        table.add_row(workload_name, *cells)
     table.add_section()
-    table.add_row("mean", *([""] * 6), f"{np.mean(shares):.3f}")
-    reached = sum(share >= AIM for share in shares)
-    table.caption = f"At least {AIM:g} of the grid's best on {reached} of {len(shares)} workloads."
+    means = (cell for each in shares.values() for cell in ("", "", f"{np.mean(each):.3f}"))
+    table.add_row("mean", "", "", *means)
+    reached = sum(share >= AIM for share in shares["learned"])
+    table.caption = f"At least {AIM:g} of the grid's best learned on {reached} of {len(found)} workloads."
     return table
 
 
@@ -324,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{chosen.run}: {size} settings with {chosen.prompts} held-out prompts, the best {chosen.finalists} with "
         f"{chosen.final_prompts}, {chosen.tokens} tokens each, live"
     )
-    Console(width=140).print(rendered(found, title))
+    Console(width=160).print(rendered(found, title))
     print(f"Everything is in {stored}.")
     return 0
 

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import grids
 from benchmarks import learned_against_grid as benchmark
 from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.evaluation import CHARGED, Row
 from specgym.agents.export import ExportedPolicy
+from specgym.agents.run import RunFolder
 from specgym.agents.tables import rendered, verdict
 from specgym.agents.tunable import LookaheadSettings, load_settings
+from specgym.decoding.latency import LatencyProfile
+from specgym.envs.outcome_totals import totals
+from specgym.envs.outcomes import Outcomes, outcomes_name
 
 ENV = "specgym/Lookahead-v0"
 KNOBS = ("window", "ngram", "guesses")
@@ -162,18 +167,22 @@ def test_workloads_may_have_weights_and_one_may_stand_alone(
 
 
 def test_the_grid_is_compared_once_with_what_was_learned(
-    finished: Path, workloads: tuple[str, str], shown: Shown, monkeypatch: pytest.MonkeyPatch
+    finished: Path, workloads: tuple[str, str], recordings: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [
         str(finished), "--prompts", "1", "--finalists", "2", "--final-prompts", "2", "--tokens", "8",
         "--window", "1", "4", "--ngram", "2", "3", "--guesses", "3",
     ]  # fmt: skip
     assert benchmark.main(asked) == 0
-    assert "of the grid's best on" in shown()
+    said = shown()
+    assert "of the grid's best learned on" in said
+    assert "fastest recorded" in said
     (file,) = finished.glob(benchmark.FILE.format("*"))
     stored = json.loads(file.read_text())["workloads"]
     assert list(stored) == list(workloads)
     learned = json.loads((finished / "knobs.json").read_text())["workloads"]
+    settings = load_settings(finished / "settings.json")
+    profiles = dict(zip(workloads, RunFolder(finished).profile_paths(settings), strict=True))
     table = {
         (row["workload"], row["method"]): row["reward"]
         for row in json.loads((finished / "table.json").read_text())["rows"]
@@ -187,7 +196,10 @@ def test_the_grid_is_compared_once_with_what_was_learned(
         # The same prompts, tokens and seeds as the table's, and the same profile.
         for method in ("learned", "default"):
             assert found[method]["reward"] == pytest.approx(table[name, method])
-        assert found["share_of_best"] == pytest.approx(found["learned"]["reward"] / found["best"]["reward"])
+        recording = Outcomes.load(recordings / outcomes_name(name, "lookahead", "train"))
+        profile = LatencyProfile.load(profiles[name])
+        seconds = totals(recording, profile.at(), settings.environment.tokens_per_step).per_token("seconds").tolist()
+        assert list(found["recorded"]["knobs"].values()) == recording.settings[seconds.index(min(seconds))].tolist()
 
     def refuse(*arguments: object) -> list[float]:
         raise AssertionError("it was decoded before")
@@ -209,13 +221,13 @@ def test_settings_that_the_grid_cannot_have_are_refused(finished: Path, shown: S
 
 def test_the_default_grid_is_thinned_evenly_and_what_is_given_stays(finished: Path) -> None:
     knobs = ExportedPolicy.load(finished).knobs
-    values = benchmark.thinned(knobs, {})
-    grid = benchmark.settings_of(values)
-    assert 150 <= len(grid) <= benchmark.MOST
+    values = grids.thinned(knobs, {})
+    grid = grids.settings_of(values)
+    assert 150 <= len(grid) <= grids.MOST
     for knob in knobs:
         assert (values[knob.name][0], values[knob.name][-1]) == (knob.low, knob.high)
         steps = [after - before for before, after in zip(values[knob.name], values[knob.name][1:], strict=False)]
         assert max(steps) - min(steps) <= 1
-    given = benchmark.thinned(knobs, {"window": [3.0, 1.0, 3.0]})
+    given = grids.thinned(knobs, {"window": [3.0, 1.0, 3.0]})
     assert given["window"] == [1, 3]
     assert given["guesses"] == list(range(17))
