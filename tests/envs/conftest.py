@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from random_medusa_heads import random_heads
+from recorded_outcomes import TOKENS, Recorded
 from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.medusa import save_heads
+from specgym.decoding.lookahead import LookaheadDecoder
+from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
 from specgym.decoding.pairs import Pair
 from specgym.decoding.sampling import Sampling
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs.record import RecordSettings, record
+from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.traces import Trace
 from specgym.envs.vector_tuning import TuningVectorEnv
 
@@ -134,7 +138,52 @@ def alone_work(alone: Pair) -> Workload:
     return Workload(alone, PROMPTS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cheap_heads() -> LatencyProfile:
     """Medusa heads that cost a twentieth of a pass, and a further token of a pass a hundredth."""
     return LatencyProfile("toy", {0: 0.0, 5: 0.0005}, {1: 0.010, 65: 0.0164}, 0.010, {}, rounds="medusa")
+
+
+@pytest.fixture(scope="session")
+def lookahead(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Lookahead decoding, where a further token of a pass costs a twentieth of it."""
+    work = Workload(Pair(pair.target, name="toy"), PROMPTS)
+    settings = OutcomeSettings("lookahead", settings=12, prompts=4, tokens=TOKENS)
+    outcomes = record_outcomes(work, "train", tmp_path_factory.mktemp("lookahead") / "toy.npz", settings)
+    cheap = LatencyProfile("toy", {0: 0.0}, {1: 0.010, 2: 0.0105}, 0.010, {}, rounds="lookahead")
+    middle = {"window": 7.0, "ngram": 3.0, "guesses": 4.0}
+    return Recorded("specgym/Lookahead-v0", outcomes, work, cheap, LookaheadDecoder, middle)
+
+
+@pytest.fixture(scope="session")
+def medusa(alone_work: Workload, cheap_heads: LatencyProfile, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Medusa decoding with exact acceptance."""
+    settings = OutcomeSettings("medusa", settings=16, prompts=4, tokens=TOKENS)
+    outcomes = record_outcomes(alone_work, "train", tmp_path_factory.mktemp("medusa") / "toy.npz", settings)
+    middle = {"heads": 3.0, "tree_size": 20.0}
+    return Recorded("specgym/Medusa-v0", outcomes, alone_work, cheap_heads, MedusaDecoder, middle)
+
+
+@pytest.fixture(scope="session")
+def typical_medusa(alone: Pair, cheap_heads: LatencyProfile, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Medusa decoding with typical acceptance, of sampled texts, which that changes."""
+    work = Workload(alone, PROMPTS, Sampling(1.0))
+    settings = OutcomeSettings("medusa-typical", settings=16, prompts=4, tokens=TOKENS)
+    outcomes = record_outcomes(work, "train", tmp_path_factory.mktemp("typical") / "toy.npz", settings)
+    return Recorded(
+        "specgym/Medusa-v0",
+        outcomes,
+        work,
+        replace(cheap_heads, rounds="medusa-typical", sampling="sampled"),
+        TypicalMedusaDecoder,
+        {"heads": 3.0, "tree_size": 20.0, "epsilon": 0.1, "delta": 0.3},
+        lossless=False,
+        more={"decoder": "medusa-typical"},
+    )
+
+
+@pytest.fixture(params=["lookahead", "medusa", "typical_medusa"])
+def recorded(request: pytest.FixtureRequest) -> Recorded:
+    """Each decoder that is replayed by its outcomes."""
+    found: Recorded = request.getfixturevalue(request.param)
+    return found
