@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.export import ExportedPolicy

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from counting import counting_model, words
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding import models
 from specgym.decoding.fit import distilled_text, joint
 from specgym.decoding.fit.__main__ import main

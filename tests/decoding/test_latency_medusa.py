@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding import latency_measure
 from specgym.decoding.hardware import describe_hardware
 from specgym.decoding.hardware_profiles import HARDWARE

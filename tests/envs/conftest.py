@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from random_medusa_heads import random_heads
 from recorded_outcomes import TOKENS, Recorded
+from small_medusa_heads import random_heads
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.lookahead import LookaheadDecoder
 from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads

@@ -9,8 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from random_medusa_heads import random_heads
 from recorded_outcomes import Recorded
+from small_medusa_heads import random_heads
 from specgym.decoding import Pair
 from specgym.decoding.digests import heads_digest
 from specgym.decoding.latency import LatencyProfile, LatencyProfileError

@@ -7,7 +7,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding import Pair
 from specgym.decoding.files import file_name
 from specgym.decoding.latency import LatencyProfile, LatencyProfileError

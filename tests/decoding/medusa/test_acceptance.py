@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from known_distributions import SAMPLINGS, conditional
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads, scripted_heads
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.medusa import (
     CandidateTree,
     MedusaDecoder,
-    MedusaHeads,
     MedusaRound,
     TypicalMedusaDecoder,
     cartesian,
@@ -27,11 +26,9 @@ from specgym.decoding.medusa import (
 )
 from specgym.decoding.medusa.acceptance import longest, matched, typical
 from specgym.decoding.medusa.trees import assumed_accuracies
-from specgym.decoding.models import LanguageModel
+from table_models import ReadableTable, TableModel
 
-MakeHeads = Callable[..., MedusaHeads]
 MakeModel = Callable[..., PreTrainedModel]
-MakeTable = Callable[..., LanguageModel]
 
 RAGGED = CandidateTree([(0,), (1,), (2,), (1, 0), (1, 1), (1, 1, 0), (1, 1, 0, 2)])
 TREES = [RAGGED, cartesian([3, 2, 2]), cartesian([1, 1, 1, 1]), sparse(assumed_accuracies(4), 24), CandidateTree([])]
@@ -160,15 +157,15 @@ def test_nothing_is_accepted_beyond_a_short_leaf_where_the_target_chooses_token_
 @pytest.mark.parametrize("kind", [MedusaDecoder, TypicalMedusaDecoder])
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.5)], ids=["greedy", "sampled"])
 def test_a_text_goes_on_with_the_targets_own_token_after_a_short_leaf(
-    readable_of: MakeTable, script_heads: MakeHeads, kind: type[MedusaDecoder], sampling: Sampling
+    kind: type[MedusaDecoder], sampling: Sampling
 ) -> None:
     # Token 3 follows 5, token 0 follows 3, and 7 follows 0: what padding takes for a second 0 is none of the target's.
     following = {5: 3, 3: 0, 0: 7, 7: 5}
     table = torch.zeros(8, 8, 8)
     for token in range(8):
         table[:, token, following.get(token, 1)] = 60.0
-    target = readable_of(table)
-    decoder = kind(Pair(target), script_heads(target, [[3, 4, 6], [0, 2, 1], [0, 2, 1], [0, 2, 1]]), tree=RAGGED)
+    target = ReadableTable(TableModel(table))
+    decoder = kind(Pair(target), scripted_heads(target, [[3, 4, 6], [0, 2, 1], [0, 2, 1], [0, 2, 1]]), tree=RAGGED)
     session = decoder.start([1, 5], max_new_tokens=20, sampling=sampling, seed=0)
     cycle = session.step()
     assert cycle.tokens == (3, 0)

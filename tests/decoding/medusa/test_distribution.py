@@ -17,12 +17,12 @@ from torch import Tensor
 
 from first_tokens import AHEAD, LENGTH, FirstTokens, Knobs, sampled_p_value
 from known_distributions import SAMPLINGS, Branches, Joint, distance, exact_joint
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding.medusa import CandidateTree, MedusaDecoder, TypicalMedusaDecoder, cartesian
 from specgym.decoding.medusa import decoder as module
-from specgym.decoding.models import LanguageModel
 from specgym.decoding.pairs import Pair
 from specgym.decoding.sampling import Sampling
+from table_models import readable_table
 
 PROMPT = (0, 1, 2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1)
 SIGNIFICANCE = 1e-3
@@ -34,7 +34,6 @@ TREES = {
     "ragged": CandidateTree([(0,), (2,), (2, 1), (2, 1, 0), (2, 1, 2), (1,)]),
     "none": CandidateTree([]),
 }
-MakeTable = Callable[..., LanguageModel]
 
 
 def nothing(number: int) -> Mapping[str, float]:
@@ -106,10 +105,8 @@ def walker(monkeypatch: pytest.MonkeyPatch) -> Walker:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
-def test_sampling_is_exact_with_trees_of_every_shape(
-    walker: Walker, make_readable: MakeTable, sampling: Sampling
-) -> None:
-    target = make_readable(3, seed=1, spread=1.2)
+def test_sampling_is_exact_with_trees_of_every_shape(walker: Walker, sampling: Sampling) -> None:
+    target = readable_table(3, seed=1, spread=1.2)
     expected = exact_joint(target, sampling, PROMPT, LENGTH)
     heads = random_heads(target.model, heads=3, spread=0.5)
     for tree in TREES.values():
@@ -125,10 +122,8 @@ def test_sampling_is_exact_with_trees_of_every_shape(
     [{"own_output": True}, {"blocks": 2}, {"blocks": 0}, {"vocabulary": (0, 2)}, {"vocabulary": (1, 2), "blocks": 2}],
     ids=str,
 )
-def test_sampling_is_exact_with_heads_of_every_kind(
-    walker: Walker, make_readable: MakeTable, more: dict[str, Any]
-) -> None:
-    target = make_readable(3, seed=2, spread=1.2)
+def test_sampling_is_exact_with_heads_of_every_kind(walker: Walker, more: dict[str, Any]) -> None:
+    target = readable_table(3, seed=2, spread=1.2)
     for sampling in (Sampling(), Sampling(0.7, top_p=0.9)):
         expected = exact_joint(target, sampling, PROMPT, LENGTH)
         for seed in range(3):
@@ -172,20 +167,19 @@ def judges_by_the_parent(tree: CandidateTree, tokens: Sequence[float], choices: 
 def test_a_wrong_acceptance_is_found_out_both_ways(
     monkeypatch: pytest.MonkeyPatch,
     walker: Walker,
-    make_readable: MakeTable,
     wrong: Callable[..., list[int]],
 ) -> None:
     monkeypatch.setattr(module, "matched", wrong)
-    target = make_readable(3, seed=1, spread=1.2)
+    target = readable_table(3, seed=1, spread=1.2)
     decoder = MedusaDecoder(Pair(target), random_heads(target.model, heads=3, spread=0.5), tree=cartesian([2, 2, 2]))
     assert distance(walker(decoder, Sampling()), exact_joint(target, Sampling(), PROMPT, LENGTH)) > 0.01
-    target = make_readable(6, seed=1, spread=1.2)
+    target = readable_table(6, seed=1, spread=1.2)
     decoder = MedusaDecoder(Pair(target), random_heads(target.model, heads=3, spread=0.5), tree=cartesian([5, 4, 2]))
     assert sampled_p_value(decoder, Sampling(), PROMPT, 500, nothing)[0] < SIGNIFICANCE / 1000
 
 
-def test_typical_acceptance_is_found_out_as_lossy(walker: Walker, make_readable: MakeTable) -> None:
-    target = make_readable(3, seed=1, spread=1.2)
+def test_typical_acceptance_is_found_out_as_lossy(walker: Walker) -> None:
+    target = readable_table(3, seed=1, spread=1.2)
     heads = random_heads(target.model, heads=3, spread=0.5)
     decoder = TypicalMedusaDecoder(Pair(target), heads, tree=cartesian([2, 2]))
     expected = exact_joint(target, Sampling(), PROMPT, LENGTH)
@@ -203,10 +197,8 @@ CASES: dict[str, tuple[str, CandidateTree | None, Knobs]] = {
 
 
 @pytest.mark.parametrize(("name", "tree", "knobs"), CASES.values(), ids=CASES.keys())
-def test_sampled_texts_follow_the_target(
-    make_readable: MakeTable, name: str, tree: CandidateTree | None, knobs: Knobs
-) -> None:
-    target = make_readable(6, seed=4, spread=1.2)
+def test_sampled_texts_follow_the_target(name: str, tree: CandidateTree | None, knobs: Knobs) -> None:
+    target = readable_table(6, seed=4, spread=1.2)
     decoder = MedusaDecoder(Pair(target), random_heads(target.model, heads=3, spread=0.5), tree=tree)
     p_value, texts = sampled_p_value(decoder, SAMPLINGS[name], PROMPT, 1_200, knobs)
     assert p_value > SIGNIFICANCE

@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads, taught_heads
 from specgym.decoding.decoder import Decoder, Round, Session
 from specgym.decoding.medusa import (
     CandidateTree,
     MedusaDecoder,
-    MedusaHeads,
     MedusaRound,
     TypicalMedusaDecoder,
     cartesian,
@@ -24,7 +23,6 @@ from specgym.decoding.pairs import Pair
 from specgym.decoding.prepack import PrepackedLinear
 
 MakeModel = Callable[..., PreTrainedModel]
-MakeHeads = Callable[..., MedusaHeads]
 Reference = Callable[..., list[list[int]]]
 Knobs = Callable[[int], Mapping[str, float]]
 """Of a round, by its number."""
@@ -101,7 +99,6 @@ def joined(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> 
 @pytest.mark.parametrize(("family", "vocabulary"), [("llama", 96), ("opt", 96), ("gpt2", 12), ("qwen2", 12)])
 def test_greedy_output_on_random_models_equals_generate(
     make_model: MakeModel,
-    teach_heads: MakeHeads,
     reference: Reference,
     family: str,
     vocabulary: int,
@@ -112,13 +109,13 @@ def test_greedy_output_on_random_models_equals_generate(
     texts = joined(prompts[1::2], expected[1::2])
     some = range(0, vocabulary, 2) if vocabulary > 12 else (*range(8), 10)
     heads = [
-        teach_heads(model, texts),
+        taught_heads(model, texts),
         random_heads(model),
-        teach_heads(model, texts, own_output=True),
-        teach_heads(model, texts, blocks=2),
-        teach_heads(model, texts, blocks=0, own_output=True, vocabulary=some),
+        taught_heads(model, texts, own_output=True),
+        taught_heads(model, texts, blocks=2),
+        taught_heads(model, texts, blocks=0, own_output=True, vocabulary=some),
         random_heads(model, blocks=0),  # all that the target itself would say next
-        teach_heads(model, texts, vocabulary=some),
+        taught_heads(model, texts, vocabulary=some),
     ]
     pair = Pair(model)
     cases: list[tuple[Decoder, Knobs]] = []
@@ -154,12 +151,10 @@ def test_the_first_round_after_a_prompt_of_one_token_drafts_nothing(make_model: 
         assert [cycle.drafted for cycle in rounds] == [0, 16 if decoder.knobs else 30]
 
 
-def test_texts_of_one_to_three_tokens_equal_generate(
-    make_model: MakeModel, teach_heads: MakeHeads, reference: Reference
-) -> None:
+def test_texts_of_one_to_three_tokens_equal_generate(make_model: MakeModel, reference: Reference) -> None:
     model = make_model("qwen2", vocabulary=12)
     prompts = [[3], [4, 1, 4, 1, 4, 1], [0, 0, 0, 0, 0]]
-    heads = teach_heads(model, joined(prompts, reference(model, prompts, NEW)))
+    heads = taught_heads(model, joined(prompts, reference(model, prompts, NEW)))
     pair = Pair(model)
     accepted = 0
     for new in (1, 2, 3):
@@ -179,13 +174,13 @@ def test_texts_of_one_to_three_tokens_equal_generate(
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("llama", 96), ("gpt2", 12)])
 def test_a_text_that_ends_at_the_context_limit_equals_generate(
-    make_model: MakeModel, teach_heads: MakeHeads, reference: Reference, family: str, vocabulary: int
+    make_model: MakeModel, reference: Reference, family: str, vocabulary: int
 ) -> None:
     model = make_model(family, vocabulary=vocabulary, context=40)
     pair = Pair(model)
     prompts = [[1, 2] * 10, [2, 5, 2] * 10, list(range(12)) * 3, [4] * 38, [5] * 39]
     expected = [reference(model, [prompt], 40 - len(prompt))[0] for prompt in prompts]
-    heads = teach_heads(model, joined(prompts, expected))
+    heads = taught_heads(model, joined(prompts, expected))
     filled = 0
     for prompt, tokens in zip(prompts, expected, strict=True):
         cases: list[tuple[Decoder, Knobs]] = [
@@ -202,11 +197,11 @@ def test_a_text_that_ends_at_the_context_limit_equals_generate(
 
 
 def test_a_text_that_ends_within_an_accepted_path_ends_where_generate_ends_it(
-    make_model: MakeModel, teach_heads: MakeHeads, reference: Reference
+    make_model: MakeModel, reference: Reference
 ) -> None:
     model = make_model("opt", vocabulary=12)
     prompts = random_prompts(8, 12)
-    heads = teach_heads(model, joined(prompts, reference(model, prompts, NEW)))
+    heads = taught_heads(model, joined(prompts, reference(model, prompts, NEW)))
     within = ended = 0
     for end in (0, 5, 9):
         model.generation_config.eos_token_id = [end, (end + 1) % 12]
@@ -235,7 +230,6 @@ def test_a_text_that_ends_within_an_accepted_path_ends_where_generate_ends_it(
 )
 def test_a_prepacked_target_gives_what_generate_gives(
     make_model: MakeModel,
-    teach_heads: MakeHeads,
     reference: Reference,
     own_output: bool,
     vocabulary: tuple[int, ...],
@@ -243,7 +237,7 @@ def test_a_prepacked_target_gives_what_generate_gives(
     model = make_model("llama", vocabulary=2**14, layers=1)
     prompts = [[1, 2, 3], [4000, 5, 16_000]]
     expected = reference(model, prompts, 24)
-    heads = teach_heads(
+    heads = taught_heads(
         model, joined(prompts, expected), heads=2, steps=12, own_output=own_output, vocabulary=vocabulary
     )
     pair = Pair(LanguageModel(model, prepack=True))

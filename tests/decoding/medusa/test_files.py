@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding.loading import load_model
 from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, MedusaHeadsError, load_heads, save_heads
 from specgym.decoding.medusa import files as module

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from random_medusa_heads import random_heads
+from small_medusa_heads import random_heads
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.medusa import HeadsShape, MedusaDecoder, MedusaHeads, MedusaHeadsError, cartesian
 from specgym.decoding.models import LanguageModel
