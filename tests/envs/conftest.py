@@ -19,7 +19,7 @@ from specgym.decoding.lookahead import LookaheadDecoder
 from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
 from specgym.decoding.pairs import Pair
 from specgym.decoding.sampling import Sampling
-from specgym.envs import TokenPrompts, Workload
+from specgym.envs import TokenPrompts, Workload, sources
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
 from specgym.envs.traces import Trace
@@ -96,6 +96,20 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
         return gymnasium.make("specgym/Thresholds-v0", **(arguments | changes))
 
     return make
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every step of an environment decodes."""
+    calls: list[dict[str, Any]] = []
+    real = sources.decode_prompts
+
+    def spy(decoder: Any, knobs: Any, prompts: Any, tokens: Any, sampling: Any, seed: Any) -> Any:
+        calls.append({"knobs": knobs, "prompt": tuple(prompts[0]), "tokens": tokens, "seed": seed})
+        return real(decoder, knobs, prompts, tokens, sampling, seed)
+
+    monkeypatch.setattr(sources, "decode_prompts", spy)
+    return calls
 
 
 @pytest.fixture

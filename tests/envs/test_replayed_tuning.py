@@ -16,6 +16,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
+from rollouts import STILL, rollout
 from specgym.decoding import Pair, Sampling, SpeculativeDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.envs import TuningEnv, Workload, shipped_traces
@@ -23,38 +24,21 @@ from specgym.envs.archives import TraceError
 from specgym.envs.traces import Trace
 
 MakeEnv = Callable[..., gymnasium.Env]
-STILL = np.zeros(2, np.float32)
-
-
-@pytest.fixture
-def make_replay(toy_trace: Trace, profile: LatencyProfile) -> MakeEnv:
-    def make(**changes: Any) -> gymnasium.Env:
-        usual = {"trace": toy_trace, "profile": profile, "draft_length": 4, "tokens_per_step": 8}
-        return gymnasium.make("specgym/Thresholds-v0", **{"backend": "replay", **usual, **changes})
-
-    return make
-
-
-def rollout(env: gymnasium.Env, seed: int, steps: int = 5) -> list[Any]:
-    env.action_space.seed(seed)
-    seen: list[Any] = [env.reset(seed=seed)]
-    seen += [env.step(env.action_space.sample()) for _ in range(steps)]
-    return [[part.tolist() if isinstance(part, np.ndarray) else part for part in result] for result in seen]
 
 
 @pytest.mark.parametrize("start", ["random", "default"])
 @pytest.mark.parametrize("decoder", ["threshold", "speculative"])
-def test_passes_both_checkers_without_a_warning(make_replay: MakeEnv, decoder: str, start: str) -> None:
-    env = make_replay(decoder=decoder, start=start)
+def test_passes_both_checkers_without_a_warning(make_single: MakeEnv, decoder: str, start: str) -> None:
+    env = make_single(decoder=decoder, start=start)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env.unwrapped)
         check_env_sb3(env.unwrapped)
 
 
-def test_spaces_and_info_are_those_of_the_live_environment(make_replay: MakeEnv, make_env: MakeEnv) -> None:
+def test_spaces_and_info_are_those_of_the_live_environment(make_single: MakeEnv, make_env: MakeEnv) -> None:
     for decoder in ("threshold", "speculative"):
-        replayed, live = make_replay(decoder=decoder), make_env(decoder=decoder)
+        replayed, live = make_single(decoder=decoder), make_env(decoder=decoder)
         assert replayed.observation_space == live.observation_space
         assert replayed.action_space == live.action_space
         for ours, theirs in zip(rollout(replayed, seed=1), rollout(live, seed=1), strict=True):
@@ -64,8 +48,8 @@ def test_spaces_and_info_are_those_of_the_live_environment(make_replay: MakeEnv,
             assert ours[0] == theirs[0]  # the same knobs, from the same seed
 
 
-def test_exact_greedy_steps_are_those_of_the_live_environment(make_replay: MakeEnv, make_env: MakeEnv) -> None:
-    replayed, live = (make(decoder="speculative", start="default") for make in (make_replay, make_env))
+def test_exact_greedy_steps_are_those_of_the_live_environment(make_single: MakeEnv, make_env: MakeEnv) -> None:
+    replayed, live = (make(decoder="speculative", start="default") for make in (make_single, make_env))
     for prompt in range(4):
         for env in (replayed, live):
             env.reset(seed=0, options={"prompt": prompt, "knobs": {"draft_length": 1 + prompt}})
@@ -78,9 +62,9 @@ def test_exact_greedy_steps_are_those_of_the_live_environment(make_replay: MakeE
 
 
 def test_recorded_thresholds_cost_what_they_cost_live(
-    make_replay: MakeEnv, make_env: MakeEnv, toy_trace: Trace
+    make_single: MakeEnv, make_env: MakeEnv, toy_trace: Trace
 ) -> None:
-    replayed, live = make_replay(tokens_per_step=12), make_env(tokens_per_step=12)
+    replayed, live = make_single(tokens_per_step=12), make_env(tokens_per_step=12)
     same = 0
     for prompt in range(3):
         for fallback, rollback in toy_trace.detour_knobs[toy_trace.detour_prompts == prompt]:
@@ -95,16 +79,16 @@ def test_recorded_thresholds_cost_what_they_cost_live(
     assert same >= 28  # of 30; the others may have a distance that the file's rounding moved across the threshold
 
 
-def test_a_seed_fixes_everything(make_replay: MakeEnv) -> None:
-    env = make_replay()
+def test_a_seed_fixes_everything(make_single: MakeEnv) -> None:
+    env = make_single()
     first = rollout(env, seed=7)
     assert rollout(env, seed=7) == first  # the second time after other episodes
-    assert rollout(make_replay(), seed=7) == first
+    assert rollout(make_single(), seed=7) == first
     assert rollout(env, seed=8) != first
 
 
 def test_prompts_with_detours_come_before_any_comes_again(
-    make_replay: MakeEnv, monkeypatch: pytest.MonkeyPatch
+    make_single: MakeEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from specgym.envs import sources
 
@@ -117,7 +101,7 @@ def test_prompts_with_detours_come_before_any_comes_again(
 
     monkeypatch.setattr(sources.ReplaySource, "decode", spy)
     for decoder, known in (("threshold", [0, 1, 2]), ("speculative", [0, 1, 2, 3])):
-        env = make_replay(decoder=decoder)
+        env = make_single(decoder=decoder)
         env.reset(seed=0)
         for _ in range(2 * len(known)):
             env.step(np.zeros(env.action_space.shape or (), np.float32))
@@ -126,23 +110,23 @@ def test_prompts_with_detours_come_before_any_comes_again(
         seen.clear()
 
 
-def test_no_model_is_loaded(make_replay: MakeEnv, toy_workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_model_is_loaded(make_single: MakeEnv, toy_workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workload, "load", lambda self: pytest.fail("a pair was loaded"))
-    env = make_replay(workload=toy_workload)
+    env = make_single(workload=toy_workload)
     env.reset(seed=0)
     env.step(STILL)
 
 
-def test_without_a_profile_the_pairs_own_is_measured(make_replay: MakeEnv, toy_workload: Workload) -> None:
-    env = make_replay(workload=toy_workload, profile=None).unwrapped
+def test_without_a_profile_the_pairs_own_is_measured(make_single: MakeEnv, toy_workload: Workload) -> None:
+    env = make_single(workload=toy_workload, profile=None).unwrapped
     assert isinstance(env, TuningEnv)
     assert env.profile.pair == "toy"
 
 
-def test_time_is_charged_at_the_operating_point(make_replay: MakeEnv, profile: LatencyProfile) -> None:
+def test_time_is_charged_at_the_operating_point(make_single: MakeEnv, profile: LatencyProfile) -> None:
     small = replace(profile, context=32)
     big = replace(small, batch_size=8, draft_seconds={0: 0.0, 1: 0.003}, autoregressive_seconds=0.02)
-    env = make_replay(profile=replace(small, points=(big,)), batch_size=8, decoder="speculative")
+    env = make_single(profile=replace(small, points=(big,)), batch_size=8, decoder="speculative")
     env.reset(seed=0)
     info = env.step(np.zeros(1, np.float32))[4]
     seconds = 0.010 * info["rounds"] + 0.004 * info["drafted"]
@@ -150,26 +134,26 @@ def test_time_is_charged_at_the_operating_point(make_replay: MakeEnv, profile: L
     assert info["speedup"] == pytest.approx(0.02 * info["tokens"] / seconds)
 
 
-def test_the_workload_is_by_default_the_traces_own(make_replay: MakeEnv, toy_workload: Workload) -> None:
-    env = make_replay().unwrapped
+def test_the_workload_is_by_default_the_traces_own(make_single: MakeEnv, toy_workload: Workload) -> None:
+    env = make_single().unwrapped
     assert isinstance(env, TuningEnv)
     assert (env.workload.name, env.workload.split, env.workload.sampling) == ("toy/ids", "train", Sampling(0.0))
     assert env.reset(seed=0)[1]["workload"] == "toy/ids"
 
 
-def test_there_is_no_decoder_to_show(make_replay: MakeEnv) -> None:
+def test_there_is_no_decoder_to_show(make_single: MakeEnv) -> None:
     with pytest.raises(AttributeError, match="a replayed environment has no decoder"):
-        make_replay().unwrapped.decoder  # type: ignore[attr-defined]  # noqa: B018
+        make_single().unwrapped.decoder  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_a_pickled_environment_comes_back_with_its_arguments(make_replay: MakeEnv) -> None:
-    env = make_replay(scales={"fallback": 0.3}).unwrapped
+def test_a_pickled_environment_comes_back_with_its_arguments(make_single: MakeEnv) -> None:
+    env = make_single(scales={"fallback": 0.3}).unwrapped
     again = pickle.loads(pickle.dumps(env))
     assert rollout(again, seed=3) == rollout(env, seed=3)
 
 
-def test_rendering_shows_knobs_and_metrics(make_replay: MakeEnv) -> None:
-    env = make_replay(render_mode="ansi")
+def test_rendering_shows_knobs_and_metrics(make_single: MakeEnv) -> None:
+    env = make_single(render_mode="ansi")
     env.reset(seed=0)
     assert "nothing decoded yet" in str(env.render())
     env.step(STILL)
@@ -197,13 +181,13 @@ def test_rendering_shows_knobs_and_metrics(make_replay: MakeEnv) -> None:
         ({"batch_size": 8}, "covers batch size 1"),
     ],
 )
-def test_bad_arguments_are_refused(make_replay: MakeEnv, arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(make_single: MakeEnv, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_replay(**arguments)
+        make_single(**arguments)
 
 
-def test_exact_decoding_takes_shorter_drafts_than_recorded(make_replay: MakeEnv) -> None:
-    env = make_replay(decoder="speculative", draft_length=3, tokens_per_step=20)
+def test_exact_decoding_takes_shorter_drafts_than_recorded(make_single: MakeEnv) -> None:
+    env = make_single(decoder="speculative", draft_length=3, tokens_per_step=20)
     env.reset(seed=0, options={"knobs": {"draft_length": 3}})
     info = env.step(np.zeros(1, np.float32))[4]
     assert info["drafted"] <= 3 * info["rounds"]
@@ -218,30 +202,30 @@ def test_exact_decoding_takes_shorter_drafts_than_recorded(make_replay: MakeEnv)
         ("seek", "takes an index, not a str; decode others with backend='live'"),
     ],
 )
-def test_bad_prompts_are_refused(make_replay: MakeEnv, prompt: int | str | Sequence[int], message: str) -> None:
+def test_bad_prompts_are_refused(make_single: MakeEnv, prompt: int | str | Sequence[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_replay().reset(seed=0, options={"prompt": prompt})
+        make_single().reset(seed=0, options={"prompt": prompt})
 
 
 # Where traces come from.
 
 
 def test_a_shipped_trace_is_found_by_workload_and_split(
-    make_replay: MakeEnv, toy_trace: Trace, toy_workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_single: MakeEnv, toy_trace: Trace, toy_workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shipped_traces, "TRACES", tmp_path)
     with pytest.raises(TraceError, match=r"no trace of toy/ids \(train prompts\).*\(shipped: none\); record one with"):
-        make_replay(trace=None, workload=toy_workload)
+        make_single(trace=None, workload=toy_workload)
     toy_trace.save(tmp_path / "toy_ids.train.npz")
     with pytest.raises(TraceError, match=r"no trace of toy/ids \(test prompts\).*\(shipped: toy_ids.train\)"):
-        make_replay(trace=None, workload=toy_workload, split="test")
-    env = make_replay(trace=None, workload=toy_workload)
-    assert rollout(env, seed=1) == rollout(make_replay(), seed=1)
+        make_single(trace=None, workload=toy_workload, split="test")
+    env = make_single(trace=None, workload=toy_workload)
+    assert rollout(env, seed=1) == rollout(make_single(), seed=1)
 
 
-def test_a_trace_may_be_a_file(make_replay: MakeEnv, toy_trace: Trace, tmp_path: Path) -> None:
+def test_a_trace_may_be_a_file(make_single: MakeEnv, toy_trace: Trace, tmp_path: Path) -> None:
     toy_trace.save(tmp_path / "trace.npz")
-    assert rollout(make_replay(trace=str(tmp_path / "trace.npz")), seed=1) == rollout(make_replay(), seed=1)
+    assert rollout(make_single(trace=str(tmp_path / "trace.npz")), seed=1) == rollout(make_single(), seed=1)
 
 
 def test_the_workload_of_a_foreign_trace_has_its_parts(toy_trace: Trace) -> None:
@@ -258,7 +242,7 @@ def test_the_spec_of_a_replayed_environment_survives_json() -> None:
     assert "vector_tuning" in json.loads(spec.to_json())["vector_entry_point"]
 
 
-def test_pairs_in_memory_replay_under_their_own_name(make_replay: MakeEnv, toy_workload: Workload, pair: Pair) -> None:
-    env = make_replay(workload=toy_workload).unwrapped
+def test_pairs_in_memory_replay_under_their_own_name(make_single: MakeEnv, toy_workload: Workload, pair: Pair) -> None:
+    env = make_single(workload=toy_workload).unwrapped
     assert isinstance(env, TuningEnv)
     assert env.workload.load() is pair
