@@ -11,31 +11,17 @@ round differently, so there it is counted. Without seeding ("window alone") the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sides import (
-    PLAIN,
-    Comparison,
-    Figures,
-    Method,
-    Results,
-    compared,
-    decode,
-    drafted,
-    figures_by_set,
-    rounds_of,
-)
+from benchmarks.sides import PLAIN, Comparison, Figures, Method, Results, compare, drafted, rounds_of
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Round
-from specgym.decoding.files import write_json
 from specgym.decoding.lookahead import (
     JacobiDecoder,
     LookaheadDecoder,
@@ -95,8 +81,8 @@ def shown(side: str, rounds: Sequence[Round], _: Figures) -> dict[str, str]:
     return {"hit rate": "-" if side == PLAIN or side.startswith("Jacobi") else f"{hit_rate(rounds):.0%}"}
 
 
-def step_times(target: str, results: Results, overall: dict[str, Figures]) -> tuple[Table, dict[str, Any]]:
-    """Where a step's time goes: a table, and the same as numbers."""
+def step_times(target: str, results: Results, overall: Mapping[str, Figures]) -> tuple[Table, dict[str, Any]]:
+    """Where a step's time goes: a table, and the same as numbers for the report."""
     table = Table(title=f"{target}: what a step costs, and where its time goes (ms)", box=box.MARKDOWN)
     for heading in ("method", "tokens per step", "cost in plain steps", "prepare", "mask", "forward", "judge"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
@@ -110,23 +96,13 @@ def step_times(target: str, results: Results, overall: dict[str, Figures]) -> tu
             seconds = (means.prepare_seconds, means.mask_seconds, means.forward_seconds, means.judge_seconds)
             parts = [f"{1000 * part:.3f}" for part in seconds]
         table.add_row(side, f"{sums['tokens_per_step']:.2f}", f"{sums['step_cost']:.2f}", *parts)
-    return table, report
+    return table, {"steps": report}
 
 
 def main() -> None:
     """Decode, and print."""
     settings = tyro.cli(Settings, description=__doc__)
-    torch.set_num_threads(settings.threads)
-    console, report = Console(width=200), settings.report()
-    for target in settings.targets:
-        pair = settings.pair(target)
-        results = decode(pair, methods(pair, settings), settings)
-        found = figures_by_set(results)
-        times, statistics_of_steps = step_times(target, results, found["all"])
-        console.print(compared(target, results, found, settings, shown), times)
-        report["targets"][target] = {"figures": found, "steps": statistics_of_steps}
-        if settings.json:
-            write_json(settings.json, report)
+    compare(settings, lambda pair: methods(pair, settings), shown, step_times)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sides import PLAIN, Comparison, Figures, Method, compared, decode, drafted, figures_by_set
+from benchmarks.sides import PLAIN, Comparison, Figures, Method, compare, drafted
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoder import Round
-from specgym.decoding.files import write_json
-from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, heads_for
+from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, heads_for
 from specgym.decoding.medusa.decoder import DELTA, EPSILON
 from specgym.decoding.pairs import Pair
 
@@ -53,8 +50,9 @@ def name_of(heads: int, candidates: int) -> str:
     return f"Medusa ({heads}, {candidates})"
 
 
-def methods(pair: Pair, heads: MedusaHeads, settings: Settings) -> list[Method]:
+def methods(pair: Pair, settings: Settings) -> list[Method]:
     """All sides, plain decoding first."""
+    heads = heads_for(pair.target, settings.heads_from)
     exact = MedusaDecoder(pair, heads, max_tree=max(settings.candidates))
     found = [Method(PLAIN, AutoregressiveDecoder(pair)), *drafted(pair, settings)]
     for count in settings.heads:
@@ -107,17 +105,12 @@ def trade(target: str, overall: Mapping[str, Figures], settings: Settings) -> Ta
 def main() -> None:
     """Decode, and print."""
     settings = tyro.cli(Settings, description=__doc__)
-    torch.set_num_threads(settings.threads)
-    console, report = Console(width=200), settings.report()
-    for target in settings.targets:
-        pair = settings.pair(target)
-        heads = heads_for(pair.target, settings.heads_from)
-        results = decode(pair, methods(pair, heads, settings), settings)
-        found = figures_by_set(results)
-        console.print(compared(target, results, found, settings, shown), trade(target, found["all"], settings))
-        report["targets"][target] = {"figures": found}
-        if settings.json:
-            write_json(settings.json, report)
+    compare(
+        settings,
+        lambda pair: methods(pair, settings),
+        shown,
+        lambda target, _, overall: (trade(target, overall, settings), {}),
+    )
 
 
 if __name__ == "__main__":

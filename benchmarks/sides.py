@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from specgym.decoding.decoder import Decoder, Generation, Round
+from specgym.decoding.files import write_json
 from specgym.decoding.pairs import Pair, load_pair
 from specgym.decoding.prompts import PromptSet, encode, load_prompts
 from specgym.decoding.sampling import Sampling
@@ -81,6 +83,8 @@ Figures = dict[str, float]
 """By name what a side did."""
 Results = dict[str, dict[str, list[Generation]]]
 """By prompt set and method, a generation for each prompt."""
+Shown = Callable[[str, Sequence[Round], Figures], Mapping[str, str]]
+"""Makes further columns of a side, from its name, rounds and figures over all prompt sets."""
 
 
 def repeated_edits(block: str) -> str:
@@ -187,7 +191,7 @@ def compared(
     results: Results,
     found: Mapping[str, Mapping[str, Figures]],
     settings: Comparison,
-    shown: Callable[[str, Sequence[Round], Figures], Mapping[str, str]],
+    shown: Shown,
 ) -> Table:
     """Steps and speed.
 
@@ -196,7 +200,7 @@ def compared(
         results: what was decoded.
         found: `figures_by_set` of it.
         settings: with which.
-        shown: further columns of a side, from its name, rounds and figures.
+        shown: further columns.
     """
     table = Table(title=f"{target}: tokens per step, and in brackets the speedup by the clock", box=box.MARKDOWN)
     more = {
@@ -216,3 +220,31 @@ def compared(
             f"{overall['same_texts']:.0%}" if settings.temperature == 0 else "-",
         )
     return table
+
+
+def compare(
+    settings: Comparison,
+    methods: Callable[[Pair], Sequence[Method]],
+    shown: Shown,
+    details: Callable[[str, Results, Mapping[str, Figures]], tuple[Table, dict[str, Any]]],
+) -> None:
+    """Decode with all sides, target by target; print two tables of each, and write the figures where that is asked.
+
+    Args:
+        settings: what is decoded.
+        methods: makes the sides from a pair, plain decoding first.
+        shown: further columns of the first table.
+        details: the second table, and more for the report, from the target's name, what was decoded, and the figures
+            of each side over all prompt sets.
+    """
+    torch.set_num_threads(settings.threads)
+    console, report = Console(width=200), settings.report()
+    for target in settings.targets:
+        pair = settings.pair(target)
+        results = decode(pair, methods(pair), settings)
+        found = figures_by_set(results)
+        table, more = details(target, results, found["all"])
+        console.print(compared(target, results, found, settings, shown), table)
+        report["targets"][target] = {"figures": found, **more}
+        if settings.json:
+            write_json(settings.json, report)
