@@ -15,7 +15,8 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
-from .tuning import TuningEnv, whole_number
+from .arguments import whole_number
+from .tuning import TuningEnv
 
 Array = NDArray[np.float32]
 Floats = NDArray[np.float64]

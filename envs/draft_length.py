@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..decoding.latency import LatencyProfile
 from ..decoding.prompts import Split
 from ..decoding.stopping import FEATURES
+from .arguments import one_of
 from .draft_sources import Counts, Drafting, LiveDrafting, ReplayedDrafting
 from .profiles import profile_of
 from .shipped_traces import DEFAULT_WORKLOAD, find_trace
@@ -161,13 +162,9 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             decision_seconds,
             render_mode,
         )
-        for name, value, choices in (
-            ("backend", backend, ("live", "replay")),
-            ("split", split, (None, "train", "test")),
-            ("render_mode", render_mode, (None, "rgb_array")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        one_of("backend", backend, ("live", "replay"))
+        one_of("split", split, (None, "train", "test"))
+        one_of("render_mode", render_mode, (None, "rgb_array"))
         check_lengths(max_draft_length, tokens)
         if trace is not None and backend == "live":
             raise ValueError("trace is for backend='replay'; the backend is 'live'")

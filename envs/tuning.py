@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +12,18 @@ from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 from rich.text import Text
 
-from ..decoding.decoder import Decoder, Knob
+from ..decoding.decoder import Decoder
 from ..decoding.latency import LatencyProfile
 from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
+from .arguments import one_of, whole_number
 from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves, prompt_orders
 from .knobs import checked_values
 from .rendering import print_step, shows_colour, to_ansi
 from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
 from .shipped_outcomes import Recording
 from .sources import LiveSource, ReplaySource, Source
+from .tuned_knobs import TunedKnobs
 from .workloads import Workload
 
 Array = NDArray[np.float32]
@@ -31,7 +33,7 @@ _OPTIONS = ("knobs", "prompt")
 _RENDER_MODES = ("ansi", "human")
 
 
-class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
+class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
     """Tune the knobs of a speculative decoder on one workload.
 
     ## Description
@@ -50,24 +52,8 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     | 0     | move of fallback  | 0.2        | -1  | 1    |
     | 1     | move of rollback  | (K - 1)/10 tokens, 1.5 for K = 16 | -1 | 1 |
 
-    For the lookahead decoder (`specgym/Lookahead-v0`):
-
-    | index | action            | scale at 1     | low | high |
-    |-------|-------------------|----------------|-----|------|
-    | 0     | move of window    | 0.4 doublings  | -1  | 1    |
-    | 1     | move of ngram     | 0.4 tokens     | -1  | 1    |
-    | 2     | move of guesses   | 0.41 doublings | -1  | 1    |
-
-    For the medusa decoder (`specgym/Medusa-v0`), of five heads, the first two; with `decoder="medusa-typical"` all:
-
-    | index | action            | scale at 1     | low | high |
-    |-------|-------------------|----------------|-----|------|
-    | 0     | move of heads     | 0.5 heads      | -1  | 1    |
-    | 1     | move of tree_size | 0.6 doublings  | -1  | 1    |
-    | 2     | move of epsilon   | 0.1            | -1  | 1    |
-    | 3     | move of delta     | 0.2            | -1  | 1    |
-
-    and for the speculative decoder one action, the move of `draft_length` by (K - 1)/10 tokens.
+    and for the speculative decoder one, the move of `draft_length` by (K - 1)/10 tokens. docs/lookahead.md and
+    docs/medusa.md have the tables of those decoders; `knobs`, `ranges` and `scales` tell them of any.
 
     ## Observation space
     `Box(low, high, (knobs,), float32)`: the knobs in their own units. For the threshold decoder:
@@ -76,23 +62,6 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     |-------|-------------|------|------|-----------------------------------|
     | 0     | fallback    | 0.05 | 0.95 | total variation                   |
     | 1     | rollback    | 1    | K    | draft tokens that a rejection takes back |
-
-    For the lookahead decoder:
-
-    | index | observation | low  | high | unit                              |
-    |-------|-------------|------|------|-----------------------------------|
-    | 0     | window      | 1    | 16   | W, columns of guesses that a pass improves |
-    | 1     | ngram       | 2    | 6    | N, tokens of the n-grams found    |
-    | 2     | guesses     | 0    | 16   | G, n-grams verified a pass, at most |
-
-    For the medusa decoder, likewise:
-
-    | index | observation | low  | high | unit                              |
-    |-------|-------------|------|------|-----------------------------------|
-    | 0     | heads       | 0    | 5    | heads that propose candidates     |
-    | 1     | tree_size   | 0    | 64   | candidates verified a pass        |
-    | 2     | epsilon     | 0    | 1    | probability above which all candidates are accepted |
-    | 3     | delta       | 0    | 2    | share of exp(-entropy), in nats, above which a candidate is |
 
     and for the speculative decoder one, `draft_length`, from 1 to K tokens.
 
@@ -113,13 +82,9 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     other decoders the term is 0. A lossless decoder's divergence is 0, too: it is paid for speed, and for acceptance.
 
     With `RewardSettings(max_divergence=0.05)` the aim is the fastest setting whose mean divergence stays below 0.05:
-    acceptance and range weigh nothing, whatever their weights, and the divergence term is
-
-    | term       | under a bound                                                          | range      |
-    |------------|------------------------------------------------------------------------|------------|
-    | divergence | minus `divergence_multiplier` times the excess over the bound, minus as above | at most 0 |
-
-    The multiplier starts at 1; whoever learns raises it while the bound is broken (`set_divergence_multiplier`).
+    acceptance and range weigh nothing, whatever their weights, and the divergence term is minus
+    `divergence_multiplier` times the excess over the bound (at most 0). The multiplier starts at 1; whoever learns
+    raises it while the bound is broken (`set_divergence_multiplier`).
 
     Time is charged by the pair's latency profile, so that the same tokens always cost the same; with `timing="wall"` by
     the clock. Reading the prompt is not charged.
@@ -209,26 +174,9 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         action: ActionKind = "move",
     ) -> None:
         EzPickle.__init__(
-            self,
-            decoder,
-            workload,
-            tokens_per_step,
-            ranges,
-            scales,
-            reward,
-            timing,
-            profile,
-            start,
-            split,
-            render_mode,
-            backend,
-            draft_length,
-            trace,
-            batch_size,
-            context,
-            prompts_per_step,
-            action,
-        )
+            self, decoder, workload, tokens_per_step, ranges, scales, reward, timing, profile, start, split,
+            render_mode, backend, draft_length, trace, batch_size, context, prompts_per_step, action,
+        )  # fmt: skip
         one_of("action", action, ACTION_KINDS)
         one_of("backend", backend, ("live", "replay"))
         one_of("timing", timing, ("profile", "wall"))
@@ -265,21 +213,6 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
         self._last_info: dict[str, Any] = {}
 
     @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """What is tuned, in the order of observations and actions."""
-        return self._source.knobs
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Between what a knob moves here, by name, in its own units."""
-        return dict(self._moves.ranges)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """By how much an action of 1 moves a knob, by name, in its own units; a logarithmic one in doublings."""
-        return dict(self._moves.scales)
-
-    @property
     def workload(self) -> Workload:
         """The pair, prompts and sampling that the knobs are tuned for; its split is the one in use."""
         return self._source.workload
@@ -299,11 +232,6 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
     def profile(self) -> LatencyProfile:
         """What time is charged by, at the operating point."""
         return self._source.profile
-
-    @property
-    def reward_settings(self) -> RewardSettings:
-        """Weights and ranges of the reward."""
-        return self._settings
 
     @property
     def divergence_multiplier(self) -> float:
@@ -414,16 +342,3 @@ class TuningEnv(gymnasium.Env[Array, Array], EzPickle):
                 self._queue = prompt_orders(self.np_random, 1, len(self._source.prompts))[0].tolist()
             chosen.append(self._source.prompts[self._queue.pop(0)])
         return chosen
-
-
-def one_of(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ValueError, naming the argument, unless its value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def whole_number(name: str, value: float) -> int:
-    """The argument of this name; raises ValueError unless it is a whole number of at least 1."""
-    if value < 1 or int(value) != value:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
-    return int(value)

@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..decoding.decoder import Knob
 from ..decoding.prompts import Split
+from .arguments import one_of, whole_number
 from .decoders import rounds_of
 from .knob_moves import ACTION_KINDS, ActionKind, KnobMoves
 from .measuring import metrics
@@ -22,7 +22,8 @@ from .prompt_queues import PromptQueues
 from .rewards import TERMS, RewardSettings, checked_multiplier, reward_terms
 from .shipped_outcomes import Recordings, find_recording
 from .sources import check_prompt, replay_of
-from .tuning import METRICS, one_of, whole_number
+from .tuned_knobs import TunedKnobs
+from .tuning import METRICS
 from .workload_shares import asked, one_each, probabilities, shared_out
 from .workloads import Workload
 
@@ -31,7 +32,7 @@ Flags = NDArray[np.bool_]
 _OPTIONS = ("knobs", "prompt")
 
 
-class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
+class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
     """`specgym.envs.TuningEnv` with recordings, many times over, and of several workloads at once.
 
     Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
@@ -138,26 +139,6 @@ class TuningVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self._fixed_prompts: NDArray[np.int64] | None = None
         self.workload_of = self._shares
         self._belong(self._shares)
-
-    @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """What is tuned, in the order of observations and actions."""
-        return self._moves.knobs
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Between what a knob moves here, by name, in its own units."""
-        return dict(self._moves.ranges)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """By how much an action of 1 moves a knob, by name, in its own units; a logarithmic one in doublings."""
-        return dict(self._moves.scales)
-
-    @property
-    def reward_settings(self) -> RewardSettings:
-        """Weights and ranges of the reward."""
-        return self._settings
 
     @property
     def divergence_multipliers(self) -> dict[str, float]:

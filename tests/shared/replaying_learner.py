@@ -45,7 +45,13 @@ def learner(
     environments: Any = DummyVecEnv([lambda: Seek(discrete)] * ENVIRONMENTS)
     if normalised:
         environments = VecNormalize(environments, norm_obs=False)
-    arguments = {"n_steps": STEPS, "batch_size": ENVIRONMENTS * STEPS, "n_epochs": 1, "seed": 3, "device": "cpu"}
+    arguments: dict[str, Any] = {
+        "n_steps": STEPS,
+        "batch_size": ENVIRONMENTS * STEPS,
+        "n_epochs": 1,
+        "seed": 3,
+        "device": "cpu",
+    }
     model = PPO("MlpPolicy", environments, policy_kwargs={"net_arch": [16]}, **(arguments | more))
     model._setup_learn(1000, callback)
     return model
