@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,15 @@ def _evaluate_workload(
                 intervals[column] = (float(low), float(high))
         rows.append(Row(name, method, knobs, values, intervals))
     return rows
+
+
+def strays(values: Iterable[Mapping[str, float]]) -> bool:
+    """Whether any text is not the target's own; then the divergence is the price of speed, and else what is read.
+
+    Args:
+        values: of the rows of a table, by column.
+    """
+    return any(of_row["divergence"] > 0 for of_row in values)
 
 
 def whole_numbers(knobs: Sequence[Knob], values: Mapping[str, float]) -> dict[str, float]:

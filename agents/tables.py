@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .evaluation import ALL, CHARGED, FORMAT, Row
+from .evaluation import ALL, CHARGED, FORMAT, Row, strays
 from .files import RunFileError, read_json
 
 _NOTABLE_DIVERGENCE = 0.05
@@ -20,8 +20,8 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("workload\n  method", min_width=16, max_width=24, overflow="fold")
     names = next((",\n".join(row.knobs) for row in rows if row.knobs), "knobs")
-    strays = _strays(rows)
-    price = "diver-\ngence" if strays else "tokens read\n/token"
+    strayed = strays(row.values for row in rows)
+    price = "diver-\ngence" if strayed else "tokens read\n/token"
     for heading in (names, "ms/\ntoken", "speedup", "accept.\nrate", "tokens\n/round", price, "reward",
                     "clock ms\n/token"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
@@ -39,7 +39,7 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
             _with_interval(row, "speedup"),
             f"{values['draft_acceptance_rate']:.3f}",
             f"{values['mean_acceptance_length']:.2f}",
-            f"{values['divergence']:.3f}" if strays else f"{values['target_tokens_per_token']:.2f}",
+            f"{values['divergence']:.3f}" if strayed else f"{values['target_tokens_per_token']:.2f}",
             _with_interval(row, "reward"),
             f"{values['wall_ms_per_token']:.2f}",
             style="bold" if row.method == "learned" else None,
@@ -49,7 +49,7 @@ def rendered(rows: Sequence[Row], title: str) -> Table:
         "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every "
         "time. ± is half a 95 % interval over prompts."
     )
-    if not strays:
+    if not strayed:
         table.caption += " Tokens read are the target's, for every one emitted: plain decoding reads one."
     return table
 
@@ -96,7 +96,7 @@ def verdict(rows: Sequence[Row], learned_what: str = "thresholds", max_divergenc
         f"Learned {learned_what} against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
         f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, "
     )
-    if not _strays(rows):
+    if not strays(row.values for row in rows):
         return sentence + (
             f"with {learned['mean_acceptance_length']:.2f} against {default['mean_acceptance_length']:.2f} tokens a "
             f"round, for {learned['target_tokens_per_token']:.1f} against {default['target_tokens_per_token']:.1f} "
@@ -115,11 +115,6 @@ def verdict(rows: Sequence[Row], learned_what: str = "thresholds", max_divergenc
             "--max-divergence, or --environment.reward.divergence-weight above 0."
         )
     return sentence
-
-
-def _strays(rows: Sequence[Row]) -> bool:
-    """Whether any text is not the target's own; then the divergence is the price of speed, and else what is read."""
-    return any(row.values["divergence"] > 0 for row in rows)
 
 
 def _with_interval(row: Row, column: str) -> str:

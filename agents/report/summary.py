@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation import ALL
+from ..evaluation import ALL, strays
 from .data import HeatMap, TableRow
 
 LEARNED, DEFAULT, PLAIN, BEST = "learned", "default", "autoregressive", "best"
@@ -41,7 +41,7 @@ def _of_table(table: Sequence[TableRow], what: str) -> list[str]:
         f"On the held-out prompts of {_count(len(by_workload), 'workload')} the learned {what} reach a mean reward "
         f"of {learned['reward']:.3f}, against {default['reward']:.3f} with the decoder's defaults. They decode "
         f"{learned['speedup']:.2f} times as fast as plain decoding (the defaults: {default['speedup']:.2f}), "
-        f"{_price(learned, default)}"
+        f"{_price(learned, default, strays(row.values for row in table))}"
     ]
     shares = [
         f"{method} {_percent(row.values[SHARE])}"
@@ -59,9 +59,9 @@ def _of_table(table: Sequence[TableRow], what: str) -> list[str]:
     return sentences
 
 
-def _price(learned: Mapping[str, float], default: Mapping[str, float]) -> str:
-    """What the speed is paid with: another text, or more tokens that the target reads."""
-    if not learned["divergence"] and not default["divergence"] and "target_tokens_per_token" in learned:
+def _price(learned: Mapping[str, float], default: Mapping[str, float], strayed: bool) -> str:
+    """What the speed is paid with: another text, or more tokens that the target reads, where they were counted."""
+    if not strayed and "target_tokens_per_token" in learned:
         return (
             f"and the target reads {learned['target_tokens_per_token']:.1f} tokens for every one emitted (the "
             f"defaults: {default['target_tokens_per_token']:.1f}). The text is the target's own."

@@ -12,7 +12,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from specgym.agents.files import RunFileError
-from specgym.agents.report.data import HeatMap
+from specgym.agents.report.data import HeatMap, TableRow
 from specgym.agents.report.events import read_curves, shortened
 from specgym.agents.report.gather import gather
 from specgym.agents.report.heat_maps import load_heat_maps, save_heat_maps
@@ -66,6 +66,20 @@ def test_the_summary_says_where_something_simpler_is_better(run: Path) -> None:
     assert "Against default, the learned reward is higher on 1 of 2 workloads; on 1 of these" in told
     assert "A simpler setting, default, is better on b/code." in told
     assert "Plain decoding is faster than the learned thresholds on b/code." in told
+
+
+@pytest.mark.parametrize("divergence", [0.0, 0.01])
+def test_the_text_is_called_the_targets_own_where_no_row_strays(divergence: float) -> None:
+    values = {"speedup": 1.5, "reward": 1.5, "target_tokens_per_token": 3.25}
+    rows = [
+        TableRow(workload, method, {}, {**values, "divergence": divergence if workload == "b/code" else 0.0}, {})
+        for workload in ("a/prose", "b/code")
+        for method in ("default", "learned")
+    ]
+    told = " ".join(summarise(rows, [], None))
+    assert ("The text is the target's own." in told) == (divergence == 0)
+    assert ("3.2 tokens for every one emitted" in told) == (divergence == 0)
+    assert ("with a divergence of" in told) == (divergence > 0)
 
 
 def test_a_run_of_learning_to_tune_is_told_its_own_commands(run: Path) -> None:
