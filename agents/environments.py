@@ -56,7 +56,7 @@ def make_env(
         workload=settings.workloads[place],
         timing=settings.environment.timing,
         profile=str(profile),
-        trace=recording_path(settings, settings.workloads[place], split),
+        recording=recording_path(settings, settings.workloads[place], split),
         split=split,
         start="default" if held_out else "random",
         max_episode_steps=settings.evaluation.episode_steps if held_out else None,
@@ -134,7 +134,7 @@ def _replays(settings: TrainSettings, profiles: Sequence[Path]) -> gymnasium.vec
         workload=settings.workloads,
         weights=settings.weights or None,
         profile=list(profiles),
-        trace=_training_recordings(settings) or None,
+        recording=_training_recordings(settings) or None,
         split="train",
         **_shared_options(settings),
     )

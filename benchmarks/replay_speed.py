@@ -90,11 +90,12 @@ def together(env: gymnasium.vector.VectorEnv[Any, Any, Any], actions: list[Any])
 
 def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
     """Steps a second of each, live first."""
-    replay: dict[str, Any] = {"workload": settings.workload, "trace": settings.trace, "profile": profile}
+    known: dict[str, Any] = {"workload": settings.workload, "profile": profile}
+    replay = {**known, "recording": settings.trace}
     draws = np.random.default_rng(0)
     found = {}
     if settings.live_steps:
-        live = gymnasium.make("specgym/Thresholds-v0", workload=settings.workload, profile=profile)
+        live = gymnasium.make("specgym/Thresholds-v0", **known)
         step = single(live)
         step(0)  # warm up
         started = time.perf_counter()
@@ -109,7 +110,7 @@ def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
     moves = [draws.uniform(-1, 1, many.action_space.shape or ()).astype(np.float32) for _ in range(_KEPT)]
     found["tuning, 1,024 together"] = steps_per_second(together(many, moves), 1024, settings.seconds)
 
-    control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, **replay)
+    control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, trace=settings.trace, **known)
     stops = [(draws.random(4096) < 0.3).astype(np.int64) for _ in range(_KEPT)]
     found["control, 4,096 together"] = steps_per_second(together(control, stops), 4096, settings.seconds)
     return found

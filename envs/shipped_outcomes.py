@@ -80,7 +80,7 @@ def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
         there = ", ".join(sorted(file.name.removesuffix(".npz") for file in files)) or "none"
         raise OutcomeError(
             f"no {decoder} outcomes of {name} ({split} prompts) ship with specgym (shipped: {there}); record some with "
-            f"{outcome_command(name, decoder)}, and give their file as trace="
+            f"{outcome_command(name, decoder)}, and give their file as recording="
         )
     return _loaded(path)
 

@@ -62,7 +62,7 @@ def shipped_trace(name: str, split: str) -> Trace:
         there = ", ".join(sorted(file.name.removesuffix(".npz") for file in TRACES.glob("*.npz"))) or "none"
         raise TraceError(
             f"no trace of {name} ({split} prompts) ships with specgym (shipped: {there}); record one with "
-            f"{record_command(name)}, and give its file as trace="
+            f"{record_command(name)}, and give its file as recording=, or to specgym/DraftLength-v0 as trace="
         )
     return _loaded(path)
 

@@ -153,7 +153,7 @@ class ReplaySource:
         decoder: a name.
         workload: as `find_recording` takes it, like the next two.
         split: whose prompts.
-        trace: what was recorded.
+        recording: what was recorded, or its file; None for the one that ships.
         tokens: as for `LiveSource`, like the rest.
         draft_length: K.
         profile: what time is charged by.
@@ -166,14 +166,14 @@ class ReplaySource:
         decoder: str | Callable[[Pair], Decoder],
         workload: str | Workload | None,
         split: Split | None,
-        trace: Recording | str | Path | None,
+        recording: Recording | str | Path | None,
         tokens: int,
         draft_length: int,
         profile: LatencyProfile | str | Path | None,
         batch_size: int,
         context: int | None,
     ) -> None:
-        found, self.workload = find_recording(decoder, trace, workload, split)
+        found, self.workload = find_recording(decoder, recording, workload, split)
         profile = profile_of(self.workload, profile, replayed=True, rounds=rounds_of(decoder))
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.knobs, self._replay = replay_of(decoder, [found], [self.profile], tokens, draft_length)
@@ -244,7 +244,7 @@ def replay_of(
         return knobs, TraceReplay(Replay(table, seconds, tokens), draft_length)
     if traces:
         names = f"a trace of {traces[0].info.workload}, and {outcomes[0].info}"
-        raise OutcomeError(f"trace: given are {names}; workloads that are replayed together need the same of either")
+        raise OutcomeError(f"recording: got {names}; workloads that are replayed together need the same of either")
     assert isinstance(decoder, str)
     require_positive("draft_length", draft_length)
     for info in (one.info for one in outcomes):

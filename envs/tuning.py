@@ -130,8 +130,8 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
             (`specgym.envs.outcome_replay` does).
         draft_length: K, in tokens, for a decoder given by name that drafts. A replay of thresholds needs the K that was
             recorded; exact decoding takes any up to that.
-        trace: what to replay, a `Trace`, `Outcomes` of the decoder, or a file of either; by default the one that ships
-            for the workload and split.
+        recording: what to replay, a `Trace`, `Outcomes` of the decoder, or a file of either; by default the one that
+            ships for the workload and split.
         batch_size: sequences that are decoded together, all as this one, as far as the profile's time goes.
         context: tokens of each that were read before, likewise; by default the profile's own.
         prompts_per_step: decoded each step, at least 1, all with the same knobs. Metrics are of all together: rates are
@@ -167,7 +167,7 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
         render_mode: Literal["ansi", "human", "rgb_array"] | None = None,
         backend: Literal["live", "replay"] = "live",
         draft_length: int = 16,
-        trace: Recording | str | Path | None = None,
+        recording: Recording | str | Path | None = None,
         batch_size: int = 1,
         context: int | None = None,
         prompts_per_step: int = 1,
@@ -175,7 +175,7 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
     ) -> None:
         EzPickle.__init__(
             self, decoder, workload, tokens_per_step, ranges, scales, reward, timing, profile, start, split,
-            render_mode, backend, draft_length, trace, batch_size, context, prompts_per_step, action,
+            render_mode, backend, draft_length, recording, batch_size, context, prompts_per_step, action,
         )  # fmt: skip
         one_of("action", action, ACTION_KINDS)
         one_of("backend", backend, ("live", "replay"))
@@ -194,14 +194,14 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
         point = (profile, batch_size, context)
         self._source: Source
         if backend == "live":
-            if trace is not None:
-                raise ValueError("a trace is for backend='replay'; backend='live' runs the models")
+            if recording is not None:
+                raise ValueError("a recording is for backend='replay'; backend='live' runs the models")
             wall = timing == "wall"
             self._source = LiveSource(decoder, workload, split, tokens, draft_length, *point, wall=wall)
         else:
             if timing == "wall":
                 raise ValueError("timing='wall' needs backend='live'; a replay decodes nothing that a clock could time")
-            self._source = ReplaySource(decoder, workload, split, trace, tokens, draft_length, *point)
+            self._source = ReplaySource(decoder, workload, split, recording, tokens, draft_length, *point)
         self._moves = KnobMoves(self._source.knobs, ranges, scales, action)
         self._source.check_ranges(self._moves.ranges)
         self.observation_space = self._moves.observation_space

@@ -50,7 +50,7 @@ class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArr
         profile: one for all workloads, one for each in order, or a mapping from their names; by default the pairs'
             reference profiles (`specgym.envs.profiles`).
         split: whose prompts.
-        trace: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
+        recording: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
             default those that ship.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
         max_episode_steps: length of an episode.
@@ -63,7 +63,7 @@ class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArr
         profiles: what the time of each workload is charged by, at the operating point, in order.
 
     Raises:
-        ValueError: as for `TuningEnv`; or the numbers of workloads, traces, profiles and weights do not agree.
+        ValueError: as for `TuningEnv`; or the numbers of workloads, recordings, profiles and weights do not agree.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  # as gymnasium has it
@@ -83,7 +83,7 @@ class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArr
         split: Split | None = None,
         backend: Literal["replay"] = "replay",
         draft_length: int = 16,
-        trace: Recordings = None,
+        recording: Recordings = None,
         batch_size: int = 1,
         context: int | None = None,
         max_episode_steps: int = 20,
@@ -104,8 +104,8 @@ class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArr
                 raise ValueError(f"{name} must be at least 1, got {number}")
         tokens = whole_number("tokens_per_step", tokens_per_step)
         self._prompts_per_step = whole_number("prompts_per_step", prompts_per_step)
-        wanted = asked(workload, trace)
-        given = one_each("trace", trace, [str(one) for one in wanted])
+        wanted = asked(workload, recording)
+        given = one_each("recording", recording, [str(one) for one in wanted])
         found = [find_recording(decoder, one, name, split) for one, name in zip(given, wanted, strict=True)]
         self.workloads = [each for _, each in found]
         self.workload_names = [each.name for each in self.workloads]

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from .workloads import Workload
 
 
-def asked(workload: Any, trace: Any) -> list[str | Workload | None]:
-    """Which workloads are meant; None for that of a given trace."""
+def asked(workload: Any, recordings: Any) -> list[str | Workload | None]:
+    """Which workloads are meant; None for that of a given recording."""
     if workload is None:
-        if isinstance(trace, Mapping):
-            return list(trace)
-        return [None] * len(trace) if isinstance(trace, Sequence) and not isinstance(trace, str) else [None]
+        if isinstance(recordings, Mapping):
+            return list(recordings)
+        several = isinstance(recordings, Sequence) and not isinstance(recordings, str)
+        return [None] * (len(recordings) if several else 1)
     return [workload] if isinstance(workload, str | Workload) else list(workload)
 
 

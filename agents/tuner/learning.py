@@ -43,7 +43,7 @@ def practice(settings: TunerSettings, best: Mapping[str, float]) -> VecNormalize
         start="default",
         action="place",
         draft_length=settings.draft_length,
-        trace=[trace_in(settings.traces, name, "train") for name in settings.workloads],
+        recording=[trace_in(settings.traces, name, "train") for name in settings.workloads],
         max_episode_steps=settings.measurements + 1,  # the last is what the measurements were for
     )
     observed = VectorObserveContext(env, settings.measurements)

@@ -108,7 +108,7 @@ def recommend(
         split="train",
         backend="live" if trace is None else "replay",
         draft_length=settings.draft_length,
-        trace=trace,
+        recording=trace,
     )
     env: gymnasium.Env[Any, Any] = ObserveContext(inner, tuner.layout.history)
     observation, _ = env.reset(seed=settings.seed)

@@ -117,7 +117,7 @@ def make_vector(toy_trace: Trace, profile: LatencyProfile) -> Callable[..., Tuni
     """Replayed environments that step together."""
 
     def make(num_envs: int = 3, **changes: Any) -> TuningVectorEnv:
-        usual = {"trace": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        usual = {"recording": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
         env = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=num_envs, **{**usual, **changes})
         assert isinstance(env, TuningVectorEnv)
         return env
@@ -130,7 +130,7 @@ def make_single(toy_trace: Trace, profile: LatencyProfile) -> MakeEnv:
     """One replayed environment."""
 
     def make(**changes: Any) -> gymnasium.Env:
-        usual = {"trace": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        usual = {"recording": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
         return gymnasium.make("specgym/Thresholds-v0", backend="replay", **{**usual, **changes})
 
     return make

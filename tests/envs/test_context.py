@@ -56,7 +56,7 @@ def test_entries_have_names_and_finite_bounds(make_single: MakeEnv) -> None:
 def test_settings_tried_are_remembered_newest_first_until_the_episode_ends(
     make_single: MakeEnv, sampled_trace: Trace, profile: LatencyProfile
 ) -> None:
-    env = ObserveContext(make_single(trace=sampled_trace), history=2)
+    env = ObserveContext(make_single(recording=sampled_trace), history=2)
     observation = env.reset(seed=0)[0]
     workload = [1.0, profile.marginal_cost()]
     nothing = [0.05, 1, 0, 0, 0]
@@ -76,7 +76,10 @@ def test_many_environments_observe_what_a_single_one_does(
     make_vector: MakeVector, make_single: MakeEnv, toy_trace: Trace, sampled_trace: Trace, kind: str
 ) -> None:
     trace = toy_trace if kind == "greedy" else sampled_trace
-    vector, single = VectorObserveContext(make_vector(1, trace=trace), 3), ObserveContext(make_single(trace=trace), 3)
+    vector, single = (
+        VectorObserveContext(make_vector(1, recording=trace), 3),
+        ObserveContext(make_single(recording=trace), 3),
+    )
     assert vector.single_observation_space == single.observation_space
     assert vector.state_names == single.state_names
     ours, theirs = vector.reset(seed=5)[0], single.reset(seed=5)[0]
@@ -95,7 +98,7 @@ def test_each_environment_is_told_of_its_own_workload_as_it_changes(
     make_vector: MakeVector, toy_trace: Trace, sampled_trace: Trace, profile: LatencyProfile
 ) -> None:
     dear = replace(profile, draft_seconds={0: 0.0, 1: 0.005})
-    inner = make_vector(6, trace=[toy_trace, sampled_trace], profile=[profile, dear], max_episode_steps=2)
+    inner = make_vector(6, recording=[toy_trace, sampled_trace], profile=[profile, dear], max_episode_steps=2)
     env = VectorObserveContext(inner, 2)
     inner.set_workload_weights([1, 1])
     observation = env.reset(seed=0)[0]

@@ -84,7 +84,7 @@ def test_a_target_with_another_number_of_heads_is_recorded_and_replayed_with_tha
     assert few.info.knobs[0] == RecordedKnob("heads", 0, count, True)
     assert set(few.settings[:, 0]) == set(range(count + 1))
     live = gymnasium.make("specgym/Medusa-v0", workload=alone_work, decoder="medusa-typical", profile=cheap_heads)
-    replayed = typical_medusa.one(trace=few, profile=cheap_heads, tokens_per_step=4)
+    replayed = typical_medusa.one(recording=few, profile=cheap_heads, tokens_per_step=4)
     assert replayed.unwrapped.knobs == live.unwrapped.knobs  # type: ignore[attr-defined]
     assert replayed.observation_space == live.observation_space
     replayed.reset(seed=0, options={"knobs": {"heads": count}})

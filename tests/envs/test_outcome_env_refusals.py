@@ -24,7 +24,7 @@ from specgym.envs.traces import Trace
         ({"decoder": "beam"}, "replays the decoders threshold, speculative, lookahead, .* by name, not 'beam'"),
         ({"split": "test"}, "has the train prompts of {workload}, not the test prompts"),
         ({"workload": "tiny-3m/code"}, "recorded from {workload}, and the workload asked for is tiny-3m/code"),
-        ({"trace": "nowhere.npz"}, "there is no file of outcomes .*nowhere.npz"),
+        ({"recording": "nowhere.npz"}, "there is no file of outcomes .*nowhere.npz"),
     ],
 )
 def test_what_was_not_recorded_is_refused(recorded: Recorded, arguments: dict[str, Any], message: str) -> None:
@@ -45,8 +45,8 @@ def test_ranges_beyond_what_was_recorded_are_refused(lookahead: Recorded) -> Non
     narrow = replace(outcomes, info=replace(outcomes.info, knobs=(replace(window, low=0, high=12), *others)))
     for attempt in (lookahead.one, lambda **changes: lookahead.many(2, **changes)):
         with pytest.raises(ValueError, match=r"window goes from 1 to 16, .* recorded from 0 to 12; give narrower"):
-            attempt(trace=narrow)
-        attempt(trace=narrow, ranges={"window": (2, 10)}).reset(seed=0)
+            attempt(recording=narrow)
+        attempt(recording=narrow, ranges={"window": (2, 10)}).reset(seed=0)
 
 
 def test_a_trace_is_refused_and_the_way_to_record_outcomes_is_named(
@@ -54,10 +54,10 @@ def test_a_trace_is_refused_and_the_way_to_record_outcomes_is_named(
 ) -> None:
     message = rf"a trace replays the decoders threshold, speculative .*--decoder {recorded.decoder}"
     with pytest.raises(ValueError, match=message):
-        recorded.one(trace=toy_trace)
+        recorded.one(recording=toy_trace)
     toy_trace.save(tmp_path / "trace.npz")
     with pytest.raises(ValueError, match=r"trace\.npz is no file of outcomes of this version"):
-        recorded.one(trace=tmp_path / "trace.npz")
+        recorded.one(recording=tmp_path / "trace.npz")
 
 
 def test_traces_and_outcomes_do_not_mix(
@@ -68,6 +68,6 @@ def test_traces_and_outcomes_do_not_mix(
     found = record_outcomes(work, "train", tmp_path / "toy.npz", settings)
     changes = {"decoder": "threshold", "profile": profile, "tokens_per_step": 8}
     with pytest.raises(ValueError, match="workloads that are replayed together need the same"):
-        lookahead.many(2, trace=[toy_trace, found], draft_length=4, **changes)
+        lookahead.many(2, recording=[toy_trace, found], draft_length=4, **changes)
     with pytest.raises(ValueError, match=r"draft_length is 16, and .* are of 4; .*--draft-length 16"):
-        lookahead.many(2, trace=found, **changes)
+        lookahead.many(2, recording=found, **changes)

@@ -119,7 +119,7 @@ def test_outcomes_may_be_a_file_and_may_replay_what_a_trace_replays(
     work = Workload(pair, TokenPrompts([[1, 2, 3], [4, 5]], [[11]]))
     settings = OutcomeSettings("speculative", prompts=2, tokens=8, draft_length=4)
     record_outcomes(work, "train", tmp_path / "toy.npz", settings)
-    changes = {"trace": str(tmp_path / "toy.npz"), "tokens_per_step": 8, "draft_length": 4, "profile": profile}
+    changes = {"recording": str(tmp_path / "toy.npz"), "tokens_per_step": 8, "draft_length": 4, "profile": profile}
     env = lookahead.one(decoder="speculative", **changes).unwrapped
     assert isinstance(env, TuningEnv)
     assert (env.workload.name, env.workload.split) == ("toy/ids", "train")
@@ -135,9 +135,9 @@ def test_shipped_outcomes_are_found_by_workload_decoder_and_split(
     work, name = recorded.workload, recorded.decoder
     message = rf"no {name} outcomes of {work.name} \(train prompts\).*shipped: none.*--decoder {name}"
     with pytest.raises(ValueError, match=message):
-        recorded.one(trace=None, workload=work)
+        recorded.one(recording=None, workload=work)
     stem = f"{work.name.replace('/', '_')}.{name}.train"
     recorded.outcomes.save(tmp_path / f"{stem}.npz")
-    assert recorded.one(trace=None, workload=work).reset(seed=0)[1]["workload"] == work.name
+    assert recorded.one(recording=None, workload=work).reset(seed=0)[1]["workload"] == work.name
     with pytest.raises(ValueError, match=rf"\(test prompts\).*\(shipped: {stem}\)"):
-        recorded.one(trace=None, workload=work, split="test")
+        recorded.one(recording=None, workload=work, split="test")

@@ -109,7 +109,7 @@ def test_one_environment_of_many_steps_as_a_single_one_does(
     make_vector: MakeVector, make_single: MakeEnv, sampled_trace: Trace, decoder: str, kind: str
 ) -> None:
     changes: dict[str, Any] = {"decoder": decoder, "prompts_per_step": 3}
-    changes |= {"trace": sampled_trace} if kind == "sampled" else {}
+    changes |= {"recording": sampled_trace} if kind == "sampled" else {}
     vector, single = make_vector(num_envs=1, **changes), make_single(**changes)
     vector.reset(seed=5)
     single.reset(seed=5)

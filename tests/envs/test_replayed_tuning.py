@@ -177,7 +177,7 @@ def test_rendering_shows_knobs_and_metrics(make_single: MakeEnv) -> None:
         ({"tokens_per_step": 21, "decoder": "speculative"}, "has texts of 20 tokens; .*--tokens 21"),
         ({"split": "test"}, "has the train prompts of toy/ids, not the test prompts"),
         ({"workload": "tiny/code"}, "recorded from toy/ids, and the workload asked for is tiny/code"),
-        ({"trace": "nowhere.npz"}, "there is no trace .*nowhere.npz"),
+        ({"recording": "nowhere.npz"}, "there is no trace .*nowhere.npz"),
         ({"batch_size": 8}, "covers batch size 1"),
     ],
 )
@@ -215,17 +215,17 @@ def test_a_shipped_trace_is_found_by_workload_and_split(
 ) -> None:
     monkeypatch.setattr(shipped_traces, "TRACES", tmp_path)
     with pytest.raises(TraceError, match=r"no trace of toy/ids \(train prompts\).*\(shipped: none\); record one with"):
-        make_single(trace=None, workload=toy_workload)
+        make_single(recording=None, workload=toy_workload)
     toy_trace.save(tmp_path / "toy_ids.train.npz")
     with pytest.raises(TraceError, match=r"no trace of toy/ids \(test prompts\).*\(shipped: toy_ids.train\)"):
-        make_single(trace=None, workload=toy_workload, split="test")
-    env = make_single(trace=None, workload=toy_workload)
+        make_single(recording=None, workload=toy_workload, split="test")
+    env = make_single(recording=None, workload=toy_workload)
     assert rollout(env, seed=1) == rollout(make_single(), seed=1)
 
 
 def test_a_trace_may_be_a_file(make_single: MakeEnv, toy_trace: Trace, tmp_path: Path) -> None:
     toy_trace.save(tmp_path / "trace.npz")
-    assert rollout(make_single(trace=str(tmp_path / "trace.npz")), seed=1) == rollout(make_single(), seed=1)
+    assert rollout(make_single(recording=str(tmp_path / "trace.npz")), seed=1) == rollout(make_single(), seed=1)
 
 
 def test_the_workload_of_a_foreign_trace_has_its_parts(toy_trace: Trace) -> None:

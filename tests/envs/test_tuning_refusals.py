@@ -58,7 +58,7 @@ def test_an_action_of_another_shape_is_refused(make_env: MakeEnv) -> None:
     ("arguments", "message"),
     [
         ({"backend": "recorded"}, "backend must be one of 'live', 'replay', got 'recorded'"),
-        ({"trace": "some.npz"}, "a trace is for backend='replay'"),
+        ({"recording": "some.npz"}, "a recording is for backend='replay'"),
         ({"batch_size": 8}, "covers batch size 1"),
         ({"timing": "cpu"}, "timing must be one of 'profile', 'wall', got 'cpu'"),
         ({"start": "best"}, "start must be one of 'random', 'default', got 'best'"),

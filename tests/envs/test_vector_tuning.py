@@ -43,7 +43,7 @@ def test_it_is_what_make_vec_makes_without_a_warning(make_vector: MakeVector) ->
 def test_one_environment_steps_as_a_single_one_does(
     make_vector: MakeVector, make_single: Callable[..., Any], sampled_trace: Trace, decoder: str, kind: str
 ) -> None:
-    changes = {"decoder": decoder} | ({"trace": sampled_trace} if kind == "sampled" else {})
+    changes = {"decoder": decoder} | ({"recording": sampled_trace} if kind == "sampled" else {})
     vector, single = make_vector(num_envs=1, **changes), make_single(**changes)
     ours, theirs = vector.reset(seed=5), single.reset(seed=5)
     for action in actions(vector, 1, 45):
@@ -87,7 +87,7 @@ def test_means_are_those_of_single_environments(
     make_vector: MakeVector, make_single: Callable[..., Any], sampled_trace: Trace
 ) -> None:
     """Over 100 steps at each of 40 settings; the means' standard errors are below 1 %."""
-    vector, single = make_vector(num_envs=40, trace=sampled_trace), make_single(trace=sampled_trace)
+    vector, single = make_vector(num_envs=40, recording=sampled_trace), make_single(recording=sampled_trace)
     draws = np.random.default_rng(1)
     knobs = {"fallback": draws.uniform(0.05, 0.95, 40), "rollback": draws.uniform(1, 4, 40)}
     names = ("speedup", "rounds", "drafted", "accepted", "divergence", "tokens", "reward/range")
@@ -187,11 +187,11 @@ def test_stable_baselines_learns_on_it(make_vector: MakeVector) -> None:
 def test_workloads_share_the_environments_evenly_or_by_weight(
     make_vector: MakeVector, toy_trace: Trace, sampled_trace: Trace
 ) -> None:
-    env = make_vector(num_envs=7, trace=[toy_trace, sampled_trace])
+    env = make_vector(num_envs=7, recording=[toy_trace, sampled_trace])
     assert env.workload_names == ["toy/ids", "toy/ids@1.0"]
     assert env.workload_of.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert env.reset(seed=0)[1]["workload"].tolist() == [env.workload_names[place] for place in env.workload_of]
-    weighted = make_vector(num_envs=8, trace=[toy_trace, sampled_trace], weights=[3, 1])
+    weighted = make_vector(num_envs=8, recording=[toy_trace, sampled_trace], weights=[3, 1])
     assert np.bincount(weighted.workload_of).tolist() == [6, 2]
 
 
@@ -202,7 +202,7 @@ def test_each_workload_is_charged_by_its_own_profile(
     slow = replace(profile, target_seconds={1: 0.1, 2: 0.11}, autoregressive_seconds=0.1)
     names = [toy_trace.info.workload, sampled_trace.info.workload]
     given = {names[1]: slow, names[0]: profile} if named else [profile, slow]
-    env = make_vector(num_envs=4, trace=[toy_trace, sampled_trace], profile=given)
+    env = make_vector(num_envs=4, recording=[toy_trace, sampled_trace], profile=given)
     env.reset(seed=0)
     infos = env.step(np.zeros((4, 2), np.float32))[4]
     for place, (target, token) in enumerate([(0.01, 0.002), (0.1, 0.011)] * 2):
@@ -232,7 +232,10 @@ def test_no_model_is_loaded(make_vector: MakeVector, toy_workload: Workload, mon
         ({"weights": [0]}, "weights must be 1 positive numbers"),
         ({"profile": {"tiny/prose": "a.json"}}, "profile: there is no workload 'tiny/prose'"),
         ({"profile": ["a.json", "b.json"]}, "profile: 2 were given for 1 workloads"),
-        ({"workload": ["tiny/prose", "tiny/code"], "trace": ["a", "b", "c"]}, "trace: 3 were given for 2 workloads"),
+        (
+            {"workload": ["tiny/prose", "tiny/code"], "recording": ["a", "b", "c"]},
+            "recording: 3 were given for 2 workloads",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(make_vector: MakeVector, arguments: dict[str, Any], message: str) -> None:
@@ -244,7 +247,7 @@ def test_fewer_environments_than_workloads_are_refused(
     make_vector: MakeVector, toy_trace: Trace, sampled_trace: Trace
 ) -> None:
     with pytest.raises(ValueError, match="num_envs must be at least 2, one for each workload"):
-        make_vector(num_envs=1, trace=[toy_trace, sampled_trace])
+        make_vector(num_envs=1, recording=[toy_trace, sampled_trace])
 
 
 @pytest.mark.parametrize(

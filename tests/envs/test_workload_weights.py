@@ -26,7 +26,7 @@ def make_two(
 
     def make(num_envs: int = 6, **changes: Any) -> TuningVectorEnv:
         slow = replace(profile, target_seconds={1: 0.1, 2: 0.11}, autoregressive_seconds=0.1)
-        usual = {"trace": [toy_trace, sampled_trace], "profile": [profile, slow], "max_episode_steps": 2}
+        usual = {"recording": [toy_trace, sampled_trace], "profile": [profile, slow], "max_episode_steps": 2}
         return make_vector(num_envs, **{**usual, **changes})
 
     return make

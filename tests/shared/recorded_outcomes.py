@@ -68,4 +68,4 @@ class Recorded:
 
     @property
     def _replayed(self) -> dict[str, Any]:
-        return {"trace": self.outcomes, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
+        return {"recording": self.outcomes, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
