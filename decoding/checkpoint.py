@@ -1,7 +1,8 @@
 """Checkpoint folders that may share tensors with another checkpoint: a draft need not store its target's embeddings.
 
 Such a folder holds what transformers expects (``config.json``, ``generation_config.json``, ``model.safetensors``), a
-model card, and ``specgym.json``, which says where the tokeniser is and which tensors live in which other folder.
+model card, and ``specgym.json``, which says where the tokeniser is and which tensors live in which other folder. A
+draft that proposes some tokens only (`reduced_output`) has their ids among its tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .errors import SpecgymError
 from .files import replacing, write_json, write_text
+from .reduced_output import reduce_output, tokens_name
 
 LINK = "specgym.json"
 WEIGHTS = "model.safetensors"
@@ -34,7 +36,8 @@ class Link:
     """What ``specgym.json`` says.
 
     Attributes:
-        tokenizer: folder of the tokeniser, relative to the checkpoint's own; None if unknown.
+        tokenizer: folder of the tokeniser, relative to the checkpoint's own, or hub id of a model that has it; None if
+            it lies in the folder itself.
         shared_with: folder (relative to the checkpoint's own) or hub id of the model whose tensors it shares.
         shared: for each shared tensor's name here, its name there.
     """
@@ -68,8 +71,18 @@ def read_link(folder: Path | str) -> Link:
     return link
 
 
+def lender(folder: Path | str, name: str | None) -> str | None:
+    """The hub id of a model that a checkpoint borrows from; None for nothing, or a folder relative to its own.
+
+    Args:
+        folder: the checkpoint's own.
+        name: `Link.tokenizer` or `Link.shared_with`.
+    """
+    return None if name is None or name.startswith(".") or (Path(folder) / name).is_dir() else name
+
+
 def tokenizer_folder(folder: Path | str) -> Path:
-    """The folder that ``AutoTokenizer.from_pretrained`` reads for this checkpoint.
+    """The folder that ``AutoTokenizer.from_pretrained`` reads for this checkpoint, if no hub id stands in its link.
 
     Raises:
         CheckpointError: if ``specgym.json`` is bad or names no folder that exists.
@@ -98,7 +111,8 @@ def save_checkpoint(
         model: the model.
         folder: where; created if need be.
         card: text of the model card (README.md).
-        tokenizer: folder of the tokeniser, relative to ``folder``; None if it lies in ``folder`` itself.
+        tokenizer: folder of the tokeniser, relative to ``folder``, or hub id of a model that has it; None if it lies in
+            ``folder`` itself.
         shared_with: folder (relative to ``folder``) or hub id of the checkpoint that holds the shared tensors.
         shared: names of the tensors to leave out; a mapping where they are called otherwise there.
         dtype: of the stored floating-point tensors.
@@ -156,10 +170,13 @@ def load_checkpoint(
         raise CheckpointError(f"{folder / 'config.json'} cannot be used ({error}): {_WAY_OUT}") from error
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _reduce(model, tensors, folder)
     shared = dict(link.shared or {})
     if foreign := sorted((set(tensors) | set(shared)) - set(model.state_dict())):
         raise CheckpointError(f"{folder / WEIGHTS} and config.json do not fit: no place for {foreign[0]!r}: {_WAY_OUT}")
-    parameters: dict[str, torch.Tensor] = {name: value.to(dtype) for name, value in tensors.items()}
+    parameters: dict[str, torch.Tensor] = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
+    }
     if shared:
         parameters |= _shared(folder, link, shared, dtype, shared_from)
     _put(model, parameters, folder)
@@ -177,6 +194,16 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): {_WAY_OUT}") from error
+
+
+def _reduce(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Let the model score only the tokens that the file lists, if it lists any."""
+    name = tokens_name(model)
+    if name is not None and name in tensors:
+        try:
+            reduce_output(model, tensors[name])
+        except ValueError as error:
+            raise CheckpointError(f"{folder / WEIGHTS}: {name!r} cannot be used ({error}): {_WAY_OUT}") from error
 
 
 def _shared(

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import smollm2
-from .checkpoint import LINK, is_checkpoint, load_checkpoint, tokenizer_folder
+from .checkpoint import LINK, is_checkpoint, lender, load_checkpoint, read_link, tokenizer_folder
 from .errors import SpecgymError, UnsupportedModelError
 
 _SHIPPED = Path(__file__).parent / "data" / "models"
@@ -46,7 +46,10 @@ class ModelFileError(SpecgymError, OSError):
 
 
 def shipped_models() -> tuple[str, ...]:
-    """The names of the models inside this package, sorted; they load without any network."""
+    """The names of the models inside this package, sorted; they load without any network.
+
+    Only drafts of SmolLM2 take its embeddings and its tokenizer from wherever it is found.
+    """
     return tuple(sorted(path.parent.name for path in _SHIPPED.glob(f"*/{LINK}")))
 
 
@@ -87,8 +90,8 @@ def load_model(
     for source in _sources(name, revision, offline, missing):
         try:
             source.check()  # before the tokenizer, whose absence would hide that the model is of the wrong kind,
-            tokenizer = source.tokenizer()  # and that before the weights, which may be large
-            model = source.model(dtype, where, shared_from)
+            tokenizer = source.tokenizer(offline)  # and that before the weights, which may be large
+            model = source.model(dtype, where, shared_from, offline)
         except OSError as error:
             missing.append(source.excuse(error))
         else:
@@ -102,7 +105,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, offline: bool = Fa
     missing: list[str] = []
     for source in _sources(name, revision, offline, missing):
         try:
-            return source.tokenizer()
+            return source.tokenizer(offline)
         except OSError as error:
             missing.append(source.excuse(error))
     raise _not_found(name, missing)
@@ -117,8 +120,12 @@ class _Source:
     gguf: dict[str, str] = field(default_factory=dict)  # arguments for from_pretrained: the file's name
     hub: dict[str, Any] = field(default_factory=dict)  # arguments for from_pretrained that only a hub id takes
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        folder = str(tokenizer_folder(self.location)) if is_checkpoint(self.location) else self.location
+    def tokenizer(self, offline: bool) -> PreTrainedTokenizerBase:
+        folder = self.location
+        if is_checkpoint(folder):
+            if other := lender(folder, read_link(folder).tokenizer):
+                return load_tokenizer(other, offline=offline)
+            folder = str(tokenizer_folder(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **self.gguf, **self.hub)
         except ValueError as error:
@@ -132,8 +139,13 @@ class _Source:
         if not is_checkpoint(self.location):
             _check_causal(self.location, {**self.gguf, **self.hub})
 
-    def model(self, dtype: torch.dtype, device: str, shared_from: PreTrainedModel | None) -> PreTrainedModel:
+    def model(
+        self, dtype: torch.dtype, device: str, shared_from: PreTrainedModel | None, offline: bool
+    ) -> PreTrainedModel:
         if is_checkpoint(self.location):
+            other = lender(self.location, read_link(self.location).shared_with)
+            if other and shared_from is None:
+                shared_from, _ = load_model(other, dtype=dtype, device="cpu", offline=offline)
             own = load_checkpoint(self.location, dtype, shared_from=shared_from)
             torch.nn.Module.to(own, torch.device("cuda" if device == "auto" else device))
             return own

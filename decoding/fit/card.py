@@ -31,6 +31,7 @@ class Facts:
         licence: of the weights.
         sources: lines on the text.
         target: name of the target, for a draft.
+        compared: where a draft is compared with its target.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Facts:
     licence: str
     sources: Sequence[str]
     target: str | None = None
+    compared: str = "at every position"
 
 
 def command_line() -> str:
@@ -79,7 +81,12 @@ def write_card(facts: Facts, settings: LoopSettings, outcome: Outcome, qualities
         heading, *rows = table(qualities)
         lines += ["", "## Held-out text", "", *markdown(heading, rows)]
         if facts.target is not None:
-            lines += ["", f"KL, alpha and greedy match compare with {facts.target} at every position.", *_ALPHA]
+            lines += ["", f"KL, alpha and greedy match compare with {facts.target} {facts.compared}.", *_ALPHA]
+        if "covered" in heading:
+            lines += [
+                f"The draft proposes some tokens only. Covered is the probability that {facts.target} gives to them,",
+                "which alpha cannot exceed; KL compares with its distribution over them.",
+            ]
     return "\n".join(lines) + "\n"
 
 

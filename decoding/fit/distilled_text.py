@@ -1,4 +1,4 @@
-"""Text that a target writes itself, for heads to learn from: generated in batches, stored in parts, used again."""
+"""Text that a target writes itself, for heads and drafts to learn: made in batches, stored in parts, used again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..digests import weights_digest
 from ..files import replacing
 from .errors import FitError
 from .measure import context_of
-from .prompt_windows import Prompts
+from .prompt_windows import TRAINING, Prompts
 
 
 @dataclass
@@ -63,17 +63,54 @@ class DistilledText:
     digest: str
     folder: Path
 
+    def written(self) -> np.ndarray:
+        """All tokens that the target wrote in texts to train on, shape (n,), int32."""
+        places = np.arange(self.tokens.shape[1])
+        chosen = (places >= self.prompts[:, None]) & (places < self.ends[:, None])
+        return self.tokens[chosen & (self.side == TRAINING)[:, None]]
 
-def check_text_settings(settings: TextSettings, model: PreTrainedModel, heads: int) -> None:
+
+def frequent_tokens(tokens: np.ndarray, count: int) -> tuple[int, ...]:
+    """The most frequent tokens of a text, ascending; fewer where it has fewer, and none if ``count`` is 0.
+
+    Args:
+        tokens: of the text, shape (n,).
+        count: how many.
+    """
+    found, times = np.unique(tokens, return_counts=True)
+    return tuple(sorted(map(int, found[np.argsort(-times, kind="stable")[:count]])))
+
+
+def describe_text(settings: TextSettings, target: str) -> str:
+    """A line for a card, after those on where the prompts come from.
+
+    Args:
+        settings: how the text was made.
+        target: name of the model that wrote it.
+    """
+    return (
+        f"{target} itself continued {settings.texts:,} prompts of {max(2, settings.prompt_tokens // 2)} to "
+        f"{settings.prompt_tokens} tokens cut from that text by at most {settings.new_tokens} tokens, at temperature "
+        f"{settings.temperature:g}; a tenth of the prompts was kept apart"
+    )
+
+
+def check_text_settings(settings: TextSettings, model: PreTrainedModel, new_tokens: int, learner: str) -> None:
     """Refuse what cannot work, before anything is generated.
 
+    Args:
+        settings: to be checked.
+        model: the target.
+        new_tokens: the least tokens of a continuation from which anything can be learnt.
+        learner: what learns from it, for messages.
+
     Raises:
-        FitError: a setting is out of range, the windows exceed the target's context, or no head could learn from them.
+        FitError: a setting is out of range, the windows exceed the target's context, or nothing could be learnt.
     """
-    for name, least in (("prompt_tokens", 2), ("new_tokens", heads + 1), ("generate_batch", 1)):
+    for name, least in (("prompt_tokens", 2), ("new_tokens", new_tokens), ("generate_batch", 1)):
         if getattr(settings, name) < least:
             option = f"--{name.replace('_', '-')}"
-            raise FitError(f"{option} {getattr(settings, name)} is too few for {heads} heads: give at least {least}")
+            raise FitError(f"{option} {getattr(settings, name)} is too few for {learner}: give at least {least}")
     if not 0 <= settings.temperature < float("inf"):
         raise FitError(f"--temperature {settings.temperature} makes no sense: give 0 or more")
     if settings.prompt_tokens + settings.new_tokens > context_of(model):
@@ -174,7 +211,7 @@ def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
     """Set a model's own defaults of generation aside.
 
     They fill in whatever is not asked for (min_p, penalties, suppressed tokens, beams, ...), and would bend the
-    distribution that heads are to predict.
+    distribution that is to be learnt.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
-from torch import nn
-from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import is_checkpoint, tokenizer_folder
+from ..checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ..loading import load_model, shipped_models
+from ..medusa.heads import output_layer
+from ..pairs import Pair
+from ..reduced_output import reduce_output
 from .card import Facts
 from .data import load_data
+from .distilled_text import TextSettings, check_text_settings, describe_text, distil_text, frequent_tokens
 from .errors import FitError
+from .hidden_states import hidden_states
+from .lessons import Lessons, own_lessons, plain_lessons
 from .loop import LoopSettings, device_of, train
 from .measure import Quality, context_of
+from .position_batches import TEXTS, require_batch
+from .prompt_windows import TRAINING, cut_prompts
 from .publish import Publisher, complete, move, relative
 from .shrink import fresh, layers_of, spread, take_layers
-from .text import Windows
 
 _SHIPPED = Path(__file__).parent.parent / "data" / "models"
 
@@ -28,9 +36,9 @@ _SHIPPED = Path(__file__).parent.parent / "data" / "models"
 class DraftSettings:
     """Distil a draft for any causal language model of transformers.
 
-    The draft learns the target's distribution (the loss is the KL divergence to it) on plain text or on a corpus. It
-    is made of some of the target's layers, which keeps the target's own embeddings, or of fresh layers of any width.
-    Its vocabulary is the target's by construction.
+    The draft learns the target's distribution (the loss is the KL divergence to it) on plain text, on a corpus, or on
+    text that the target writes itself after prompts cut from either. It is made of some of the target's layers, which
+    keeps the target's own embeddings, or of fresh layers of any width. It numbers tokens as the target does.
     """
 
     target: str
@@ -41,6 +49,12 @@ class DraftSettings:
     """Text files and folders to learn from, each a domain of its own; without any, the corpus is used."""
     corpus: Path = Path("runs/corpus")
     """Folder written by the corpus command."""
+    own_text: bool = False
+    """Learn from what the target writes after prompts cut from the text, which is what a draft is to guess. The
+    target's hidden states along it are computed once, so that training costs little more than the draft itself."""
+    writing: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
+    """How the target's own text is made, with --own-text; what another command made with the same settings is used
+    again."""
     layers: int = 1
     """Number of layers of the draft; taken from the target, they are its first, its last and evenly between."""
     take: tuple[int, ...] = ()
@@ -49,28 +63,16 @@ class DraftSettings:
     """Width of a draft of fresh layers with embeddings of its own; without it, layers are taken from the target."""
     heads: int | None = None
     """Attention heads of fresh layers; chosen by the width if not given."""
+    vocabulary: int = 0
+    """Let the draft propose only the so many most frequent tokens of the text (with --own-text, of what the target
+    wrote); 0 for all. Its output layer then costs that much less, and decoding stays lossless."""
     share: bool = True
     """Leave embeddings that are the target's own out of the folder. With --no-share the folder holds everything, so
     that transformers and other engines load it as it is. What is taken from a GGUF file is always stored."""
     licence: str = "other"
     """Licence of the weights, for the model card."""
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
-    """How to train."""
-
-
-def distillation_loss(draft: nn.Module, target: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """Mean KL divergence from the target's distribution to the draft's, in nats; a scalar.
-
-    Args:
-        draft: the model that learns.
-        target: the model to imitate; gets no gradient.
-        batch: int64, shape (b, m + 1); the last column only ends the windows.
-    """
-    ids = batch[:, :-1]
-    with torch.no_grad():
-        log_p = target(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-    log_q = draft(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-    return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    """How to train; with --own-text a step takes --batch texts, whatever their length."""
 
 
 def place_of(target: str) -> Path | None:
@@ -88,57 +90,134 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
 
     Raises:
         ModelNotFoundError: if there is no such target.
-        FitError: if the target's layers cannot be taken, the windows exceed its context, or there is too little text.
+        UnsupportedModelError: if its output layer cannot be used or reduced.
+        FitError: if a setting makes no sense, the target's layers cannot be taken, the windows exceed its context, or
+            there is too little text.
         TrainingError: if training cannot go on.
     """
-    target, tokenizer = load_model(settings.target, dtype=torch.float32, device=device_of(settings.loop))
+    loop, own = settings.loop, settings.own_text
+    if loop.threads:
+        torch.set_num_threads(loop.threads)
+    target, tokenizer = load_model(settings.target, dtype=torch.float32, device=device_of(loop))
     for parameter in target.parameters():
         parameter.requires_grad_(False)
-    data = load_data(tokenizer, settings.corpus, settings.text, settings.loop.seed)
-    loop = settings.loop
-    if loop.length > context_of(target):
-        raise FitError(f"--length {loop.length} is more than the target's context of {context_of(target)} tokens")
-    shared: dict[str, str] = {}
     target_name = Path(settings.target).name
-    if settings.hidden is None:
-        taken = list(settings.take) or spread(settings.layers, len(layers_of(target)[1]))
-        draft, shared = take_layers(target, taken)
-        what = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))} and the embeddings of the target"
-    else:
-        draft = fresh(target, settings.layers, settings.hidden, settings.heads, loop.seed)
-        what = f"{settings.layers} fresh layer{'s' * (settings.layers > 1)} of width {settings.hidden}"
-    move(draft, target.device)
-    place = place_of(settings.target)
-    if not settings.share or settings.target.endswith(".gguf"):
-        shared = {}
+    _check(settings, target)
+    draft, shared, begun_from = _begin(settings, target)
+    lessons, proposed, sources = _lessons(settings, draft, target, tokenizer)
+    link = _links(settings, target, shared)
     facts = Facts(
         name=settings.out.name,
-        summary=f"A draft for speculative decoding, distilled from {target_name}: begun from {what}.",
+        summary=_summary(target_name, begun_from, proposed),
         parameters=0,
         stored=0,
         licence=settings.licence,
-        sources=data.sources,
+        sources=sources,
         target=target_name,
+        compared=f"at every token that {target_name} wrote in texts kept apart" if own else "at every position",
     )
+    loop = replace(loop, length=_width(settings)) if own else loop
     publisher = Publisher(
         model=draft,
         out=settings.out,
         facts=complete(facts, draft, shared),
         settings=loop,
-        data=data,
+        measure=lessons.quality,
         tokenizer=tokenizer,
-        # Beside a checkpoint of ours the tokeniser stays in one place; a target from elsewhere lends a copy.
-        tokenizer_at=tokenizer_folder(place) if place is not None and is_checkpoint(place) else None,
+        tokenizer_at=link.tokenizer,
         target=target,
-        shared_with=None if not shared else settings.target if place is None else relative(place, settings.out),
-        shared=shared,
+        shared_with=link.shared_with,
+        shared=link.shared,
     )
     outcome = train(
         draft,
-        lambda batch: distillation_loss(draft, target, batch.to(target.device)),
-        Windows(data.train, loop.batch, loop.length, loop.seed),
+        lessons.loss,
+        lessons.batches,
         loop,
         loop.work / f"{settings.out.name}.pt",
         on_checkpoint=publisher.checkpoint,
     )
     return publisher.finish(outcome)
+
+
+def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
+    """Refuse what cannot work, before anything is computed."""
+    tokens, loop = len(output_layer(target).weight), settings.loop
+    if not 0 <= settings.vocabulary <= tokens:
+        raise FitError(f"--vocabulary {settings.vocabulary} makes no sense: give 1 to {tokens} tokens, or 0 for all")
+    if settings.vocabulary and not settings.share:
+        raise FitError("other engines, for which --no-share is, draft from all tokens: leave out --vocabulary")
+    if settings.own_text:
+        check_text_settings(settings.writing, target, 2, "a draft to learn from")
+        if loop.length != LoopSettings.length:
+            raise FitError("with --own-text a step takes whole texts: leave out --length")
+    elif loop.length > context_of(target):
+        raise FitError(f"--length {loop.length} is more than the target's context of {context_of(target)} tokens")
+
+
+def _begin(settings: DraftSettings, target: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, str], str]:
+    """The draft before training, the names of what it need not store, and words for what it is made of."""
+    shared: dict[str, str] = {}
+    if settings.hidden is None:
+        taken = list(settings.take) or spread(settings.layers, len(layers_of(target)[1]))
+        draft, shared = take_layers(target, taken)
+        what = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))} and the embeddings of the target"
+    else:
+        draft = fresh(target, settings.layers, settings.hidden, settings.heads, settings.loop.seed)
+        what = f"{settings.layers} fresh layer{'s' * (settings.layers > 1)} of width {settings.hidden}"
+    move(draft, target.device)
+    return draft, {} if not settings.share or settings.target.endswith(".gguf") else shared, what
+
+
+def _lessons(
+    settings: DraftSettings, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Lessons, tuple[int, ...], list[str]]:
+    """What the draft learns from, the tokens that it proposes (none for all), and lines on the text.
+
+    The draft's output layer is reduced to them, in place.
+    """
+    loop, writing = settings.loop, settings.writing
+    if not settings.own_text:
+        data = load_data(tokenizer, settings.corpus, settings.text, loop.seed)
+        proposed = _reduce(draft, data.train, settings.vocabulary)
+        return plain_lessons(draft, target, data, loop), proposed, data.sources
+    prompts = cut_prompts(
+        tokenizer, settings.corpus, settings.text, writing.texts, writing.prompt_tokens, loop.seed
+    )  # fmt: skip
+    require_batch(int((prompts.side == TRAINING).sum()), loop.batch, TEXTS)
+    ends = Pair(target, None, tokenizer, prepack=False).eos_token_ids
+    text = distil_text(target, ends, prompts, writing, loop.seed, loop.work)
+    states = hidden_states(target, text)
+    proposed = _reduce(draft, text.written(), settings.vocabulary)
+    sources = [*prompts.sources, describe_text(writing, Path(settings.target).name)]
+    return own_lessons(draft, target, states, loop), proposed, sources
+
+
+def _reduce(draft: PreTrainedModel, tokens: np.ndarray, count: int) -> tuple[int, ...]:
+    proposed = frequent_tokens(tokens, count)
+    if proposed:
+        reduce_output(draft, torch.tensor(proposed))
+    return proposed
+
+
+def _links(settings: DraftSettings, target: PreTrainedModel, shared: Mapping[str, str]) -> Link:
+    """Where the draft's folder finds the tokeniser and what it need not store."""
+    place = place_of(settings.target)
+    if place is None:
+        # From the hub, or from where the same model is without a hub: `load_model` knows the ways.
+        name = target.name_or_path if shared else None
+        return Link(name, name, shared or None)
+    tokenizer = None
+    if is_checkpoint(place):
+        # Beside a checkpoint of ours the tokeniser stays in one place; a folder from elsewhere lends a copy.
+        tokenizer = lender(place, read_link(place).tokenizer) or relative(tokenizer_folder(place), settings.out)
+    return Link(tokenizer, relative(place, settings.out) if shared else None, shared or None)
+
+
+def _width(settings: DraftSettings) -> int:
+    return settings.writing.prompt_tokens + settings.writing.new_tokens
+
+
+def _summary(target: str, begun_from: str, proposed: Sequence[int]) -> str:
+    words = f" It proposes the {len(proposed):,} most frequent tokens." if proposed else ""
+    return f"A draft for speculative decoding, distilled from {target}: begun from {begun_from}.{words}"

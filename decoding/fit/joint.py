@@ -98,7 +98,7 @@ def make_joint(settings: JointSettings) -> JointReport:
     heads.attach(model)
     check_together(heads, settings.lora_rank)
     name = Path(settings.target).name  # files that are passed on do not say where it was
-    check_text_settings(own_text, model, heads.shape.heads)
+    check_text_settings(own_text, model, heads.shape.heads + 1, f"{heads.shape.heads} heads")
     prompts = cut_prompts(tokenizer, settings.corpus, settings.text, own_text.texts, own_text.prompt_tokens, loop.seed)
     require_batch(int((prompts.side == TRAINING).sum()), loop.batch, TEXTS)
     text = distil_text(model, pair.eos_token_ids, prompts, own_text, loop.seed, loop.work)

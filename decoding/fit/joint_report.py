@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .card import Facts, markdown, opening, precision, schedule, where
-from .distilled_text import TextSettings
+from .distilled_text import TextSettings, describe_text
 from .early_stopping import verdict
 from .head_accuracy import Accuracy
 from .loop import LoopSettings, Outcome
@@ -97,8 +97,7 @@ class JointReport:
         """
         lines = opening(facts, None)
         lines += [
-            f"- {self.original} itself continued {text.texts:,} prompts cut from that text by at most "
-            f"{text.new_tokens} tokens, at temperature {text.temperature:g}; a tenth of the prompts was kept apart",
+            f"- {describe_text(text, self.original)}",
             *("", "## Training", ""),
             f"- Medusa-2: the KL divergence from {self.original}, and the heads' loss by a weight that rises with a "
             f"sine; {outcome.steps:,} steps of {settings.batch} texts, {outcome.seconds / 60:.0f} minutes "

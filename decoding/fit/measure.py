@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ..reduced_output import reduced_output
 from .errors import FitError
 
 
@@ -21,11 +22,14 @@ class Quality:
 
     Attributes:
         tokens: number of positions.
-        perplexity: of the text under the model.
-        kl: mean KL divergence from the target's distribution to the draft's, in nats; nan without a target.
+        perplexity: of the text under the model; nan where the model cannot propose every token.
+        kl: mean KL divergence from the target's distribution to the draft's, in nats; nan without a target. Where the
+            draft cannot propose every token, from the target's distribution over those that it can propose.
         alpha: mean over positions of sum over tokens of min(target, draft): the chance that a token drafted at
             temperature 1 is accepted; nan without a target.
         greedy_match: share of positions where target and draft have the same most likely token; nan without a target.
+        covered: mean probability that the target gives to the tokens which the draft can propose, which alpha cannot
+            exceed; nan where it can propose all, and without a target.
     """
 
     tokens: int
@@ -33,6 +37,7 @@ class Quality:
     kl: float = math.nan
     alpha: float = math.nan
     greedy_match: float = math.nan
+    covered: float = math.nan
 
 
 def windows_of(tokens: np.ndarray, length: int, limit: int) -> torch.Tensor:
@@ -55,7 +60,13 @@ def windows_of(tokens: np.ndarray, length: int, limit: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, windows: torch.Tensor, target: nn.Module | None = None, batch: int = 4) -> Quality:
+def measure(
+    model: nn.Module,
+    windows: torch.Tensor,
+    target: nn.Module | None = None,
+    batch: int = 4,
+    counted: torch.Tensor | None = None,
+) -> Quality:
     """Measure a model, as a draft for ``target`` if one is given.
 
     Args:
@@ -63,22 +74,30 @@ def measure(model: nn.Module, windows: torch.Tensor, target: nn.Module | None = 
         windows: int64, shape (n, m + 1).
         target: the model it drafts for, over the same vocabulary.
         batch: windows at a time.
+        counted: which tokens of the windows count, the first of each aside, shape (n, m), bool; by default all.
     """
     device = next(model.parameters()).device
-    nats = kl = alpha = match = 0.0
-    for part in windows.to(device).split(batch):
-        log_q = _log_probabilities(model, part[:, :-1])
-        nats += functional.nll_loss(log_q.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    reduced = reduced_output(model)
+    chosen = torch.ones_like(windows[:, 1:], dtype=torch.bool) if counted is None else counted
+    nats = kl = alpha = match = covered = 0.0
+    for part, these in zip(windows.to(device).split(batch), chosen.to(device).split(batch), strict=True):
+        log_q = _log_probabilities(model, part[:, :-1])[these]
+        nats += functional.nll_loss(log_q, part[:, 1:][these], reduction="sum").item()
         if target is not None:
-            log_p = _log_probabilities(target, part[:, :-1])
-            kl += functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+            log_p = _log_probabilities(target, part[:, :-1])[these]
             alpha += torch.minimum(log_p, log_q).exp().sum().item()
             match += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    perplexity = math.exp(min(700.0, nats / count))
+            if reduced is not None:
+                log_q, log_p = log_q[:, reduced.tokens], log_p[:, reduced.tokens]
+                covered += log_p.exp().sum().item()
+                log_p = log_p.log_softmax(-1)
+            kl += functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    count = int(chosen.sum())
+    perplexity = math.nan if reduced is not None else math.exp(min(700.0, nats / count))
     if target is None:
         return Quality(count, perplexity)
-    return Quality(count, perplexity, kl / count, alpha / count, match / count)
+    share = math.nan if reduced is None else covered / count
+    return Quality(count, perplexity, kl / count, alpha / count, match / count, share)
 
 
 def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -102,11 +121,20 @@ def context_of(model: nn.Module) -> int:
 
 def table(qualities: Mapping[str, Quality]) -> list[list[str]]:
     """Rows of text, the heading first, for a report; columns without numbers are left out."""
-    paired = any(not math.isnan(quality.alpha) for quality in qualities.values())
-    rows = [["domain", "held-out tokens", "perplexity", *(["KL (nats)", "alpha", "greedy match"] if paired else [])]]
+    columns = {
+        "perplexity": ("perplexity", ".2f"),
+        "KL (nats)": ("kl", ".3f"),
+        "alpha": ("alpha", ".3f"),
+        "greedy match": ("greedy_match", ".3f"),
+        "covered": ("covered", ".3f"),
+    }
+    kept = {
+        heading: column
+        for heading, column in columns.items()
+        if not all(math.isnan(getattr(quality, column[0])) for quality in qualities.values())
+    }
+    rows = [["domain", "held-out tokens", *kept]]
     for domain, quality in qualities.items():
-        row = [domain, f"{quality.tokens:,}", f"{quality.perplexity:.2f}"]
-        if paired:
-            row += [f"{quality.kl:.3f}", f"{quality.alpha:.3f}", f"{quality.greedy_match:.3f}"]
-        rows.append(row)
+        numbers = (format(getattr(quality, name), digits) for name, digits in kept.values())
+        rows.append([domain, f"{quality.tokens:,}", *numbers])
     return rows

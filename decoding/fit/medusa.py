@@ -18,7 +18,7 @@ from ..medusa import MedusaHeads, expected_length, load_heads, save_heads, spars
 from ..medusa.heads import output_layer
 from ..pairs import Pair
 from .card import Facts
-from .distilled_text import DistilledText, check_text_settings, distil_text
+from .distilled_text import check_text_settings, distil_text, frequent_tokens
 from .early_stopping import EarlyStopping
 from .errors import FitError
 from .head_accuracy import accuracies
@@ -87,7 +87,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     tokens = len(output_layer(model).weight)
     if settings.vocabulary > tokens:
         raise FitError(f"--vocabulary {settings.vocabulary} is more than the target's {tokens} tokens: 0 takes all")
-    check_text_settings(settings.own_text, model, settings.heads)
+    check_text_settings(settings.own_text, model, settings.heads + 1, f"{settings.heads} heads")
     # Weights are left as they are until the end: what is prepacked gives other hidden states, if only a little.
     pair = Pair(model, None, tokenizer, prepack=False)
     prompts = cut_prompts(
@@ -102,7 +102,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
         settings.heads,
         blocks=settings.blocks,
         own_output=settings.own_output,
-        vocabulary=frequent_tokens(text, settings.vocabulary),
+        vocabulary=frequent_tokens(text.written(), settings.vocabulary),
     )
     own = sum(parameter.numel() for parameter in heads.parameters())
     facts = Facts(
@@ -149,17 +149,6 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     write_text(settings.out / "README.md", card(outcome, report))
     report.show(settings.out.name)
     return report
-
-
-def frequent_tokens(text: DistilledText, count: int) -> tuple[int, ...]:
-    """The most frequent tokens that the target wrote in the texts to train on, ascending; empty if ``count`` is 0."""
-    if not count:
-        return ()
-    places = np.arange(text.tokens.shape[1])
-    written = (places >= text.prompts[:, None]) & (places < text.ends[:, None])
-    tokens, times = np.unique(text.tokens[written & (text.side == TRAINING)[:, None]], return_counts=True)
-    likeliest = tokens[np.argsort(-times, kind="stable")[:count]]
-    return tuple(sorted(map(int, likeliest)))
 
 
 def _train(

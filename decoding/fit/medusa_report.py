@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..medusa import CandidateTree
 from .card import Facts, markdown, opening, precision, schedule, where
-from .distilled_text import TextSettings
+from .distilled_text import TextSettings, describe_text
 from .early_stopping import verdict
 from .head_accuracy import Accuracy
 from .loop import LoopSettings, Outcome
@@ -118,9 +118,7 @@ def medusa_card(
     """
     lines = opening(facts, outcome if report is None else None)
     lines += [
-        f"- {facts.target} itself continued {text.texts:,} prompts of {max(2, text.prompt_tokens // 2)} to "
-        f"{text.prompt_tokens} tokens cut from that text by at most {text.new_tokens} tokens, at temperature "
-        f"{text.temperature:g}; a tenth of the prompts was kept apart",
+        f"- {describe_text(text, facts.target or 'the target')}",
         *("", "## Training", ""),
         f"- Medusa-1: the target unchanged, the heads trained on its last hidden states; "
         f"{outcome.tokens:,} positions in {outcome.steps:,} steps of {settings.batch * settings.length}, "

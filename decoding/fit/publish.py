@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..files import write_text
 from .card import Facts, write_card
-from .data import Data
 from .loop import LoopSettings, Outcome
-from .measure import Quality, measure_domains, table
+from .measure import Quality, table
 
 
 @dataclass
@@ -30,9 +29,9 @@ class Publisher:
         out: its folder.
         facts: for the card.
         settings: for the card.
-        data: held-out text to measure on.
+        measure: from the model as it will be loaded to its quality by domain, on held-out text.
         tokenizer: the tokeniser, written into the folder if ``tokenizer_at`` is None.
-        tokenizer_at: folder of a tokeniser to point at instead.
+        tokenizer_at: tokeniser to point at instead, a folder relative to ``out`` or a hub id.
         target: the model it drafts for.
         shared_with: folder or hub id that holds the shared tensors.
         shared: their names here and there.
@@ -42,9 +41,9 @@ class Publisher:
     out: Path
     facts: Facts
     settings: LoopSettings
-    data: Data
+    measure: Callable[[PreTrainedModel], dict[str, Quality]]
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_at: Path | None = None
+    tokenizer_at: str | None = None
     target: PreTrainedModel | None = None
     shared_with: str | None = None
     shared: Mapping[str, str] | None = None
@@ -58,7 +57,7 @@ class Publisher:
         self._save(outcome)
         model = load_checkpoint(self.out, shared_from=self.target if self.shared else None)
         move(model, self.model.device)
-        qualities = measure_domains(model, self.data.held_out, self.target)
+        qualities = self.measure(model)
         write_text(self.out / "README.md", write_card(self.facts, self.settings, outcome, qualities))
         heading, *rows = table(qualities)
         report = Table(*heading, title=self.facts.name)
@@ -74,7 +73,7 @@ class Publisher:
             self.model,
             self.out,
             card=write_card(self.facts, self.settings, outcome, None),
-            tokenizer=None if self.tokenizer_at is None else relative(self.tokenizer_at, self.out),
+            tokenizer=self.tokenizer_at,
             shared_with=self.shared_with,
             shared=self.shared or {},
         )

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from .card import Facts
 from .data import load_data
 from .loop import LoopSettings, device_of, train
-from .measure import Quality
-from .publish import Publisher, complete, move
+from .measure import Quality, measure_domains
+from .publish import Publisher, complete, move, relative
 from .text import Windows
 
 
@@ -107,9 +107,9 @@ def make_target(settings: TargetSettings) -> dict[str, Quality]:
         out=settings.out,
         facts=complete(facts, model),
         settings=loop,
-        data=data,
+        measure=lambda trained: measure_domains(trained, data.held_out),
         tokenizer=tokenizer,
-        tokenizer_at=settings.tokenizer,
+        tokenizer_at=relative(settings.tokenizer, settings.out),
     )
     outcome = train(
         model,

@@ -110,13 +110,14 @@ class Windows:
         batch: windows in a batch.
         length: tokens a window sees; it also gives the token that follows, for the last prediction.
         seed: of the order.
+        key: of everything else that the result of training depends on.
 
     Raises:
         FitError: if there are not enough tokens for one batch.
     """
 
-    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int) -> None:
-        self.tokens, self.batch, self.length, self.seed = tokens, batch, length, seed
+    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int, key: str = "") -> None:
+        self.tokens, self.batch, self.length, self.seed, self._key = tokens, batch, length, seed, key
         # One window less than fits leaves room for the offset.
         self.per_epoch = ((len(tokens) - 1) // length - 1) // batch
         if self.per_epoch < 1:
@@ -124,8 +125,8 @@ class Windows:
         self._epoch, self._order, self._offset = -1, np.empty(0, dtype=np.int64), 0
 
     def digest(self) -> str:
-        """SHA-256 of the tokens, 64 hex digits."""
-        return token_digest(self.tokens)
+        """SHA-256 of the tokens, 64 hex digits, and the key."""
+        return token_digest(self.tokens) + self._key
 
     def __call__(self, step: int) -> torch.Tensor:
         """The batch of one step: int64, shape (batch, length + 1)."""

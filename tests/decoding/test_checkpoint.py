@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from specgym.decoding.checkpoint import (
     CheckpointError,
     is_checkpoint,
+    lender,
     load_checkpoint,
     read_link,
     save_checkpoint,
@@ -176,6 +177,13 @@ def test_the_link_says_where_the_tokenizer_is(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
     assert tokenizer_folder(tmp_path / "model") == (tmp_path / "tokenizer").resolve()
+
+
+def test_a_hub_id_is_told_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    for name in (None, "../target", ".", "inner"):
+        assert lender(tmp_path / "model", name) is None
+    assert lender(tmp_path / "model", "someone/model") == "someone/model"
 
 
 def test_a_link_that_names_half_of_a_sharing_is_refused(tmp_path: Path) -> None:

