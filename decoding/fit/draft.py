@@ -19,6 +19,7 @@ from ..reduced_output import reduce_output
 from .card import Facts
 from .data import load_data
 from .distilled_text import TextSettings, check_text_settings, describe_text, distil_text, frequent_tokens
+from .draft_report import ReportSettings, check_report_settings, measure_drafting, report_lines, show_report
 from .errors import FitError
 from .hidden_states import hidden_states
 from .lessons import Lessons, own_lessons, plain_lessons
@@ -71,6 +72,8 @@ class DraftSettings:
     that transformers and other engines load it as it is. What is taken from a GGUF file is always stored."""
     licence: str = "other"
     """Licence of the weights, for the model card."""
+    report: tyro.conf.OmitArgPrefixes[ReportSettings] = field(default_factory=ReportSettings)
+    """What is measured of the finished draft, besides its quality on held-out text."""
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
     """How to train; with --own-text a step takes --batch texts, whatever their length."""
 
@@ -128,6 +131,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
         target=target,
         shared_with=link.shared_with,
         shared=link.shared,
+        more=lambda trained: _decoding(settings, trained, target, tokenizer),
     )
     outcome = train(
         draft,
@@ -142,6 +146,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
 
 def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
     """Refuse what cannot work, before anything is computed."""
+    check_report_settings(settings.report)
     tokens, loop = len(output_layer(target).weight), settings.loop
     if not 0 <= settings.vocabulary <= tokens:
         raise FitError(f"--vocabulary {settings.vocabulary} makes no sense: give 1 to {tokens} tokens, or 0 for all")
@@ -212,6 +217,17 @@ def _links(settings: DraftSettings, target: PreTrainedModel, shared: Mapping[str
         # Beside a checkpoint of ours the tokeniser stays in one place; a folder from elsewhere lends a copy.
         tokenizer = lender(place, read_link(place).tokenizer) or relative(tokenizer_folder(place), settings.out)
     return Link(tokenizer, relative(place, settings.out) if shared else None, shared or None)
+
+
+def _decoding(
+    settings: DraftSettings, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """What the draft is worth in decoding, for its card; the target is prepacked, as decoders have it on a CPU."""
+    if not settings.report.report_prompts:
+        return []
+    found = measure_drafting(Pair(target, draft, tokenizer), draft, settings.report)
+    show_report(found, settings.out.name)
+    return report_lines(found, settings.report)
 
 
 def _width(settings: DraftSettings) -> int:

@@ -16,7 +16,7 @@ from .early_stopping import verdict
 from .head_accuracy import Accuracy
 from .loop import LoopSettings, Outcome
 from .measure import Quality
-from .medusa_speed import Speed
+from .speed import Speed
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .distilled_text import TextSettings, describe_text
 from .early_stopping import verdict
 from .head_accuracy import Accuracy
 from .loop import LoopSettings, Outcome
-from .medusa_speed import Speed
+from .speed import COLUMNS, Speed
 
 Rows = list[list[str]]
 _SHOWN_RANKS = 8
@@ -62,9 +62,9 @@ class MedusaReport:
         for domain, found in self.by_domain.items():
             for head, (one, five) in enumerate(zip(found.top(1), found.top(5), strict=True), 1):
                 by_domain.append([f"{domain}, {head}", f"{100 * one:.1f}", f"{100 * five:.1f}"])
-        speed = [["domain", "tokens a round", "overhead of a round", "ms a token", "plain ms a token", "speedup"]]
+        speed = [["domain", *COLUMNS]]
         for domain, of_domain in {**self.speed, "all": self.whole}.items():
-            speed.append(_speed_row(domain, of_domain))
+            speed.append([domain, *of_domain.cells()])
         return {
             "Accuracy of the heads by rank, in per cent": by_rank,
             "Accuracy by domain, in per cent": by_domain,
@@ -91,11 +91,6 @@ class MedusaReport:
             f"{self.expected:.2f} tokens a round, if heads err independently; measured: "
             f"{self.whole.tokens_per_round:.2f}."
         )
-
-
-def _speed_row(domain: str, speed: Speed) -> list[str]:
-    ratios = f"{speed.tokens_per_round:.2f}", f"{speed.overhead:.2f}"
-    return [domain, *ratios, f"{speed.ms_per_token:.2f}", f"{speed.plain_ms_per_token:.2f}", f"{speed.speedup:.2f}"]
 
 
 def medusa_card(

@@ -35,6 +35,7 @@ class Publisher:
         target: the model it drafts for.
         shared_with: folder or hub id that holds the shared tensors.
         shared: their names here and there.
+        more: from the model as it will be loaded to further lines of the card.
     """
 
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Publisher:
     target: PreTrainedModel | None = None
     shared_with: str | None = None
     shared: Mapping[str, str] | None = None
+    more: Callable[[PreTrainedModel], list[str]] = lambda _: []
 
     def checkpoint(self, outcome: Outcome) -> None:
         """Write what there is, with a card that says that training goes on."""
@@ -58,12 +60,15 @@ class Publisher:
         model = load_checkpoint(self.out, shared_from=self.target if self.shared else None)
         move(model, self.model.device)
         qualities = self.measure(model)
-        write_text(self.out / "README.md", write_card(self.facts, self.settings, outcome, qualities))
+        card = write_card(self.facts, self.settings, outcome, qualities)
+        write_text(self.out / "README.md", card)
         heading, *rows = table(qualities)
         report = Table(*heading, title=self.facts.name)
         for row in rows:
             report.add_row(*row)
         Console().print(report)
+        if lines := self.more(model):
+            write_text(self.out / "README.md", card + "\n".join(lines) + "\n")
         return qualities
 
     def _save(self, outcome: Outcome) -> None:

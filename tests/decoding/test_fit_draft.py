@@ -18,6 +18,7 @@ from specgym.decoding.checkpoint import load_checkpoint, read_link
 from specgym.decoding.fit import distilled_text, draft
 from specgym.decoding.fit.distilled_text import DistilledText, TextSettings
 from specgym.decoding.fit.draft import DraftSettings, make_draft
+from specgym.decoding.fit.draft_report import ReportSettings, measure_drafting
 from specgym.decoding.fit.errors import FitError
 from specgym.decoding.fit.hidden_states import hidden_states
 from specgym.decoding.fit.lessons import measure_texts, own_loss
@@ -27,6 +28,7 @@ from specgym.decoding.fit.medusa import MedusaSettings, make_medusa
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.shrink import take_layers
 from specgym.decoding.medusa.heads import output_layer
+from specgym.decoding.pairs import Pair
 from specgym.decoding.reduced_output import ReducedOutput, reduce_output, reduced_output
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
@@ -137,6 +139,7 @@ def test_a_draft_resumes_only_with_the_tokens_that_it_had(settings: DraftSetting
     [
         ({"vocabulary": 301}, r"--vocabulary 301 makes no sense: give 1 to \d+ tokens"),
         ({"vocabulary": -1}, "--vocabulary -1 makes no sense"),
+        ({"report": ReportSettings(report_draft_length=0)}, "--report-draft-length 0 makes no sense: give at least 1"),
         ({"vocabulary": 5, "share": False, "hidden": None}, "--no-share .* leave out --vocabulary"),
         ({"loop": LoopSettings(length=16, device="cpu")}, "whole texts: leave out --length"),
         ({"loop": LoopSettings(batch=100, device="cpu")}, "36 texts to train on are too few for a batch of 100"),
@@ -171,6 +174,38 @@ def test_a_draft_for_a_model_of_the_hub_points_there(
     make_draft(replace(settings, target="alias", out=fresh))
     assert (read_link(fresh).tokenizer, read_link(fresh).shared_with) == (None, None)
     assert (fresh / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("vocabulary", [0, 12])
+def test_the_card_says_what_the_draft_is_worth_on_the_shipped_prompts(
+    settings: DraftSettings, capsys: pytest.CaptureFixture[str], vocabulary: int
+) -> None:
+    settings = replace(
+        settings, hidden=None, vocabulary=vocabulary, report=ReportSettings(report_prompts=2, report_tokens=12)
+    )
+    make_draft(settings)
+    card = (settings.out / "README.md").read_text()
+    table = card[card.index("## Decoding") :]
+    assert "2 test prompts of each shipped set, at most 12 tokens after each, 4 drafted a round" in table
+    assert ("covered |" in table) is bool(vocabulary)
+    for name in ("chat", "code", "definitions", "prose"):
+        row = next(line for line in table.splitlines() if line.startswith(f"| {name} |")).split("|")
+        alpha, tokens_a_round = float(row[2]), float(row[-6])
+        assert 0.5 < alpha <= 1  # as good as the target, whose layers do nothing, except for what it cannot say
+        assert 2 < tokens_a_round <= 5
+    assert "draft: decoding" in capsys.readouterr().out
+
+
+def test_what_is_measured_of_a_draft_is_what_it_does(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make_model("llama", vocabulary=len(tokenizer), context=400)
+    pair = Pair(model, model, tokenizer)
+    perfect = measure_drafting(pair, model, ReportSettings(report_prompts=1, report_tokens=9, report_draft_length=2))
+    assert set(perfect) == {"chat", "code", "definitions", "prose"}
+    for found in perfect.values():
+        assert found.quality.tokens == 9
+        assert found.quality.alpha == pytest.approx(1, abs=1e-4)
+        assert found.accepted == 1
+        assert (found.speed.tokens, found.speed.rounds, found.speed.plain_tokens) == (9, 3, 9)
 
 
 # Losses and measures
