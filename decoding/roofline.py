@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .hardware_profiles import Hardware, find_hardware
 from .latency import LatencyProfile
+from .reduced_output import reduced_output
 from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, largest_size
 from .speculative import require_positive
 
@@ -36,7 +37,8 @@ class ModelShape:
 
     Attributes:
         name: how profiles call it.
-        parameters: that a pass reads in full, which leaves out tables that are only looked up in.
+        parameters: that a pass reads in full, which leaves out tables that are only looked up in, and the rows of
+            tokens that a draft never proposes.
         bytes_per_parameter: 2 for 16-bit weights, 0.5 for 4-bit ones.
         layers: of attention.
         hidden_size: of all query heads together.
@@ -85,13 +87,15 @@ class ModelShape:
         output = getattr(empty.get_output_embeddings(), "weight", None)
         tables = (module.weight for module in empty.modules() if isinstance(module, nn.Embedding))
         looked_up = sum(table.numel() for table in tables if table is not output)
+        reduced = reduced_output(model) if isinstance(model, PreTrainedModel) else None
+        left_out = 0 if reduced is None else (len(reduced.weight) - len(reduced.tokens)) * reduced.weight.shape[1]
         heads = int(config.num_attention_heads)
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         key_value_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         layers = int(config.num_hidden_layers)
         return cls(
             name=name or str(getattr(model, "name_or_path", "")) or str(config.model_type),
-            parameters=sum(weight.numel() for weight in empty.parameters()) - looked_up,
+            parameters=sum(weight.numel() for weight in empty.parameters()) - looked_up - left_out,
             bytes_per_parameter=stored.itemsize,
             layers=layers,
             hidden_size=heads * head_size,

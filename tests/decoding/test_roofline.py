@@ -13,6 +13,7 @@ from transformers import LlamaConfig, OPTConfig, PreTrainedModel
 from specgym.decoding.decoder import Round
 from specgym.decoding.hardware_profiles import HARDWARE, Hardware, UnknownHardwareError
 from specgym.decoding.latency import LatencyProfile, LatencyProfileError
+from specgym.decoding.reduced_output import reduce_output
 from specgym.decoding.roofline import MODEL_SHAPES, ModelShape, pass_seconds, roofline
 
 A100 = HARDWARE["a100-80gb-sxm"]
@@ -256,6 +257,8 @@ def test_the_shape_of_a_model_counts_what_a_pass_reads(make_model: Callable[...,
     cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values
     stored = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
     assert shape.key_value_bytes_per_token == stored / 2
+    reduce_output(model, torch.arange(10))
+    assert ModelShape.of(model).parameters == shape.parameters - 86 * 32
     half = ModelShape.of(model.config, torch.float16)
     assert half.bytes_per_parameter == 2
     assert half.key_value_bytes_per_token == shape.key_value_bytes_per_token / 2
