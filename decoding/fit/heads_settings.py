@@ -1,52 +1,27 @@
-"""What the commands have in common that train Medusa heads on text which their target writes itself."""
+"""What the commands have in common that train Medusa heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
-import torch
-import tyro
-
-from .distilled_text import TextSettings
-from .draft import place_of
-from .errors import FitError
-from .loop import LoopSettings, device_of
+from .loop import LoopSettings
+from .own_text_settings import OwnTextSettings, check_least, check_optimiser
 
 
 @dataclass(kw_only=True)
-class HeadsSettings:
+class HeadsSettings(OwnTextSettings):
     """Settings of the medusa and the medusa-joint command."""
 
-    target: str
-    """The target: a folder, a hub id, or a model that the package ships."""
-    text: tuple[Path, ...] = ()
-    """Text files and folders to cut prompts from, each a domain of its own; without any, the corpus is used."""
-    corpus: Path = Path("runs/corpus")
-    """Folder written by the corpus command."""
-    own_text: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
-    """How the target's own text is made; what either command made with the same settings and the same
-    --dtype is used again."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the target's weights while heads are trained; by default bfloat16 on CUDA where the target stays as it is, and
-    float32 elsewhere. Heads are always trained in float32."""
-    check_steps: int = 50
-    """Steps between two checks of the loss on text that was kept apart."""
-    patience: int = 8
-    """Checks without progress after which training ends; 0 trains to the end. The best weights are kept either way."""
     tree_size: int = 16
     """Candidates a round in the report."""
     report_prompts: int = 24
     """Prompts that the report's speed is measured on, over all domains."""
     report_tokens: int = 64
     """Tokens generated after each of them."""
-    licence: str = "other"
-    """Licence of the weights, for the card."""
 
 
-_LEAST = {"check_steps": 1, "patience": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
+_LEAST = {"tree_size": 1, "report_prompts": 1, "report_tokens": 1}
 
 
 def check_heads_settings(settings: HeadsSettings, loop: LoopSettings, least: Mapping[str, int]) -> None:
@@ -60,37 +35,5 @@ def check_heads_settings(settings: HeadsSettings, loop: LoopSettings, least: Map
     Raises:
         FitError: one is less than it must be, or the optimiser is not the heads'.
     """
-    for name, low in {**least, **_LEAST}.items():
-        if getattr(settings, name) < low:
-            raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(settings, name)}")
-    if loop.optimiser != "adamw" or loop.weight_decay:
-        raise FitError("heads are trained by AdamW without weight decay: leave out --optimiser and --weight-decay")
-
-
-def check_folders(target: str, out: Path, *read: str | Path) -> None:
-    """Refuse to write where something is read from.
-
-    Args:
-        target: its name, or its folder.
-        out: folder to be written.
-        read: further folders that are read.
-
-    Raises:
-        FitError: ``out`` is one of them.
-    """
-    for name, folder in ((target, place_of(target)), *((str(folder), Path(folder)) for folder in read)):
-        if folder is not None and folder.expanduser().resolve() == out.expanduser().resolve():
-            raise FitError(f"{out} would be written over {name}, which is read: give another --out")
-
-
-def dtype_of(settings: HeadsSettings, loop: LoopSettings, frozen: bool) -> torch.dtype:
-    """Of the target's weights.
-
-    Args:
-        settings: may say which.
-        loop: says where to train.
-        frozen: the target stays as it is.
-    """
-    if settings.dtype is not None:
-        return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if frozen and device_of(loop).type == "cuda" else torch.float32
+    check_least(settings, {**least, **_LEAST})
+    check_optimiser(loop, "heads are")

@@ -1,22 +1,18 @@
-"""The hidden states of a target along its own text, computed once and kept in a file that is read where needed."""
+"""The hidden states of a target along its own text, from which heads learn."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..files import replacing
-from ..medusa.heads import output_layer
 from .distilled_text import DistilledText
 from .errors import FitError
 from .labels import labels_of
 from .prompt_windows import SPEED
+from .state_files import places_between, states_along
 
 
 @dataclass(frozen=True)
@@ -67,69 +63,11 @@ def hidden_states(model: PreTrainedModel, text: DistilledText, batch: int = 16) 
         batch: rows that it reads at a time.
 
     Raises:
-        FitError: no position has anything to predict, the disk is too small, a state is not finite in float16, or the
-            file is damaged.
+        FitError: no position has anything to predict; or as for `states_along`.
     """
-    row, place = _positions(text)
+    first = np.maximum(text.prompts - 2, 0)
+    last = np.where(text.side == SPEED, 0, text.ends - 2)  # the side whose speed is measured needs none
+    row, place = places_between(first, last)
     if not len(row):
         raise FitError("the target ends every text at once, so there is nothing to learn: give other text")
-    size = output_layer(model).weight.shape[1]
-    path = text.folder / "hidden.npy"
-    if not path.is_file():
-        _write(path, model, text, row, size, batch)
-    try:
-        states = np.load(path, mmap_mode="r", allow_pickle=False)
-        if states.shape != (len(row), size):
-            raise ValueError(f"it has shape {states.shape} instead of {(len(row), size)}")
-    except (OSError, ValueError) as error:
-        raise FitError(f"{path} is damaged ({error}): remove it, and it is computed anew") from error
-    return HiddenStates(text, states, row, place)
-
-
-def _positions(text: DistilledText) -> tuple[np.ndarray, np.ndarray]:
-    """Row and place of every position, in the order of the rows; the side whose speed is measured needs none."""
-    first = np.maximum(text.prompts - 2, 0)
-    counts = np.where(text.side == SPEED, 0, np.maximum(text.ends - 2 - first, 0))
-    row = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return row, first[row] + within
-
-
-@torch.inference_mode()
-def _write(path: Path, model: PreTrainedModel, text: DistilledText, row: np.ndarray, size: int, batch: int) -> None:
-    needed, free = 2 * size * len(row), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise FitError(
-            f"the hidden states need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free: make "
-            "room, give --work, or generate fewer --texts"
-        )
-    rows = np.unique(row)
-    first = np.maximum(text.prompts - 2, 0)
-    with replacing(path) as temporary:
-        states = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=(len(row), size))
-        done = 0
-        for start in tqdm(range(0, len(rows), batch), unit="batch", mininterval=5.0, desc="hidden states"):
-            members = rows[start : start + batch]
-            width = int(text.ends[members].max())
-            ids = torch.from_numpy(text.tokens[members, :width].astype(np.int64)).to(model.device)
-            # What pads a row stands behind it, where a causal model does not look. Scores are not wanted.
-            output = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-            found = output.hidden_states[-1].to(torch.float16).cpu().numpy()
-            for member, of_row in zip(members, found, strict=True):
-                part = of_row[first[member] : text.ends[member] - 2]
-                if not np.isfinite(part).all():
-                    raise FitError(_overflow(model))
-                states[done : done + len(part)] = part
-                done += len(part)
-        states.flush()
-        del states
-
-
-def _overflow(model: PreTrainedModel) -> str:
-    kind = str(model.dtype).removeprefix("torch.")
-    way_out = "choose another target"
-    return (
-        f"{model.name_or_path or type(model).__name__} in {kind} has hidden states that are NaN or above "
-        f"{np.finfo(np.float16).max:,.0f}, the largest number of the float16 in which they are kept: "
-        + (way_out if model.dtype == torch.float32 else f"give --dtype float32, or {way_out}")
-    )
+    return HiddenStates(text, states_along(text.folder / "hidden.npy", model, text, first, last, batch), row, place)

@@ -28,12 +28,13 @@ from .early_stopping import EarlyStopping
 from .errors import FitError
 from .head_accuracy import accuracies
 from .heads_loss import DECAY
-from .heads_settings import HeadsSettings, check_folders, check_heads_settings, dtype_of
+from .heads_settings import HeadsSettings, check_heads_settings
 from .hidden_states import hidden_states
 from .joint_report import JointReport, Measured
 from .loop import LoopSettings, Outcome, device_of, train
 from .measure import measure_domains
 from .medusa_speed import measure_speed, speed_prompts
+from .own_text_settings import check_folders, dtype_of
 from .position_batches import TEXTS, PositionBatches, require_batch
 from .prompt_windows import JUDGING, TRAINING, cut_prompts
 from .publish import complete

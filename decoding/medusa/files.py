@@ -1,8 +1,4 @@
-"""Heads as files: safetensors for the weights, JSON for the rest, and a probe that tells one target from another.
-
-The probe is the target's hidden states along a few fixed tokens. In another precision a target still gives nearly the
-same ones; another model, even of the same shape, does not, nor does one that was trained further.
-"""
+"""Heads as files: safetensors for the weights, JSON for the rest, and a probe that tells one target from another."""
 
 from __future__ import annotations
 
@@ -15,11 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
-from torch.nn import functional
 
 from ..files import replacing, write_json, write_text
 from ..models import LanguageModel
+from ..probes import alike, probe
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError, output_layer
 from .public import is_public, read_public
 
@@ -28,18 +23,6 @@ DESCRIPTION = "medusa.json"
 WEIGHTS = "medusa.safetensors"
 _SHIPPED = Path(__file__).parent.parent / "data" / "models"
 _TRAIN = "train heads for it: python -m specgym.decoding.fit medusa --target {} --out FOLDER"
-_PROBE_TOKENS = 16
-_SAME = 0.997
-"""Mean cosine of two probes above which they are of one target: rounded to bfloat16 or to eight bits it stays above
-that, and a few steps of further training take it below (both are tested)."""
-
-
-def probe(target: LanguageModel) -> Tensor:
-    """The hidden states that a target has along some fixed tokens, shape (16, h), float32, on the CPU."""
-    tokens = (7 * torch.arange(1, _PROBE_TOKENS + 1, device=target.device)) % target.vocabulary_size
-    hidden = target.fresh().forward(tokens, hidden=True).hidden
-    assert hidden is not None
-    return hidden.float().cpu()
 
 
 def save_heads(
@@ -157,18 +140,13 @@ def _read(folder: Path, target: LanguageModel, strict: bool) -> MedusaHeads:
             f"{path} is damaged or does not fit {DESCRIPTION} ({' '.join(str(error).split())}); fetch both again, or "
             f"{_TRAIN.format(target.name)}"
         ) from error
-    if strict and not _alike(made_for, probe(target)) >= _SAME:  # True for NaN
+    if strict and not alike(made_for, probe(target)):
         raise MedusaHeadsError(
             f"the heads in {folder} were made for the target {described['target']}, and {target.name} is another "
             f"model (or was trained further, quantised to few bits, or is damaged); {_TRAIN.format(target.name)}, or "
             "take them all the same with load_heads(..., strict=False)"
         )
     return heads
-
-
-def _alike(one: Tensor, other: Tensor) -> float:
-    """Mean cosine of two probes; 0 where they differ in shape."""
-    return float(functional.cosine_similarity(one, other, dim=-1).mean()) if one.shape == other.shape else 0.0
 
 
 def _description(path: Path) -> Mapping[str, Any]:

@@ -18,10 +18,10 @@ from specgym.decoding.fit import distilled_text, medusa
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.distilled_text import TextSettings
 from specgym.decoding.fit.errors import FitError, TrainingError
-from specgym.decoding.fit.heads_settings import dtype_of
 from specgym.decoding.fit.hidden_states import hidden_states
 from specgym.decoding.fit.loop import LoopSettings
 from specgym.decoding.fit.medusa import MedusaSettings, make_medusa
+from specgym.decoding.fit.own_text_settings import dtype_of
 from specgym.decoding.medusa import load_heads
 from specgym.decoding.models import LanguageModel
 

@@ -163,7 +163,7 @@ def test_states_that_float16_cannot_hold_are_refused_and_leave_no_file(
     model.name_or_path = "the-target"
     with torch.no_grad():
         model.model.norm.weight.mul_(1e6)
-    with pytest.raises(FitError, match=f"the-target in .* above 65,504.*: {way_out}choose another target"):
+    with pytest.raises(FitError, match=f"the-target in .* above 65,504.*: {way_out}choose another model"):
         hidden_states(model, text)
     assert not list(tmp_path.iterdir())
 
