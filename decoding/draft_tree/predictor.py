@@ -1,0 +1,144 @@
+"""A small network that says how likely a target will accept a candidate token, before the target reads anything.
+
+It begins as the draft's own probability: the network's output is added to that probability's log-odds, and is 0 until
+it is trained. One temperature, fitted on text kept apart, then makes the probabilities mean what they say (Guo et al.,
+"On Calibration of Modern Neural Networks", arXiv 1706.04599).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import DraftTreeModelError
+
+Label = Literal["match", "probability", "ratio"]
+LABELS: tuple[Label, ...] = ("match", "probability", "ratio")
+_SMALLEST_COMPLEMENT = 1e-6  # of a probability near 1, whose log-odds would be infinite in float32
+_SMALLEST_LOG = -30.0  # of a probability
+
+
+class NodeFeatures(NamedTuple):
+    """What is known of n candidate tokens before the target reads them; one entry a candidate."""
+
+    hidden: Tensor
+    """The draft's state at the position that proposes the candidate, aligned; shape (n, target width)."""
+    log_probability: Tensor
+    """Of the candidate under the draft at temperature 1, in nats, shape (n,)."""
+    entropy: Tensor
+    """Of that distribution, in nats, shape (n,)."""
+    depth: Tensor
+    """1 for a child of the root, 2 for its children, ...; shape (n,), of any number type."""
+    aligned_log_probability: Tensor | None = None
+    """Of the candidate by the target's output layer on the aligned state, in nats, shape (n,); None where that is not
+    computed."""
+
+
+@dataclass(frozen=True)
+class PredictorShape:
+    """What a predictor is made of, and what it predicts.
+
+    Attributes:
+        hidden_size: width of the aligned states, that of the target.
+        label: what "accepted" meant in training. ``match``: the token is the target's likeliest, as a greedy verifier
+            demands. ``probability``: the target's probability of it, with which deterministic children are accepted
+            when sampling. ``ratio``: min(1, target / draft), for children drawn independently.
+        deepest: depth of the deepest nodes in training, at least 1; deeper ones are taken for such.
+        width: of the two hidden layers.
+        aligned_scores: whether it reads `NodeFeatures.aligned_log_probability`.
+    """
+
+    hidden_size: int
+    label: Label = "match"
+    deepest: int = 4
+    width: int = 64
+    aligned_scores: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "deepest", "width"):
+            value = getattr(self, name)
+            if value < 1 or int(value) != value:
+                raise DraftTreeModelError(f"{name} must be a whole number of at least 1, got {value}")
+        if self.label not in LABELS:
+            raise DraftTreeModelError(f"there is no label {self.label!r}; it is one of {', '.join(LABELS)}")
+
+
+class AcceptancePredictor(nn.Module):
+    """The probability that the target accepts a candidate, given that it has accepted the candidate's parent.
+
+    Args:
+        shape: what it is made of.
+
+    Attributes:
+        shape: as given.
+        temperature: by which log-odds are divided in `predict`; a tensor without dimensions, 1 until calibrated.
+    """
+
+    def __init__(self, shape: PredictorShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.first = nn.Linear(shape.hidden_size + (6 if shape.aligned_scores else 4), shape.width)
+        self.middle = nn.Linear(shape.width, shape.width)
+        self.output = nn.Linear(shape.width, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, features: NodeFeatures) -> Tensor:
+        """Log-odds of acceptance before calibration, shape (n,), float32.
+
+        Args:
+            features: of n candidates; `NodeFeatures.aligned_log_probability` must be there if the shape says so.
+
+        Raises:
+            ValueError: it is not.
+        """
+        # Few and small tensors: on a CPU the time goes into the number of operations.
+        known = [features.log_probability]
+        if self.shape.aligned_scores:
+            if features.aligned_log_probability is None:
+                raise ValueError(
+                    "this predictor reads aligned_log_probability: compute the target's output layer on aligned states "
+                    "(draft_tree.proposals), or train one with --no-aligned-scores"
+                )
+            known.append(features.aligned_log_probability)
+        logs = torch.stack(known, dim=-1).float().clamp(min=_SMALLEST_LOG)
+        odds = log_odds(logs)
+        rest = torch.stack([features.entropy.float(), features.depth.float().clamp(max=self.shape.deepest)], dim=-1)
+        # Widths and norms of states differ from model to model; without a scale, training would depend on them.
+        state = functional.layer_norm(features.hidden.float(), (self.shape.hidden_size,))
+        first = functional.silu(self.first(torch.cat([state, logs, odds, rest], dim=-1)))
+        return odds[:, 0] + self.output(functional.silu(self.middle(first)))[:, 0]
+
+    def predict(self, features: NodeFeatures) -> Tensor:
+        """Calibrated probabilities of acceptance, shape (n,), float32. Errors as for `forward`."""
+        return torch.sigmoid(self(features) / self.temperature)
+
+
+def log_odds(log_probability: Tensor) -> Tensor:
+    """Of probabilities given by their logarithms; finite also at 1. Same shape."""
+    return log_probability - torch.log((-torch.expm1(log_probability)).clamp(min=_SMALLEST_COMPLEMENT))
+
+
+def calibrating_temperature(odds: Tensor, labels: Tensor) -> float:
+    """The temperature by which log-odds are to be divided so that the negative log-likelihood is lowest.
+
+    Args:
+        odds: log-odds, shape (n,).
+        labels: what they should have predicted, from 0 to 1, shape (n,).
+
+    Returns:
+        Between 0.05 and 20. The likelihood is convex in the inverse of it, so a search by thirds finds the lowest.
+    """
+    values, wanted = odds.double(), labels.double()
+    low, high = 1 / 20, 20.0
+    for _ in range(60):
+        first, second = low + (high - low) / 3, high - (high - low) / 3
+        losses = [float(functional.binary_cross_entropy_with_logits(values * one, wanted)) for one in (first, second)]
+        low, high = (low, second) if losses[0] < losses[1] else (first, high)
+    return 2 / (low + high)
