@@ -1,4 +1,4 @@
-"""``python -m specgym.decoding.fit <command>``: make text, tokenisers, targets, drafts, heads and prompts."""
+"""``python -m specgym.decoding.fit <command>``: make text, tokenisers, models, what guides decoding, and prompts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated
 import tyro
 
 from ..errors import SpecgymError
+from .acceptance import AcceptanceSettings, make_acceptance
+from .alignment import AlignmentSettings, make_alignment
 from .corpus import CorpusSettings, make_corpus
 from .draft import DraftSettings, make_draft
 from .joint import JointSettings, make_joint
@@ -24,6 +26,8 @@ Command = (
     | Annotated[DraftSettings, tyro.conf.subcommand("draft")]
     | Annotated[MedusaSettings, tyro.conf.subcommand("medusa")]
     | Annotated[JointSettings, tyro.conf.subcommand("medusa-joint")]
+    | Annotated[AlignmentSettings, tyro.conf.subcommand("alignment")]
+    | Annotated[AcceptanceSettings, tyro.conf.subcommand("acceptance")]
     | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
     | Annotated[PromptSettings, tyro.conf.subcommand("prompts")]
 )
@@ -45,6 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
             make_medusa(command)
         case JointSettings():
             make_joint(command)
+        case AlignmentSettings():
+            make_alignment(command)
+        case AcceptanceSettings():
+            make_acceptance(command)
         case NGramSettings():
             make_ngram(command)
         case PromptSettings():

@@ -116,7 +116,7 @@ def check_text_settings(settings: TextSettings, model: PreTrainedModel, new_toke
     if settings.prompt_tokens + settings.new_tokens > context_of(model):
         raise FitError(
             f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} are together more than "
-            f"the target's context of {context_of(model)} tokens"
+            f"the model's context of {context_of(model)} tokens"
         )
 
 

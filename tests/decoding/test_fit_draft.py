@@ -144,7 +144,7 @@ def test_a_draft_resumes_only_with_the_tokens_that_it_had(settings: DraftSetting
         ({"loop": LoopSettings(length=16, device="cpu")}, "whole texts: leave out --length"),
         ({"loop": LoopSettings(batch=100, device="cpu")}, "36 texts to train on are too few for a batch of 100"),
         ({"writing": TextSettings(new_tokens=1)}, "--new-tokens 1 is too few for a draft to learn from: give at least"),
-        ({"writing": TextSettings()}, "together more than the target's context of 64 tokens"),
+        ({"writing": TextSettings()}, "together more than the model's context of 64 tokens"),
         ({"own_text": False}, "--length 512 is more than the target's context of 64 tokens"),
     ],
 )

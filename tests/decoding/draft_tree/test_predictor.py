@@ -36,7 +36,7 @@ def trained(examples: NodeFeatures, labels: Tensor, **more: bool) -> AcceptanceP
 
 
 def brier(predictions: Tensor, labels: Tensor) -> float:
-    return float((predictions - labels).square().mean())
+    return float((predictions - labels).detach().square().mean())
 
 
 @pytest.mark.parametrize("aligned_scores", [True, False])
@@ -65,7 +65,7 @@ def test_it_learns_from_the_aligned_probability_only_if_it_reads_that() -> None:
     labels = (seen.aligned_log_probability > -0.7).float()
     wanted = (unseen.aligned_log_probability > -0.7).float()
     reads, does_not = (
-        brier(trained(seen, labels, aligned_scores=which).predict(unseen).detach(), wanted) for which in (True, False)
+        brier(trained(seen, labels, aligned_scores=which).predict(unseen), wanted) for which in (True, False)
     )
     assert reads < 0.05
     assert does_not > 0.2
@@ -114,7 +114,7 @@ def test_log_odds_are_those_of_the_probability() -> None:
 
 
 def test_a_predictor_of_aligned_scores_refuses_to_do_without_them() -> None:
-    with pytest.raises(ValueError, match="reads aligned_log_probability: compute .* --no-aligned-scores"):
+    with pytest.raises(ValueError, match=r"reads aligned_log_probability: compute .* --no-aligned-scores"):
         AcceptancePredictor(PredictorShape(WIDTH))(features(2)._replace(aligned_log_probability=None))
 
 
