@@ -2,6 +2,7 @@
 
 from .autoregressive import AutoregressiveDecoder
 from .decoder import Decoder, Generation, Knob, Round, Session
+from .draft_tree import DraftTreeDecoder
 from .drafters import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal
 from .errors import (
     KnobError,
@@ -31,6 +32,7 @@ __all__ = [
     "DraftSession",
     "DraftStep",
     "DraftTracker",
+    "DraftTreeDecoder",
     "Drafter",
     "EntropyAbove",
     "FixedLength",

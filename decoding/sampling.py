@@ -107,16 +107,39 @@ def residual_of_token(p: Tensor, token: Tensor) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row, shape (..., vocabulary) to (...), without waiting for the device.
+    """One token a row, shape (..., vocabulary) to (...), without waiting for the device."""
+    return draw_several(probabilities, 1, generator).squeeze(-1)
 
-    Inverts the cumulative distribution, in float64 where there is one. That takes a random number a row, where
+
+def draw_several(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Independent tokens of each row, shape (..., vocabulary) to (..., count), without waiting for the device.
+
+    Inverts the cumulative distribution, in float64 where there is one. That takes a random number a draw, where
     `torch.multinomial` takes one a token (7 times slower for 4,096 tokens on a CPU).
     """
     precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulative = probabilities.cumsum(-1, dtype=precise)
     uniform = torch.rand(
-        (*probabilities.shape[:-1], 1), dtype=precise, device=probabilities.device, generator=generator
+        (*probabilities.shape[:-1], count), dtype=precise, device=probabilities.device, generator=generator
     )
     # From the right, so that no token of probability 0 is taken; the clamp is for NaN, which whoever calls refuses.
     place = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
-    return place.squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
+    return place.clamp_(max=probabilities.shape[-1] - 1)
+
+
+def draw_distinct(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Tokens of each row drawn one after another without putting any back, in that order.
+
+    By a race of exponential clocks, the first to ring first: as draws would come out if each drawn token were taken
+    out and the rest renormalised.
+
+    Args:
+        probabilities: shape (..., vocabulary).
+        count: draws a row, at most the vocabulary. Where fewer tokens have a probability, those without come last.
+        generator: of the random numbers.
+
+    Returns:
+        Shape (..., count), int64.
+    """
+    clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / clocks).topk(count, dim=-1).indices

@@ -60,9 +60,12 @@ class Walker(ABC):
     """Walks every outcome of a decoder's first tokens. What is random in a decoder is said by a subclass.
 
     Attributes:
+        prompt: what is continued.
         accepted: drafted tokens that were accepted, expected a text, summed over all walks.
         rejected: those that were not, likewise.
     """
+
+    prompt: tuple[int, ...] = PROMPT
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -81,13 +84,13 @@ class Walker(ABC):
         with self._monkeypatch.context() as patch:
             self.branch(patch, walk)
             for _ in walk:
-                session = decoder.start(PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=0)
+                session = decoder.start(self.prompt, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=0)
                 self.begin(session, walk)
                 found.add(session, knobs, walk)
         assert sum(found.weights.values()) == pytest.approx(1)
         self.accepted += found.accepted
         self.rejected += found.rejected
-        return distance(found.weights, exact_joint(decoder.pair.target, sampling, PROMPT, LENGTH))
+        return distance(found.weights, exact_joint(decoder.pair.target, sampling, self.prompt, LENGTH))
 
 
 def sampled(decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs) -> tuple[float, FirstTokens]:
