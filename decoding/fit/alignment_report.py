@@ -149,6 +149,11 @@ def alignment_card(
         ]
         for heading, *rows in (report.rows(), report.domain_rows()):
             lines += ["", *markdown(heading, rows)]
+        lines += [
+            "",
+            f"All of it is text that {facts.target} wrote at temperature {text.temperature:g}. On other text, such as "
+            "prompts or what it writes at a higher temperature, the draft itself may agree more.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,60 @@
+"""The alignments and predictors that ship: better guesses, and better forecasts, than the draft alone makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from specgym.decoding.draft_tree import NodeFeatures, proposals, usual_acceptance, usual_alignment
+from specgym.decoding.medusa.heads import output_layer
+from specgym.decoding.pairs import load_pair
+from specgym.decoding.prompts import load_prompts
+
+Reference = Callable[..., list[list[int]]]
+CHILDREN = 5
+NEW = 32
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-3m-1l"])
+@torch.no_grad()
+def test_what_ships_knows_more_of_the_target_than_the_draft_does_where_the_target_writes_greedily(
+    name: str, reference: Reference
+) -> None:
+    pair: Any = load_pair(name)
+    draft, target = pair.draft.model, pair.target
+    alignment = usual_alignment(draft, target)
+    assert alignment is not None
+    predictor = usual_acceptance(draft, target, alignment)
+    assert predictor is not None
+    assert predictor.shape.label == "match"
+    own_right = aligned_right = positions = 0
+    errors = torch.zeros(2)
+    for domain in ("prose", "code", "definitions"):
+        prompts = [pair.encode(text)[:64] for text in load_prompts(domain).test[:8]]
+        for prompt, written in zip(prompts, reference(target.model, prompts, NEW), strict=True):
+            tokens = torch.tensor([*prompt, *written[:-1]])
+            read = draft.fresh().forward(tokens, last=len(written), hidden=True)
+            likeliest = torch.tensor(written).unsqueeze(-1)
+            aligned = alignment(read.hidden[-len(written) :])
+            guess = proposals(aligned, output_layer(target.model)).log_softmax(-1)
+            own_right += int((read.scores.argmax(-1) == likeliest[:, 0]).sum())
+            aligned_right += int((guess.argmax(-1) == likeliest[:, 0]).sum())
+            positions += len(written)
+            log_q = read.scores.log_softmax(-1)
+            found = log_q.topk(CHILDREN, dim=-1)
+            features = NodeFeatures(
+                hidden=aligned.repeat_interleave(CHILDREN, dim=0),
+                log_probability=found.values.flatten(),
+                entropy=-(log_q.exp() * log_q).sum(-1).repeat_interleave(CHILDREN),
+                depth=torch.ones(CHILDREN * len(written)),
+                aligned_log_probability=guess.gather(1, found.indices).flatten(),
+            )
+            accepted = (found.indices == likeliest).flatten().float()
+            for which, forecast in enumerate((found.values.exp().flatten(), predictor.predict(features))):
+                errors[which] += (forecast - accepted).square().sum()
+    assert positions > 500
+    assert aligned_right > own_right
+    assert errors[1] < 0.8 * errors[0]
