@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .decoder import Round
 from .errors import SpecgymError
 from .files import write_json
-from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, ROUNDS
+from .round_kinds import CHAIN, LOOKAHEAD, OF_TREES, ROUNDS
 from .sampling import Sampling
 
 _FORMAT = "specgym-latency-3"
@@ -47,16 +47,16 @@ class LatencyProfile:
     Attributes:
         pair: name of the pair.
         draft_seconds: seconds to draft so many tokens (0 or more), by number; where the rounds are Medusa's, to ask so
-            many heads and to make a tree of their candidates.
+            many heads and to make a tree of their candidates; with draft trees, to grow one of so many levels.
         target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number; where
             the rounds are `lookahead`, all that a round takes.
         autoregressive_seconds: seconds per token of plain decoding with the target.
         hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers; and the
-            shape of the heads, where the rounds are Medusa's.
+            shape of the heads, where the rounds are Medusa's, or what stands beside the draft of a tree.
         sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
-        rounds: what kind of rounds the tables are of: `chain`; or, of a target alone, `lookahead`, which draft nothing
-            ({0: 0.0}), or `medusa`, or `medusa-typical`. Charging the one kind by the other's times is wrong; see
-            `require_rounds`.
+        rounds: what kind of rounds the tables are of: `chain` or `draft-tree`; or, of a target alone, `lookahead`,
+            which draft nothing ({0: 0.0}), or `medusa`, or `medusa-typical`. Charging the one kind by the other's times
+            is wrong; see `require_rounds`.
         batch_size: sequences decoded together, 1 or more.
         context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
         points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
@@ -105,7 +105,7 @@ class LatencyProfile:
     def draft(self, tokens: int) -> float:
         """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two.
 
-        Where the rounds are Medusa's, seconds to ask so many heads.
+        Where the rounds are Medusa's, seconds to ask so many heads; with draft trees, of so many passes of the draft.
         """
         return _interpolate(self.draft_seconds, tokens, 0)
 
@@ -114,8 +114,8 @@ class LatencyProfile:
         return _interpolate(self.target_seconds, tokens, 1)
 
     def round(self, drafted: int) -> float:
-        """Seconds of a round that drafts so many tokens, 0 or more; of Medusa's with as many heads as they can have."""
-        asked = min(drafted, max(self.draft_seconds)) if self.rounds in OF_HEADS else drafted
+        """Seconds of a round that drafts so many tokens, 0 or more; of a tree's with as many levels as it can have."""
+        asked = min(drafted, max(self.draft_seconds)) if self.rounds in OF_TREES else drafted
         return self.draft(asked) + self.target(drafted + 1)
 
     def round_seconds(self, longest: int) -> NDArray[np.float64]:
@@ -126,13 +126,13 @@ class LatencyProfile:
         """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
 
         It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
-        from 1 drafted token to 16, or to as many as were measured. Medusa's heads cost the same however many candidates
-        they give, and are left out.
+        from 1 drafted token to 16, or to as many as were measured. Where a tree is verified, heads or passes of a draft
+        cost nearly the same however many candidates they give, and are left out.
         """
         longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
         centred = np.arange(1, longest + 1) - (longest + 1) / 2
         seconds = self.round_seconds(longest)[1:]
-        if self.rounds in OF_HEADS:
+        if self.rounds in OF_TREES:
             seconds = np.array([self.target(drafted + 1) for drafted in range(1, longest + 1)])
         slope = centred @ seconds / (centred @ centred)
         return max(0.0, float(slope)) / self.autoregressive_seconds
@@ -176,7 +176,7 @@ class LatencyProfile:
             measuring = f"rounds={self.rounds!r}" if self.rounds != CHAIN else "batch_sizes=..."
             computing = (
                 ""
-                if self.rounds in OF_HEADS
+                if self.rounds in OF_TREES
                 else (", or with specgym.decoding.roofline.roofline, which takes batch_sizes and contexts")
             )
             raise LatencyProfileError(
@@ -275,7 +275,7 @@ def arithmetic_of(sampling: Sampling) -> str:
 
 def _computed(rounds: str) -> str:
     """The call that computes a profile of some kind of rounds, as the last of several ways; empty if none does."""
-    if rounds in OF_HEADS:
+    if rounds in OF_TREES:
         return ""
     draft = "None, " if rounds == LOOKAHEAD else "draft, "
     return f", or specgym.decoding.roofline.roofline(target, {draft}hardware, rounds={rounds!r})"

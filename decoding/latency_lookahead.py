@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 
 from .latency import LatencyProfile
-from .latency_alone import Timing
+from .latency_live import Timing
 from .lookahead import LookaheadDecoder
 from .round_kinds import MOST_TARGET_TOKENS
 
@@ -35,7 +35,7 @@ def measure_lookahead(timing: Timing, max_target_tokens: int | None) -> LatencyP
     sizes = _sizes(timing, max_target_tokens)
     decoder = LookaheadDecoder(timing.pair, max_window=max(map(_columns, sizes)), max_ngram=3)
     # The first rounds of a text, whose window lacks rows, read fewer tokens and are passed over.
-    return timing.measure(decoder, sizes, _knobs, drafting=False)
+    return timing.measure(decoder, sizes, _knobs, drafting=None)
 
 
 def _sizes(timing: Timing, largest: int | None) -> list[int]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 
 from .latency import LatencyProfile
-from .latency_alone import Timing
+from .latency_live import Timing
 from .medusa import (
     CandidateTree,
     MedusaDecoder,
@@ -64,7 +64,7 @@ def measure_medusa(timing: Timing, heads: MedusaHeads, max_target_tokens: int | 
         if max_target_tokens is not None:
             raise ValueError(f"{told} a pass over {largest}; give a max_target_tokens of at most {sizes[-1]}")
         _LOG.warning("%s a pass over %d tokens; rounds are timed up to %d", told, largest, sizes[-1])
-    return timing.measure(decoder, sizes, decoder.knobs_of, drafting=True, about={"medusa": heads_timed(heads)})
+    return timing.measure(decoder, sizes, decoder.knobs_of, drafting=sizes, about={"medusa": heads_timed(heads)})
 
 
 class _SizedTrees(MedusaDecoder):

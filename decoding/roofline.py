@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from .hardware_profiles import Hardware, find_hardware
 from .latency import LatencyProfile
 from .reduced_output import reduced_output
-from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, largest_size
+from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, OF_TREES, largest_size
 from .speculative import require_positive
 
 BANDWIDTH_SHARE = 0.83
@@ -153,13 +153,14 @@ def roofline(
     Raises:
         UnknownHardwareError: there is no hardware of that name.
         ValueError: a number is out of its range or does not belong to this kind of rounds, Lookahead is given a draft,
-            or the rounds are Medusa's, which cannot be computed.
+            or the rounds verify a tree, Medusa's or a draft's, which cannot be computed.
     """
     hardware = find_hardware(hardware)
-    if rounds in OF_HEADS:
+    if rounds in OF_TREES:
+        unknown = "what its heads take" if rounds in OF_HEADS else "what growing a tree takes beside the passes"
         raise ValueError(
-            "Medusa's rounds cannot be computed, since the shape of a model does not tell what its heads take; measure "
-            f"them: specgym.decoding.latency_measure.measured(pair, rounds={rounds!r})"
+            f"{rounds} rounds cannot be computed, since the shape of a model does not tell {unknown}; measure them: "
+            f"specgym.decoding.latency_measure.measured(pair, rounds={rounds!r})"
         )
     largest = largest_size(rounds, max_draft_length, max_target_tokens)
     if rounds == LOOKAHEAD and draft is not None:

@@ -6,7 +6,7 @@ from typing import Final, Literal, get_args
 
 from .medusa.trees import LARGEST_TREE
 
-Rounds = Literal["chain", "lookahead", "medusa", "medusa-typical"]
+Rounds = Literal["chain", "lookahead", "medusa", "medusa-typical", "draft-tree"]
 
 CHAIN: Final = "chain"
 """Rounds that draft some tokens one after another and verify them in one pass."""
@@ -20,6 +20,13 @@ MEDUSA_TYPICAL: Final = "medusa-typical"
 Greedy, the two accept alike and are one kind; see `timed_as`."""
 OF_HEADS = (MEDUSA, MEDUSA_TYPICAL)
 """The kinds that heads draft for."""
+DRAFT_TREE: Final = "draft-tree"
+"""Rounds in which a draft grows a tree of candidates, which one pass of the target verifies: drafting by the draft's
+passes, one a level, the target's pass by the tokens that it reads."""
+OF_TREES = (*OF_HEADS, DRAFT_TREE)
+"""The kinds whose rounds verify a tree, so that what drafting costs does not follow from how much is verified."""
+DRAFTED = (CHAIN, DRAFT_TREE)
+"""The kinds that need the pair's draft; for the others the target is enough."""
 ROUNDS: tuple[str, ...] = get_args(Rounds)
 
 LONGEST_DRAFT = 16
@@ -27,13 +34,14 @@ LONGEST_DRAFT = 16
 MOST_TARGET_TOKENS = 160
 """Of Lookahead: what the decoder reads with its knobs as high as they go."""
 MOST_TREE_TOKENS = LARGEST_TREE + 1
-"""Of Medusa: the same, the tree's root included."""
+"""Of Medusa and of draft trees: the same, the tree's root included."""
 
 _LARGEST = {
     CHAIN: ("max_draft_length", LONGEST_DRAFT),
     LOOKAHEAD: ("max_target_tokens", MOST_TARGET_TOKENS),
     MEDUSA: ("max_target_tokens", MOST_TREE_TOKENS),
     MEDUSA_TYPICAL: ("max_target_tokens", MOST_TREE_TOKENS),
+    DRAFT_TREE: ("max_target_tokens", MOST_TREE_TOKENS),
 }
 
 
@@ -59,7 +67,7 @@ def largest_size(rounds: str, max_draft_length: int | None, max_target_tokens: i
     Args:
         rounds: the kind.
         max_draft_length: of chains, in tokens; None for 16.
-        max_target_tokens: of Lookahead and Medusa; None for 160 and 65.
+        max_target_tokens: of Lookahead, Medusa and draft trees; None for 160, 65 and 65.
 
     Raises:
         ValueError: there is no such kind, the number is not positive, or one is given that belongs to another kind.

@@ -97,7 +97,7 @@ def test_impossible_numbers_of_tokens_are_refused(method: str, tokens: int) -> N
         ({"target_seconds": {1: 0.0}}, r"target_seconds\[1\] is 0.0"),
         ({"draft_seconds": {1: float("nan")}}, r"draft_seconds\[1\] is nan"),
         ({"autoregressive_seconds": 0.0}, "autoregressive_seconds is 0.0"),
-        ({"rounds": "tree"}, "rounds must be one of chain, lookahead, medusa, medusa-typical, got 'tree'"),
+        ({"rounds": "tree"}, "rounds must be one of chain, lookahead, medusa, medusa-typical, draft-tree, got 'tree'"),
     ],
 )
 def test_profiles_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

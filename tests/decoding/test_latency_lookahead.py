@@ -133,7 +133,7 @@ def test_chains_refuse_the_size_of_lookahead_and_unknown_kinds_are_named(alone: 
     with pytest.raises(ValueError, match=r"max_target_tokens is not for chain rounds.*max_draft_length"):
         measure(alone, max_target_tokens=8)
     for function in (measure, measured):
-        with pytest.raises(ValueError, match="one of chain, lookahead, medusa, medusa-typical, got 'tree'"):
+        with pytest.raises(ValueError, match="one of chain, lookahead, medusa, medusa-typical, draft-tree, got 'tree'"):
             function(alone, rounds="tree")
 
 
@@ -152,7 +152,7 @@ def test_pairs_of_one_target_share_the_profile_that_is_kept_apart_from_their_cha
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path))
     kinds: list[str] = []
 
-    def quick(pair: Pair, *, sampling: Sampling, rounds: str, heads: None) -> LatencyProfile:
+    def quick(pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: None) -> LatencyProfile:
         kinds.append(rounds)
         assert (pair.draft is None) == (rounds == "lookahead")
         return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.9, {}, rounds=rounds)

@@ -56,7 +56,7 @@ def test_live_decoding_and_pairs_of_ones_own_are_measured(
 ) -> None:
     kinds: list[str] = []
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: None) -> LatencyProfile:
+    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: None) -> LatencyProfile:
         kinds.append(rounds)
         return profile
 

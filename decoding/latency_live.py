@@ -1,18 +1,21 @@
-"""Timing rounds of decoders that need a target alone: live rounds of many sizes and plain decoding, all interleaved."""
+"""Timing rounds of all kinds but chains: live rounds of many sizes and plain decoding, all interleaved."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .autoregressive import AutoregressiveDecoder
 from .decoder import Decoder, Round
+from .drafters import ModelDrafter
 from .hardware import describe_hardware
 from .latency import LatencyProfile, arithmetic_of
+from .models import LanguageModel
 from .pairs import Pair
 from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
+from .round_kinds import DRAFTED
 from .sampling import Sampling
 from .speculative import require_positive
 
@@ -21,9 +24,9 @@ GROWTH = 16
 _TRIES = 8
 
 
-def target_alone(pair: Pair) -> Pair:
-    """A pair's target without the draft, called by the target's name."""
-    return Pair(pair.target, None, pair.tokenizer, name=pair.target.name)
+def timed_models(pair: Pair, rounds: str) -> Pair:
+    """What takes part in rounds of some kind: the pair, or its target without the draft, by the target's name."""
+    return pair if rounds in DRAFTED else Pair(pair.target, None, pair.tokenizer, name=pair.target.name)
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Timing:
     """How rounds are timed.
 
     Attributes:
-        pair: a target alone.
-        rounds: the kind, `lookahead`, `medusa` or `medusa-typical`.
+        pair: what takes part in the rounds, as `timed_models` has it.
+        rounds: the kind, one of `round_kinds` but not `chain`.
         repeats: how often every size is timed, 1 or more.
         prompts: token ids to continue, one prompt a context, the profile's own first.
         sampling: drawing tokens costs more than taking the likeliest.
@@ -58,7 +61,7 @@ class Timing:
         time_limit: float,
         contexts: Sequence[int],
     ) -> Timing:
-        """Of a pair whose draft, if it has one, is not used.
+        """Of a pair whose draft, if it has one, is used only where rounds of this kind need it.
 
         Args:
             prompt: token ids to continue; None for some of which nothing is known.
@@ -68,7 +71,7 @@ class Timing:
         Raises:
             ValueError: a context is not positive, or the prompt cannot be read.
         """
-        pair = target_alone(pair)
+        pair = timed_models(pair, rounds)
         for context in contexts:
             require_positive("each of contexts", context)
         own = repeating_prompt(pair) if prompt is None else AutoregressiveDecoder(pair).check_prompt(prompt)
@@ -79,12 +82,19 @@ class Timing:
     @property
     def room(self) -> int:
         """Tokens that may follow one another behind the longest context, at the end of a text."""
-        return self.pair.target.context_limit - max(map(len, self.prompts)) - GROWTH
+        return self._shortest.context_limit - max(map(len, self.prompts)) - GROWTH
+
+    @property
+    def _shortest(self) -> LanguageModel:
+        """Of the models that take part the one with the shortest context."""
+        draft = self.pair.draft
+        models = [self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])]
+        return min(models, key=lambda model: model.context_limit)
 
     def require_room(self, tokens: int) -> None:
         """Raise ValueError unless so many tokens may follow one another behind the longest context."""
         if self.room < tokens:
-            name, limit = self.pair.target.name, self.pair.target.context_limit
+            name, limit = self._shortest.name, self._shortest.context_limit
             raise ValueError(
                 f"a context of {max(map(len, self.prompts))} tokens leaves {name}, whose context is {limit}, no room "
                 f"for {self.rounds} rounds to be timed, which takes {GROWTH + tokens} tokens; give a shorter prompt or "
@@ -97,7 +107,7 @@ class Timing:
         sizes: Sequence[int],
         knobs: Callable[[int], Mapping[str, float]],
         *,
-        drafting: bool,
+        drafting: Collection[int] | None,
         about: Mapping[str, object] | None = None,
     ) -> LatencyProfile:
         """Time the rounds, and plain decoding beside them.
@@ -106,7 +116,8 @@ class Timing:
             decoder: of the rounds.
             sizes: tokens that the target's pass reads.
             knobs: of a round that reads so many tokens.
-            drafting: whether drafting is timed apart, by `Round.draft_steps`; otherwise it is part of the pass.
+            drafting: the sizes of the rounds whose drafting is timed, by `Round.draft_steps`; None where drafting is
+                part of the pass.
             about: what the profile tells of the decoder, beside the hardware.
         """
         plain_decoder = AutoregressiveDecoder(self.pair)
@@ -149,13 +160,14 @@ class _Samples:
         self.target: defaultdict[int, list[float]] = defaultdict(list)
         self.plain: list[float] = []
 
-    def add(self, cycle: Round | None, plainly: Round, drafting: bool) -> None:
+    def add(self, cycle: Round | None, plainly: Round, drafting: Collection[int] | None) -> None:
         self.plain.append(plainly.verify_seconds)
         if cycle is None:
             return
-        if drafting:
+        if drafting is not None and cycle.target_tokens in drafting:
             self.draft[cycle.draft_steps].append(cycle.draft_seconds)
-        self.target[cycle.target_tokens].append(cycle.verify_seconds + (0.0 if drafting else cycle.draft_seconds))
+        apart = 0.0 if drafting is not None else cycle.draft_seconds
+        self.target[cycle.target_tokens].append(cycle.verify_seconds + apart)
 
 
 def _round_of(text: EndlessText, size: int, knobs: Mapping[str, float]) -> Round | None:
