@@ -1,4 +1,4 @@
-"""Digests of models, drafts and heads, by which a recording names what it was made with."""
+"""Digests of models, drafts, heads and guidance, by which a recording names what it was made with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
+from .draft_tree.guidance import Guidance
 from .drafters import Drafter, ModelDrafter
 from .medusa import MedusaHeads
 from .ngram import NGramDrafter
@@ -26,6 +27,16 @@ def weights_digest(model: nn.Module) -> str:
 def heads_digest(heads: MedusaHeads) -> str:
     """SHA-256 over all that a target's Medusa heads are: weights, tokens, and accuracies, by which trees are made."""
     known = f"{heads.shape} {heads.accuracies} {weights_digest(heads)}"
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def guidance_digest(guidance: Guidance) -> str:
+    """SHA-256 over what stands beside the draft of a tree: alignment, its weight, and predictor; empty for nothing."""
+    if guidance.alignment is None:  # which all else reads
+        return ""
+    known = f"{weights_digest(guidance.alignment)} {guidance.weight}"
+    if guidance.predictor is not None:
+        known += f" {guidance.predictor.shape} {weights_digest(guidance.predictor)}"
     return hashlib.sha256(known.encode()).hexdigest()
 
 

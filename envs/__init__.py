@@ -61,7 +61,8 @@ def __getattr__(name: str) -> Any:
 
 def register_environments() -> None:
     """Add the environments of this package to Gymnasium's registry; those already there are left alone."""
-    for name, decoder in (("Thresholds", "threshold"), ("Lookahead", "lookahead"), ("Medusa", "medusa")):
+    tuned = {"Thresholds": "threshold", "Lookahead": "lookahead", "Medusa": "medusa", "DraftTree": "draft-tree"}
+    for name, decoder in tuned.items():
         if f"specgym/{name}-v0" not in gymnasium.registry:
             gymnasium.register(
                 id=f"specgym/{name}-v0",

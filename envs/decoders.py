@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..decoding.decoder import Decoder, Knob
+from ..decoding.draft_tree import DraftTreeDecoder, draft_tree_knobs
 from ..decoding.lookahead import LookaheadDecoder, lookahead_knobs
 from ..decoding.lookahead.decoder import PRESETS
 from ..decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, medusa_knobs
 from ..decoding.medusa.decoder import typical_knobs
 from ..decoding.pairs import Pair
-from ..decoding.round_kinds import CHAIN, LOOKAHEAD, MEDUSA, MEDUSA_TYPICAL, OF_HEADS, Rounds
+from ..decoding.round_kinds import CHAIN, DRAFT_TREE, LOOKAHEAD, MEDUSA, MEDUSA_TYPICAL, OF_HEADS, Rounds
 from ..decoding.speculative import SpeculativeDecoder, speculative_knobs
 from ..decoding.threshold import ThresholdDecoder, threshold_knobs
 from .shipped_traces import DEFAULT_WORKLOAD
@@ -23,11 +24,12 @@ class TunableDecoder:
     """What is known of a decoder."""
 
     build: Callable[[Pair, int], Decoder]
-    """Makes it from a pair and a draft length K; Medusa's with the usual heads of the target."""
+    """Makes it from a pair and a draft length K; Medusa's with the usual heads of the target, and one that drafts trees
+    with all that belongs to the pair."""
     knobs: Callable[[int], tuple[Knob, ...]]
     """What can be tuned, by draft length; Medusa's with five heads."""
     drafts: bool = True
-    """Whether it needs a draft, and so has a draft length."""
+    """Whether it needs a draft."""
     traced: bool = False
     """Whether traces replay it; others are replayed by their outcomes."""
     rounds: Rounds = CHAIN
@@ -36,6 +38,11 @@ class TunableDecoder:
     """Of an environment for which none is given."""
     presets: tuple[tuple[float, ...], ...] = ()
     """Settings that people use beside the default, values in the order of the knobs."""
+
+    @property
+    def has_draft_length(self) -> bool:
+        """Whether it drafts K tokens one after another, at most. How far a tree goes its knobs say."""
+        return self.drafts and self.rounds == CHAIN
 
 
 def _lookahead(pair: Pair, draft_length: int) -> Decoder:
@@ -68,6 +75,11 @@ DECODERS: dict[str, TunableDecoder] = {
         drafts=False,
         rounds=MEDUSA_TYPICAL,
         workload=_ALONE,
+    ),
+    "draft-tree": TunableDecoder(
+        lambda pair, _: DraftTreeDecoder.usual(pair),
+        lambda _: draft_tree_knobs(),
+        rounds=DRAFT_TREE,
     ),
 }
 """By name."""
@@ -104,12 +116,19 @@ def rounds_of(decoder: str | Decoder | Callable[[Pair], Decoder]) -> Rounds:
     kind: Any = decoder if isinstance(decoder, type) else type(decoder)
     if issubclass(kind, MedusaDecoder):
         return MEDUSA_TYPICAL if issubclass(kind, TypicalMedusaDecoder) else MEDUSA
+    if issubclass(kind, DraftTreeDecoder):
+        return DRAFT_TREE
     return LOOKAHEAD if issubclass(kind, LookaheadDecoder) else CHAIN
 
 
-def heads_of(decoder: Decoder) -> MedusaHeads | None:
+def heads_of(decoder: Decoder | None) -> MedusaHeads | None:
     """The Medusa heads that a decoder drafts with; None for a decoder without any."""
     return decoder.heads if isinstance(decoder, MedusaDecoder) else None
+
+
+def tree_decoder_of(decoder: Decoder | None) -> DraftTreeDecoder | None:
+    """The decoder itself, where it drafts trees; None for any other."""
+    return decoder if isinstance(decoder, DraftTreeDecoder) else None
 
 
 def replayed_knobs(decoder: str, draft_length: int, highest: Mapping[str, float]) -> tuple[Knob, ...]:

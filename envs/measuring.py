@@ -10,7 +10,7 @@ from ..decoding.decoder import GREEDY, Decoder, Generation
 from ..decoding.latency import LatencyProfile
 from ..decoding.latency_measure import measured
 from ..decoding.sampling import Sampling
-from .decoders import heads_of, rounds_of
+from .decoders import heads_of, rounds_of, tree_decoder_of
 from .rewards import Number
 
 
@@ -38,7 +38,13 @@ def measure_setting(
         ValueError: there is no prompt. Otherwise as for `Decoder.generate`.
     """
     if profile is None:
-        profile = measured(decoder.pair, sampling=sampling, rounds=rounds_of(decoder), heads=heads_of(decoder))
+        profile = measured(
+            decoder.pair,
+            sampling=sampling,
+            rounds=rounds_of(decoder),
+            heads=heads_of(decoder),
+            tree_decoder=tree_decoder_of(decoder),
+        )
     return summarise(decoder, decode_prompts(decoder, knobs, prompts, tokens, sampling, seed), profile)
 
 

@@ -43,9 +43,9 @@ def totals(outcomes: Outcomes, profile: LatencyProfile, tokens: int) -> Totals:
 
     A decoder that drafts chains would have drafted less near the new end, so it is charged less there; a greedy exact
     one is then as if it had been asked for so many tokens. Thresholds might have decided otherwise about the shorter
-    draft, and Lookahead would have offered shorter n-grams: neither shows in what was recorded, so the last rounds of a
-    text that is cut are theirs of the longer text, without the tokens beyond the end. Of the divergence of a round that
-    is cut, each token counts alike.
+    draft, Lookahead would have offered shorter n-grams, and a draft would have grown a lower tree: none of that shows
+    in what was recorded, so the last rounds of a text that is cut are theirs of the longer text, without the tokens
+    beyond the end. Of the divergence of a round that is cut, each token counts alike.
 
     Args:
         outcomes: what was recorded.

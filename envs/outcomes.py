@@ -52,6 +52,8 @@ class OutcomeInfo(Provenance):
     knobs: tuple[RecordedKnob, ...]
     heads_sha256: str = ""
     """Over what Medusa heads propose, and in which trees; empty for a decoder without heads."""
+    guidance_sha256: str = ""
+    """Over what stands beside the draft of a tree; empty where nothing does, and for other decoders."""
 
     def __str__(self) -> str:
         return f"the {self.decoder} outcomes of {self.workload} ({self.split})"
@@ -70,7 +72,7 @@ class Outcomes:
         emitted: tokens that each round emitted, at least 1, shape (rounds,), like the rest.
         drafted: draft tokens verified.
         accepted: draft tokens among those emitted.
-        draft_steps: tokens that the draft made one after another.
+        draft_steps: tokens, or levels of a tree, that the draft made one after another.
         target_tokens: tokens that the target's pass read, at least 1.
         divergence: the round's sum of total variations from the target; not stored where it is 0 throughout.
     """

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 import tyro
 
+from ..decoding.decoder import Decoder
 from ..decoding.errors import SpecgymError
 from ..decoding.files import file_name
 from ..decoding.latency import LatencyProfile, LatencyProfileError, arithmetic_of
 from ..decoding.latency_measure import measure, measured
-from ..decoding.medusa import MedusaHeads
 from ..decoding.presets import resolve
-from ..decoding.round_kinds import CHAIN, Rounds, timed_as
+from ..decoding.round_kinds import CHAIN, DRAFTED, Rounds, timed_as
+from .decoders import heads_of, tree_decoder_of
 from .workloads import Workload, workload
 
 REFERENCES = Path(__file__).parent / "data" / "latency"
@@ -36,7 +37,7 @@ def profile_of(
     *,
     replayed: bool,
     rounds: str = CHAIN,
-    heads: MedusaHeads | None = None,
+    decoder: Decoder | None = None,
 ) -> LatencyProfile:
     """What the time of a workload is charged by.
 
@@ -45,13 +46,14 @@ def profile_of(
         given: a profile, or a file with one; None for the default.
         replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
             this hardware, for which it is loaded; measured once, it is read from the cache.
-        rounds: the kind of rounds that is charged: `chain`, `lookahead`, `medusa` or `medusa-typical`, which is
-            `medusa` where the workload is greedy.
-        heads: that Medusa's rounds are timed with, where they are measured; by default the usual ones of the target.
+        rounds: the kind of rounds that is charged: `chain`, `lookahead`, `medusa`, `medusa-typical`, which is `medusa`
+            where the workload is greedy, or `draft-tree`.
+        decoder: by whose Medusa heads, or whose draft trees, rounds are timed where they are measured; by default by
+            the usual ones of the pair.
 
     Raises:
         LatencyProfileError: the file is missing or damaged, or what is given was made for another kind of rounds.
-        ValueError: chains are to be measured of a pair without a draft.
+        ValueError: chains or draft trees are to be measured of a pair without a draft.
         MedusaHeadsError: Medusa's rounds are to be measured of a target without heads. Loading errors as for
             `load_pair`, where no profile is given.
     """
@@ -63,22 +65,27 @@ def profile_of(
     reference = REFERENCES / profile_name(found, rounds)
     if replayed and isinstance(found.pair, str) and reference.is_file():
         return _loaded(reference)
-    return measured(found.load(), sampling=found.sampling, rounds=rounds, heads=heads)
+    return measured(
+        found.load(),
+        sampling=found.sampling,
+        rounds=rounds,
+        heads=heads_of(decoder),
+        tree_decoder=tree_decoder_of(decoder),
+    )
 
 
 def profile_name(found: Workload, rounds: str = CHAIN) -> str:
     """The file name of a profile that serves a workload: what is timed, and whether tokens are drawn.
 
-    Chains are timed of a pair; Lookahead's and Medusa's rounds of its target alone, so `tiny` and `tiny-10m` share a
-    profile.
+    Chains and draft trees are timed of a pair; Lookahead's and Medusa's rounds of its target alone, so `tiny` and
+    `tiny-10m` share a profile.
     """
     rounds = timed_as(rounds, found.sampling.greedy)
-    if rounds == CHAIN:
+    if rounds in DRAFTED:
         subject = found.pair if isinstance(found.pair, str) else found.pair.name
-        kind = ""
     else:
         subject = resolve(found.pair).target if isinstance(found.pair, str) else found.pair.target.name
-        kind = f"{rounds}."
+    kind = "" if rounds == CHAIN else f"{rounds}."
     return f"{file_name(subject)}.{kind}{arithmetic_of(found.sampling)}.json"
 
 
@@ -97,17 +104,18 @@ class ProfileCommand:
     out: Path = Path("latency")
     """Folder of the profiles."""
     rounds: Rounds = CHAIN
-    """What is timed: drafting a chain of tokens and verifying it; or, which needs no draft, rounds of Lookahead
-    decoding, or of Medusa decoding, exact or typical, with the heads beside the target or those that ship for it."""
+    """What is timed: drafting a chain of tokens, or a tree of them, and verifying it; or, which needs no draft, rounds
+    of Lookahead decoding, or of Medusa decoding, exact or typical, with the heads beside the target or those that ship
+    for it."""
     batch_sizes: tuple[int, ...] = (1,)
-    """Sequences decoded together, at which to measure; for Lookahead and Medusa 1 alone."""
+    """Sequences decoded together, at which to measure; for all but chains 1 alone."""
     contexts: tuple[int, ...] = ()
     """Tokens read before, at which to measure; by default a short prompt's."""
     max_draft_length: int | None = None
     """Of chains, the longest draft timed, in tokens; by default 16."""
     max_target_tokens: int | None = None
-    """Of Lookahead and Medusa, the most tokens that a timed pass reads; by default 160 and 65, or as many as there is
-    room for."""
+    """Of all but chains, the most tokens that a timed pass reads; by default 160 for Lookahead and 65 for trees,
+    Medusa's or a draft's, or as many as there is room for."""
     threads: int = 1
     """torch's threads; 0 for torch's own choice."""
 

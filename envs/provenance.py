@@ -25,7 +25,7 @@ class Provenance:
     prompts_sha256: str
     """Of the prompt set (`PromptSet.digest`)."""
     draft_length: int
-    """K, the most tokens drafted at a position; 0 for a decoder that drafts nothing."""
+    """K, the most tokens drafted at a position; 0 for a decoder that drafts no chains."""
     tokens: int
     """Of each of the target's texts, at most."""
     seed: int

@@ -24,8 +24,8 @@ class RecordCommand:
     workloads: tyro.conf.Positional[tuple[str, ...]]
     """pair/prompts or pair/prompts@temperature; several may be given."""
     decoder: str | None = None
-    """Record outcomes of this decoder (lookahead, medusa or medusa-typical, or threshold or speculative, which can do
-    with a trace); by default a trace of the draft."""
+    """Record outcomes of this decoder (lookahead, medusa, medusa-typical or draft-tree, or threshold or speculative,
+    which can do with a trace); by default a trace of the draft."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder of the files, each named after its workload and split; by default traces, or outcomes."""
     splits: tuple[Split, ...] = ("train", "test")
@@ -37,7 +37,7 @@ class RecordCommand:
     refine: int | None = None
     """Outcomes: settings beyond those, where the recorded ones say that decoding is fastest (0)."""
     draft_length: int | None = None
-    """Tokens drafted at every position, K (16); not for the others, which draft none."""
+    """Tokens drafted at every position, K (16); not for the others, which draft no chains."""
     prompts: int | None = None
     """Prompts of the split, at most; the first ones (24, or 12 for outcomes)."""
     tokens: int | None = None
@@ -69,6 +69,6 @@ class RecordCommand:
                 raise TraceError(f"{option} is for outcomes; give --decoder, or leave it out to record a trace")
             if self.decoder is not None and name not in _OF_OUTCOMES:
                 raise TraceError(f"{option} is for traces; leave it out, or leave out --decoder {self.decoder}")
-            if name == "draft_length" and self.decoder is not None and not DECODERS[self.decoder].drafts:
+            if name == "draft_length" and self.decoder is not None and not DECODERS[self.decoder].has_draft_length:
                 raise TraceError(f"{option}: {self.decoder} drafts no tokens one after another; leave it out")
         return given

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..decoding.decoder import Decoder, Knob, Round
-from ..decoding.digests import heads_digest
+from ..decoding.digests import guidance_digest, heads_digest
+from ..decoding.draft_tree import DraftTreeDecoder
 from ..decoding.files import write_json
 from ..decoding.latency import LatencyProfile
 from ..decoding.medusa import MedusaDecoder
@@ -51,7 +52,7 @@ class OutcomeSettings:
     tokens: int = 64
     """Decoded of each prompt with each setting, at most."""
     draft_length: int = 16
-    """K, for a decoder that drafts."""
+    """K, for a decoder that drafts tokens one after another."""
     seed: int = 0
     """Of the design and of all sampling."""
 
@@ -194,13 +195,14 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
 def _info(
     found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder
 ) -> OutcomeInfo:
-    drafted = DECODERS[settings.decoder].drafts
+    known = DECODERS[settings.decoder]
     return OutcomeInfo(
-        **provenance_of(found, split, prompts, drafted),
+        **provenance_of(found, split, prompts, known.drafts),
         decoder=settings.decoder,
         knobs=recorded_knobs(decoder.knobs),
         heads_sha256=heads_digest(decoder.heads) if isinstance(decoder, MedusaDecoder) else "",
-        draft_length=settings.draft_length if drafted else 0,
+        guidance_sha256=guidance_digest(decoder.guidance) if isinstance(decoder, DraftTreeDecoder) else "",
+        draft_length=settings.draft_length if known.has_draft_length else 0,
         tokens=settings.tokens,
         seed=settings.seed,
     )

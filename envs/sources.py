@@ -15,7 +15,7 @@ from ..decoding.pairs import Pair
 from ..decoding.prompts import Split
 from ..decoding.speculative import require_positive
 from .archives import TraceError
-from .decoders import DECODERS, TRACED, build_decoder, default_workload, heads_of, replayed_knobs, rounds_of
+from .decoders import DECODERS, TRACED, build_decoder, default_workload, replayed_knobs, rounds_of
 from .measuring import decode_prompts, metrics, summarise
 from .outcome_replay import OutcomeReplay
 from .outcomes import OutcomeError, Outcomes
@@ -97,8 +97,8 @@ class LiveSource:
         self.workload = found if split is None else found.with_split(split)
         self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
         self.knobs = self.decoder.knobs
-        rounds, heads = rounds_of(self.decoder), heads_of(self.decoder)
-        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds, heads=heads)
+        rounds = rounds_of(self.decoder)
+        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds, decoder=self.decoder)
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
         self._tokens = tokens

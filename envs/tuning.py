@@ -52,8 +52,9 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
     | 0     | move of fallback  | 0.2        | -1  | 1    |
     | 1     | move of rollback  | (K - 1)/10 tokens, 1.5 for K = 16 | -1 | 1 |
 
-    and for the speculative decoder one, the move of `draft_length` by (K - 1)/10 tokens. docs/lookahead.md and
-    docs/medusa.md have the tables of those decoders; `knobs`, `ranges` and `scales` tell them of any.
+    and for the speculative decoder one, the move of `draft_length` by (K - 1)/10 tokens. docs/lookahead.md,
+    docs/medusa.md and docs/draft-tree.md have the tables of those decoders; `knobs`, `ranges` and `scales` tell them of
+    any.
 
     ## Observation space
     `Box(low, high, (knobs,), float32)`: the knobs in their own units. For the threshold decoder:
@@ -105,9 +106,10 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
 
     ## Arguments
     Args:
-        decoder: `"threshold"`, `"speculative"`, `"lookahead"`, `"medusa"`, `"medusa-typical"`, or anything that makes a
-            decoder with knobs from a pair. Medusa's heads are those in the folder `<target>-medusa` beside the target's
-            own, or those that ship for it; the typical one strays from the target when sampling, as thresholds do.
+        decoder: `"threshold"`, `"speculative"`, `"lookahead"`, `"medusa"`, `"medusa-typical"`, `"draft-tree"` (its
+            draft must be a model), or anything that makes a decoder with knobs from a pair. Medusa's heads are those in
+            the folder `<target>-medusa` beside the target's own, or those that ship for it; the typical one strays from
+            the target when sampling, as thresholds do.
         workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of the recording
             given, or `"tiny/prose"`, and `"tiny-10m/prose"`, a target without a draft, for decoders that need none.
         tokens_per_step: generated each step, at most (an end-of-text token ends a prompt early).
@@ -128,8 +130,8 @@ class TuningEnv(TunedKnobs, gymnasium.Env[Array, Array], EzPickle):
             rendering. Thresholds and exact speculative decoding are replayed from a trace of the draft
             (`specgym.envs.replay` says how true that is), other decoders from their recorded outcomes
             (`specgym.envs.outcome_replay` does).
-        draft_length: K, in tokens, for a decoder given by name that drafts. A replay of thresholds needs the K that was
-            recorded; exact decoding takes any up to that.
+        draft_length: K, in tokens, for a decoder given by name that drafts chains. A replay of thresholds needs the K
+            that was recorded; exact decoding takes any up to that.
         recording: what to replay, a `Trace`, `Outcomes` of the decoder, or a file of either; by default the one that
             ships for the workload and split.
         batch_size: sequences that are decoded together, all as this one, as far as the profile's time goes.

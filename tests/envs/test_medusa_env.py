@@ -143,7 +143,7 @@ def test_the_profile_is_that_of_medusa_rounds_by_default_and_no_other_is_taken(
 ) -> None:
     kinds: list[str] = []
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None) -> LatencyProfile:
+    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None, **more: Any) -> LatencyProfile:
         kinds.append(rounds)
         return cheap_heads
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import pytest
@@ -33,7 +34,7 @@ def test_live_rounds_are_charged_by_the_decoders_own_heads_whichever_lie_beside_
         save_heads(random_heads(alone.target.model, usual), tmp_path / "toy-medusa", alone.target)
     heads, timed = random_heads(alone.target.model, 3), list[MedusaHeads | None]()
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None) -> LatencyProfile:
+    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None, **more: Any) -> LatencyProfile:
         timed.append(heads)
         return cheap_heads
 
