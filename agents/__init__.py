@@ -3,6 +3,14 @@
 from .export import ExportedPolicy
 from .policy import KnobPolicy
 from .settings import TrainSettings
-from .tunable import LookaheadSettings, MedusaSettings, ThresholdSettings
+from .tunable import DraftTreeSettings, LookaheadSettings, MedusaSettings, ThresholdSettings
 
-__all__ = ["ExportedPolicy", "KnobPolicy", "LookaheadSettings", "MedusaSettings", "ThresholdSettings", "TrainSettings"]
+__all__ = [
+    "DraftTreeSettings",
+    "ExportedPolicy",
+    "KnobPolicy",
+    "LookaheadSettings",
+    "MedusaSettings",
+    "ThresholdSettings",
+    "TrainSettings",
+]

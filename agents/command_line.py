@@ -35,7 +35,13 @@ from .tuner.cross_validation import KINDS
 from .tuner.heat import heat_maps_of
 from .tuner.settings import TunerSettings
 
-EnvName = Literal["specgym/Thresholds-v0", "specgym/Lookahead-v0", "specgym/Medusa-v0", "specgym/DraftLength-v0"]
+EnvName = Literal[
+    "specgym/Thresholds-v0",
+    "specgym/Lookahead-v0",
+    "specgym/Medusa-v0",
+    "specgym/DraftTree-v0",
+    "specgym/DraftLength-v0",
+]
 THRESHOLDS: Final = "specgym/Thresholds-v0"
 DRAFT_LENGTH: Final = "specgym/DraftLength-v0"
 TUNER = "tuner"
@@ -48,7 +54,8 @@ class TrainCommand(Generic[_S]):
 
     settings: Annotated[_S, tyro.conf.arg(name="")]
     env: EnvName = THRESHOLDS
-    """What to learn: thresholds, the settings of Lookahead or Medusa decoding, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead or Medusa decoding or of draft trees, or when to stop a
+    draft."""
     resume: Path | None = None
     """Go on with this run (its folder) from its newest intact checkpoint. Its settings are kept; only
     --total-timesteps may be raised."""
@@ -77,12 +84,14 @@ class TrainStoppingCommand:
     """Learn when to stop a draft, from recorded texts of the pairs that ship with the package.
 
     The options are those of --env specgym/DraftLength-v0. To tune a decoder instead, and for the options of that: --env
-    specgym/Thresholds-v0 --help, --env specgym/Lookahead-v0 --help, or --env specgym/Medusa-v0 --help.
+    specgym/Thresholds-v0 --help, --env specgym/Lookahead-v0 --help, --env specgym/Medusa-v0 --help, or --env
+    specgym/DraftTree-v0 --help.
     """
 
     settings: Annotated[StoppingSettings, tyro.conf.arg(name="")]
     env: EnvName = DRAFT_LENGTH
-    """What to learn: thresholds, the settings of Lookahead or Medusa decoding, or when to stop a draft."""
+    """What to learn: thresholds, the settings of Lookahead or Medusa decoding or of draft trees, or when to stop a
+    draft."""
     resume: Path | None = None
     """Go on with this run (its folder). Its settings are kept; only --seeds may be added, and those that are learned
     stay."""

@@ -73,9 +73,9 @@ def _speed_alone() -> RewardSettings:
 
 
 @dataclass(frozen=True)
-class TargetAloneEnvironment(EnvironmentSettings):
-    """What the agent practises on, with a decoder that needs no draft. Where its text is the target's own, speed is all
-    there is to gain."""
+class ReplayedEnvironment(EnvironmentSettings):
+    """What the agent practises on, with a decoder that is replayed by its outcomes. Where its text is the target's own,
+    speed is all there is to gain."""
 
     tokens_per_step: int = 64
     """Tokens generated for one prompt in one environment step: as many as the table's. What pays depends on it where a
@@ -94,8 +94,8 @@ def _replay_learning() -> LearningSettings:
 
 
 @dataclass(frozen=True)
-class TargetAloneSettings(TrainSettings):
-    """How the knobs of a decoder are learned that needs no draft, and that is replayed by its outcomes.
+class ReplayedSettings(TrainSettings):
+    """How the knobs of a decoder are learned that is replayed by its outcomes.
 
     Attributes:
         STRAYING: how else to ask for a decoder whose text strays from the target's, if there is one.
@@ -104,22 +104,11 @@ class TargetAloneSettings(TrainSettings):
     REPLAYED = 32
     STRAYING: ClassVar[str] = ""
 
-    workloads: tuple[str, ...] = (
-        "tiny-10m/prose",
-        "tiny-10m/code",
-        "tiny-10m/definitions",
-        "tiny-3m/prose",
-        "tiny-3m/code",
-        "tiny-3m/chat",
-        "tiny-3m/prose@1.0",
-    )
-    """What to tune for: target/prompts, or target/prompts@temperature; no draft is needed. Each needs a recording
-    unless --environment.backend is live."""
     total_timesteps: int = 300_000
     """Environment steps over all workloads; rounded up to whole rollouts."""
     checkpoint_every: int = 20_000
     """Environment steps between two checkpoints, which --resume continues from."""
-    environment: TargetAloneEnvironment = field(default_factory=TargetAloneEnvironment)
+    environment: ReplayedEnvironment = field(default_factory=ReplayedEnvironment)
     """What the agent practises on."""
     learning: LearningSettings = field(default_factory=_replay_learning)
     """How it learns."""
@@ -141,7 +130,7 @@ class TargetAloneSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class LookaheadSettings(TargetAloneSettings):
+class LookaheadSettings(ReplayedSettings):
     """Learn window, n-gram size and guesses of Lookahead decoding. With no option at all: from recordings that ship."""
 
     FORMAT = "specgym-lookahead-settings-1"
@@ -150,9 +139,21 @@ class LookaheadSettings(TargetAloneSettings):
     DECODER = "lookahead"
     KNOBS = "Lookahead knobs"
 
+    workloads: tuple[str, ...] = (
+        "tiny-10m/prose",
+        "tiny-10m/code",
+        "tiny-10m/definitions",
+        "tiny-3m/prose",
+        "tiny-3m/code",
+        "tiny-3m/chat",
+        "tiny-3m/prose@1.0",
+    )
+    """What to tune for: target/prompts, or target/prompts@temperature; no draft is needed. Each needs a recording
+    unless --environment.backend is live."""
+
 
 @dataclass(frozen=True)
-class MedusaSettings(TargetAloneSettings, BoundedSettings):
+class MedusaSettings(ReplayedSettings, BoundedSettings):
     """Learn how many heads and how large a tree Medusa decoding uses, and, with typical acceptance, what it accepts.
 
     With no option at all: from recordings that ship, with exact acceptance.
@@ -204,8 +205,26 @@ class MedusaSettings(TargetAloneSettings, BoundedSettings):
             )
 
 
+@dataclass(frozen=True)
+class DraftTreeSettings(ReplayedSettings):
+    """Learn how wide, deep and large a draft's tree of candidates grows, and how hopeless a branch is that is cut.
+
+    With no option at all: from recordings that ship. The draft must be a model.
+    """
+
+    FORMAT = "specgym-draft-tree-settings-1"
+    ABOUT = "a run of draft trees"
+    ENV = "specgym/DraftTree-v0"
+    DECODER = "draft-tree"
+    KNOBS = "draft tree knobs"
+
+    workloads: tuple[str, ...] = ("tiny/prose", "tiny/code", "tiny-3m-1l/prose", "tiny-3m-1l/code")
+    """What to tune for: pair/prompts, or pair/prompts@temperature. Each needs a recording unless --environment.backend
+    is live."""
+
+
 TUNABLE: dict[str, type[TrainSettings]] = {
-    kind.ENV: kind for kind in (ThresholdSettings, LookaheadSettings, MedusaSettings)
+    kind.ENV: kind for kind in (ThresholdSettings, LookaheadSettings, MedusaSettings, DraftTreeSettings)
 }
 """The settings of every decoder that can be tuned, by the id of its environment."""
 

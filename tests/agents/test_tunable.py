@@ -16,9 +16,10 @@ from specgym.agents.settings_files import prolonged
 from specgym.agents.training import train
 from specgym.agents.tunable import (
     TUNABLE,
+    DraftTreeSettings,
     LookaheadSettings,
     MedusaSettings,
-    TargetAloneEnvironment,
+    ReplayedEnvironment,
     ThresholdSettings,
     load_settings,
 )
@@ -51,28 +52,27 @@ def test_settings_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
         LookaheadSettings.load(path)
 
 
+@pytest.mark.parametrize("kind", [LookaheadSettings, DraftTreeSettings])
 @pytest.mark.parametrize("name", ["max_divergence", "draft_length"])
-def test_what_means_nothing_without_a_draft_is_not_offered(name: str) -> None:
+def test_what_means_nothing_without_chains_is_not_offered(kind: type[TrainSettings], name: str) -> None:
     with pytest.raises(TypeError, match=name):
-        LookaheadSettings(**{name: 4})
+        kind(**{name: 4})
     with pytest.raises(TypeError, match=name):
-        TargetAloneEnvironment(**{name: 4})
+        ReplayedEnvironment(**{name: 4})
 
 
 @pytest.mark.parametrize("reward", [RewardSettings(max_divergence=0.1), RewardSettings(divergence_weight=1.0)])
 def test_a_lossless_decoder_has_no_divergence_to_weigh(reward: RewardSettings) -> None:
-    for kind in (LookaheadSettings, MedusaSettings):
+    for kind in (LookaheadSettings, MedusaSettings, DraftTreeSettings):
         with pytest.raises(SettingsError, match="the target's own"):
-            kind(environment=TargetAloneEnvironment(reward=reward))
+            kind(environment=ReplayedEnvironment(reward=reward))
 
 
 def test_a_bound_is_for_typical_acceptance_alone(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"leave out max-divergence .*, or give --acceptance typical"):
         MedusaSettings(max_divergence=0.1)
     with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
-        MedusaSettings(
-            acceptance="typical", environment=TargetAloneEnvironment(reward=RewardSettings(max_divergence=0.1))
-        )
+        MedusaSettings(acceptance="typical", environment=ReplayedEnvironment(reward=RewardSettings(max_divergence=0.1)))
     with pytest.raises(SettingsError, match="acceptance must be one of exact, typical, got 'lax'"):
         MedusaSettings(acceptance="lax")  # type: ignore[arg-type]
     settings = MedusaSettings(acceptance="typical", max_divergence=0.1)
@@ -98,19 +98,21 @@ def test_a_pair_that_does_not_suit_the_decoder_is_refused_before_there_is_a_fold
 
 def test_recordings_are_for_replay_and_the_clock_for_live_decoding() -> None:
     with pytest.raises(SettingsError, match="recordings are for"):
-        TargetAloneEnvironment(backend="live", recordings=Path("outcomes"))
+        ReplayedEnvironment(backend="live", recordings=Path("outcomes"))
     with pytest.raises(SettingsError, match="a replay has no clock"):
-        TargetAloneEnvironment(timing="wall")
+        ReplayedEnvironment(timing="wall")
 
 
 def test_by_default_speed_is_all_that_a_lossless_decoder_is_rewarded_for() -> None:
-    reward = LookaheadSettings().reward
-    assert reward.speed_weight == 1
-    assert reward.acceptance_weight == reward.range_weight == reward.divergence_weight == 0
+    for kind in (LookaheadSettings, DraftTreeSettings):
+        reward = kind().reward
+        assert reward.speed_weight == 1
+        assert reward.acceptance_weight == reward.range_weight == reward.divergence_weight == 0
 
 
-def test_texts_are_as_long_in_practice_as_in_the_table() -> None:
-    settings = LookaheadSettings()
+@pytest.mark.parametrize("kind", [LookaheadSettings, MedusaSettings, DraftTreeSettings])
+def test_texts_are_as_long_in_practice_as_in_the_table(kind: type[TrainSettings]) -> None:
+    settings = kind()
     assert settings.environment.tokens_per_step == settings.evaluation.tokens
 
 
@@ -118,11 +120,11 @@ def test_many_practise_on_replay_and_one_a_workload_live() -> None:
     settings = LookaheadSettings(workloads=("tiny-3m/prose", "tiny-3m/code"))
     assert settings.practising == 64
     assert replace(settings, environments=5).practising == 5
-    assert replace(settings, environment=TargetAloneEnvironment(backend="live")).practising == 2
+    assert replace(settings, environment=ReplayedEnvironment(backend="live")).practising == 2
 
 
 def test_a_run_goes_on_with_its_own_settings_alone() -> None:
     saved = LookaheadSettings(name="x")
     assert prolonged(saved, replace(saved, total_timesteps=400_000)).total_timesteps == 400_000
     with pytest.raises(SettingsError, match="tokens_per_step = 64, and cannot go on with 8"):
-        prolonged(saved, replace(saved, environment=TargetAloneEnvironment(tokens_per_step=8)))
+        prolonged(saved, replace(saved, environment=ReplayedEnvironment(tokens_per_step=8)))
