@@ -70,15 +70,20 @@ class DistilledText:
         return self.tokens[chosen & (self.side == TRAINING)[:, None]]
 
 
-def frequent_tokens(tokens: np.ndarray, count: int) -> tuple[int, ...]:
-    """The most frequent tokens of a text, ascending; fewer where it has fewer, and none if ``count`` is 0.
+def frequent_tokens(tokens: np.ndarray, count: int, vocabulary_size: int | None = None) -> tuple[int, ...]:
+    """The most frequent tokens of a text, ascending; none if ``count`` is 0.
 
     Args:
         tokens: of the text, shape (n,).
         count: how many.
+        vocabulary_size: of the model. With it, what the text lacks is made up by the tokens of the lowest numbers,
+            which a byte-pair tokeniser found most often in text of its own; without it there may be fewer.
     """
-    found, times = np.unique(tokens, return_counts=True)
-    return tuple(sorted(map(int, found[np.argsort(-times, kind="stable")[:count]])))
+    times = np.bincount(tokens, minlength=vocabulary_size or 0)
+    likeliest = np.argsort(-times, kind="stable")  # of tokens as frequent, the lowest number first
+    if vocabulary_size is None:
+        likeliest = likeliest[times[likeliest] > 0]
+    return tuple(sorted(map(int, likeliest[:count])))
 
 
 def describe_text(settings: TextSettings, target: str) -> str:

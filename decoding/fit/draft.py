@@ -66,7 +66,8 @@ class DraftSettings:
     """Attention heads of fresh layers; chosen by the width if not given."""
     vocabulary: int = 0
     """Let the draft propose only the so many most frequent tokens of the text (with --own-text, of what the target
-    wrote); 0 for all. Its output layer then costs that much less, and decoding stays lossless."""
+    wrote), made up by those of the lowest numbers where it has fewer; 0 for all. Its output layer then costs that much
+    less, and decoding stays lossless."""
     share: bool = True
     """Leave embeddings that are the target's own out of the folder. With --no-share the folder holds everything, so
     that transformers and other engines load it as it is. What is taken from a GGUF file is always stored."""
@@ -199,7 +200,7 @@ def _lessons(
 
 
 def _reduce(draft: PreTrainedModel, tokens: np.ndarray, count: int) -> tuple[int, ...]:
-    proposed = frequent_tokens(tokens, count)
+    proposed = frequent_tokens(tokens, count, len(output_layer(draft).weight))
     if proposed:
         reduce_output(draft, torch.tensor(proposed))
     return proposed
@@ -235,5 +236,5 @@ def _width(settings: DraftSettings) -> int:
 
 
 def _summary(target: str, begun_from: str, proposed: Sequence[int]) -> str:
-    words = f" It proposes the {len(proposed):,} most frequent tokens." if proposed else ""
+    words = f" It proposes the {len(proposed):,} most frequent tokens alone." if proposed else ""
     return f"A draft for speculative decoding, distilled from {target}: begun from {begun_from}.{words}"

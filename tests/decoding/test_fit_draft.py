@@ -72,7 +72,7 @@ def untrained(settings: DraftSettings) -> DraftSettings:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"vocabulary": 12}, {"own_text": False, "vocabulary": 10}])
+@pytest.mark.parametrize("options", [{}, {"vocabulary": 15}, {"own_text": False, "vocabulary": 10}])
 def test_a_draft_learns_what_its_target_says(settings: DraftSettings, options: dict[str, Any]) -> None:
     settings = replace(settings, **options)
     if not settings.own_text:
@@ -84,10 +84,10 @@ def test_a_draft_learns_what_its_target_says(settings: DraftSettings, options: d
     layer = reduced_output(load_checkpoint(settings.out))
     assert (layer is None) is ("vocabulary" not in options)
     if layer is not None:
-        assert len(layer.tokens) == options["vocabulary"]
+        assert len(layer.tokens) == options["vocabulary"]  # more than are ever written where 15 are asked for
         assert after.alpha <= after.covered + 1e-5
     if settings.own_text and layer is not None:
-        assert set(CIRCLE) == set(layer.tokens.tolist())  # which is all that the target writes
+        assert layer.tokens.tolist() == [0, 1, 2, *CIRCLE]  # the circle is all that the target writes
         assert after.covered > 0.9
 
 
@@ -99,7 +99,7 @@ def test_layers_of_the_target_are_all_that_is_stored(settings: DraftSettings, tm
     assert "lm_head.weight" not in stored
     assert "model.embed_tokens.weight" not in stored
     card = (settings.out / "README.md").read_text()
-    assert "It proposes the 12 most frequent tokens." in card
+    assert "It proposes the 12 most frequent tokens alone." in card
     assert "target itself continued 40 prompts of 3 to 6 tokens" in card
     assert "at every token that target wrote in texts kept apart" in card
     assert "| covered |" in card

@@ -117,6 +117,8 @@ def test_frequent_tokens_are_those_that_the_target_wrote_in_texts_to_train_on(tm
     assert frequent_tokens(text.written(), 2) == (7, 9)
     assert frequent_tokens(text.written(), 10) == (7, 8, 9)
     assert frequent_tokens(text.written(), 0) == ()
+    assert frequent_tokens(text.written(), 5, vocabulary_size=300) == (0, 1, 7, 8, 9)
+    assert frequent_tokens(text.written(), 2, vocabulary_size=300) == (7, 9)
 
 
 def test_batches_need_no_history_and_visit_every_position_in_an_epoch() -> None:
