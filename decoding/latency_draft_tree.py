@@ -24,6 +24,7 @@ from .pairs import Pair
 from .round_kinds import MOST_TREE_TOKENS
 
 _WIDTH = 4
+_EVEN = 0.5
 _SIZES = (1, 2, 3, *(_WIDTH * level + 1 for level in range(1, DEEPEST + 1)), 41, 49, 57, MOST_TREE_TOKENS)
 
 
@@ -83,7 +84,7 @@ def _knobs(size: int) -> dict[str, float]:
         "max_candidates": _widest(size),
         "max_depth": _levels(size),
         "node_budget": size - 1,
-        "min_acceptance_prob": 0.5,
+        "min_acceptance_prob": _EVEN,
     }
 
 
@@ -98,13 +99,12 @@ class _SizedTrees(DraftTreeDecoder):
 
 @dataclass(frozen=True)
 class _FixedChances(Guidance):
-    """Says what the real one says as fast, and that the first node's children are accepted, no other's."""
+    """Takes as long as the real one, and says that the first choice is certain and any other as likely as not."""
 
     def predict(self, scores: Tensor, aligned: Aligned | None, children: Tensor, depth: int) -> Tensor:
-        """As `Guidance.predict`: 1 for the first choice, 0.5 beside it, and 0 for what would follow that."""
+        """As `Guidance.predict`. What follows another choice than the first is thus 0.25 at most, and cut."""
         super().predict(scores, aligned, children, depth)
-        chances = torch.zeros(children.shape, device=children.device)
-        chances[0] = 0.5
+        chances = torch.full(children.shape, _EVEN, device=children.device)
         chances[0, 0] = 1.0
         return chances
 

@@ -4,6 +4,7 @@ time."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,12 @@ def test_passes_are_of_all_sizes_and_drafting_is_timed_with_levels_of_usual_widt
     def counted(session: Any, knobs: Any) -> Any:
         found = of_round(session, knobs)
         rounds.append((found.draft_steps, found.drafted, int(knobs["node_budget"])))
-        return found
+        return replace(found, draft_seconds=found.drafted, verify_seconds=100 * found.target_tokens)
 
     monkeypatch.setattr(DraftTreeSession, "_round", counted)
     found = trees(pair, max_target_tokens=65, tree_decoder=decoder, sampling=Sampling(1.0))
+    assert found.draft_seconds == {levels: 4 * levels for levels in range(9)}  # not of the wider trees
+    assert found.target_seconds == {size: 100 * size for size in found.target_seconds}
     assert set(found.target_seconds) <= set(read["target"])
     assert max(read["target"]) == 65
     assert all(drafted == wanted for _, drafted, wanted in rounds)  # at the first try
