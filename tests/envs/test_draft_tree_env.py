@@ -14,6 +14,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
+from transformers import PreTrainedModel
 
 from specgym.decoding import Pair, PromptLookupDrafter, Sampling
 from specgym.decoding.digests import guidance_digest, weights_digest
@@ -35,6 +36,13 @@ ENV = "specgym/DraftTree-v0"
 HIDDEN = 16
 MakeEnv = Callable[..., gymnasium.Env]
 STILL = np.zeros(4, np.float32)
+
+
+@pytest.fixture(scope="module")
+def pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel]) -> Pair:
+    """Of this file alone: models that were asked for hidden states, as guidance does, cannot be pickled afterwards."""
+    target = make_model("llama", layers=1, vocabulary=64, hidden=HIDDEN, context=128)
+    return Pair(target, make_noisy(target, 0.4), name="toy")
 
 
 @pytest.fixture(scope="module")
