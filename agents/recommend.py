@@ -1,11 +1,12 @@
 """From a policy that moves knobs to knobs: follow it from the defaults until it stays.
 
-Where it stays is what it recommends. The state is the knobs and the workload alone, so no text need be decoded for it.
+Where it stays is what it recommends, or what is better nearby (`nearby`). The state is the knobs and the workload
+alone, so no text need be decoded for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,24 @@ def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
     return {knob.name: knob.mean([point[knob.name] for point in path[-LAST:]]) for knob in policy.knobs}
 
 
-def recommend(policy: ExportedPolicy, workloads: Sequence[str]) -> dict[str, Any]:
-    """Recommended knobs: `workloads` by workload, and `pairs` by pair as the mean over the pair's workloads."""
+def recommend(
+    policy: ExportedPolicy,
+    workloads: Sequence[str],
+    improve: Callable[[str, Mapping[str, float]], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Recommended knobs.
+
+    Args:
+        policy: that has learned them.
+        workloads: names.
+        improve: makes better knobs of a workload from those where the policy stays.
+
+    Returns:
+        `workloads`, knobs by workload, and `pairs`, by pair, the mean over the pair's workloads.
+    """
     by_workload = {name: settle(policy, name) for name in workloads}
+    if improve is not None:
+        by_workload = {name: improve(name, values) for name, values in by_workload.items()}
     return {"pairs": by_pair(by_workload, policy.knobs), "workloads": by_workload}
 
 
@@ -58,7 +74,8 @@ def save_knobs(path: Path, recommended: Mapping[str, Any]) -> None:
     """Write the result of `recommend` as JSON, atomically."""
     about = (
         "Knobs in their own units. Each workload's are where the deterministic policy stays, followed from the "
-        "decoder's defaults; each pair's are the mean over its workloads."
+        "decoder's defaults, or, where outcomes were replayed, the best recorded setting around that place by the "
+        "training prompts; each pair's are the mean over its workloads."
     )
     write_json(path, {"format": FORMAT, "about": about, **recommended})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from ..callbacks import intact_checkpoints
 from ..callbacks.checkpoints import Checkpoint
 from ..decoding.errors import SpecgymError
 from ..decoding.files import replacing
+from ..decoding.latency import LatencyProfile
 from ..envs.workloads import workload
 from .beginning import begin, this_command
 from .environments import held_out_environments, make_env, require_recordings, state_names, training_environments
 from .evaluation import evaluate, save_rows
 from .export import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from .learner import learn
+from .nearby import best_nearby
 from .policy import KnobPolicy
 from .recommend import load_knobs, recommend, save_knobs
 from .report.gather import HEAT_MAPS_FILE
@@ -129,7 +131,12 @@ def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], c
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
     if not run.knobs.is_file():
-        save_knobs(run.knobs, recommend(ExportedPolicy.load(run.path), settings.workloads))
+        policy, charged = ExportedPolicy.load(run.path), dict(zip(settings.workloads, profiles, strict=True))
+
+        def improve(name: str, rest: Mapping[str, float]) -> dict[str, float]:
+            return best_nearby(settings, name, rest, policy.knobs, LatencyProfile.load(charged[name]).at())
+
+        save_knobs(run.knobs, recommend(policy, settings.workloads, improve))
     if run.table.is_file():
         console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.")
         return

@@ -138,10 +138,10 @@ class TreeDraft:
         seconds: GrowthSeconds,
     ) -> list[int]:
         """Add the children of a level; returns the places of those that are new."""
-        started = time.perf_counter()
         scores = scores.to(self._device)
-        aligned = self._guidance.align(None if states is None else states.to(self._device))
         q = self._sampling.probabilities(scores)
+        started = time.perf_counter()
+        aligned = self._guidance.align(None if states is None else states.to(self._device))
         if aligned is not None and aligned.logits is not None and self._guidance.weight:
             q = torch.lerp(q, self._sampling.probabilities(aligned.logits), self._guidance.weight)
         seconds.alignment += time.perf_counter() - started

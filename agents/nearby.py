@@ -1,0 +1,90 @@
+"""From where a policy rests to the best recorded setting around it.
+
+One network moves the knobs of all workloads, and rests where its moves cancel out: near a workload's best setting, and
+seldom on it. The outcomes that it has learned from tell the recorded settings around that place apart, on the training
+prompts and at no cost; what holds between them is a surface, and less sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..decoding.latency import LatencyProfile
+from ..envs.knobs import doublings
+from ..envs.outcome_replay import OutcomeReplay
+from ..envs.outcomes import Outcomes
+from ..envs.rewards import reward_terms
+from ..envs.shipped_outcomes import find_recording
+from ..envs.workloads import workload
+from .environments import recording_path
+from .export import KnobRange
+from .settings import TrainSettings
+
+REACH = 3.0
+"""How far around the policy's resting place is looked, in its own largest moves of every knob."""
+
+
+def best_nearby(
+    settings: TrainSettings,
+    name: str,
+    rest: Mapping[str, float],
+    knobs: Sequence[KnobRange],
+    profile: LatencyProfile,
+) -> dict[str, float]:
+    """The best of the recorded settings around a place and the place itself, by the reward of the training prompts.
+
+    Args:
+        settings: of the run.
+        name: of the workload.
+        rest: where the policy rests.
+        knobs: that it moves.
+        profile: what the workload's time is charged by.
+
+    Returns:
+        Knobs, in their own units; those of `rest` where the run was not replayed by outcomes, or where its bound on the
+        divergence is kept by none.
+    """
+    own = dict(rest)
+    if not settings.replayed:
+        return own
+    found, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
+    if not isinstance(found, Outcomes):
+        return own
+    names = [knob.name for knob in found.info.knobs]
+    place = np.array([[rest[knob] for knob in names]], np.float64)
+    near = found.settings[_within_reach(found.settings, place[0], names, knobs)]
+    tried = np.concatenate([place, near])
+    means = OutcomeReplay([found], [profile], settings.environment.tokens_per_step).means(0, tried)
+    reward = settings.reward
+    terms = reward_terms(
+        reward,
+        speedup=profile.autoregressive_seconds / means["seconds"],
+        acceptance_rate=means["accepted"] / np.maximum(means["drafted"], 1e-9),
+        divergence=means["divergence"],
+        knobs=settings.decoder(workload(name).load()).knobs,
+        values=dict(zip(names, tried.T, strict=True)),
+    )
+    earned = np.asarray(sum(terms.values()))
+    if reward.max_divergence is not None:
+        earned = np.where(means["divergence"] <= reward.max_divergence, earned, -np.inf)
+    best = int(np.argmax(earned))
+    if not np.isfinite(earned[best]):
+        return own
+    values = dict(zip(names, tried[best].tolist(), strict=True))
+    return {knob.name: knob.mean([values[knob.name]]) for knob in knobs}
+
+
+def _within_reach(
+    recorded: np.ndarray, place: np.ndarray, names: Sequence[str], knobs: Sequence[KnobRange]
+) -> np.ndarray:
+    """Which settings, shape (settings, knobs), are within reach of a place in every knob; shape (settings,), bool."""
+    within = np.ones(len(recorded), dtype=bool)
+    for knob in knobs:
+        column = names.index(knob.name)
+        values, centre = recorded[:, column], place[column]
+        if knob.logarithmic:
+            values, centre = doublings(values, knob.low), doublings(centre, knob.low)
+        within &= np.abs(values - centre) <= REACH * knob.step + 1e-9
+    return within

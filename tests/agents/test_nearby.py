@@ -1,0 +1,104 @@
+"""Around where a policy rests the best recorded setting is found, by the training prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from small_runs import record_little, target_alone
+from specgym.agents import nearby
+from specgym.agents.export import KnobRange
+from specgym.agents.nearby import REACH, best_nearby
+from specgym.agents.tunable import LookaheadSettings
+from specgym.decoding.latency import LatencyProfile
+from specgym.decoding.lookahead import lookahead_knobs
+from specgym.envs.knobs import default_scales, env_ranges
+from specgym.envs.outcome_totals import totals
+from specgym.envs.outcomes import Outcomes, outcomes_name
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def name(small_workloads: tuple[str, str]) -> str:
+    return target_alone(small_workloads)[0]
+
+
+@pytest.fixture(scope="module")
+def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> LookaheadSettings:
+    folder = record_little("lookahead", [name], tmp_path_factory.mktemp("outcomes"), settings=24)
+    usual = LookaheadSettings(workloads=(name,))
+    return replace(usual, environment=replace(usual.environment, recordings=folder, tokens_per_step=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def profile() -> LatencyProfile:
+    """A token more in a pass costs a twentieth of a pass over one."""
+    return LatencyProfile("toy", {0: 0.0}, {1: 0.010, 160: 0.0895}, 0.010, {}, rounds="lookahead")
+
+
+@pytest.fixture(scope="module")
+def recorded(settings: LookaheadSettings, name: str) -> Outcomes:
+    assert settings.environment.recordings is not None
+    return Outcomes.load(settings.environment.recordings / outcomes_name(name, "lookahead", "train"))
+
+
+def ranges() -> list[KnobRange]:
+    knobs = lookahead_knobs()
+    ends = env_ranges(knobs)
+    steps = default_scales(knobs, ends)
+    return [
+        KnobRange(knob.name, *ends[knob.name], knob.default, steps[knob.name], knob.integer, knob.logarithmic)
+        for knob in knobs
+    ]
+
+
+def moves(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the agent from one setting to another, in the knob that takes most."""
+    window = abs(math.log2(one[0] / other[0])) / 0.4
+    guesses = abs(math.log2((1 + one[2]) / (1 + other[2]))) / (math.log2(17) / 10)
+    return max(window, abs(one[1] - other[1]) / 0.4, guesses)
+
+
+def test_from_every_recorded_setting_the_fastest_within_reach_is_found(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
+) -> None:
+    seconds = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
+    settings_recorded = recorded.settings.tolist()
+    moved = stayed = 0
+    for place, own in zip(settings_recorded, seconds, strict=True):
+        least = min(
+            spent
+            for other, spent in zip(settings_recorded, seconds, strict=True)
+            if moves(place, other) <= REACH + 1e-6
+        )
+        rest = dict(zip(("window", "ngram", "guesses"), place, strict=True))
+        found = best_nearby(settings, name, rest, ranges(), profile)
+        values = list(found.values())
+        assert moves(place, values) <= REACH + 1e-6
+        assert seconds[settings_recorded.index(values)] == pytest.approx(least)  # several may be as fast
+        assert all(type(value) is int for value in values)
+        moved += least < own
+        stayed += values == place
+    assert moved > 2
+    assert stayed > 2
+
+
+def test_a_place_that_is_better_than_all_around_it_is_kept(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearby, "REACH", 0.0)
+    rest = {"window": 7, "ngram": 3, "guesses": 9}  # not recorded, so that its own value is interpolated
+    assert best_nearby(settings, name, rest, ranges(), profile) == rest
+
+
+def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile
+) -> None:
+    live = replace(settings, environment=replace(settings.environment, backend="live", recordings=None))
+    rest = {"window": 16, "ngram": 6, "guesses": 16}
+    assert best_nearby(settings, name, rest, ranges(), profile) != rest
+    assert best_nearby(live, name, rest, ranges(), profile) == rest
