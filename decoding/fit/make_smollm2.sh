@@ -21,7 +21,7 @@ fit() {
 for name in "$@"; do
     case $name in
         heads)
-            fit medusa --out $MODELS/smollm2-medusa --learning-rate 1e-3 --batch 2 --length 256 --tree-size 32 \
+            fit medusa --out $MODELS/smollm2-135m-instruct-medusa --learning-rate 1e-3 --batch 2 --length 256 --tree-size 32 \
                 --tokens 800000
             ;;
         draft)

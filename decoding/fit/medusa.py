@@ -108,7 +108,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     own = sum(parameter.numel() for parameter in heads.parameters())
     facts = Facts(
         name=settings.out.name,
-        summary=_summary(settings, target_name),
+        summary=_summary(settings, target_name, heads),
         parameters=own,
         stored=own,
         licence=settings.licence,
@@ -184,9 +184,9 @@ def _train(
     return outcome, stopping
 
 
-def _summary(settings: MedusaSettings, target: str) -> str:
+def _summary(settings: MedusaSettings, target: str, heads: MedusaHeads) -> str:
     output = "output layers of their own" if settings.own_output else f"the output layer of {target}"
-    words = f"They propose the {settings.vocabulary:,} most frequent tokens. " if settings.vocabulary else ""
+    words = f"They propose the {heads.shape.outputs:,} most frequent tokens. " if settings.vocabulary else ""
     return (
         f"{settings.heads} Medusa head{'s' * (settings.heads > 1)} for {target}, with {settings.blocks} residual "
         f"block{'s' * (settings.blocks > 1)} each and {output}. {words}They draft tokens that {target} then checks: "

@@ -90,14 +90,21 @@ def test_the_card_says_what_was_done_and_no_path_of_this_machine(
     assert str(tmp_path) not in card + described
 
 
-@pytest.mark.parametrize("options", [{"vocabulary": 8}, {"own_output": True}, {"blocks": 2}, {"heads": 1}])
+@pytest.mark.parametrize(
+    "options", [{"vocabulary": 8}, {"vocabulary": 250}, {"own_output": True}, {"blocks": 2}, {"heads": 1}]
+)
 def test_heads_of_every_kind_are_trained(
     settings: MedusaSettings, target: LanguageModel, options: dict[str, Any]
 ) -> None:
     report = make_medusa(replace(settings, **options))
     assert report.accuracy.top(1).max() > (0.4 if "vocabulary" in options else 0.9)
     heads = load_heads(settings.out, target)
-    assert heads.shape.outputs == (8 if "vocabulary" in options else target.vocabulary_size)
+    outputs = heads.shape.outputs
+    if "vocabulary" in options:
+        assert outputs == min(options["vocabulary"], 12)  # the target writes no more
+        assert f"They propose the {outputs} most frequent tokens" in (settings.out / "README.md").read_text()
+    else:
+        assert outputs == target.vocabulary_size
     assert heads.accuracies
 
 
