@@ -58,6 +58,9 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset("tiny-3m-1l", "tiny-3m", "tiny-3m-draft-1l", "shipped; the smallest target, one-layer draft"),
         PairPreset("tiny-3m-ngram", "tiny-3m", NGRAM, "shipped; the smallest target, an n-gram table as draft"),
         PairPreset("tiny-3m-lookup", "tiny-3m", PROMPT_LOOKUP, "shipped; the smallest target, drafts copied"),
+        PairPreset(
+            "smollm2-2l", smollm2.HUB_ID, "smollm2-draft-2l", "a real 135M chat model, a two-layer draft that ships"
+        ),
         PairPreset("smollm2-ngram", smollm2.HUB_ID, NGRAM, "a real 135M chat model, an n-gram table as draft"),
         PairPreset("smollm2-lookup", smollm2.HUB_ID, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),

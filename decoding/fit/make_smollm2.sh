@@ -25,7 +25,8 @@ for name in "$@"; do
                 --tokens 800000
             ;;
         draft)
-            fit draft --out $MODELS/smollm2-draft-2l --own-text --layers 2 --batch 8 --tokens 2400000 --report-prompts 6
+            fit draft --out $MODELS/smollm2-draft-2l --own-text --layers 2 --batch 8 --tokens 2400000 \
+                --learning-rate 1e-2 --report-prompts 6
             ;;
         *) echo "no $name is made here: heads or draft" >&2 && exit 1 ;;
     esac

@@ -1,0 +1,64 @@
+"""The draft that ships for SmolLM2, which finds its embeddings and its tokeniser elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from specgym.decoding import loading, smollm2
+from specgym.decoding.checkpoint import load_checkpoint, read_link
+from specgym.decoding.pairs import load_pair
+from specgym.decoding.prompts import encode, load_prompts
+from specgym.decoding.reduced_output import reduced_output
+from specgym.decoding.speculative import SpeculativeDecoder
+
+FOLDER = loading._SHIPPED / "smollm2-draft-2l"
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def lookalike() -> PreTrainedModel:
+    """A model with SmolLM2's embeddings in shape, and no layers."""
+    config = AutoConfig.from_pretrained(FOLDER)
+    config.num_hidden_layers = 0
+    with torch.random.fork_rng():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_the_folder_holds_two_layers_and_the_tokens_that_it_proposes(lookalike: PreTrainedModel) -> None:
+    link = read_link(FOLDER)
+    assert link.shared_with == link.tokenizer == smollm2.HUB_ID
+    stored = load_file(FOLDER / "model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if name != "lm_head.tokens"} == {torch.float16}
+    assert not [name for name, tensor in stored.items() if len(tensor) == 49_152]
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 14.5e6
+    draft = load_checkpoint(FOLDER, shared_from=lookalike)
+    assert draft.config.num_hidden_layers == 2
+    assert draft.get_input_embeddings().weight is lookalike.get_input_embeddings().weight
+    layer = reduced_output(draft)
+    assert layer is not None
+    assert len(layer.tokens) == 8_000
+    with torch.inference_mode():
+        scores = draft(torch.tensor([[1, 2, 3]])).logits
+    assert scores.shape == (1, 3, 49_152)
+    assert scores.isfinite().all()
+
+
+@pytest.mark.skipif(not smollm2.model_folder().is_dir(), reason="SmolLM2 was never fetched on this machine")
+def test_greedy_texts_equal_generate(reference: Callable[..., list[list[int]]]) -> None:
+    pair = load_pair("smollm2-2l", offline=True)
+    assert pair.tokenizer is not None
+    decoder = SpeculativeDecoder(pair)
+    drafted = accepted = 0
+    for name in ("chat", "code", "definitions", "prose"):
+        prompts = encode(load_prompts(name, limit=1), "test", pair.tokenizer, 256)
+        for prompt, expected in zip(prompts, reference(pair.target.model, prompts, NEW), strict=True):
+            made = decoder.generate(prompt, max_new_tokens=NEW, knobs={"draft_length": 3})
+            assert made.tokens == expected
+            drafted += sum(cycle.drafted for cycle in made.rounds)
+            accepted += sum(cycle.accepted for cycle in made.rounds)
+    assert accepted / drafted > 0.2
