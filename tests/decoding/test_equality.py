@@ -101,11 +101,8 @@ def expected_of(reference: Reference) -> Callable[[Pair], tuple[list[list[int]],
 
     def of(pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
         if pair.target.name not in known:
-            texts = [
-                text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:16]
-            ]
+            texts = [text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:8]]
             prompts = [pair.encode(text)[:64] for text in texts]
-            assert len(prompts) == PROMPTS
             known[pair.target.name] = prompts, reference(pair.target.model, prompts, NEW)
         return known[pair.target.name]
 
@@ -123,8 +120,8 @@ def test_greedy_output_of_shipped_pairs_equals_generate(
     # Short drafts and rollbacks, to be done in minutes; the random models above have the long ones.
     check(
         ThresholdDecoder(pair, draft_length=4),
-        prompts,
-        expected,
+        prompts[::2],
+        expected[::2],
         lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},
     )
 
