@@ -1,6 +1,6 @@
 """Draft trees against chains and plain decoding, and what alignment, prediction and pruning bring, one after another.
 
-    python -m benchmarks.draft_tree                                     # both shipped pairs, 10 minutes
+    python -m benchmarks.draft_tree                                     # both shipped pairs
     python -m benchmarks.draft_tree --targets tiny-3m --prompts 2       # a first impression
     python -m benchmarks.draft_tree --temperature 0.8                   # the three rules when sampling
     python -m benchmarks.draft_tree --device cuda --dtype float32
@@ -75,9 +75,11 @@ def methods(pair: Pair, settings: Settings) -> list[Method]:
     if predictor is None:
         return found
     guided = {"alignment": alignment, "predictor": predictor}
-    found.append(Method("tree + predictor", DraftTreeDecoder(pair, pruning=None, **guided), shape))
     both = DraftTreeDecoder(pair, pruning=None, alignment_weight=settings.weight, **guided)
-    found.append(Method("tree + both", both, shape))
+    found += [
+        Method("tree + both", both, shape),
+        Method("tree + predictor", DraftTreeDecoder(pair, pruning=None, **guided), shape),
+    ]
     return found + _pruned("tree + predictor, pruned", DraftTreeDecoder(pair, **guided), settings, shape)
 
 
@@ -112,7 +114,7 @@ def nodes(target: str, results: Results) -> tuple[Table, dict[str, Any]]:
             "accepted": sum(cycle.accepted for cycle in rounds) / len(rounds),
             "lost": sum(cycle.lost for cycle in rounds) / len(rounds),
         }
-        if "pruned" not in side:  # what comes after it is pruned from it
+        if "pruned" not in side:  # the methods after it are the same tree, pruned
             whole = own
         fewer = {f"fewer_{name}": 1 - own[name] / whole[name] for name in ("verified", "accepted")}
         seconds = sum(cycle.draft_seconds + cycle.verify_seconds for cycle in rounds)

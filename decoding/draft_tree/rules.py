@@ -114,9 +114,10 @@ class Independent(Rule):
         generator: torch.Generator,
         uniform: Callable[[], float],
     ) -> tuple[int, int]:
-        """Try child after child. On a GPU the host waits for each of them."""
+        """Try child after child. On a GPU the host waits once for each that it tries."""
         for place, token in enumerate(children):
-            if uniform() * float(q[token]) < float(p[token]):
+            p_of_token, q_of_token = torch.stack([p[token], q[token]]).tolist()
+            if uniform() * q_of_token < p_of_token:
                 return place, token
             p = residual(p, q)
             q = self._left(q, token)

@@ -33,25 +33,13 @@ from .early_stopping import EarlyStopping
 from .errors import FitError
 from .loop import LoopSettings, Outcome, train
 from .paired_states import PairedStates
-from .paired_text import REPORTED, PairSettings, check_pair_settings, open_pair, read_text, spread_over
+from .paired_text import REPORTED, PairSettings, check_pair_settings, open_pair, pair_loop, read_text, spread_over
 from .position_batches import PositionBatches
 from .prompt_windows import JUDGING, TRAINING
 from .reliability import reliability_plot
 from .verifications import Verifications, verifications
 
 _HELD_OUT_NODES = 4096
-
-
-def _loop() -> LoopSettings:
-    return LoopSettings(
-        tokens=512_000,
-        batch=2,
-        length=256,
-        learning_rate=3e-3,
-        optimiser="adamw",
-        weight_decay=0.0,
-        bfloat16=False,
-    )
 
 
 @dataclass(kw_only=True)
@@ -81,7 +69,7 @@ class AcceptanceSettings(PairSettings):
     aligned_scores: bool = True
     """Let the network also read what the target's output layer says of the aligned state; a decoder then has to compute
     that, which is dear where the vocabulary is large."""
-    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=_loop)
+    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=lambda: pair_loop(3e-3))
     """How to train; a step takes the candidates at --batch times --length nodes of trees, wherever they are."""
 
 

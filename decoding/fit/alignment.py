@@ -24,23 +24,11 @@ from .early_stopping import EarlyStopping
 from .errors import FitError
 from .loop import LoopSettings, Outcome, train
 from .paired_states import PairedStates
-from .paired_text import REPORTED, PairSettings, check_pair_settings, open_pair, read_text, spread_over
+from .paired_text import REPORTED, PairSettings, check_pair_settings, open_pair, pair_loop, read_text, spread_over
 from .position_batches import PositionBatches
 from .prompt_windows import JUDGING, TRAINING
 
 _HELD_OUT_POSITIONS = 4096
-
-
-def _loop() -> LoopSettings:
-    return LoopSettings(
-        tokens=512_000,
-        batch=2,
-        length=256,
-        learning_rate=1e-3,
-        optimiser="adamw",
-        weight_decay=0.0,
-        bfloat16=False,
-    )
 
 
 @dataclass(kw_only=True)
@@ -58,7 +46,7 @@ class AlignmentSettings(PairSettings):
     """Train; otherwise least squares are all there is."""
     penalty: float = 1e-3
     """Of the weights in least squares, as a multiple of the mean variance of the draft's features."""
-    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=_loop)
+    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=lambda: pair_loop(1e-3))
     """How to train; a step takes --batch times --length positions of the text, wherever they are."""
 
 

@@ -23,6 +23,19 @@ REPORTED = SPEED
 """The side of the text that nothing is chosen by, so that reports are on it alone."""
 
 
+def pair_loop(learning_rate: float) -> LoopSettings:
+    """How small networks beside a pair are trained by default."""
+    return LoopSettings(
+        tokens=512_000,
+        batch=2,
+        length=256,
+        learning_rate=learning_rate,
+        optimiser="adamw",
+        weight_decay=0.0,
+        bfloat16=False,
+    )
+
+
 @dataclass(kw_only=True)
 class PairSettings(OwnTextSettings):
     """Settings of the alignment and the acceptance command."""

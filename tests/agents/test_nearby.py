@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from small_runs import record_little, target_alone
 from specgym.agents import nearby
@@ -16,6 +19,7 @@ from specgym.agents.tunable import LookaheadSettings
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.lookahead import lookahead_knobs
 from specgym.envs.knobs import default_scales, env_ranges
+from specgym.envs.outcome_replay import OutcomeReplay
 from specgym.envs.outcome_totals import totals
 from specgym.envs.outcomes import Outcomes, outcomes_name
 
@@ -102,3 +106,33 @@ def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
     rest = {"window": 16, "ngram": 6, "guesses": 16}
     assert best_nearby(settings, name, rest, ranges(), profile) != rest
     assert best_nearby(live, name, rest, ranges(), profile) == rest
+
+
+def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearby, "REACH", 100.0)
+    means = OutcomeReplay.means
+
+    def straying(self: OutcomeReplay, workload: int, tried: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """The more guesses, the further from the target."""
+        return {**means(self, workload, tried), "divergence": tried[:, 2] / 16}
+
+    monkeypatch.setattr(OutcomeReplay, "means", straying)
+    spent = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
+    seconds = dict(zip(map(tuple, recorded.settings.tolist()), spent, strict=True))
+    for bound in (0.1, 0.3):
+        bounded = SimpleNamespace(
+            replayed=True,
+            decoder_name=settings.decoder_name,
+            environment=settings.environment,
+            decoder=settings.decoder,
+            reward=replace(settings.reward, max_divergence=bound),
+        )
+        rest = {"window": 16, "ngram": 6, "guesses": 16}  # it does not keep the bound itself
+        found = best_nearby(bounded, name, rest, ranges(), profile)  # type: ignore[arg-type]
+        keeping = [spent for setting, spent in seconds.items() if setting[2] / 16 <= bound]
+        assert found["guesses"] / 16 <= bound
+        assert seconds[tuple(map(float, found.values()))] == pytest.approx(min(keeping))
+    monkeypatch.setattr(nearby, "REACH", 0.0)  # where nothing keeps it, the policy has the last word
+    assert best_nearby(bounded, name, rest, ranges(), profile) == rest  # type: ignore[arg-type]

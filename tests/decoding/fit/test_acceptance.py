@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from killed_runs import assert_resumed_as_if_never_killed
 from specgym.decoding.draft_tree import DraftTreeModelError, load_acceptance, load_alignment
 from specgym.decoding.fit import acceptance as module
-from specgym.decoding.fit import distilled_text, state_files
+from specgym.decoding.fit import distilled_text
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.acceptance import AcceptanceSettings, make_acceptance
 from specgym.decoding.fit.acceptance_report import CALIBRATED, RAW, SCALED, SHARPENED
@@ -74,32 +74,10 @@ def test_the_card_has_the_scores_the_confidence_analysis_and_the_plot(
 def test_a_killed_run_resumes_to_the_identical_result_with_the_text_and_states_that_it_had(
     settings: AcceptanceSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(settings, loop=replace(settings.loop, checkpoint_minutes=0.0, tokens=30 * 32))
-    make_acceptance(replace(settings, out=tmp_path / "whole/net"))
-    (settings.loop.work / "net.pt").unlink()
-    calls = list[int]()
-
-    def killed(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        if len(calls) == 17:
-            raise KeyboardInterrupt
-
-    parts = replace(settings, out=tmp_path / "parts/net")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_acceptance", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make_acceptance(parts)
-
-    def refused(*_: Any) -> None:
-        raise AssertionError("it was there")
-
-    monkeypatch.setattr(distilled_text, "continue_rows", refused)
-    monkeypatch.setattr(state_files, "_write", refused)
-    make_acceptance(parts)
-    whole, resumed = ((tmp_path / name / "net/acceptance.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert resumed == whole
-    assert torch.load(settings.loop.work / "net.pt", weights_only=True)["outcome"]["steps"] == 30
-    with pytest.raises(TrainingError, match=r"net\.pt belongs to a run with other settings or text"):
+    parts = assert_resumed_as_if_never_killed(
+        make_acceptance, settings, module, "save_acceptance", "acceptance.safetensors", tmp_path, monkeypatch
+    )
+    with pytest.raises(TrainingError, match=r"made\.pt belongs to a run with other settings or text"):
         make_acceptance(replace(parts, label="ratio"))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from killed_runs import assert_resumed_as_if_never_killed
 from specgym.decoding.draft_tree import AffineAlignment, load_alignment
 from specgym.decoding.fit import alignment as module
-from specgym.decoding.fit import distilled_text, state_files
+from specgym.decoding.fit import distilled_text
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.alignment import AlignmentSettings, make_alignment
 from specgym.decoding.fit.alignment_report import DRAFT, KEPT, LEAST_SQUARES
@@ -86,31 +87,10 @@ def test_the_written_alignment_is_found_by_the_drafts_name_and_is_the_one_report
 def test_a_killed_run_resumes_to_the_identical_result_with_the_text_and_states_that_it_had(
     settings: AlignmentSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(settings, penalty=10.0, loop=replace(settings.loop, checkpoint_minutes=0.0, tokens=30 * 32))
-    make_alignment(replace(settings, out=tmp_path / "whole/map"))
-    (settings.loop.work / "map.pt").unlink()
-    calls = list[int]()
-
-    def killed(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        if len(calls) == 17:
-            raise KeyboardInterrupt
-
-    parts = replace(settings, out=tmp_path / "parts/map")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_alignment", killed)
-        with pytest.raises(KeyboardInterrupt):
-            make_alignment(parts)
-
-    def refused(*_: Any) -> None:
-        raise AssertionError("it was there")
-
-    monkeypatch.setattr(distilled_text, "continue_rows", refused)
-    monkeypatch.setattr(state_files, "_write", refused)
-    make_alignment(parts)
-    whole, resumed = ((tmp_path / name / "map/alignment.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert resumed == whole
-    assert torch.load(settings.loop.work / "map.pt", weights_only=True)["outcome"]["steps"] == 30
+    poor = replace(settings, penalty=10.0)  # so that there is something left to learn
+    assert_resumed_as_if_never_killed(
+        make_alignment, poor, module, "save_alignment", "alignment.safetensors", tmp_path, monkeypatch
+    )
 
 
 def test_a_state_of_other_settings_is_refused(settings: AlignmentSettings) -> None:

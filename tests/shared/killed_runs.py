@@ -1,0 +1,67 @@
+"""Runs of a fit command that are killed half-way, and given again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from specgym.decoding.fit import distilled_text, state_files
+
+
+def assert_resumed_as_if_never_killed(
+    make: Callable[[Any], object],
+    settings: Any,
+    module: ModuleType,
+    save: str,
+    weights: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Killed at its 17th checkpoint of 30 and given again, a run writes the same weights, and neither text nor states
+    anew.
+
+    Args:
+        make: the command.
+        settings: of it.
+        module: where `make` is.
+        save: name there of what writes the weights.
+        weights: the file that it writes.
+        folder: for both runs.
+        monkeypatch: of the test.
+
+    Returns:
+        The settings of the run that was killed.
+    """
+    settings = replace(settings, loop=replace(settings.loop, checkpoint_minutes=0.0, tokens=30 * 32))
+    make(replace(settings, out=folder / "whole/made"))
+    state = settings.loop.work / "made.pt"
+    state.unlink()
+    calls = list[int]()
+
+    def killed(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        if len(calls) == 17:
+            raise KeyboardInterrupt
+
+    parts = replace(settings, out=folder / "parts/made")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, save, killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(parts)
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("it was there")
+
+    monkeypatch.setattr(distilled_text, "continue_rows", refused)
+    monkeypatch.setattr(state_files, "_write", refused)
+    make(parts)
+    whole, resumed = ((folder / name / "made" / weights).read_bytes() for name in ("whole", "parts"))
+    assert resumed == whole
+    assert torch.load(state, weights_only=True)["outcome"]["steps"] == 30
+    return parts
