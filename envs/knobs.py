@@ -11,7 +11,9 @@ import numpy as np
 from ..decoding.decoder import Knob
 from ..decoding.errors import KnobError
 
-_RANGES = {"fallback": (0.05, 0.95)}  # at either end a threshold decides nothing, and there is nothing to learn
+# At either end of its range a fallback decides nothing, and there is nothing to learn; and a draft tree whose branches
+# must be likelier than 0.3 has next to none.
+_RANGES = {"fallback": (0.05, 0.95), "min_acceptance_prob": (0.0, 0.3)}
 _SCALES = {"fallback": 0.2}
 
 
