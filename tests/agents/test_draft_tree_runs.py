@@ -50,7 +50,7 @@ def test_a_run_learns_the_tree_s_knobs_within_their_ranges_and_is_charged_by_tre
         (1, 8, True, False),
         (0, 8, True, False),
         (0, 64, True, True),
-        (0, 1, False, False),
+        (0, 0.3, False, False),
     ]
     learned = json.loads((finished / "knobs.json").read_text())["workloads"][small_workloads[0]]
     assert tuple(learned) == KNOBS
