@@ -17,7 +17,7 @@ from ..files import replacing, write_json, write_text
 from ..models import LanguageModel
 from ..probes import alike, probe
 from .alignment import AffineAlignment
-from .errors import DraftTreeModelError
+from .errors import DraftTreeModelError, OtherModelsError
 from .predictor import AcceptancePredictor, PredictorShape
 
 _SIDES = ("draft", "target")
@@ -153,13 +153,12 @@ def usual_alignment(draft: LanguageModel, target: LanguageModel) -> AffineAlignm
     """The alignment where none is named: in ``<draft>-alignment`` beside the draft's folder, or that ships for it.
 
     Returns:
-        None if there is none.
+        None if there is none, or if one ships for the draft with another target.
 
     Raises:
-        DraftTreeModelError: it is damaged, or made for another target.
+        DraftTreeModelError: it is damaged, or the one beside the draft was made for another target.
     """
-    folder = _usual(ALIGNMENT, draft)
-    return None if folder is None else load_alignment(folder, draft, target)
+    return _usual(ALIGNMENT, draft, lambda folder: load_alignment(folder, draft, target))
 
 
 def usual_acceptance(
@@ -168,13 +167,12 @@ def usual_acceptance(
     """The predictor where none is named: in ``<draft>-acceptance`` beside the draft's folder, or that ships for it.
 
     Returns:
-        None if there is none.
+        None if there is none, or if one ships for the draft with another target or alignment.
 
     Raises:
-        DraftTreeModelError: it is damaged, or made for another target or alignment.
+        DraftTreeModelError: it is damaged, or the one beside the draft was made for another target or alignment.
     """
-    folder = _usual(ACCEPTANCE, draft)
-    return None if folder is None else load_acceptance(folder, draft, target, alignment)
+    return _usual(ACCEPTANCE, draft, lambda folder: load_acceptance(folder, draft, target, alignment))
 
 
 def _aligned_probes(draft: LanguageModel, target: LanguageModel, alignment: AffineAlignment) -> dict[str, Tensor]:
@@ -183,11 +181,16 @@ def _aligned_probes(draft: LanguageModel, target: LanguageModel, alignment: Affi
     return {"draft_probe": aligned, "target_probe": probe(target)}
 
 
-def _usual(kind: Kind, draft: LanguageModel) -> Path | None:
+def _usual(kind: Kind, draft: LanguageModel, load: Callable[[Path], _Made]) -> _Made | None:
     beside = Path(draft.name).expanduser()
     beside = beside.with_name(f"{beside.name}-{kind.name}")
     shipped = _SHIPPED / f"{Path(draft.name).name.lower()}-{kind.name}"
-    return next((folder for folder in (beside, shipped) if (folder / kind.description).is_file()), None)
+    if (beside / kind.description).is_file() and beside.resolve() != shipped.resolve():
+        return load(beside)
+    try:
+        return load(shipped) if (shipped / kind.description).is_file() else None
+    except OtherModelsError:  # a draft that ships may serve a target of yours, for which nothing was fitted
+        return None
 
 
 def _save(
@@ -242,7 +245,7 @@ def _load(
     for key, side, model in (("draft_probe", "draft", draft), ("target_probe", "target", target)):
         if not alike(made_for[key], here[key]):
             of_alignment = " or has another alignment" if kind is ACCEPTANCE and side == "draft" else ""
-            raise DraftTreeModelError(
+            raise OtherModelsError(
                 f"the {kind.what} in {folder} was made for the {side} {described[side]}, and {model.name} is another "
                 f"model (or was trained further, or quantised to few bits){of_alignment}; {way_out}"
             )

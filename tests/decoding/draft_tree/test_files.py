@@ -19,6 +19,7 @@ from specgym.decoding.draft_tree import (
     AffineAlignment,
     DraftTreeModelError,
     PredictorShape,
+    files,
     load_acceptance,
     load_alignment,
     save_acceptance,
@@ -260,3 +261,20 @@ def test_the_usual_ones_lie_beside_the_draft(tmp_path: Path, target: LanguageMod
     assert predictor.shape.label == "probability"
     with pytest.raises(DraftTreeModelError, match="made for the target big, and other is another model"):
         usual_alignment(draft, make_named("other", seed=9))
+
+
+def test_what_ships_for_the_draft_with_another_target_is_not_usual(
+    folders: Path, draft: LanguageModel, target: LanguageModel, make_named: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in KINDS:
+        (folders / kind).rename(folders / f"small-{kind}")
+    monkeypatch.setattr(files, "_SHIPPED", folders)
+    alignment = usual_alignment(draft, target)
+    assert alignment is not None
+    assert usual_acceptance(draft, target, alignment) is not None
+    assert usual_acceptance(draft, target, an_alignment(seed=1)) is None
+    for other in (make_named("other", seed=9), make_named("wider", hidden=48)):
+        assert usual_alignment(draft, other) is None
+    (folders / "small-alignment" / "alignment.safetensors").unlink()
+    with pytest.raises(DraftTreeModelError, match="missing"):
+        usual_alignment(draft, target)
