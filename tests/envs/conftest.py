@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recorded_outcomes import TOKENS, Recorded
 from small_medusa_heads import random_heads
+from specgym.decoding.draft_tree import DraftTreeDecoder
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.lookahead import LookaheadDecoder
 from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
@@ -196,7 +197,25 @@ def typical_medusa(alone: Pair, cheap_heads: LatencyProfile, tmp_path_factory: p
     )
 
 
-@pytest.fixture(params=["lookahead", "medusa", "typical_medusa"])
+@pytest.fixture(scope="session")
+def tree_pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel]) -> Pair:
+    """For trees alone: models that were asked for hidden states, as guidance does, cannot be pickled afterwards."""
+    target = make_model("llama", layers=1, vocabulary=VOCABULARY, hidden=16, context=128)
+    return Pair(target, make_noisy(target, 0.4), name="toy")
+
+
+@pytest.fixture(scope="session")
+def trees(tree_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Draft trees, a level of which costs a tenth of a pass, and a further token of a pass a hundredth."""
+    work = Workload(tree_pair, PROMPTS)
+    settings = OutcomeSettings("draft-tree", settings=20, prompts=4, tokens=TOKENS)
+    outcomes = record_outcomes(work, "train", tmp_path_factory.mktemp("trees") / "toy.npz", settings)
+    cheap = LatencyProfile("toy", {0: 0.0, 8: 0.008}, {1: 0.010, 65: 0.0164}, 0.010, {}, rounds="draft-tree")
+    middle = {"max_candidates": 3.0, "max_depth": 3.0, "node_budget": 10.0, "min_acceptance_prob": 0.0625}
+    return Recorded("specgym/DraftTree-v0", outcomes, work, cheap, DraftTreeDecoder, middle)
+
+
+@pytest.fixture(params=["lookahead", "medusa", "typical_medusa", "trees"])
 def recorded(request: pytest.FixtureRequest) -> Recorded:
     """Each decoder that is replayed by its outcomes."""
     found: Recorded = request.getfixturevalue(request.param)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -20,6 +21,7 @@ LIMITS = {
     "lookahead": ([1, 2, 0], [16, 6, 16]),
     "medusa": ([0, 0], [5, 64]),
     "medusa-typical": ([0, 0, 0, 0], [5, 64, 1, 2]),
+    "draft-tree": ([1, 0, 0, 0], [8, 8, 64, 0.3]),
 }
 """Low and high ends of what is observed, by decoder."""
 
@@ -37,7 +39,8 @@ def test_live_and_replayed_have_the_same_spaces_and_infos(recorded: Recorded) ->
     space = replayed.observation_space
     assert space == live.observation_space
     assert replayed.action_space == live.action_space
-    assert (space.low.tolist(), space.high.tolist()) == LIMITS[recorded.decoder]  # type: ignore[attr-defined]
+    assert isinstance(space, gymnasium.spaces.Box)
+    assert np.stack([space.low, space.high]) == pytest.approx(np.array(LIMITS[recorded.decoder]))
     infos = []
     for env in (replayed, live):
         env.reset(seed=0, options={"knobs": recorded.middle})
