@@ -1,8 +1,8 @@
 #!/bin/sh
-# Make the Medusa heads and the drafts that the package ships for SmolLM2-135M-Instruct. Run it from the repository root,
-# after make_tiny.sh or with its runs/corpus; names as arguments make only those: decoding/fit/make_smollm2.sh draft-2l.
-# It needs about three hours of one idle CPU core, half of it for the text that SmolLM2 writes and all of them learn from.
-# Runs end by tokens, so that they can be repeated exactly.
+# Make the Medusa heads and the drafts that the package ships for SmolLM2-135M-Instruct. Run it from the repository
+# root, after make_tiny.sh or with its runs/corpus; names as arguments make only those:
+# decoding/fit/make_smollm2.sh draft-2l. It needs about three hours of one idle CPU core, half of it for the text that
+# SmolLM2 writes or reads and all of them learn from. Runs end by tokens, so that they can be repeated exactly.
 # A run that was interrupted goes on where it was when this script is started again, and SmolLM2's own text is kept.
 set -eu
 
@@ -17,10 +17,10 @@ fit() {
 }
 
 draft() {
-    layers=$1
-    shift
+    layers=$1 tokens=$2
+    shift 2
     fit draft --out "$MODELS/smollm2-draft-${layers}l" --own-text --plain-texts 4096 --prompt-sets chat --each 8 \
-        --layers "$layers" --batch 8 --tokens 2400000 --learning-rate 1e-2 --store int8 --report-prompts 6 "$@"
+        --layers "$layers" --batch 8 --tokens "$tokens" --learning-rate 1e-2 --store int8 --report-prompts 6 "$@"
 }
 
 [ -f runs/corpus/corpus.json ] || "$PYTHON" -m specgym.decoding.fit corpus
@@ -31,8 +31,8 @@ for name in "$@"; do
             fit medusa --out $MODELS/smollm2-135m-instruct-medusa --learning-rate 1e-3 --batch 2 --length 256 --tree-size 32 \
                 --tokens 800000
             ;;
-        draft-2l) draft 2 ;;
-        draft-4l) draft 4 --intermediate 1024 ;;
+        draft-2l) draft 2 3000000 ;;
+        draft-4l) draft 4 2400000 --intermediate 1024 ;;
         *) echo "no $name is made here: heads, draft-2l or draft-4l" >&2 && exit 1 ;;
     esac
 done
