@@ -50,8 +50,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: by name; every one of int8 has its scales beside it, and nothing else has any.
 
     Raises:
-        ValueError: the scales of a matrix are missing, of a wrong shape or type, not finite or negative, or the matrix
-            to some scales is missing; the message names the tensor.
+        ValueError: the scales of a matrix are missing, of a wrong shape or type, not finite or negative, or 8 bits or
+            scales stand where they do not belong; the message names the tensor.
     """
     found = dict[str, Tensor]()
     for name, tensor in tensors.items():

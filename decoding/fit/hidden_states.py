@@ -1,4 +1,4 @@
-"""The hidden states of a target along its own text, from which heads learn."""
+"""The hidden states of a target along its own text or any other, from which heads and drafts learn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .state_files import Chained, places_between, states_along
 class HiddenStates:
     """States of the positions from which heads are to predict, and what follows each.
 
-    A position belongs here if every token that heads predict from it was written by the target: it begins at the last
-    but one of a prompt, from which the first head predicts the first token written. (The target itself predicts the
-    token between.) So no token of a prompt is ever a label.
+    For drafts they may be those of whole texts (`whole_states`). Otherwise a position belongs here if every token that
+    heads predict from it was written by the target: it begins at the last but one of a prompt, from which the first
+    head predicts the first token written. (The target itself predicts the token between.) So no token of a prompt is
+    ever a label.
 
     Attributes:
         text: that the target read.
