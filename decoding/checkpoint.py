@@ -2,7 +2,8 @@
 
 Such a folder holds what transformers expects (``config.json``, ``generation_config.json``, ``model.safetensors``), a
 model card, and ``specgym.json``, which says where the tokeniser is and which tensors live in which other folder. A
-draft that proposes some tokens only (`reduced_output`) has their ids among its tensors.
+draft that proposes some tokens only (`reduced_output`) has their ids among its tensors. Matrices may be stored in 8
+bits (`eight_bits`), which transformers itself does not read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .eight_bits import pack, unpack
 from .errors import SpecgymError
 from .files import replacing, write_json, write_text
 from .reduced_output import reduce_output, tokens_name
@@ -104,6 +106,7 @@ def save_checkpoint(
     shared_with: str | None = None,
     shared: Mapping[str, str] | Sequence[str] = (),
     dtype: torch.dtype = torch.float16,
+    eight_bits: bool = False,
 ) -> None:
     """Write a checkpoint folder; every file takes its place in one step, the weights before what points at them.
 
@@ -116,9 +119,11 @@ def save_checkpoint(
         shared_with: folder (relative to ``folder``) or hub id of the checkpoint that holds the shared tensors.
         shared: names of the tensors to leave out; a mapping where they are called otherwise there.
         dtype: of the stored floating-point tensors.
+        eight_bits: store matrices in 8 bits instead; only specgym reads such a folder.
 
     Raises:
-        ValueError: if a shared name is no tensor of the model, or only one of ``shared_with`` and ``shared`` is given.
+        ValueError: if a shared name is no tensor of the model, only one of ``shared_with`` and ``shared`` is given, or
+            what is to be stored in 8 bits is not finite.
     """
     folder = Path(folder)
     names = dict(shared) if isinstance(shared, Mapping) else {name: name for name in shared}
@@ -132,15 +137,19 @@ def save_checkpoint(
     for name, tensor in own.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            stored = tensor.detach().to("cpu")
-            tensors[name] = (stored.to(dtype) if stored.is_floating_point() else stored).contiguous()
+            tensors[name] = tensor.detach().to("cpu").contiguous()
+    # Scales are float32, and what they scale is made of the weights as they are, not as `dtype` would round them.
+    packed = pack(tensors) if eight_bits else tensors
+    for name in set(packed) & set(tensors):
+        if packed[name].is_floating_point():
+            packed[name] = packed[name].to(dtype)
     config = model.config.to_diff_dict()
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
     generation = GenerationConfig.from_model_config(model.config).to_diff_dict()
     with replacing(folder / WEIGHTS) as temporary:
         # Made in memory and written by us: save_file maps the file, which cannot then be replaced on every system.
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+        temporary.write_bytes(save(packed, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     write_json(folder / LINK, {"tokenizer": tokenizer, "shared_with": shared_with, "shared": names or None})
@@ -189,11 +198,13 @@ def load_checkpoint(
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        return unpack(load_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): {_WAY_OUT}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}: {_WAY_OUT}") from error
 
 
 def _reduce(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

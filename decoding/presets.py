@@ -61,6 +61,9 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset(
             "smollm2-2l", smollm2.HUB_ID, "smollm2-draft-2l", "a real 135M chat model, a two-layer draft that ships"
         ),
+        PairPreset(
+            "smollm2-4l", smollm2.HUB_ID, "smollm2-draft-4l", "the same model; four layers: better guesses, dearer"
+        ),
         PairPreset("smollm2-ngram", smollm2.HUB_ID, NGRAM, "a real 135M chat model, an n-gram table as draft"),
         PairPreset("smollm2-lookup", smollm2.HUB_ID, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),

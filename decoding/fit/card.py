@@ -32,6 +32,7 @@ class Facts:
         sources: lines on the text.
         target: name of the target, for a draft.
         compared: where a draft is compared with its target.
+        stored_as: words for how weights are stored.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Facts:
     sources: Sequence[str]
     target: str | None = None
     compared: str = "at every position"
+    stored_as: str = "in float16"
 
 
 def command_line() -> str:
@@ -102,7 +104,7 @@ def opening(facts: Facts, outcome: Outcome | None) -> list[str]:
         size += f", of which {facts.stored / 1e6:.2f} million are stored here and the rest shared with {facts.target}"
     lines = [
         *("---", f"license: {facts.licence}", "library_name: specgym", "pipeline_tag: text-generation", "---", ""),
-        *(f"# {facts.name}", "", facts.summary, "", f"{size}. Stored in float16.", ""),
+        *(f"# {facts.name}", "", facts.summary, "", f"{size}. Stored {facts.stored_as}.", ""),
     ]
     if outcome is not None:
         lines += [f"**Training is still going on**: {outcome.tokens:,} tokens so far.", ""]

@@ -41,11 +41,11 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class DistilledText:
-    """Texts that a target wrote after prompts.
+    """Texts that a target wrote after prompts, or that it only reads.
 
     Attributes:
         tokens: each row a prompt, its continuation, then zeros; shape (n, width), int32.
-        prompts: tokens of each prompt, shape (n,), int64.
+        prompts: tokens of each prompt, shape (n,), int64; 0 for a text that counts as a whole.
         ends: tokens of each prompt and continuation together, shape (n,), int64.
         domain: of each row its place among ``domains``, shape (n,), int64.
         side: what each row is for (see `prompt_windows`), shape (n,), int64.
@@ -68,6 +68,28 @@ class DistilledText:
         places = np.arange(self.tokens.shape[1])
         chosen = (places >= self.prompts[:, None]) & (places < self.ends[:, None])
         return self.tokens[chosen & (self.side == TRAINING)[:, None]]
+
+
+def join_texts(parts: Sequence[DistilledText]) -> DistilledText:
+    """Several texts as one: the rows of the first, then those of the second, and so on; kept where the first is.
+
+    Args:
+        parts: at least one. Domains of the same name become one.
+    """
+    domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
+    width = max(part.tokens.shape[1] for part in parts)
+    rows = [np.pad(part.tokens, ((0, 0), (0, width - part.tokens.shape[1]))) for part in parts]
+    places = [np.array([domains.index(name) for name in part.domains])[part.domain] for part in parts]
+    return DistilledText(
+        tokens=np.concatenate(rows),
+        prompts=np.concatenate([part.prompts for part in parts]),
+        ends=np.concatenate([part.ends for part in parts]),
+        domain=np.concatenate(places),
+        side=np.concatenate([part.side for part in parts]),
+        domains=domains,
+        digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        folder=parts[0].folder,
+    )
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocabulary_size: int | None = None) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,16 +22,19 @@ from .data import load_data
 from .distilled_text import TextSettings, check_text_settings, describe_text, distil_text, frequent_tokens
 from .draft_report import ReportSettings, check_report_settings, measure_drafting, report_lines, show_report
 from .errors import FitError
-from .hidden_states import hidden_states
+from .hidden_states import hidden_states, join_states, whole_states
 from .lessons import Lessons, own_lessons, plain_lessons
 from .loop import LoopSettings, device_of, train
 from .measure import Quality, context_of
+from .more_text import MoreTextSettings, check_more_text, describe_more_text, plain_texts, set_prompts
+from .narrow import feed_forward_width, narrow
 from .position_batches import TEXTS, require_batch
 from .prompt_windows import TRAINING, cut_prompts
 from .publish import Publisher, complete, move, relative
 from .shrink import fresh, layers_of, spread, take_layers
 
 _SHIPPED = Path(__file__).parent.parent / "data" / "models"
+_STORED = {"float16": "in float16", "int8": "with matrices in 8 bits, a scale for each row, and all else in float16"}
 
 
 @dataclass
@@ -56,21 +60,29 @@ class DraftSettings:
     writing: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
     """How the target's own text is made, with --own-text; what another command made with the same settings is used
     again."""
+    more_text: tyro.conf.OmitArgPrefixes[MoreTextSettings] = field(default_factory=MoreTextSettings)
+    """What the draft learns besides, with --own-text."""
     layers: int = 1
     """Number of layers of the draft; taken from the target, they are its first, its last and evenly between."""
     take: tuple[int, ...] = ()
     """Which layers to take from the target instead, counted from 0."""
+    intermediate: int | None = None
+    """Neurons to keep in the feed-forward part of each layer taken from the target, the strongest; all by default. A
+    narrower draft is quicker and smaller."""
     hidden: int | None = None
     """Width of a draft of fresh layers with embeddings of its own; without it, layers are taken from the target."""
     heads: int | None = None
     """Attention heads of fresh layers; chosen by the width if not given."""
     vocabulary: int = 0
     """Let the draft propose only the so many most frequent tokens of the text (with --own-text, of what the target
-    wrote), made up by those of the lowest numbers where it has fewer; 0 for all. Its output layer then costs that much
-    less, and decoding stays lossless."""
+    wrote and of the plain texts beside it), made up by those of the lowest numbers where it has fewer; 0 for all. Its
+    output layer then costs that much less, and decoding stays lossless."""
     share: bool = True
     """Leave embeddings that are the target's own out of the folder. With --no-share the folder holds everything, so
     that transformers and other engines load it as it is. What is taken from a GGUF file is always stored."""
+    store: Literal["float16", "int8"] = "float16"
+    """float16, or int8: the matrices in 8 bits with a scale for each row, which halves the folder and which only
+    specgym reads. All that the card says is measured on the draft as it is stored."""
     licence: str = "other"
     """Licence of the weights, for the model card."""
     report: tyro.conf.OmitArgPrefixes[ReportSettings] = field(default_factory=ReportSettings)
@@ -119,6 +131,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
         sources=sources,
         target=target_name,
         compared=f"at every token that {target_name} wrote in texts kept apart" if own else "at every position",
+        stored_as=_STORED[settings.store],
     )
     loop = replace(loop, length=_width(settings)) if own else loop
     publisher = Publisher(
@@ -132,6 +145,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
         target=target,
         shared_with=link.shared_with,
         shared=link.shared,
+        eight_bits=settings.store == "int8",
         more=lambda trained: _decoding(settings, trained, target, tokenizer),
     )
     outcome = train(
@@ -153,6 +167,13 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
         raise FitError(f"--vocabulary {settings.vocabulary} makes no sense: give 1 to {tokens} tokens, or 0 for all")
     if settings.vocabulary and not settings.share:
         raise FitError("other engines, for which --no-share is, draft from all tokens: leave out --vocabulary")
+    if settings.store == "int8" and not settings.share:
+        raise FitError("other engines, for which --no-share is, do not read --store int8: leave one of them out")
+    if settings.intermediate is not None and settings.hidden is not None:
+        raise FitError(
+            "--intermediate narrows layers taken from the target, and --hidden makes fresh ones: leave one out"
+        )
+    check_more_text(settings.more_text, settings.own_text)
     if settings.own_text:
         check_text_settings(settings.writing, target, 2, "a draft to learn from")
         if loop.length != LoopSettings.length:
@@ -168,6 +189,10 @@ def _begin(settings: DraftSettings, target: PreTrainedModel) -> tuple[PreTrained
         taken = list(settings.take) or spread(settings.layers, len(layers_of(target)[1]))
         draft, shared = take_layers(target, taken)
         what = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))} and the embeddings of the target"
+        if settings.intermediate is not None:
+            present = feed_forward_width(draft)
+            narrow(draft, settings.intermediate)
+            what += f", with the {settings.intermediate:,} strongest of {present:,} neurons of each layer"
     else:
         draft = fresh(target, settings.layers, settings.hidden, settings.heads, settings.loop.seed)
         what = f"{settings.layers} fresh layer{'s' * (settings.layers > 1)} of width {settings.hidden}"
@@ -187,15 +212,25 @@ def _lessons(
         data = load_data(tokenizer, settings.corpus, settings.text, loop.seed)
         proposed = _reduce(draft, data.train, settings.vocabulary)
         return plain_lessons(draft, target, data, loop), proposed, data.sources
-    prompts = cut_prompts(
-        tokenizer, settings.corpus, settings.text, writing.texts, writing.prompt_tokens, loop.seed
-    )  # fmt: skip
+    work, more, name = loop.work, settings.more_text, Path(settings.target).name
+    prompts = cut_prompts(tokenizer, settings.corpus, settings.text, writing.texts, writing.prompt_tokens, loop.seed)
     require_batch(int((prompts.side == TRAINING).sum()), loop.batch, TEXTS)
+    # All that is read is chosen, and may be refused, before anything is computed.
+    plain = plain_texts(target, prompts, more.plain_texts, _width(settings), loop.seed, work)
+    asked = set_prompts(more, tokenizer, context_of(target) - writing.new_tokens, loop.seed)
     ends = Pair(target, None, tokenizer, prepack=False).eos_token_ids
-    text = distil_text(target, ends, prompts, writing, loop.seed, loop.work)
-    states = hidden_states(target, text)
-    proposed = _reduce(draft, text.written(), settings.vocabulary)
-    sources = [*prompts.sources, describe_text(writing, Path(settings.target).name)]
+    parts = [hidden_states(target, distil_text(target, ends, prompts, writing, loop.seed, work))]
+    if asked.rows:
+        write = replace(writing, texts=len(asked.rows), prompt_tokens=max(map(len, asked.rows)))
+        parts.append(hidden_states(target, distil_text(target, ends, asked, write, loop.seed, work)))
+    if len(plain.ends):
+        parts.append(whole_states(target, plain, loop.bfloat16))
+    states = join_states(parts)
+    proposed = _reduce(draft, states.text.written(), settings.vocabulary)
+    sources = [
+        *(*prompts.sources, describe_text(writing, name)),
+        *(*asked.sources, *describe_more_text(more, _width(settings), name)),
+    ]
     return own_lessons(draft, target, states, loop), proposed, sources
 
 

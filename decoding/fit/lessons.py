@@ -60,12 +60,12 @@ def plain_lessons(draft: PreTrainedModel, target: PreTrainedModel, data: Data, l
 
 
 def own_lessons(draft: PreTrainedModel, target: PreTrainedModel, states: HiddenStates, loop: LoopSettings) -> Lessons:
-    """Texts that the target wrote after prompts; only what it wrote counts, since nothing else is ever drafted.
+    """Texts that the target wrote after prompts, of which only what it wrote counts, and texts that count as a whole.
 
     Args:
         draft: the model that learns.
         target: the model to imitate; gets no gradient.
-        states: its text, and its last hidden states there.
+        states: the texts, and the target's last hidden states there.
         loop: how to train; a step takes ``batch`` texts.
 
     Raises:
@@ -103,9 +103,9 @@ def plain_loss(draft: PreTrainedModel, target: PreTrainedModel, batch: Tensor) -
 def own_loss(draft: PreTrainedModel, teacher: nn.Module, states: HiddenStates, rows: np.ndarray) -> Tensor:
     """Mean KL divergence over the positions of some texts, a scalar.
 
-    The positions are those whose states are kept for heads: from the last but one of a prompt to the last but one of
-    the text, where the target has not yet said its last token. What an architecture does to scores after its output
-    layer (the soft cap of Gemma 2) is left out on both sides.
+    The positions are those whose states are kept: of a text that the target wrote from the last but one of its prompt
+    to the last but one of the text, as for heads; of a plain text all. What an architecture does to scores after its
+    output layer (the soft cap of Gemma 2) is left out on both sides.
 
     Args:
         draft: the model that learns.

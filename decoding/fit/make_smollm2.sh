@@ -1,8 +1,8 @@
 #!/bin/sh
-# Make the Medusa heads and the draft that the package ships for SmolLM2-135M-Instruct. Run it from the repository root,
-# after make_tiny.sh or with its runs/corpus; names as arguments make only those: decoding/fit/make_smollm2.sh draft.
-# It needs about two hours of one idle CPU core, most of it for the text that SmolLM2 writes and both learn from. Runs end
-# by tokens, so that they can be repeated exactly.
+# Make the Medusa heads and the drafts that the package ships for SmolLM2-135M-Instruct. Run it from the repository
+# root, after make_tiny.sh or with its runs/corpus; names as arguments make only those:
+# decoding/fit/make_smollm2.sh draft-2l. It needs about three hours of one idle CPU core, half of it for the text that
+# SmolLM2 writes or reads and all of them learn from. Runs end by tokens, so that they can be repeated exactly.
 # A run that was interrupted goes on where it was when this script is started again, and SmolLM2's own text is kept.
 set -eu
 
@@ -16,18 +16,23 @@ fit() {
         --texts 2048 --prompt-tokens 64 --new-tokens 96 --generate-batch 64 --vocabulary 8000 "$@"
 }
 
+draft() {
+    layers=$1 tokens=$2
+    shift 2
+    fit draft --out "$MODELS/smollm2-draft-${layers}l" --own-text --plain-texts 4096 --prompt-sets chat --each 8 \
+        --layers "$layers" --batch 8 --tokens "$tokens" --learning-rate 1e-2 --store int8 --report-prompts 6 "$@"
+}
+
 [ -f runs/corpus/corpus.json ] || "$PYTHON" -m specgym.decoding.fit corpus
-[ $# -gt 0 ] || set -- heads draft
+[ $# -gt 0 ] || set -- heads draft-2l draft-4l
 for name in "$@"; do
     case $name in
         heads)
             fit medusa --out $MODELS/smollm2-135m-instruct-medusa --learning-rate 1e-3 --batch 2 --length 256 --tree-size 32 \
                 --tokens 800000
             ;;
-        draft)
-            fit draft --out $MODELS/smollm2-draft-2l --own-text --layers 2 --batch 8 --tokens 2400000 \
-                --learning-rate 1e-2 --report-prompts 6
-            ;;
-        *) echo "no $name is made here: heads or draft" >&2 && exit 1 ;;
+        draft-2l) draft 2 3000000 ;;
+        draft-4l) draft 4 2400000 --intermediate 1024 ;;
+        *) echo "no $name is made here: heads, draft-2l or draft-4l" >&2 && exit 1 ;;
     esac
 done

@@ -32,6 +32,7 @@ class Prompts:
         domains: names.
         sources: lines that say where the text comes from.
         held_out: by domain the tokens of the documents that no prompt of `TRAINING` is cut from, shape (m,), int32.
+        trained: by domain those of the documents that the prompts of `TRAINING` are cut from, likewise.
     """
 
     rows: list[list[int]]
@@ -40,6 +41,7 @@ class Prompts:
     domains: tuple[str, ...]
     sources: list[str]
     held_out: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
 
 
 def cut_windows(tokens: np.ndarray, count: int, longest: int, eos: int, rng: np.random.Generator) -> list[list[int]]:
@@ -103,7 +105,9 @@ def cut_prompts(
         places += [place] * count
         sides += [TRAINING] * (count - apart) + [JUDGING] * (apart - apart // 2) + [SPEED] * (apart // 2)
     order = rng.permutation(len(rows))
-    return Prompts([rows[n] for n in order], np.array(places)[order], np.array(sides)[order], domains, sources, kept)
+    return Prompts(
+        [rows[n] for n in order], np.array(places)[order], np.array(sides)[order], domains, sources, kept, trained
+    )  # fmt: skip
 
 
 def halves(tokens: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:

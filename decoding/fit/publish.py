@@ -35,6 +35,7 @@ class Publisher:
         target: the model it drafts for.
         shared_with: folder or hub id that holds the shared tensors.
         shared: their names here and there.
+        eight_bits: whether matrices are stored in 8 bits instead of float16.
         more: from the model as it will be loaded to further lines of the card.
     """
 
@@ -48,6 +49,7 @@ class Publisher:
     target: PreTrainedModel | None = None
     shared_with: str | None = None
     shared: Mapping[str, str] | None = None
+    eight_bits: bool = False
     more: Callable[[PreTrainedModel], list[str]] = lambda _: []
 
     def checkpoint(self, outcome: Outcome) -> None:
@@ -81,6 +83,7 @@ class Publisher:
             tokenizer=self.tokenizer_at,
             shared_with=self.shared_with,
             shared=self.shared or {},
+            eight_bits=self.eight_bits,
         )
 
 

@@ -13,7 +13,6 @@ from .errors import FitError
 
 # Where the architectures of transformers keep their layers, most common first.
 _LAYERS = ("model.layers", "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.language_model.layers")
-_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim")
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,30 @@ from ..files import replacing
 from ..medusa.heads import output_layer
 from .distilled_text import DistilledText
 from .errors import FitError
+
+
+class Chained:
+    """Several arrays of states one behind the other, each read where it is asked for and not copied together.
+
+    Args:
+        parts: each of shape (positions, h), float16.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray | Chained]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        """How many positions all have."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """The states at some positions, shapes (n,) to (n, h)."""
+        of = np.searchsorted(self._ends, positions, side="right")
+        chosen = [np.flatnonzero(of == number) for number in range(len(self._parts))]
+        before = np.concatenate([[0], self._ends])
+        found = [part[positions[rows] - start] for part, rows, start in zip(self._parts, chosen, before, strict=False)]
+        return np.concatenate(found)[np.argsort(np.concatenate(chosen))]
 
 
 def places_between(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +58,13 @@ def places_between(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def states_along(
-    path: Path, model: PreTrainedModel, text: DistilledText, first: np.ndarray, last: np.ndarray, batch: int = 16
+    path: Path,
+    model: PreTrainedModel,
+    text: DistilledText,
+    first: np.ndarray,
+    last: np.ndarray,
+    batch: int = 16,
+    bfloat16: bool = False,
 ) -> np.ndarray:
     """The states that a model has at some positions, computed or, where the file exists, opened.
 
@@ -44,6 +75,7 @@ def states_along(
         first: of each text its first position, shape (texts,), int64.
         last: of each text the position behind its last one, likewise; at or below ``first`` it has none.
         batch: texts that are read at a time.
+        bfloat16: multiply matrices in bfloat16, whatever the type of the weights.
 
     Returns:
         After the final norm, in the order of `places_between`, shape (positions, h), float16.
@@ -54,7 +86,7 @@ def states_along(
     counts = np.maximum(last - first, 0)
     shape = int(counts.sum()), output_layer(model).weight.shape[1]
     if not path.is_file():
-        _write(path, model, text, first, counts, shape, batch)
+        _write(path, model, text, first, counts, shape, batch, bfloat16)
     try:
         states = np.load(path, mmap_mode="r", allow_pickle=False)
         if states.shape != shape:
@@ -73,7 +105,9 @@ def _write(
     counts: np.ndarray,
     shape: tuple[int, int],
     batch: int,
+    bfloat16: bool,
 ) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
     if needed > free:
         raise FitError(
@@ -89,7 +123,8 @@ def _write(
             width = int((first + counts)[members].max())
             ids = torch.from_numpy(text.tokens[members, :width].astype(np.int64)).to(model.device)
             # What pads a row stands behind it, where a causal model does not look. Scores are not wanted.
-            output = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+                output = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
             found = output.hidden_states[-1].to(torch.float16).cpu().numpy()
             for member, of_row in zip(members, found, strict=True):
                 part = of_row[first[member] : first[member] + counts[member]]

@@ -46,7 +46,7 @@ def corpus(tmp_path: Path) -> Path:
 def prompts_of(rows: Sequence[Sequence[int]]) -> Prompts:
     count = len(rows)
     zeros = np.zeros(count, dtype=np.int64)
-    return Prompts([list(row) for row in rows], zeros, zeros, ("notes",), [], {})
+    return Prompts([list(row) for row in rows], zeros, zeros, ("notes",), [], {}, {})
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from counting import CIRCLE, counting_model, words
+from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.checkpoint import load_checkpoint, read_link
 from specgym.decoding.fit import distilled_text, draft
 from specgym.decoding.fit.distilled_text import DistilledText, TextSettings
 from specgym.decoding.fit.draft import DraftSettings, make_draft
-from specgym.decoding.fit.draft_report import ReportSettings, measure_drafting
+from specgym.decoding.fit.draft_report import Drafting, ReportSettings, measure_drafting
 from specgym.decoding.fit.errors import FitError
 from specgym.decoding.fit.hidden_states import hidden_states
 from specgym.decoding.fit.lessons import measure_texts, own_loss
@@ -27,9 +28,11 @@ from specgym.decoding.fit.measure import measure
 from specgym.decoding.fit.medusa import MedusaSettings, make_medusa
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.shrink import take_layers
+from specgym.decoding.loading import load_model
 from specgym.decoding.medusa.heads import output_layer
 from specgym.decoding.pairs import Pair
 from specgym.decoding.reduced_output import ReducedOutput, reduce_output, reduced_output
+from specgym.decoding.speculative import SpeculativeDecoder
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 MakeModel = Callable[..., PreTrainedModel]
@@ -105,6 +108,44 @@ def test_layers_of_the_target_are_all_that_is_stored(settings: DraftSettings, tm
     assert "| covered |" in card
     assert "perplexity" not in card
     assert str(tmp_path) not in card
+
+
+def test_a_narrow_draft_in_8_bits_is_measured_as_it_is_stored_and_leaves_texts_as_they_are(
+    settings: DraftSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = list[PreTrainedModel]()
+
+    def measuring(pair: Pair, model: PreTrainedModel, asked: ReportSettings) -> dict[str, Drafting]:
+        measured.append(model)
+        return measure_drafting(pair, model, asked)
+
+    monkeypatch.setattr(draft, "measure_drafting", measuring)
+    found = make_draft(
+        replace(
+            settings,
+            hidden=None,
+            intermediate=5,
+            vocabulary=12,
+            store="int8",
+            report=ReportSettings(report_prompts=1, report_tokens=4),
+        )
+    )
+    stored = load_file(settings.out / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    assert stored["model.layers.0.mlp.up_proj.weight"].shape == (5, 64)
+    assert stored["model.norm.weight"].dtype == torch.float16
+    card = (settings.out / "README.md").read_text()
+    assert "Stored with matrices in 8 bits, a scale for each row, and all else in float16." in card
+    assert "with the 5 strongest of 8 neurons of each layer" in card
+    target, tokenizer = load_model(settings.target, dtype=torch.float32)
+    loaded, _ = load_model(str(settings.out), dtype=torch.float32, shared_from=target)
+    for name, parameter in measured[0].named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+    assert found["notes"].greedy_match > 0.9
+    pair = Pair(target, loaded, tokenizer)
+    made = SpeculativeDecoder(pair).generate([5, 9], max_new_tokens=20, knobs={"draft_length": 3})
+    assert made.tokens == AutoregressiveDecoder(pair).generate([5, 9], max_new_tokens=20).tokens
+    assert sum(cycle.accepted for cycle in made.rounds) > 0
 
 
 def test_the_text_that_heads_learnt_from_is_used_again(
