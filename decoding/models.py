@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class Logits(NamedTuple):
     scores: Tensor
     """Next-token logits, shape (tokens, vocabulary), float32."""
     hidden: Tensor | None
-    """Last hidden states after the final norm, shape (tokens, hidden size), or None if not asked for."""
+    """Of the same tokens what the output layer makes scores of, the last hidden states after the final norm, shape
+    (tokens, hidden size); None if not asked for."""
 
 
 class LanguageModel:
@@ -105,7 +107,7 @@ class LanguageModel:
             last: return only this many last rows of scores, for instance 1 for a prompt; by default all.
             rows: return the scores of these tokens alone, shape (wanted,), int64, on the model's device. The output
                 layer, dear where the vocabulary is large, does no other work.
-            hidden: also return the last hidden states.
+            hidden: also return the last hidden states of the tokens whose scores are returned.
 
         Raises:
             PromptError: the text would grow past the model's context limit.
@@ -131,17 +133,17 @@ class LanguageModel:
             mask = _tree_mask(tree, start, count, self._mask_value, self.dtype, self.device)
             positions = tree.on(self.device)[0][-count:] + start
         self.mask_seconds = time.perf_counter() - started
-        output = self.model(
-            input_ids=tokens.unsqueeze(0),
-            attention_mask=mask,
-            position_ids=positions.unsqueeze(0),
-            past_key_values=self._cache,
-            use_cache=True,
-            output_hidden_states=hidden,
-            logits_to_keep=(last or 0) if rows is None else rows,
-        )
+        with _output_layer_watched(self.model, hidden) as states:
+            output = self.model(
+                input_ids=tokens.unsqueeze(0),
+                attention_mask=mask,
+                position_ids=positions.unsqueeze(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=(last or 0) if rows is None else rows,
+            )
         self._last_start = start
-        return Logits(output.logits[0].float(), output.hidden_states[-1][0] if hidden else None)
+        return Logits(output.logits[0].float(), states[-1][0] if hidden else None)
 
     def read(self, tokens: Sequence[int], *, hidden: bool = False) -> Tensor | None:
         """Append a text to the cache, in parts, so that no mask is as long as it is wide. Errors as `forward`.
@@ -165,6 +167,25 @@ class LanguageModel:
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
         self._cache.cut(length)
+
+
+@contextlib.contextmanager
+def _output_layer_watched(model: PreTrainedModel, watched: bool) -> Iterator[list[Tensor]]:
+    """Collect what the output layer reads, if it is to be watched, shapes (1, tokens, hidden size).
+
+    transformers' own `output_hidden_states` leaves hooks in every layer behind, which slow all later passes down (by
+    a sixth, with layers as small as those of the shipped models), and with which a model cannot be pickled.
+    """
+    states: list[Tensor] = []
+    if not watched:
+        yield states
+        return
+    layer = cast("torch.nn.Module", model.get_output_embeddings())
+    handle = layer.register_forward_pre_hook(lambda _, read: states.append(read[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
 
 
 def _context_limit(config: object) -> int:

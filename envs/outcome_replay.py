@@ -19,7 +19,9 @@ and accepted, need not be whole, and decoding one prompt twice with the same kno
 those of neighbouring settings do. What comes out is possible: a round emits what it accepted and, where the recorded
 text did so, one token of the target's own.
 
-Where all knobs are whole numbers there are few settings, and what is known of each is tabulated once.
+Where all knobs are whole numbers there are few settings, and what is known of each is tabulated once. Where the
+recorded settings say that nothing is drafted at a knob's low end, whatever the others are (a tree without levels, no
+heads), all settings there are one: a smooth surface would round that step off.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 
 from ..decoding.latency import LatencyProfile
 from .outcome_totals import QUANTITIES, Totals, totals
-from .outcomes import OutcomeError, Outcomes
+from .outcomes import OutcomeError, Outcomes, RecordedKnob
 from .shipped_outcomes import outcome_command
 from .surfaces import fitted, matern
 
@@ -94,6 +96,10 @@ class OutcomeReplay:
         self._infos = [one.info for one in outcomes]
         self.recorded = [totals(one, profile, tokens) for one, profile in zip(outcomes, profiles, strict=True)]
         self._settings = [one.settings for one in outcomes]
+        self._plain = [
+            _plain_ends(self._knobs, one.settings, found.drafted.sum(1) == 0)
+            for one, found in zip(outcomes, self.recorded, strict=True)
+        ]
         self._surfaces = [
             {name: fitted(self._knobs, one.settings, found.per(unit, name)) for name, unit in _UNITS.items()}
             for one, found in zip(outcomes, self.recorded, strict=True)
@@ -169,6 +175,7 @@ class OutcomeReplay:
         Returns:
             `rounds`, `drafted`, `accepted`, `divergence` and `seconds`, each of shape (settings,).
         """
+        settings = self._settled(workload, settings)
         found = {name: surface(settings) for name, surface in self._surfaces[workload].items()}
         place, known = np.nonzero((settings[:, None] == self._settings[workload]).all(-1))
         for name, unit in _UNITS.items():
@@ -206,8 +213,15 @@ class OutcomeReplay:
         joined, back = _joined(found), np.argsort(np.concatenate(order))
         return _Places(joined.means[back], joined.near[back], joined.shares[back])
 
+    def _settled(self, workload: int, settings: Floats) -> Floats:
+        """Settings, those that draft nothing being one that was recorded; same shape (settings, knobs)."""
+        settled = settings.copy()
+        for column, setting in self._plain[workload].items():
+            settled[settings[:, column] == self._knobs[column].low] = setting
+        return settled
+
     def _places(self, workload: int, settings: Floats) -> _Places:
-        known = self._settings[workload]
+        known, settings = self._settings[workload], self._settled(workload, settings)
         distances = self._surfaces[workload]["rounds"].scale.distances(settings, known)
         near = np.argsort(distances, axis=1, kind="stable")[:, :_NEAREST]
         weights = matern(np.take_along_axis(distances, near, 1)) + 1e-12  # also where all are far
@@ -219,6 +233,15 @@ class OutcomeReplay:
         shares = np.cumsum(weights, axis=1) / weights.sum(1, keepdims=True)
         means = self.means(workload, settings)
         return _Places(np.stack([means[name] for name in QUANTITIES], axis=1), near, shares)
+
+
+def _plain_ends(knobs: Sequence[RecordedKnob], settings: Floats, undrafted: NDArray[np.bool_]) -> dict[int, Floats]:
+    """By the place of a knob a recorded setting at its low end, where no setting that was recorded there drafts.
+
+    One such setting alone proves nothing: another knob may be why it drafts nothing.
+    """
+    ends = {place: settings[:, place] == knob.low for place, knob in enumerate(knobs) if knob.integer}
+    return {place: settings[there][0] for place, there in ends.items() if there.sum() > 1 and undrafted[there].all()}
 
 
 def _ratio(of_text: Floats, of_setting: Floats) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import weakref
 from collections.abc import Callable
@@ -153,6 +154,19 @@ def test_hidden_states_are_those_after_the_final_norm(make_model: MakeModel, fam
     assert output.hidden.shape == (5, 32)
     with torch.inference_mode():
         close(stock.get_output_embeddings()(output.hidden).float(), output.scores)
+
+
+def test_asking_for_hidden_states_leaves_nothing_behind_in_the_model(make_model: MakeModel) -> None:
+    with torch.inference_mode():
+        wanted = make_model("llama")(some_tokens(5)[None], output_hidden_states=True).hidden_states[-1][0]
+    stock = make_model("llama")
+    close(LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True).hidden, wanted)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stock.modules())
+    pickle.dumps(stock)
+    part = LanguageModel(stock, prepack=False).forward(some_tokens(5), last=2, hidden=True)
+    assert part.hidden is not None
+    assert part.hidden.shape[0] == part.scores.shape[0] == 2
+    close(part.hidden, wanted[-2:])
 
 
 @pytest.mark.parametrize(("first", "second"), [(200, 100), (64, 65), (1, 300), (255, 1), (256, 1), (257, 64), (511, 2)])

@@ -285,3 +285,23 @@ def test_a_file_is_read_back_into_the_same_replay(exact: Outcomes, profile: Late
     exact.save(tmp_path / "toy.npz")
     ours, theirs = (OutcomeReplay([one], [profile], 20) for one in (exact, Outcomes.load(tmp_path / "toy.npz")))
     assert ours.leave_one_out == theirs.leave_one_out
+
+
+def test_all_settings_at_an_end_where_nothing_is_drafted_are_one() -> None:
+    knobs = (RecordedKnob("depth", 0, 4, True), RecordedKnob("budget", 0, 16, True), RecordedKnob("least", 0, 1, False))
+    settings = np.array([[0, 8, 0.5], [0, 16, 0.1], [2, 0, 0.5], [2, 8, 0.0], [4, 16, 0.0], [1, 4, 0.0], [3, 8, 0.1]])
+    plain: Text = [(1, 0, 0)] * 32
+    drafted: Text = [(2, 4, 1)] * 16
+    texts = [plain if not depth or not budget else drafted for depth, budget, _ in settings for _ in range(2)]
+    profile = LatencyProfile("made", {0: 0.0, 8: 0.001}, {1: 0.010, 17: 0.011}, 0.010, {}, rounds="draft-tree")
+    replay = OutcomeReplay([made("draft-tree", knobs, settings, texts)], [profile], 32)
+    asked = np.array([[0, 5, 0.9], [0, 0, 0.0], [0, 8, 0.5], [1, 5, 0.0]])
+    seconds = replay.means(0, asked)["seconds"]
+    assert seconds[:3].tolist() == [pytest.approx(0.010)] * 3
+    assert seconds[3] < 0.009
+    values = {knob.name: np.repeat(asked[:2, place], 2) for place, knob in enumerate(knobs)}
+    one = replay.decode_many(np.array([0, 1, 0, 1]), np.zeros(4, np.int64), values, np.random.default_rng(0))
+    assert one["rounds"].tolist() == one["tokens"].tolist() == [32.0] * 4
+    assert not one["drafted"].any()
+    # A single setting at the budget's end may draft nothing for another reason.
+    assert replay.means(0, np.array([[4, 0, 0.2]]))["seconds"] != pytest.approx(0.010, rel=1e-6)
