@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -67,6 +68,21 @@ def test_the_rounds_that_are_timed_read_what_the_profile_says(alone: Pair, monke
     found = lookahead(alone, repeats=2, max_target_tokens=32)
     assert set(found.target_seconds) <= set(read)
     assert max(read) == 32
+
+
+def test_timed_rounds_stand_behind_others_of_their_kind(alone: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, step = list[EndlessText](), EndlessText.step
+
+    def noted(text: EndlessText, *arguments: Any) -> Any:
+        texts.append(text)
+        return step(text, *arguments)
+
+    monkeypatch.setattr(EndlessText, "step", noted)
+    lookahead(alone)
+    runs = [len(list(run)) for _, run in itertools.groupby(texts, key=id)]
+    assert len(set(map(id, texts))) == 2
+    assert min(runs) >= 3
+    assert set(runs[1::2]) == {3}  # plain decoding
 
 
 def test_the_profile_charges_real_rounds_by_what_the_target_read(alone: Pair) -> None:
