@@ -8,7 +8,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .cache import BranchingCache
 from .errors import NumericalError, PromptError, UnsupportedModelError
+from .output_layer import output_module
 from .prepack import NARROWEST_PREPACKED, can_prepack, prepack_linears
 from .tree import TokenTree
 
@@ -180,8 +181,7 @@ def _output_layer_watched(model: PreTrainedModel, watched: bool) -> Iterator[lis
     if not watched:
         yield states
         return
-    layer = cast("torch.nn.Module", model.get_output_embeddings())
-    handle = layer.register_forward_pre_hook(lambda _, read: states.append(read[0]))
+    handle = output_module(model).register_forward_pre_hook(lambda _, read: states.append(read[0]))
     try:
         yield states
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..medusa.heads import OutputLayer
+from ..output_layer import OutputLayer
 from .errors import DraftTreeModelError
 
 

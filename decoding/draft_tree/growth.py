@@ -105,8 +105,7 @@ class TreeDraft:
                 unread.to(self._model.device), shape, last=len(level), hidden=self._guidance.needs_states
             )
             steps += 1
-            states = None if output.hidden is None else output.hidden[-len(level) :]
-            new = self._propose(tree, level, output.scores, states, grown, seconds)
+            new = self._propose(tree, level, output.scores, output.hidden, grown, seconds)
             level = self._uncut(tree, tree.chosen(new), pruner, threshold, seconds)
             if not level:
                 break

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..medusa.heads import OutputLayer, output_layer
 from ..models import LanguageModel
+from ..output_layer import OutputLayer, output_layer
 from .alignment import AffineAlignment, proposals
 from .errors import DraftTreeModelError
 from .predictor import AcceptancePredictor, NodeFeatures

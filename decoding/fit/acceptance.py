@@ -25,8 +25,8 @@ from ..draft_tree import (
     usual_alignment,
 )
 from ..draft_tree.predictor import Label, calibrating_temperature
-from ..medusa.heads import output_layer
 from ..models import LanguageModel
+from ..output_layer import output_layer
 from .acceptance_report import CALIBRATED, PLOT, RAW, SHARPENED, AcceptanceReport, acceptance_card, judge, odds_of
 from .card import Facts
 from .early_stopping import EarlyStopping

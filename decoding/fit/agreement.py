@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..draft_tree import AffineAlignment, proposals
-from ..medusa.heads import OutputLayer
+from ..output_layer import OutputLayer
 from .paired_states import PairedStates
 
 _LOGITS_AT_A_TIME = 2**22

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..digests import weights_digest
 from ..draft_tree import AffineAlignment, RidgeFit, load_alignment, proposals, save_alignment
-from ..medusa.heads import OutputLayer, output_layer
+from ..output_layer import OutputLayer, output_layer
 from .alignment_report import AlignmentReport, alignment_card, judge
 from .card import Facts
 from .early_stopping import EarlyStopping

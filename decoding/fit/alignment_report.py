@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..draft_tree import AffineAlignment, proposals
-from ..medusa.heads import OutputLayer
+from ..output_layer import OutputLayer
 from .agreement import FIRST, Agreement, Guess, agreement, r_squared
 from .card import Facts, markdown, opening, precision, schedule, where
 from .distilled_text import TextSettings, describe_text

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ..loading import load_model, shipped_models
-from ..medusa.heads import output_layer
+from ..output_layer import output_layer
 from ..pairs import Pair
 from ..reduced_output import reduce_output
 from .card import Facts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..medusa.heads import output_layer
+from ..output_layer import output_layer
 from ..reduced_output import ReducedOutput, reduced_output
 from .data import Data
 from .distilled_text import DistilledText

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files import write_text
 from ..loading import load_model
 from ..medusa import MedusaHeads, expected_length, load_heads, save_heads, sparse
-from ..medusa.heads import output_layer
+from ..output_layer import output_layer
 from ..pairs import Pair
 from .card import Facts
 from .distilled_text import check_text_settings, distil_text, frequent_tokens

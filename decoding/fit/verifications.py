@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..draft_tree import AffineAlignment, NodeFeatures, proposals
 from ..draft_tree.predictor import Label
-from ..medusa.heads import OutputLayer
+from ..output_layer import OutputLayer
 from .paired_states import PairedStates
 
 _LOGITS_AT_A_TIME = 2**23

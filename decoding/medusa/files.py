@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save
 
 from ..files import replacing, write_json, write_text
 from ..models import LanguageModel
+from ..output_layer import output_layer
 from ..probes import alike, probe
-from .heads import HeadsShape, MedusaHeads, MedusaHeadsError, output_layer
+from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 from .public import is_public, read_public
 
 FORMAT = "specgym-medusa-1"

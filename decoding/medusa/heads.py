@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..errors import SpecgymError, UnsupportedModelError
+from ..errors import SpecgymError
+from ..output_layer import output_layer
 
 
 class MedusaHeadsError(SpecgymError, ValueError):
@@ -225,28 +225,3 @@ class MedusaHeads(nn.Module):
     def _rows(self, values: Tensor) -> Tensor:
         """Of values for all tokens along the first dimension, those of the tokens that heads can propose."""
         return values[self._tokens.to(values.device)] if self.shape.vocabulary else values
-
-
-class OutputLayer(NamedTuple):
-    """The layer that makes scores of a model's last hidden states."""
-
-    layer: nn.Module
-    weight: Tensor
-    """Shape (vocabulary, h)."""
-    bias: Tensor | None
-    """Shape (vocabulary,)."""
-
-
-def output_layer(model: PreTrainedModel) -> OutputLayer:
-    """A model's output layer.
-
-    Raises:
-        UnsupportedModelError: it has none.
-    """
-    layer: Any = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no output layer for heads to use; choose a causal LM with an lm_head"
-        )
-    weight, bias = layer.weight, getattr(layer, "bias", None)  # a prepacked layer makes its weight anew when asked
-    return OutputLayer(layer, weight.detach(), None if bias is None else bias.detach())

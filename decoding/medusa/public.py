@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .heads import HeadsShape, MedusaHeads, MedusaHeadsError, output_layer
+from ..output_layer import output_layer
+from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 
 _CONFIG = "config.json"
 _WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")

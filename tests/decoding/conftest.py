@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from counting import words
+from counting import counting_model, words
 from specgym.decoding.fit.tokenizer import train_tokenizer
 
 
@@ -46,3 +47,12 @@ def reference() -> Callable[..., list[list[int]]]:
 def tokenizer() -> PreTrainedTokenizerBase:
     """Of 300 tokens, trained on `words`."""
     return train_tokenizer([words(500)], 300)
+
+
+@pytest.fixture
+def counting_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """With a model that counts in `target`, its tokenizer, and text for it in `notes.txt`."""
+    counting_model(len(tokenizer)).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    (tmp_path / "notes.txt").write_text(words(9000))
+    return tmp_path

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from counting import CIRCLE, counting_model, words
+from counting import CIRCLE, counting_model
 from specgym.decoding.autoregressive import AutoregressiveDecoder
 from specgym.decoding.checkpoint import load_checkpoint, read_link
 from specgym.decoding.fit import distilled_text, draft
@@ -29,7 +29,7 @@ from specgym.decoding.fit.medusa import MedusaSettings, make_medusa
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.shrink import take_layers
 from specgym.decoding.loading import load_model
-from specgym.decoding.medusa.heads import output_layer
+from specgym.decoding.output_layer import output_layer
 from specgym.decoding.pairs import Pair
 from specgym.decoding.reduced_output import ReducedOutput, reduce_output, reduced_output
 from specgym.decoding.speculative import SpeculativeDecoder
@@ -40,12 +40,9 @@ TOKENS = torch.arange(0, 96, 2)
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> DraftSettings:
-    counting_model(len(tokenizer)).save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    (tmp_path / "notes.txt").write_text(words(9000))
+def settings(tmp_path: Path, counting_folder: Path) -> DraftSettings:
     return DraftSettings(
-        target=str(tmp_path / "target"),
+        target=str(counting_folder / "target"),
         out=tmp_path / "draft",
         text=(tmp_path / "notes.txt",),
         own_text=True,

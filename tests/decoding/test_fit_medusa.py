@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from counting import counting_model, words
+from counting import counting_model
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.fit import distilled_text, medusa
 from specgym.decoding.fit.__main__ import main
@@ -34,12 +34,9 @@ def target(tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> MedusaSettings:
-    counting_model(len(tokenizer)).save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    (tmp_path / "notes.txt").write_text(words(9000))
+def settings(tmp_path: Path, counting_folder: Path) -> MedusaSettings:
     return MedusaSettings(
-        target=str(tmp_path / "target"),
+        target=str(counting_folder / "target"),
         out=tmp_path / "target-medusa",
         text=(tmp_path / "notes.txt",),
         heads=3,

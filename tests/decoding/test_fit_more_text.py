@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from counting import counting_model, words
 from specgym.decoding.fit import draft
 from specgym.decoding.fit.distilled_text import TextSettings, join_texts
 from specgym.decoding.fit.draft import DraftSettings, make_draft
@@ -146,12 +145,9 @@ def test_joined_states_are_those_of_each_part(make_model: MakeModel, tmp_path: P
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> DraftSettings:
-    counting_model(len(tokenizer)).save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    (tmp_path / "notes.txt").write_text(words(9000))
+def settings(tmp_path: Path, counting_folder: Path) -> DraftSettings:
     return DraftSettings(
-        target=str(tmp_path / "target"),
+        target=str(counting_folder / "target"),
         out=tmp_path / "draft",
         text=(tmp_path / "notes.txt",),
         own_text=True,

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgym.decoding.draft_tree import AffineAlignment, DraftTreeModelError, RidgeFit, proposals
-from specgym.decoding.medusa.heads import output_layer
 from specgym.decoding.models import LanguageModel
+from specgym.decoding.output_layer import output_layer
 
 DRAFT, TARGET = 5, 7
 

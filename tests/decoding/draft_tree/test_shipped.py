@@ -15,7 +15,7 @@ from specgym.decoding.draft_tree import (
     usual_acceptance,
     usual_alignment,
 )
-from specgym.decoding.medusa.heads import output_layer
+from specgym.decoding.output_layer import output_layer
 from specgym.decoding.pairs import load_pair
 from specgym.decoding.prompts import load_prompts
 

@@ -20,8 +20,8 @@ from specgym.decoding.fit.paired_states import PairedStates, paired_states
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.reliability import best_temperature, reliability, sharpened
 from specgym.decoding.fit.verifications import Verifications, met, verifications
-from specgym.decoding.medusa.heads import output_layer
 from specgym.decoding.models import LanguageModel
+from specgym.decoding.output_layer import output_layer
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS: Any = ("match", "probability", "ratio")
