@@ -8,7 +8,7 @@ tree grows, alignment and predictor, takes its time too, whatever it says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .draft_tree import DraftTreeDecoder
 from .draft_tree.decoder import DEEPEST
 from .draft_tree.guidance import Aligned, Guidance
-from .draft_tree.rules import Rule
+from .draft_tree.rules import Randomness, Rule
 from .latency import LatencyProfile, arithmetic_of
 from .latency_live import Timing
 from .pairs import Pair
@@ -123,13 +123,6 @@ class _FixedChildren(Rule):
         self._rule.children(q, count, generator)
         return q.topk(count, dim=-1).indices
 
-    def verify(
-        self,
-        p: Tensor,
-        q: Tensor,
-        children: Sequence[int],
-        generator: torch.Generator,
-        uniform: Callable[[], float],
-    ) -> tuple[int, int]:
+    def verify(self, p: Tensor, q: Tensor, children: Sequence[int], chance: Randomness) -> tuple[int, int]:
         """As the rule does."""
-        return self._rule.verify(p, q, children, generator, uniform)
+        return self._rule.verify(p, q, children, chance)

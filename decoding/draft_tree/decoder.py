@@ -27,7 +27,7 @@ from .growth import GrownTree, TreeDraft
 from .guidance import Guidance
 from .predictor import AcceptancePredictor
 from .pruning import PRUNERS, AbsolutePruner
-from .rules import RULES, Likeliest
+from .rules import RULES, Likeliest, Randomness
 
 WIDTH, DEPTH, BUDGET, MIN_ACCEPTANCE = 5, 4, 16, 0.1
 MOST_CHILDREN, DEEPEST, LARGEST = 8, 8, 64
@@ -152,7 +152,7 @@ class DraftTreeSession(Session):
         return verify
 
     def _by_the_rule(self, scores: Tensor, grown: GrownTree) -> Verify:
-        tree = grown.drafted
+        tree, chance = grown.drafted, Randomness(self.generator, self._dice.random)
         self._refuse_broken(float(scores.amax(-1).sum()))
 
         def verify(node: int) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class DraftTreeSession(Session):
                 return -1, int(draw(p, self.generator))
             tokens = [tree.tokens[child] for child in tree.children[node]]
             q = grown.q[tree.rows[node]]
-            return self._rule.verify(p, q, tokens, self.generator, self._dice.random)
+            return self._rule.verify(p, q, tokens, chance)
 
         return verify
 

@@ -12,12 +12,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..sampling import draw, draw_distinct, draw_several, residual
+
+
+class Randomness(NamedTuple):
+    """What verification decides by chance with."""
+
+    generator: torch.Generator
+    """Of the tokens that are drawn, on the device of their distribution."""
+    uniform: Callable[[], float]
+    """A new number in [0, 1) with every call. Thrown on the host, where children are tried one after another."""
 
 
 class Rule(ABC):
@@ -47,22 +56,14 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def verify(
-        self,
-        p: Tensor,
-        q: Tensor,
-        children: Sequence[int],
-        generator: torch.Generator,
-        uniform: Callable[[], float],
-    ) -> tuple[int, int]:
+    def verify(self, p: Tensor, q: Tensor, children: Sequence[int], chance: Randomness) -> tuple[int, int]:
         """Accept one of a node's children, or none.
 
         Args:
             p: the target's distribution after the node, shape (vocabulary,).
             q: the draft's, from which the children were chosen, likewise.
             children: as `children` chose them.
-            generator: of the token where none is accepted.
-            uniform: throws a die, in [0, 1).
+            chance: what decides.
 
         Returns:
             The place of the accepted child, or -1, and the token that follows the node.
@@ -79,20 +80,13 @@ class Likeliest(Rule):
         """The likeliest first."""
         return q.topk(count, dim=-1).indices
 
-    def verify(
-        self,
-        p: Tensor,
-        q: Tensor,
-        children: Sequence[int],
-        generator: torch.Generator,
-        uniform: Callable[[], float],
-    ) -> tuple[int, int]:
+    def verify(self, p: Tensor, q: Tensor, children: Sequence[int], chance: Randomness) -> tuple[int, int]:
         """Draw from the target, and look whether there is such a child.
 
         Trying child after child against what is left of p, each with a one-hot q, accepts each of them with the same
         probability.
         """
-        token = int(draw(p, generator))
+        token = int(draw(p, chance.generator))
         return (children.index(token) if token in children else -1), token
 
 
@@ -106,22 +100,15 @@ class Independent(Rule):
         """In the order of the draws."""
         return draw_several(q, count, generator)
 
-    def verify(
-        self,
-        p: Tensor,
-        q: Tensor,
-        children: Sequence[int],
-        generator: torch.Generator,
-        uniform: Callable[[], float],
-    ) -> tuple[int, int]:
+    def verify(self, p: Tensor, q: Tensor, children: Sequence[int], chance: Randomness) -> tuple[int, int]:
         """Try child after child. On a GPU the host waits once for each that it tries."""
         for place, token in enumerate(children):
             p_of_token, q_of_token = torch.stack([p[token], q[token]]).tolist()
-            if uniform() * q_of_token < p_of_token:
+            if chance.uniform() * q_of_token < p_of_token:
                 return place, token
             p = residual(p, q)
             q = self._left(q, token)
-        return -1, int(draw(p, generator))
+        return -1, int(draw(p, chance.generator))
 
     def _left(self, q: Tensor, token: int) -> Tensor:
         """What the next child was drawn from, after one that was rejected. All the same: a token may be drawn again."""

@@ -90,9 +90,9 @@ class AcceptsTheLast(Likeliest):
 
     name = "accepts the last"
 
-    def verify(self, p: Any, q: Any, children: Any, generator: Any, uniform: Any) -> tuple[int, int]:
+    def verify(self, p: Any, q: Any, children: Any, chance: rules.Randomness) -> tuple[int, int]:
         """Never ends a path before a leaf."""
-        place, _ = super().verify(p, q, children, generator, uniform)
+        place, _ = super().verify(p, q, children, chance)
         place = place if place >= 0 else len(children) - 1
         return place, children[place]
 
@@ -102,10 +102,10 @@ class ForgetsTheRejected(Distinct):
 
     name = "forgets the rejected"
 
-    def verify(self, p: Any, q: Any, children: Any, generator: Any, uniform: Any) -> tuple[int, int]:
+    def verify(self, p: Any, q: Any, children: Any, chance: rules.Randomness) -> tuple[int, int]:
         """Without the residual."""
-        place, token = super().verify(p, q, children, generator, uniform)
-        return (place, token) if place >= 0 else (-1, int(rules.draw(p, generator)))
+        place, token = super().verify(p, q, children, chance)
+        return (place, token) if place >= 0 else (-1, int(rules.draw(p, chance.generator)))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from branching_dice import Dice
 from known_distributions import Branches
-from specgym.decoding.draft_tree.rules import RULES, Distinct, Independent, Likeliest, Rule
+from specgym.decoding.draft_tree.rules import RULES, Distinct, Independent, Likeliest, Randomness, Rule
 from specgym.decoding.sampling import draw_distinct, draw_several
 from tree_dice import branch_draws
 
@@ -54,7 +54,7 @@ def bias(rule: Rule, p: Sequence[float], q: Sequence[float], count: int, monkeyp
         for _ in walk:
             children = rule.children(rows[1:], count, generator)[0].tolist()
             possible = [token for token in children if q[token] > 0]
-            place, token = rule.verify(rows[0], rows[1], possible, generator, Dice(walk).random)
+            place, token = rule.verify(rows[0], rows[1], possible, Randomness(generator, Dice(walk).random))
             assert place == -1 or possible[place] == token
             found[token] += walk.weight
     assert sum(found) == pytest.approx(1)
@@ -88,7 +88,7 @@ def test_more_children_are_accepted_more_often(rule: Rule) -> None:
         times = 0
         for _ in range(2_000):
             children = rule.children(q[None], count, generator)[0].tolist()
-            times += rule.verify(p, q, children, generator, dice.random)[0] >= 0
+            times += rule.verify(p, q, children, Randomness(generator, dice.random))[0] >= 0
         accepted.append(times)
     assert accepted[1] > accepted[0] + 100
 
