@@ -97,11 +97,12 @@ def shown(_: str, rounds: Sequence[Round], figures: Figures) -> dict[str, str]:
 
 def nodes(target: str, results: Results) -> tuple[Table, dict[str, Any]]:
     """What became of the candidates, against the tree without pruning, and where the time went."""
-    table = Table(title=f"{target}: candidates and accepted tokens a round, and where the time goes", box=box.MARKDOWN)
-    for heading in ("method", "drafted", "cut", "verified", "accepted", "lost", "fewer verified", "fewer accepted"):
+    table = Table(
+        title=f"{target}: candidates and accepted tokens a round, and where the time goes, in %", box=box.MARKDOWN
+    )
+    counts = ("drafted", "cut", "verified", "accepted", "lost", "fewer verified", "fewer accepted")
+    for heading in ("method", *counts, "drafting", *_PARTS):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for part in ("drafting", *_PARTS):
-        table.add_column(f"{part}, %", justify="right", no_wrap=True)
     report: dict[str, Any] = {}
     whole: dict[str, float] = {}
     for side, generations in together(results).items():
