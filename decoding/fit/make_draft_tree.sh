@@ -1,8 +1,8 @@
 #!/bin/sh
 # Make the alignments and acceptance predictors that the package ships for its own drafts. Run it from the repository
-# root, after make_tiny.sh or with its runs/corpus; names of targets as arguments make only those:
-# decoding/fit/make_draft_tree.sh tiny-3m. It needs about half an hour of one idle CPU core, less after make_medusa.sh,
-# with which it shares the targets' own text. Runs end by tokens, so that they can be repeated exactly.
+# root, after make_tiny.sh or with its runs/corpus; names of drafts as arguments make only theirs:
+# decoding/fit/make_draft_tree.sh tiny-3m-draft-1l. It needs about an hour of one idle CPU core, less after
+# make_medusa.sh, with which it shares the targets' own text. Runs end by tokens, so that they can be repeated exactly.
 # A run that was interrupted goes on where it was when this script is started again.
 set -eu
 
@@ -10,21 +10,20 @@ PYTHON=${PYTHON:-python}
 MODELS=decoding/data/models
 
 fit() {
-    command=$1 target=$2
-    shift 2
-    "$PYTHON" -m specgym.decoding.fit "$command" --target "$target" --draft "$target-draft-1l" \
-        --out "$MODELS/$target-draft-1l-$command" --licence mit --threads 1 \
-        --prompt-tokens 64 --new-tokens 64 --generate-batch 128 "$@"
+    command=$1
+    shift
+    "$PYTHON" -m specgym.decoding.fit "$command" --target "$target" --draft "$draft" --out "$MODELS/$draft-$command" \
+        --licence mit --threads 1 --prompt-tokens 64 --new-tokens 64 --generate-batch 128 --texts "$texts" "$@"
 }
 
 [ -f runs/corpus/corpus.json ] || "$PYTHON" -m specgym.decoding.fit corpus
-[ $# -gt 0 ] || set -- tiny-3m tiny-10m
-for name in "$@"; do
-    case $name in
-        tiny-3m) texts=3072 ;;
-        tiny-10m) texts=6144 ;;
-        *) echo "nothing is made for $name here: tiny-3m or tiny-10m" >&2 && exit 1 ;;
+[ $# -gt 0 ] || set -- tiny-3m-draft-1l tiny-10m-draft-1l tiny-10m-draft-2l tiny-10m-draft-xs tiny-3m
+for draft in "$@"; do
+    case $draft in
+        tiny-3m-draft-1l) target=tiny-3m texts=3072 ;;
+        tiny-10m-draft-1l | tiny-10m-draft-2l | tiny-10m-draft-xs | tiny-3m) target=tiny-10m texts=6144 ;;
+        *) echo "nothing is made for $draft here: see the drafts in this script" >&2 && exit 1 ;;
     esac
-    fit alignment "$name" --texts $texts --tokens 500000
-    fit acceptance "$name" --texts $texts --tokens 400000
+    fit alignment --tokens 500000
+    fit acceptance --tokens 400000
 done
