@@ -2,7 +2,8 @@
 
 One network moves the knobs of all workloads, and rests where its moves cancel out: near a workload's best setting, and
 seldom on it. The outcomes that it has learned from tell the recorded settings around that place apart, on the training
-prompts and at no cost; what holds between them is a surface, and less sure.
+prompts and at no cost. What holds between them is a surface, and a place that was sought out on a surface is likely to
+be one where that promises too much; so what is recommended is a setting that was recorded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from .settings import TrainSettings
 
 REACH = 3.0
 """How far around the policy's resting place is looked, in its own largest moves of every knob."""
+FEWEST = 12
+"""Recorded settings that are looked at, at least: the nearest ones, where fewer are within reach. The more knobs there
+are, the fewer are."""
 
 
 def best_nearby(
@@ -33,7 +37,7 @@ def best_nearby(
     knobs: Sequence[KnobRange],
     profile: LatencyProfile,
 ) -> dict[str, float]:
-    """The best of the recorded settings around a place and the place itself, by the reward of the training prompts.
+    """The best of the recorded settings around a place, by the reward of the training prompts.
 
     Args:
         settings: of the run.
@@ -53,9 +57,9 @@ def best_nearby(
     if not isinstance(found, Outcomes):
         return own
     names = [knob.name for knob in found.info.knobs]
-    place = np.array([[rest[knob] for knob in names]], np.float64)
-    near = found.settings[_within_reach(found.settings, place[0], names, knobs)]
-    tried = np.concatenate([place, near])
+    place = np.array([rest[knob] for knob in names], np.float64)
+    away = _moves(found.settings, place, names, knobs)
+    tried = found.settings[away <= max(REACH, np.sort(away)[:FEWEST][-1])]
     means = OutcomeReplay([found], [profile], settings.environment.tokens_per_step).means(0, tried)
     reward = settings.reward
     terms = reward_terms(
@@ -76,15 +80,13 @@ def best_nearby(
     return {knob.name: knob.mean([values[knob.name]]) for knob in knobs}
 
 
-def _within_reach(
-    recorded: np.ndarray, place: np.ndarray, names: Sequence[str], knobs: Sequence[KnobRange]
-) -> np.ndarray:
-    """Which settings, shape (settings, knobs), are within reach of a place in every knob; shape (settings,), bool."""
-    within = np.ones(len(recorded), dtype=bool)
+def _moves(recorded: np.ndarray, place: np.ndarray, names: Sequence[str], knobs: Sequence[KnobRange]) -> np.ndarray:
+    """How many of the largest moves lead from a place to settings, shape (settings, knobs); shape (settings,)."""
+    moves = np.zeros(len(recorded))
     for knob in knobs:
         column = names.index(knob.name)
         values, centre = recorded[:, column], place[column]
         if knob.logarithmic:
             values, centre = doublings(values, knob.low), doublings(centre, knob.low)
-        within &= np.abs(values - centre) <= REACH * knob.step + 1e-9
-    return within
+        moves = np.maximum(moves, np.abs(values - centre) / knob.step - 1e-9)
+    return moves

@@ -46,3 +46,15 @@ def thinned(
 def settings_of(values: Mapping[str, Sequence[float]]) -> list[Setting]:
     """Every combination of the values, in order."""
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def best_apart(earned: Sequence[float], count: int) -> list[int]:
+    """Places of the best rewards, and of equal ones the first alone: settings that do the same earn the very same.
+
+    With one level of a draft tree, for instance, no budget beyond the children of a node changes anything, and all
+    finalists would be one.
+    """
+    first: dict[float, int] = {}
+    for place, reward in enumerate(earned):
+        first.setdefault(round(reward, 9), place)
+    return [first[reward] for reward in sorted(first, reverse=True)[:count]]

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from benchmarks.grids import Setting, settings_of, thinned
+from benchmarks.grids import Setting, best_apart, settings_of, thinned
 from specgym.agents.beginning import this_command
 from specgym.agents.environments import recording_path
 from specgym.agents.evaluation import reward_of, whole_numbers
@@ -54,7 +54,7 @@ from specgym.envs.outcomes import Outcomes
 from specgym.envs.shipped_outcomes import find_recording
 from specgym.envs.workloads import workload
 
-FORMAT = "specgym-learned-against-grid-2"
+FORMAT = "specgym-learned-against-grid-3"
 FILE = "learned_against_grid-{}.json"
 AIM = 0.97
 _CHUNK = 4  # settings that a process decodes before it says so
@@ -71,7 +71,7 @@ class Settings:
     prompts: int = 6
     """Held-out prompts of each workload for the whole grid, at most."""
     finalists: int = 16
-    """How many of the grid's best settings are decoded with more prompts."""
+    """How many of the grid's best settings are decoded with more prompts; of those that did the very same, one."""
     final_prompts: int = 24
     """Held-out prompts of each workload for these, for what was learned, and for the default, at most."""
     tokens: int = 64
@@ -245,13 +245,14 @@ def compare(
             recorded = fastest_recorded(settings, name, profile)
             if recorded is not None:
                 others["recorded"] = recorded
-            task = progress.add_task(name, total=len(grid) + min(chosen.finalists, len(grid)) + len(others))
+            task = progress.add_task(name, total=len(grid) + chosen.finalists + len(others))
 
             def tick(more: int, task: TaskID = task) -> None:
                 progress.advance(task, more)
 
             earned = decoded(chosen, name, grid, chosen.prompts, tick)
-            finalists = [grid[place] for place in np.argsort(earned)[::-1][: chosen.finalists]]
+            finalists = [grid[place] for place in best_apart(earned, chosen.finalists)]
+            progress.update(task, total=len(grid) + len(finalists) + len(others))
             finals = decoded(chosen, name, [*finalists, *others.values()], chosen.final_prompts, tick)
             shown = {method: whole_numbers(decoder.knobs, knobs) for method, knobs in others.items()}
             done[name] = compared(grid, earned, finalists, finals, shown)

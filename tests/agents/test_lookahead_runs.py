@@ -189,8 +189,8 @@ def test_the_grid_is_compared_once_with_what_was_learned(
     }
     for name, found in stored.items():
         assert len(found["grid"]) == 4
-        best_two = sorted(found["grid"], key=lambda entry: -entry["reward"])[:2]
-        assert [entry["knobs"] for entry in found["finalists"]] == [entry["knobs"] for entry in best_two]
+        best_two = grids.best_apart([entry["reward"] for entry in found["grid"]], 2)
+        assert [entry["knobs"] for entry in found["finalists"]] == [found["grid"][place]["knobs"] for place in best_two]
         assert found["best"]["reward"] == max(entry["reward"] for entry in found["finalists"])
         assert found["learned"]["knobs"] == learned[name]
         # The same prompts, tokens and seeds as the table's, and the same profile.
@@ -231,3 +231,9 @@ def test_the_default_grid_is_thinned_evenly_and_what_is_given_stays(finished: Pa
     given = grids.thinned(knobs, {"window": [3.0, 1.0, 3.0]})
     assert given["window"] == [1, 3]
     assert given["guesses"] == list(range(17))
+
+
+def test_of_settings_that_earn_the_very_same_one_is_a_finalist() -> None:
+    earned = [1.0, 1.2, 0.9, 1.2, 1.0, 1.2 + 1e-12, 1.1]
+    assert grids.best_apart(earned, 3) == [1, 6, 0]
+    assert grids.best_apart(earned, 9) == [1, 6, 0, 2]
