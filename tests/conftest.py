@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from specgym.decoding import latency_measure
 from table_models import TableModel, random_table
 
 transformers_logging.set_verbosity_error()
@@ -44,6 +46,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_repeats() -> Iterator[None]:
+    """What only needs some latency profile of a pair times every size thrice, and not forty times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_measure, "measure", partial(latency_measure.measure, repeats=3))
+        yield
 
 
 def random_model(
