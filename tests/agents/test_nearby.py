@@ -33,7 +33,7 @@ def name(small_workloads: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> LookaheadSettings:
-    folder = record_little("lookahead", [name], tmp_path_factory.mktemp("outcomes"), settings=24)
+    folder = record_little("lookahead", [name], tmp_path_factory.mktemp("outcomes"), settings=18)
     usual = LookaheadSettings(workloads=(name,))
     return replace(usual, environment=replace(usual.environment, recordings=folder, tokens_per_step=TOKENS))
 
