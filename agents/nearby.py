@@ -14,7 +14,7 @@ import numpy as np
 
 from ..decoding.latency import LatencyProfile
 from ..envs.knobs import doublings
-from ..envs.outcome_replay import OutcomeReplay
+from ..envs.outcome_totals import totals
 from ..envs.outcomes import Outcomes
 from ..envs.rewards import reward_terms
 from ..envs.shipped_outcomes import find_recording
@@ -59,20 +59,23 @@ def best_nearby(
     names = [knob.name for knob in found.info.knobs]
     place = np.array([rest[knob] for knob in names], np.float64)
     away = _moves(found.settings, place, names, knobs)
-    tried = found.settings[away <= max(REACH, np.sort(away)[:FEWEST][-1])]
-    means = OutcomeReplay([found], [profile], settings.environment.tokens_per_step).means(0, tried)
+    near = away <= max(REACH, np.sort(away)[:FEWEST][-1])
+    tried, sums = found.settings[near], totals(found, profile, settings.environment.tokens_per_step)
+    seconds, accepted, drafted, divergence = (
+        sums.per_token(name)[near] for name in ("seconds", "accepted", "drafted", "divergence")
+    )
     reward = settings.reward
     terms = reward_terms(
         reward,
-        speedup=profile.autoregressive_seconds / means["seconds"],
-        acceptance_rate=means["accepted"] / np.maximum(means["drafted"], 1e-9),
-        divergence=means["divergence"],
+        speedup=profile.autoregressive_seconds / seconds,
+        acceptance_rate=accepted / np.maximum(drafted, 1e-9),
+        divergence=divergence,
         knobs=settings.decoder(workload(name).load()).knobs,
         values=dict(zip(names, tried.T, strict=True)),
     )
     earned = np.asarray(sum(terms.values()))
     if reward.max_divergence is not None:
-        earned = np.where(means["divergence"] <= reward.max_divergence, earned, -np.inf)
+        earned = np.where(divergence <= reward.max_divergence, earned, -np.inf)
     best = int(np.argmax(earned))
     if not np.isfinite(earned[best]):
         return own

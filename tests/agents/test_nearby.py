@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from small_runs import record_little, target_alone
 from specgym.agents import nearby
@@ -19,8 +17,7 @@ from specgym.agents.tunable import LookaheadSettings
 from specgym.decoding.latency import LatencyProfile
 from specgym.decoding.lookahead import lookahead_knobs
 from specgym.envs.knobs import default_scales, env_ranges
-from specgym.envs.outcome_replay import OutcomeReplay
-from specgym.envs.outcome_totals import totals
+from specgym.envs.outcome_totals import Totals, totals
 from specgym.envs.outcomes import Outcomes, outcomes_name
 
 TOKENS = 12
@@ -90,24 +87,11 @@ def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_
     assert stayed
 
 
-def test_what_is_recommended_was_recorded_whatever_the_surface_promises(
-    settings: LookaheadSettings,
-    name: str,
-    profile: LatencyProfile,
-    recorded: Outcomes,
-    monkeypatch: pytest.MonkeyPatch,
+def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
 ) -> None:
     rest = {"window": 7, "ngram": 3, "guesses": 9}
     assert list(rest.values()) not in recorded.settings.tolist()
-    means = OutcomeReplay.means
-
-    def promising(self: OutcomeReplay, workload: int, tried: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Where nothing was recorded, a tenth of the time."""
-        found = means(self, workload, tried)
-        known = [row in recorded.settings.tolist() for row in tried.tolist()]
-        return {**found, "seconds": np.where(known, found["seconds"], found["seconds"] / 10)}
-
-    monkeypatch.setattr(OutcomeReplay, "means", promising)
     found = best_nearby(settings, name, rest, ranges(), profile)
     assert list(map(float, found.values())) in recorded.settings.tolist()
 
@@ -125,13 +109,14 @@ def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
     settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nearby, "REACH", 100.0)
-    means, astray = OutcomeReplay.means, 0.01
+    astray = 0.01
 
-    def straying(self: OutcomeReplay, workload: int, tried: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    def straying(found: Outcomes, charged: LatencyProfile, tokens: int) -> Totals:
         """The more guesses, the further from the target."""
-        return {**means(self, workload, tried), "divergence": astray + tried[:, 2] / 16}
+        sums = totals(found, charged, tokens)
+        return replace(sums, divergence=sums.tokens * (astray + found.settings[:, 2:] / 16))
 
-    monkeypatch.setattr(OutcomeReplay, "means", straying)
+    monkeypatch.setattr(nearby, "totals", straying)
     spent = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
     seconds = dict(zip(map(tuple, recorded.settings.tolist()), spent, strict=True))
     for bound in (0.1, 0.3):
