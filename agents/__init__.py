@@ -1,16 +1,8 @@
-"""The agents that tune decoders: the policy, its training (`specgym.agents.training.train`), its export, its judge."""
+"""Policies that tune decoders: training, evaluation, export.
 
-from .export import ExportedPolicy
-from .policy import KnobPolicy
-from .settings import TrainSettings
-from .tunable import DraftTreeSettings, LookaheadSettings, MedusaSettings, ThresholdSettings
+The stub beside this file lists every public name; each is imported at its first use.
+"""
 
-__all__ = [
-    "DraftTreeSettings",
-    "ExportedPolicy",
-    "KnobPolicy",
-    "LookaheadSettings",
-    "MedusaSettings",
-    "ThresholdSettings",
-    "TrainSettings",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,29 +11,30 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import tyro
 
-from ..decoding.errors import SpecgymError
-from .beginning import this_command
-from .evaluation import evaluate, save_rows
-from .export import ExportedPolicy
-from .files import read_json
-from .recommend import load_knobs
+from specgym.decoding import SpecgymError
+
+from .evaluation.comparison import Kind as LeftOut
+from .evaluation.cross_validation import KINDS
+from .evaluation.heat_map import heat_maps_of
+from .evaluation.live import evaluate, save_rows
+from .evaluation.results import differences, rendered, verdict
+from .experiments.settings import TrainSettings
+from .experiments.stop_drafts import StoppingSettings
+from .experiments.stop_drafts_command import evaluate_stopping, train_stopping
+from .experiments.tune_knobs import TUNABLE, ThresholdSettings, load_settings
+from .experiments.tune_unseen import TunerSettings
+from .experiments.tune_unseen_command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
+from .export.knob_policy import ExportedPolicy
+from .export.recommend import load_knobs
 from .report.gather import HEAT_MAPS_FILE, gather
 from .report.heat_maps import save_heat_maps
 from .report.page import write_report
-from .requirements import SettingsError
-from .run import RunFolder, torch_threads
-from .settings import TrainSettings
-from .stopping.command import evaluate_stopping, train_stopping
-from .stopping.settings import StoppingSettings
-from .tables import differences, rendered, verdict
-from .telling import console, quieten, tell_differences
-from .training import train
-from .tunable import TUNABLE, ThresholdSettings, load_settings
-from .tuner.command import evaluate_tuner, recommend_for_pair, train_tuner, transfer_tuner
-from .tuner.comparison import Kind as LeftOut
-from .tuner.cross_validation import KINDS
-from .tuner.heat import heat_maps_of
-from .tuner.settings import TunerSettings
+from .training.beginning import this_command
+from .training.console import console, quieten, tell_differences
+from .training.files import read_json
+from .training.run import train
+from .training.run_folder import RunFolder, torch_threads
+from .training.settings_checks import SettingsError
 
 EnvName = Literal[
     "specgym/Thresholds-v0",

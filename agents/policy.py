@@ -21,8 +21,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ..decoding.errors import NumericalError
-from .numerics import FiniteAdam
+from specgym.decoding import NumericalError
+
+from .training.nan_guards import FiniteAdam
 
 
 class BoundsScaler(BaseFeaturesExtractor):

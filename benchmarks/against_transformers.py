@@ -28,17 +28,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from specgym.decoding.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoder import Decoder
-from specgym.decoding.drafters import ModelDrafter
-from specgym.decoding.loading import ModelNotFoundError
-from specgym.decoding.pairs import Pair, load_pair
-from specgym.decoding.presets import PRESETS, resolve
-from specgym.decoding.prompt_lookup import PromptLookupDrafter
-from specgym.decoding.prompts import load_prompts
-from specgym.decoding.sampling import Sampling
-from specgym.decoding.speculative import SpeculativeDecoder
-from specgym.decoding.stopping import ConfidenceBelow
+from specgym.decoding import (
+    PRESETS,
+    AutoregressiveDecoder,
+    ConfidenceBelow,
+    Decoder,
+    ModelDrafter,
+    ModelNotFoundError,
+    Pair,
+    PromptLookupDrafter,
+    Sampling,
+    SpeculativeDecoder,
+    load_pair,
+    load_prompts,
+    resolve,
+)
 
 Side = Callable[[list[int], int], int]
 

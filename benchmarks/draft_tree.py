@@ -21,16 +21,16 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.sides import PLAIN, Comparison, Figures, Method, Results, compare, drafted, rounds_of, together
-from specgym.decoding.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoder import Round
-from specgym.decoding.draft_tree import (
+from specgym.decoding import (
     RULES,
+    AutoregressiveDecoder,
     DraftTreeDecoder,
     DraftTreeRound,
+    Pair,
+    Round,
     usual_acceptance,
     usual_alignment,
 )
-from specgym.decoding.pairs import Pair
 
 _PARTS = ("alignment", "prediction", "pruning", "forward", "judge", "cache")
 

@@ -21,9 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from specgym.decoding.loading import load_model
-from specgym.decoding.models import LanguageModel
-from specgym.decoding.prepack import SMALLEST_PREPACKED, prepack_linears
+from specgym.decoding import SMALLEST_PREPACKED, LanguageModel, load_model, prepack_linears
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from specgym.agents.export import KnobRange
+from specgym.agents import KnobRange
 
 Setting = dict[str, float]
 MOST = 250

@@ -34,25 +34,22 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from benchmarks.grids import Setting, best_apart, settings_of, thinned
-from specgym.agents.beginning import this_command
-from specgym.agents.environments import recording_path
-from specgym.agents.evaluation import reward_of, whole_numbers
-from specgym.agents.export import ExportedPolicy
-from specgym.agents.files import read_json
-from specgym.agents.recommend import load_knobs
-from specgym.agents.requirements import SettingsError
-from specgym.agents.run import RunFolder
-from specgym.agents.settings import TrainSettings
-from specgym.agents.telling import quieten
-from specgym.agents.tunable import load_settings
-from specgym.decoding.errors import SpecgymError
-from specgym.decoding.files import digest, write_json
-from specgym.decoding.latency import LatencyProfile
-from specgym.envs.measuring import decode_prompts, summarise
-from specgym.envs.outcome_totals import totals
-from specgym.envs.outcomes import Outcomes
-from specgym.envs.shipped_outcomes import find_recording
-from specgym.envs.workloads import workload
+from specgym.agents import (
+    ExportedPolicy,
+    RunFolder,
+    SettingsError,
+    TrainSettings,
+    load_knobs,
+    load_settings,
+    quieten,
+    read_json,
+    recording_path,
+    reward_of,
+    this_command,
+    whole_numbers,
+)
+from specgym.decoding import LatencyProfile, SpecgymError, digest, write_json
+from specgym.envs import Outcomes, decode_prompts, find_recording, summarise, totals, workload
 
 FORMAT = "specgym-learned-against-grid-3"
 FILE = "learned_against_grid-{}.json"

@@ -20,18 +20,18 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.sides import PLAIN, Comparison, Figures, Method, Results, compare, drafted, rounds_of
-from specgym.decoding.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoder import Round
-from specgym.decoding.lookahead import (
+from specgym.decoding import (
+    AutoregressiveDecoder,
     JacobiDecoder,
     LookaheadDecoder,
     LookaheadRound,
     LookaheadStatistics,
+    Pair,
     PoolSettings,
+    PromptLookupDrafter,
+    Round,
+    SpeculativeDecoder,
 )
-from specgym.decoding.pairs import Pair
-from specgym.decoding.prompt_lookup import PromptLookupDrafter
-from specgym.decoding.speculative import SpeculativeDecoder
 
 
 @dataclass

@@ -32,15 +32,20 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.sides import encoded
-from specgym.decoding.decoder import Round
-from specgym.decoding.files import write_json
-from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.latency_measure import measured
-from specgym.decoding.lookahead import LookaheadDecoder, LookaheadStatistics, PoolSettings
-from specgym.decoding.lookahead.decoder import Preset
-from specgym.decoding.lookahead.pool import Retention
-from specgym.decoding.pairs import Pair, load_pair
-from specgym.decoding.sampling import Sampling
+from specgym.decoding import (
+    LatencyProfile,
+    LookaheadDecoder,
+    LookaheadStatistics,
+    Pair,
+    PoolSettings,
+    Preset,
+    Retention,
+    Round,
+    Sampling,
+    load_pair,
+    measured,
+    write_json,
+)
 
 DEFAULT = "default"
 CONTROL = "guesses"

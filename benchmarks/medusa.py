@@ -20,11 +20,16 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.sides import PLAIN, Comparison, Figures, Method, compare, drafted
-from specgym.decoding.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoder import Round
-from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, heads_for
-from specgym.decoding.medusa.decoder import DELTA, EPSILON
-from specgym.decoding.pairs import Pair
+from specgym.decoding import (
+    DELTA,
+    EPSILON,
+    AutoregressiveDecoder,
+    MedusaDecoder,
+    Pair,
+    Round,
+    TypicalMedusaDecoder,
+    heads_for,
+)
 
 
 @dataclass

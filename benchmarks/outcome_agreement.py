@@ -23,18 +23,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents.tunable import LookaheadSettings
-from specgym.decoding.files import write_json
-from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.prompts import Split
-from specgym.envs.decoders import DECODERS, build_decoder, rounds_of
-from specgym.envs.knob_moves import KnobMoves
-from specgym.envs.measuring import decode_prompts, summarise
-from specgym.envs.outcome_replay import OutcomeReplay
-from specgym.envs.outcomes import Outcomes, outcomes_name
-from specgym.envs.profiles import profile_of
-from specgym.envs.shipped_outcomes import find_recording
-from specgym.envs.workloads import Workload
+from specgym.agents import LookaheadSettings
+from specgym.decoding import LatencyProfile, Split, write_json
+from specgym.envs import (
+    DECODERS,
+    KnobMoves,
+    OutcomeReplay,
+    Outcomes,
+    Workload,
+    build_decoder,
+    decode_prompts,
+    find_recording,
+    outcomes_name,
+    profile_of,
+    rounds_of,
+    summarise,
+)
 
 _TRIES = 50
 

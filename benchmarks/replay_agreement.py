@@ -24,16 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.decoding.files import write_json
-from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.latency_measure import measured
-from specgym.decoding.threshold import ThresholdDecoder
-from specgym.envs.measuring import decode_prompts, summarise
-from specgym.envs.replay import Replay
-from specgym.envs.replay_table import ReplayTable
-from specgym.envs.shipped_traces import find_trace
-from specgym.envs.traces import Trace
-from specgym.envs.workloads import workload
+from specgym.decoding import LatencyProfile, ThresholdDecoder, measured, write_json
+from specgym.envs import Replay, ReplayTable, Trace, decode_prompts, find_trace, summarise, workload
 
 PAIRS = ("tiny", "tiny-10m-2l", "tiny-10m-xs", "tiny-10m-3m", "tiny-10m-ngram", "tiny-10m-lookup", "tiny-3m-1l",
          "tiny-3m-ngram", "tiny-3m-lookup")  # fmt: skip

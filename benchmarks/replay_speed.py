@@ -28,9 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import specgym  # noqa: F401  # registers the environments
-from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.latency_measure import measured
-from specgym.envs.shipped_traces import find_trace
+from specgym.decoding import LatencyProfile, measured
+from specgym.envs import find_trace
 
 _CLAIMS = {"tuning, 1,024 together": 200_000, "tuning, one": 5_000, "control, 4,096 together": 1_000_000}
 _KEPT = 32  # sets of actions made beforehand, so that making them is not timed

@@ -20,10 +20,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from specgym.agents.environments import training_environments
-from specgym.agents.tunable import ThresholdEnvironment, ThresholdSettings
-from specgym.envs.profiles import profile_of
-from specgym.envs.workloads import workload
+from specgym.agents import ThresholdEnvironment, ThresholdSettings, training_environments
+from specgym.envs import profile_of, workload
 
 
 @dataclass
@@ -48,7 +46,7 @@ def private_megabytes(process: int) -> float:
 def measured(pair: str, way: str) -> list[float]:
     """Private megabytes of each of four environments that have taken two steps."""
     if way == "each its own":
-        multiprocessing.set_forkserver_preload(["specgym.agents.environments", "specgym.envs.tuning"])
+        multiprocessing.set_forkserver_preload(["specgym.agents.training.environments", "specgym.envs.tuning.env"])
         multiprocessing.forkserver.ensure_running()
     names = tuple(f"{pair}/{prompts}" for prompts in ("prose", "code", "definitions", "chat"))
     settings = ThresholdSettings(workloads=names, environment=ThresholdEnvironment(tokens_per_step=8))

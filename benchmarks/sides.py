@@ -17,12 +17,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.decoding.decoder import Decoder, Generation, Round
-from specgym.decoding.files import write_json
-from specgym.decoding.pairs import Pair, load_pair
-from specgym.decoding.prompts import PromptSet, encode, load_prompts
-from specgym.decoding.sampling import Sampling
-from specgym.decoding.speculative import SpeculativeDecoder
+from specgym.decoding import (
+    Decoder,
+    Generation,
+    Pair,
+    PromptSet,
+    Round,
+    Sampling,
+    SpeculativeDecoder,
+    encode,
+    load_pair,
+    load_prompts,
+    write_json,
+)
 
 PLAIN = "autoregressive"
 REPETITIVE = "repetitive"

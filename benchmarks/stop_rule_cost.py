@@ -23,12 +23,9 @@ from gymnasium import spaces
 from rich.console import Console
 from rich.table import Table
 
-from specgym.agents.stopping.export import ExportedStopRule
-from specgym.agents.stopping.policy import StoppingPolicy
-from specgym.decoding.decoder import GREEDY
-from specgym.decoding.pairs import load_pair
-from specgym.decoding.stopping import FEATURES, DraftTracker
-from specgym.envs.workloads import workload
+from specgym.agents import ExportedStopRule, StoppingPolicy
+from specgym.decoding import FEATURES, GREEDY, DraftTracker, load_pair
+from specgym.envs import workload
 
 
 @dataclass

@@ -24,15 +24,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents.settings import LearningSettings
-from specgym.agents.tuner.comparison import recommendations
-from specgym.agents.tuner.cross_validation import Training, train_fold
-from specgym.agents.tuner.run import problems_of
-from specgym.agents.tuner.settings import TunerSettings
-from specgym.agents.tuner.statistics import holm, interval, resampled_means, sign_flip_test
-from specgym.agents.tuner.tuner import LearnedSearcher, LearnedTuner
+from specgym.agents import (
+    LearnedSearcher,
+    LearnedTuner,
+    LearningSettings,
+    Training,
+    TunerSettings,
+    holm,
+    interval,
+    problems_of,
+    recommendations,
+    resampled_means,
+    sign_flip_test,
+    train_fold,
+)
 from specgym.callbacks import ReplaySettings
-from specgym.decoding.files import write_json
+from specgym.decoding import write_json
 
 SEARCHES = 3
 """Sessions on every workload that was left out, with other prompts and dice."""

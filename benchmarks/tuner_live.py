@@ -21,16 +21,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents.evaluation import Row, evaluate
-from specgym.agents.settings import EvaluationSettings
-from specgym.agents.tunable import ThresholdSettings
-from specgym.agents.tuner.run import problems_of
-from specgym.agents.tuner.settings import TunerSettings
-from specgym.agents.tuner.table import session
-from specgym.agents.tuner.transfer_file import read
-from specgym.agents.tuner.tuner import LearnedTuner
-from specgym.envs.profiles import profile_of
-from specgym.envs.workloads import workload
+from specgym.agents import (
+    EvaluationSettings,
+    LearnedTuner,
+    Row,
+    ThresholdSettings,
+    TunerSettings,
+    evaluate,
+    problems_of,
+    read,
+    session,
+)
+from specgym.envs import profile_of, workload
 
 
 @dataclass

@@ -18,14 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents.tuner.run import problems_of
-from specgym.agents.tuner.settings import TunerSettings
-from specgym.agents.tuner.universal import losses, universal_setting
-from specgym.decoding.prompts import Split
-from specgym.envs.profiles import profile_of
-from specgym.envs.replay import LOSSLESS, Replay
-from specgym.envs.shipped_traces import find_trace
-from specgym.envs.sources import prepared
+from specgym.agents import TunerSettings, losses, problems_of, universal_setting
+from specgym.decoding import Split
+from specgym.envs import LOSSLESS, Replay, find_trace, prepared, profile_of
 
 LENGTHS = np.arange(1, 17)
 PASSES = 16

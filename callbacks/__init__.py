@@ -1,26 +1,8 @@
-"""Stable-Baselines3 callbacks: what decoding did, whole checkpoints, schedules of learning, and replay."""
+"""Stable-Baselines3 callbacks: metrics of decoding, whole checkpoints, schedules, replay.
 
-from .checkpoints import CheckpointError, FolderCheckpointCallback, intact_checkpoints
-from .decoding_metrics import DecodingMetricsCallback
-from .divergence_bound import DivergenceBoundCallback
-from .early_stop import EarlyStopCallback
-from .entropy import EntropyScheduleCallback
-from .plateau import PlateauCallback
-from .prioritised_replay import PrioritisedReplayCallback, ReplaySettings
-from .resumable import Resumable
-from .workload_priorities import WorkloadPriorities
+The stub beside this file lists every public name; each is imported at its first use.
+"""
 
-__all__ = [
-    "CheckpointError",
-    "DecodingMetricsCallback",
-    "DivergenceBoundCallback",
-    "EarlyStopCallback",
-    "EntropyScheduleCallback",
-    "FolderCheckpointCallback",
-    "PlateauCallback",
-    "PrioritisedReplayCallback",
-    "ReplaySettings",
-    "Resumable",
-    "WorkloadPriorities",
-    "intact_checkpoints",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

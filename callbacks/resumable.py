@@ -7,8 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..decoding.errors import SpecgymError
-from ..decoding.files import write_json
+from specgym.decoding import SpecgymError, write_json
 
 
 class CheckpointError(SpecgymError, ValueError):

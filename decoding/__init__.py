@@ -1,74 +1,8 @@
-"""Generating text with a target and a draft. Knows torch and transformers; knows nothing of reinforcement learning."""
+"""Generating text with a target and a draft. Knows torch and transformers; knows nothing of reinforcement learning.
 
-from .autoregressive import AutoregressiveDecoder
-from .decoder import Decoder, Generation, Knob, Round, Session
-from .draft_tree import DraftTreeDecoder
-from .drafters import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal
-from .errors import (
-    KnobError,
-    NumericalError,
-    PromptError,
-    SpecgymError,
-    UnsupportedModelError,
-    VocabularyMismatchError,
-)
-from .lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
-from .medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, load_heads
-from .models import LanguageModel, Logits
-from .ngram import NGramDrafter
-from .pairs import Pair, load_pair
-from .prompt_lookup import PromptLookupDrafter
-from .prompts import PromptSet, load_prompts
-from .sampling import Sampling
-from .speculative import SpeculativeDecoder
-from .stopping import ConfidenceBelow, DraftTracker, EntropyAbove, FixedLength, ProductBelow, StopRule
-from .threshold import ThresholdDecoder
-from .tree import TokenTree
+The stub beside this file lists every public name; each is imported at its first use.
+"""
 
-__all__ = [
-    "AutoregressiveDecoder",
-    "ConfidenceBelow",
-    "Decoder",
-    "DraftSession",
-    "DraftStep",
-    "DraftTracker",
-    "DraftTreeDecoder",
-    "Drafter",
-    "EntropyAbove",
-    "FixedLength",
-    "Generation",
-    "JacobiDecoder",
-    "Knob",
-    "KnobError",
-    "LanguageModel",
-    "Logits",
-    "LookaheadDecoder",
-    "MedusaDecoder",
-    "MedusaHeads",
-    "ModelDrafter",
-    "ModelStep",
-    "NGramDrafter",
-    "NumericalError",
-    "OneHotStep",
-    "Pair",
-    "PoolSettings",
-    "ProductBelow",
-    "PromptError",
-    "PromptLookupDrafter",
-    "PromptSet",
-    "Proposal",
-    "Round",
-    "Sampling",
-    "Session",
-    "SpecgymError",
-    "SpeculativeDecoder",
-    "StopRule",
-    "ThresholdDecoder",
-    "TokenTree",
-    "TypicalMedusaDecoder",
-    "UnsupportedModelError",
-    "VocabularyMismatchError",
-    "load_heads",
-    "load_pair",
-    "load_prompts",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .errors import KnobError, NumericalError, PromptError
-from .models import LanguageModel
-from .pairs import Pair
+from .loading.pair import Pair
+from .models.language_model import LanguageModel
 from .sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)

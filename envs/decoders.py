@@ -6,17 +6,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..decoding.decoder import Decoder, Knob
-from ..decoding.draft_tree import DraftTreeDecoder, draft_tree_knobs
-from ..decoding.lookahead import LookaheadDecoder, lookahead_knobs
-from ..decoding.lookahead.decoder import PRESETS
-from ..decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, medusa_knobs
-from ..decoding.medusa.decoder import typical_knobs
-from ..decoding.pairs import Pair
-from ..decoding.round_kinds import CHAIN, DRAFT_TREE, LOOKAHEAD, MEDUSA, MEDUSA_TYPICAL, OF_HEADS, Rounds
-from ..decoding.speculative import SpeculativeDecoder, speculative_knobs
-from ..decoding.threshold import ThresholdDecoder, threshold_knobs
-from .shipped_traces import DEFAULT_WORKLOAD
+from specgym.decoding import (
+    CHAIN,
+    DRAFT_TREE,
+    LOOKAHEAD,
+    LOOKAHEAD_PRESETS,
+    MEDUSA,
+    MEDUSA_TYPICAL,
+    OF_HEADS,
+    Decoder,
+    DraftTreeDecoder,
+    Knob,
+    LookaheadDecoder,
+    MedusaDecoder,
+    MedusaHeads,
+    Pair,
+    Rounds,
+    SpeculativeDecoder,
+    ThresholdDecoder,
+    TypicalMedusaDecoder,
+    draft_tree_knobs,
+    lookahead_knobs,
+    medusa_knobs,
+    speculative_knobs,
+    threshold_knobs,
+    typical_knobs,
+)
+
+from .recordings.shipped_traces import DEFAULT_WORKLOAD
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ DECODERS: dict[str, TunableDecoder] = {
         drafts=False,
         rounds=LOOKAHEAD,
         workload=_ALONE,
-        presets=tuple(PRESETS.values()),
+        presets=tuple(LOOKAHEAD_PRESETS.values()),
     ),
     "medusa": TunableDecoder(
         lambda pair, _: MedusaDecoder(pair),

@@ -3,7 +3,7 @@
 Live decoding charges the latency measured on this machine. A replay needs no model, and should give the same figures
 everywhere, so it charges the *reference profile* of its pair if one ships: measured once, on the machine that the file
 names. For a machine of one's own give the environments ``profile=``: a file that this command wrote, what
-`specgym.decoding.latency_measure.measured` returns, or a `specgym.decoding.roofline.roofline`.
+`specgym.decoding.latency.measure.measured` returns, or a `specgym.decoding.latency.roofline.roofline`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,22 @@ from pathlib import Path
 import torch
 import tyro
 
-from ..decoding.decoder import Decoder
-from ..decoding.errors import SpecgymError
-from ..decoding.files import file_name
-from ..decoding.latency import LatencyProfile, LatencyProfileError, arithmetic_of
-from ..decoding.latency_measure import measure, measured
-from ..decoding.presets import resolve
-from ..decoding.round_kinds import CHAIN, DRAFTED, Rounds, timed_as
+from specgym.decoding import (
+    CHAIN,
+    DRAFTED,
+    Decoder,
+    LatencyProfile,
+    LatencyProfileError,
+    Rounds,
+    SpecgymError,
+    arithmetic_of,
+    file_name,
+    measure,
+    measured,
+    resolve,
+    timed_as,
+)
+
 from .decoders import heads_of, tree_decoder_of
 from .workloads import Workload, workload
 

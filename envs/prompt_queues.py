@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .knob_moves import prompt_orders
+from .tuning.knob_space import prompt_orders
 
 Integers = NDArray[np.int64]
 

@@ -21,18 +21,22 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..decoding.autoregressive import AutoregressiveDecoder
-from ..decoding.errors import SpecgymError
-from ..decoding.prompts import Split
-from ..decoding.speculative import SpeculativeDecoder, require_draft
-from ..decoding.threshold import ThresholdDecoder
-from .archives import TraceError
-from .outcomes import outcomes_name
-from .record_command import RecordCommand
-from .record_outcomes import OutcomeSettings, record_outcomes
-from .recording import PER_TOKEN, Recorder, Rows
-from .recording_parts import claim_parts, parts_of, provenance_of, write_part
-from .traces import Trace, TraceInfo, trace_name
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    SpecgymError,
+    SpeculativeDecoder,
+    Split,
+    ThresholdDecoder,
+    require_draft,
+)
+
+from .recordings.archive import TraceError
+from .recordings.draft_recorder import PER_TOKEN, Recorder, Rows
+from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
+from .recordings.outcomes import outcomes_name
+from .recordings.record_command import RecordCommand
+from .recordings.resumable_parts import claim_parts, parts_of, provenance_of, write_part
+from .recordings.trace import Trace, TraceInfo, trace_name
 from .workloads import Workload, workload
 
 _ALL_ROWS = ("tokens", "successor", "drafted", "match", "distance")

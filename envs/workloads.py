@@ -14,13 +14,23 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..decoding.decoder import GREEDY
-from ..decoding.errors import PromptError, SpecgymError
-from ..decoding.hub_prompts import HUB_SETS
-from ..decoding.pairs import Pair, load_pair
-from ..decoding.presets import PRESETS, UnknownPairError, resolve
-from ..decoding.prompts import PromptSet, Split, encode, load_prompts, shipped_prompts
-from ..decoding.sampling import Sampling
+from specgym.decoding import (
+    GREEDY,
+    HUB_SETS,
+    PRESETS,
+    Pair,
+    PromptError,
+    PromptSet,
+    Sampling,
+    SpecgymError,
+    Split,
+    UnknownPairError,
+    encode,
+    load_pair,
+    load_prompts,
+    resolve,
+    shipped_prompts,
+)
 
 SHIPPED_WORKLOADS: tuple[str, ...] = (
     "tiny/prose",

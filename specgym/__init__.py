@@ -12,6 +12,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.cfg").is_file() and (_ROOT / "decoding").is_dir():
     __path__.append(str(_ROOT))
 
-from .envs import register_environments  # noqa: E402  # found on the path extended above
+from . import moved  # noqa: E402
+from .envs import register_environments  # noqa: E402  # on the path extended above
 
+moved.install()
 register_environments()

@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from specgym.decoding import latency_measure
-from table_models import TableModel, random_table
+from specgym.decoding.latency import measure as latency_measure
+from tests.helpers.table_models import TableModel, random_table
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

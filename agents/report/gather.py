@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
-from ..evaluation import FORMAT as TABLE_FORMAT
-from ..files import RunFileError, read_json
-from ..recommend import load_knobs
-from ..run import RunFolder
-from ..stopping.settings import FORMAT as STOPPING_FORMAT
-from ..tunable import TUNABLE, ThresholdSettings
-from ..tuner.settings import FORMAT as TUNER_FORMAT
+from specgym import __version__
+
+from ..evaluation.live import FORMAT as TABLE_FORMAT
+from ..experiments.stop_drafts import FORMAT as STOPPING_FORMAT
+from ..experiments.tune_knobs import TUNABLE, ThresholdSettings
+from ..experiments.tune_unseen import FORMAT as TUNER_FORMAT
+from ..export.recommend import load_knobs
+from ..training.files import RunFileError, read_json
+from ..training.run_folder import RunFolder
 from .data import CURVES, HARDWARE, HEAT_MAPS, PATTERNS, TABLE, TRANSFER, HeatMap, Report, TableRow
 from .events import read_curves
 from .heat_maps import load_heat_maps

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ...decoding.files import write_json
-from ..files import RunFileError, read_json
+from specgym.decoding import write_json
+
+from ..training.files import RunFileError, read_json
 from .data import HeatMap, Point
 
 FORMAT = "specgym-heat-maps-1"

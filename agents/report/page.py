@@ -11,7 +11,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ...decoding.files import write_text
+from specgym.decoding import write_text
+
 from .curve_figures import curve_figures
 from .data import Report
 from .heat_figures import describe, heat_legend, heat_map

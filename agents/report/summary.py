@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation import ALL, strays
+from ..evaluation.live import ALL, strays
 from .data import HeatMap, TableRow
 
 LEARNED, DEFAULT, PLAIN, BEST = "learned", "default", "autoregressive", "best"

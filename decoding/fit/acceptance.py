@@ -13,8 +13,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from ..digests import weights_digest
-from ..draft_tree import (
+from ..decoders.draft_tree import (
     AcceptancePredictor,
     AffineAlignment,
     DraftTreeModelError,
@@ -24,9 +23,10 @@ from ..draft_tree import (
     save_acceptance,
     usual_alignment,
 )
-from ..draft_tree.predictor import Label, calibrating_temperature
-from ..models import LanguageModel
-from ..output_layer import output_layer
+from ..decoders.draft_tree.predictor import Label, calibrating_temperature
+from ..models.language_model import LanguageModel
+from ..models.output_head import output_layer
+from ..models.weight_hashes import weights_digest
 from .acceptance_report import CALIBRATED, PLOT, RAW, SHARPENED, AcceptanceReport, acceptance_card, judge, odds_of
 from .card import Facts
 from .early_stopping import EarlyStopping

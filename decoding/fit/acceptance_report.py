@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..draft_tree import AcceptancePredictor
-from ..draft_tree.predictor import calibrating_temperature, log_odds
+from ..decoders.draft_tree import AcceptancePredictor
+from ..decoders.draft_tree.predictor import calibrating_temperature, log_odds
 from .card import Facts, markdown, opening, precision, schedule, where
 from .distilled_text import TextSettings, describe_text
 from .early_stopping import verdict

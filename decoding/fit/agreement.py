@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..draft_tree import AffineAlignment, proposals
-from ..output_layer import OutputLayer
+from ..decoders.draft_tree import AffineAlignment, proposals
+from ..models.output_head import OutputLayer
 from .paired_states import PairedStates
 
 _LOGITS_AT_A_TIME = 2**22

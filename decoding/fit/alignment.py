@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..digests import weights_digest
-from ..draft_tree import AffineAlignment, RidgeFit, load_alignment, proposals, save_alignment
-from ..output_layer import OutputLayer, output_layer
+from ..decoders.draft_tree import AffineAlignment, RidgeFit, load_alignment, proposals, save_alignment
+from ..models.output_head import OutputLayer, output_layer
+from ..models.weight_hashes import weights_digest
 from .alignment_report import AlignmentReport, alignment_card, judge
 from .card import Facts
 from .early_stopping import EarlyStopping

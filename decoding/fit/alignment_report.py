@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..draft_tree import AffineAlignment, proposals
-from ..output_layer import OutputLayer
+from ..decoders.draft_tree import AffineAlignment, proposals
+from ..models.output_head import OutputLayer
 from .agreement import FIRST, Agreement, Guess, agreement, r_squared
 from .card import Facts, markdown, opening, precision, schedule, where
 from .distilled_text import TextSettings, describe_text

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..digests import weights_digest
 from ..files import replacing
+from ..models.weight_hashes import weights_digest
 from .errors import FitError
 from .measure import context_of
 from .prompt_windows import TRAINING, Prompts

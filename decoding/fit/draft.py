@@ -12,11 +12,11 @@ import torch
 import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
-from ..loading import load_model, shipped_models
-from ..output_layer import output_layer
-from ..pairs import Pair
-from ..reduced_output import reduce_output
+from ..loading.checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
+from ..loading.find_model import load_model, shipped_models
+from ..loading.pair import Pair
+from ..models.output_head import output_layer
+from ..models.reduced_vocabulary import reduce_output
 from .card import Facts
 from .data import load_data
 from .distilled_text import TextSettings, check_text_settings, describe_text, distil_text, frequent_tokens

@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from ..decoder import Generation
-from ..pairs import Pair
-from ..prompts import encode, load_prompts, shipped_prompts
-from ..speculative import SpeculativeDecoder
+from ..decoders.speculative import SpeculativeDecoder
+from ..loading.pair import Pair
+from ..prompts.prompt_set import encode, load_prompts, shipped_prompts
 from .card import markdown
 from .errors import FitError
 from .measure import Quality, measure

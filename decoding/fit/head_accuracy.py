@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..medusa import MedusaHeads
-from ..medusa.trees import LARGEST_TREE
+from ..decoders.medusa import MedusaHeads
+from ..decoders.medusa.trees import LARGEST_TREE
 from .hidden_states import HiddenStates
 from .labels import IGNORED
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..medusa import MedusaHeads
+from ..decoders.medusa import MedusaHeads
 from .labels import IGNORED
 
 DECAY = 0.8

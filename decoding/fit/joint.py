@@ -15,13 +15,13 @@ import tyro
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checkpoint import save_checkpoint
-from ..digests import heads_digest
+from ..decoders.medusa import MedusaHeads, heads_for, save_heads
 from ..files import write_text
-from ..loading import load_model
-from ..medusa import MedusaHeads, heads_for, save_heads
-from ..models import LanguageModel
-from ..pairs import Pair
+from ..loading.checkpoint import save_checkpoint
+from ..loading.find_model import load_model
+from ..loading.pair import Pair
+from ..models.language_model import LanguageModel
+from ..models.weight_hashes import heads_digest
 from .card import Facts, write_card
 from .distilled_text import DistilledText, check_text_settings, distil_text
 from .early_stopping import EarlyStopping

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..output_layer import output_layer
-from ..reduced_output import ReducedOutput, reduced_output
+from ..models.output_head import output_layer
+from ..models.reduced_vocabulary import ReducedOutput, reduced_output
 from .data import Data
 from .distilled_text import DistilledText
 from .hidden_states import HiddenStates

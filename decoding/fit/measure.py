@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..reduced_output import reduced_output
+from ..models.reduced_vocabulary import reduced_output
 from .errors import FitError
 
 

@@ -12,11 +12,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from ..decoders.medusa import MedusaHeads, expected_length, load_heads, save_heads, sparse
 from ..files import write_text
-from ..loading import load_model
-from ..medusa import MedusaHeads, expected_length, load_heads, save_heads, sparse
-from ..output_layer import output_layer
-from ..pairs import Pair
+from ..loading.find_model import load_model
+from ..loading.pair import Pair
+from ..models.output_head import output_layer
 from .card import Facts
 from .distilled_text import check_text_settings, distil_text, frequent_tokens
 from .early_stopping import EarlyStopping

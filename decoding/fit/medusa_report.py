@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..medusa import CandidateTree
+from ..decoders.medusa import CandidateTree
 from .card import Facts, markdown, opening, precision, schedule, where
 from .distilled_text import TextSettings, describe_text
 from .early_stopping import verdict

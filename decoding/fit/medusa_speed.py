@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..medusa import MedusaDecoder, MedusaHeads
-from ..pairs import Pair
+from ..decoders.medusa import MedusaDecoder, MedusaHeads
+from ..loading.pair import Pair
 from .distilled_text import DistilledText
 from .prompt_windows import SPEED
 from .speed import Speed, compare

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..digests import weights_digest
-from ..prompts import PromptSet, encode, load_prompts
+from ..models.weight_hashes import weights_digest
+from ..prompts.prompt_set import PromptSet, encode, load_prompts
 from .distilled_text import DistilledText
 from .errors import FitError
 from .prompt_windows import JUDGING, TRAINING, Prompts

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..drafts.ngram import NGramDrafter
 from ..files import write_text
-from ..loading import load_tokenizer
-from ..ngram import NGramDrafter
+from ..loading.find_model import load_tokenizer
 from .text import read_documents, read_plain
 
 _PARTS = 64

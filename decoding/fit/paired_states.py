@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..digests import weights_digest
+from ..models.weight_hashes import weights_digest
 from .distilled_text import DistilledText
 from .errors import FitError
 from .state_files import places_between, states_along

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..drafters import ModelDrafter
-from ..models import LanguageModel
-from ..pairs import Pair, load_pair
+from ..drafts.drafter import ModelDrafter
+from ..loading.pair import Pair, load_pair
+from ..models.language_model import LanguageModel
 from .distilled_text import check_text_settings, distil_text
 from .errors import FitError
 from .loop import LoopSettings, device_of

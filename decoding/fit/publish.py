@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import load_checkpoint, save_checkpoint
 from ..files import write_text
+from ..loading.checkpoint import load_checkpoint, save_checkpoint
 from .card import Facts, write_card
 from .loop import LoopSettings, Outcome
 from .measure import Quality, table

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..autoregressive import AutoregressiveDecoder
 from ..decoder import Decoder, Generation
+from ..decoders.autoregressive import AutoregressiveDecoder
 
 COLUMNS = ("tokens a round", "overhead of a round", "ms a token", "plain ms a token", "speedup")
 """What `Speed.cells` gives."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..files import replacing
-from ..output_layer import output_layer
+from ..models.output_head import output_layer
 from .distilled_text import DistilledText
 from .errors import FitError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..medusa import MedusaHeads
+from ..decoders.medusa import MedusaHeads
 from .errors import FitError
 from .heads_loss import heads_loss
 from .labels import labels_of

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..draft_tree import AffineAlignment, NodeFeatures, proposals
-from ..draft_tree.predictor import Label
-from ..output_layer import OutputLayer
+from ..decoders.draft_tree import AffineAlignment, NodeFeatures, proposals
+from ..decoders.draft_tree.predictor import Label
+from ..models.output_head import OutputLayer
 from .paired_states import PairedStates
 
 _LOGITS_AT_A_TIME = 2**23

@@ -12,9 +12,9 @@ import pytest
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 
-from made_up import trace_info
-from specgym.decoding.latency import LatencyProfile
-from specgym.envs.traces import Trace
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.recordings.trace import Trace
+from tests.helpers.made_up import trace_info
 
 
 class FakeTuning(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -77,7 +77,7 @@ def small_workloads(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_noisy: Callable[..., Any]
 ) -> tuple[str, str]:
     """Names of two workloads on a random pair and a prompt file, which other processes can load too."""
-    from specgym.decoding.loading import load_tokenizer, shipped_models
+    from specgym.decoding.loading.find_model import load_tokenizer, shipped_models
 
     folder = tmp_path_factory.mktemp("pair")
     tokenizer = load_tokenizer(shipped_models()[0])

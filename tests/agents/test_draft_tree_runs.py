@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
-from specgym.agents.export import ExportedPolicy
-from specgym.agents.run import RunFolder
-from specgym.agents.tunable import DraftTreeSettings, load_settings
-from specgym.decoding.latency import LatencyProfile
-from specgym.envs import shipped_outcomes
+from specgym.agents.experiments.tune_knobs import DraftTreeSettings, load_settings
+from specgym.agents.export.knob_policy import ExportedPolicy
+from specgym.agents.training.run_folder import RunFolder
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.recordings import shipped_outcomes
+from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/DraftTree-v0"
 KNOBS = ("max_candidates", "max_depth", "node_budget", "min_acceptance_prob")

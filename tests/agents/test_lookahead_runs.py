@@ -13,16 +13,16 @@ from rich.console import Console
 
 from benchmarks import grids
 from benchmarks import learned_against_grid as benchmark
-from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
-from specgym.agents.evaluation import CHARGED, Row
-from specgym.agents.export import ExportedPolicy
-from specgym.agents.run import RunFolder
-from specgym.agents.tables import rendered, verdict
-from specgym.agents.tunable import LookaheadSettings, load_settings
-from specgym.decoding.latency import LatencyProfile
-from specgym.envs.outcome_totals import totals
-from specgym.envs.outcomes import Outcomes, outcomes_name
+from specgym.agents.evaluation.live import CHARGED, Row
+from specgym.agents.evaluation.results import rendered, verdict
+from specgym.agents.experiments.tune_knobs import LookaheadSettings, load_settings
+from specgym.agents.export.knob_policy import ExportedPolicy
+from specgym.agents.training.run_folder import RunFolder
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.backends.outcome_totals import totals
+from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
+from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/Lookahead-v0"
 KNOBS = ("window", "ngram", "guesses")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from small_medusa_heads import random_heads
-from small_runs import options, record_little, target_alone
 from specgym.agents.command_line import evaluate_command, train_command
-from specgym.agents.export import ExportedPolicy
-from specgym.agents.tunable import MedusaSettings, load_settings
+from specgym.agents.experiments.tune_knobs import MedusaSettings, load_settings
+from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.decoding import load_pair
-from specgym.decoding.medusa import save_heads
+from specgym.decoding.decoders.medusa import save_heads
+from tests.helpers.small_medusa_heads import random_heads
+from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/Medusa-v0"
 KNOBS = ("heads", "tree_size")

@@ -13,8 +13,8 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from torch import nn
 
-from specgym.agents.numerics import FiniteAdam
 from specgym.agents.policy import KnobPolicy
+from specgym.agents.training.nan_guards import FiniteAdam
 from specgym.decoding import NumericalError
 
 NAMES = ("fallback", "rollback")

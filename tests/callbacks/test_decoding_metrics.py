@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from specgym.agents.vec_adaptor import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
 from specgym.callbacks import DecodingMetricsCallback
 
 

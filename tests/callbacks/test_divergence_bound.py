@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from specgym.agents.vec_adaptor import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
 from specgym.callbacks import DivergenceBoundCallback
 from specgym.callbacks.divergence_bound import next_multiplier
 

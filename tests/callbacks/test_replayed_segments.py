@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from replaying_learner import ENVIRONMENTS, STEPS, collect, learner, parameters, replayed
-from specgym.agents.numerics import FiniteRolloutBuffer
-from specgym.callbacks.prioritised_replay import PrioritisedReplayCallback, ReplaySettings, importance_weights
-from specgym.callbacks.replay_phase import ReplayPhase
+from specgym.agents.training.nan_guards import FiniteRolloutBuffer
+from specgym.callbacks.replay.phase import ReplayPhase
+from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, ReplaySettings, importance_weights
+from tests.helpers.replaying_learner import ENVIRONMENTS, STEPS, collect, learner, parameters, replayed
 
 
 def test_importance_weights_undo_the_preference_in_the_mean() -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
-from specgym.agents.vec_adaptor import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
 from specgym.callbacks import (
     DivergenceBoundCallback,
     EarlyStopCallback,

@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-from specgym.agents.vec_adaptor import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
 from specgym.callbacks.step_infos import StepInfos, step_infos, vector_source
 from specgym.callbacks.workload_means import WorkloadMeans
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from counting import counting_model, words
 from specgym.decoding.fit.tokenizer import train_tokenizer
+from tests.helpers.counting import counting_model, words
 
 
 def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:

@@ -32,7 +32,7 @@ from specgym.decoding import (
     ThresholdDecoder,
     VocabularyMismatchError,
 )
-from specgym.decoding.drafters import DraftStep, OneHotStep
+from specgym.decoding.drafts.drafter import DraftStep, OneHotStep
 
 VOCABULARY = 8
 MakeTable = Callable[..., LanguageModel]

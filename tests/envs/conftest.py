@@ -12,19 +12,20 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from recorded_outcomes import TOKENS, Recorded
-from small_medusa_heads import random_heads
-from specgym.decoding.draft_tree import DraftTreeDecoder
-from specgym.decoding.latency import LatencyProfile
-from specgym.decoding.lookahead import LookaheadDecoder
-from specgym.decoding.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
-from specgym.decoding.pairs import Pair
+from specgym.decoding.decoders.draft_tree import DraftTreeDecoder
+from specgym.decoding.decoders.lookahead import LookaheadDecoder
+from specgym.decoding.decoders.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
-from specgym.envs import TokenPrompts, Workload, sources
+from specgym.envs import TokenPrompts, Workload
+from specgym.envs.backends import sources
 from specgym.envs.record import RecordSettings, record
-from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
-from specgym.envs.traces import Trace
-from specgym.envs.vector_tuning import TuningVectorEnv
+from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
+from specgym.envs.recordings.trace import Trace
+from specgym.envs.tuning.vector_env import TuningVectorEnv
+from tests.helpers.recorded_outcomes import TOKENS, Recorded
+from tests.helpers.small_medusa_heads import random_heads
 
 VOCABULARY = 64
 DRAFT_LENGTH = 4

@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from recorded_outcomes import Recorded
 from specgym.decoding import Pair, PromptLookupDrafter, Sampling
-from specgym.decoding.digests import guidance_digest, weights_digest
-from specgym.decoding.draft_tree import DraftTreeDecoder, draft_tree_knobs
-from specgym.decoding.draft_tree.alignment import AffineAlignment
-from specgym.decoding.draft_tree.predictor import AcceptancePredictor, PredictorShape
-from specgym.decoding.latency import LatencyProfile, LatencyProfileError
-from specgym.envs import TokenPrompts, Workload, measuring, profiles, record
-from specgym.envs import record_outcomes as record_outcomes_module
-from specgym.envs.archives import TraceError
+from specgym.decoding.decoders.draft_tree import DraftTreeDecoder, draft_tree_knobs
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
+from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
+from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
+from specgym.decoding.models.weight_hashes import guidance_digest, weights_digest
+from specgym.envs import TokenPrompts, Workload, profiles, record
+from specgym.envs.backends import metrics as measuring
+from specgym.envs.backends.metrics import measure_setting
 from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
-from specgym.envs.measuring import measure_setting
-from specgym.envs.outcomes import Outcomes
 from specgym.envs.profiles import profile_name, profile_of
-from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
+from specgym.envs.recordings import outcome_recorder as record_outcomes_module
+from specgym.envs.recordings.archive import TraceError
+from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
+from specgym.envs.recordings.outcomes import Outcomes
+from tests.helpers.recorded_outcomes import Recorded
 
 HIDDEN = 16
 

@@ -9,18 +9,18 @@ import gymnasium
 import numpy as np
 import pytest
 
-from recorded_outcomes import Recorded
-from small_medusa_heads import random_heads
 from specgym.decoding import Pair
-from specgym.decoding.digests import heads_digest
-from specgym.decoding.latency import LatencyProfile, LatencyProfileError
-from specgym.decoding.medusa import MedusaHeads, MedusaHeadsError, load_heads, save_heads
+from specgym.decoding.decoders.medusa import MedusaHeads, MedusaHeadsError, load_heads, save_heads
+from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
+from specgym.decoding.models.weight_hashes import heads_digest
 from specgym.decoding.sampling import Sampling
 from specgym.envs import RewardSettings, TokenPrompts, Workload, profiles, record
-from specgym.envs import record_outcomes as record_outcomes_module
-from specgym.envs.archives import TraceError
-from specgym.envs.outcomes import Outcomes, RecordedKnob
-from specgym.envs.record_outcomes import OutcomeSettings, record_outcomes
+from specgym.envs.recordings import outcome_recorder as record_outcomes_module
+from specgym.envs.recordings.archive import TraceError
+from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
+from specgym.envs.recordings.outcomes import Outcomes, RecordedKnob
+from tests.helpers.recorded_outcomes import Recorded
+from tests.helpers.small_medusa_heads import random_heads
 
 
 def test_nothing_is_gained_by_candidates_that_no_head_proposes(medusa: Recorded) -> None:

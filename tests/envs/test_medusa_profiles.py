@@ -8,16 +8,16 @@ from typing import Any
 import gymnasium
 import pytest
 
-from small_medusa_heads import random_heads
 from specgym.decoding import Pair
+from specgym.decoding.decoders.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, save_heads
 from specgym.decoding.files import file_name
-from specgym.decoding.latency import LatencyProfile, LatencyProfileError
-from specgym.decoding.latency_measure import measured
-from specgym.decoding.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, save_heads
+from specgym.decoding.latency.measure import measured
+from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.sampling import Sampling
 from specgym.envs import Workload, profiles
 from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
 from specgym.envs.profiles import profile_name, profile_of
+from tests.helpers.small_medusa_heads import random_heads
 
 
 @pytest.mark.parametrize("usual", [0, 2])

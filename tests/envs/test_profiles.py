@@ -9,10 +9,10 @@ import pytest
 
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.errors import SpecgymError
-from specgym.decoding.latency import LatencyProfile, LatencyProfileError
+from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.envs import Workload, profiles, workload
 from specgym.envs.profiles import main, profile_name, profile_of
-from specgym.envs.shipped_traces import TRACES
+from specgym.envs.recordings.shipped_traces import TRACES
 
 
 @pytest.fixture

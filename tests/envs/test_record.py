@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from specgym.decoding import AutoregressiveDecoder, NumericalError, Pair, Sampling, ThresholdDecoder
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
-from specgym.envs.archives import TraceError
 from specgym.envs.record import RecordSettings, record
-from specgym.envs.traces import FORMAT, Trace, trace_name
+from specgym.envs.recordings.archive import TraceError
+from specgym.envs.recordings.trace import FORMAT, Trace, trace_name
 
 SETTINGS = RecordSettings(draft_length=4, prompts=3, tokens=20, detour_prompts=2, detour_tokens=10)
 MakeModel = Callable[..., PreTrainedModel]

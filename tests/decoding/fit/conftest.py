@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from counting import counting_model, words
-from rotated_draft import rotated_draft
 from specgym.decoding.fit.distilled_text import TextSettings
 from specgym.decoding.fit.loop import LoopSettings
+from tests.helpers.counting import counting_model, words
+from tests.helpers.rotated_draft import rotated_draft
 
 
 @pytest.fixture

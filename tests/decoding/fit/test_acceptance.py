@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from killed_runs import assert_resumed_as_if_never_killed
-from specgym.decoding.draft_tree import DraftTreeModelError, load_acceptance, load_alignment
+from specgym.decoding.decoders.draft_tree import DraftTreeModelError, load_acceptance, load_alignment
 from specgym.decoding.fit import acceptance as module
 from specgym.decoding.fit import distilled_text
 from specgym.decoding.fit.__main__ import main
@@ -17,7 +16,8 @@ from specgym.decoding.fit.acceptance import AcceptanceSettings, make_acceptance
 from specgym.decoding.fit.acceptance_report import CALIBRATED, RAW, SCALED, SHARPENED
 from specgym.decoding.fit.alignment import AlignmentSettings, make_alignment
 from specgym.decoding.fit.errors import FitError, TrainingError
-from specgym.decoding.pairs import load_pair
+from specgym.decoding.loading.pair import load_pair
+from tests.helpers.killed_runs import assert_resumed_as_if_never_killed
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from killed_runs import assert_resumed_as_if_never_killed
-from specgym.decoding.draft_tree import AffineAlignment, load_alignment
+from specgym.decoding.decoders.draft_tree import AffineAlignment, load_alignment
 from specgym.decoding.fit import alignment as module
 from specgym.decoding.fit import distilled_text
 from specgym.decoding.fit.__main__ import main
@@ -18,8 +17,9 @@ from specgym.decoding.fit.alignment import AlignmentSettings, make_alignment
 from specgym.decoding.fit.alignment_report import DRAFT, KEPT, LEAST_SQUARES
 from specgym.decoding.fit.distilled_text import TextSettings
 from specgym.decoding.fit.errors import FitError, TrainingError
-from specgym.decoding.models import LanguageModel
-from specgym.decoding.pairs import load_pair
+from specgym.decoding.loading.pair import load_pair
+from specgym.decoding.models.language_model import LanguageModel
+from tests.helpers.killed_runs import assert_resumed_as_if_never_killed
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.draft_tree import AffineAlignment, proposals
+from specgym.decoding.decoders.draft_tree import AffineAlignment, proposals
 from specgym.decoding.fit.acceptance import enough
 from specgym.decoding.fit.agreement import agreement, r_squared
 from specgym.decoding.fit.distilled_text import DistilledText
@@ -20,8 +20,8 @@ from specgym.decoding.fit.paired_states import PairedStates, paired_states
 from specgym.decoding.fit.prompt_windows import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.reliability import best_temperature, reliability, sharpened
 from specgym.decoding.fit.verifications import Verifications, met, verifications
-from specgym.decoding.models import LanguageModel
-from specgym.decoding.output_layer import output_layer
+from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.models.output_head import output_layer
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS: Any = ("match", "probability", "ratio")

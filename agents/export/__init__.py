@@ -1,0 +1,1 @@
+"""Learned results as files that other programs read."""

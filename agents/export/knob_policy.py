@@ -1,0 +1,200 @@
+"""The learned policy without any framework: weights as safetensors, everything else as JSON, evaluated by NumPy.
+
+A Stable-Baselines3 zip is unpickled when it is loaded and can run code; these two files cannot. The function they hold:
+
+    features = 2 * (state - low) / (high - low) - 1
+    hidden   = tanh(weight * hidden + bias)                                   for every hidden layer
+    mean     = tanh(mean_weight * hidden + mean_bias)
+    std      = std_low * (std_high / std_low) ** sigmoid(std_weight * hidden + std_bias)
+    knobs    = clip(knobs + step * clip(mean, -1, 1), knob_low, knob_high)    one step of tuning
+
+where the step of a logarithmic knob is one of log2(1 + knob - knob_low).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import nn
+
+from specgym.decoding import replacing, write_json
+from specgym.envs import doublings, from_doublings
+
+from ..policy import BoundsScaler, KnobPolicy
+from ..training.files import RunFileError, read_json
+
+FORMAT = "specgym-policy-1"
+WEIGHTS_FILE = "policy.safetensors"
+DESCRIPTION_FILE = "policy.json"
+_WAY_OUT = "export the policy again: python train.py --resume <run>"
+
+
+@dataclass(frozen=True)
+class KnobRange:
+    """How one knob moves: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high].
+
+    The step is one of log2(1 + knob - low) where the knob is `logarithmic`. The decoder gets the nearest whole number
+    of one that is an `integer`.
+    """
+
+    name: str
+    low: float
+    high: float
+    default: float
+    step: float
+    integer: bool = False
+    logarithmic: bool = False
+
+    def moved(self, value: float, action: float) -> float:
+        """The value after an action in [-1, 1]."""
+        if self.logarithmic:
+            most = doublings(self.high, self.low)
+            value = float(from_doublings(min(doublings(value, self.low) + self.step * action, most), self.low))
+        else:
+            value += self.step * action
+        return min(max(value, self.low), self.high)
+
+    def mean(self, values: Sequence[float]) -> float:
+        """The mean of some values, of a logarithmic knob in doublings; an `int` where the knob takes whole numbers."""
+        mean = sum(values) / len(values)
+        if self.logarithmic:
+            places = [float(doublings(value, self.low)) for value in values]
+            mean = float(from_doublings(sum(places) / len(places), self.low))
+        return round(mean) if self.integer else round(mean, 4)
+
+
+class ExportedPolicy:
+    """A policy as a NumPy function from state to action.
+
+    Args:
+        knobs: what each entry of the action moves.
+        state: what each entry of the state is; the knobs first, in their own units, then one entry a workload that is 1
+            for the workload being tuned and 0 for the others, or, of a tuner, the rest of a `ContextLayout`.
+        std_low, std_high: bounds of the standard deviation, in units of the action.
+        weights: ``low``, ``high``, ``hidden.<n>.weight``, ``hidden.<n>.bias`` and the same for ``mean`` and ``std``.
+    """
+
+    def __init__(
+        self,
+        knobs: Sequence[KnobRange],
+        state: Sequence[str],
+        std_low: float,
+        std_high: float,
+        weights: Mapping[str, np.ndarray],
+    ) -> None:
+        self.knobs = tuple(knobs)
+        self.state = tuple(state)
+        self.std_low, self.std_high = std_low, std_high
+        self.weights = dict(weights)
+        self._layers = sum(name.startswith("hidden.") and name.endswith(".weight") for name in self.weights)
+        self._check()
+
+    @classmethod
+    def of(cls, policy: KnobPolicy, knobs: Sequence[KnobRange], state: Sequence[str]) -> ExportedPolicy:
+        """Take the policy network, the means' and the deviations' heads, and the bounds out of a trained policy.
+
+        Raises:
+            TypeError: the policy's networks are not those of `KnobPolicy`: tanh layers after a `BoundsScaler`.
+        """
+        scaler = policy.pi_features_extractor
+        if not isinstance(scaler, BoundsScaler) or policy.activation_fn is not nn.Tanh:
+            raise TypeError("only tanh networks after a BoundsScaler can be exported")
+        layers = [layer for layer in policy.mlp_extractor.policy_net if isinstance(layer, nn.Linear)]
+        named = {f"hidden.{number}": layer for number, layer in enumerate(layers)}
+        assert isinstance(policy.action_net, nn.Linear)
+        named |= {"mean": policy.action_net, "std": policy.spread_net}
+        weights = {"low": scaler.low, "high": scaler.high}
+        for name, layer in named.items():
+            weights[f"{name}.weight"], weights[f"{name}.bias"] = layer.weight, layer.bias
+        arrays = {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in weights.items()}
+        return cls(knobs, state, policy.std_low, policy.std_high, arrays)
+
+    def __call__(self, state: Sequence[float] | np.ndarray) -> np.ndarray:
+        """The deterministic action: the mean, in [-1, 1], for a state (or a batch of them along the first axis)."""
+        return self.distribution(state)[0]
+
+    def distribution(self, state: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the action, for a state or a batch of states.
+
+        Raises:
+            ValueError: the state has another number of entries, or one that is not finite.
+        """
+        values = np.asarray(state, dtype=np.float32)
+        if values.shape[-1:] != (len(self.state),) or not np.isfinite(values).all():
+            raise ValueError(f"a state has {len(self.state)} finite entries ({', '.join(self.state)}), got {state}")
+        low, high = self.weights["low"], self.weights["high"]
+        hidden = 2 * (values - low) / (high - low) - 1
+        for layer in range(self._layers):
+            hidden = np.tanh(self._linear(f"hidden.{layer}", hidden))
+        mean = np.tanh(self._linear("mean", hidden))
+        share = 1 / (1 + np.exp(-self._linear("std", hidden)))
+        return mean, self.std_low * (self.std_high / self.std_low) ** share
+
+    def state_of(self, values: Mapping[str, float], workload: str | None = None) -> np.ndarray:
+        """The state for knob values by name while tuning a workload; an unknown or no workload has no entry set."""
+        marks = {f"workload/{workload}": 1.0}
+        return np.array([values[name] if name in values else marks.get(name, 0.0) for name in self.state], np.float32)
+
+    def step(self, values: Mapping[str, float], workload: str | None = None) -> dict[str, float]:
+        """The knobs after one step of tuning from `values`."""
+        action = self(self.state_of(values, workload))
+        return {
+            knob.name: knob.moved(float(values[knob.name]), float(move))
+            for knob, move in zip(self.knobs, action, strict=True)
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            temporary.write_bytes(save(self.weights))
+        description = {
+            "format": FORMAT,
+            "about": (__doc__ or "").strip(),
+            "knobs": [asdict(knob) for knob in self.knobs],
+            "state": list(self.state),
+            "std_low": self.std_low,
+            "std_high": self.std_high,
+        }
+        write_json(folder / DESCRIPTION_FILE, description)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExportedPolicy:
+        """Read what `save` wrote.
+
+        Raises:
+            RunFileError: a file is missing, damaged, or of another format.
+        """
+        described = Path(folder) / DESCRIPTION_FILE
+        content = read_json(described, _WAY_OUT)
+        if content.get("format") != FORMAT:
+            raise RunFileError(f"{described} is not an exported policy of this version ({FORMAT}); {_WAY_OUT}")
+        weights_path = Path(folder) / WEIGHTS_FILE
+        try:
+            weights = load_file(weights_path)
+        except (OSError, SafetensorError) as error:
+            raise RunFileError(f"{weights_path} is missing or damaged ({error}); {_WAY_OUT}") from error
+        try:
+            knobs = [KnobRange(**knob) for knob in content["knobs"]]
+            return cls(knobs, content["state"], content["std_low"], content["std_high"], weights)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFileError(f"{described} does not fit {weights_path} ({error!r}); {_WAY_OUT}") from error
+
+    def _linear(self, name: str, values: np.ndarray) -> np.ndarray:
+        return values @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def _check(self) -> None:
+        """One state through the networks shows whether every weight is there and fits."""
+        shapes: dict[str, Any] = {name: array.shape for name, array in self.weights.items()}
+        if not all(np.isfinite(array).all() for array in self.weights.values()):
+            raise ValueError("a weight is NaN or infinite")
+        if shapes["low"] != (len(self.state),) or shapes["high"] != (len(self.state),):
+            raise ValueError(f"bounds of shapes {shapes['low']} and {shapes['high']} for {len(self.state)} entries")
+        mean, std = self.distribution(self.weights["low"])
+        if mean.shape != (len(self.knobs),) or std.shape != mean.shape:
+            raise ValueError(f"{mean.shape} actions for {len(self.knobs)} knobs")

@@ -1,1 +1,0 @@
-"""Tuning a workload that was never seen, from a handful of measurements; and what a sceptic would use instead."""

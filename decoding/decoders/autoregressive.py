@@ -1,0 +1,36 @@
+"""Plain decoding, one token a pass: what every speedup is measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ..decoder import Decoder, Round, Session
+from ..sampling import draw
+
+
+class AutoregressiveSession(Session):
+    """One prompt being generated token by token."""
+
+    def _round(self, knobs: Mapping[str, float]) -> Round:
+        started = time.perf_counter()
+        pending = torch.tensor(self.context[-1:], device=self.target.device)
+        scores = self.target.forward(pending, last=1).scores
+        if self.sampling.greedy:
+            choice = scores.argmax(-1)
+        else:
+            choice = draw(self.sampling.probabilities(scores), self.generator)
+        token, greatest = torch.cat([choice.float(), scores.amax(-1)]).tolist()  # the round's only wait for the device
+        self._refuse_broken(greatest)
+        self._emit([int(token)])
+        return Round((int(token),), 0, 0, 0.0, 0.0, time.perf_counter() - started)
+
+
+class AutoregressiveDecoder(Decoder):
+    """Generates with the target alone; the pair's draft is not used. It has no knobs."""
+
+    name = "autoregressive"
+    lossless = True
+    session_class = AutoregressiveSession

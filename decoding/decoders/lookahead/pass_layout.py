@@ -1,0 +1,99 @@
+"""How the tokens of one Lookahead pass hang together: the window and the guesses, as one token tree.
+
+The published mask is that of a tree. The window's first row is its trunk, a chain that begins with the current token;
+every column of the window is a branch that hangs from its cell of the trunk, and every guess one that hangs from the
+current token. Position and visibility of a cell are then those of a node: cell (row, column) is `row + column` steps
+behind the current token, and sees the trunk up to its column and its own column up to its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ...models.token_tree import TokenTree
+
+
+class Layout:
+    """The places of window and guesses in one pass.
+
+    The nodes are numbered row by row through the window, then guess by guess.
+
+    Args:
+        rows: of the window, at least 1.
+        columns: of the window, at least 1.
+        guesses: the length of each guess, in tokens.
+
+    Attributes:
+        tree: how the tokens hang together.
+        trunk: nodes of the window's first row.
+        newest: nodes of the window's last row, from which its next row comes.
+        guesses: the nodes of each guess.
+    """
+
+    def __init__(self, rows: int, columns: int, guesses: Sequence[int]) -> None:
+        parents = [*range(-1, columns - 1), *range((rows - 1) * columns)]
+        self.trunk = range(columns)
+        self.newest = range((rows - 1) * columns, rows * columns)
+        self.guesses: list[range] = []
+        for length in guesses:
+            first = len(parents)
+            parents += [0, *range(first, first + length - 1)]
+            self.guesses.append(range(first, first + length))
+        self.tree = TokenTree(parents)
+        self._moved: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @cached_property
+    def wanted(self) -> list[int]:
+        """Nodes whose scores are needed: those that are verified, then the window's last row.
+
+        A window of three rows or more has some that are not needed.
+        """
+        verified = [0, *self.checked]
+        return verified if self.newest == self.trunk else [*verified, *self.newest]
+
+    @cached_property
+    def place(self) -> dict[int, int]:
+        """Where the scores of a wanted node are in the pass's result."""
+        return {node: place for place, node in enumerate(self.wanted)}
+
+    @cached_property
+    def chains(self) -> list[range]:
+        """The nodes of every chain that is verified, none of them the root: the rest of the trunk, then each guess."""
+        return [self.trunk[1:], *self.guesses]
+
+    @cached_property
+    def checked(self) -> list[int]:
+        """The nodes of all chains."""
+        return [node for chain in self.chains for node in chain]
+
+    def wanted_on(self, device: torch.device) -> Tensor:
+        """`wanted` on a device, shape (wanted,), int64."""
+        return self._on(device)[0]
+
+    def checked_on(self, device: torch.device) -> Tensor:
+        """`checked` on a device, shape (checked,), int64."""
+        return self._on(device)[1]
+
+    def parents_on(self, device: torch.device) -> Tensor:
+        """Where in the pass's result the scores of the checked nodes' parents are, shape (checked,), int64."""
+        return self._on(device)[2]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._moved:
+            parents = [self.place[self.tree.parents[node]] for node in self.checked]
+            wanted, checked, above = (
+                torch.tensor(numbers, dtype=torch.int64, device=device)
+                for numbers in (self.wanted, self.checked, parents)
+            )
+            self._moved[device] = wanted, checked, above
+        return self._moved[device]
+
+
+@lru_cache(maxsize=512)
+def layout(rows: int, columns: int, guesses: tuple[int, ...]) -> Layout:
+    """The layout of a shape; each is worked out once. Arguments as for `Layout`."""
+    return Layout(rows, columns, guesses)

@@ -1,0 +1,179 @@
+"""The n-gram pool: runs of tokens that the target has produced in the window, by the token that they follow."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import SpecgymError
+
+Retention = Literal["recency", "frequency", "sliding"]
+_RETENTIONS = ("recency", "frequency", "sliding")
+_SEEDS = ("nothing", "prompt", "text")
+_PRIOR_TRIALS = 2.0
+"""How many trials a guess's recorded probability counts for, beside those that it has really had."""
+
+
+class PoolSettingsError(SpecgymError, ValueError):
+    """A setting of the pool that makes no sense; the message names it."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """What the pool keeps, and which of its n-grams become guesses. No setting can change the text, only the speed.
+
+    Raises:
+        PoolSettingsError: a setting is out of its range.
+    """
+
+    seeds: Literal["nothing", "prompt", "text"] = "text"
+    """What fills the pool beside the window: nothing; the prompt's own n-grams; or those of the text as it grows, too.
+    The paper has the first two."""
+    retention: Retention = "recency"
+    """Which n-gram of a token gives way to a new one: the one found longest ago; the one found least often (of those,
+    longest ago); or as the first, and besides any that was last found more than `horizon` tokens of text ago."""
+    horizon: int = 256
+    """Of the sliding retention, in tokens."""
+    max_keys: int = 4096
+    """Tokens that n-grams are kept for; the one used longest ago gives way."""
+    per_key: int = 16
+    """N-grams kept for each."""
+    top_share: float | None = None
+    """Verify only the most promising n-grams, as many as make up this share of the running scores of all that were
+    found for a token (and are likely enough for `min_acceptance`), 0 to 1. A score is the number of tokens that an
+    n-gram's verification is expected to bring."""
+    max_overlap: float | None = None
+    """Leave out an n-gram that has more than this share of its tokens, place by place, in common with one that is
+    verified already, 0 to 1."""
+    min_acceptance: float | None = None
+    """Verify in two stages: first leave out n-grams whose first token the target is expected to accept with a lower
+    probability than this, 0 to 1, by how often it did so before and by the probability recorded in the window."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("seeds", _SEEDS), ("retention", _RETENTIONS)):
+            if getattr(self, name) not in choices:
+                raise PoolSettingsError(
+                    f"{name} of the n-gram pool must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("horizon", "max_keys", "per_key"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 1 and int(value) == value):
+                raise PoolSettingsError(f"{name} of the n-gram pool must be a whole number of at least 1, got {value}")
+        for name in ("top_share", "max_overlap", "min_acceptance"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise PoolSettingsError(f"{name} of the n-gram pool must be from 0 to 1, or None, got {value}")
+
+
+class Guess:
+    """An n-gram of the pool, without the token that it follows.
+
+    Attributes:
+        tokens: that follow.
+        probability: of the whole run as recorded in the window, the product over its tokens; 1 for a run of the text.
+        seen: how often it was found.
+        last_seen: tokens of text when it was found last.
+        tried: how often it was verified.
+        accepted: tokens of it that were accepted, over all times.
+        begun: how often its first token was accepted.
+    """
+
+    __slots__ = ("accepted", "begun", "last_seen", "probability", "seen", "tokens", "tried")
+
+    def __init__(self, tokens: tuple[int, ...], probability: float, now: int) -> None:
+        self.tokens = tokens
+        self.probability = probability
+        self.seen = 1
+        self.last_seen = now
+        self.tried = 0
+        self.accepted = 0
+        self.begun = 0
+
+    @property
+    def first_probability(self) -> float:
+        """Recorded for one token: the geometric mean over the run's."""
+        return float(self.probability ** (1 / len(self.tokens)))
+
+    def expected_acceptance(self) -> float:
+        """How probably the first token is accepted: the recorded probability, corrected by what happened."""
+        return (self.begun + _PRIOR_TRIALS * self.first_probability) / (self.tried + _PRIOR_TRIALS)
+
+    def score(self) -> float:
+        """Tokens that verifying it is expected to bring, by the same reasoning."""
+        prior = sum(self.first_probability**power for power in range(1, len(self.tokens) + 1))
+        return (self.accepted + _PRIOR_TRIALS * prior) / (self.tried + _PRIOR_TRIALS)
+
+
+class NGramPool:
+    """N-grams by their first token, bounded in tokens and in n-grams for each.
+
+    Args:
+        settings: what is kept, and how it is chosen from.
+    """
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings = settings
+        self._guesses: OrderedDict[int, OrderedDict[tuple[int, ...], Guess]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        """N-grams in the pool."""
+        return self._size
+
+    @property
+    def keys(self) -> int:
+        """Tokens that there are n-grams for."""
+        return len(self._guesses)
+
+    def add(self, key: int, tokens: tuple[int, ...], now: int, probability: float = 1.0) -> None:
+        """Keep an n-gram, or note that it was found again.
+
+        Args:
+            key: the token that it follows.
+            tokens: at least one.
+            now: tokens of text so far, which is the pool's clock.
+            probability: of the run, as recorded.
+        """
+        group = self._guesses.get(key)
+        if group is None:
+            group = self._guesses[key] = OrderedDict()
+            if len(self._guesses) > self.settings.max_keys:
+                self._size -= len(self._guesses.popitem(last=False)[1])
+        else:
+            self._guesses.move_to_end(key)
+        known = group.get(tokens)
+        if known is not None:
+            known.seen += 1
+            known.last_seen = max(known.last_seen, now)  # the text's own runs are noted late
+            known.probability = probability
+            group.move_to_end(tokens)
+            return
+        if len(group) >= self.settings.per_key:
+            del group[self._least(group)]
+            self._size -= 1
+        group[tokens] = Guess(tokens, probability, now)
+        self._size += 1
+
+    def find(self, key: int, now: int) -> list[Guess]:
+        """What is kept for a token, the best by the retention's own order first."""
+        group = self._guesses.get(key)
+        if group is None:
+            return []
+        self._guesses.move_to_end(key)
+        if self.settings.retention == "sliding":
+            for old in [one for one in group.values() if now - one.last_seen > self.settings.horizon]:
+                del group[old.tokens]
+                self._size -= 1
+            if not group:
+                del self._guesses[key]
+        found = list(reversed(group.values()))
+        if self.settings.retention == "frequency":
+            found.sort(key=lambda guess: -guess.seen)  # stable: of those found as often, the latest first
+        return found
+
+    def _least(self, group: OrderedDict[tuple[int, ...], Guess]) -> tuple[int, ...]:
+        if self.settings.retention == "frequency":
+            return min(group.values(), key=lambda guess: guess.seen).tokens  # the first of several is the oldest
+        return next(iter(group))

@@ -1,0 +1,171 @@
+"""Heads as files: safetensors for the weights, JSON for the rest, and a probe that tells one target from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ...files import replacing, write_json, write_text
+from ...models.language_model import LanguageModel
+from ...models.output_head import output_layer
+from ...models.probes import alike, probe
+from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
+from .import_medusa1 import is_public, read_public
+
+FORMAT = "specgym-medusa-1"
+DESCRIPTION = "medusa.json"
+WEIGHTS = "medusa.safetensors"
+_SHIPPED = Path(__file__).parents[2] / "data" / "models"
+_TRAIN = "train heads for it: python -m specgym.decoding.fit medusa --target {} --out FOLDER"
+
+
+def save_heads(
+    heads: MedusaHeads,
+    folder: str | Path,
+    target: LanguageModel,
+    *,
+    card: str = "",
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write heads, each file whole or not at all, the weights before what describes them.
+
+    Args:
+        heads: to be written; the target's output layer is not, where they share it.
+        folder: where; created if need be.
+        target: that they were trained for.
+        card: text of the model card (README.md); none is written without.
+        dtype: of the stored weights.
+    """
+    folder = Path(folder)
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in heads.named_parameters()}
+    tensors["probe"] = probe(target)
+    if heads.shape.vocabulary:
+        tensors["vocabulary"] = torch.tensor(heads.shape.vocabulary, dtype=torch.int32)
+    shape = asdict(heads.shape)
+    del shape["vocabulary"]
+    described = {
+        "format": FORMAT,
+        "target": target.name,
+        "shape": shape,
+        "accuracies": [[round(share, 4) for share in row] for row in heads.accuracies],
+    }
+    with replacing(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_json(folder / DESCRIPTION, described)
+    if card:
+        write_text(folder / "README.md", card)
+
+
+def load_heads(name: str | Path, target: LanguageModel, *, strict: bool = True) -> MedusaHeads:
+    """Read heads, attach them to their target and put them into evaluation mode, in the precision of its output layer.
+
+    Args:
+        name: a folder that `save_heads` wrote or one of the public Medusa-1 layout (`public`), or the name of heads
+            that the package ships.
+        target: that they were made for.
+        strict: refuse a target that is not the one they were made for. Without, they are tried on any of its shape: on
+            one that was quantised to few bits, or trained further. That costs speed, and never changes exact decoding.
+
+    Raises:
+        MedusaHeadsError: they are not there, damaged, or made for another target.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (_SHIPPED / name / DESCRIPTION).is_file():
+        folder = _SHIPPED / name
+    if is_public(folder):
+        heads = read_public(folder, target.model)
+    elif (folder / DESCRIPTION).is_file():
+        heads = _read(folder, target, strict)
+    else:
+        known = ", ".join(sorted(path.parent.name for path in _SHIPPED.glob(f"*/{DESCRIPTION}"))) or "none"
+        raise MedusaHeadsError(
+            f"there are no Medusa heads in {folder}: it has no {DESCRIPTION} and no medusa_lm_head file. Give the "
+            f"folder of heads, or the name of some that ship ({known}), or {_TRAIN.format(target.name)}"
+        )
+    if not all(bool(value.isfinite().all()) for value in heads.parameters()):
+        raise MedusaHeadsError(f"{folder} holds NaN or infinite weights; {_TRAIN.format(target.name)}")
+    heads.to(output_layer(target.model).weight.dtype)
+    heads.attach(target.model)
+    return heads.eval()
+
+
+def heads_for(target: LanguageModel, heads: MedusaHeads | str | Path | None = None) -> MedusaHeads:
+    """The heads that are meant: an object as it is, a folder or a name as for `load_heads`, or the usual ones.
+
+    Raises:
+        MedusaHeadsError: there are none, or they do not fit; the message says how to train some.
+    """
+    if isinstance(heads, MedusaHeads):
+        return heads
+    return usual_heads(target) if heads is None else load_heads(heads, target)
+
+
+def usual_heads(target: LanguageModel) -> MedusaHeads:
+    """The heads of a target where none are named: in ``<folder>-medusa`` beside its own folder, or that ship for it.
+
+    Raises:
+        MedusaHeadsError: there are none, or they do not fit.
+    """
+    name = f"{Path(target.name).name.lower()}-medusa"
+    beside = Path(target.name).expanduser()
+    beside = beside.with_name(f"{beside.name}-medusa")
+    for folder in (beside, _SHIPPED / name):
+        if (folder / DESCRIPTION).is_file() or is_public(folder):
+            return load_heads(folder, target)
+    raise MedusaHeadsError(
+        f"no Medusa heads ship for {target.name}, and {beside} has none; {_TRAIN.format(target.name)}"
+    )
+
+
+def _read(folder: Path, target: LanguageModel, strict: bool) -> MedusaHeads:
+    described = _description(folder / DESCRIPTION)
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+        made_for = tensors.pop("probe")
+        vocabulary = tensors.pop("vocabulary", torch.empty(0)).tolist()
+        heads = MedusaHeads(HeadsShape(**described["shape"], vocabulary=tuple(map(int, vocabulary))))
+        heads.load_state_dict({key: value.float() for key, value in tensors.items()})
+        heads.accuracies = tuple(tuple(map(float, row)) for row in described["accuracies"])
+    except FileNotFoundError:
+        raise MedusaHeadsError(f"{path} is missing; {_TRAIN.format(target.name)}") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise MedusaHeadsError(
+            f"{path} is damaged or does not fit {DESCRIPTION} ({' '.join(str(error).split())}); fetch both again, or "
+            f"{_TRAIN.format(target.name)}"
+        ) from error
+    if strict and not alike(made_for, probe(target)):
+        raise MedusaHeadsError(
+            f"the heads in {folder} were made for the target {described['target']}, and {target.name} is another "
+            f"model (or was trained further, quantised to few bits, or is damaged); {_TRAIN.format(target.name)}, or "
+            "take them all the same with load_heads(..., strict=False)"
+        )
+    return heads
+
+
+def _description(path: Path) -> Mapping[str, Any]:
+    try:
+        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        given = described["format"]
+        if given == FORMAT:
+            _check(described)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise MedusaHeadsError(f"{path} is damaged ({error!r}); fetch it again") from error
+    if given != FORMAT:
+        raise MedusaHeadsError(f"{path} has the format {given!r}, and this version reads {FORMAT}")
+    return described
+
+
+def _check(described: Mapping[str, Any]) -> None:
+    shape, rows = HeadsShape(**described["shape"]), described["accuracies"]
+    if any(not 0 <= share <= 1 for row in rows for share in row) or len(rows) not in (0, shape.heads):
+        raise ValueError("accuracies must be shares, a row a head")
+    if not isinstance(described["target"], str):
+        raise TypeError("target must be a name")

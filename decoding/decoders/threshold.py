@@ -1,0 +1,96 @@
+"""Threshold decoding: a draft token is kept where the two models are close enough, whatever the dice would say.
+
+At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
+keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
+`rollback` draft tokens back, itself included, and the target emits the token that follows those kept.
+
+Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
+certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
+judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
+`Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
+target's own text whatever the rollback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..decoder import Decoder, Knob
+from ..drafts.drafter import Proposal
+from ..loading.pair import Pair
+from ..sampling import draw, total_variation
+from .speculative import SpeculativeSession, Verdict, first_false, require_draft, require_positive
+
+
+class ThresholdSession(SpeculativeSession):
+    """One prompt being generated with the fallback and rollback thresholds."""
+
+    def _draft_length(self, knobs: Mapping[str, float]) -> int:
+        assert isinstance(self.decoder, ThresholdDecoder)
+        return self.decoder.draft_length
+
+    def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
+        p = self.sampling.probabilities(scores)
+        drafted = proposal.tokens.shape[0]
+        distance = self._distances(p, scores, proposal)
+        outright = distance <= knobs["fallback"]
+        agreed = first_false(outright | self._passes(p, proposal))
+        rollback = self._whole_rollback(knobs["rollback"])
+        kept = torch.where(agreed < drafted, (agreed + 1 - rollback).clamp(min=0), agreed)
+        # The residual belongs to the rejected position alone; a token put further back comes from the target there.
+        successor = self._successor(p, proposal, agreed)
+        if rollback > 1:
+            further_back = p[kept].argmax(-1) if self.sampling.greedy else draw(p[kept], self.generator)
+            successor = torch.where(kept < agreed, further_back, successor)
+        return Verdict(kept, successor, torch.where(outright, distance, 0.0))
+
+    def _distances(self, p: Tensor, scores: Tensor, proposal: Proposal) -> Tensor:
+        """Total variation between draft and target at every drafted position, shape (drafted,)."""
+        # One-hot distributions make the distance useless, so greedy decoding compares the models at temperature 1.
+        p = scores[:-1].softmax(-1) if self.sampling.greedy else p[:-1]
+        if proposal.logits is None:  # a one-hot draft
+            return 1 - p.gather(-1, proposal.tokens.unsqueeze(-1)).squeeze(-1)
+        q = proposal.logits.softmax(-1) if proposal.probabilities is None else proposal.probabilities
+        return total_variation(p, q)
+
+    def _whole_rollback(self, rollback: float) -> int:
+        """A neighbouring whole number, at random by the fraction, so that the mean moves smoothly with the knob."""
+        whole = int(rollback)
+        if rollback > whole:
+            whole += int(self._dice.random() < rollback - whole)
+        return whole
+
+
+class ThresholdDecoder(Decoder):
+    """Speculative decoding with a `fallback` and a `rollback` threshold; lossy unless `fallback` is 0 (and
+    `rollback` 1, when sampling).
+
+    Args:
+        pair: a target with a draft.
+        draft_length: tokens drafted every round, and the upper end of the `rollback` knob.
+
+    Raises:
+        ValueError: the pair has no draft, or `draft_length` is not positive.
+    """
+
+    name = "threshold"
+    lossless = False
+    session_class = ThresholdSession
+
+    def __init__(self, pair: Pair, draft_length: int = 16) -> None:
+        super().__init__(pair)
+        require_draft(pair, type(self).__name__)
+        require_positive("draft_length", draft_length)
+        self.draft_length = draft_length
+        self.knobs = threshold_knobs(draft_length)
+
+
+def threshold_knobs(draft_length: int) -> tuple[Knob, ...]:
+    """The knobs of a `ThresholdDecoder`; `draft_length` as there."""
+    return (
+        Knob("fallback", 0.0, 1.0, 0.5, doc="largest distance at which a draft token is kept outright"),
+        Knob("rollback", 1.0, draft_length, 1.0, doc="draft tokens that a rejection takes back"),
+    )

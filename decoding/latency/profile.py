@@ -1,0 +1,325 @@
+"""How long drafting and verifying take: a table by number of tokens, for one pair on one machine.
+
+A clock read while an agent learns is noisy and never the same twice. A profile is measured once (`latency_measure`) or
+computed for hardware that is not at hand (`roofline`), and then charges every round the same time for the same work.
+Reading the prompt is outside all rounds, and is not charged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decoder import Round
+from ..errors import SpecgymError
+from ..files import write_json
+from ..sampling import Sampling
+from .round_kinds import CHAIN, LOOKAHEAD, OF_TREES, ROUNDS
+
+_FORMAT = "specgym-latency-3"
+_TABLES = ("draft_seconds", "target_seconds")
+_ABOUT = ("pair", "hardware", "sampling", "rounds")
+_LONGEST_FITTED = 16
+
+
+class LatencyProfileError(SpecgymError, ValueError):
+    """A profile that makes no sense, a file that holds none, or an operating point that was not measured."""
+
+
+@dataclass(frozen=True)
+class LatencyProfile:
+    """Seconds per draft and per target pass, by number of tokens.
+
+    The tables are those of one operating point: so many sequences decoded together, so many tokens read before. A
+    batch is decoded in lockstep: all its sequences draft the same number of tokens and are verified in one pass, the
+    seconds are those of the whole batch, and a speedup compares with plain decoding of as large a batch. `points` adds
+    other batch sizes and contexts, and `at` reads them.
+
+    Attributes:
+        pair: name of the pair.
+        draft_seconds: seconds to draft so many tokens (0 or more), by number; where the rounds are Medusa's, to ask so
+            many heads and to make a tree of their candidates; with draft trees, to grow one of so many levels.
+        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number; where
+            the rounds are `lookahead`, all that a round takes.
+        autoregressive_seconds: seconds per token of plain decoding with the target.
+        hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers; and the
+            shape of the heads, where the rounds are Medusa's, or what stands beside the draft of a tree.
+        sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
+        rounds: what kind of rounds the tables are of: `chain` or `draft-tree`; or, of a target alone, `lookahead`,
+            which draft nothing ({0: 0.0}), or `medusa`, or `medusa-typical`. Charging the one kind by the other's times
+            is wrong; see `require_rounds`.
+        batch_size: sequences decoded together, 1 or more.
+        context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
+        points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
+            full grid, every batch size with every context.
+
+    Raises:
+        LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), an
+            unknown kind of rounds, or points that are no full grid.
+    """
+
+    pair: str
+    draft_seconds: Mapping[int, float]
+    target_seconds: Mapping[int, float]
+    autoregressive_seconds: float
+    hardware: Mapping[str, Any]
+    sampling: str = "greedy"
+    rounds: str = CHAIN
+    batch_size: int = 1
+    context: int | None = None
+    points: tuple[LatencyProfile, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, fewest in zip(_TABLES, (0, 1), strict=True):
+            table = getattr(self, name)
+            ordered = dict(sorted((int(tokens), float(seconds)) for tokens, seconds in table.items()))
+            if not ordered or min(ordered) < fewest:
+                raise LatencyProfileError(f"{name} must have an entry, and none below {fewest} tokens")
+            for tokens, seconds in ordered.items():
+                if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and fewest == 0))):
+                    raise LatencyProfileError(f"{name}[{tokens}] is {seconds}; seconds are finite and positive")
+            object.__setattr__(self, name, ordered)
+        if not (math.isfinite(self.autoregressive_seconds) and self.autoregressive_seconds > 0):
+            raise LatencyProfileError(f"autoregressive_seconds is {self.autoregressive_seconds}; it must be positive")
+        if self.rounds not in ROUNDS:
+            raise LatencyProfileError(f"rounds must be one of {', '.join(ROUNDS)}, got {self.rounds!r}")
+        object.__setattr__(self, "batch_size", operator.index(self.batch_size))
+        if self.context is not None:
+            object.__setattr__(self, "context", operator.index(self.context))
+        if self.batch_size < 1 or (self.context is not None and self.context < 1):
+            raise LatencyProfileError(f"batch size {self.batch_size} and context {self.context} must be at least 1")
+        object.__setattr__(self, "hardware", dict(self.hardware))
+        object.__setattr__(self, "points", tuple(self.points))
+        if self.points:
+            self._check_grid()
+
+    def draft(self, tokens: int) -> float:
+        """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two.
+
+        Where the rounds are Medusa's, seconds to ask so many heads; with draft trees, of so many passes of the draft.
+        """
+        return _interpolate(self.draft_seconds, tokens, 0)
+
+    def target(self, tokens: int) -> float:
+        """Seconds of a target pass over so many tokens, 1 or more, verification included; linear as in `draft`."""
+        return _interpolate(self.target_seconds, tokens, 1)
+
+    def round(self, drafted: int) -> float:
+        """Seconds of a round that drafts so many tokens, 0 or more; of a tree's with as many levels as it can have."""
+        asked = min(drafted, max(self.draft_seconds)) if self.rounds in OF_TREES else drafted
+        return self.draft(asked) + self.target(drafted + 1)
+
+    def round_seconds(self, longest: int) -> NDArray[np.float64]:
+        """Seconds of a round by number of drafted tokens, from 0 to `longest`; shape (longest + 1,)."""
+        return np.array([self.round(drafted) for drafted in range(longest + 1)], dtype=np.float64)
+
+    def marginal_cost(self) -> float:
+        """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
+
+        It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
+        from 1 drafted token to 16, or to as many as were measured. Where a tree is verified, heads or passes of a draft
+        cost nearly the same however many candidates they give, and are left out.
+        """
+        longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
+        centred = np.arange(1, longest + 1) - (longest + 1) / 2
+        seconds = self.round_seconds(longest)[1:]
+        if self.rounds in OF_TREES:
+            seconds = np.array([self.target(drafted + 1) for drafted in range(1, longest + 1)])
+        slope = centred @ seconds / (centred @ centred)
+        return max(0.0, float(slope)) / self.autoregressive_seconds
+
+    def charge(self, rounds: Iterable[Round]) -> float:
+        """Seconds of some rounds together, each by what it drafted and what the target read; none for empty ones."""
+        return sum(self.draft(cycle.draft_steps) + self.target(cycle.target_tokens) for cycle in rounds if cycle.tokens)
+
+    def require_rounds(self, wanted: str) -> LatencyProfile:
+        """The profile itself, where its rounds are of the kind that is wanted.
+
+        Raises:
+            LatencyProfileError: they are of another kind; the message says how to get the right profile.
+        """
+        if self.rounds == wanted:
+            return self
+        raise LatencyProfileError(
+            f"the latency profile of {self.pair} was made for {self.rounds} rounds, and {wanted} rounds are to be "
+            "charged. Give no profile, which measures one, or get the right kind: specgym.decoding.latency.measure."
+            f"measured(pair, rounds={wanted!r}), or python -m specgym.envs.profiles WORKLOAD --rounds {wanted}"
+            f"{_computed(wanted)}"
+        )
+
+    def at(self, *, batch_size: int = 1, context: int | None = None) -> LatencyProfile:
+        """The profile of another operating point, without points of its own.
+
+        Args:
+            batch_size: sequences decoded together; linear between measured sizes.
+            context: tokens read before; linear between measured lengths. By default this profile's own.
+
+        Raises:
+            LatencyProfileError: the point lies outside what was measured; the message says what that is.
+        """
+        context = self.context if context is None else context
+        if (batch_size, context) == (self.batch_size, self.context):
+            return replace(self, points=())
+        grid = self._grid()
+        batch_sizes = sorted({size for size, _ in grid})
+        contexts = sorted({length for _, length in grid if length is not None})
+        if context is None or not (_covers(batch_sizes, batch_size) and _covers(contexts, context)):
+            measuring = f"rounds={self.rounds!r}" if self.rounds != CHAIN else "batch_sizes=..."
+            computing = (
+                ""
+                if self.rounds in OF_TREES
+                else (", or with specgym.decoding.latency.roofline.roofline, which takes batch_sizes and contexts")
+            )
+            raise LatencyProfileError(
+                f"the latency profile of {self.pair} has no point at batch size {batch_size} and context {context}: "
+                f"it covers {_words('batch size', batch_sizes)} and {_words('context', contexts)}. Get a wider one "
+                f"with specgym.decoding.latency.measure.measure(pair, {measuring}, contexts=...){computing}"
+            )
+        corners = [
+            (grid[size, length], size_share * length_share)
+            for size, size_share in _neighbours(batch_sizes, batch_size)
+            for length, length_share in _neighbours(contexts, context)
+        ]
+        if len(corners) == 1:
+            return replace(corners[0][0], points=())
+        return replace(
+            self,
+            draft_seconds={
+                tokens: sum(share * point.draft(tokens) for point, share in corners)
+                for tokens in _shared(point.draft_seconds for point, _ in corners)
+            },
+            target_seconds={
+                tokens: sum(share * point.target(tokens) for point, share in corners)
+                for tokens in _shared(point.target_seconds for point, _ in corners)
+            },
+            autoregressive_seconds=sum(share * point.autoregressive_seconds for point, share in corners),
+            batch_size=batch_size,
+            context=context,
+            points=(),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON; a reader never sees half a file."""
+        about = {name: getattr(self, name) for name in _ABOUT}
+        write_json(
+            Path(path),
+            {"format": _FORMAT, **about, **self._stored(), "points": [point._stored() for point in self.points]},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyProfile:
+        """Read a profile.
+
+        Raises:
+            LatencyProfileError: the file is missing, damaged, or not one of `save`.
+        """
+        way_out = "measure it again with specgym.decoding.latency.measure.measured(pair, refresh=True)"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise LatencyProfileError(f"there is no latency profile {path}; {way_out}") from None
+        except (OSError, ValueError) as error:
+            raise LatencyProfileError(f"latency profile {path} cannot be read ({error}); {way_out}") from error
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
+        try:
+            about = {name: content.pop(name) for name in _ABOUT}
+            points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
+            return cls(**about, **_restored(content), points=points)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LatencyProfileError(f"latency profile {path} is damaged ({error}); {way_out}") from error
+
+    def _stored(self) -> dict[str, Any]:
+        names = ("batch_size", "context", *_TABLES, "autoregressive_seconds")
+        content = {name: getattr(self, name) for name in names}
+        for table in _TABLES:  # JSON would make strings of the numbers of tokens
+            content[table] = list(content[table].items())
+        return content
+
+    def _grid(self) -> dict[tuple[int, int | None], LatencyProfile]:
+        return {(point.batch_size, point.context): point for point in (self, *self.points)}
+
+    def _check_grid(self) -> None:
+        grid = self._grid()
+        if any(point.rounds != self.rounds for point in self.points):
+            raise LatencyProfileError(f"the points' rounds must be {self.rounds} rounds, as the profile's own are")
+        if any(point.points or point.context is None for point in self.points) or self.context is None:
+            raise LatencyProfileError("every point of a grid has a context, and no point has points of its own")
+        sizes, lengths = {size for size, _ in grid}, {length for _, length in grid}
+        if not len(grid) == len(sizes) * len(lengths) == len(self.points) + 1:
+            known = ", ".join(f"{size} x {length}" for size, length in grid)
+            raise LatencyProfileError(
+                f"the points (batch size x context: {known}) are no full grid; give every batch size with every "
+                "context, each once"
+            )
+        for table in _TABLES:
+            if not _shared(getattr(point, table) for point in grid.values()):
+                raise LatencyProfileError(f"the points share no number of tokens in {table}, so nothing lies between")
+
+
+def arithmetic_of(sampling: Sampling) -> str:
+    """Which sampling settings take the same time: `greedy`, or `sampled` with `-top-k` and `-top-p` where used."""
+    if sampling.greedy:
+        return "greedy"
+    return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
+
+
+def _computed(rounds: str) -> str:
+    """The call that computes a profile of some kind of rounds, as the last of several ways; empty if none does."""
+    if rounds in OF_TREES:
+        return ""
+    draft = "None, " if rounds == LOOKAHEAD else "draft, "
+    return f", or specgym.decoding.latency.roofline.roofline(target, {draft}hardware, rounds={rounds!r})"
+
+
+def _restored(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {**point, **{table: dict(point[table]) for table in _TABLES}}
+
+
+def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
+    if tokens < fewest:
+        raise ValueError(f"a latency is asked for at least {fewest} tokens, got {tokens}")
+    known = list(table)
+    if len(known) == 1:
+        return table[known[0]]
+    if tokens in table:
+        return table[tokens]
+    right = min(max(bisect_right(known, tokens), 1), len(known) - 1)
+    low, high = known[right - 1], known[right]
+    slope = (table[high] - table[low]) / (high - low)
+    return max(0.0, table[low] + slope * (tokens - low))
+
+
+def _covers(known: Sequence[int], wanted: int) -> bool:
+    return bool(known) and known[0] <= wanted <= known[-1]
+
+
+def _neighbours(known: Sequence[int], wanted: int) -> list[tuple[int, float]]:
+    """The known numbers on both sides with their shares, which sum to 1; one alone where the number itself is known."""
+    right = bisect_left(known, wanted)
+    if known[right] == wanted:
+        return [(wanted, 1.0)]
+    low, high = known[right - 1], known[right]
+    share = (wanted - low) / (high - low)
+    return [(low, 1 - share), (high, share)]
+
+
+def _shared(tables: Iterable[Mapping[int, float]]) -> list[int]:
+    """Numbers of tokens that all tables have, ascending."""
+    first, *others = tables
+    return [tokens for tokens in first if all(tokens in other for other in others)]
+
+
+def _words(name: str, known: Sequence[int]) -> str:
+    if not known:
+        return f"no {name} but its own, which is not known"
+    return f"{name} {known[0]}" if len(known) == 1 else f"{name}s {known[0]} to {known[-1]}"

@@ -1,0 +1,1 @@
+"""Loading targets and drafts by name, path or preset."""

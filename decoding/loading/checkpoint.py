@@ -1,0 +1,266 @@
+"""Checkpoint folders that may share tensors with another checkpoint: a draft need not store its target's embeddings.
+
+Such a folder holds what transformers expects (``config.json``, ``generation_config.json``, ``model.safetensors``), a
+model card, and ``specgym.json``, which says where the tokeniser is and which tensors live in which other folder. A
+draft that proposes some tokens only (`reduced_output`) has their ids among its tensors. Matrices may be stored in 8
+bits (`eight_bits`), which transformers itself does not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from ..errors import SpecgymError
+from ..files import replacing, write_json, write_text
+from ..models.reduced_vocabulary import reduce_output, tokens_name
+from .int8_storage import pack, unpack
+
+LINK = "specgym.json"
+WEIGHTS = "model.safetensors"
+_WAY_OUT = "reinstall specgym if the package ships this model, or write the folder anew with specgym.decoding.fit"
+
+
+class CheckpointError(SpecgymError, RuntimeError):
+    """A checkpoint folder cannot be used; the message names the file and the way out."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What ``specgym.json`` says.
+
+    Attributes:
+        tokenizer: folder of the tokeniser, relative to the checkpoint's own, or hub id of a model that has it; None if
+            it lies in the folder itself.
+        shared_with: folder (relative to the checkpoint's own) or hub id of the model whose tensors it shares.
+        shared: for each shared tensor's name here, its name there.
+    """
+
+    tokenizer: str | None = None
+    shared_with: str | None = None
+    shared: Mapping[str, str] | None = None
+
+
+def is_checkpoint(folder: Path | str) -> bool:
+    """Whether a folder was written by :func:`save_checkpoint`."""
+    return (Path(folder) / LINK).is_file()
+
+
+def read_link(folder: Path | str) -> Link:
+    """Read ``specgym.json``.
+
+    Raises:
+        CheckpointError: if it is missing or not what :func:`save_checkpoint` writes.
+    """
+    path = Path(folder) / LINK
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        link = Link(value.get("tokenizer"), value.get("shared_with"), value.get("shared"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {_WAY_OUT}") from error
+    if (link.shared_with is None) != (not link.shared):
+        raise CheckpointError(f"{path} must name both or neither of 'shared_with' and 'shared': {_WAY_OUT}")
+    return link
+
+
+def lender(folder: Path | str, name: str | None) -> str | None:
+    """The hub id of a model that a checkpoint borrows from; None for nothing, or a folder relative to its own.
+
+    Args:
+        folder: the checkpoint's own.
+        name: `Link.tokenizer` or `Link.shared_with`.
+    """
+    return None if name is None or name.startswith(".") or (Path(folder) / name).is_dir() else name
+
+
+def tokenizer_folder(folder: Path | str) -> Path:
+    """The folder that ``AutoTokenizer.from_pretrained`` reads for this checkpoint, if no hub id stands in its link.
+
+    Raises:
+        CheckpointError: if ``specgym.json`` is bad or names no folder that exists.
+    """
+    folder = Path(folder)
+    link = read_link(folder)
+    found = folder if link.tokenizer is None else (folder / link.tokenizer).resolve()
+    if not any((found / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{found} holds no tokeniser, but {folder / LINK} points there: {_WAY_OUT}")
+    return found
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: Path | str,
+    *,
+    card: str,
+    tokenizer: str | None = None,
+    shared_with: str | None = None,
+    shared: Mapping[str, str] | Sequence[str] = (),
+    dtype: torch.dtype = torch.float16,
+    eight_bits: bool = False,
+) -> None:
+    """Write a checkpoint folder; every file takes its place in one step, the weights before what points at them.
+
+    Args:
+        model: the model.
+        folder: where; created if need be.
+        card: text of the model card (README.md).
+        tokenizer: folder of the tokeniser, relative to ``folder``, or hub id of a model that has it; None if it lies in
+            ``folder`` itself.
+        shared_with: folder (relative to ``folder``) or hub id of the checkpoint that holds the shared tensors.
+        shared: names of the tensors to leave out; a mapping where they are called otherwise there.
+        dtype: of the stored floating-point tensors.
+        eight_bits: store matrices in 8 bits instead; only specgym reads such a folder.
+
+    Raises:
+        ValueError: if a shared name is no tensor of the model, only one of ``shared_with`` and ``shared`` is given, or
+            what is to be stored in 8 bits is not finite.
+    """
+    folder = Path(folder)
+    names = dict(shared) if isinstance(shared, Mapping) else {name: name for name in shared}
+    if (shared_with is None) != (not names):
+        raise ValueError("give both or neither of shared_with and shared")
+    tensors, own = dict[str, torch.Tensor](), dict(model.state_dict(keep_vars=True))
+    if unknown := sorted(set(names) - set(own)):
+        raise ValueError(f"not in the model: {', '.join(unknown)}; its tensors are {', '.join(sorted(own))}")
+    # Tied tensors are one parameter under several names: store the first, and none if one of them is shared.
+    seen = {id(own[name]) for name in names}
+    for name, tensor in own.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().to("cpu").contiguous()
+    # Scales are float32, and what they scale is made of the weights as they are, not as `dtype` would round them.
+    packed = pack(tensors) if eight_bits else tensors
+    for name in set(packed) & set(tensors):
+        if packed[name].is_floating_point():
+            packed[name] = packed[name].to(dtype)
+    config = model.config.to_diff_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    generation = GenerationConfig.from_model_config(model.config).to_diff_dict()
+    with replacing(folder / WEIGHTS) as temporary:
+        # Made in memory and written by us: save_file maps the file, which cannot then be replaced on every system.
+        temporary.write_bytes(save(packed, metadata={"format": "pt"}))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / LINK, {"tokenizer": tokenizer, "shared_with": shared_with, "shared": names or None})
+    write_text(folder / "README.md", card)
+
+
+def load_checkpoint(
+    folder: Path | str, dtype: torch.dtype = torch.float32, shared_from: nn.Module | None = None
+) -> PreTrainedModel:
+    """Read a checkpoint folder into a model, in eval mode, on the CPU.
+
+    Args:
+        folder: written by :func:`save_checkpoint`.
+        dtype: of the model's floating-point tensors.
+        shared_from: the model that holds the shared tensors, already in memory. The result then uses the very same
+            parameters (its dtype and device must suit), so they cost no memory twice. None reads them from disk.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    link = read_link(folder)
+    tensors = _read(folder / WEIGHTS)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used ({error}): {_WAY_OUT}") from error
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _reduce(model, tensors, folder)
+    shared = dict(link.shared or {})
+    if foreign := sorted((set(tensors) | set(shared)) - set(model.state_dict())):
+        raise CheckpointError(f"{folder / WEIGHTS} and config.json do not fit: no place for {foreign[0]!r}: {_WAY_OUT}")
+    parameters: dict[str, torch.Tensor] = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
+    }
+    if shared:
+        parameters |= _shared(folder, link, shared, dtype, shared_from)
+    _put(model, parameters, folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return unpack(load_file(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): {_WAY_OUT}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}: {_WAY_OUT}") from error
+
+
+def _reduce(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Let the model score only the tokens that the file lists, if it lists any."""
+    name = tokens_name(model)
+    if name is not None and name in tensors:
+        try:
+            reduce_output(model, tensors[name])
+        except ValueError as error:
+            raise CheckpointError(f"{folder / WEIGHTS}: {name!r} cannot be used ({error}): {_WAY_OUT}") from error
+
+
+def _shared(
+    folder: Path, link: Link, shared: Mapping[str, str], dtype: torch.dtype, source: nn.Module | None
+) -> dict[str, torch.Tensor]:
+    """The shared tensors by their names here: parameters of ``source`` itself, or read from the folder or hub id."""
+    assert link.shared_with is not None
+    if source is None:
+        place = (folder / link.shared_with).resolve()
+        origin = str(place) if place.is_dir() else link.shared_with
+        if is_checkpoint(place):
+            held: Mapping[str, torch.Tensor] = _read(place / WEIGHTS)
+        else:
+            try:
+                held = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype).state_dict()
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{folder / LINK} shares tensors with {origin!r}, which cannot be loaded ({error}): put that model "
+                    "there, or pass the target that this draft was distilled from"
+                ) from error
+    else:
+        held, origin = source.state_dict(keep_vars=True), "the model given to share from"
+    if missing := sorted(set(shared.values()) - set(held)):
+        raise CheckpointError(f"{origin} has no tensor {missing[0]!r}, which {folder / LINK} shares: {_WAY_OUT}")
+    found = {name: held[there] for name, there in shared.items()}
+    return found if source is not None else {name: tensor.to(dtype) for name, tensor in found.items()}
+
+
+def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Make ``tensors`` the parameters and buffers of ``model``; a Parameter among them is used as it is."""
+    wanted = model.state_dict(keep_vars=True)
+    groups: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        groups.setdefault(id(tensor), []).append(name)
+    for names in groups.values():
+        given = next((name for name in names if name in tensors), None)
+        if given is None:
+            raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {names[0]!r}: {_WAY_OUT}")
+        value, old = tensors[given], wanted[given]
+        if value.shape != old.shape:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {given!r} has shape {tuple(value.shape)}, but the model needs {tuple(old.shape)} "
+                f"(does it share tensors with another model than it was made for?): {_WAY_OUT}"
+            )
+        if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, value)

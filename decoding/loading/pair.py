@@ -1,0 +1,154 @@
+"""A target and its draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..drafts.drafter import Drafter, ModelDrafter
+from ..drafts.ngram import NGramDrafter
+from ..drafts.prompt_lookup import PromptLookupDrafter
+from ..errors import PromptError, VocabularyMismatchError
+from ..models.language_model import LanguageModel
+from . import presets, smollm2
+from .find_model import load_model
+
+_TABLES = Path(__file__).parents[1] / "data" / "ngrams"
+_SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", smollm2.HUB_ID: "smollm2", "smollm2": "smollm2"}
+
+
+class Pair:
+    """A target model with the draft that proposes tokens for it.
+
+    Args:
+        target: a Hugging Face causal LM.
+        draft: a smaller model with the same vocabulary, or any `Drafter`; None where no draft is needed.
+        tokenizer: optional; with it, prompts may be strings and generations carry text.
+        name: how reports call the pair; by default made from the models' names.
+        prepack: see `LanguageModel`. On CPU the target's large linear layers are replaced in place unless this is
+            False; a draft model is left as it is.
+
+    Raises:
+        VocabularyMismatchError: target and draft have different vocabularies.
+        UnsupportedModelError: a model cannot be decoded speculatively.
+        TypeError: the target is not a model.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel | LanguageModel,
+        draft: PreTrainedModel | LanguageModel | Drafter | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+        prepack: bool | None = None,
+    ) -> None:
+        if not isinstance(target, PreTrainedModel | LanguageModel):
+            raise TypeError(
+                f"a target is a transformers model, not a {type(target).__name__}; load one by name with load_pair, or "
+                "with AutoModelForCausalLM.from_pretrained"
+            )
+        if isinstance(target, PreTrainedModel):
+            target = LanguageModel(target, prepack=prepack)
+        if isinstance(draft, PreTrainedModel):
+            draft = LanguageModel(draft, prepack=False)  # it reads a token at a time, where plain weights are as fast
+        if isinstance(draft, LanguageModel):
+            draft = ModelDrafter(draft)
+        if draft is not None and draft.vocabulary_size != target.vocabulary_size:
+            raise VocabularyMismatchError(
+                f"target {target.name} has a vocabulary of {target.vocabulary_size} tokens and draft {draft.name} one "
+                f"of {draft.vocabulary_size}; a draft must number the same tokens in the same way. Choose a draft of "
+                "the target's own family, or prompt lookup."
+            )
+        self.target = target
+        self.draft: Drafter | None = draft
+        self.tokenizer = tokenizer
+        self.name = name or (f"{target.name}+{draft.name}" if draft is not None else target.name)
+        self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            PromptError: the pair has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise PromptError(f"pair {self.name} has no tokenizer; give token ids, or Pair(..., tokenizer=...)")
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str | None:
+        """The text of some tokens, or None without a tokenizer."""
+        return None if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def load_pair(
+    name: str = presets.DEFAULT,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    prepack: bool | None = None,
+    offline: bool = False,
+) -> Pair:
+    """Load a target and its draft by name.
+
+    Args:
+        name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
+            draft may also be ``prompt-lookup``, ``ngram`` (a table that ships with the package) or the path of a table
+            made by ``python -m specgym.decoding.fit ngram``. A folder or ``owner/model`` is a target without a draft.
+        dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
+        device: where both models go; by default CUDA if there is any.
+        prepack: see `LanguageModel`.
+        offline: make no network attempt.
+
+    Raises:
+        UnknownPairError: the name is neither a preset, nor ``target+draft``, nor a target.
+        ModelNotFoundError: a model is in none of the places where it was looked for.
+        VocabularyMismatchError: target and draft have different vocabularies.
+        UnsupportedModelError: a model cannot be decoded speculatively.
+        ValueError: no n-gram table ships for this target.
+    """
+    preset = presets.resolve(name)
+    model, tokenizer = load_model(preset.target, dtype=dtype, device=device, offline=offline)
+    vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
+    draft: PreTrainedModel | Drafter | None = None
+    if preset.draft is None:
+        pass
+    elif preset.draft == presets.PROMPT_LOOKUP:
+        draft = PromptLookupDrafter(vocabulary_size)
+    elif preset.draft == presets.NGRAM:
+        draft = NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM)
+    elif preset.draft.endswith(".safetensors"):
+        draft = NGramDrafter.load(preset.draft)
+    else:
+        # Loaded before anything is prepacked, so that a draft can still take the target's plain embeddings.
+        draft, own = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise VocabularyMismatchError(
+                f"target {preset.target} and draft {preset.draft} do not number the same tokens in the same way, so "
+                "what the one drafts means something else to the other. Choose a draft of the target's own family, "
+                "or prompt-lookup."
+            )
+    return Pair(model, draft, tokenizer, name=preset.name, prepack=prepack)
+
+
+def _shipped_table(target: str) -> Path:
+    table = _SHIPPED_TABLES.get(target)
+    if table is None:
+        raise ValueError(
+            f"no n-gram table ships for {target}. Fit one on text of your own: python -m specgym.decoding.fit ngram "
+            f"--target {target} --text TEXT... --out table.safetensors, and use the pair {target}+table.safetensors"
+        )
+    return _TABLES / f"{table}.safetensors"
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    sources: list[Any] = [getattr(model, "generation_config", None), model.config, tokenizer]
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()

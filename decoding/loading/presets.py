@@ -1,0 +1,128 @@
+"""Named target-draft pairs, and how a pair's name is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import SpecgymError
+from . import smollm2
+
+NGRAM = "ngram"
+PROMPT_LOOKUP = "prompt-lookup"
+DEFAULT = "tiny"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class UnknownPairError(SpecgymError, ValueError):
+    """A name that is neither a preset, nor ``target+draft``, nor a target; the message lists the presets."""
+
+
+@dataclass(frozen=True)
+class PairPreset:
+    """Which target goes with which draft.
+
+    Attributes:
+        name: of the preset, or ``target+draft``.
+        target: a model's name, as `load_model` takes it.
+        draft: another model's name, ``ngram`` (a table counted on text) or ``prompt-lookup`` (copied from the text so
+            far); None for a target alone.
+        doc: one line on what the pair is for.
+    """
+
+    name: str
+    target: str
+    draft: str | None
+    doc: str
+
+    @property
+    def draft_is_model(self) -> bool:
+        """Whether the draft is a language model that has to be loaded."""
+        return self.draft not in (NGRAM, PROMPT_LOOKUP, None)
+
+
+_LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
+
+PRESETS: dict[str, PairPreset] = {
+    preset.name: preset
+    for preset in (
+        PairPreset("tiny", "tiny-10m", "tiny-10m-draft-1l", "the default: shipped, distilled one-layer draft"),
+        PairPreset("tiny-10m-2l", "tiny-10m", "tiny-10m-draft-2l", "shipped; two layers: better guesses, dearer"),
+        PairPreset("tiny-10m-xs", "tiny-10m", "tiny-10m-draft-xs", "shipped; the cheapest and least accurate draft"),
+        PairPreset("tiny-10m-3m", "tiny-10m", "tiny-3m", "shipped; a draft that was trained apart, not distilled"),
+        PairPreset("tiny-10m-ngram", "tiny-10m", NGRAM, "shipped; an n-gram table as draft"),
+        PairPreset("tiny-10m-lookup", "tiny-10m", PROMPT_LOOKUP, "shipped; drafts copied from the text so far"),
+        PairPreset("tiny-3m-1l", "tiny-3m", "tiny-3m-draft-1l", "shipped; the smallest target, one-layer draft"),
+        PairPreset("tiny-3m-ngram", "tiny-3m", NGRAM, "shipped; the smallest target, an n-gram table as draft"),
+        PairPreset("tiny-3m-lookup", "tiny-3m", PROMPT_LOOKUP, "shipped; the smallest target, drafts copied"),
+        PairPreset(
+            "smollm2-2l", smollm2.HUB_ID, "smollm2-draft-2l", "a real 135M chat model, a two-layer draft that ships"
+        ),
+        PairPreset(
+            "smollm2-4l", smollm2.HUB_ID, "smollm2-draft-4l", "the same model; four layers: better guesses, dearer"
+        ),
+        PairPreset("smollm2-ngram", smollm2.HUB_ID, NGRAM, "a real 135M chat model, an n-gram table as draft"),
+        PairPreset("smollm2-lookup", smollm2.HUB_ID, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
+        PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
+        PairPreset("tiny-3m", "tiny-3m", None, "shipped; the smallest target, no draft"),
+        PairPreset("smollm2", smollm2.HUB_ID, None, "a real 135M chat model, no draft"),
+        PairPreset("opt-6.7b+opt-1.3b", "facebook/opt-6.7b", "facebook/opt-1.3b", "hub; 5:1, an accurate draft"),
+        PairPreset("opt-6.7b+opt-125m", "facebook/opt-6.7b", "facebook/opt-125m", "hub; 54:1, a cheap draft"),
+        PairPreset(
+            "llama-3.1-70b+8b", _LLAMA.format("70B"), _LLAMA.format("8B"), "hub, gated; about 160 GB in bfloat16"
+        ),
+    )
+}
+
+
+def resolve(name: str) -> PairPreset:
+    """The pair that a name stands for.
+
+    Args:
+        name: a preset, or ``target+draft`` where each side is what `load_model` takes and the draft may also be
+            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. A target alone, for decoders that
+            need no draft, is a folder or ``owner/model``. Whether the models exist is seen when they are loaded.
+
+    Raises:
+        UnknownPairError: the name is none of these; the message lists the presets, the closest first.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    # A folder's name may itself contain a plus, so every plus is tried as the one in the middle.
+    for plus in (match.start() for match in re.finditer(r"\+", name)):
+        target, draft = name[:plus], name[plus + 1 :]
+        if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and _may_be_model(draft):
+            return PairPreset(name, target, draft, f"{target} with the draft {draft}")
+    of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
+    if of_hub or _may_be_folder(name):
+        return PairPreset(name, name, None, f"{name} without a draft")
+    raise UnknownPairError(_unknown(name))
+
+
+def _may_be_model(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) or _exists(name)
+
+
+def _may_be_folder(name: str) -> bool:
+    return _exists(name) and Path(name).expanduser().is_dir()
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of this name; an empty one would be the working directory."""
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # names that no file can have, or the home of an unknown user
+        return False
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    table = "".join(f"\n  {preset.name:18} {preset.doc}" for preset in PRESETS.values())
+    return (
+        f"{name!r} is no known pair.{hint} Give target+draft (hub ids, folders or shipped models; the draft may be "
+        f"{NGRAM!r} or {PROMPT_LOOKUP!r}), a target alone (a folder or owner/model), or one of:{table}"
+    )

@@ -1,0 +1,1 @@
+"""Language models as decoders use them: forward passes, caches, token trees."""

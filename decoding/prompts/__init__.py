@@ -1,0 +1,1 @@
+"""Prompt sets, shipped, from files or from the hub."""

@@ -1,0 +1,1 @@
+"""Sources of decoding results: live models or recordings."""

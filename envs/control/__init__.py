@@ -1,0 +1,1 @@
+"""Environments whose actions end a draft."""

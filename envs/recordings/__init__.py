@@ -1,0 +1,1 @@
+"""Traces and outcomes of decoding, and how they are recorded."""

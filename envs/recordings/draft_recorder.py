@@ -1,0 +1,243 @@
+"""Recording: what a draft would have done at every position of a text, and what the target would have said of it.
+
+All positions of a stretch of text go through each model together, as the branches of one token tree: at every position
+hangs the chain that the draft proposes there. The draft grows the chains by one token a pass; the target reads them all
+in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specgym.decoding import (
+    Drafter,
+    LanguageModel,
+    ModelDrafter,
+    NumericalError,
+    Pair,
+    PromptError,
+    Sampling,
+    TokenTree,
+    draw,
+    total_variation,
+)
+
+STRETCH = 32
+"""Positions recorded in one pass. With more, attention over the other positions' branches costs more than it saves."""
+
+Rows = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The tokens that the chains of a stretch have at one depth.
+
+    Attributes:
+        rows: which positions' chains reach this depth, shape (rows,), int64, ascending.
+        tokens: shape (rows,), int64.
+        distribution: what each was chosen from, as the draft sees it (at temperature 1 when greedy), shape (rows,
+            vocabulary); None for a one-hot draft.
+        confidence: shape (rows,).
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    distribution: Tensor | None
+    confidence: Tensor
+
+
+class Recorder:
+    """Records what a pair does at every position of given texts.
+
+    Args:
+        pair: a target with a draft.
+        sampling: how both choose tokens.
+        draft_length: K, the most tokens drafted at a position.
+    """
+
+    def __init__(self, pair: Pair, sampling: Sampling, draft_length: int) -> None:
+        self.pair = pair
+        self.sampling = sampling
+        self.draft_length = draft_length
+
+    @torch.inference_mode()
+    def record(self, prompt: Sequence[int], text: Sequence[int], seed: int) -> Rows:
+        """One row for each token of a text; row t is about a draft that begins after `prompt + text[:t]`.
+
+        Args:
+            prompt: token ids, at least one.
+            text: the token ids that continue it, at least one.
+            seed: of the draft's choices when sampling.
+
+        Returns:
+            `drafted`, shape (tokens of text,), the arrays of `PER_TOKEN`, shape (tokens of text, K), and `successor`,
+            shape (tokens of text, K + 1): the target's likeliest token after 0, 1, ... of the drafted ones; -1 beyond
+            the draft.
+
+        Raises:
+            PromptError: prompt, text and a draft after them do not fit into a model's context.
+            NumericalError: the target gave NaN or infinite logits.
+        """
+        assert self.pair.draft is not None
+        context = [*prompt, *text]
+        self._check_room(len(context))
+        target = self.pair.target.fresh()
+        target.read(prompt[:-1])
+        generator = torch.Generator(target.device).manual_seed(seed)
+        chains = _chains(self.pair.draft, self, prompt, generator)
+        parts: list[Rows] = []
+        for start in range(len(prompt) - 1, len(context) - 1, STRETCH):
+            stretch = context[start : min(start + STRETCH, len(context) - 1)]
+            parts.append(self._read(target, stretch, list(chains.grow(context, start, len(stretch)))))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def distribution(self, scores: Tensor) -> Tensor:
+        """What tokens are chosen from; at temperature 1 when greedy, where the distribution itself would be one-hot."""
+        return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
+
+    def _check_room(self, length: int) -> None:
+        draft = self.pair.draft
+        for model in (self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])):
+            if length + self.draft_length > model.context_limit:
+                raise PromptError(
+                    f"{length} tokens of prompt and text and a draft of {self.draft_length} do not fit into the "
+                    f"context of {model.name} ({model.context_limit}); record fewer tokens, or shorten the prompts"
+                )
+
+    def _read(self, target: LanguageModel, stretch: Sequence[int], levels: Sequence[Level]) -> Rows:
+        """Let the target read a stretch with all its branches, and compare; only the stretch stays in the cache."""
+        positions = len(stretch)
+        nodes = torch.cat([torch.tensor(stretch, device=target.device), *(level.tokens for level in levels)])
+        parents, owners = _comb(positions, [level.rows for level in levels])
+        scores = target.forward(nodes, TokenTree([*range(-1, positions - 1), *parents])).scores
+        if not bool(torch.isfinite(scores.amax(-1).sum())):
+            raise NumericalError(
+                f"{target.name} gave NaN or infinite logits; load it in float32 or bfloat16, or check its weights"
+            )
+        target.keep(range(positions))
+        rows: Rows = {name: np.zeros((positions, self.draft_length), dtype) for name, dtype in PER_TOKEN.items()}
+        drafted = np.zeros(positions, np.uint8)
+        likeliest = scores.argmax(-1).cpu().numpy()
+        successor = np.full((positions, self.draft_length + 1), -1)
+        successor[:, 0] = likeliest[:positions]
+        first = 0
+        for place, level in enumerate(levels):
+            before = scores[torch.tensor(parents[first : first + len(level.rows)], device=scores.device)]
+            reached = owners[first : first + len(level.rows)]
+            for name, values in self._compare(before, level).items():
+                rows[name][reached, place] = values.cpu().numpy()
+            drafted[reached] += 1
+            successor[reached, place + 1] = likeliest[positions + first : positions + first + len(level.rows)]
+            first += len(level.rows)
+        return {"drafted": drafted, "successor": successor, **rows}
+
+    def _compare(self, scores: Tensor, level: Level) -> dict[str, Tensor]:
+        p, q = self.distribution(scores), level.distribution
+        column = level.tokens.unsqueeze(-1)
+        p_of_token = p.gather(-1, column).squeeze(-1)
+        return {
+            "tokens": level.tokens,
+            "match": scores.argmax(-1) == level.tokens,
+            "confidence": level.confidence,
+            "entropy": torch.zeros_like(p_of_token) if q is None else entropy(q),
+            "q": torch.ones_like(p_of_token) if q is None else q.gather(-1, column).squeeze(-1),
+            "p": p_of_token,
+            "distance": 1 - p_of_token if q is None else total_variation(p, q),
+            "target_entropy": entropy(p),
+        }
+
+
+PER_TOKEN = {
+    "tokens": np.int32,
+    "match": np.bool_,
+    "confidence": np.float32,
+    "entropy": np.float32,
+    "q": np.float32,
+    "p": np.float32,
+    "distance": np.float32,
+    "target_entropy": np.float32,
+}
+"""What is recorded of every drafted token, as `traces.Trace` describes it, and as what type."""
+
+
+def entropy(distribution: Tensor) -> Tensor:
+    """In nats, shape (..., vocabulary) to (...)."""
+    return torch.special.entr(distribution).sum(-1)
+
+
+def _comb(positions: int, rows: Sequence[Tensor]) -> tuple[list[int], NDArray[np.int64]]:
+    """The nodes of all levels, in order: each one's parent in the tree, and the position whose chain it belongs to."""
+    ends = np.arange(positions)
+    parents, owners = [], []
+    count = positions
+    for level in rows:
+        reached = level.cpu().numpy()
+        parents += ends[reached].tolist()
+        owners.append(reached)
+        ends[reached] = np.arange(count, count + len(reached))
+        count += len(reached)
+    return parents, np.concatenate(owners) if owners else np.empty(0, np.int64)
+
+
+class _ModelChains:
+    """A draft model's chains: one pass a level, over all positions of the stretch."""
+
+    def __init__(
+        self, model: LanguageModel, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator
+    ) -> None:
+        self._model = model
+        self._recorder = recorder
+        self._generator = generator
+        model.read(prompt[:-1])
+
+    def grow(self, context: Sequence[int], start: int, positions: int) -> Iterator[Level]:
+        device, target_device = self._model.device, self._generator.device
+        unread = torch.tensor(context[start : start + positions], device=device)
+        parents = list(range(-1, positions - 1))
+        rows = torch.arange(positions, device=target_device)
+        for _ in range(self._recorder.draft_length):
+            scores = self._model.forward(unread, TokenTree(parents), last=positions).scores.to(target_device)
+            q = self._recorder.distribution(scores)
+            tokens = scores.argmax(-1) if self._recorder.sampling.greedy else draw(q, self._generator)
+            yield Level(rows, tokens, q, q.amax(-1))
+            unread = tokens.to(device)
+            parents += range(len(parents) - positions, len(parents))
+        self._model.keep(range(positions))
+
+
+class _GivenChains:
+    """The chains of a draft that proposes with certainty: asked for at one position after another."""
+
+    def __init__(self, drafter: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator) -> None:
+        self._recorder = recorder
+        self._device = generator.device
+        self._session = drafter.start(prompt, recorder.sampling, generator, generator.device)
+
+    def grow(self, context: Sequence[int], start: int, positions: int) -> Iterator[Level]:
+        chains = [
+            list(self._session.steps(context[: start + 1 + row], self._recorder.draft_length))
+            for row in range(positions)
+        ]
+        for place in range(max(map(len, chains))):
+            reached = [row for row, chain in enumerate(chains) if len(chain) > place]
+            steps = [chains[row][place] for row in reached]
+            yield Level(
+                torch.tensor(reached, device=self._device),
+                torch.tensor([int(step.token) for step in steps], device=self._device),
+                None,
+                torch.tensor([step.confidence() for step in steps], device=self._device),
+            )
+
+
+def _chains(
+    draft: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator
+) -> _ModelChains | _GivenChains:
+    if isinstance(draft, ModelDrafter):
+        return _ModelChains(draft.model.fresh(), recorder, prompt, generator)
+    return _GivenChains(draft, recorder, prompt, generator)

@@ -1,0 +1,184 @@
+"""Outcomes: the rounds that a decoder did with many settings of its knobs, so that these can be tuned without models.
+
+Where what a decoder proposes depends on its knobs, a trace of a draft (`specgym.envs.recordings.trace`) cannot say
+what other
+knobs would have led to. So all recorded prompts are decoded with a designed set of settings, and what lies between
+them is interpolated (`specgym.envs.backends.outcome_replay`). A file of outcomes is one ``.npz`` of plain arrays and
+one string
+of JSON (nothing in it is ever unpickled). It holds no text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding import file_name
+
+from .archive import TraceError, has_form, read_archive, write_archive
+from .provenance import Provenance
+
+FORMAT = "specgym-outcomes-1"
+COUNTS = ("emitted", "drafted", "accepted", "draft_steps", "target_tokens")
+"""The whole numbers that are recorded of every round."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class OutcomeError(TraceError):
+    """Outcomes that cannot be read, or do not hold what is asked of them; the message names them and the way out."""
+
+
+@dataclass(frozen=True)
+class RecordedKnob:
+    """A knob, and between what values it was recorded, in its own units."""
+
+    name: str
+    low: float
+    high: float
+    integer: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeInfo(Provenance):
+    """What outcomes were recorded from."""
+
+    decoder: str
+    """A name of `specgym.envs.decoders.DECODERS`."""
+    knobs: tuple[RecordedKnob, ...]
+    heads_sha256: str = ""
+    """Over what Medusa heads propose, and in which trees; empty for a decoder without heads."""
+    guidance_sha256: str = ""
+    """Over what stands beside the draft of a tree; empty where nothing does, and for other decoders."""
+
+    def __str__(self) -> str:
+        return f"the {self.decoder} outcomes of {self.workload} ({self.split})"
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Recorded rounds of one workload and decoder, in memory.
+
+    The rounds of a text follow one another; the text of setting s and prompt p is number s * prompts + p.
+
+    Attributes:
+        info: what was recorded.
+        settings: the knobs' values, shape (settings, knobs), each setting once.
+        starts: the round at which each text begins, and the number of rounds, shape (settings * prompts + 1,).
+        emitted: tokens that each round emitted, at least 1, shape (rounds,), like the rest.
+        drafted: draft tokens verified.
+        accepted: draft tokens among those emitted.
+        draft_steps: tokens, or levels of a tree, that the draft made one after another.
+        target_tokens: tokens that the target's pass read, at least 1.
+        divergence: the round's sum of total variations from the target; not stored where it is 0 throughout.
+    """
+
+    info: OutcomeInfo
+    settings: Floats
+    starts: Integers
+    emitted: Integers
+    drafted: Integers
+    accepted: Integers
+    draft_steps: Integers
+    target_tokens: Integers
+    divergence: NDArray[np.float32] = field(repr=False)
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return (len(self.starts) - 1) // len(self.settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write the outcomes; a reader never sees half of them."""
+        arrays: dict[str, NDArray[Any]] = {"settings": self.settings, "starts": self.starts.astype(np.uint32)}
+        arrays |= {name: _small(getattr(self, name)) for name in COUNTS}
+        if self.divergence.any():
+            arrays["divergence"] = self.divergence.astype(np.float32)
+        write_archive(path, FORMAT, asdict(self.info), arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Outcomes:
+        """Read outcomes.
+
+        Raises:
+            OutcomeError: the file is missing, truncated, damaged, of another kind or version, or contradicts itself.
+        """
+        return read_archive(
+            path,
+            FORMAT,
+            "file of outcomes",
+            OutcomeError,
+            _info,
+            lambda info, content: _checked(_decoded(cls, info, content)),
+        )
+
+
+def holds_outcomes(path: str | Path) -> bool:
+    """Whether a file says that it holds outcomes; False for any other, also one that is missing or damaged."""
+    return has_form(path, FORMAT)
+
+
+def outcomes_name(name: str, decoder: str, split: str) -> str:
+    """The file name of a workload's outcomes with a decoder."""
+    return f"{file_name(name)}.{decoder}.{split}.npz"
+
+
+def _info(metadata: dict[str, Any]) -> OutcomeInfo:
+    knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
+    return OutcomeInfo(**metadata, knobs=knobs)
+
+
+def _small(values: Integers) -> NDArray[Any]:
+    """In the smallest unsigned integers that hold all of them."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+
+
+def _decoded(kind: type[Outcomes], info: OutcomeInfo, content: Mapping[str, NDArray[Any]]) -> Outcomes:
+    counts = {name: content[name].astype(np.int64) for name in ("starts", *COUNTS)}
+    lossless = np.zeros(len(counts["emitted"]), np.float32)
+    divergence = content.get("divergence", lossless).astype(np.float32)
+    return kind(info, settings=content["settings"].astype(np.float64), divergence=divergence, **counts)
+
+
+def _checked(outcomes: Outcomes) -> Outcomes:
+    """The outcomes, if their arrays fit together.
+
+    Raises:
+        ValueError: they do not; the message says which.
+    """
+    info, settings, starts = outcomes.info, outcomes.settings, outcomes.starts
+    if settings.ndim != 2 or settings.shape[1] != len(info.knobs) or len(settings) == 0:
+        raise ValueError(f"settings has shape {settings.shape}, expected {len(info.knobs)} columns")
+    for knob, column in zip(info.knobs, settings.T, strict=True):
+        if not ((knob.low <= column) & (column <= knob.high)).all():  # also where one is not a number
+            raise ValueError(f"settings has values of {knob.name} outside {knob.low:g} to {knob.high:g}")
+        if knob.integer and (column % 1).any():
+            raise ValueError(f"settings has fractions for {knob.name}, which takes whole numbers")
+    if len(np.unique(settings, axis=0)) < len(settings):
+        raise ValueError("settings has one twice")
+    texts, rounds = len(starts) - 1, len(outcomes.emitted)
+    if texts < len(settings) or texts % len(settings):
+        raise ValueError("starts does not hold as many texts for each setting")
+    if starts[0] != 0 or starts[-1] != rounds or (np.diff(starts) < 1).any():
+        raise ValueError("starts does not divide the rounds into texts")
+    for name in (*COUNTS, "divergence"):
+        found = getattr(outcomes, name)
+        if found.shape != (rounds,):
+            raise ValueError(f"{name} has shape {found.shape}, expected {(rounds,)}")
+        fewest = 1 if name in ("emitted", "target_tokens") else 0
+        if not (np.isfinite(found).all() and found.min() >= fewest):
+            raise ValueError(f"{name} has values below {fewest}, or not finite")
+    if (outcomes.accepted > np.minimum(outcomes.drafted, outcomes.emitted)).any():
+        raise ValueError("accepted is more than was drafted or emitted")
+    if np.add.reduceat(outcomes.emitted, starts[:-1]).max() > info.tokens:
+        raise ValueError(f"emitted has texts of more than {info.tokens} tokens")
+    if not math.isfinite(info.temperature):
+        raise ValueError("the temperature is not finite")
+    return outcomes

@@ -1,0 +1,222 @@
+"""Traces: what a pair did at every position of recorded texts, enough to replay decoding without the models.
+
+A trace is one ``.npz`` file, of plain arrays and one string of JSON (nothing in it is ever unpickled).
+``docs/traces.md`` describes every array; `Trace` is the same in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding import file_name
+
+from .archive import TraceError, read_archive, write_archive
+from .provenance import Provenance
+
+FORMAT = "specgym-trace-1"
+NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
+"""Columns of real numbers that only the target's own texts have."""
+_MANTISSA = 7  # bits kept of a float16's 10: a relative error below 0.5 %, and files a third smaller
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceInfo(Provenance):
+    """What a trace was recorded from."""
+
+    vocabulary_size: int
+    detour_tokens: int
+    """Recorded of each detour, at most; 0 where none was recorded."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Recorded texts of one workload, in memory.
+
+    A *row* is a position of a text: what a draft that begins there proposes, up to K tokens, and what the target says
+    of each, had all before it been kept. The first rows are those of the target's own texts, one text after another.
+    After them come the rows of *detours*: texts that threshold decoding led to, where it kept what the target would
+    not have said. A detour shares the rows of its beginning with other texts of the same prompt.
+
+    Attributes:
+        info: what was recorded.
+        prompt_lengths: tokens of each prompt, shape (prompts,).
+        starts: row at which the target's text of each prompt begins, and the number of such rows, shape (prompts + 1,).
+        ended: whether the target's text ended with an end-of-text token, shape (prompts,).
+        text: the target's token at each of its rows, shape (own rows,).
+        tokens: what the draft proposes there, shape (own rows, K); 0 beyond `drafted`.
+        confidence: the draft's largest probability; for a draft without probabilities, how long a context it
+            matched as a share of the longest it looks for. Shape (own rows, K), like the next four.
+        entropy: of the draft's distribution, in nats; 0 for a draft without probabilities.
+        q: the draft's probability of the token; 1 for a draft without probabilities.
+        p: the target's probability of the token.
+        target_entropy: of the target's distribution, in nats.
+        drafted: tokens the draft proposes at each row, 0 to K, shape (rows,).
+        match: whether the token is the target's likeliest, shape (rows, K).
+        distance: total variation between draft and target, 0 to 1, shape (rows, K).
+        jump: the row at which the text goes on when k draft tokens are kept and the target's likeliest token follows,
+            shape (rows, K + 1); -1 where that was not recorded, and everywhere when sampling.
+        detour_prompts: the prompt of each detour, shape (detours,).
+        detour_knobs: `fallback` and `rollback` that led to it, shape (detours, 2).
+        detour_rows: its rows, shape (detours, detour tokens); -1 after its end.
+
+    When greedy, `confidence`, `entropy`, `q`, `p`, `target_entropy` and `distance` are those at temperature 1.
+    """
+
+    info: TraceInfo
+    prompt_lengths: Integers
+    starts: Integers
+    ended: NDArray[np.bool_]
+    text: Integers
+    tokens: Integers
+    confidence: Floats
+    entropy: Floats
+    q: Floats
+    p: Floats
+    target_entropy: Floats
+    drafted: Integers
+    match: NDArray[np.bool_]
+    distance: Floats
+    jump: Integers
+    detour_prompts: Integers
+    detour_knobs: NDArray[np.float64]
+    detour_rows: Integers
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.starts) - 1
+
+    @property
+    def draft_length(self) -> int:
+        """K, the most tokens drafted at a row."""
+        return self.info.draft_length
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace; a reader never sees half of one. Real numbers keep eight significant bits."""
+        small = np.uint16 if self.info.vocabulary_size <= 2**16 else np.uint32
+        arrays: dict[str, NDArray[Any]] = {
+            "prompt_lengths": self.prompt_lengths.astype(np.uint32),
+            "starts": self.starts.astype(np.uint32),
+            "ended": self.ended,
+            "text": self.text.astype(small),
+            "tokens": self.tokens.astype(small),
+            "drafted": self.drafted.astype(np.uint8),
+            "match": np.packbits(self.match, axis=1),
+            "distance": _rounded(self.distance),
+            "jump": _relative(self.jump).astype(np.int32),
+            "detour_prompts": self.detour_prompts.astype(np.uint32),
+            "detour_knobs": self.detour_knobs.astype(np.float32),
+            "detour_rows": self.detour_rows.astype(np.int32),
+            **{name: _rounded(getattr(self, name)) for name in NUMBERS},
+        }
+        if np.array_equal(arrays["q"], arrays["confidence"]):
+            del arrays["q"]  # the draft always takes its likeliest token
+        write_archive(path, FORMAT, asdict(self.info), arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a trace.
+
+        Raises:
+            TraceError: the file is missing, truncated, damaged, of another kind or version, or contradicts itself.
+        """
+        return read_archive(
+            path,
+            FORMAT,
+            "trace",
+            TraceError,
+            lambda metadata: TraceInfo(**metadata),
+            lambda info, content: _checked(_decoded(cls, info, content)),
+        )
+
+
+def trace_name(name: str, split: str) -> str:
+    """The file name of a workload's trace."""
+    return f"{file_name(name)}.{split}.npz"
+
+
+def _rounded(values: Floats) -> NDArray[np.float16]:
+    """As float16 with `_MANTISSA` bits after the leading one, rounded to nearest; the zeros compress well."""
+    dropped = 10 - _MANTISSA
+    bits = values.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return ((bits + (1 << (dropped - 1))) >> dropped << dropped).astype(np.uint16).view(np.float16)
+
+
+def _relative(jump: Integers) -> Integers:
+    """Jumps counted from their own row, which compress well: 1 to K + 1 within a text, and 0 where there is none."""
+    return np.where(jump < 0, 0, jump - np.arange(len(jump))[:, None])
+
+
+def _absolute(relative: Integers) -> Integers:
+    return np.where(relative == 0, -1, relative + np.arange(len(relative))[:, None])
+
+
+def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[Any]]) -> Trace:
+    arrays: dict[str, NDArray[Any]] = {}
+    for entry in fields(kind):
+        name = entry.name
+        if name == "info":
+            continue
+        stored = content["confidence"] if name == "q" and "q" not in content else content[name]
+        if name == "match":
+            stored = np.unpackbits(stored, axis=1, count=info.draft_length).astype(np.bool_)
+        elif name in (*NUMBERS, "distance"):
+            stored = stored.astype(np.float32)
+        elif name == "jump":
+            stored = _absolute(stored.astype(np.int64))
+        elif name == "detour_knobs":
+            stored = stored.astype(np.float64)
+        elif name != "ended":
+            stored = stored.astype(np.int64)
+        arrays[name] = stored
+    return kind(info, **arrays)
+
+
+def _checked(trace: Trace) -> Trace:
+    """The trace, if its arrays fit together.
+
+    Raises:
+        ValueError: they do not; the message says which.
+    """
+    own, rows, drafts = len(trace.text), len(trace.drafted), trace.draft_length
+    shapes = {
+        "prompt_lengths": (trace.prompts,),
+        "ended": (trace.prompts,),
+        "tokens": (own, drafts),
+        **dict.fromkeys(NUMBERS, (own, drafts)),
+        "match": (rows, drafts),
+        "distance": (rows, drafts),
+        "jump": (rows, drafts + 1),
+        "detour_knobs": (len(trace.detour_prompts), 2),
+        "detour_rows": (len(trace.detour_prompts), trace.info.detour_tokens),
+    }
+    for name, shape in shapes.items():
+        found = getattr(trace, name).shape
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, expected {shape}")
+    if trace.prompts < 1 or trace.starts[0] != 0 or trace.starts[-1] != own or (np.diff(trace.starts) < 1).any():
+        raise ValueError("starts does not divide the rows into texts")
+    if rows < own or trace.drafted.min(initial=0) < 0 or trace.drafted.max(initial=0) > drafts:
+        raise ValueError("drafted is out of range")
+    if trace.jump.min(initial=0) < -1 or trace.jump.max(initial=0) >= rows:
+        raise ValueError("jump is out of range")
+    if len(trace.detour_rows) and not (trace.detour_rows.min() >= -1 and trace.detour_rows.max() < rows):
+        raise ValueError("detour_rows is out of range")
+    if len(trace.detour_prompts) and trace.detour_prompts.max() >= trace.prompts:
+        raise ValueError("detour_prompts is out of range")
+    if max(trace.text.max(), trace.tokens.max(initial=0)) >= trace.info.vocabulary_size:
+        raise ValueError("a token is outside the vocabulary")
+    for name in (*NUMBERS, "distance"):
+        values = getattr(trace, name)
+        if not np.isfinite(values).all() or values.min(initial=0) < 0:
+            raise ValueError(f"{name} has values that are negative or not finite")
+    return trace

@@ -1,0 +1,104 @@
+"""A step of an environment as text: what the draft got right, what was taken back, and what the target wrote itself."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from specgym.decoding import Pair, Round
+
+ACCEPTED, TAKEN_BACK, TARGET = "green", "red strike", "bold blue"
+_PROMPT_CHARACTERS = 160
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def render_step(
+    pair: Pair,
+    prompt: Sequence[int],
+    rounds: Sequence[Round],
+    *,
+    title: str,
+    knobs: Mapping[str, float],
+    metrics: Mapping[str, float],
+    marks: bool = False,
+) -> Text:
+    """The last step: prompt (dim), text in three colours, a legend, knobs and metrics.
+
+    Args:
+        pair: its tokenizer makes text of tokens; without one, ids are shown.
+        prompt: token ids of the prompt; its last part is shown.
+        rounds: of the generation, in order; none before the first step.
+        title: the first line, for instance the workload's name.
+        knobs: values by name.
+        metrics: values by name, shown in order.
+        marks: put [- -] round what was taken back, where colours will not be seen.
+    """
+    text = Text()
+    text.append(f"{title}  ", style="bold")
+    text.append("  ".join(f"{name}={value:.4g}" for name, value in knobs.items()) + "\n")
+    if rounds:
+        text.append_text(render_rounds(pair, prompt, rounds, marks=marks)).append("\n")
+        text.append("draft, accepted", style=ACCEPTED).append("  ")
+        text.append("[-taken back-]" if marks else "taken back", style=TAKEN_BACK).append("  ")
+        text.append("the target's own", style=TARGET).append("\n")
+        text.append("  ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
+    else:
+        text.append("nothing decoded yet")
+    return text
+
+
+def render_rounds(pair: Pair, prompt: Sequence[int], rounds: Iterable[Round], *, marks: bool = False) -> Text:
+    """The end of the prompt and the generated tokens, each in its colour; tokens taken back stand where they stood."""
+    text = Text()
+    text.append(_shortened(_piece(pair, [], prompt)), style="dim")
+    shown = list(prompt)
+    for cycle in rounds:
+        accepted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
+        text.append(_piece(pair, shown, accepted), style=ACCEPTED)
+        shown += accepted
+        if cycle.taken_back:
+            lost = _piece(pair, shown, cycle.taken_back)
+            text.append(f"[-{lost}-]" if marks else lost, style=TAKEN_BACK)
+        text.append(_piece(pair, shown, own), style=TARGET)
+        shown += own
+    return text
+
+
+def to_ansi(text: Text, width: int = 100) -> str:
+    """The text with ANSI colour codes, wrapped at so many characters."""
+    out = io.StringIO()
+    # Every colour here is one of the eight that all terminals have.
+    console = Console(file=out, force_terminal=True, color_system="standard", width=width, no_color=False)
+    console.print(text, soft_wrap=False, highlight=False)
+    return out.getvalue()
+
+
+def print_step(text: Text, file: TextIO | None = None) -> None:
+    """Print to a terminal, in colour if it shows any."""
+    Console(file=file).print(text, highlight=False)
+
+
+def shows_colour(file: TextIO | None = None) -> bool:
+    """Whether colours printed to a file (by default standard output) will be seen."""
+    console = Console(file=file or sys.stdout)
+    return console.is_terminal and not console.no_color
+
+
+def _piece(pair: Pair, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """What some tokens add to the text; alone, a token may lack its leading space."""
+    if pair.tokenizer is None:
+        return "".join(f"{int(token)} " for token in tokens)
+    recent = list(before[-8:])
+    start, whole = pair.decode(recent) or "", pair.decode([*recent, *tokens]) or ""
+    added = whole[len(start) :] if whole.startswith(start) else pair.decode(tokens) or ""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", added)  # a model must not steer the reader's terminal
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _PROMPT_CHARACTERS else "…" + text[-_PROMPT_CHARACTERS:]

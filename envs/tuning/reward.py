@@ -1,0 +1,168 @@
+"""What a setting of the knobs is worth: speed, acceptance, staying within a range, minus straying from the target.
+
+Pure functions, the same for every decoder, for live and replayed decoding, and for one environment (floats) and many
+(arrays, one entry an environment).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding import Knob, SpecgymError
+
+TERMS = ("speed", "acceptance", "range", "divergence")
+
+Number = TypeVar("Number", float, NDArray[np.float64])
+"""One number, or an array of them."""
+
+
+class RewardError(SpecgymError, ValueError):
+    """A reward setting that makes no sense; the message names it."""
+
+
+def _default_ranges() -> dict[str, tuple[float, float]]:
+    return {"fallback": (0.4, 0.7), "rollback": (0.3, 0.7)}
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Weights and ranges of the reward.
+
+    Raises:
+        RewardError: a number is not finite, a weight is negative, a range is upside down, `falloff` is not positive, or
+            `max_divergence` is not between 0 and 1.
+    """
+
+    speed_weight: float = 1.0
+    """Of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
+    acceptance_weight: float = 0.5
+    """Of the draft acceptance rate, 0 to 1."""
+    range_weight: float = 4.0
+    """Of the range bonus, 0 to 1. Large beside the speedup, which alone would carry `fallback` to its upper end, where
+    the text is the draft's and no longer the target's."""
+    divergence_weight: float = 0.0
+    """Of the mean total variation from the target, 0 to 1, which is subtracted."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
+    """Where a knob earns the full bonus, as fractions of the knob's upper end: of 1 for `fallback`, of the draft length
+    K for `rollback`. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
+    falloff: float = 0.2
+    """How far outside its range, as a fraction of the knob's upper end, a knob still earns exp(-1) = 0.37 of it."""
+    max_divergence: float | None = None
+    """Under what the mean total variation from the target should stay, 0 to 1. Where it is given, the aim is the
+    fastest such setting: acceptance and range weigh nothing, and what is above the bound costs a multiplier of it."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.name in ("ranges", "max_divergence"):
+                continue
+            value = getattr(self, setting.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise RewardError(f"reward setting {setting.name} must be a finite number of at least 0, got {value!r}")
+        if self.falloff == 0:
+            raise RewardError("reward setting falloff must be above 0; take a small one for a sharp edge")
+        bound = self.max_divergence
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= 1):
+            raise RewardError(
+                f"reward setting max_divergence must be between 0 and 1, or None for no bound, got {bound!r}"
+            )
+        checked = {}
+        for name, ends in self.ranges.items():
+            try:
+                low, high = (float(end) for end in ends)
+            except (TypeError, ValueError):
+                raise RewardError(f"reward range {name!r} must be two numbers (low, high), got {ends!r}") from None
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise RewardError(f"reward range {name!r} must go from low to high, got ({low:g}, {high:g})")
+            checked[name] = (low, high)
+        object.__setattr__(self, "ranges", checked)  # lists, as JSON gives them, become tuples
+
+
+def closeness(value: Number, low: float, high: float, falloff: float) -> Number:
+    """1 inside [low, high]; outside it exp(-(distance / falloff)^2), smooth at the edge. In [0, 1]."""
+    distance = (low - value) * (value < low) + (value - high) * (value > high)
+    share = distance / falloff
+    return _exponential(-share * share)
+
+
+def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping[str, Number]) -> Number:
+    """Mean closeness of the knobs to their ranges, 0 to 1; 0 where no knob has one.
+
+    Args:
+        settings: the ranges and the falloff.
+        knobs: the decoder's; their upper ends are the unit of the ranges.
+        values: of the knobs, by name, in their own units.
+    """
+    bonuses = [
+        closeness(values[knob.name] / knob.high, *settings.ranges[knob.name], settings.falloff)
+        for knob in knobs
+        if knob.name in settings.ranges
+    ]
+    nothing = [0.0 * value for value in values.values()]  # an array if the values are arrays
+    total: Any = sum(bonuses or nothing)
+    return total / max(len(bonuses), 1)
+
+
+def reward_terms(
+    settings: RewardSettings,
+    *,
+    speedup: Number,
+    acceptance_rate: Number,
+    divergence: Number,
+    knobs: Sequence[Knob],
+    values: Mapping[str, Number],
+    multiplier: Number | float = 1.0,
+) -> dict[str, Number]:
+    """The weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
+
+    Args:
+        settings: the weights and ranges.
+        speedup: autoregressive seconds per token over the decoder's, above 0.
+        acceptance_rate: accepted draft tokens over drafted ones, 0 to 1.
+        divergence: mean total variation from the target per token, 0 to 1; its term is at most 0.
+        knobs: the decoder's.
+        values: of the knobs, by name, in their own units.
+        multiplier: of what the divergence is above `settings.max_divergence`, at least 0; one number, or one for each
+            entry of the arrays. Without a bound it does nothing.
+
+    Returns:
+        Floats for floats; arrays of their shape for arrays.
+    """
+    if settings.max_divergence is not None:
+        # The plain Lagrangian, speed - multiplier * divergence, is linear in both. Where speed is a convex function of
+        # divergence, its best settings are the two ends of the range, whatever the multiplier, and never one at the
+        # bound. With this hinge the best one is at the bound, once the multiplier exceeds the slope of the speed there.
+        excess = _above_zero(divergence - settings.max_divergence)
+        return {
+            "speed": settings.speed_weight * speedup,
+            "acceptance": 0.0 * acceptance_rate,
+            "range": 0.0 * speedup,
+            "divergence": 0.0 - settings.divergence_weight * divergence - multiplier * excess,
+        }
+    return {
+        "speed": settings.speed_weight * speedup,
+        "acceptance": settings.acceptance_weight * acceptance_rate,
+        "range": settings.range_weight * range_bonus(settings, knobs, values),
+        "divergence": 0.0 - settings.divergence_weight * divergence,
+    }
+
+
+def checked_multiplier(workload: str, value: float) -> float:
+    """A multiplier of `reward_terms` for one workload; raises ValueError unless it is finite and at least 0."""
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"the divergence multiplier of {workload} must be a finite number of at least 0, got {value}")
+    return float(value)
+
+
+def _above_zero(value: Number) -> Number:
+    return np.maximum(value, 0.0) if isinstance(value, np.ndarray) else max(value, 0.0)
+
+
+def _exponential(value: Number) -> Number:
+    # NumPy's takes as long for one number as for hundreds.
+    return np.exp(value) if isinstance(value, np.ndarray) else math.exp(value)

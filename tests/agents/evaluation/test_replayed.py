@@ -1,0 +1,163 @@
+"""A workload to tune by replay: what a measurement decodes, and what a setting is worth on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specgym.agents.evaluation.replayed import Problem, TuningProblemError
+from specgym.agents.evaluation.universal import losses, universal_setting
+from specgym.decoding.errors import KnobError
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.recordings.trace import Trace
+from specgym.envs.tuning.reward import RewardSettings
+
+SPEED = RewardSettings(acceptance_weight=0, range_weight=0)
+STRICT, LOOSE = {"fallback": 0.5, "rollback": 1.0}, {"fallback": 0.7, "rollback": 1.0}
+K, TOKENS = 8, 33  # a round that keeps all and begins before the last token has at most 32 others before it
+
+
+@pytest.fixture
+def wrong_drafts(make_drafted_trace: Callable[..., Trace], cheap_drafts: LatencyProfile) -> Callable[..., Problem]:
+    """Drafts that are never right, and lie at a distance of 0.6: thresholds from there on keep all of them."""
+
+    def make(reward: RewardSettings = SPEED, distance: float = 0.6, **more: Any) -> Problem:
+        traces = {}
+        for split in ("train", "test"):
+            trace = make_drafted_trace(np.zeros((4 * TOKENS, K)), 0.5, split=split)
+            traces[split] = replace(trace, distance=np.full_like(trace.distance, distance))
+        return Problem("tiny/prose", reward, tokens=TOKENS, draft_length=K, profile=cheap_drafts, **traces, **more)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sampled() -> Problem:
+    """A shipped workload whose replay throws dice."""
+    return Problem("tiny/prose@1.0", RewardSettings())
+
+
+def test_a_problem_says_what_is_known_of_its_workload(sampled: Problem) -> None:
+    assert (sampled.name, sampled.pair, sampled.prompts) == ("tiny/prose@1.0", "tiny", "prose")
+    assert (sampled.family, sampled.temperature) == ("tiny-10m", 1.0)
+    assert 0 < sampled.cost_ratio < 1
+    assert sampled.ranges == {"fallback": (0.05, 0.95), "rollback": (1.0, 16.0)}
+    assert sampled.default == {"fallback": 0.5, "rollback": 1.0}
+
+
+def test_measurements_go_through_all_training_prompts_before_any_comes_again(
+    wrong_drafts: Callable[..., Problem],
+) -> None:
+    problem = wrong_drafts(prompts_per_measurement=3)
+    drawn = [prompt for number in range(4) for prompt in problem.measured_prompts(number, seed=5)]
+    assert [sorted(drawn[first : first + 4]) for first in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
+    assert drawn[:4] != drawn[4:8]
+    others = [problem.measured_prompts(0, seed) for seed in range(10)]
+    assert len({tuple(prompts) for prompts in others}) > 1
+
+
+def test_a_measurement_depends_on_its_number_and_seed_alone(sampled: Problem) -> None:
+    first = sampled.measure(LOOSE, 0, 0)
+    sampled.measure(STRICT, 1, 0)
+    assert sampled.measure(LOOSE, 0, 0) == first
+    assert sampled.measure(LOOSE, 1, 0).values != first.values
+    assert sampled.measure(LOOSE, 0, 1).values != first.values
+    assert first.values["tokens"] == 4 * 32
+
+
+def test_speed_and_divergence_are_those_of_the_rounds(wrong_drafts: Callable[..., Problem]) -> None:
+    problem = wrong_drafts()
+    worth = problem.worth([STRICT, LOOSE])
+    # All is kept: three rounds of 9 tokens, and one that drafts the 5 of the last 6 that it has room for.
+    seconds = 3 * (8 * 0.002 + 0.010) + (5 * 0.002 + 0.010)
+    assert worth.values["speedup"][1] == pytest.approx(TOKENS * 0.010 / seconds)
+    assert worth.values["divergence"][1] == pytest.approx(0.6 * (3 * 8 + 5) / TOKENS, rel=1e-5)
+    assert worth.values["divergence"][0] == 0
+    assert worth.values["mean_acceptance_length"][0] == 1
+    assert worth.reward == pytest.approx(worth.values["speedup"])
+    measured = problem.measure(LOOSE, 0, 0)
+    assert measured.reward == pytest.approx(worth.reward[1])
+    assert measured.values["divergence"] == pytest.approx(worth.values["divergence"][1])
+
+
+def test_the_grid_is_what_its_settings_are_worth(wrong_drafts: Callable[..., Problem]) -> None:
+    problem = wrong_drafts()
+    grid = problem.grid()
+    assert grid.reward.shape == (19, K)
+    assert grid.fallback == pytest.approx(np.arange(0.05, 0.96, 0.05))
+    assert grid.rollback.tolist() == list(range(1, K + 1))
+    worth = problem.worth(grid.settings())
+    assert (worth.reward == grid.reward.ravel()).all()
+    assert (worth.values["speedup"] == grid.values["speedup"].ravel()).all()
+    assert grid.best["fallback"] >= 0.6
+    assert grid.best_reward == grid.reward.max()
+    assert problem.grid() is grid
+    assert worth.fraction.max() == 1
+    assert worth.kept.all()
+
+
+def test_what_a_setting_is_worth_does_not_depend_on_which_others_are_judged(sampled: Problem) -> None:
+    together = sampled.worth([STRICT, LOOSE], passes=2)
+    alone = sampled.worth([LOOSE], passes=2)
+    assert together.reward[1] == alone.reward[0]
+    assert together.values["divergence"][1] == alone.values["divergence"][0]
+
+
+def test_with_a_bound_the_best_is_the_fastest_setting_that_keeps_it(wrong_drafts: Callable[..., Problem]) -> None:
+    problem = wrong_drafts(replace(SPEED, max_divergence=0.05))
+    grid = problem.grid()
+    assert grid.best["fallback"] < 0.6
+    assert grid.best_reward == grid.values["speedup"][grid.values["divergence"] <= 0.05].max()
+    worth = problem.worth([STRICT, LOOSE])
+    assert worth.kept.tolist() == [True, False]
+    assert worth.fraction.tolist() == [pytest.approx(1), 0]
+    # The penalty is so steep that the faster setting is never the better one.
+    excess = worth.values["divergence"][1] - 0.05
+    assert worth.reward[1] == pytest.approx(worth.values["speedup"][1] - 1000 * excess)
+    assert problem.measure(LOOSE, 0, 0).reward < 0 < problem.measure(STRICT, 0, 0).reward
+
+
+def test_where_no_setting_keeps_the_bound_the_least_divergent_one_is_the_best(
+    wrong_drafts: Callable[..., Problem],
+) -> None:
+    problem = wrong_drafts(replace(SPEED, max_divergence=0.0), distance=0.01)  # every fallback keeps all drafts
+    grid = problem.grid()
+    assert grid.values["divergence"].min() > 0
+    assert grid.best_reward == pytest.approx(grid.values["speedup"].max())
+    assert not problem.worth([LOOSE]).kept.any()
+
+
+def test_rewards_that_are_not_positive_are_refused(wrong_drafts: Callable[..., Problem]) -> None:
+    problem = wrong_drafts(replace(SPEED, divergence_weight=100.0))
+    with pytest.raises(TuningProblemError, match="max_divergence"):
+        problem.grid()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"fallback": 0.5}, {**STRICT, "more": 1.0}, {**STRICT, "fallback": 0.99}, {**STRICT, "rollback": float("nan")}],
+)
+def test_a_setting_that_is_incomplete_or_out_of_range_is_refused(sampled: Problem, knobs: dict[str, float]) -> None:
+    with pytest.raises(KnobError, match=r"tiny/prose@1\.0"):
+        sampled.measure(knobs, 0, 0)
+    with pytest.raises(KnobError):
+        sampled.worth([knobs])
+
+
+def test_the_universal_setting_has_the_best_mean_share_on_training_prompts(
+    wrong_drafts: Callable[..., Problem],
+) -> None:
+    lenient = replace(SPEED, max_divergence=0.9)
+    one, two = wrong_drafts(lenient), wrong_drafts(lenient, distance=0.8)
+    assert 0.6 <= universal_setting([one])["fallback"] < 0.8  # the first of equals
+    both = universal_setting([one, two])
+    assert both["fallback"] >= 0.8
+    lost = losses([one, two], LOOSE)
+    assert lost == {"tiny/prose": pytest.approx(1 - two.worth([LOOSE]).fraction[0])}
+    assert lost["tiny/prose"] > 0.5
+    with pytest.raises(ValueError, match="at least one problem"):
+        universal_setting([])

@@ -1,0 +1,186 @@
+"""`train.py --env specgym/DraftLength-v0` and `evaluate.py` from the command line to the files, on a random pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specgym.agents.command_line import evaluate_command, train_command
+from specgym.agents.experiments.stop_drafts import StoppingSettings
+from specgym.envs.record import RecordSettings, record
+from specgym.envs.recordings.trace import trace_name
+
+DRAFT_LENGTH = ["--env", "specgym/DraftLength-v0"]
+Train = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def traces(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traces")
+    settings = RecordSettings(draft_length=4, prompts=3, tokens=12, detour_prompts=0)
+    for name in small_workloads:
+        for split in ("train", "test"):
+            record(name, split, folder / trace_name(name, split), settings)
+    return folder
+
+
+@pytest.fixture
+def options(small_workloads: tuple[str, str], traces: Path, tmp_path: Path) -> list[str]:
+    """Of a run that takes seconds; time is charged as computed for a GPU, which measures nothing."""
+    chosen = {
+        "--traces": traces, "--runs": tmp_path / "runs", "--name": "mine", "--hardware": "h100-sxm",
+        "--max-draft-length": 4, "--tokens": 12, "--environments": 16, "--total-timesteps": 1024,
+        "--learning.rollout-steps": 16, "--learning.batch-size": 64, "--comparison.passes": 2,
+        "--comparison.resamples": 20,
+    }  # fmt: skip
+    words = [*DRAFT_LENGTH, "--workloads", *small_workloads, "--seeds", "0", "1"]
+    return [*words, *(str(word) for pair in chosen.items() for word in pair)]
+
+
+def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
+    options: list[str], small_workloads: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "runs" / "mine"
+    assert train_command(options) == 0, capsys.readouterr().err
+    settings = StoppingSettings.load(run / "settings.json")
+    assert settings.workloads == small_workloads
+    assert settings.hardware == "h100-sxm"
+    for seed in (0, 1):
+        for name in ("policy.zip", "policy.safetensors", "policy.json"):
+            assert (run / f"seed-{seed}" / name).stat().st_size > 0
+    table = json.loads((run / "table.json").read_text())
+    assert len(table["rows"]) == 3 * 8
+    assert {row["method"] for row in table["rows"]} >= {"autoregressive", "fixed", "bandit", "learned", "oracle"}
+    assert "times the throughput of the best fixed length" in table["verdict"]
+    events = EventAccumulator(str(run / "tensorboard" / "seed-1")).Reload()
+    for tag in ("throughput", "rate", "draft_length", "draft_acceptance_rate"):
+        assert len(events.Scalars(f"{tag}/{small_workloads[1]}")) == 4
+
+    shutil.rmtree(run / "seed-1")
+    kept = (run / "seed-0" / "policy.zip").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train_command(["--resume", str(run)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Seed 0 is learned already." in shown
+    assert "Seed 1 (2 of 2)" in shown
+    assert (run / "seed-0" / "policy.zip").stat().st_mtime_ns == kept
+    assert json.loads((run / "table.json").read_text())["rows"] == table["rows"]
+
+    assert train_command(["--resume", str(run), "--seeds", "0", "1", "2"]) == 0
+    widened = json.loads((run / "table.json").read_text())
+    assert len(next(row for row in widened["rows"] if row["method"] == "learned")["by_seed"]) == 3
+
+    capsys.readouterr()
+    assert evaluate_command([str(run)]) == 0
+    assert "All throughputs equal those in" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((run / "evaluation.json").read_text())["rows"] == widened["rows"]
+
+    assert evaluate_command([str(run), "--live", small_workloads[0]]) == 0
+    live = {row["method"]: row for row in json.loads((run / "live.json").read_text())["rows"]}
+    assert set(live) == {"autoregressive", "fixed", "confidence", "entropy", "product", "bandit", "learned"}
+    assert live["fixed"]["charged"] == pytest.approx(live["fixed"]["replayed"])
+    # Recorded numbers are rounded, so a rule at its very threshold may decide otherwise.
+    for method, row in live.items():
+        assert method == "bandit" or row["charged"] == pytest.approx(row["replayed"], rel=0.1)
+        assert row["clock"] > 0
+
+
+def test_a_resume_that_contradicts_the_run_is_refused(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    StoppingSettings(name="mine", runs=tmp_path / "runs").save(run / "settings.json", "")
+    resume = ["--resume", str(run)]
+    for changed, message in (
+        (["--total-timesteps", "7"], "started with total_timesteps = 2500000, and cannot go on with 7"),
+        (["--learning.gamma", "0.5"], "started with learning.gamma = 1.0"),
+        (["--seeds", "5"], "seeds can only be added"),
+    ):
+        assert train_command([*resume, *changed]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert train_command([*resume, "--env", "specgym/Thresholds-v0"]) == 2
+    told = capsys.readouterr().err
+    assert "is a run of --env specgym/DraftLength-v0, not of --env specgym/Thresholds-v0" in told
+    assert train_command(options) == 2
+    assert "exists already; go on with --resume" in capsys.readouterr().err
+
+
+def test_a_damaged_policy_is_refused_by_name(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    assert train_command(options) == 0
+    damaged = run / "seed-1" / "policy.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    capsys.readouterr()
+    assert evaluate_command([str(run)]) == 2
+    assert f"{damaged} is missing or damaged" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
+        (["--workloads", "tiny-10m-xs/prose", "--traces", "nowhere"], "there is no trace"),
+        (["--tokens", "13"], "has texts of 12 tokens, and tokens is 13"),
+        (["--hardware", "h100"], "'h100' is no known hardware. Did you mean 'h100-sxm'"),
+        (["--environments", "1"], "environments must be at least 2, one for each workload"),
+        (["--seeds", "1", "1"], "seeds has 1 twice"),
+        (["--max-draft-length", "33"], "max_draft_length must be at most 32"),
+        (["--learning.policy-layers", "0"], "policy_layers must be one or more widths"),
+        (["--name", "a/b"], "name must be a plain folder name"),
+    ],
+)
+def test_bad_options_leave_one_message_and_no_folder(
+    options: list[str], changed: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = train_command([*options, *changed])
+    except SystemExit as refused:  # by the parser of options
+        code = int(refused.code or 0)
+    said = capsys.readouterr()
+    assert code == 2
+    assert message in " ".join((said.out + said.err).replace("│", " ").split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from specgym.agents.experiments.tune_knobs import ThresholdSettings
+
+    ThresholdSettings(name="other").save(tmp_path / "settings.json", "")
+    assert evaluate_command([str(tmp_path), "--live", "tiny/prose"]) == 2
+    assert "--live is for runs of --env specgym/DraftLength-v0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("env", "own", "others"),
+    [
+        ([], "--environment.reward.speed-weight", "--batch-sizes"),
+        (DRAFT_LENGTH, "--batch-sizes", "--environment.reward.speed-weight"),
+        (["--env=specgym/DraftLength-v0"], "--learning.rate-smoothing", "--checkpoint-every"),
+    ],
+)
+def test_help_lists_both_environments_and_the_options_of_the_chosen_one(
+    env: list[str], own: str, others: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as shown:
+        train_command([*env, "--help"])
+    assert not shown.value.code
+    text = capsys.readouterr().out
+    for expected in ("specgym/Thresholds-v0", "specgym/DraftLength-v0", "--resume", own):
+        assert expected in text
+    assert others not in text
+
+
+def test_an_unknown_environment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        train_command(["--env", "specgym/Lookahead-v7"])
+    assert refused.value.code == 2
+    assert "specgym/DraftLength-v0" in capsys.readouterr().err

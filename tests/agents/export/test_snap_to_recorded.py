@@ -1,0 +1,136 @@
+"""Around where a policy rests the best recorded setting is found, by the training prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from specgym.agents.experiments.tune_knobs import LookaheadSettings
+from specgym.agents.export import snap_to_recorded as nearby
+from specgym.agents.export.knob_policy import KnobRange
+from specgym.agents.export.snap_to_recorded import FEWEST, REACH, best_nearby
+from specgym.decoding.decoders.lookahead import lookahead_knobs
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.backends.outcome_totals import Totals, totals
+from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
+from specgym.envs.tuning.knobs import default_scales, env_ranges
+from tests.helpers.small_runs import record_little, target_alone
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def name(small_workloads: tuple[str, str]) -> str:
+    return target_alone(small_workloads)[0]
+
+
+@pytest.fixture(scope="module")
+def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> LookaheadSettings:
+    folder = record_little("lookahead", [name], tmp_path_factory.mktemp("outcomes"), settings=18)
+    usual = LookaheadSettings(workloads=(name,))
+    return replace(usual, environment=replace(usual.environment, recordings=folder, tokens_per_step=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def profile() -> LatencyProfile:
+    """A token more in a pass costs a twentieth of a pass over one."""
+    return LatencyProfile("toy", {0: 0.0}, {1: 0.010, 160: 0.0895}, 0.010, {}, rounds="lookahead")
+
+
+@pytest.fixture(scope="module")
+def recorded(settings: LookaheadSettings, name: str) -> Outcomes:
+    assert settings.environment.recordings is not None
+    return Outcomes.load(settings.environment.recordings / outcomes_name(name, "lookahead", "train"))
+
+
+def ranges() -> list[KnobRange]:
+    knobs = lookahead_knobs()
+    ends = env_ranges(knobs)
+    steps = default_scales(knobs, ends)
+    return [
+        KnobRange(knob.name, *ends[knob.name], knob.default, steps[knob.name], knob.integer, knob.logarithmic)
+        for knob in knobs
+    ]
+
+
+def moves(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of the agent from one setting to another, in the knob that takes most."""
+    window = abs(math.log2(one[0] / other[0])) / 0.4
+    guesses = abs(math.log2((1 + one[2]) / (1 + other[2]))) / (math.log2(17) / 10)
+    return max(window, abs(one[1] - other[1]) / 0.4, guesses)
+
+
+def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_dozen_is_found(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
+) -> None:
+    seconds = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
+    settings_recorded = recorded.settings.tolist()
+    moved = stayed = beyond = 0
+    for place, own in zip(settings_recorded, seconds, strict=True):
+        away = [moves(place, other) for other in settings_recorded]
+        reach = max(REACH, sorted(away)[FEWEST - 1]) + 1e-6
+        least = min(spent for distance, spent in zip(away, seconds, strict=True) if distance <= reach)
+        rest = dict(zip(("window", "ngram", "guesses"), place, strict=True))
+        found = best_nearby(settings, name, rest, ranges(), profile)
+        values = list(found.values())
+        assert moves(place, values) <= reach
+        assert seconds[settings_recorded.index(values)] == pytest.approx(least)  # several may be as fast
+        assert all(type(value) is int for value in values)
+        moved += least < own
+        stayed += values == place
+        beyond += moves(place, values) > REACH + 1e-6
+    assert min(moved, beyond) > 2
+    assert stayed
+
+
+def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
+) -> None:
+    rest = {"window": 7, "ngram": 3, "guesses": 9}
+    assert list(rest.values()) not in recorded.settings.tolist()
+    found = best_nearby(settings, name, rest, ranges(), profile)
+    assert list(map(float, found.values())) in recorded.settings.tolist()
+
+
+def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile
+) -> None:
+    live = replace(settings, environment=replace(settings.environment, backend="live", recordings=None))
+    rest = {"window": 16, "ngram": 6, "guesses": 16}
+    assert best_nearby(settings, name, rest, ranges(), profile) != rest
+    assert best_nearby(live, name, rest, ranges(), profile) == rest
+
+
+def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
+    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearby, "REACH", 100.0)
+    astray = 0.01
+
+    def straying(found: Outcomes, charged: LatencyProfile, tokens: int) -> Totals:
+        """The more guesses, the further from the target."""
+        sums = totals(found, charged, tokens)
+        return replace(sums, divergence=sums.tokens * (astray + found.settings[:, 2:] / 16))
+
+    monkeypatch.setattr(nearby, "totals", straying)
+    spent = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
+    seconds = dict(zip(map(tuple, recorded.settings.tolist()), spent, strict=True))
+    for bound in (0.1, 0.3):
+        bounded = SimpleNamespace(
+            replayed=True,
+            decoder_name=settings.decoder_name,
+            environment=settings.environment,
+            decoder=settings.decoder,
+            reward=replace(settings.reward, max_divergence=bound),
+        )
+        rest = {"window": 16, "ngram": 6, "guesses": 16}  # it does not keep the bound itself
+        found = best_nearby(bounded, name, rest, ranges(), profile)  # type: ignore[arg-type]
+        keeping = [spent for setting, spent in seconds.items() if astray + setting[2] / 16 <= bound]
+        assert astray + found["guesses"] / 16 <= bound
+        assert seconds[tuple(map(float, found.values()))] == pytest.approx(min(keeping))
+    bounded.reward = replace(settings.reward, max_divergence=0.0)  # nothing keeps it: the policy has the last word
+    assert best_nearby(bounded, name, rest, ranges(), profile) == rest  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""The environments that threshold training makes from its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specgym.agents.experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
+from specgym.agents.training.environments import make_env, training_environments
+from specgym.agents.training.settings_checks import SettingsError
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.workloads import Workload
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    LatencyProfile("toy", {0: 0.0, 1: 0.001}, {1: 0.010, 2: 0.011}, 0.010, {"device": "imaginary"}).save(path)
+    return path
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Workload) -> None:
+        raise AssertionError("a replay needs no model")
+
+    monkeypatch.setattr(Workload, "load", refuse)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: Path) -> None:
+    settings = ThresholdSettings(workloads=("tiny/prose",), environment=ThresholdEnvironment(backend="replay"))
+    env = make_env(settings, 0, profile)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(np.zeros(2, np.float32))
+    assert np.isfinite(reward)
+    assert info["tokens"] > 0
+
+
+def test_a_replay_by_the_clock_is_refused() -> None:
+    with pytest.raises(SettingsError, match="a replay has no clock"):
+        ThresholdEnvironment(backend="replay", timing="wall")
+
+
+@pytest.mark.usefixtures("no_models")
+def test_environments_are_shared_out_by_weight(profile: Path) -> None:
+    settings = ThresholdSettings(
+        workloads=("tiny-3m-ngram/prose", "tiny-3m-ngram/code"),
+        environments=6,
+        weights=(2.0, 1.0),
+        subprocesses=False,
+        environment=ThresholdEnvironment(backend="replay"),
+    )
+    environments = training_environments(settings, [profile, profile])
+    (replays, *_) = environments.get_attr("unwrapped")
+    names = [replays.workload_names[place] for place in replays.workload_of]
+    assert sorted(names) == ["tiny-3m-ngram/code"] * 2 + ["tiny-3m-ngram/prose"] * 4
+
+
+@pytest.mark.usefixtures("no_models")
+def test_a_bound_on_the_divergence_replaces_the_reward_s_own_terms(profile: Path) -> None:
+    settings = ThresholdSettings(
+        workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment=ThresholdEnvironment(backend="replay")
+    )
+    env = make_env(settings, 0, profile)
+    env.reset(seed=0, options={"knobs": {"fallback": 0.95}})
+    _, reward, _, _, info = env.step(np.zeros(2, np.float32))
+    assert info["divergence"] > 0
+    assert reward == pytest.approx(info["speedup"] - (info["divergence"] - 0.001))

@@ -1,0 +1,168 @@
+"""`train.py` and `evaluate.py` as a user runs them: killed, resumed, finished, repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specgym.agents.command_line import train_command
+from specgym.agents.training.run_folder import torch_threads
+from specgym.decoding.latency import measure as latency_measure
+from specgym.envs.workloads import workload
+
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT = 120  # seconds for one command on a busy machine
+
+
+@pytest.fixture(scope="module")
+def environment(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A cache of its own, with latency profiles from a few repeats, and one thread: the models are tiny."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch, torch_threads(1):
+        patch.setenv("SPECGYM_CACHE", cache)
+        for name in small_workloads:
+            latency_measure.measured(workload(name).load(), sampling=workload(name).sampling)
+    return os.environ | {"SPECGYM_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(script: str, *options: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, options)]
+
+
+def finished(environment: dict[str, str], script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(script, *options), capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False
+    )
+
+
+def test_killed_resumed_finished_and_reproduced(
+    small_workloads: tuple[str, str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "runs" / "killed"
+    started = subprocess.Popen(
+        command(
+            "train.py", "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
+            "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
+            "--learning.batch-size", 10, "--environment.tokens-per-step", 8, "--environment.draft-length", 4,
+            "--evaluation.prompts", 2, "--evaluation.tokens", 8, "--evaluation.during-training", 2,
+        ),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    deadline = time.monotonic() + TIMEOUT
+    while len(list(run.glob("checkpoints/step_*/state.json"))) < 2:
+        assert started.poll() is None, started.stderr.read() if started.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not (run / "policy.zip").exists()
+    checkpoints = sorted(run.glob("checkpoints/step_*"))
+    newest, former = checkpoints[-1], checkpoints[-2]
+    (newest / "policy.zip").write_bytes((newest / "policy.zip").read_bytes()[:1000])
+    (run / "checkpoints" / ".unfinished-x").mkdir()
+
+    resumed = finished(environment, "train.py", "--resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    text = " ".join((resumed.stdout + resumed.stderr).split())
+    assert f"Going on from step {int(former.name.removeprefix('step_'))}." in text
+    assert "does not match its checksum" in text
+    assert not (run / "checkpoints" / ".unfinished-x").exists()
+    for name in ("policy.zip", "policy.safetensors", "policy.json", "vecnormalize.pkl", "settings.json"):
+        assert (run / name).stat().st_size > 0
+    thresholds = json.loads((run / "knobs.json").read_text())
+    assert set(thresholds["workloads"]) == set(small_workloads)
+    assert len(thresholds["pairs"]) == 1
+    table = json.loads((run / "table.json").read_text())
+    assert "train.py --resume" in table["command"]
+    assert len(table["rows"]) == 9
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("reward/total")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 240
+    assert f"workload/{small_workloads[1]}/knobs/fallback" in events.Tags()["scalars"]
+    assert events.Scalars("numerics/observations")[-1].value == 0
+    assert "eval/mean_reward" in events.Tags()["scalars"]
+
+    (run / "table.json").unlink()
+    again = finished(environment, "train.py", "--resume", run)
+    assert again.returncode == 0, again.stderr
+    assert "All 240 steps are done" in again.stdout
+    charged = table["protocol"]["charged"]
+    remade = json.loads((run / "table.json").read_text())["rows"]
+    assert [[row[name] for name in charged] for row in remade] == [
+        [row[name] for name in charged] for row in table["rows"]
+    ]
+    evaluated = finished(environment, "evaluate.py", run)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "All charged numbers equal" in " ".join(evaluated.stdout.split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
+def test_interrupted_it_saves_and_says_how_to_go_on(
+    small_workloads: tuple[str, str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "interrupted"
+    started = subprocess.Popen(
+        command(
+            "train.py", "--workloads", small_workloads[0], "--runs", run.parent, "--name", run.name,
+            "--total-timesteps", 100_000, "--checkpoint-every", 100_000, "--evaluation.during-training", 0,
+            "--environment.tokens-per-step", 4, "--environment.draft-length", 2,
+        ),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        # Where the tests run in the background of a script, they and their children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not any(file.stat().st_size > 1000 for file in run.glob("tensorboard/*")):  # it has learned a little
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        _, complaint = started.communicate(timeout=TIMEOUT)
+    finally:
+        started.kill()
+    assert started.returncode == 2
+    assert "Traceback" not in complaint
+    assert f"--resume {run}" in complaint
+    assert len(list(run.glob("checkpoints/step_*/state.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
+        (["--resume", "nowhere"], "is not the folder of a run"),
+        (["--learning.gamma", "2"], "gamma must be between 0 and 1"),
+        (["--total-timesteps", "many"], "many"),
+    ],
+)
+def test_bad_options_are_one_message_and_exit_code_2(
+    options: list[str], message: str, tmp_path: Path, shown: Callable[[], str]
+) -> None:
+    try:
+        code = train_command(["--runs", str(tmp_path / "runs"), *options])
+    except SystemExit as refused:  # by tyro
+        code = refused.code
+    assert code == 2
+    assert message in shown()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_explains_every_option(environment: dict[str, str]) -> None:
+    shown = finished(environment, "train.py", "--help")
+    assert shown.returncode == 0
+    for option in ("--resume", "--workloads", "--learning.gae-lambda", "--environment.reward.divergence-weight"):
+        assert option in shown.stdout
+    assert finished(environment, "evaluate.py", "--help").returncode == 0

@@ -1,0 +1,312 @@
+"""What is sampled follows the target's distribution, and threshold decoding stays within its certificate.
+
+Two ways, both through the real sessions on toy models whose distribution is known:
+
+- *exactly*: every random choice (a draft token, an acceptance, the target's token) is replaced by a branch with its
+  probability, and all branches are walked, so that the joint distribution comes out to rounding error;
+- *sampled*: thousands of seeded texts, and a chi-square test of the joint distribution of their first three tokens.
+  Each test's significance is 1e-3, so that with the fifteen here (Bonferroni) one run in sixty-six would fail for no
+  reason, were the seeds not fixed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specgym.decoding.decoder import Decoder
+from specgym.decoding.decoders import autoregressive, speculative, threshold
+from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
+from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.stop_rules import ConfidenceBelow, EntropyAbove, ProductBelow, StopRule
+from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.drafts import drafter as drafters
+from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
+from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.loading.pair import Pair
+from specgym.decoding.sampling import Sampling
+from tests.helpers.known_distributions import SAMPLINGS, Branches, conditional, distance, exact_joint, p_value_of
+
+PROMPT = (1, 0, 1)
+SIGNIFICANCE = 1e-3
+MakeTable = Callable[..., Any]
+
+
+def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
+    """A draft that is often right and often wrong."""
+    if kind in ("model", "reduced"):
+        table = make_table(vocabulary, seed=2, spread=1.0)
+        if kind == "reduced":  # as `reduced_output` leaves a token out
+            table.table[..., 0] = torch.finfo(torch.float32).min
+        return ModelDrafter(table)
+    if kind == "ngram":
+        text = torch.randint(0, vocabulary, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+        return NGramDrafter.fit([text], vocabulary, order=3)
+    return PromptLookupDrafter(vocabulary, longest=2)
+
+
+def walk(
+    monkeypatch: pytest.MonkeyPatch,
+    decoder: Decoder,
+    sampling: Sampling,
+    length: int,
+    knobs: dict[str, float] | None = None,
+    ahead: int = 0,
+) -> tuple[dict[tuple[int, ...], float], float, float]:
+    """All outcomes of a decoder: the joint distribution of the first tokens, and the mean reported divergence.
+
+    Args:
+        ahead: how many tokens more the session may generate, so that drafts reach beyond those that are looked at.
+
+    Returns:
+        The joint distribution, the expected sum of the divergences reported, and the expected number of tokens.
+    """
+    branches = Branches()
+
+    def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        choice = branches.choose(p.double().flatten().tolist())
+        return torch.tensor(choice).expand(p.shape[:-1])
+
+    def accepts(p: Tensor, q: Tensor | float, uniform: Tensor) -> Tensor:
+        q = torch.as_tensor(q).expand(p.shape)
+        chances = [min(1.0, a / b) if b > 0 else float(a > 0) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
+        flags = []
+        for chance in chances:
+            # A speculative session stops at the first rejection; the threshold decoder may overrule it.
+            pointless = not isinstance(decoder, ThresholdDecoder) and False in flags
+            flags.append(False if pointless else bool(branches.choose([1 - chance, chance])))
+        return torch.tensor(flags, dtype=torch.bool)
+
+    joint: dict[tuple[int, ...], float] = {}
+    divergence = tokens = 0.0
+    with monkeypatch.context() as patch:
+        for module in (autoregressive, drafters, speculative, threshold):
+            patch.setattr(module, "draw", draw)
+        patch.setattr(speculative, "accepts", accepts)
+        for _ in branches:
+            session = decoder.start(PROMPT, max_new_tokens=length + ahead, sampling=sampling, seed=0)
+            reported = 0.0
+            while len(session.tokens) < length:
+                reported += session.step(knobs).divergence
+            text = tuple(session.tokens[:length])
+            joint[text] = joint.get(text, 0.0) + branches.weight
+            divergence += branches.weight * reported
+            tokens += branches.weight * len(session.tokens)
+    return joint, divergence, tokens
+
+
+def sampled_p_value(
+    decoder: Decoder, sampling: Sampling, generations: int, knobs: dict[str, float] | None = None, first_seed: int = 0
+) -> float:
+    """The chi-square test of the first three tokens; 0 where an impossible text came up."""
+    counts: dict[tuple[int, ...], int] = {}
+    for seed in range(first_seed, first_seed + generations):
+        session = decoder.start(PROMPT, max_new_tokens=3, sampling=sampling, seed=seed)
+        while not session.finished:
+            session.step(knobs)
+        text = tuple(session.tokens)
+        counts[text] = counts.get(text, 0) + 1
+    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, 3))
+
+
+@pytest.mark.parametrize("kind", ["model", "reduced", "ngram", "prompt-lookup"])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_speculative_sampling_is_exact(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, sampling: Sampling
+) -> None:
+    target = make_table(3, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 3)))
+    expected = exact_joint(target, sampling, PROMPT, 3)
+    for draft_length in (1, 2):
+        joint, divergence, _ = walk(monkeypatch, decoder, sampling, 3, {"draft_length": draft_length})
+        assert distance(joint, expected) < 1e-5
+        assert divergence == 0
+
+
+@pytest.mark.parametrize("draft_length", [3, 4])
+def test_speculative_sampling_is_exact_for_longer_drafts(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, draft_length: int
+) -> None:
+    target = make_table(2, seed=1, spread=1.2)
+    for kind in ("model", "ngram", "prompt-lookup"):
+        decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)))
+        expected = exact_joint(target, Sampling(), PROMPT, 3)
+        joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, {"draft_length": draft_length}, ahead=2)
+        assert distance(joint, expected) < 1e-5
+
+
+RULES: dict[str, tuple[StopRule, ...]] = {
+    "model": (ConfidenceBelow(0.6), EntropyAbove(0.6), ProductBelow(0.2)),
+    "prompt-lookup": (ConfidenceBelow(0.6), ProductBelow(0.6)),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_speculative_sampling_is_exact_whatever_rule_ends_the_drafts(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str
+) -> None:
+    target = make_table(2, seed=1, spread=1.2)
+    expected = exact_joint(target, Sampling(), PROMPT, 3)
+    for rule in RULES[kind]:
+        decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)), max_draft_length=4, stop=rule)
+        joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, ahead=2)
+        assert distance(joint, expected) < 1e-5
+        lengths = [
+            [
+                cycle.drafted
+                for seed in range(20)
+                for cycle in each.generate(PROMPT, max_new_tokens=12, sampling=Sampling(), seed=seed).rounds
+            ]
+            for each in (decoder, SpeculativeDecoder(decoder.pair, max_draft_length=4))
+        ]
+        assert lengths[0] != lengths[1]  # the rule had its say
+
+
+def test_autoregressive_sampling_is_exact(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable) -> None:
+    target = make_table(4, seed=1)
+    joint, _, _ = walk(monkeypatch, AutoregressiveDecoder(Pair(target)), SAMPLINGS["all"], 3)
+    assert distance(joint, exact_joint(target, SAMPLINGS["all"], PROMPT, 3)) < 1e-6
+
+
+def wrong_residual(p: Tensor, q: Tensor) -> Tensor:
+    """After a rejection the token comes from the target, as if nothing had been rejected: the usual mistake."""
+    return p
+
+
+def test_a_wrong_residual_is_found_out(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable) -> None:
+    target = make_table(6, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
+    monkeypatch.setattr(speculative, "residual", wrong_residual)
+    assert sampled_p_value(decoder, Sampling(), 3_000, {"draft_length": 2}) < SIGNIFICANCE / 1000
+    joint, _, _ = walk(
+        monkeypatch,
+        SpeculativeDecoder(Pair(make_table(3, seed=1), make_drafter("model", make_table, 3))),
+        Sampling(),
+        3,
+        {"draft_length": 2},
+    )
+    assert distance(joint, exact_joint(make_table(3, seed=1), Sampling(), PROMPT, 3)) > 0.01
+
+
+def test_a_draft_distribution_of_another_temperature_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable
+) -> None:
+    target = make_table(6, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
+    passes = speculative.SpeculativeSession._passes
+
+    def warmer(
+        session: speculative.SpeculativeSession, p: Tensor, proposal: drafters.Proposal
+    ) -> Tensor:  # the draft drew at temperature 1 and is tested as if at 2
+        if proposal.logits is None:  # no room was left for a draft
+            return passes(session, p, proposal)
+        return passes(session, p, drafters.Proposal(proposal.tokens, None, (proposal.logits / 2).softmax(-1)))
+
+    monkeypatch.setattr(speculative.SpeculativeSession, "_passes", warmer)
+    assert sampled_p_value(decoder, Sampling(), 5_000, {"draft_length": 2}) < SIGNIFICANCE / 1000
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "all"), ("ngram", "hot"), ("prompt-lookup", "cold")])
+def test_50_000_texts_follow_the_target(make_table: MakeTable, kind: str, name: str) -> None:
+    target = make_table(6, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 6)))
+    assert sampled_p_value(decoder, SAMPLINGS[name], 50_000, {"draft_length": 2}) > SIGNIFICANCE
+
+
+CASES = list(itertools.product(["model", "reduced", "ngram", "prompt-lookup"], ["hot", "top-k", "top-p"]))
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_sampled_texts_follow_the_target(make_table: MakeTable, kind: str, name: str) -> None:
+    target = make_table(7, seed=4, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 7)))
+    draft_length = 1 + CASES.index((kind, name)) % 4
+    assert sampled_p_value(decoder, SAMPLINGS[name], 4_000, {"draft_length": draft_length}) > SIGNIFICANCE
+
+
+FALLBACKS = (0.0, 0.1, 0.25, 0.4, 0.7, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9)], ids=["plain", "warped"])
+def test_every_conditional_distribution_is_within_fallback_of_the_target(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, sampling: Sampling
+) -> None:
+    target = make_table(3, seed=1, spread=1.2)
+    decoder = ThresholdDecoder(Pair(target, make_drafter(kind, make_table, 3)), draft_length=2)
+    worst = []
+    for fallback in FALLBACKS:
+        knobs = {"fallback": fallback, "rollback": 1.0}
+        joint, divergence, tokens = walk(monkeypatch, decoder, sampling, 3, knobs)
+        assert tokens == pytest.approx(3)
+        assert sum(joint.values()) == pytest.approx(1)
+        actual, largest = 0.0, 0.0
+        for length in range(3):
+            for prefix in itertools.product(range(3), repeat=length):
+                row = torch.tensor(
+                    [
+                        sum(p for text, p in joint.items() if text[: length + 1] == (*prefix, token))
+                        for token in range(3)
+                    ],
+                    dtype=torch.float64,
+                )
+                if (mass := float(row.sum())) < 1e-9:
+                    continue
+                off = float((row / mass - conditional(target, sampling, (*PROMPT, *prefix))).abs().sum() / 2)
+                assert off <= fallback + 1e-5, (prefix, fallback)
+                actual += mass * off
+                largest = max(largest, off)
+        worst.append(largest)
+        # Tokens are drafted in places that depend on chance, so the report bounds the actual divergence from above.
+        assert actual <= divergence + 1e-5
+        if fallback == 0:
+            assert divergence == 0
+            assert distance(joint, exact_joint(target, sampling, PROMPT, 3)) < 1e-5
+    assert worst[-1] > 0.2  # the bound is not kept by doing nothing
+
+
+def test_the_reported_divergence_is_the_actual_one_where_every_token_is_drafted(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable
+) -> None:
+    target, draft = make_table(4, seed=1), make_table(4, seed=2)
+    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), draft_length=1)
+    joint, divergence, _ = walk(monkeypatch, decoder, Sampling(), 1, {"fallback": 1.0, "rollback": 1.0}, ahead=1)
+    p, q = conditional(target, Sampling(), PROMPT), conditional(draft, Sampling(), PROMPT)
+    assert divergence == pytest.approx(float((p - q).abs().sum() / 2), abs=1e-6)
+    torch.testing.assert_close(torch.tensor([joint[(token,)] for token in range(4)], dtype=torch.float64), q)
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram", "prompt-lookup"])
+def test_threshold_decoding_at_fallback_0_is_speculative_sampling_with_the_same_seed(
+    make_table: MakeTable, kind: str
+) -> None:
+    pair = Pair(make_table(6, seed=1), make_drafter(kind, make_table, 6))
+    for seed in range(30):
+        options = {"max_new_tokens": 20, "sampling": Sampling(0.8), "seed": seed}
+        exact = SpeculativeDecoder(pair).generate(PROMPT, knobs={"draft_length": 4}, **options)  # type: ignore[arg-type]
+        ours = ThresholdDecoder(pair, draft_length=4).generate(PROMPT, knobs={"fallback": 0.0}, **options)  # type: ignore[arg-type]
+        assert ours.tokens == exact.tokens
+        assert ours.divergence == exact.divergence == 0
+
+
+def test_greedy_fallback_1_follows_the_draft_and_reports_how_far_it_is(make_table: MakeTable) -> None:
+    target, draft = make_table(6, seed=1), make_table(6, seed=2)
+    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), draft_length=4)
+    session = decoder.start(PROMPT, max_new_tokens=40)
+    follows = AutoregressiveDecoder(Pair(draft))
+    while session._room >= 4:
+        before = list(session.context)
+        cycle = session.step({"fallback": 1.0})
+        assert cycle.accepted == 4
+        assert list(cycle.tokens[:4]) == follows.generate(before, max_new_tokens=4).tokens
+        distances = [
+            (conditional(target, Sampling(), text) - conditional(draft, Sampling(), text)).abs().sum().item() / 2
+            for text in ([*before, *cycle.tokens[:place]] for place in range(4))
+        ]
+        assert cycle.divergence == pytest.approx(sum(distances), abs=1e-5)

@@ -1,0 +1,135 @@
+"""Greedy decoding gives, token for token, what `transformers` generates: 64 tokens, float32, of 64 prompts on random
+models and of 8 on each shipped pair, where the pairs of a target take turns with 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from specgym.decoding.decoder import Decoder, Generation
+from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
+from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.drafts.drafter import Drafter
+from specgym.decoding.drafts.ngram import NGramDrafter
+from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.loading.pair import Pair, load_pair
+from specgym.decoding.loading.presets import PRESETS
+from specgym.decoding.prompts.prompt_set import load_prompts
+
+PROMPTS, NEW = 64, 64
+FAMILIES = ("llama", "opt", "gpt2", "qwen2")
+Reference = Callable[..., list[list[int]]]
+ROLLBACKS = (1.0, 1.5, 2.0, 3.25, 8.0)
+SHIPPED = [name for name, preset in PRESETS.items() if name.startswith("tiny") and preset.draft]
+
+
+def check(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    knobs: Callable[[int], dict[str, float]] = lambda number: {},
+) -> list[Generation]:
+    """Decode every prompt and compare; returns the generations."""
+    generations = [
+        decoder.generate(prompt, max_new_tokens=NEW, knobs=knobs(number), seed=number)
+        for number, prompt in enumerate(prompts)
+    ]
+    for number, (generation, tokens) in enumerate(zip(generations, expected, strict=True)):
+        assert generation.tokens == list(tokens), f"prompt {number} of {type(decoder).__name__}"
+    return generations
+
+
+def acceptance(generations: Sequence[Generation]) -> float:
+    """Over all rounds."""
+    accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
+    return accepted / max(1, sum(cycle.drafted for generation in generations for cycle in generation.rounds))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_on_random_models_equals_generate(
+    make_model: Callable[..., PreTrainedModel],
+    make_noisy: Callable[..., PreTrainedModel],
+    reference: Reference,
+    family: str,
+) -> None:
+    model = make_model(family)
+    generator = torch.Generator().manual_seed(1)
+    # Four lengths, so that the reference runs in four batches.
+    prompts = [torch.randint(0, 96, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(PROMPTS)]
+    expected = reference(model, prompts, NEW)
+    draft = make_noisy(model, 0.02)
+    seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
+    drafters: list[PreTrainedModel | Drafter] = [
+        draft,
+        NGramDrafter.fit(seen, 96, order=3),
+        PromptLookupDrafter(96, longest=2),
+    ]
+    check(AutoregressiveDecoder(Pair(model)), prompts, expected)
+    for drafter in drafters:
+        pair = Pair(model, drafter)
+        lengths = [{"draft_length": float(1 + number % 8)} for number in range(PROMPTS)]
+        generations = check(SpeculativeDecoder(pair), prompts, expected, lengths.__getitem__)
+        # Both paths were walked: often by the model draft; text of random weights gives the other two less to find.
+        if drafter is draft:
+            assert 0.1 < acceptance(generations) < 0.9, pair.name
+        else:
+            accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
+            drafted = sum(cycle.drafted for generation in generations for cycle in generation.rounds)
+            assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
+    decoder = ThresholdDecoder(Pair(model, draft), draft_length=8)
+    generations = check(
+        decoder, prompts, expected, lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]}
+    )
+    assert 0.05 < acceptance(generations) < 0.9
+    for drafter in drafters[1:]:
+        some = slice(0, 16)
+        check(
+            ThresholdDecoder(Pair(model, drafter), draft_length=8),
+            prompts[some],
+            expected[some],
+            lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
+        )
+
+
+@pytest.fixture(scope="module")
+def expected_of(reference: Reference) -> Callable[[Pair], tuple[list[list[int]], list[list[int]]]]:
+    """Prompts from all shipped sets and what each shipped target makes of them, computed once a target."""
+    known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def of(pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
+        if pair.target.name not in known:
+            texts = [text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:8]]
+            prompts = [pair.encode(text)[:64] for text in texts]
+            known[pair.target.name] = prompts, reference(pair.target.model, prompts, NEW)
+        return known[pair.target.name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_greedy_output_of_shipped_pairs_equals_generate(
+    name: str, expected_of: Callable[[Pair], tuple[list[list[int]], list[list[int]]]]
+) -> None:
+    pair = load_pair(name)
+    prompts, expected = (every[SHIPPED.index(name) % 4 :: 4] for every in expected_of(pair))
+    generations = check(SpeculativeDecoder(pair), prompts, expected)
+    assert 0 < acceptance(generations) < 1
+    # Short drafts and rollbacks, to be done in minutes; the random models above have the long ones.
+    check(
+        ThresholdDecoder(pair, draft_length=4),
+        prompts[::2],
+        expected[::2],
+        lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},
+    )
+
+
+@pytest.mark.parametrize("name", [next(n for n in SHIPPED if PRESETS[n].target == t) for t in ("tiny-10m", "tiny-3m")])
+def test_greedy_autoregressive_output_of_shipped_targets_equals_generate(
+    name: str, expected_of: Callable[[Pair], tuple[list[list[int]], list[list[int]]]]
+) -> None:
+    pair = load_pair(name)
+    check(AutoregressiveDecoder(pair), *(every[::2] for every in expected_of(pair)))

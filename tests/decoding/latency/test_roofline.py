@@ -1,0 +1,264 @@
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, OPTConfig, PreTrainedModel
+
+from specgym.decoding.decoder import Round
+from specgym.decoding.latency.accelerators import HARDWARE, Hardware, UnknownHardwareError
+from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
+from specgym.decoding.latency.roofline import MODEL_SHAPES, ModelShape, pass_seconds, roofline
+from specgym.decoding.models.reduced_vocabulary import reduce_output
+
+A100 = HARDWARE["a100-80gb-sxm"]
+TARGET, DRAFT = MODEL_SHAPES["opt-6.7b"], MODEL_SHAPES["opt-125m"]
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# A pass reads 1,000 bytes of weights and 10 a token of context, and does 200 operations and 32 a token of context.
+SMALL = ModelShape(
+    "small", parameters=100, bytes_per_parameter=10, layers=2, hidden_size=4, key_value_bytes_per_token=10
+)
+SIMPLE = Hardware("simple", memory_bandwidth=100.0, peak_arithmetic=1000.0, pass_overhead=3.0, source="made up")
+
+shapes = st.builds(
+    ModelShape,
+    name=st.just("any"),
+    parameters=st.integers(10**6, 10**11),
+    bytes_per_parameter=st.sampled_from([0.5, 1, 2, 4]),
+    layers=st.integers(1, 100),
+    hidden_size=st.integers(64, 16384),
+    key_value_bytes_per_token=st.integers(100, 10**6),
+)
+named_hardware = st.sampled_from(list(HARDWARE))
+
+
+def best_draft_length(profile: LatencyProfile, acceptance: float = 0.8) -> int:
+    """Of the most tokens a second, a drafted token being accepted with the same probability everywhere."""
+    seconds = profile.round_seconds(16)
+    tokens = (1 - acceptance ** np.arange(1, 18)) / (1 - acceptance)
+    return int((tokens / seconds).argmax())
+
+
+def exact(**changes: Any) -> dict[str, Any]:
+    return {"batch_size": 2, "context": 50, "bandwidth_share": 1.0, "arithmetic_share": 1.0, **changes}
+
+
+def test_a_pass_takes_the_longer_of_reading_and_computing_and_the_overheads() -> None:
+    assert pass_seconds(SMALL, SIMPLE, 1, **exact()) == pytest.approx(3 + (1000 + 2 * 50 * 10) / 100)
+    operations = (2 * 100 + 4 * 2 * 4 * 50) * 2 * 30
+    assert pass_seconds(SMALL, SIMPLE, 30, **exact()) == pytest.approx(3 + operations / 1000)
+    layered = replace(SIMPLE, layer_overhead=0.5)
+    assert pass_seconds(SMALL, layered, 1, **exact()) == pytest.approx(3 + 2 * 0.5 + 20)
+
+
+def test_shares_of_the_peaks_lengthen_a_pass_where_they_bind() -> None:
+    assert pass_seconds(SMALL, SIMPLE, 1, **exact(bandwidth_share=0.5)) == pytest.approx(3 + 40)
+    assert pass_seconds(SMALL, SIMPLE, 1, **exact(arithmetic_share=0.5)) == pytest.approx(3 + 20)
+
+
+@given(shapes, named_hardware, st.integers(1, 32), st.integers(1, 256), st.integers(1, 10**5))
+def test_more_work_never_takes_less_time(
+    shape: ModelShape, hardware: str, tokens: int, batch_size: int, context: int
+) -> None:
+    seconds = pass_seconds(shape, hardware, tokens, batch_size=batch_size, context=context)
+    assert seconds > 0
+    assert pass_seconds(shape, hardware, tokens + 1, batch_size=batch_size, context=context) >= seconds
+    assert pass_seconds(shape, hardware, tokens, batch_size=batch_size + 1, context=context) >= seconds
+    assert pass_seconds(shape, hardware, tokens, batch_size=batch_size, context=context + 1) >= seconds
+    together = pass_seconds(shape, hardware, tokens, batch_size=2 * batch_size, context=context)
+    assert together <= 2 * seconds * (1 + 1e-9)  # one batch is never dearer than two
+
+
+@given(shapes, named_hardware, st.sampled_from(BATCH_SIZES), st.integers(0, 16))
+def test_a_draft_costs_a_pass_a_token_and_a_round_one_pass_more(
+    draft: ModelShape, hardware: str, batch_size: int, drafted: int
+) -> None:
+    point = roofline(TARGET, draft, hardware, batch_sizes=[batch_size], contexts=[100])
+    where = {"batch_size": batch_size, "context": 100}
+    expected = drafted * pass_seconds(draft, hardware, 1, **where) + pass_seconds(
+        TARGET, hardware, drafted + 1, **where
+    )
+    assert point.round(drafted) == pytest.approx(expected)
+    assert point.round(0) == point.autoregressive_seconds
+
+
+def test_at_batch_size_1_a_gpu_verifies_eight_tokens_at_the_price_of_one() -> None:
+    profile = roofline(TARGET, DRAFT, A100)
+    assert profile.at(context=512).target(8) == pytest.approx(profile.at(context=512).target(1), rel=0.05)
+    large = profile.at(batch_size=128, context=512)
+    assert large.target(8) > 2 * large.target(1)
+
+
+@pytest.mark.parametrize("draft", [DRAFT, None], ids=["model", "free"])
+def test_the_best_draft_length_falls_as_the_batch_grows(draft: ModelShape | None) -> None:
+    profile = roofline(TARGET, draft, A100, contexts=(512,))
+    best = [best_draft_length(profile.at(batch_size=size)) for size in BATCH_SIZES]
+    assert best[-1] < best[0]
+    assert best == sorted(best, reverse=True)
+    costs = [profile.at(batch_size=size).marginal_cost() for size in (1, 16, 32, 64, 128)]
+    assert costs == sorted(costs)
+
+
+def test_a_long_context_keeps_large_batches_bound_by_memory() -> None:
+    profile = roofline(TARGET, DRAFT, A100)
+    assert best_draft_length(profile.at(batch_size=128, context=8192)) > best_draft_length(
+        profile.at(batch_size=128, context=512)
+    )
+
+
+def test_published_rates_of_plain_decoding_are_met() -> None:
+    # gpt-fast, README: an A100 writes 93.89 tokens/s with Llama-3.1-8B in bfloat16 after a prompt of 5 tokens.
+    profile = roofline(MODEL_SHAPES["llama-3.1-8b"], None, A100, batch_sizes=[1], contexts=[5])
+    assert 1 / profile.autoregressive_seconds == pytest.approx(93.89, rel=0.05)
+
+
+def test_a_draft_that_is_no_model_costs_nothing() -> None:
+    profile = roofline(TARGET, None, "l4")
+    assert profile.draft(16) == 0
+    assert profile.pair == "opt-6.7b+free"
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_lookahead_round_is_one_pass_over_all_that_it_reads(batch_size: int) -> None:
+    profile = roofline(TARGET, None, A100, rounds="lookahead", batch_sizes=(1, 8), contexts=(512,))
+    point = profile.at(batch_size=batch_size)
+    assert (point.rounds, point.pair, point.draft_seconds) == ("lookahead", "opt-6.7b", {0: 0.0})
+    assert list(point.target_seconds) == list(range(1, 161))
+    for tokens in (1, 20, 120):
+        read = Round((1,), 5, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=tokens)
+        expected = pass_seconds(TARGET, A100, tokens, batch_size=batch_size, context=512)
+        assert point.charge([read]) == pytest.approx(expected)
+    longer = roofline(TARGET, None, A100, rounds="lookahead", max_target_tokens=300)
+    assert max(longer.target_seconds) == 300
+
+
+def test_the_profile_covers_every_batch_size_with_every_context(tmp_path: Path) -> None:
+    profile = roofline(TARGET, DRAFT, "h100-sxm", batch_sizes=(8, 1, 8), contexts=(300, 20), max_draft_length=5)
+    assert (profile.batch_size, profile.context, profile.pair) == (1, 20, "opt-6.7b+opt-125m")
+    found = {(point.batch_size, point.context) for point in (profile, *profile.points)}
+    assert found == {(1, 20), (1, 300), (8, 20), (8, 300)}
+    assert list(profile.draft_seconds) == list(range(6))
+    assert list(profile.target_seconds) == list(range(1, 7))
+    assert profile.hardware["name"] == "h100-sxm"
+    assert profile.hardware["source"] == HARDWARE["h100-sxm"].source
+    assert profile.at(batch_size=4, context=100).autoregressive_seconds > profile.autoregressive_seconds
+    with pytest.raises(LatencyProfileError, match="batch sizes 1 to 8 and contexts 20 to 300"):
+        profile.at(batch_size=16)
+    profile.save(tmp_path / "profile.json")
+    assert LatencyProfile.load(tmp_path / "profile.json") == profile
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_draft_length": 0}, "max_draft_length must be a whole number of at least 1, got 0"),
+        ({"batch_sizes": (4, 0)}, "each of batch_sizes must be a whole number of at least 1, got 0"),
+        ({"contexts": ()}, "contexts must have an entry"),
+        ({"rounds": "lookahead"}, "Lookahead rounds have no draft, and opt-125m was given"),
+        ({"rounds": "lookahead", "max_draft_length": 4}, "max_draft_length is not for lookahead rounds"),
+        ({"max_target_tokens": 4}, "max_target_tokens is not for chain rounds"),
+        ({"bandwidth_share": 0.0}, "bandwidth_share is a share, above 0 and at most 1, got 0.0"),
+        ({"arithmetic_share": 1.5}, "arithmetic_share is a share, above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        roofline(TARGET, DRAFT, A100, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("A100", "no known hardware. Did you mean .*'a100-80gb-sxm'"), ("abacus", "Give one of a100-80gb-sxm, h100-sxm")],
+)
+def test_unknown_hardware_is_refused_with_the_names_that_are_known(name: str, message: str) -> None:
+    with pytest.raises(UnknownHardwareError, match=message):
+        roofline(TARGET, DRAFT, name)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Hardware) if field.type == "float"])
+def test_hardware_that_makes_no_sense_is_refused(field: str) -> None:
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{field} of simple must be finite"):
+            replace(SIMPLE, **{field: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ModelShape) if field.type != "str"])
+def test_shapes_that_make_no_sense_are_refused(field: str) -> None:
+    for value in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"{field} of small must be finite and positive"):
+            replace(SMALL, **{field: value})
+
+
+def test_every_named_figure_says_where_it_is_from() -> None:
+    assert {"a100-80gb-sxm", "h100-sxm", "h200-sxm", "rtx-4090", "l4", "t4"} <= set(HARDWARE)
+    for hardware in HARDWARE.values():
+        assert len(hardware.source) > 40
+        assert 10 < hardware.peak_arithmetic / hardware.memory_bandwidth < 1000  # operations a byte
+
+
+OPT = {"vocab_size": 50272, "max_position_embeddings": 2048}
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "opt-6.7b",
+            OPTConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, ffn_dim=16384, **OPT),
+        ),
+        (
+            "opt-1.3b",
+            OPTConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, **OPT),
+        ),
+        (
+            "opt-125m",
+            OPTConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072, **OPT),
+        ),
+        (
+            "llama-3.1-70b",
+            LlamaConfig(
+                hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **LLAMA
+            ),
+        ),
+        (
+            "llama-3.1-8b",
+            LlamaConfig(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA
+            ),
+        ),
+    ],
+)
+def test_the_named_shapes_follow_from_the_models_configurations(name: str, config: Any) -> None:
+    if isinstance(config, OPTConfig):
+        config.word_embed_proj_dim = config.hidden_size
+    assert ModelShape.of(config, name=name) == MODEL_SHAPES[name]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2", "gpt_neox", "phi", "mistral"])
+def test_the_shape_of_a_model_counts_what_a_pass_reads(make_model: Callable[..., PreTrainedModel], family: str) -> None:
+    model = make_model(family, layers=3, vocabulary=96, hidden=32, context=64)
+    shape = ModelShape.of(model, name=family)
+    read = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if name.split(".")[-2] not in ("wpe", "embed_positions")
+    )
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        read -= model.get_input_embeddings().weight.numel()
+    assert shape.parameters == read
+    assert (shape.layers, shape.hidden_size, shape.bytes_per_parameter) == (3, 32, 4)
+    cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values
+    stored = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+    assert shape.key_value_bytes_per_token == stored / 2
+    reduce_output(model, torch.arange(10))
+    assert ModelShape.of(model).parameters == shape.parameters - 86 * 32
+    half = ModelShape.of(model.config, torch.float16)
+    assert half.bytes_per_parameter == 2
+    assert half.key_value_bytes_per_token == shape.key_value_bytes_per_token / 2

@@ -1,0 +1,116 @@
+"""Prompt sets from datasets on the hub, with a stand-in for the library `datasets`, and with the library if there."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from specgym.decoding.prompts.hub_datasets import HUB_LIMIT, HUB_SETS, DatasetError
+from specgym.decoding.prompts.prompt_set import load_prompts
+
+
+class _Library(ModuleType):
+    """`datasets` with made-up contents; remembers what was asked for."""
+
+    def __init__(self, contents: dict[str, list[dict[str, Any]]]) -> None:
+        super().__init__("datasets")
+        self.contents, self.calls = contents, list[tuple[str, str, str, bool]]()
+
+    def load_dataset(self, path: str, config: str, *, split: str, streaming: bool) -> Any:
+        self.calls.append((path, config, split, streaming))
+        return iter(self.contents[split])
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, **contents: list[dict[str, Any]]) -> _Library:
+    library = _Library(contents)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return library
+
+
+def _rows(column: str, word: str, count: int = 4) -> list[dict[str, Any]]:
+    return [{column: f"{word} {number}"} for number in range(count)]
+
+
+def test_wikitexts_own_splits_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _install(monkeypatch, train=_rows("page", "train"), test=_rows("page", "test"))
+    found = load_prompts("wikitext", limit=3)
+    assert found.train == ("train 0", "train 1", "train 2")
+    assert found.test == ("test 0", "test 1", "test 2")
+    place = ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1")
+    assert library.calls == [(*place, "train", False), (*place, "test", False)]
+    assert place[0] in found.source
+
+
+def test_c4_is_streamed_and_judged_on_its_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _install(monkeypatch, train=_rows("text", "t", 10_000), validation=_rows("text", "v", 10_000))
+    found = load_prompts("c4")
+    assert library.calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
+    assert (len(found.train), len(found.test)) == (HUB_LIMIT, HUB_LIMIT)
+
+
+def test_lambada_which_has_one_split_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _install(monkeypatch, test=_rows("text", "passage", 100))
+    found = load_prompts("lambada", limit=20)
+    assert library.calls == [("EleutherAI/lambada_openai", "default", "test", False)]
+    assert (len(found.train), len(found.test)) == (20, 20)
+    assert not set(found.train) & set(found.test)
+
+
+def test_a_text_in_both_splits_of_a_dataset_is_left_to_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, train=[{"page": "both"}, {"page": "a"}], test=[{"page": "both"}, {"page": " "}])
+    found = load_prompts("wikitext")
+    assert (found.train, found.test) == (("a",), ("both",))
+
+
+def test_a_long_document_is_cut_at_the_end_of_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, train=[{"page": "word " * 5000}], test=_rows("page", "test"))
+    (prompt,) = load_prompts("wikitext").train
+    assert 1990 < len(prompt) <= 2000
+    assert prompt.endswith("word")
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_without_the_library_the_error_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DatasetError, match=r'pip install "specgym\[datasets\]"'):
+        load_prompts(name)
+
+
+def test_an_unreachable_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = _install(monkeypatch)
+
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(library, "load_dataset", load_dataset, raising=False)
+    with pytest.raises(DatasetError, match=r"allenai/c4 .*no route to host.*HF_ENDPOINT"):
+        load_prompts("c4")
+
+
+@pytest.mark.parametrize("rows", [[], [{"other": "x"}], [{"page": 1}]])
+def test_a_dataset_that_has_changed_is_named(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, train=rows, test=rows)
+    with pytest.raises(DatasetError, match=r"wikitext_document_level has no text in a column 'page'"):
+        load_prompts("wikitext")
+
+
+def test_the_genuine_library_reads_files_laid_out_like_the_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "EleutherAI" / "wikitext_document_level"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = "\n".join(json.dumps(row) for row in _rows("page", split))
+        (folder / f"{split}.jsonl").write_text(rows)
+    files = "".join(f"      - split: {split}\n        path: {split}.jsonl\n" for split in ("train", "test"))
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n  - config_name: wikitext-2-raw-v1\n    data_files:\n{files}---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    found = load_prompts("wikitext", limit=2)
+    assert (found.train, found.test) == (("train 0", "train 1"), ("test 0", "test 1"))

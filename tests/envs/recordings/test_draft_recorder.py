@@ -1,0 +1,136 @@
+"""Recording reads many branches at once, and finds what a draft and a plain pass at each position would find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from specgym.decoding import NGramDrafter, Pair, PromptError, PromptLookupDrafter, Sampling
+from specgym.decoding.drafts.drafter import Drafter, propose
+from specgym.decoding.sampling import total_variation
+from specgym.envs.recordings.draft_recorder import Recorder
+
+K = 5
+PROMPT = [3, 1, 4, 1, 5]
+MakeModel = Callable[..., PreTrainedModel]
+
+
+def continuation(pair: Pair, tokens: int, seed: int = 0) -> list[int]:
+    return torch.randint(pair.target.vocabulary_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Logits after the last token, from the model as it came."""
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([tokens])).logits[0, -1].float()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8, top_k=20)], ids=["greedy", "sampled"])
+def test_every_position_is_as_if_drafted_and_read_alone(
+    make_model: MakeModel, make_noisy: MakeModel, family: str, sampling: Sampling
+) -> None:
+    target, draft = make_model(family), make_noisy(make_model(family), 0.3)
+    pair = Pair(target, draft, prepack=False)
+    text = continuation(pair, 40)  # longer than a stretch
+    rows = Recorder(pair, sampling, K).record(PROMPT, text, seed=0)
+    warped = sampling if not sampling.greedy else Sampling(1.0)
+    for place in (0, 1, 31, 32, 39):
+        assert rows["drafted"][place] == K
+        context = [*PROMPT, *text[:place]]
+        for depth in range(K):
+            p, q = (warped.probabilities(plain(model, context)) for model in (target, draft))
+            token = int(rows["tokens"][place, depth])
+            if sampling.greedy:
+                assert token == int(q.argmax())
+            assert rows["match"][place, depth] == (token == int(p.argmax()))
+            assert rows["successor"][place, depth] == int(p.argmax())
+            expected = {
+                "p": p[token],
+                "q": q[token],
+                "confidence": q.max(),
+                "entropy": torch.special.entr(q).sum(),
+                "target_entropy": torch.special.entr(p).sum(),
+                "distance": total_variation(p, q),
+            }
+            for name, value in expected.items():
+                assert rows[name][place, depth] == pytest.approx(float(value), rel=1e-3, abs=1e-4), (name, place, depth)
+            context.append(token)
+        assert rows["successor"][place, K] == int(plain(target, context).argmax())
+
+
+@pytest.mark.parametrize("kind", ["n-gram", "lookup"])
+def test_a_draft_without_probabilities_is_recorded_as_far_as_it_goes(make_model: MakeModel, kind: str) -> None:
+    target = make_model("llama")
+    text = continuation(Pair(target, prepack=False), 20) * 2
+    table: Drafter = NGramDrafter.fit([text[:15]], 96, order=3)
+    drafter = table if kind == "n-gram" else PromptLookupDrafter(96)
+    pair = Pair(target, drafter, prepack=False)
+    rows = Recorder(pair, Sampling(0.0), K).record(PROMPT, text, seed=0)
+    session = drafter.start(PROMPT, Sampling(0.0), torch.Generator(), torch.device("cpu"))
+    lengths = set()
+    for place in range(len(text)):
+        context = [*PROMPT, *text[:place]]
+        expected = propose(session, context, K).tokens.tolist()
+        count = int(rows["drafted"][place])
+        lengths.add(count)
+        assert rows["tokens"][place, :count].tolist() == expected
+        assert not rows["tokens"][place, count:].any()
+        if count:
+            p = plain(target, context).softmax(-1)[expected[0]]
+            assert rows["distance"][place, 0] == pytest.approx(1 - float(p), abs=1e-4)
+            assert (rows["q"][place, :count] == 1).all()
+            assert (rows["entropy"][place, :count] == 0).all()
+            assert (rows["confidence"][place, :count] > 0).all()
+    assert 0 in lengths
+    assert len(lengths) > 1
+
+
+def test_a_sampled_draft_follows_the_drafts_distribution(make_model: MakeModel, make_noisy: MakeModel) -> None:
+    target = make_model("llama", vocabulary=8)
+    draft = make_noisy(target, 0.5)
+    recorder = Recorder(Pair(target, draft, prepack=False), Sampling(1.0), 1)
+    drawn = np.concatenate([recorder.record([1], [2], seed)["tokens"][:, 0] for seed in range(1500)])
+    q = plain(draft, [1]).softmax(-1).numpy()
+    # Of 1500 draws every share lies within four standard deviations of its probability, at most 0.052.
+    shares = np.bincount(drawn, minlength=8) / len(drawn)
+    assert np.abs(shares - q).max() < 4 * np.sqrt(0.25 / len(drawn))
+    assert np.abs(shares - 1 / 8).max() > 4 * np.sqrt(0.25 / len(drawn))  # the bound could tell a uniform draft
+
+
+def test_recording_costs_at_most_half_more_arithmetic_than_it_needs(
+    make_model: MakeModel, make_noisy: MakeModel
+) -> None:
+    drafts = 16
+    target = make_model("llama", hidden=128, vocabulary=512, layers=3, context=512)
+    draft = make_noisy(make_model("llama", hidden=128, vocabulary=512, layers=1, context=512), 0.3)
+    pair = Pair(target, draft, prepack=False)
+    prompt, text = continuation(pair, 40, 1), continuation(pair, 96, 2)
+    with FlopCounterMode(display=False) as spent:
+        Recorder(pair, Sampling(0.0), drafts).record(prompt, text, 0)
+    needed = 0.0
+    for model, passes in ((pair.target, drafts), (pair.draft.model, drafts - 1)):  # type: ignore[union-attr]
+        one = model.fresh()
+        with FlopCounterMode(display=False) as counter:
+            one.read([*prompt, *text])
+        reading = counter.get_total_flops()
+        one.truncate(len(prompt) + len(text) // 2)
+        with FlopCounterMode(display=False) as counter:
+            one.forward(torch.tensor(text[:passes]))
+        needed += reading + len(text) * counter.get_total_flops()
+    assert 0.9 * needed < spent.get_total_flops() < 1.5 * needed
+
+
+def test_a_text_that_leaves_no_room_for_a_draft_is_refused(make_model: MakeModel, make_noisy: MakeModel) -> None:
+    target = make_model("llama", context=64)
+    pair = Pair(target, make_noisy(target, 0.3), prepack=False)
+    recorder = Recorder(pair, Sampling(0.0), K)
+    text = continuation(pair, 64 - K - len(PROMPT))
+    assert len(recorder.record(PROMPT, text, 0)["drafted"]) == len(text)
+    with pytest.raises(PromptError, match=r"do not fit into the context of .* \(64\); record fewer tokens"):
+        recorder.record(PROMPT, [*text, 1], 0)

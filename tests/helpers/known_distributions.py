@@ -1,0 +1,99 @@
+"""Toy targets have a known distribution of texts: what decoders are held against, exactly or by a chi-square test.
+
+On the path of imports by `pythonpath` in pyproject.toml, since test modules cannot import one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.sampling import Sampling
+
+Joint = dict[tuple[int, ...], float]
+"""Probabilities of texts, by their tokens."""
+
+SAMPLINGS = {
+    "plain": Sampling(),
+    "cold": Sampling(0.6),
+    "hot": Sampling(1.7),
+    "top-k": Sampling(1.2, top_k=2),
+    "top-p": Sampling(0.9, top_p=0.8),
+    "all": Sampling(0.8, top_k=5, top_p=0.9),
+}
+
+
+def conditional(target: LanguageModel, sampling: Sampling, prefix: Sequence[int]) -> Tensor:
+    """The target's own distribution of the next token, shape (vocabulary,), float64."""
+    return sampling.probabilities(target.fresh().forward(torch.tensor(prefix), last=1).scores)[0].double()
+
+
+def exact_joint(target: LanguageModel, sampling: Sampling, prompt: Sequence[int], length: int) -> Joint:
+    """Probability of every run of `length` tokens after a prompt."""
+    joint: Joint = {(): 1.0}
+    for _ in range(length):
+        joint = {
+            (*text, token): weight * p
+            for text, weight in joint.items()
+            for token, p in enumerate(conditional(target, sampling, (*prompt, *text)).tolist())
+        }
+    return joint
+
+
+def distance(one: Joint, two: Joint) -> float:
+    """Total variation of two joint distributions."""
+    return sum(abs(one.get(text, 0.0) - two.get(text, 0.0)) for text in one.keys() | two.keys()) / 2
+
+
+def p_value_of(counts: Mapping[tuple[int, ...], int], joint: Joint) -> float:
+    """The chi-square test of texts that were drawn, by how often; 0 where an impossible one came up."""
+    drawn = sum(counts.values())
+    expected = {text: drawn * p for text, p in joint.items()}
+    if any(expected[text] < 1e-9 * drawn for text in counts):
+        return 0.0
+    common = [text for text, count in expected.items() if count >= 5]
+    observed = [counts.get(text, 0) for text in common]
+    wanted = [expected[text] for text in common]
+    rest = drawn - sum(wanted)
+    if rest >= 5:  # rare texts count as one class
+        observed.append(drawn - sum(observed))
+        wanted.append(rest)
+    scale = sum(observed) / sum(wanted)
+    return float(stats.chisquare(observed, [scale * count for count in wanted]).pvalue)
+
+
+class Branches:
+    """Walks every outcome of a random procedure: `choose` stands for its random choices.
+
+    Attributes:
+        weight: probability of the present outcome, when the procedure has ended.
+    """
+
+    def __init__(self) -> None:
+        self._trail: list[tuple[list[int], int]] = []  # at each choice the possible options, and which one is taken
+        self._depth = 0
+        self.weight = 1.0
+
+    def choose(self, probabilities: Sequence[float]) -> int:
+        """One of the options that are possible, beyond rounding."""
+        if self._depth == len(self._trail):
+            self._trail.append(([option for option, p in enumerate(probabilities) if p > 1e-12], 0))
+        options, taken = self._trail[self._depth]
+        self._depth += 1
+        self.weight *= probabilities[options[taken]]
+        return options[taken]
+
+    def __iter__(self) -> Iterator[None]:
+        while True:
+            self._depth, self.weight = 0, 1.0
+            yield
+            while self._trail and self._trail[-1][1] == len(self._trail[-1][0]) - 1:
+                self._trail.pop()
+            if not self._trail:
+                return
+            options, taken = self._trail[-1]
+            self._trail[-1] = (options, taken + 1)

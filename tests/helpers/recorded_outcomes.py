@@ -1,0 +1,71 @@
+"""A decoder's outcomes on toy models, and the environments that replay them beside the live one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding.decoder import Decoder
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding.loading.pair import Pair
+from specgym.envs import Outcomes, Workload
+from specgym.envs.tuning.vector_env import TuningVectorEnv
+
+TOKENS = 16
+"""Recorded of each prompt, and decoded each step."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded of a decoder, and what its environments are told."""
+
+    env: str
+    """The id of its environments."""
+    outcomes: Outcomes
+    workload: Workload
+    profile: LatencyProfile
+    build: Callable[[Pair], Decoder]
+    """Makes the decoder itself."""
+    middle: Mapping[str, float]
+    """A setting that was not recorded, or any."""
+    lossless: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of its environments."""
+
+    @property
+    def decoder(self) -> str:
+        """Its name."""
+        return self.outcomes.info.decoder
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its knobs, in order."""
+        return tuple(knob.name for knob in self.outcomes.info.knobs)
+
+    def still(self, *environments: int) -> NDArray[np.float32]:
+        """The action that moves nothing, shape (*environments, knobs)."""
+        return np.zeros((*environments, len(self.names)), np.float32)
+
+    def live(self, **changes: Any) -> gymnasium.Env:
+        """The environment that runs the models."""
+        usual = {"workload": self.workload, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
+        return gymnasium.make(self.env, **{**usual, **changes})
+
+    def one(self, **changes: Any) -> gymnasium.Env:
+        """A single environment that replays the outcomes."""
+        return gymnasium.make(self.env, backend="replay", **{**self._replayed, **changes})
+
+    def many(self, num_envs: int, **changes: Any) -> TuningVectorEnv:
+        """Environments that replay the outcomes and step together."""
+        env = gymnasium.make_vec(self.env, num_envs=num_envs, **{**self._replayed, **changes})
+        assert isinstance(env, TuningVectorEnv)
+        return env
+
+    @property
+    def _replayed(self) -> dict[str, Any]:
+        return {"recording": self.outcomes, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
