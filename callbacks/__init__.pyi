@@ -1,14 +1,14 @@
-from .checkpoints import Checkpoint, CheckpointError, FolderCheckpointCallback, intact_checkpoints
-from .decoding_metrics import DecodingMetricsCallback
+from .checkpoints import Checkpoint, CheckpointError, FolderCheckpointCallback, Resumable, intact_checkpoints
 from .divergence_bound import DivergenceBoundCallback
-from .early_stop import EarlyStopCallback
-from .entropy import EntropyScheduleCallback
-from .plateau import PlateauCallback
+from .metrics import LEFT_OUT, DecodingMetricsCallback
+from .numerics import NumericsCallback
+from .rate import RateCallback
 from .replay.prioritised import PrioritisedReplayCallback, ReplaySettings
-from .resumable import Resumable
+from .schedules import EarlyStopCallback, EntropyScheduleCallback, PlateauCallback
 from .workload_priorities import WorkloadPriorities
 
 __all__ = [
+    "LEFT_OUT",
     "Checkpoint",
     "CheckpointError",
     "DecodingMetricsCallback",
@@ -16,8 +16,10 @@ __all__ = [
     "EarlyStopCallback",
     "EntropyScheduleCallback",
     "FolderCheckpointCallback",
+    "NumericsCallback",
     "PlateauCallback",
     "PrioritisedReplayCallback",
+    "RateCallback",
     "ReplaySettings",
     "Resumable",
     "WorkloadPriorities",

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: policy, reward statistics, step counter, random states, callbacks' states.
+"""Checkpoints that are whole or absent: policy, reward statistics, step counter, random states, callbacks' states.
 
-A folder is filled under a temporary name and renamed when everything is in it, with a checksum for every file. What a
-killed process leaves is therefore either an intact checkpoint or something that `intact_checkpoints` passes over.
+A folder is filled under a temporary name and renamed when everything is in it, with a checksum for every file. A killed
+process therefore leaves either an intact checkpoint or something that `intact_checkpoints` passes over.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import os
 import random
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-from .resumable import CheckpointError, Resumable
+from specgym.decoding import SpecgymError, write_json
 
 _FORMAT = "specgym-checkpoint-1"
 _STATE = "state.json"
@@ -33,16 +34,73 @@ _UNFINISHED = ".unfinished-"
 _log = logging.getLogger("specgym.checkpoints")
 
 
+class CheckpointError(SpecgymError, ValueError):
+    """A checkpoint that is damaged or incomplete; the message names it and says how."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """State that `FolderCheckpointCallback` saves with every checkpoint, and `Checkpoint.restore` puts back.
+
+    Attributes:
+        state_name: name of its file, without the ending; unique within a run.
+    """
+
+    state_name: str
+
+    def save_state(self, folder: Path) -> None:
+        """Write ``<state_name>.<ending>`` into a folder."""
+
+    def load_state(self, folder: Path) -> None:
+        """Take over the result of `save_state`, before learning starts.
+
+        Raises:
+            CheckpointError: the file cannot be used.
+        """
+
+
+class JsonState:
+    """A `Resumable` whose state is a small JSON object, ``<state_name>.json``."""
+
+    state_name: str
+
+    def save_state(self, folder: Path) -> None:
+        """Write ``<state_name>.json`` into a folder."""
+        write_json(self._file(folder), self._state())
+
+    def load_state(self, folder: Path) -> None:
+        """Take over the result of `save_state`.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or lacks an entry.
+        """
+        path = self._file(folder)
+        try:
+            self._restore(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be used ({error!r}); go on from an earlier checkpoint") from error
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"{self.state_name}.json"
+
+    @abstractmethod
+    def _state(self) -> dict[str, Any]:
+        """Return the state as plain JSON values."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Put the state back."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An intact checkpoint on disk.
 
     Attributes:
-        folder: where it is; it holds ``policy.zip``, ``state.json``, for a normalised environment ``vecnormalize.pkl``,
-            and a file for each callback with a state. Zip and pickle run code when they are loaded: trust whoever
-            wrote them.
+        folder: folder with ``policy.zip``, ``state.json``, for a normalised environment ``vecnormalize.pkl``, and a file
+            for each callback with a state. Zip and pickle run code when they are loaded: trust whoever wrote them.
         steps: environment steps learned from.
-        random: the states that `restore_random_states` takes.
+        random: states for `restore_random_states`.
     """
 
     folder: Path
@@ -51,16 +109,16 @@ class Checkpoint:
 
     @property
     def policy(self) -> Path:
-        """The model's zip file."""
+        """Zip file of the model."""
         return self.folder / "policy.zip"
 
     @property
     def vecnormalize(self) -> Path:
-        """The reward statistics."""
+        """Pickle of the reward statistics."""
         return self.folder / "vecnormalize.pkl"
 
     def restore(self, resumables: Sequence[Resumable]) -> None:
-        """Put callbacks back to where they were; one that was not there when the checkpoint was made starts afresh.
+        """Put callbacks back to where they were; those that the checkpoint does not know start afresh.
 
         Raises:
             CheckpointError: a callback cannot use its file.
@@ -80,14 +138,14 @@ class Checkpoint:
 
 
 class FolderCheckpointCallback(CheckpointCallback):
-    """Saves between two rollouts, when the policy has learned from every step that is counted, and at the end.
+    """Saves between two rollouts, when the policy has learned from every step counted, and at the end.
 
     Args:
         save_freq: environment steps, over all environments, between two checkpoints; at least 1.
         save_path: the folder of checkpoints; each is a folder ``step_<steps>`` in it.
         keep: how many to keep, the newest; at least 2, so that a damaged one has a predecessor.
-        resumables: callbacks whose states belong to the checkpoint. What they do at the start of a rollout or at the
-            end of training must be done before it is saved: they stand before this callback in the list of callbacks.
+        resumables: callbacks whose states belong to the checkpoint. They act at the start of a rollout or at the end of
+            training before the checkpoint is saved: they stand before this callback in the list of callbacks.
 
     Attributes:
         steps_learned: environment steps that the policy has learned from, or is learning from.
@@ -104,7 +162,7 @@ class FolderCheckpointCallback(CheckpointCallback):
         names = [*_TAKEN, *(resumable.state_name for resumable in resumables)]
         repeated = [name for place, name in enumerate(names) if name in names[:place]]
         if repeated:
-            raise ValueError(f"resumables: the state name {repeated[0]!r} is taken; each needs its own")
+            raise ValueError(f"resumables: the state name {repeated[0]!r} is taken; names must differ")
         super().__init__(save_freq, str(save_path), save_vecnormalize=True)
         self.keep = keep
         self.resumables = tuple(resumables)
@@ -175,12 +233,12 @@ class FolderCheckpointCallback(CheckpointCallback):
 
 
 def intact_checkpoints(folder: str | Path) -> Iterator[Checkpoint]:
-    """The intact checkpoints of a folder, the newest first; a damaged one is passed over with a warning."""
+    """Intact checkpoints of a folder, the newest first; damaged ones are passed over with a warning."""
     for path in _newest_first(Path(folder)):
         try:
             yield read_checkpoint(path)
         except CheckpointError as error:
-            _log.warning("%s; using an earlier one", error)
+            _log.warning("%s; using an earlier checkpoint", error)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

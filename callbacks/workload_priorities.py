@@ -1,4 +1,4 @@
-"""Practise where there is most to learn: workloads drawn by learning potential.
+"""Workload priorities: practise where there is most to learn.
 
 After Jiang, Grefenstette and Rocktäschel, "Prioritized Level Replay" (arXiv 2010.03934), with workloads for levels.
 """
@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from .resumable import JsonState
-from .step_infos import Floats, vector_source
+from .checkpoints import JsonState
+from .metrics import Floats, vector_source
 
 
 def workload_probabilities(
     scores: Floats, staleness: Floats, *, temperature: float = 1.0, staleness_weight: float = 0.1
 ) -> Floats:
-    """With what probability each workload is practised next.
+    """Probabilities with which workloads are practised next.
 
     Args:
-        scores: learning potential, shape (workloads,); NaN for a workload never seen. As long as there are such, only
-            they are drawn, all alike.
-        staleness: rollouts since each was last seen, shape (workloads,), at least 0.
+        scores: learning potential, shape (workloads,); NaN for a workload never seen. As long as there are such
+            workloads, only they are drawn, all alike.
+        staleness: rollouts since a workload was last seen, shape (workloads,), at least 0.
         temperature: above 0; the workload of rank r among the scores has priority (1/r)^(1/temperature).
         staleness_weight: share of the probability given in proportion to staleness, 0 to 1. If nothing is stale, the
             scores have all of it.
@@ -44,7 +44,7 @@ def workload_probabilities(
 
 
 class WorkloadPriorities(JsonState, BaseCallback):
-    """After every rollout, tells the environments how often to draw each workload from the next episodes on.
+    """Sets, after every rollout, how often the environments draw each workload from the next episodes on.
 
     A workload's score is the mean absolute advantage of its transitions in the last rollout that had any: how wrong
     the value network was, in either direction, which is what is left to learn. Transitions that the rollout buffer
@@ -53,21 +53,21 @@ class WorkloadPriorities(JsonState, BaseCallback):
     It needs a vector environment behind an adaptor (a `VecEnv` with `vector_infos`), with the attributes
     `workload_names` and `workload_of` (shape (environments,)) and the method `set_workload_weights`.
 
-    ==========================================  ====================================
+    ==========================================  =============================================
     tag                                         meaning
-    ==========================================  ====================================
-    ``workload_priority/probability/<name>``    of being drawn for the next episode
+    ==========================================  =============================================
+    ``workload_priority/probability/<name>``    probability of being drawn for the next episode
     ``workload_priority/score/<name>``          mean absolute advantage
-    ==========================================  ====================================
+    ==========================================  =============================================
 
     Args:
         temperature: as for `workload_probabilities`: towards 0 only the first rank counts, towards infinity all alike.
         staleness_weight: as for `workload_probabilities`.
 
     Attributes:
-        scores: by workload; one that was never seen is not in it.
-        last_seen: the rollout, counted from 1, that last had transitions of each workload.
-        rollouts: seen so far.
+        scores: learning potential by workload; workloads never seen are left out.
+        last_seen: last rollout, counted from 1, that had transitions of a workload.
+        rollouts: rollouts seen so far.
 
     Raises:
         ValueError: an argument is out of range; or, when learning starts, the environments cannot redraw workloads.
@@ -88,13 +88,13 @@ class WorkloadPriorities(JsonState, BaseCallback):
         self._names: list[str] = []
 
     def probabilities(self) -> dict[str, float]:
-        """Of every workload of the environments being trained on, as things stand."""
+        """Current probabilities of the workloads of the environments being trained on."""
         scores = np.array([self.scores.get(name, np.nan) for name in self._names])
         staleness = np.array([self.rollouts - self.last_seen.get(name, 0) for name in self._names], np.float64)
-        found = workload_probabilities(
+        values = workload_probabilities(
             scores, staleness, temperature=self.temperature, staleness_weight=self.staleness_weight
         )
-        return dict(zip(self._names, found.tolist(), strict=True))
+        return dict(zip(self._names, values.tolist(), strict=True))
 
     def _on_training_start(self) -> None:
         source = vector_source(self.training_env)
@@ -121,7 +121,7 @@ class WorkloadPriorities(JsonState, BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]  # of every on-policy algorithm
+        buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]  # on-policy algorithms have it
         workloads = np.stack(self._collected)
         usable = np.asarray(getattr(buffer, "usable", np.ones(workloads.shape, bool)))
         members = workloads[usable]
@@ -138,7 +138,9 @@ class WorkloadPriorities(JsonState, BaseCallback):
                 self.logger.record(f"workload_priority/score/{name}", self.scores[name])
 
     def _workload_of(self) -> NDArray[np.int64]:
-        return np.array(self.training_env.get_attr("workload_of", [0])[0])  # a copy: the environment may change its own
+        return np.array(
+            self.training_env.get_attr("workload_of", [0])[0]
+        )  # a copy: it is changed in place
 
     def _set_weights(self) -> None:
         self.training_env.env_method("set_workload_weights", list(self.probabilities().values()))

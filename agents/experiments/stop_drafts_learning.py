@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-import numpy as np
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 
+from specgym.callbacks import RateCallback
 from specgym.decoding import LatencyProfile, replacing
 from specgym.envs import DraftLengthVectorEnv, Trace
 
@@ -19,53 +18,6 @@ from ..training.sb3_vec_env import VectorEnvAdaptor
 from ..training.stop_run import StoppingRun
 from .stop_drafts import StoppingSettings
 from .stop_drafts_policy import RoundEpisodes, StoppingPolicy
-
-
-class RateCallback(BaseCallback):
-    """After every rollout, prices time at the throughput reached: one half of Dinkelbach's algorithm.
-
-    For every operating point (``<workload>``, followed by `` x <batch size>`` where there are several) it logs
-
-    ==========================================  ================================================================
-    tag                                         meaning, over the rollout
-    ==========================================  ================================================================
-    ``throughput/<point>``                      tokens over seconds, relative to plain decoding
-    ``rate/<point>``                            what time is priced at from now on
-    ``draft_length/<point>``                    drafted tokens a round
-    ``draft_acceptance_rate/<point>``           accepted over drafted tokens
-    ==========================================  ================================================================
-
-    Args:
-        env: that is trained on.
-        smoothing: how far a rate moves to the throughput, above 0, at most 1.
-    """
-
-    def __init__(self, env: DraftLengthVectorEnv, smoothing: float) -> None:
-        super().__init__()
-        self._env = env
-        self._smoothing = smoothing
-        self._known = np.zeros(len(env.points), np.bool_)
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        totals, rates = self._env.totals(), self._env.rates
-        reached = totals.throughput
-        seen = totals.seconds > 0
-        # The first throughput is far from the 1 that the rates begin with, so it is taken as it is.
-        share = np.where(self._known, self._smoothing, 1.0)
-        rates = np.where(seen, rates + share * (reached - rates), rates)
-        self._known |= seen
-        self._env.set_rates(rates)
-        several = len({point.batch_size for point in self._env.points}) > 1
-        for number, point in enumerate(self._env.points):
-            name = f"{point.workload} x {point.batch_size}" if several else point.workload
-            self.logger.record(f"throughput/{name}", float(reached[number]))
-            self.logger.record(f"rate/{name}", float(rates[number]))
-            self.logger.record(f"draft_length/{name}", float(totals.drafted[number] / max(totals.rounds[number], 1)))
-            accepted = float(totals.accepted[number] / max(totals.drafted[number], 1))
-            self.logger.record(f"draft_acceptance_rate/{name}", accepted)
 
 
 def learn(
@@ -118,7 +70,7 @@ def learn(
         try:
             model.learn(
                 settings.total_timesteps,
-                callback=RateCallback(env, learning.rate_smoothing),
+                callback=RateCallback(learning.rate_smoothing),
                 progress_bar=progress_bar,
             )
             logger.dump(model.num_timesteps)  # what the last update recorded

@@ -9,12 +9,12 @@ advantages and minibatches      `FiniteRolloutBuffer` leaves marked transitions 
 loss and gradients              `FiniteAdam` skips the optimiser step
 ==============================  =====================================================================
 
-`NumericsCallback` connects them: it hands the marks to the buffer and the counts to the logger, under ``numerics/``.
+`specgym.callbacks.NumericsCallback` connects them: it hands the marks to the buffer and the counts to the logger, under
+``numerics/``.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -22,17 +22,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from specgym.callbacks import LEFT_OUT
 from specgym.decoding import NumericalError
-
-MARK = "numerics/left_out"
-"""Key in a step's `info` that says the transition must not be learned from."""
-
-_log = logging.getLogger("specgym.numerics")
 
 
 class FiniteGuard(VecEnvWrapper):
@@ -43,8 +38,8 @@ class FiniteGuard(VecEnvWrapper):
     by the middle of the space), a reward by the last finite reward (at first by 0).
 
     Attributes:
-        observations: observations with a non-finite entry so far, final ones of an episode included.
-        rewards: non-finite rewards so far.
+        caught: counts so far: ``observations`` with a non-finite entry, final ones of an episode included, and
+            non-finite ``rewards``.
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -52,8 +47,7 @@ class FiniteGuard(VecEnvWrapper):
         space = venv.observation_space
         if not isinstance(space, spaces.Box):
             raise TypeError(f"FiniteGuard watches Box observations, got {space}; flatten them first")
-        self.observations = 0
-        self.rewards = 0
+        self.caught = {"observations": 0, "rewards": 0}
         with np.errstate(over="ignore", invalid="ignore"):
             middle = (space.low + space.high) / 2
         middle = np.where(np.isfinite(middle), middle, 0).astype(space.dtype)
@@ -75,20 +69,20 @@ class FiniteGuard(VecEnvWrapper):
         for row, info in enumerate(infos):
             final = info.get("terminal_observation")
             if final is not None and not np.isfinite(final).all():
-                self.observations += 1
+                self.caught["observations"] += 1
                 info["terminal_observation"] = np.where(np.isfinite(final), final, self._last[row])
                 spoiled[row] = True
         broken = ~np.isfinite(rewards)
-        self.rewards += int(np.count_nonzero(broken))
+        self.caught["rewards"] += int(np.count_nonzero(broken))
         self._last_reward = np.where(broken, self._last_reward, rewards)
         for spoiled_row in np.flatnonzero(spoiled | broken):
-            infos[spoiled_row][MARK] = True
+            infos[spoiled_row][LEFT_OUT] = True
         return observations, self._last_reward.copy(), dones, infos
 
     def _mend(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         finite = np.isfinite(raw)
         broken = ~finite.reshape(len(raw), -1).all(axis=1)
-        self.observations += int(np.count_nonzero(broken))
+        self.caught["observations"] += int(np.count_nonzero(broken))
         self._last = np.where(finite, raw, self._last)
         return self._last.copy(), broken
 
@@ -204,57 +198,3 @@ class FiniteAdam(torch.optim.Adam):
         else:
             self.skipped += 1
         return loss
-
-
-class NumericsCallback(BaseCallback):
-    """Hands marks to the rollout buffer and counts to the logger, under ``numerics/``; warns when a count has grown.
-
-    Every model that trains behind a `FiniteGuard` needs it: without it marked transitions would be learned from.
-    """
-
-    def _init_callback(self) -> None:
-        self._before = self.counts()
-
-    def _on_step(self) -> bool:
-        marked = np.array([bool(info.get(MARK)) for info in self.locals["infos"]])
-        buffer = self.locals.get("rollout_buffer")
-        if isinstance(buffer, FiniteRolloutBuffer):
-            buffer.leave_out(marked)
-        elif marked.any():
-            raise TypeError(
-                f"{type(buffer).__name__} cannot leave a spoiled transition out; build PPO with "
-                "rollout_buffer_class=FiniteRolloutBuffer"
-            )
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self._report()
-
-    def _on_training_end(self) -> None:
-        self._report()
-
-    def counts(self) -> dict[str, int]:
-        """What has been caught so far, by name."""
-        guard = unwrap_vec_wrapper(self.training_env, FiniteGuard)
-        policy = self.model.policy
-        buffer = getattr(self.model, "rollout_buffer", None)
-        return {
-            "observations": guard.observations if guard else 0,
-            "rewards": guard.rewards if guard else 0,
-            "policy_outputs": getattr(policy, "broken_outputs", 0),
-            "transitions_left_out": getattr(buffer, "left_out", 0),
-            "optimiser_steps_skipped": getattr(policy.optimizer, "skipped", 0),
-        }
-
-    def _report(self) -> None:
-        counts = self.counts()
-        for name, count in counts.items():
-            self.logger.record(f"numerics/{name}", count)
-        grown = [f"{count - self._before[name]} {name}" for name, count in counts.items() if count > self._before[name]]
-        if grown:
-            _log.warning(
-                "NaN or infinity caught before step %d, and kept out of learning: %s",
-                self.num_timesteps,
-                ", ".join(grown).replace("_", " "),
-            )
-        self._before = counts

@@ -21,6 +21,7 @@ from specgym.callbacks import (
     EarlyStopCallback,
     EntropyScheduleCallback,
     FolderCheckpointCallback,
+    NumericsCallback,
     PlateauCallback,
     PrioritisedReplayCallback,
     Resumable,
@@ -31,7 +32,7 @@ from specgym.decoding import SpecgymError
 from ..experiments.settings import LearningSettings
 from ..policy import KnobPolicy
 from .console import console
-from .nan_guards import FiniteRolloutBuffer, NumericsCallback
+from .nan_guards import FiniteRolloutBuffer
 from .run_folder import RunFolder
 
 

@@ -1,6 +1,17 @@
-"""One phase of replay: past segments evaluated under the policy of this moment, and gradient steps around it."""
+"""A phase of replay: past segments evaluated under the current policy by V-trace, and gradient steps around it.
+
+V-trace (Espeholt et al. 2018, arXiv 1802.01561) says how much past actions were worth under the current policy. Both
+truncations are at 1, and the trace is cut by lambda as well (their remark 2). Then with
+``rho = min(1, pi(a|x) / mu(a|x))``, for the current policy pi and a policy mu that acted,
+
+    A_t = r_t + gamma V(x_t+1) - V(x_t) + gamma lambda (v_t+1 - V(x_t+1)),      v_t = V(x_t) + rho_t A_t,
+
+and for pi = mu this is generalised advantage estimation with its lambda-returns.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,25 +20,81 @@ from stable_baselines3 import PPO
 from torch import Tensor
 
 from .segments import Segments, SegmentStore
-from .vtrace import vtrace
 
 _ROWS_AT_ONCE = 16384
-"""Of a forward pass without gradients; bounds its memory."""
+"""Most rows of a forward pass without gradients; bounds its memory."""
+
+
+class VTrace(NamedTuple):
+    """Results of `vtrace`, each of shape (segments, steps).
+
+    Attributes:
+        targets: v, the regression targets of the value network.
+        advantages: A, not weighted yet: a baseline may be subtracted first, which is unbiased only under the weight.
+        weights: rho, 0..1, the weights of a policy gradient from the advantages; 0 where not usable.
+    """
+
+    targets: np.ndarray
+    advantages: np.ndarray
+    weights: np.ndarray
+
+
+def vtrace(
+    *,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,
+    log_ratios: np.ndarray,
+    ends: np.ndarray,
+    usable: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> VTrace:
+    """Compute value targets and advantages of whole segments; every array has shape (segments, steps).
+
+    Args:
+        rewards: rewards, with nothing added for what a time limit cut off.
+        values: values of the states acted in.
+        next_values: values of the states arrived in: 0 where the episode terminated, and the value of the final state
+            where it was truncated.
+        log_ratios: log(pi / mu) of the actions.
+        ends: True for steps that ended an episode, by termination or truncation.
+        usable: True for steps that may be learned from. Elsewhere the advantage is 0, and the step before is
+            bootstrapped from the value alone.
+        gamma: discount, 0..1.
+        gae_lambda: 0 trusts the values, 1 the rewards.
+
+    Raises:
+        ValueError: two arrays differ in shape.
+    """
+    arrays = {"values": values, "next_values": next_values, "log_ratios": log_ratios, "ends": ends, "usable": usable}
+    for name, array in arrays.items():
+        if array.shape != rewards.shape:
+            raise ValueError(f"{name} must have the shape of rewards, {rewards.shape}, got {array.shape}")
+    weights = np.where(usable, np.exp(np.minimum(log_ratios, 0)), 0)
+    surprises = rewards + gamma * next_values - values
+    goes_on = gamma * gae_lambda * ~ends
+    advantages = np.zeros(rewards.shape)
+    carried = np.zeros(rewards.shape[0])
+    for step in reversed(range(rewards.shape[1])):
+        advantages[:, step] = np.where(usable[:, step], surprises[:, step] + goes_on[:, step] * carried, 0)
+        carried = weights[:, step] * advantages[:, step]
+    return VTrace(values + weights * advantages, advantages, weights)
 
 
 class ReplayPhase:
-    """The policy at the start of a phase, by what it says of stored segments; steps are clipped around it.
+    """Outputs of the policy at the start of a phase for stored segments; gradient steps are clipped around them.
 
     Args:
-        model: whose policy learns, with its own optimiser, clip ranges, coefficients and norm of the gradient.
-        store: the segments.
+        model: its policy learns, with its own optimiser, clip ranges, coefficients and norm of the gradient.
+        store: segments.
 
     Attributes:
-        evaluated: which segments `recentre` has been called for, shape (capacity,).
-        drift: mean |log(pi / mu)| of each over its usable steps; infinite where the policy's output is not finite.
+        evaluated: True for segments that `recentre` has been called for, shape (capacity,).
+        drift: mean |log(pi / mu)| of a segment over its usable steps; infinite where the policy's output is not finite.
         log_ratios: log(pi / mu) of every step, 0 where not usable; shape (capacity, steps), like the next ones.
-        log_probs: of the actions, under pi.
-        values: of the states.
+        log_probs: log-probabilities of the actions under pi.
+        values: values of the states.
         targets, advantages, weights: as in `VTrace`.
     """
 
@@ -53,7 +120,7 @@ class ReplayPhase:
         with torch.no_grad():
             valued, likely, _ = self._evaluate(segments, np.ones(usable.shape, bool))
             ahead = model.policy.predict_values(self._tensor(segments.after[cut])) if cut.any() else valued[:0]
-        values, log_probs = (found.cpu().numpy().reshape(usable.shape) for found in (valued, likely))
+        values, log_probs = (output.cpu().numpy().reshape(usable.shape) for output in (valued, likely))
         next_values = np.where(segments.ends, 0, np.roll(values, -1, axis=1))
         next_values[cut] = ahead.flatten().cpu().numpy()
         normaliser = model.get_vec_normalize_env()
@@ -76,17 +143,17 @@ class ReplayPhase:
         self.evaluated[places] = True
 
     def step(self, places: np.ndarray, importance: np.ndarray) -> tuple[bool, dict[str, float]]:
-        """One gradient step on a minibatch of evaluated segments.
+        """Take a gradient step on a minibatch of evaluated segments.
 
         Only usable steps enter the networks. The surrogate is PPO's, weighted by V-trace and by `importance`; the
         latter also weighs the value loss and the entropy, so that their proportions stay as the model has them.
 
         Args:
-            places: the segments, shape (segments,).
-            importance: importance-sampling weight of each.
+            places: segments, shape (segments,).
+            importance: importance-sampling weights, shape (segments,).
 
         Returns:
-            Whether the policy is still within the model's `target_kl` (if not, no step was taken), and
+            True if the policy is still within the model's `target_kl` (if not, no step was taken), and
             ``policy_loss``, ``value_loss``, ``clip_fraction``, ``effective_sample_size``.
         """
         model, segments = self._model, self._store.take(places)

@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from specgym.decoding import replacing
 
-from ..resumable import CheckpointError
+from ..checkpoints import CheckpointError
 from .phase import ReplayPhase
 from .segments import Layout, SegmentStore
 
@@ -35,18 +35,18 @@ _LEAST_ADVANTAGE = 1e-3
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """What is kept of past rollouts, and how it is learned from.
+    """Settings of prioritised replay: what is kept of past rollouts, and how it is learned from.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
     """
 
     capacity: int = 512
-    """Segments kept; a segment is what one environment did in one rollout."""
+    """Segments kept; a segment is the steps of an environment in a rollout."""
     segments_per_update: int = 16
     """Segments in a minibatch."""
     updates: int = 20
-    """Gradient steps on replayed minibatches after each of PPO's own updates; 0 for no replay."""
+    """Gradient steps on replayed minibatches after every update of PPO; 0 for no replay."""
     priority: Literal["advantage", "uniform"] = "advantage"
     """Draw segments by their mean absolute advantage, or all alike."""
     alpha: float = 0.6
@@ -88,11 +88,11 @@ class PrioritisedReplayCallback(BaseCallback):
     steps so far), ``policy_loss``, ``value_loss``, and ``beta``.
 
     Args:
-        settings: what is kept and how it is learned from.
-        seed: of the draws; at least 0.
+        settings: settings of replay.
+        seed: seed of the draws; at least 0.
 
     Attributes:
-        state_name: what the saved state is called.
+        state_name: name of the saved state.
         updates: gradient steps on replayed minibatches so far.
         dropped: segments dropped so far for their age or their ratio.
 
@@ -111,7 +111,7 @@ class PrioritisedReplayCallback(BaseCallback):
         self.settings = settings or ReplaySettings()
         self.updates = 0
         self.dropped = 0
-        self._dice = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed)
         self._store: SegmentStore | None = None
         self._unlearned = False  # a rollout has been stored since the last phase
         self._origin = "what the callback has stored so far"
@@ -177,7 +177,7 @@ class PrioritisedReplayCallback(BaseCallback):
         self._replay()
 
     def _priorities(self, advantages: np.ndarray, usable: np.ndarray) -> np.ndarray:
-        """Of segments, from the advantages of their steps, shape (segments, steps); 0 without a usable step."""
+        """Return priorities of segments from advantages of shape (segments, steps); 0 without a usable step."""
         if self.settings.priority == "uniform":
             return usable.any(axis=1).astype(float)
         count = usable.sum(axis=1)
@@ -187,7 +187,7 @@ class PrioritisedReplayCallback(BaseCallback):
     # Learning
 
     def _replay(self) -> None:
-        """One phase, if there is something new and enough."""
+        """Run a phase, if there is something new and enough."""
         if not self._unlearned:
             return
         self._unlearned = False
@@ -225,7 +225,7 @@ class PrioritisedReplayCallback(BaseCallback):
         """
         store, settings = self._stored, self.settings
         while store.tree.total > 0:
-            places = store.tree.draw(settings.updates, settings.segments_per_update, self._dice)
+            places = store.tree.draw(settings.updates, settings.segments_per_update, self._rng)
             phase.recentre(np.unique(places[~phase.evaluated[places]]))
             dropped = store.remove(phase.drift > math.log(settings.max_ratio))
             self.dropped += dropped
@@ -256,7 +256,7 @@ class PrioritisedReplayCallback(BaseCallback):
             "updates": self.updates,
             "dropped": self.dropped,
             "unlearned": self._unlearned,
-            "dice": self._dice.bit_generator.state,
+            "dice": self._rng.bit_generator.state,
         }
         with replacing(folder / f"{self.state_name}.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, state=np.array(json.dumps(state)), **self._stored.arrays())  # type: ignore[arg-type]
@@ -268,14 +268,14 @@ class PrioritisedReplayCallback(BaseCallback):
             CheckpointError: the file is missing or damaged, or its segments are of another size than this training's.
         """
         path = folder / f"{self.state_name}.npz"
-        dice = np.random.default_rng()
+        rng = np.random.default_rng()
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 state: dict[str, Any] = json.loads(str(arrays["state"]))
                 if state["format"] != _FORMAT:
                     raise CheckpointError(f"{path} is of another version ({state['format']!r}, not {_FORMAT!r})")
                 store = SegmentStore.restore(arrays, state["store"])
-            dice.bit_generator.state = state["dice"]
+            rng.bit_generator.state = state["dice"]
             updates, dropped, unlearned = int(state["updates"]), int(state["dropped"]), bool(state["unlearned"])
         except CheckpointError:
             raise
@@ -283,16 +283,16 @@ class PrioritisedReplayCallback(BaseCallback):
             raise CheckpointError(f"{path} is damaged or missing ({error!r})") from error
         here = store.layout if self._store is None else self._store.layout
         _require_same(store.layout, here._replace(capacity=self.settings.capacity), str(path))
-        self._store, self._dice, self._origin = store, dice, str(path)
+        self._store, self._rng, self._origin = store, rng, str(path)
         self.updates, self.dropped, self._unlearned = updates, dropped, unlearned
 
 
 def importance_weights(probabilities: np.ndarray, segments: int, beta: float) -> np.ndarray:
-    """Weights (1 / (N p))^beta that undo the preference of a draw, divided by the largest of their minibatch.
+    """Compute weights (1 / (N p))^beta that undo the preference of a draw, divided by the largest of their minibatch.
 
     Args:
-        probabilities: with which each was drawn, shape (minibatches, segments of each).
-        segments: how many could have been drawn, N.
+        probabilities: probabilities of the segments drawn, shape (minibatches, segments in a minibatch).
+        segments: number of segments that could have been drawn, N.
         beta: 0 corrects nothing, 1 in full.
     """
     weights = (segments * probabilities) ** -beta
@@ -304,7 +304,7 @@ def _require_whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _require_same(found: Layout, needed: Layout, origin: str) -> None:
-    for name, theirs, ours in zip(Layout._fields, found, needed, strict=True):
+def _require_same(stored: Layout, needed: Layout, origin: str) -> None:
+    for name, theirs, ours in zip(Layout._fields, stored, needed, strict=True):
         if theirs != ours:
             raise CheckpointError(f"{origin} has segments with {name} {theirs}, and this training needs {ours}")

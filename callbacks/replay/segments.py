@@ -1,4 +1,4 @@
-"""Whole stretches of past rollouts, one per environment and rollout, each with a priority."""
+"""Segments of past rollouts, each the steps of an environment in a rollout, with a priority."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .sum_tree import SumTree
 
 
 class Segments(NamedTuple):
-    """What happened in some segments; the first two axes of every array are (segments, steps).
+    """Transitions of some segments; the first two axes of every array are (segments, steps).
 
     Attributes:
-        observations: acted in, as the policy saw them; shape (segments, steps, ...).
+        observations: states acted in, as the policy saw them; shape (segments, steps, ...).
         after: the state arrived in, where the next entry of `observations` is not that: after the last step, and where
             an episode was truncated. Elsewhere without meaning. Shape as `observations`.
-        actions: before they were clipped to the environment's bounds, shape (segments, steps, entries).
-        rewards: in the environment's own units, with nothing added for what a time limit cut off.
-        log_probs: of the actions, under the policy that chose them.
-        ends: whether the step ended an episode.
-        truncated: whether it did so by a time limit.
-        usable: whether the step may be learned from.
+        actions: actions before they were clipped to the environment's bounds, shape (segments, steps, entries).
+        rewards: rewards in the environment's units, with nothing added for what a time limit cut off.
+        log_probs: log-probabilities of the actions under the policy that chose them.
+        ends: True for steps that ended an episode.
+        truncated: True for those that did so by a time limit.
+        usable: True for steps that may be learned from.
     """
 
     observations: np.ndarray
@@ -37,7 +37,7 @@ class Segments(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The size of a store: segments, steps of each, and shape and data type of an observation and of an action."""
+    """Sizes of a store: segments, their steps, and shape and data type of an observation and of an action."""
 
     capacity: int
     steps: int
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     action_type: str
 
     def empty(self) -> Segments:
-        """Arrays for as many segments as the capacity, all 0."""
+        """Return arrays for as many segments as the capacity, all 0."""
 
         def zeros(kind: str, shape: tuple[int, ...] = ()) -> np.ndarray:
             return np.zeros((self.capacity, self.steps, *shape), kind)
@@ -69,13 +69,13 @@ class SegmentStore:
     """A ring of segments in memory set aside once; the oldest make room for new ones.
 
     Args:
-        layout: the sizes of everything.
+        layout: sizes of everything.
 
     Attributes:
         data: all segments, those with priority 0 without meaning.
-        tree: their priorities; 0 takes a segment out of the draw.
-        born: the rollout in which each was stored, counted from 1; shape (capacity,).
-        rollouts: stored so far.
+        tree: priorities of the segments; 0 takes a segment out of the draw.
+        born: rollout in which a segment was stored, counted from 1; shape (capacity,).
+        rollouts: rollouts stored so far.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -92,7 +92,7 @@ class SegmentStore:
 
     @property
     def ages(self) -> np.ndarray:
-        """Rollouts stored after each segment's own, shape (capacity,)."""
+        """Rollouts stored after that of a segment, shape (capacity,)."""
         return self.rollouts - self.born
 
     def add(self, segments: Segments, priorities: np.ndarray) -> None:
@@ -100,7 +100,7 @@ class SegmentStore:
 
         Args:
             segments: at most as many as the capacity.
-            priorities: of each, shape (segments,).
+            priorities: priorities, shape (segments,).
 
         Raises:
             ValueError: there are more segments than places.
@@ -117,26 +117,26 @@ class SegmentStore:
         self._next = int((self._next + count) % self.layout.capacity)
 
     def take(self, places: np.ndarray) -> Segments:
-        """Copies of some segments, in the order of `places`."""
+        """Return copies of some segments, in the order of `places`."""
         return Segments(*(stored[places] for stored in self.data))
 
     def remove(self, which: np.ndarray) -> int:
-        """Take segments out of the draw, shape (capacity,) of truth values; how many of them were still in it."""
+        """Take segments out of the draw, a mask of shape (capacity,); return how many of them were still in it."""
         gone = np.flatnonzero(which & (self.tree.priorities > 0))
         self.tree.set(gone, np.zeros(len(gone)))
         return len(gone)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything with one entry a segment, by name, for `restore`."""
+        """Return all arrays with an entry per segment, by name, for `restore`."""
         return {**self.data._asdict(), "priorities": self.tree.priorities, "born": self.born}
 
     def counters(self) -> dict[str, Any]:
-        """Everything else, as plain JSON values."""
+        """Return everything else, as plain JSON values."""
         return {"layout": list(self.layout), "rollouts": self.rollouts, "next": self._next}
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray], counters: Mapping[str, Any]) -> SegmentStore:
-        """A store from what `arrays` and `counters` gave.
+        """Restore a store from results of `arrays` and `counters`.
 
         Raises:
             KeyError: something is missing.
@@ -153,12 +153,12 @@ class SegmentStore:
         store = cls(layout)
         targets = store.arrays()
         for name, target in targets.items():
-            found = arrays[name]
-            if found.shape != target.shape or found.dtype != target.dtype:
-                raise ValueError(f"{name} is {found.dtype}{found.shape} and not {target.dtype}{target.shape}")
-            if not np.isfinite(found).all():
+            stored = arrays[name]
+            if stored.shape != target.shape or stored.dtype != target.dtype:
+                raise ValueError(f"{name} is {stored.dtype}{stored.shape} and not {target.dtype}{target.shape}")
+            if not np.isfinite(stored).all():
                 raise ValueError(f"{name} has NaN or infinities")
-            target[...] = found
+            target[...] = stored
         store.tree.set(np.arange(layout.capacity), targets["priorities"])
         store.rollouts, store._next = int(counters["rollouts"]), int(counters["next"])
         if not (0 <= store._next < layout.capacity and 0 <= store.born.min() <= store.born.max() <= store.rollouts):

@@ -1,4 +1,4 @@
-"""Drawing places in proportion to their priorities, many at once, in logarithmic time (Schaul et al. 2016, 1511.05952).
+"""Sum tree: draws places in proportion to their priorities in logarithmic time (Schaul et al. 2016, 1511.05952).
 
 The priorities are the leaves of a full binary tree in which every node holds the sum of its two children. A number
 between 0 and the total finds its leaf from the root downwards.
@@ -13,7 +13,7 @@ class SumTree:
     """Priorities of a fixed number of places, at first all 0: a place with priority 0 is never drawn.
 
     Args:
-        places: how many there are, at least 1.
+        places: number of places, at least 1.
 
     Raises:
         ValueError: there is no place.
@@ -40,7 +40,7 @@ class SumTree:
         """Change some priorities.
 
         Args:
-            places: which, shape (changes,); where a place is named twice, its last priority counts.
+            places: places to change, shape (changes,); where a place is named twice, its last priority counts.
             priorities: finite, at least 0, shape (changes,).
 
         Raises:
@@ -60,7 +60,7 @@ class SumTree:
             self._sums[nodes] = self._sums[2 * nodes] + self._sums[2 * nodes + 1]
 
     def find(self, masses: np.ndarray) -> np.ndarray:
-        """The places at which the running sum of the priorities passes given numbers.
+        """Return the places at which the running sum of the priorities passes some numbers.
 
         Args:
             masses: between 0 and `total`, of any shape.
@@ -83,15 +83,15 @@ class SumTree:
             nodes = 2 * nodes + right
         return nodes - self._width
 
-    def draw(self, batches: int, size: int, dice: np.random.Generator) -> np.ndarray:
+    def draw(self, batches: int, size: int, rng: np.random.Generator) -> np.ndarray:
         """Draw places in proportion to their priorities, with replacement.
 
-        Each batch is stratified: the total is cut into `size` equal stretches, and one number is thrown in each.
+        Each batch is stratified: the total is cut into `size` equal stretches, and a number is drawn in every stretch.
 
         Args:
-            batches: how many batches.
-            size: places in each.
-            dice: the source of randomness.
+            batches: number of batches.
+            size: places in a batch.
+            rng: source of randomness.
 
         Returns:
             Places, shape (batches, size).
@@ -99,5 +99,5 @@ class SumTree:
         Raises:
             ValueError: all priorities are 0.
         """
-        stretches = np.arange(size) + dice.random((batches, size))
+        stretches = np.arange(size) + rng.random((batches, size))
         return self.find(stretches * (self.total / size))

@@ -14,8 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from specgym.callbacks import CheckpointError, FolderCheckpointCallback, intact_checkpoints
-from specgym.callbacks.checkpoints import read_checkpoint
-from specgym.callbacks.resumable import JsonState
+from specgym.callbacks.checkpoints import JsonState, read_checkpoint
 
 
 class Count(JsonState):

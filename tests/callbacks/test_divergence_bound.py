@@ -83,7 +83,7 @@ def test_ascent_finds_the_bound_whatever_the_shape_of_the_frontier(shape: str) -
 
 
 def test_environments_without_workloads_or_multipliers_are_refused(toy_tuning: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="which workload"):
+    with pytest.raises(ValueError, match="do not name their workload"):
         learn(make_vec_env("Pendulum-v1", 1), DivergenceBoundCallback(0.05), 1)
     lacking = type("Lacking", (toy_tuning,), {"set_divergence_multiplier": property(lambda self: self.missing)})
     with pytest.raises(ValueError, match="take no multiplier"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.callbacks.improvement import Improvement
+from specgym.callbacks.schedules import Improvement
 
 
 def test_waits_for_a_relative_rise_over_the_best() -> None:

@@ -17,7 +17,8 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.training.nan_guards import MARK, FiniteAdam, FiniteGuard, FiniteRolloutBuffer, NumericsCallback
+from specgym.agents.training.nan_guards import FiniteAdam, FiniteGuard, FiniteRolloutBuffer
+from specgym.callbacks import LEFT_OUT, NumericsCallback
 from specgym.decoding import NumericalError
 
 STATES = spaces.Box(0, 1, (1,), np.float32)
@@ -41,9 +42,9 @@ def test_guard_replaces_a_broken_observation_by_the_last_one_and_marks_both_side
     guard = FiniteGuard(DummyVecEnv([lambda: fake_tuning({"obs": {3}}, value)]))
     first = np.asarray(guard.reset())
     infos = run(guard, 6)
-    assert [bool(info.get(MARK)) for info in infos] == [False, False, True, True, False, False]
-    assert guard.observations == 1
-    assert guard.rewards == 0
+    assert [bool(info.get(LEFT_OUT)) for info in infos] == [False, False, True, True, False, False]
+    assert guard.caught["observations"] == 1
+    assert guard.caught["rewards"] == 0
     np.testing.assert_array_equal(guard._last, first)  # nothing has changed since
 
 
@@ -52,8 +53,8 @@ def test_guard_replaces_and_marks_a_broken_reward(fake_tuning: Callable[..., Any
     guard = FiniteGuard(DummyVecEnv([lambda: fake_tuning({"reward": {1, 4}}, value)]))
     guard.reset()
     infos = run(guard, 6)
-    assert [bool(info.get(MARK)) for info in infos] == [True, False, False, True, False, False]
-    assert guard.rewards == 2
+    assert [bool(info.get(LEFT_OUT)) for info in infos] == [True, False, False, True, False, False]
+    assert guard.caught["rewards"] == 2
 
 
 def test_guard_mends_the_final_observation_of_an_episode(fake_tuning: Callable[..., Any]) -> None:
@@ -61,16 +62,16 @@ def test_guard_mends_the_final_observation_of_an_episode(fake_tuning: Callable[.
     guard.reset()
     infos = run(guard, 21)
     assert np.isfinite(infos[19]["terminal_observation"]).all()
-    assert infos[19].get(MARK)
-    assert not infos[20].get(MARK)
+    assert infos[19].get(LEFT_OUT)
+    assert not infos[20].get(LEFT_OUT)
 
 
 def test_guard_marks_the_first_step_after_a_broken_reset(fake_tuning: Callable[..., Any]) -> None:
     guard = FiniteGuard(DummyVecEnv([lambda: fake_tuning({"reset": {0}})]))
     assert np.isfinite(guard.reset()).all()
     infos = run(guard, 21)
-    assert [step for step, info in enumerate(infos) if info.get(MARK)] == [0, 20]
-    assert guard.observations == 2
+    assert [step for step, info in enumerate(infos) if info.get(LEFT_OUT)] == [0, 20]
+    assert guard.caught["observations"] == 2
 
 
 def filled(rewards: list[float], values: list[float], out: tuple[int, ...] = ()) -> FiniteRolloutBuffer:

@@ -34,7 +34,7 @@ def test_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: Path) -> 
     np.testing.assert_array_equal(restored._stored.tree.priorities, callback._stored.tree.priorities)
     for mine, theirs in zip(restored._stored.data, callback._stored.data, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    draws = [each._stored.tree.draw(3, 5, each._dice) for each in (callback, restored)]
+    draws = [each._stored.tree.draw(3, 5, each._rng) for each in (callback, restored)]
     np.testing.assert_array_equal(*draws)
     # A phase that was done before saving is not done again.
     callback.save_state(tmp_path)

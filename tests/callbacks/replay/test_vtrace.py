@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from specgym.callbacks.replay.vtrace import VTrace, vtrace
+from specgym.callbacks.replay.phase import VTrace, vtrace
 
 GAMMA, LAMBDA = 0.9, 0.8
 

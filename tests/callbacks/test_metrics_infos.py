@@ -12,8 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
-from specgym.callbacks.step_infos import StepInfos, step_infos, vector_source
-from specgym.callbacks.workload_means import WorkloadMeans
+from specgym.callbacks.metrics import StepInfos, WorkloadMeans, step_infos, vector_source
 
 
 def read(venv: Any, infos: list[dict[str, Any]]) -> StepInfos:
