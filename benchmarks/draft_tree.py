@@ -74,7 +74,7 @@ def methods(pair: Pair, settings: Settings) -> list[Method]:
     predictor = usual_acceptance(plain.draft, pair.target, alignment)
     if predictor is None:
         return found
-    guided = {"alignment": alignment, "predictor": predictor}
+    guided: dict[str, Any] = {"alignment": alignment, "predictor": predictor}
     both = DraftTreeDecoder(pair, pruning=None, alignment_weight=settings.weight, **guided)
     found += [
         Method("tree + both", both, shape),

@@ -97,8 +97,8 @@ class Checkpoint:
     """An intact checkpoint on disk.
 
     Attributes:
-        folder: folder with ``policy.zip``, ``state.json``, for a normalised environment ``vecnormalize.pkl``, and a file
-            for each callback with a state. Zip and pickle run code when they are loaded: trust whoever wrote them.
+        folder: folder with ``policy.zip``, ``state.json``, for a normalised environment ``vecnormalize.pkl``, and a
+            file for each callback with a state. Zip and pickle run code when they are loaded: trust whoever wrote them.
         steps: environment steps learned from.
         random: states for `restore_random_states`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -25,7 +26,7 @@ class NumericsCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         marked = np.array([bool(info.get(LEFT_OUT)) for info in self.locals["infos"]])
-        buffer = self.locals.get("rollout_buffer")
+        buffer: Any = self.locals.get("rollout_buffer")
         if hasattr(buffer, "leave_out"):
             buffer.leave_out(marked)
         elif marked.any():

@@ -58,7 +58,7 @@ class RateCallback(JsonState, BaseCallback):
     def _on_rollout_end(self) -> None:
         totals = self.training_env.env_method("totals")[0]
         reached = totals.throughput
-        for place in np.flatnonzero(totals.seconds > 0):
+        for place in np.flatnonzero(totals.seconds > 0).tolist():
             name, throughput = self._names[place], float(reached[place])
             # The first throughput is far from the 1 that the rates begin with, so it is taken as it is.
             before = self.rates.get(name, throughput)

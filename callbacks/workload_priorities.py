@@ -138,9 +138,7 @@ class WorkloadPriorities(JsonState, BaseCallback):
                 self.logger.record(f"workload_priority/score/{name}", self.scores[name])
 
     def _workload_of(self) -> NDArray[np.int64]:
-        return np.array(
-            self.training_env.get_attr("workload_of", [0])[0]
-        )  # a copy: it is changed in place
+        return np.array(self.training_env.get_attr("workload_of", [0])[0])  # a copy: it is changed in place
 
     def _set_weights(self) -> None:
         self.training_env.env_method("set_workload_weights", list(self.probabilities().values()))

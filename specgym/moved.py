@@ -62,4 +62,4 @@ class _Finder:
 def install() -> None:
     """Let earlier import paths work. Calling it again changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]  # a finder needs find_spec alone
+        sys.meta_path.append(_Finder())

@@ -50,7 +50,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_repeats() -> Iterator[None]:
-    """What only needs some latency profile of a pair times every size thrice, and not forty times."""
+    """Latency profiles time every size thrice, not forty times: these tests only need some profile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_measure, "measure", partial(latency_measure.measure, repeats=3))
         yield

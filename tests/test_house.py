@@ -39,36 +39,30 @@ EARLIER_FORMATS: tuple[str, ...] = ()
 FIRST_WORDS = re.compile(r"(What|Of|The same|As|How|Whether|Where|When|From)\b")
 BANNED_NAMES = frozenset({"found", "made", "told", "given", "one", "each", "own", "dice", "cycle", "wanted"})
 BUDGET: dict[str, dict[str, int]] = {
-    "package files": {"package": 89},
+    "package files": {"package": 85},
     "folder sizes": {"agents": 13, "decoding/fit": 36, "envs": 1},
-    "lone files": {"agents": 3, "callbacks": 1, "decoding": 6, "decoding/fit": 2, "envs": 3},
+    "lone files": {"agents": 3, "decoding": 6, "decoding/fit": 2, "envs": 3},
     "decoder words": {"agents": 164, "envs": 156},
     "first lines": {
-        "agents": 159,
+        "agents": 158,
         "benchmarks": 54,
-        "callbacks": 12,
         "decoding": 114,
         "decoding/fit": 86,
         "envs": 105,
-        "tests": 2,
         "tests/agents": 6,
-        "tests/callbacks": 4,
         "tests/decoding": 36,
         "tests/envs": 11,
-        "tests/helpers": 14,
     },
     "names": {
         "agents": 116,
         "benchmarks": 63,
-        "callbacks": 10,
         "decoding": 92,
         "decoding/fit": 114,
         "envs": 140,
         "tests/agents": 54,
-        "tests/callbacks": 16,
-        "tests/decoding": 282,
-        "tests/envs": 99,
-        "tests/helpers": 16,
+        "tests/decoding": 267,
+        "tests/envs": 97,
+        "tests/helpers": 1,
     },
 }
 """Offenders that are still allowed, by rule and area (`Offender.area`)."""
@@ -239,8 +233,8 @@ def bound_names(node: ast.AST) -> Iterator[str]:
             yield name
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             yield name
-        case ast.alias(name=name, asname=other):
-            yield other or name
+        case ast.alias(asname=str(name)):
+            yield name
         case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
             yield name
         case _:
@@ -296,7 +290,7 @@ def lone_files() -> Iterator[Offender]:
                 importers[node.value.partition(":")[0]].add(file.path)
     for file in package_sources():
         lines = len(file.text.splitlines())
-        if lines < FEWEST_LINES and not file.path.endswith(("__init__.py", "__main__.py")):
+        if lines < FEWEST_LINES and not file.path.endswith(("__init__.py", "__main__.py", "specgym/moved.py")):
             using = importers[file.module] - {file.path}
             if len(using) == 1:
                 yield Offender(file.path, lines, f"{lines} lines, imported by {next(iter(using))} alone: merge them")

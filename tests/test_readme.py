@@ -1,4 +1,4 @@
-"""What the README shows runs as it is printed."""
+"""Snippets of the README, run as they are printed."""
 
 from __future__ import annotations
 

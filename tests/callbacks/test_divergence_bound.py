@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def learn(venv: VecEnv, callback: DivergenceBoundCallback, rollouts: int) -> dic
 def test_single_environments_get_the_multiplier_of_their_workload(toy_tuning: Callable[..., Any]) -> None:
     envs = [toy_tuning("tiny/code"), toy_tuning("tiny/prose", [0.01, 0.25]), toy_tuning("tiny/code")]
     callback = DivergenceBoundCallback(bound=0.05, rate=0.5, start=2.0)
-    logged = learn(DummyVecEnv([lambda env=env: env for env in envs]), callback, 2)
+    logged = learn(DummyVecEnv([partial(lambda env: env, env) for env in envs]), callback, 2)
     assert logged["bound/divergence/tiny/prose"] == pytest.approx((0.01 * 10 + 0.25 * 20) / 30)  # by tokens
     assert logged["bound/divergence/tiny/code"] == pytest.approx(0.01)
     assert logged["bound/kept"] == 0.5
@@ -85,7 +86,8 @@ def test_ascent_finds_the_bound_whatever_the_shape_of_the_frontier(shape: str) -
 def test_environments_without_workloads_or_multipliers_are_refused(toy_tuning: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="do not name their workload"):
         learn(make_vec_env("Pendulum-v1", 1), DivergenceBoundCallback(0.05), 1)
-    lacking = type("Lacking", (toy_tuning,), {"set_divergence_multiplier": property(lambda self: self.missing)})
+    parent: Any = toy_tuning  # a class
+    lacking = type("Lacking", (parent,), {"set_divergence_multiplier": property(lambda self: self.missing)})
     with pytest.raises(ValueError, match="take no multiplier"):
         learn(DummyVecEnv([lambda: lacking("tiny/code")]), DivergenceBoundCallback(0.05), 1)
 

@@ -1,4 +1,4 @@
-"""When a noisy number counts as risen."""
+"""Rises of a noisy number."""
 
 from __future__ import annotations
 

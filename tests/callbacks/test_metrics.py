@@ -1,4 +1,4 @@
-"""What the metrics callback writes, read back from TensorBoard's own files."""
+"""Metrics in TensorBoard's own files."""
 
 from __future__ import annotations
 

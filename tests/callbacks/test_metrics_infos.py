@@ -1,4 +1,4 @@
-"""The same arrays, whether the environments speak in dictionaries or in arrays."""
+"""Infos as arrays, from dictionaries and from arrays."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_both_sources_say_the_same_at_every_step(toy_tuning: Callable[..., Any])
     together.reset()
     for _ in range(6):  # episodes end after 4: their last step counts, not the start that follows it
         actions = np.zeros((2, 2), np.float32)
-        one, other = read(single, single.step(actions)[3]), read(together, together.step(actions)[3])
-        assert one.workloads.tolist() == other.workloads.tolist() == ["tiny/prose", "tiny/code"]
+        apart, joint = read(single, single.step(actions)[3]), read(together, together.step(actions)[3])
+        assert apart.workloads.tolist() == joint.workloads.tolist() == ["tiny/prose", "tiny/code"]
         for name in ("divergence", "tokens"):
-            assert one.entries[name].tolist() == other.entries[name].tolist()
-        assert one.entries["divergence"][0] in (0.1, 0.2, 0.3)
+            assert apart.entries[name].tolist() == joint.entries[name].tolist()
+        assert apart.entries["divergence"][0] in (0.1, 0.2, 0.3)
 
 
 def test_entries_of_only_some_environments_are_nan_elsewhere() -> None:
@@ -66,7 +66,7 @@ def test_means_are_weighted_and_leave_out_what_does_not_count() -> None:
     assert means.overall() == pytest.approx({"x": 20 / 4})
     more = StepInfos(np.array([True, True]), np.array(["c", "a"], object), {})
     means.add(more, {"x": np.array([3.0, 4.0]), "y": np.array([0.5, 0.25])}, np.array([np.nan, 3.0]))
-    found = means.by_workload()
-    assert found["a"] == pytest.approx({"x": (1 + 12) / 4, "y": 0.25})
-    assert found["b"] == {"x": 5.0}
-    assert "c" not in found
+    result = means.by_workload()
+    assert result["a"] == pytest.approx({"x": (1 + 12) / 4, "y": 0.25})
+    assert result["b"] == {"x": 5.0}
+    assert "c" not in result

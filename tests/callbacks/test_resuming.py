@@ -29,7 +29,7 @@ STEPS = 12  # of 2 environments together, a rollout of 2 episodes
 
 
 class Journal(BaseCallback):
-    """What is in force at the end of every rollout."""
+    """Values in force at the end of every rollout."""
 
     def __init__(self, priorities: WorkloadPriorities, bound: DivergenceBoundCallback) -> None:
         super().__init__()

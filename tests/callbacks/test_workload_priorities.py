@@ -28,7 +28,7 @@ class KeepAdvantages(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        buffer: Any = self.model.rollout_buffer
+        buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]  # on-policy algorithms have it
         self.advantages = buffer.advantages.copy()
         self.usable = getattr(buffer, "usable", np.ones(self.advantages.shape, bool)).copy()
 
@@ -74,9 +74,9 @@ def test_a_workload_without_transitions_is_drawn_first(toy_vector: Callable[...,
 
 
 def test_stale_workloads_get_their_share() -> None:
-    found = workload_probabilities(np.array([3.0, 2.0, 1.0]), np.array([0.0, 1.0, 3.0]), staleness_weight=0.4)
+    result = workload_probabilities(np.array([3.0, 2.0, 1.0]), np.array([0.0, 1.0, 3.0]), staleness_weight=0.4)
     by_rank = np.array([1, 1 / 2, 1 / 3]) / (1 + 1 / 2 + 1 / 3)
-    assert found == pytest.approx(0.6 * by_rank + 0.4 * np.array([0, 0.25, 0.75]))
+    assert result == pytest.approx(0.6 * by_rank + 0.4 * np.array([0, 0.25, 0.75]))
 
 
 @given(
@@ -89,14 +89,14 @@ def test_probabilities_add_up_and_follow_the_scores(
     scores: list[float], temperature: float, weight: float, data: st.DataObject
 ) -> None:
     ages = data.draw(st.lists(st.integers(0, 50), min_size=len(scores), max_size=len(scores)))
-    found = workload_probabilities(
+    result = workload_probabilities(
         np.array(scores), np.array(ages, float), temperature=temperature, staleness_weight=weight
     )
-    assert found.sum() == pytest.approx(1)
-    assert (found >= 0).all()
+    assert result.sum() == pytest.approx(1)
+    assert (result >= 0).all()
     unseen = np.isnan(scores)
     if unseen.any():
-        assert (found[~unseen] == 0).all()
+        assert (result[~unseen] == 0).all()
     else:
         alone = workload_probabilities(np.array(scores), np.zeros(len(scores)), temperature=temperature)
         assert (np.diff(alone[np.argsort(-np.array(scores), kind="stable")]) <= 1e-12).all()

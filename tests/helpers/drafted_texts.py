@@ -14,7 +14,7 @@ GO, STOP = 0, 1
 LONGEST, TOKENS = 5, 24
 PROMPTS = TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 7, 8, 9, 7]], [[11, 12], [13]])
 PRODUCT, PLACE = ([feature.name for feature in FEATURES].index(name) for name in ("product", "place"))
-"""Where in an observation."""
+"""Places in an observation."""
 
 
 def play(env: DraftLengthEnv, prompt: int, actions: np.random.Generator | int) -> list[tuple[Any, ...]]:

@@ -25,30 +25,30 @@ def random_trace(
         ending: about how many of the texts end early.
         columns: values for all of a column, in place of random ones.
     """
-    dice = np.random.default_rng(seed)
-    ended = dice.random(prompts) < ending
-    lengths = np.where(ended, dice.integers(2, tokens, prompts), tokens)
+    rng = np.random.default_rng(seed)
+    ended = rng.random(prompts) < ending
+    lengths = np.where(ended, rng.integers(2, tokens, prompts), tokens)
     rows = int(lengths.sum())
 
     def column(key: str, high: float = 1.0) -> Any:
-        return np.full((rows, K), columns[key]) if key in columns else high * dice.random((rows, K))
+        return np.full((rows, K), columns[key]) if key in columns else high * rng.random((rows, K))
 
-    drafted = np.full(rows, int(columns["drafted"])) if "drafted" in columns else dice.integers(0, K + 1, rows)
+    drafted = np.full(rows, int(columns["drafted"])) if "drafted" in columns else rng.integers(0, K + 1, rows)
     temperature = float(name.partition("@")[2] or 0)
     return Trace(
         info=trace_info(workload=name, temperature=temperature, draft_length=K, tokens=tokens),
         prompt_lengths=np.full(prompts, 3),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         ended=ended,
-        text=dice.integers(0, 50, rows),
-        tokens=dice.integers(0, 50, (rows, K)),
+        text=rng.integers(0, 50, rows),
+        tokens=rng.integers(0, 50, (rows, K)),
         confidence=column("confidence"),
         entropy=column("entropy", 5.0),
         q=column("q"),
         p=column("p"),
         target_entropy=column("target_entropy"),
         drafted=drafted,
-        match=dice.random((rows, K)) < 0.67,
+        match=rng.random((rows, K)) < 0.67,
         distance=column("distance"),
         jump=np.full((rows, K + 1), -1),
         detour_prompts=np.empty(0, np.int64),
@@ -63,6 +63,6 @@ def make(traces: Any, profile: Any, num_envs: int = 6, **changes: Any) -> DraftL
     return DraftLengthVectorEnv(num_envs, **(arguments | changes))
 
 
-def actions_of(dice: np.random.Generator, count: int, stopping: float = 0.4) -> Any:
-    """As many actions, shape (count,), of which about a share of `stopping` stop."""
-    return (dice.random(count) < stopping).astype(np.int64)
+def actions_of(rng: np.random.Generator, count: int, stopping: float = 0.4) -> Any:
+    """Draw actions, shape (count,), of which about a share of `stopping` stop."""
+    return (rng.random(count) < stopping).astype(np.int64)

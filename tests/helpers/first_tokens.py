@@ -19,11 +19,11 @@ LENGTH = 3
 AHEAD = 3
 """Tokens that a text has beyond those that are looked at, so that what is drafted reaches there."""
 SIGNIFICANCE = 1e-3
-"""Of each chi-square test: with n of them, one run in 1000/n would fail for no reason, were the seeds not fixed."""
+"""Level of every chi-square test: with n of them, a run in 1000/n would fail by chance, were the seeds not fixed."""
 ROUNDING = 1e-5
 """Total variation from the target of what is exact."""
 Knobs = Callable[[int], Mapping[str, float]]
-"""Of a round, by its number."""
+"""Knobs of a round by its number."""
 
 
 def usual(number: int) -> Mapping[str, float]:
@@ -35,8 +35,8 @@ class FirstTokens:
     """Adds up the first tokens of texts.
 
     Attributes:
-        weights: of the texts, by their first tokens.
-        accepted: drafted tokens that were accepted, each with the weight of its text.
+        weights: weights of the texts, by their first tokens.
+        accepted: drafted tokens that were accepted, weighted by their texts.
         rejected: those that were not, likewise.
     """
 
@@ -52,8 +52,8 @@ class FirstTokens:
         weight = 1.0 if walk is None else walk.weight
         text = tuple(session.tokens[:LENGTH])
         self.weights[text] = self.weights.get(text, 0.0) + weight
-        self.accepted += weight * sum(cycle.accepted for cycle in rounds)
-        self.rejected += weight * sum(cycle.drafted - cycle.accepted for cycle in rounds)
+        self.accepted += weight * sum(round_.accepted for round_ in rounds)
+        self.rejected += weight * sum(round_.drafted - round_.accepted for round_ in rounds)
 
 
 class Walker(ABC):
@@ -80,33 +80,33 @@ class Walker(ABC):
 
     def strays(self, decoder: Decoder, sampling: Sampling, knobs: Knobs = usual) -> float:
         """Total variation of the decoder's first tokens from the target's own."""
-        walk, found = Branches(), FirstTokens()
+        walk, result = Branches(), FirstTokens()
         with self._monkeypatch.context() as patch:
             self.branch(patch, walk)
             for _ in walk:
                 session = decoder.start(self.prompt, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=0)
                 self.begin(session, walk)
-                found.add(session, knobs, walk)
-        assert sum(found.weights.values()) == pytest.approx(1)
-        self.accepted += found.accepted
-        self.rejected += found.rejected
-        return distance(found.weights, exact_joint(decoder.pair.target, sampling, self.prompt, LENGTH))
+                result.add(session, knobs, walk)
+        assert sum(result.weights.values()) == pytest.approx(1)
+        self.accepted += result.accepted
+        self.rejected += result.rejected
+        return distance(result.weights, exact_joint(decoder.pair.target, sampling, self.prompt, LENGTH))
 
 
 def sampled(decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs) -> tuple[float, FirstTokens]:
     """The p-value of so many seeded texts (0 where an impossible one came up), and the texts."""
-    found = FirstTokens()
+    result = FirstTokens()
     for seed in range(texts):
-        found.add(decoder.start(PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=seed), knobs)
-    counts = {text: round(weight) for text, weight in found.weights.items()}
-    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, LENGTH)), found
+        result.add(decoder.start(PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=seed), knobs)
+    counts = {text: round(weight) for text, weight in result.weights.items()}
+    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, LENGTH)), result
 
 
 def assert_texts_follow_the_target(decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs) -> None:
     """So many seeded texts may be the target's own; and enough was accepted and rejected for that to say something."""
-    p_value, found = sampled(decoder, sampling, texts, knobs)
+    p_value, result = sampled(decoder, sampling, texts, knobs)
     assert p_value > SIGNIFICANCE
-    assert min(found.accepted, found.rejected) > texts / 10
+    assert min(result.accepted, result.rejected) > texts / 10
 
 
 def assert_found_out(walker: Walker, small: Decoder, large: Decoder, texts: int, knobs: Knobs = usual) -> None:

@@ -44,26 +44,26 @@ def exact_joint(target: LanguageModel, sampling: Sampling, prompt: Sequence[int]
     return joint
 
 
-def distance(one: Joint, two: Joint) -> float:
+def distance(joint: Joint, other: Joint) -> float:
     """Total variation of two joint distributions."""
-    return sum(abs(one.get(text, 0.0) - two.get(text, 0.0)) for text in one.keys() | two.keys()) / 2
+    return sum(abs(joint.get(text, 0.0) - other.get(text, 0.0)) for text in joint.keys() | other.keys()) / 2
 
 
 def p_value_of(counts: Mapping[tuple[int, ...], int], joint: Joint) -> float:
-    """The chi-square test of texts that were drawn, by how often; 0 where an impossible one came up."""
+    """P value of a chi-square test on counts of drawn texts; 0 if an impossible text was drawn."""
     drawn = sum(counts.values())
     expected = {text: drawn * p for text, p in joint.items()}
     if any(expected[text] < 1e-9 * drawn for text in counts):
         return 0.0
     common = [text for text, count in expected.items() if count >= 5]
     observed = [counts.get(text, 0) for text in common]
-    wanted = [expected[text] for text in common]
-    rest = drawn - sum(wanted)
+    common_counts = [expected[text] for text in common]
+    rest = drawn - sum(common_counts)
     if rest >= 5:  # rare texts count as one class
         observed.append(drawn - sum(observed))
-        wanted.append(rest)
-    scale = sum(observed) / sum(wanted)
-    return float(stats.chisquare(observed, [scale * count for count in wanted]).pvalue)
+        common_counts.append(rest)
+    scale = sum(observed) / sum(common_counts)
+    return float(stats.chisquare(observed, [scale * count for count in common_counts]).pvalue)
 
 
 class Branches:

@@ -17,20 +17,20 @@ from specgym.envs import Outcomes, Workload
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 
 TOKENS = 16
-"""Recorded of each prompt, and decoded each step."""
+"""Tokens recorded of a prompt, and decoded in a step."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of a decoder, and what its environments are told."""
+    """Outcomes recorded of a decoder, and arguments of its environments."""
 
     env: str
-    """The id of its environments."""
+    """Id of the environments."""
     outcomes: Outcomes
     workload: Workload
     profile: LatencyProfile
     build: Callable[[Pair], Decoder]
-    """Makes the decoder itself."""
+    """Build the decoder itself."""
     middle: Mapping[str, float]
     """A setting that was not recorded, or any."""
     lossless: bool = True
@@ -39,12 +39,12 @@ class Recorded:
 
     @property
     def decoder(self) -> str:
-        """Its name."""
+        """Name of the decoder."""
         return self.outcomes.info.decoder
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its knobs, in order."""
+        """Names of the knobs, in order."""
         return tuple(knob.name for knob in self.outcomes.info.knobs)
 
     def still(self, *environments: int) -> NDArray[np.float32]:

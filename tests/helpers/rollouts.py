@@ -12,7 +12,7 @@ STILL = np.zeros(2, np.float32)
 
 
 def rollout(env: gymnasium.Env, seed: int, steps: int = 5) -> list[Any]:
-    """What `reset` and some steps with sampled actions return, arrays as lists."""
+    """Results of `reset` and of some steps with sampled actions, arrays as lists."""
     env.action_space.seed(seed)
     seen: list[Any] = [env.reset(seed=seed)]
     seen += [env.step(env.action_space.sample()) for _ in range(steps)]

@@ -22,12 +22,12 @@ def record_little(decoder: str, workloads: Sequence[str], folder: Path, settings
     few = OutcomeSettings(decoder, settings=settings, prompts=2, tokens=12)
     for name in workloads:
         for split in ("train", "test"):
-            record_outcomes(workload(name), split, folder / outcomes_name(name, decoder, split), few)  # type: ignore[arg-type]
+            record_outcomes(workload(name), split, folder / outcomes_name(name, decoder, split), few)
     return folder
 
 
 def options(env: str, runs: Path, workloads: Sequence[str], recordings: Path | None, **changed: object) -> list[str]:
-    """Of a run `mine` of a few hundred steps, as words of the command line."""
+    """Command-line words of a run `mine` of a few hundred steps."""
     chosen = {
         "--runs": runs, "--name": "mine", "--total-timesteps": 320, "--environments": 8,
         "--environment.recordings": recordings, "--environment.tokens-per-step": 8, "--checkpoint-every": 160,

@@ -40,7 +40,7 @@ class TableModel(LanguageModel):
         self._last_start = 0
 
     def fresh(self) -> TableModel:
-        """The same table, nothing read."""
+        """Copy of the table that has read nothing."""
         other = TableModel.__new__(TableModel)
         other.__dict__.update(self.__dict__)
         other.seen = []
@@ -81,7 +81,7 @@ class TableModel(LanguageModel):
         del self.seen[length:]
 
     def keep(self, path: Sequence[int]) -> None:
-        """Of the last tree, keep these nodes alone."""
+        """Keep only these nodes of the last tree."""
         assert list(path) == sorted(set(path))
         self.seen[self._last_start :] = [self.seen[self._last_start + node] for node in path]
 
@@ -101,7 +101,7 @@ class ReadableTable(LanguageModel):
         vars(table.model)["get_output_embeddings"] = lambda: layer
 
     def fresh(self) -> ReadableTable:
-        """The same table, nothing read."""
+        """Copy of the table that has read nothing."""
         return ReadableTable(self._table.fresh())
 
     @property
@@ -123,7 +123,7 @@ class ReadableTable(LanguageModel):
         return Logits(scores, scores if hidden else None)
 
     def keep(self, path: Sequence[int]) -> None:
-        """Of the last tree, keep these nodes alone."""
+        """Keep only these nodes of the last tree."""
         self._table.keep(path)
 
     def truncate(self, length: int) -> None:

@@ -14,26 +14,26 @@ from tests.helpers.known_distributions import Branches
 def branch_draws(patch: pytest.MonkeyPatch, walk: Branches) -> None:
     """Let every token be drawn by the walk, children included. (Dice are `branching_dice.Dice`.)"""
 
-    def one(row: Tensor) -> int:
+    def token_of(row: Tensor) -> int:
         weights = row.double()
         return walk.choose((weights / weights.sum()).tolist())
 
     def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.tensor(one(p))
+        return torch.tensor(token_of(p))
 
     def several(q: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.tensor([[one(row) for _ in range(count)] for row in q])
+        return torch.tensor([[token_of(row) for _ in range(count)] for row in q])
 
     def distinct(q: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        found = []
+        result = []
         for row in q:
             left, drawn = row.clone(), list[int]()
             for _ in range(count):
                 possible = [token for token in range(len(left)) if token not in drawn]
-                drawn.append(one(left) if left.sum() > 0 else possible[0])
+                drawn.append(token_of(left) if left.sum() > 0 else possible[0])
                 left[drawn[-1]] = 0.0
-            found.append(drawn)
-        return torch.tensor(found)
+            result.append(drawn)
+        return torch.tensor(result)
 
     patch.setattr(decoder, "draw", draw)
     patch.setattr(rules, "draw", draw)

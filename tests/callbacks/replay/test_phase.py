@@ -50,10 +50,10 @@ def test_a_truncated_state_is_valued_by_the_policy_of_today() -> None:
     np.testing.assert_allclose(steps.rewards[steps.truncated], reward[steps.truncated], atol=1e-6)
     phase = ReplayPhase(model, store)
     with torch.no_grad():
-        model.policy.value_net.bias += 5
+        model.policy.value_net.bias.add_(5)
     places = np.arange(2 * ENVIRONMENTS)
     phase.recentre(places)
-    row, step = (int(found[0]) for found in np.nonzero(steps.truncated))
+    row, step = (int(result[0]) for result in np.nonzero(steps.truncated))
     expected = model.policy.predict_values(torch.as_tensor(steps.after[row, step])[None]).item()
     assert expected > 3
     surprise = steps.rewards[row, step] + model.gamma * expected - phase.values[row, step]

@@ -26,16 +26,16 @@ def test_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: Path) -> 
     other = PPO.load(tmp_path / "policy.zip", env=model.get_env(), device="cpu")
     other._setup_learn(1000, restored, reset_num_timesteps=False)
     before = parameters(other)
-    for each in (callback, restored):
-        each.on_rollout_start()
+    for item in (callback, restored):
+        item.on_rollout_start()
     assert (restored.updates, restored.dropped) == (callback.updates, callback.dropped) == (4, 0)
     assert (parameters(model) != before).any()
     torch.testing.assert_close(parameters(other), parameters(model), rtol=0, atol=0)
     np.testing.assert_array_equal(restored._stored.tree.priorities, callback._stored.tree.priorities)
     for mine, theirs in zip(restored._stored.data, callback._stored.data, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    draws = [each._stored.tree.draw(3, 5, each._rng) for each in (callback, restored)]
-    np.testing.assert_array_equal(*draws)
+    draws = [item._stored.tree.draw(3, 5, item._rng) for item in (callback, restored)]
+    np.testing.assert_array_equal(draws[0], draws[1])
     # A phase that was done before saving is not done again.
     callback.save_state(tmp_path)
     restored.load_state(tmp_path)
@@ -69,7 +69,7 @@ def test_a_damaged_or_foreign_state_is_refused_by_name_and_changes_nothing(tmp_p
     arrays = dict(np.load(file))
     arrays["rewards"][0, 0] = np.nan
     with file.open("wb") as target:
-        np.savez(target, **arrays)  # type: ignore[arg-type]
+        np.savez(target, **arrays)
     with pytest.raises(CheckpointError, match="rewards has NaN"):
         fresh.load_state(tmp_path)
 

@@ -13,8 +13,8 @@ from tests.helpers.replaying_learner import ENVIRONMENTS, STEPS, collect, learne
 
 
 def test_importance_weights_undo_the_preference_in_the_mean() -> None:
-    dice = np.random.default_rng(0)
-    values, probabilities = dice.normal(size=10), dice.dirichlet(np.ones(10))
+    rng = np.random.default_rng(0)
+    values, probabilities = rng.normal(size=10), rng.dirichlet(np.ones(10))
     weights = importance_weights(probabilities, 10, 1.0)
     assert weights.max() == 1
     scale = (probabilities * weights).sum()  # the expected weight
@@ -27,11 +27,16 @@ def test_importance_weights_undo_the_preference_in_the_mean() -> None:
 def test_a_phase_steps_with_the_weights_of_its_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     _, callback = replayed(beta_start=0.7)
     priorities = callback._stored.tree.priorities
-    seen = []
-    monkeypatch.setattr(ReplayPhase, "step", lambda phase, *batch: (seen.append(batch) or True, {}))
+    seen: list[tuple[np.ndarray, ...]] = []
+
+    def step(phase: ReplayPhase, *batch: np.ndarray) -> tuple[bool, dict[str, float]]:
+        seen.append(batch)
+        return True, {}
+
+    monkeypatch.setattr(ReplayPhase, "step", step)
     callback.on_rollout_start()
     assert callback.dropped == 0
-    places, weights = (np.stack(found) for found in zip(*seen, strict=True))
+    places, weights = (np.stack(result) for result in zip(*seen, strict=True))
     assert places.shape == (4, 6)
     assert weights.min() < 0.95
     share = priorities[places] / priorities.sum()
@@ -100,7 +105,7 @@ def test_segments_are_dropped_where_the_policy_has_moved_away() -> None:
 def test_a_broken_policy_drops_segments_rather_than_learning_from_them() -> None:
     model, callback = replayed()
     with torch.no_grad():
-        model.policy.value_net.bias += torch.nan
+        model.policy.value_net.bias.fill_(torch.nan)
     callback.on_rollout_start()
     assert (len(callback._stored), callback.updates) == (0, 0)
 

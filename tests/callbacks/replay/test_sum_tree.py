@@ -23,15 +23,15 @@ def unlikeliness(drawn: np.ndarray, priorities: np.ndarray) -> float:
 
 @pytest.mark.parametrize("places", [3, 5, 8, 37])
 def test_draws_in_proportion_to_priorities(places: int) -> None:
-    dice = np.random.default_rng(places)
-    priorities = dice.exponential(size=places)
+    rng = np.random.default_rng(places)
+    priorities = rng.exponential(size=places)
     priorities[0] = 0
     tree = SumTree(places)
     tree.set(np.arange(places), priorities)
     # Batches of one: stratified ones are drawn more evenly than chance, which would hide a bias from the bound.
-    assert unlikeliness(tree.draw(20_000, 1, dice), priorities) < 1
-    assert unlikeliness(tree.draw(500, 40, dice), priorities) < 1
-    assert unlikeliness(tree.draw(20_000, 1, dice), np.where(priorities > 0, 1.0, 0.0)) > 1
+    assert unlikeliness(tree.draw(20_000, 1, rng), priorities) < 1
+    assert unlikeliness(tree.draw(500, 40, rng), priorities) < 1
+    assert unlikeliness(tree.draw(20_000, 1, rng), np.where(priorities > 0, 1.0, 0.0)) > 1
 
 
 def test_a_stratified_batch_of_equal_priorities_has_every_place_once() -> None:

@@ -17,16 +17,16 @@ GAMMA, LAMBDA = 0.9, 0.8
 
 def some_segments(seed: int, segments: int = 3, steps: int = 12) -> dict[str, Any]:
     """Arguments of `vtrace` whose episodes end inside, by termination and by truncation; all steps usable."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     shape = (segments, steps)
-    values, ends = dice.normal(size=shape), dice.random(shape) < 0.2
-    after = np.concatenate([values[:, 1:], dice.normal(size=(segments, 1))], axis=1)
-    final = np.where(dice.random(shape) < 0.5, dice.normal(size=shape), 0)  # truncated or terminated
+    values, ends = rng.normal(size=shape), rng.random(shape) < 0.2
+    after = np.concatenate([values[:, 1:], rng.normal(size=(segments, 1))], axis=1)
+    final = np.where(rng.random(shape) < 0.5, rng.normal(size=shape), 0)  # truncated or terminated
     return {
-        "rewards": dice.normal(size=shape),
+        "rewards": rng.normal(size=shape),
         "values": values,
         "next_values": np.where(ends, final, after),
-        "log_ratios": dice.normal(size=shape),
+        "log_ratios": rng.normal(size=shape),
         "ends": ends,
         "usable": np.ones(shape, bool),
     }
@@ -60,10 +60,10 @@ def test_off_policy_targets_are_those_of_the_definition(seed: int) -> None:
     case["usable"][1, 4:6] = False
     case["usable"][2, -1] = False
     assert case["ends"][:, :-1].any()
-    found = traced(case)
-    np.testing.assert_allclose(found.targets, written_out(case), rtol=1e-10)
-    np.testing.assert_allclose(found.weights, np.where(case["usable"], np.minimum(1, np.exp(case["log_ratios"])), 0))
-    assert (found.advantages[~case["usable"]] == 0).all()
+    result = traced(case)
+    np.testing.assert_allclose(result.targets, written_out(case), rtol=1e-10)
+    np.testing.assert_allclose(result.weights, np.where(case["usable"], np.minimum(1, np.exp(case["log_ratios"])), 0))
+    assert (result.advantages[~case["usable"]] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -80,9 +80,9 @@ def test_on_policy_it_is_generalised_advantage_estimation(seed: int) -> None:
     buffer.episode_starts[1:] = case["ends"].T[:-1]
     last = torch.as_tensor(case["next_values"][:, -1])
     buffer.compute_returns_and_advantage(last, case["ends"][:, -1])
-    found = traced(case)
-    np.testing.assert_allclose(found.advantages, buffer.advantages.T, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.targets, buffer.returns.T, rtol=1e-4, atol=1e-6)
+    result = traced(case)
+    np.testing.assert_allclose(result.advantages, buffer.advantages.T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(result.targets, buffer.returns.T, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_of_an_unusable_step_reaches_another() -> None:
