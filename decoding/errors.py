@@ -23,3 +23,11 @@ class KnobError(SpecgymError, ValueError):
 
 class NumericalError(SpecgymError, ArithmeticError):
     """A model that produced NaN where probabilities were needed."""
+
+
+class FitError(SpecgymError, ValueError):
+    """A setting of a fit command, its text or its target does not fit; the message says which and the way out."""
+
+
+class TrainingError(SpecgymError, RuntimeError):
+    """Training cannot go on; the message says why and what to try."""

@@ -1,5 +1,1 @@
-"""Make what decoding needs: text, a tokeniser, small targets; drafts, Medusa heads and what guides draft trees for any.
-
-Run it as ``python -m specgym.decoding.fit <command> --help``. The models that the package ships were made by
-``decoding/fit/make_tiny.sh``, which holds nothing but these commands.
-"""
+"""Fit drafts, n-gram tables, Medusa heads and draft-tree networks to a target: ``python -m specgym.decoding.fit``."""

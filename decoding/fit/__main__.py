@@ -1,62 +1,54 @@
-"""``python -m specgym.decoding.fit <command>``: make text, tokenisers, models, what guides decoding, and prompts."""
+"""Fit drafts, n-gram tables, Medusa heads and draft-tree networks to a target."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import tyro
 
 from ..errors import SpecgymError
-from .acceptance import AcceptanceSettings, make_acceptance
-from .alignment import AlignmentSettings, make_alignment
-from .corpus import CorpusSettings, make_corpus
-from .draft import DraftSettings, make_draft
-from .joint import JointSettings, make_joint
-from .medusa import MedusaSettings, make_medusa
-from .ngram import NGramSettings, make_ngram
-from .prompts import PromptSettings, make_prompts
-from .target import TargetSettings, make_target
-from .tokenizer import TokenizerSettings, make_tokenizer
+from .draft.distil import DraftSettings, make_draft
+from .draft.ngram import NGramSettings, make_ngram
+from .draft_tree.acceptance import AcceptanceSettings, make_acceptance
+from .draft_tree.alignment import AlignmentSettings, make_alignment
+from .medusa.heads import MedusaSettings, make_medusa
+from .medusa.joint import JointSettings, make_joint
 
 Command = (
-    Annotated[CorpusSettings, tyro.conf.subcommand("corpus")]
-    | Annotated[TokenizerSettings, tyro.conf.subcommand("tokenizer")]
-    | Annotated[TargetSettings, tyro.conf.subcommand("target")]
-    | Annotated[DraftSettings, tyro.conf.subcommand("draft")]
+    Annotated[DraftSettings, tyro.conf.subcommand("draft")]
+    | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
     | Annotated[MedusaSettings, tyro.conf.subcommand("medusa")]
     | Annotated[JointSettings, tyro.conf.subcommand("medusa-joint")]
     | Annotated[AlignmentSettings, tyro.conf.subcommand("alignment")]
     | Annotated[AcceptanceSettings, tyro.conf.subcommand("acceptance")]
-    | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
-    | Annotated[PromptSettings, tyro.conf.subcommand("prompts")]
 )
+_RUN: dict[type, Callable[[Any], object]] = {
+    DraftSettings: make_draft,
+    NGramSettings: make_ngram,
+    MedusaSettings: make_medusa,
+    JointSettings: make_joint,
+    AlignmentSettings: make_alignment,
+    AcceptanceSettings: make_acceptance,
+}
+_RECIPES = ("corpus", "tokenizer", "target", "prompts")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run one command, given as on the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        arguments: words of the command line; by default those of this program.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _RECIPES:
+        sys.exit(
+            f"error: {arguments[0]} makes what the package ships, and runs in a checkout of the repository alone: "
+            f"python -m recipes.{arguments[0]}"
+        )
     command = tyro.cli(Command, prog="python -m specgym.decoding.fit", description=__doc__, args=arguments)
-    match command:
-        case CorpusSettings():
-            make_corpus(command)
-        case TokenizerSettings():
-            make_tokenizer(command)
-        case TargetSettings():
-            make_target(command)
-        case DraftSettings():
-            make_draft(command)
-        case MedusaSettings():
-            make_medusa(command)
-        case JointSettings():
-            make_joint(command)
-        case AlignmentSettings():
-            make_alignment(command)
-        case AcceptanceSettings():
-            make_acceptance(command)
-        case NGramSettings():
-            make_ngram(command)
-        case PromptSettings():
-            make_prompts(command)
+    _RUN[type(command)](command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The training loop that targets, drafts and heads share: mixed precision, schedule, progress, checkpoints, resume."""
+"""The training loop of all fit commands: mixed precision, schedule, checkpoints, resume, early stopping."""
 
 from __future__ import annotations
 
@@ -7,66 +7,31 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..errors import TrainingError
 from ..files import replacing
-from .early_stopping import EarlyStopping
-from .errors import TrainingError
-
-
-@dataclass
-class LoopSettings:
-    """How to train; shared by the commands that train."""
-
-    tokens: int = 10_000_000
-    """Tokens to train on; text is repeated when there is less."""
-    minutes: float | None = None
-    """Wall-clock budget; the learning rate then falls with whichever of tokens and minutes is further on. A run that
-    this ends cannot be repeated exactly; one that ends by tokens can."""
-    batch: int = 8
-    """Windows in a batch."""
-    length: int = 512
-    """Tokens in a window."""
-    learning_rate: float = 3e-3
-    """Highest learning rate, reached after the warm-up."""
-    optimiser: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for the matrices of the layers and AdamW for the rest; adamw: AdamW for everything."""
-    warmup: float = 0.03
-    """Share of the run in which the learning rate rises; then it follows a cosine down to a twentieth."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    bfloat16: bool = True
-    """Multiply matrices in bfloat16; weights stay float32."""
-    seed: int = 0
-    """Seed of weights, document order and batches."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
-    device: str = "auto"
-    """Where to train: auto (the first CUDA device if there is one), cpu, cuda, cuda:1, ..."""
-    checkpoint_minutes: float = 3.0
-    """Minutes between two checkpoints."""
-    work: Path = Path("runs/fit")
-    """Folder of the run's own state; a run that was killed goes on from there when the same command is given again."""
+from .settings import LoopSettings
+from .text.batches import Batches
 
 
 @dataclass
 class Outcome:
-    """What a training run did.
+    """Totals of a training run.
 
     Attributes:
         steps: optimiser steps.
         tokens: tokens trained on.
-        seconds: wall-clock time, over all its parts if it was resumed.
+        seconds: wall-clock time, over all parts of a resumed run.
         loss: mean training loss of the last steps, in nats a token.
     """
 
@@ -76,59 +41,135 @@ class Outcome:
     loss: float
 
 
-Rates = Callable[[str], float]
-"""From a parameter's name to the multiple of the learning rate that it has."""
+class HeldOutLoss(NamedTuple):
+    """Loss on held-out text, in nats; infinite before it is measured.
+
+    Attributes:
+        before: before training.
+        lowest: at its lowest, the start included.
+    """
+
+    before: float = math.inf
+    lowest: float = math.inf
+
+    @property
+    def improved(self) -> bool:
+        """Whether training brought the loss below its value at the start."""
+        return self.lowest < self.before
+
+    def verdict(self) -> str:
+        """A sentence on the effect of training."""
+        if self.improved:
+            return f"On held-out text the loss fell from {self.before:.3f} nats to {self.lowest:.3f} at best."
+        return (
+            f"Training improved nothing: on held-out text the loss was {self.before:.3f} nats before it and never "
+            "lower after, so the weights are those of the start. Try a lower --learning-rate, or more --texts."
+        )
 
 
-class Batches(Protocol):
-    """What a run trains on; asking for a step needs no history, so that a resumed run equals one never stopped."""
+class EarlyStopping:
+    """Stop when a held-out loss no longer falls, and restore the best weights.
 
-    def __call__(self, step: int) -> torch.Tensor:
-        """The batch of one step."""
-        ...
+    Args:
+        measure: measures the loss; must be deterministic, or a resumed run would differ.
+        every: steps between two measurements.
+        patience: measurements without progress before training ends; 0 never ends it.
 
-    def digest(self) -> str:
-        """Of everything that the batches depend on besides the settings, 64 hex digits."""
-        ...
+    Attributes:
+        loss: the held-out loss so far.
+    """
+
+    def __init__(self, measure: Callable[[], float], every: int, patience: int) -> None:
+        self._measure, self.every, self._patience = measure, every, patience
+        self.loss = HeldOutLoss()
+        self._misses = 0
+        self._weights: dict[str, Tensor] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether training should end."""
+        return 0 < self._patience <= self._misses
+
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Measure the loss before training, so that a run which only does harm returns its first weights."""
+        self.check(weights)
+        self.loss = HeldOutLoss(self.loss.lowest, self.loss.lowest)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Measure the loss, and copy the weights if it is the lowest so far."""
+        value = self._measure()
+        if value < self.loss.lowest:
+            self.loss, self._misses = self.loss._replace(lowest=value), 0
+            self._weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        else:
+            self._misses += 1
+
+    def take_best(self, weights: Mapping[str, Tensor]) -> None:
+        """Measure once more, then restore the weights of the lowest loss, in place."""
+        if not self.stopped:
+            self.check(weights)
+        with torch.no_grad():
+            for name, value in self._weights.items():
+                weights[name].copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """The state for `restore`."""
+        return {
+            "first": self.loss.before,
+            "best": self.loss.lowest,
+            "misses": self._misses,
+            "weights": self._weights,
+        }
+
+    def restore(self, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`, with tensors on the devices of those in ``like``."""
+        self.loss, self._misses = HeldOutLoss(float(state["first"]), float(state["best"])), int(state["misses"])
+        self._weights = {name: value.to(like[name].device) for name, value in state["weights"].items()}
 
 
-def device_of(settings: LoopSettings) -> torch.device:
-    """The device that the settings mean."""
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@torch.no_grad()
+def mean_loss(loss_at: Callable[[np.ndarray], Tensor], positions: np.ndarray, size: int = 512) -> float:
+    """Mean loss over many positions, computed in parts.
+
+    Args:
+        loss_at: the mean loss at some positions.
+        positions: their numbers, shape (n,), int64, at least one.
+        size: most positions at a time.
+    """
+    parts = np.array_split(positions, -(-len(positions) // size))
+    return sum(len(part) * float(loss_at(part)) for part in parts) / len(positions)
 
 
 def learning_rate(progress: float, warmup: float) -> float:
-    """Share of the highest learning rate at ``progress`` (0 to 1): linear rise, then a cosine down to 0.05."""
+    """Share of the peak learning rate at ``progress`` (0 to 1): linear rise, then a cosine down to 0.05."""
     if progress < warmup:
         return max(progress, 1e-3 * warmup) / warmup
     done = min(1.0, (progress - warmup) / max(1e-9, 1.0 - warmup))
     return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+Rates = Callable[[str], float]
+"""Learning rate of a parameter as a multiple of the common one, by its name."""
+
+
 def _optimisers(model: nn.Module, settings: LoopSettings, rates: Rates | None) -> list[torch.optim.Optimizer]:
-    """Optimisers whose groups of parameters say by ``share`` which part of the learning rate is theirs."""
-    by_rate: dict[float, list[str]] = {}
-    for name, _ in model.named_parameters():
-        by_rate.setdefault(1.0 if rates is None else rates(name), []).append(name)
-    parameters = dict(model.named_parameters())
-    found = [
-        optimiser
-        for share, names in by_rate.items()
-        for optimiser in _optimisers_of(model, [parameters[name] for name in names], settings, share)
+    """Optimisers whose parameter groups carry their multiple of the learning rate as ``share``."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        by_rate.setdefault(1.0 if rates is None else rates(name), []).append(parameter)
+    return [
+        optimiser for share, members in by_rate.items() for optimiser in _with_rate(model, members, settings, share)
     ]
-    return found
 
 
-def _optimisers_of(
+def _with_rate(
     model: nn.Module, parameters: Sequence[nn.Parameter], settings: LoopSettings, share: float
-) -> list[torch.optim.Optimizer]:
-    hidden, matrices, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+) -> Iterator[torch.optim.Optimizer]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is not None:
         embeddings.add(id(head.weight))
+    hidden, matrices, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -140,40 +181,41 @@ def _optimisers_of(
             hidden.append(parameter)
     rate, decay = settings.learning_rate, settings.weight_decay
     groups = [
-        {"params": part, "weight_decay": weight} for part, weight in ((matrices, decay), (rest, 0.0)) if part
-    ]  # fmt: skip
-    found: list[torch.optim.Optimizer] = []
+        {"params": part, "weight_decay": weight, "share": share}
+        for part, weight in ((matrices, decay), (rest, 0.0))
+        if part
+    ]
     if groups:
-        found.append(torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True))
+        yield torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
     if hidden:
         # "match_rms_adamw" scales the steps so that one learning rate serves both.
-        found.append(torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    for optimiser in found:
-        for group in optimiser.param_groups:
-            group["share"] = share
-    return found
+        muon = [{"params": hidden, "share": share}]
+        yield torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
 
 
 def _fingerprint(settings: LoopSettings, batches: Batches, model: nn.Module) -> str:
-    """What a state must agree on to be continued: everything that changes the result."""
+    """Hash of everything that changes the result; a state is resumed only if it agrees."""
     chosen = asdict(settings)
     for name in ("threads", "device", "checkpoint_minutes", "work"):
         del chosen[name]
-    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
     text = json.dumps([chosen, shapes, batches.digest()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_state(state: Path) -> dict[str, Any]:
+def _read_state(state: Path, fingerprint: str) -> dict[str, Any]:
     try:
-        return torch.load(state, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{state} is damaged ({error}): remove it to begin again") from error
+    if saved["fingerprint"] != fingerprint:
+        raise TrainingError(f"{state} belongs to a run with other settings or text: remove it, or give --work")
+    return saved
 
 
 def train(
     model: nn.Module,
-    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    loss_of: Callable[[Tensor], Tensor],
     batches: Batches,
     settings: LoopSettings,
     state: Path,
@@ -183,38 +225,34 @@ def train(
     rates: Rates | None = None,
     before_step: Callable[[float], None] | None = None,
 ) -> Outcome:
-    """Train what requires a gradient in ``model``, going on from ``state`` if that file exists.
+    """Train the parameters of a model that require a gradient, resuming from ``state`` if that file exists.
 
     Args:
         model: the model; changed in place.
-        loss_of: from a batch, for text int64 (batch, length + 1), to the loss: for text its mean in nats a token. The
-            batch is on the CPU; what of it the model reads is moved to the device here.
+        loss_of: computes the loss of a batch, for text the mean in nats a token. The batch is on the CPU, for text
+            int64 of shape (batch, length + 1); the function moves to the device what the model reads.
         batches: what to train on, ``batch * length`` tokens a step.
         settings: how to train.
-        state: file of the run's state; stays after the end, so that a finished run is not repeated.
+        state: file of the run's state; it stays after the end, so that a finished run is not repeated.
         on_checkpoint: called after each periodic checkpoint.
-        stop_after: leave after so many steps of this call, with a checkpoint, as a kill would (for tests).
-        stopping: may end the run early; at the end the model has the weights of the lowest held-out loss, which are
-            those that it began with if nothing improved.
-        rates: what multiple of the learning rate a parameter has, by its name; 1 for all by default.
-        before_step: told before each step how far the run is, from 0 to 1.
+        stop_after: leave after this many steps of this call, with a checkpoint, like a killed run (for tests).
+        stopping: may end the run early; at the end the model has the weights of the lowest held-out loss.
+        rates: multiples of the learning rate; 1 for all parameters by default.
+        before_step: called before each step with the progress of the run, from 0 to 1.
 
     Raises:
         TrainingError: if the loss is not finite, or ``state`` belongs to another run.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    settings.set_threads()
     per_step = settings.batch * settings.length
     total = max(1, math.ceil(settings.tokens / per_step))
     optimisers = _optimisers(model, settings, rates)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next(model.parameters()).device
     fingerprint = _fingerprint(settings, batches, model)
     outcome, earlier, average = Outcome(0, 0, 0.0, float("nan")), 0.0, float("nan")
     if state.is_file():
-        saved = _read_state(state)
-        if saved["fingerprint"] != fingerprint:
-            raise TrainingError(f"{state} belongs to a run with other settings or text: remove it, or give --work")
+        saved = _read_state(state, fingerprint)
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved["weights"][name])
@@ -232,7 +270,7 @@ def train(
             torch.save(
                 {
                     "fingerprint": fingerprint,
-                    "weights": {name: p.detach() for name, p in trained.items()},
+                    "weights": {name: parameter.detach() for name, parameter in trained.items()},
                     "optimisers": [optimiser.state_dict() for optimiser in optimisers],
                     "outcome": asdict(outcome),
                     **({} if stopping is None else {"stopping": stopping.state()}),

@@ -1,10 +1,11 @@
-"""What a model is worth on held-out text: perplexity, and for a draft how well it stands in for its target."""
+"""Quality of a model on held-out text, and speed of a decoder beside plain decoding."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ..decoder import Decoder, Generation
+from ..decoders.autoregressive import AutoregressiveDecoder
+from ..errors import FitError
 from ..models.reduced_vocabulary import reduced_output
-from .errors import FitError
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class Quality:
 
     Attributes:
         tokens: number of positions.
-        perplexity: of the text under the model; nan where the model cannot propose every token.
-        kl: mean KL divergence from the target's distribution to the draft's, in nats; nan without a target. Where the
-            draft cannot propose every token, from the target's distribution over those that it can propose.
+        perplexity: perplexity of the text under the model; nan if the model cannot propose every token.
+        kl: mean KL divergence from the target's distribution to the draft's, in nats; nan without a target. For a draft
+            that cannot propose every token, from the target's distribution over those that it can propose.
         alpha: mean over positions of sum over tokens of min(target, draft): the chance that a token drafted at
             temperature 1 is accepted; nan without a target.
         greedy_match: share of positions where target and draft have the same most likely token; nan without a target.
-        covered: mean probability that the target gives to the tokens which the draft can propose, which alpha cannot
-            exceed; nan where it can propose all, and without a target.
+        covered: mean probability that the target gives to the tokens which the draft can propose, an upper bound of
+            alpha; nan if it can propose all, and without a target.
     """
 
     tokens: int
@@ -45,7 +48,7 @@ def windows_of(tokens: np.ndarray, length: int, limit: int) -> torch.Tensor:
 
     Args:
         tokens: shape (k,).
-        length: tokens a window sees.
+        length: tokens of a window.
         limit: most tokens in all windows together.
 
     Raises:
@@ -67,14 +70,14 @@ def measure(
     batch: int = 4,
     counted: torch.Tensor | None = None,
 ) -> Quality:
-    """Measure a model, as a draft for ``target`` if one is given.
+    """Measure a model, as a draft for ``target`` if there is one.
 
     Args:
         model: maps ``input_ids`` (b, m) to an output with ``logits`` (b, m, vocabulary).
         windows: int64, shape (n, m + 1).
         target: the model it drafts for, over the same vocabulary.
         batch: windows at a time.
-        counted: which tokens of the windows count, the first of each aside, shape (n, m), bool; by default all.
+        counted: tokens of the windows, without the first of each, that count, shape (n, m), bool; all by default.
     """
     device = next(model.parameters()).device
     reduced = reduced_output(model)
@@ -107,7 +110,7 @@ def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def measure_domains(
     model: nn.Module, held_out: Mapping[str, np.ndarray], target: nn.Module | None = None, limit: int = 32_768
 ) -> dict[str, Quality]:
-    """:func:`measure` for each domain, on windows of at most 512 tokens, at most ``limit`` tokens of each."""
+    """`measure` for each domain, on windows of at most 512 tokens, at most ``limit`` tokens of each."""
     length = min(512, *(context_of(part) for part in (model, target) if part is not None))
     rows = tqdm(sorted(held_out.items()), unit="domain", mininterval=5.0, desc="held-out text")
     return {domain: measure(model, windows_of(row, length, limit), target) for domain, row in rows}
@@ -119,8 +122,8 @@ def context_of(model: nn.Module) -> int:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
 
 
-def table(qualities: Mapping[str, Quality]) -> list[list[str]]:
-    """Rows of text, the heading first, for a report; columns without numbers are left out."""
+def quality_rows(qualities: Mapping[str, Quality]) -> list[list[str]]:
+    """A table by domain, heading first, without columns that have no numbers."""
     columns = {
         "perplexity": ("perplexity", ".2f"),
         "KL (nats)": ("kl", ".3f"),
@@ -138,3 +141,94 @@ def table(qualities: Mapping[str, Quality]) -> list[list[str]]:
         numbers = (format(getattr(quality, name), digits) for name, digits in kept.values())
         rows.append([domain, f"{quality.tokens:,}", *numbers])
     return rows
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Sums over greedy generations by two decoders; seconds are those of rounds, without reading prompts.
+
+    Attributes:
+        tokens: tokens generated by the decoder in question.
+        rounds: its rounds.
+        seconds: its time.
+        plain_tokens: tokens generated by autoregressive decoding.
+        plain_seconds: its time.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+    plain_tokens: int = 0
+    plain_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, generation: Generation, plain: Generation) -> Speed:
+        """The sums over one prompt."""
+        rounds = len(generation.rounds)
+        return cls(len(generation.tokens), rounds, generation.seconds, len(plain.tokens), plain.seconds)
+
+    def __add__(self, other: Speed) -> Speed:
+        return Speed(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens that a round emits, the target's own included."""
+        return self.tokens / self.rounds
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds a token."""
+        return 1000 * self.seconds / self.tokens
+
+    @property
+    def plain_ms_per_token(self) -> float:
+        """Milliseconds a token of autoregressive decoding, and so of one of its steps."""
+        return 1000 * self.plain_seconds / self.plain_tokens
+
+    @property
+    def overhead(self) -> float:
+        """Time of a round over that of a plain step."""
+        return 1000 * self.seconds / self.rounds / self.plain_ms_per_token
+
+    @property
+    def speedup(self) -> float:
+        """Time a token of plain decoding over that of the decoder in question."""
+        return self.plain_ms_per_token / self.ms_per_token
+
+
+SPEED_HEADING = ("tokens a round", "overhead of a round", "ms a token", "plain ms a token", "speedup")
+SPEED_NOTE = "Overhead is the time of a round over that of a plain step; it and the speedup depend on the machine."
+
+
+def speed_rows(label: str, by_name: Mapping[str, Speed]) -> list[list[str]]:
+    """A table of speeds and their sum, heading first."""
+    names = ("tokens_per_round", "overhead", "ms_per_token", "plain_ms_per_token", "speedup")
+    whole = sum(by_name.values(), Speed())
+    cells = ([name, *(f"{getattr(speed, n):.2f}" for n in names)] for name, speed in {**by_name, "all": whole}.items())
+    return [[label, *SPEED_HEADING], *cells]
+
+
+def compare(
+    decoder: Decoder, knobs: Mapping[str, float], prompts: Mapping[str, Sequence[Sequence[int]]], new_tokens: int
+) -> Iterator[tuple[str, Generation, Generation]]:
+    """Generate greedily from the same prompts by a decoder and by plain decoding, taking turns to be first.
+
+    Args:
+        decoder: the decoder in question.
+        knobs: its knobs.
+        prompts: token ids, by domain.
+        new_tokens: most tokens after each prompt.
+
+    Yields:
+        For each prompt its domain, the text of the decoder, and that of plain decoding.
+    """
+    plain = AutoregressiveDecoder(decoder.pair)
+    both: list[tuple[Decoder, Mapping[str, float]]] = [(plain, {}), (decoder, knobs)]
+    for warm, values in both:
+        warm.generate(next(iter(prompts.values()))[0], max_new_tokens=min(8, new_tokens), knobs=values)
+    turn = itertools.count()
+    for domain, rows in prompts.items():
+        for row in tqdm(rows, unit="prompt", mininterval=5.0, desc=f"speed, {domain}"):
+            order = both if next(turn) % 2 == 0 else both[::-1]
+            texts = {which: which.generate(row, max_new_tokens=new_tokens, knobs=values) for which, values in order}
+            yield domain, texts[decoder], texts[plain]

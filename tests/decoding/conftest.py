@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specgym.decoding.fit.tokenizer import train_tokenizer
+from recipes.tokenizer import train_tokenizer
 from tests.helpers.counting import counting_model, words
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from specgym.decoding.fit import distilled_text, state_files
+from specgym.decoding.fit.text import states, target_text
 
 
 def assert_resumed_as_if_never_killed(
@@ -58,8 +58,8 @@ def assert_resumed_as_if_never_killed(
     def refused(*_: Any) -> None:
         raise AssertionError("it was there")
 
-    monkeypatch.setattr(distilled_text, "continue_rows", refused)
-    monkeypatch.setattr(state_files, "_write", refused)
+    monkeypatch.setattr(target_text, "continue_rows", refused)
+    monkeypatch.setattr(states, "_compute", refused)
     make(parts)
     whole, resumed = ((folder / name / "made" / weights).read_bytes() for name in ("whole", "parts"))
     assert resumed == whole

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -25,14 +26,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from recipes.corpus import write_corpus
+from recipes.sources import Document
+from recipes.target import TargetSettings, make_target
+from recipes.tokenizer import TokenizerSettings, make_tokenizer
+from specgym.decoding.errors import TrainingError
 from specgym.decoding.fit.__main__ import main
-from specgym.decoding.fit.corpus import write_corpus
-from specgym.decoding.fit.draft import DraftSettings, make_draft
-from specgym.decoding.fit.loop import LoopSettings, TrainingError, learning_rate, train
+from specgym.decoding.fit.draft.distil import DraftSettings, make_draft
+from specgym.decoding.fit.draft.init_from_target import fresh, spread, take_layers
+from specgym.decoding.fit.loop import learning_rate, train
 from specgym.decoding.fit.measure import measure
-from specgym.decoding.fit.shrink import fresh, spread, take_layers
-from specgym.decoding.fit.sources import Document
-from specgym.decoding.fit.text import Windows, read_plain
+from specgym.decoding.fit.settings import LoopSettings
+from specgym.decoding.fit.text.batches import Windows
+from specgym.decoding.fit.text.corpus_text import read_plain
 from specgym.decoding.loading.checkpoint import load_checkpoint
 from tests.helpers.counting import words
 
@@ -263,18 +269,24 @@ def test_the_commands_make_a_family_from_a_corpus(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["fit", "target", "--out", "models/t"])
-    main(["tokenizer", "--corpus", "corpus", "--out", "models/tokenizer", "--vocabulary", "280"])
+    monkeypatch.setattr("sys.argv", ["target", "--out", "models/t"])
+    make_tokenizer(TokenizerSettings(corpus=Path("corpus"), out=Path("models/tokenizer"), vocabulary=280))
     loop = ["--tokens", "200", "--batch", "2", "--length", "16", "--corpus", "corpus", "--licence", "mit"]
     shape = ["--hidden", "16", "--intermediate", "16", "--layers", "2", "--heads", "2"]
-    main(["target", "--out", "models/t", "--tokenizer", "models/tokenizer", *shape, *loop])
+    arguments = ["--out", "models/t", "--tokenizer", "models/tokenizer", *shape, *loop]
+    make_target(tyro.cli(TargetSettings, args=arguments))
     main(["draft", "--target", "models/t", "--out", "models/d", "--take", "1", *loop])
     link = json.loads((tmp_path / "models/d/specgym.json").read_text())
     assert link["tokenizer"] == "../tokenizer"
     assert link["shared_with"] == "../t"
     assert load_checkpoint(tmp_path / "models/d")(torch.arange(9)[None]).logits.shape == (1, 9, 280)
     card = (tmp_path / "models/t/README.md").read_text()
-    assert "python -m specgym.decoding.fit target --out models/t" in card
+    assert "python -m recipes.target --out models/t" in card
     assert "license: mit" in card
     assert all(f"| {domain} |" in card for domain in ("prose", "code", "definitions"))
     assert str(tmp_path) not in card
+
+
+def test_a_command_that_became_a_recipe_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"python -m recipes\.corpus"):
+        main(["corpus"])

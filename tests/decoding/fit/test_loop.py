@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from specgym.decoding.fit.early_stopping import EarlyStopping
-from specgym.decoding.fit.loop import LoopSettings, Outcome, train
+from specgym.decoding.fit.loop import EarlyStopping, Outcome, train
+from specgym.decoding.fit.settings import LoopSettings
 
 
 class Numbers:
@@ -59,21 +59,21 @@ def test_early_stopping_goes_back_to_the_best_and_counts_misses() -> None:
     assert other.stopped
     other.take_best(weights)
     assert weights["w"].item() == 1
-    assert other.best == 1.0
+    assert other.loss.lowest == 1.0
 
 
 def test_training_that_only_makes_things_worse_gives_back_what_it_began_with(tmp_path: Path) -> None:
     weight, stopping, _ = run(tmp_path, aim=5.0, held_out_aim=0.0)
     assert weight == 1
-    assert stopping.best == stopping.first == 1
-    assert not stopping.improved
+    assert stopping.loss.lowest == stopping.loss.before == 1
+    assert not stopping.loss.improved
 
 
 def test_training_that_helps_says_so(tmp_path: Path) -> None:
     weight, stopping, _ = run(tmp_path, aim=5.0, held_out_aim=5.0)
     assert weight > 1.2
-    assert stopping.first == 4
-    assert stopping.improved
+    assert stopping.loss.before == 4
+    assert stopping.loss.improved
 
 
 @pytest.mark.parametrize("held_out_aim", [0.0, 5.0])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from specgym.decoding.fit.shrink import take_layers
+from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import (
     CheckpointError,
     is_checkpoint,

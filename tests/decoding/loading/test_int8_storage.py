@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from specgym.decoding.fit.shrink import take_layers
+from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from specgym.decoding.loading.int8_storage import pack, unpack
 

@@ -16,7 +16,7 @@ from specgym.decoding.decoders.speculative import SpeculativeDecoder
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.drafter import ModelDrafter, propose
 from specgym.decoding.errors import UnsupportedModelError
-from specgym.decoding.fit.shrink import take_layers
+from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

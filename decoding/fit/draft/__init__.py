@@ -1,0 +1,1 @@
+"""Fit drafts: distilled models and n-gram tables."""

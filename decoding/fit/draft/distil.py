@@ -1,0 +1,264 @@
+"""Distil a draft: a small model that imitates a target's distribution at every position of some text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import FitError
+from ...loading.checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
+from ...loading.find_model import load_model
+from ...loading.pair import Pair
+from ...models.output_head import output_layer
+from ...models.reduced_vocabulary import reduce_output
+from ..cards import Facts, Section, show, size_of
+from ..loop import train
+from ..measure import Quality, context_of
+from ..settings import LoopSettings, TextSettings, place_of, require_least
+from ..text.batches import TEXTS, require_batch
+from ..text.corpus_text import load_tokens
+from ..text.prompts import TRAINING, cut_prompts, set_prompts
+from ..text.states import hidden_states, join_states, whole_states
+from ..text.target_text import check_text_settings, describe_text, frequent_tokens, generate_text, plain_windows
+from .init_from_target import feed_forward_width, fresh, layers_of, narrow, spread, take_layers
+from .objectives import Objective, own_text_objective, plain_objective
+from .report import Publisher, ReportSettings, decoding_section, measure_decoding, relative
+
+_STORED = {"float16": "in float16", "int8": "with matrices in 8 bits, a scale for each row, and all else in float16"}
+
+
+@dataclass
+class MoreTextSettings:
+    """Text to learn from besides the target's continuations of windows."""
+
+    plain_texts: int = 0
+    """Windows of the text itself to learn from as well, each as long as a prompt with its continuation. The target only
+    reads them, which is cheaper than writing, and the draft learns at all their positions."""
+    prompt_sets: tuple[str, ...] = ()
+    """Prompt sets (shipped ones by name, files, or datasets of the hub) whose training prompts the target continues as
+    well, in its chat template if the set is one of chat. Give your own traffic here. Test prompts are never used."""
+    continuations: Annotated[int, tyro.conf.arg(aliases=("--each",))] = 8
+    """Sampled continuations of each prompt of the prompt sets. Its earlier name is --each."""
+
+
+@dataclass
+class DraftSettings:
+    """Distil a draft for any causal language model of transformers.
+
+    The draft learns the target's distribution (the loss is the KL divergence to it) on plain text, on a corpus, or on
+    text that the target writes after prompts cut from either. It consists of some of the target's layers with the
+    target's embeddings, or of fresh layers of any width. It has the token numbers of the target.
+    """
+
+    target: str
+    """Target model: a folder, a hub id, or the name of a shipped model."""
+    out: Path
+    """Checkpoint folder to write."""
+    text: tuple[Path, ...] = ()
+    """Text files and folders to learn from, each a domain. Default: the corpus."""
+    corpus: Path = Path("runs/corpus")
+    """Folder of the corpus, as written by python -m recipes.corpus."""
+    own_text: bool = False
+    """Learn from text that the target writes after prompts cut from the text, which is what a draft has to guess. The
+    target's hidden states along it are computed once, so that training costs little more than the draft itself."""
+    writing: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
+    """How the target writes the text, with --own-text; text that another command made with the same settings is
+    reused."""
+    more_text: tyro.conf.OmitArgPrefixes[MoreTextSettings] = field(default_factory=MoreTextSettings)
+    """Text to learn from as well, with --own-text."""
+    layers: int = 1
+    """Number of layers of the draft; layers of the target are its first, its last and evenly between."""
+    take: tuple[int, ...] = ()
+    """Layers to take from the target instead, counted from 0."""
+    intermediate: int | None = None
+    """Neurons to keep in the feed-forward part of each layer taken from the target, the strongest; all by default. A
+    narrower draft is quicker and smaller."""
+    hidden: int | None = None
+    """Width of a draft of fresh layers with fresh embeddings. Default: take layers from the target."""
+    heads: int | None = None
+    """Attention heads of fresh layers. Default: chosen by the width."""
+    vocabulary: int = 0
+    """Number of tokens that the draft may propose: the most frequent ones of the text (with --own-text, of the text
+    that the target wrote and of the plain texts), topped up with the lowest token numbers; 0 for all. A smaller output
+    layer costs less, and decoding stays lossless."""
+    share: bool = True
+    """Leave the target's embeddings out of the folder. With --no-share the folder holds everything, so that
+    transformers and other engines load it as it is. Layers taken from a GGUF file are always stored."""
+    store: Literal["float16", "int8"] = "float16"
+    """float16, or int8: matrices in 8 bits with a scale for each row, which halves the folder and which only specgym
+    reads. All measurements of the card are made on the draft as it is stored."""
+    licence: str = "other"
+    """Licence of the weights, for the model card."""
+    report: tyro.conf.OmitArgPrefixes[ReportSettings] = field(default_factory=ReportSettings)
+    """Measurements of the finished draft, besides its quality on held-out text."""
+    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
+    """How to train; with --own-text a step takes --batch whole texts."""
+
+
+def make_draft(settings: DraftSettings) -> dict[str, Quality]:
+    """Run the ``draft`` command.
+
+    Returns:
+        For each domain, how well the draft stands in for the target on held-out text.
+
+    Raises:
+        ModelNotFoundError: there is no such target.
+        UnsupportedModelError: its output layer cannot be used or reduced.
+        FitError: a setting is out of range, the target's layers cannot be taken, the windows exceed its context, or
+            there is too little text.
+        TrainingError: training cannot go on.
+    """
+    loop, own_text = settings.loop, settings.own_text
+    loop.set_threads()
+    target, tokenizer = load_model(settings.target, dtype=torch.float32, device=loop.torch_device())
+    target.requires_grad_(False)
+    name = Path(settings.target).name
+    _check(settings, target)
+    draft, shared, origin = _begin(settings, target)
+    objective, proposed, sources = _objective(settings, draft, target, tokenizer)
+    proposing = f" It proposes the {len(proposed):,} most frequent tokens alone." if proposed else ""
+    loop = replace(loop, length=settings.writing.width) if own_text else loop
+
+    def decoding(trained: PreTrainedModel) -> list[Section]:
+        if not settings.report.report_prompts:
+            return []
+        # The target is prepacked, as decoders have it on a CPU.
+        section = decoding_section(
+            measure_decoding(Pair(target, trained, tokenizer), trained, settings.report), settings.report
+        )
+        show(f"{settings.out.name}: decoding", *(part for part in section.parts if not isinstance(part, str)))
+        return [section]
+
+    publisher = Publisher(
+        model=draft,
+        out=settings.out,
+        facts=Facts(
+            name=settings.out.name,
+            summary=f"A draft for speculative decoding, distilled from {name}: begun from {origin}.{proposing}",
+            licence=settings.licence,
+            sources=sources,
+            size=size_of(draft, shared, name),
+            stored_as=_STORED[settings.store],
+        ),
+        loop=loop,
+        measure=objective.quality,
+        tokenizer=tokenizer,
+        link=_link(settings, target, shared),
+        target=target,
+        compared=f"{name} at every " + (f"token that {name} wrote in held-out texts" if own_text else "position"),
+        eight_bits=settings.store == "int8",
+        more=decoding,
+    )
+    state = loop.work / f"{settings.out.name}.pt"
+    outcome = train(draft, objective.loss, objective.batches, loop, state, on_checkpoint=publisher.checkpoint)
+    return publisher.finish(outcome)
+
+
+def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
+    """Refuse settings that cannot work, before anything is computed."""
+    tokens, loop, more = len(output_layer(target).weight), settings.loop, settings.more_text
+    require_least(settings.report, report_prompts=0, report_tokens=1, report_draft_length=1)
+    require_least(more, plain_texts=0, continuations=1)
+    if not 0 <= settings.vocabulary <= tokens:
+        raise FitError(f"--vocabulary must be 1 to {tokens} tokens, or 0 for all, got {settings.vocabulary}")
+    if settings.vocabulary and not settings.share:
+        raise FitError("other engines, for which --no-share is, draft from all tokens: leave out --vocabulary")
+    if settings.store == "int8" and not settings.share:
+        raise FitError("other engines, for which --no-share is, do not read --store int8: leave one of them out")
+    if settings.intermediate is not None and settings.hidden is not None:
+        raise FitError(
+            "--intermediate narrows layers taken from the target, and --hidden makes fresh ones: leave one out"
+        )
+    if not settings.own_text and (more.plain_texts or more.prompt_sets):
+        raise FitError("--plain-texts and --prompt-sets stand beside the target's own text: give --own-text")
+    if settings.own_text:
+        check_text_settings(settings.writing, target, 2)
+        if loop.length != LoopSettings.length:
+            raise FitError("with --own-text a step takes whole texts: leave out --length")
+    elif loop.length > context_of(target):
+        raise FitError(f"--length {loop.length} is more than the target's context of {context_of(target)} tokens")
+
+
+def _begin(settings: DraftSettings, target: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, str], str]:
+    """The draft before training, the names of parameters that it need not store, and its origin in words."""
+    shared: dict[str, str] = {}
+    if settings.hidden is None:
+        taken = list(settings.take) or spread(settings.layers, len(layers_of(target)[1]))
+        draft, shared = take_layers(target, taken)
+        origin = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))} and the embeddings of the target"
+        if settings.intermediate is not None:
+            present = feed_forward_width(draft)
+            narrow(draft, settings.intermediate)
+            origin += f", with the {settings.intermediate:,} strongest of {present:,} neurons of each layer"
+    else:
+        draft = fresh(target, settings.layers, settings.hidden, settings.heads, settings.loop.seed)
+        origin = f"{settings.layers} fresh layer{'s' * (settings.layers > 1)} of width {settings.hidden}"
+    nn.Module.to(draft, target.device)
+    return draft, {} if not settings.share or settings.target.endswith(".gguf") else shared, origin
+
+
+def _objective(
+    settings: DraftSettings, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Objective, Sequence[int], list[str]]:
+    """The objective, the tokens that the draft proposes (none for all), and lines on the text.
+
+    The draft's output layer is reduced to those tokens, in place.
+    """
+    loop, writing, work = settings.loop, settings.writing, settings.loop.work
+    if not settings.own_text:
+        data = load_tokens(tokenizer, settings.corpus, settings.text, loop.seed)
+        proposed = _reduce(draft, data.train, settings.vocabulary)
+        return plain_objective(draft, target, data, loop), proposed, data.sources
+    more, name = settings.more_text, Path(settings.target).name
+    prompts = cut_prompts(tokenizer, settings.corpus, settings.text, writing.texts, writing.prompt_tokens, loop.seed)
+    require_batch(prompts.count(TRAINING), loop.batch, TEXTS)
+    # All text to read is chosen, and may be refused, before anything is computed.
+    plain = plain_windows(target, prompts, more.plain_texts, writing.width, loop.seed, work)
+    room = context_of(target) - writing.new_tokens
+    asked = set_prompts(more.prompt_sets, more.continuations, tokenizer, room, loop.seed)
+    ends = Pair(target, None, tokenizer, prepack=False).eos_token_ids
+    parts = [hidden_states(target, generate_text(target, ends, prompts, writing, loop.seed, work))]
+    sources = [*prompts.sources, describe_text(writing, name), *asked.sources]
+    if len(plain.ends):
+        sources.append(f"{name} read {more.plain_texts:,} windows of {writing.width} tokens of the same documents")
+    if asked.rows:
+        sources.append(
+            f"{name} continued each of the training prompts of these sets {more.continuations} times as well; a tenth "
+            "of the prompts was held out"
+        )
+        write = replace(writing, texts=len(asked.rows), prompt_tokens=max(map(len, asked.rows)))
+        parts.append(hidden_states(target, generate_text(target, ends, asked, write, loop.seed, work)))
+    if len(plain.ends):
+        parts.append(whole_states(target, plain, loop.bfloat16))
+    states = join_states(parts)
+    proposed = _reduce(draft, states.text.written(), settings.vocabulary)
+    return own_text_objective(draft, target, states, loop), proposed, sources
+
+
+def _reduce(draft: PreTrainedModel, tokens: np.ndarray, count: int) -> Sequence[int]:
+    proposed = frequent_tokens(tokens, count, len(output_layer(draft).weight))
+    if proposed:
+        reduce_output(draft, torch.tensor(proposed))
+    return proposed
+
+
+def _link(settings: DraftSettings, target: PreTrainedModel, shared: Mapping[str, str]) -> Link:
+    """Places where the draft's folder finds the tokeniser and what it need not store."""
+    place = place_of(settings.target)
+    if place is None:
+        # From the hub, or from where the same model is without a hub: `load_model` knows the ways.
+        name = target.name_or_path if shared else None
+        return Link(name, name, shared or None)
+    tokenizer = None
+    if is_checkpoint(place):
+        # Beside a checkpoint of ours the tokeniser stays in one place; a folder from elsewhere lends a copy.
+        tokenizer = lender(place, read_link(place).tokenizer) or relative(tokenizer_folder(place), settings.out)
+    return Link(tokenizer, relative(place, settings.out) if shared else None, shared or None)

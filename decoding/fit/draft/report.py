@@ -1,0 +1,190 @@
+"""Checkpoint folder of a trained model with its card, and the measurements of a draft for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...decoder import Generation
+from ...decoders.speculative import SpeculativeDecoder
+from ...files import write_text
+from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
+from ...loading.pair import Pair
+from ...prompts.prompt_set import encode, load_prompts, shipped_prompts
+from ..cards import Facts, Section, show, training_lines, write_card
+from ..loop import Outcome
+from ..measure import SPEED_NOTE, Quality, Speed, compare, measure, quality_rows, speed_rows
+from ..settings import LoopSettings
+
+_ALPHA = (
+    "Alpha is the mean of the sum over tokens of min(target, draft) at temperature 1: the chance that a token drafted "
+    "there is accepted."
+)
+
+
+@dataclass
+class Publisher:
+    """Writer of a model's folder, during training and at its end.
+
+    Attributes:
+        model: the model in training.
+        out: its folder.
+        facts: contents of the card.
+        loop: how it is trained.
+        measure: from the model as it will be loaded to its quality by domain, on held-out text.
+        tokenizer: the tokeniser, written into the folder unless the link points at another place.
+        link: places of the tokeniser and of shared tensors.
+        target: the model it drafts for.
+        compared: words for the positions at which it is compared with its target.
+        eight_bits: whether matrices are stored in 8 bits instead of float16.
+        more: from the model as it will be loaded to further sections of the card.
+    """
+
+    model: PreTrainedModel
+    out: Path
+    facts: Facts
+    loop: LoopSettings
+    measure: Callable[[PreTrainedModel], dict[str, Quality]]
+    tokenizer: PreTrainedTokenizerBase
+    link: Link
+    target: PreTrainedModel | None = None
+    compared: str = ""
+    eight_bits: bool = False
+    more: Callable[[PreTrainedModel], list[Section]] = lambda _: []
+
+    def checkpoint(self, outcome: Outcome) -> None:
+        """Write the model, with a card that says that training goes on."""
+        if self.link.tokenizer is None:
+            self.tokenizer.save_pretrained(self.out)
+        save_checkpoint(
+            self.model,
+            self.out,
+            card=self._card(outcome, []),
+            tokenizer=self.link.tokenizer,
+            shared_with=self.link.shared_with,
+            shared=self.link.shared or {},
+            eight_bits=self.eight_bits,
+        )
+
+    def finish(self, outcome: Outcome) -> dict[str, Quality]:
+        """Write the model, load it again, measure it by domain, complete the card and print the report."""
+        self.checkpoint(outcome)
+        model = load_checkpoint(self.out, shared_from=self.target if self.link.shared else None)
+        nn.Module.to(model, self.model.device)
+        qualities = self.measure(model)
+        rows = quality_rows(qualities)
+        show(self.facts.name, rows)
+        notes = [f"KL, alpha and greedy match compare with {self.compared}. {_ALPHA}"] if self.compared else []
+        if "covered" in rows[0]:
+            notes.append(
+                "The draft proposes some tokens only. Covered is the probability that the target gives to them, which "
+                "alpha cannot exceed; KL compares with its distribution over them."
+            )
+        sections = [Section("Held-out text", [rows, *notes])]
+        write_text(self.out / "README.md", self._card(outcome, sections))
+        if more := self.more(model):
+            write_text(self.out / "README.md", self._card(outcome, [*sections, *more]))
+        return qualities
+
+    def _card(self, outcome: Outcome, sections: list[Section]) -> str:
+        lines = training_lines(self.loop, outcome, "tokens")
+        lines.append(f"loss on training text at the end: {outcome.loss:.3f} nats a token")
+        return write_card(self.facts, outcome, lines, sections)
+
+
+def relative(path: Path, start: Path) -> str:
+    """``path`` as seen from the folder ``start``, with forward slashes on every system."""
+    return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
+
+
+@dataclass
+class ReportSettings:
+    """Measurements of a finished draft, besides its quality on held-out text."""
+
+    report_prompts: int = 0
+    """Test prompts of each shipped set to decode with the finished draft; 0 skips this report."""
+    report_tokens: int = 64
+    """Tokens to generate after each prompt of the report."""
+    report_draft_length: int = 4
+    """Tokens to draft a round in the report."""
+
+
+@dataclass(frozen=True)
+class DecodingReport:
+    """Results of a draft on the prompts of one set.
+
+    Attributes:
+        quality: at every token of plain greedy decoding.
+        accepted: accepted drafted tokens, as a share.
+        speed: speed of greedy decoding with the draft.
+    """
+
+    quality: Quality
+    accepted: float
+    speed: Speed
+
+
+def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> dict[str, DecodingReport]:
+    """Decode prompts of every shipped set with and without the draft.
+
+    Args:
+        pair: the target, as decoders have it, with the draft; it has a tokeniser.
+        draft: the model that drafts.
+        settings: number of prompts, and how to decode.
+    """
+    assert pair.tokenizer is not None
+    room = pair.target.context_limit - settings.report_tokens
+    prompts = {
+        name: encode(load_prompts(name, limit=settings.report_prompts), "test", pair.tokenizer, room)
+        for name in shipped_prompts()
+    }
+    generations: dict[str, list[tuple[Generation, Generation]]] = {name: [] for name in prompts}
+    decoder = SpeculativeDecoder(pair, max_draft_length=settings.report_draft_length)
+    knobs = {"draft_length": settings.report_draft_length}
+    for name, drafted, plain in compare(decoder, knobs, prompts, settings.report_tokens):
+        generations[name].append((drafted, plain))
+    reports = {}
+    for name, both in generations.items():
+        rounds = [round_ for drafted, _ in both for round_ in drafted.rounds]
+        texts = [[*prompt, *plain.tokens] for prompt, (_, plain) in zip(prompts[name], both, strict=True)]
+        reports[name] = DecodingReport(
+            quality=_quality(draft, pair.target.model, texts, [len(prompt) for prompt in prompts[name]]),
+            accepted=sum(round_.accepted for round_ in rounds) / max(1, sum(round_.drafted for round_ in rounds)),
+            speed=sum((Speed.of(drafted, plain) for drafted, plain in both), Speed()),
+        )
+    return reports
+
+
+def _quality(draft: nn.Module, target: nn.Module, texts: list[list[int]], prompts: list[int]) -> Quality:
+    """Quality at every token after the prompts, whose lengths are given."""
+    width = max(map(len, texts))
+    windows = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    place = torch.arange(1, width)
+    written = [(place >= prompt) & (place < len(text)) for text, prompt in zip(texts, prompts, strict=True)]
+    return measure(draft, windows, target, batch=1, counted=torch.stack(written))
+
+
+def decoding_section(reports: Mapping[str, DecodingReport], settings: ReportSettings) -> Section:
+    """A section of the card on decoding; it has the column covered for a draft that proposes some tokens only."""
+    (_, *heading), *rows = speed_rows("prompts", {name: report.speed for name, report in reports.items()})
+    names = ["alpha", "greedy_match"]
+    if not any(math.isnan(report.quality.covered) for report in reports.values()):
+        names.insert(1, "covered")
+    table = [["prompts", *(name.replace("_", " ") for name in names), "accepted", *heading]]
+    for (name, *cells), report in zip(rows, [*reports.values(), None], strict=True):
+        shares = [] if report is None else [*(getattr(report.quality, n) for n in names), report.accepted]
+        table.append([name, *(f"{share:.3f}" for share in shares), *[""] * (len(names) + 1 - len(shares)), *cells])
+    intro = (
+        f"Greedy decoding of {settings.report_prompts} test prompts of each shipped set, at most "
+        f"{settings.report_tokens} tokens after each, {settings.report_draft_length} drafted a round, beside plain "
+        f"decoding; {', '.join(table[0][1 : len(names)])} and {table[0][len(names)]} are those at every token of plain "
+        "decoding:"
+    )
+    return Section("Decoding", [intro, table, SPEED_NOTE])

@@ -1,0 +1,1 @@
+"""Fit the networks that guide draft trees: alignments and acceptance predictors."""

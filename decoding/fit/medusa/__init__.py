@@ -1,0 +1,1 @@
+"""Fit Medusa heads, alone or jointly with their target."""

@@ -1,0 +1,204 @@
+"""Command-line settings that several fit commands share, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from ..errors import FitError
+from ..loading.find_model import shipped_models
+
+_SHIPPED = Path(__file__).parents[1] / "data" / "models"
+
+
+@dataclass
+class LoopSettings:
+    """How to train; shared by the commands that train."""
+
+    tokens: int = 10_000_000
+    """Tokens to train on; text is repeated when there is less."""
+    minutes: float | None = None
+    """Wall-clock budget. The learning rate then follows tokens or minutes, whichever is further on. A run that ends by
+    tokens can be repeated exactly; one that ends by minutes cannot."""
+    batch: int = 8
+    """Windows in a batch."""
+    length: int = 512
+    """Tokens in a window."""
+    learning_rate: float = 3e-3
+    """Peak learning rate, reached after the warm-up."""
+    optimiser: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the matrices of the layers and AdamW for the rest; adamw: AdamW for everything."""
+    warmup: float = 0.03
+    """Share of the run in which the learning rate rises; a cosine down to a twentieth follows."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    bfloat16: bool = True
+    """Multiply matrices in bfloat16; weights stay float32."""
+    seed: int = 0
+    """Seed of weights, document order and batches."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    device: str = "auto"
+    """Device to train on: auto (the first CUDA device if there is one), cpu, cuda, cuda:1, ..."""
+    checkpoint_minutes: float = 3.0
+    """Minutes between two checkpoints."""
+    work: Path = Path("runs/fit")
+    """Folder for the state of the run; the same command resumes a killed run from there."""
+
+    def torch_device(self) -> torch.device:
+        """The device to train on."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def set_threads(self) -> None:
+        """Limit torch to the number of CPU threads asked for, if any."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+
+def small_network_loop(**changes: Any) -> LoopSettings:
+    """Default training settings of small networks beside a model: AdamW without weight decay."""
+    return LoopSettings(length=256, optimiser="adamw", weight_decay=0.0, **changes)
+
+
+@dataclass
+class TextSettings:
+    """How the target writes the text to learn from."""
+
+    texts: int = 4000
+    """Prompts for the target to continue. A tenth of them is held out for early stopping and the report."""
+    prompt_tokens: int = 64
+    """Longest prompt, in tokens; the shortest is half as long."""
+    new_tokens: int = 128
+    """Longest continuation, in tokens."""
+    temperature: float = 0.3
+    """Sampling temperature of the target; 0 is greedy decoding."""
+    generate_batch: int = 64
+    """Prompts continued at a time."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt with its continuation."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(kw_only=True)
+class OwnTextSettings:
+    """Settings of every command that learns from text written by the target."""
+
+    target: str
+    """Target model: a folder, a hub id, or the name of a shipped model."""
+    text: tuple[Path, ...] = ()
+    """Text files and folders to cut prompts from, each a domain. Default: the corpus."""
+    corpus: Path = Path("runs/corpus")
+    """Folder of the corpus, as written by python -m recipes.corpus."""
+    own_text: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
+    """How the target writes the text to learn from; text that another command made with the same settings and --dtype
+    is reused."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the models' weights. Default: bfloat16 on CUDA if they stay fixed, float32 otherwise. Networks trained
+    beside them are always float32."""
+    check_steps: int = 50
+    """Steps between two checks of the loss on held-out text."""
+    patience: int = 8
+    """Checks without progress before training ends; 0 trains to the end. The best weights are kept in either case."""
+    licence: str = "other"
+    """Licence of the weights, for the card."""
+
+
+@dataclass(kw_only=True)
+class HeadsSettings(OwnTextSettings):
+    """Settings of the commands that train Medusa heads."""
+
+    tree_size: int = 16
+    """Candidates a round in the report."""
+    report_prompts: int = 24
+    """Prompts to measure the speed on for the report, over all domains."""
+    report_tokens: int = 64
+    """Tokens to generate after each prompt of the report."""
+
+
+@dataclass(kw_only=True)
+class PairSettings(OwnTextSettings):
+    """Settings of the commands that train networks for draft trees."""
+
+    draft: str
+    """Draft model: a folder, a hub id, or the name of a shipped model, with the token numbers of the target."""
+
+
+def require_least(*settings: object, **least: int) -> None:
+    """Refuse numbers that are too small.
+
+    Args:
+        settings: objects whose attributes are checked.
+        least: the smallest allowed value of an attribute, by its name.
+
+    Raises:
+        FitError: a value is smaller; the message names the option.
+    """
+    for name, low in least.items():
+        value = next(getattr(holder, name) for holder in settings if hasattr(holder, name))
+        if value < low:
+            raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+
+
+def check_own_text(settings: OwnTextSettings, loop: LoopSettings, what: str, **least: int) -> None:
+    """Refuse settings that are out of range, before anything is loaded.
+
+    Args:
+        settings: the settings of the command.
+        loop: how to train.
+        what: the thing trained, for messages.
+        least: the smallest values of further settings, by name.
+
+    Raises:
+        FitError: a number is too small, or the optimiser is not AdamW without weight decay.
+    """
+    require_least(settings, **least, check_steps=1, patience=0)
+    if loop.optimiser != "adamw" or loop.weight_decay:
+        raise FitError(
+            f"{what} must be trained by AdamW without weight decay: leave out --optimiser and --weight-decay"
+        )
+
+
+def check_out(out: Path, *read: str | Path) -> None:
+    """Refuse to write over a folder that is read.
+
+    Args:
+        out: folder to write.
+        read: models and folders that are read.
+
+    Raises:
+        FitError: ``out`` is one of them.
+    """
+    for name in read:
+        folder = place_of(str(name)) or Path(name)
+        if folder.expanduser().resolve() == out.expanduser().resolve():
+            raise FitError(f"{out} would be written over {name}, which is read: give another --out")
+
+
+def place_of(target: str) -> Path | None:
+    """The folder of a target; None for a hub id or a GGUF file."""
+    if Path(target).expanduser().is_dir():
+        return Path(target).expanduser()
+    return _SHIPPED / target if target in shipped_models() else None
+
+
+def dtype_of(settings: OwnTextSettings, loop: LoopSettings, frozen: bool) -> torch.dtype:
+    """Type of the models' weights.
+
+    Args:
+        settings: may choose it.
+        loop: chooses the device.
+        frozen: whether the target's weights stay fixed.
+    """
+    if settings.dtype is not None:
+        return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    return torch.bfloat16 if frozen and loop.torch_device().type == "cuda" else torch.float32

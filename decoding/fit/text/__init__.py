@@ -1,0 +1,1 @@
+"""Text to learn from: corpora, prompts, continuations by the target, hidden states, batches."""

@@ -1,0 +1,200 @@
+"""Documents of a corpus or of plain files, as tokens to train on and tokens held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import FitError
+
+_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex"}
+_HELD_OUT_SHARE = 0.08
+
+
+class Passage(NamedTuple):
+    """A document, or a part of a file.
+
+    Attributes:
+        domain: kind of text, or file that it comes from.
+        name: name within the domain.
+        text: the text.
+    """
+
+    domain: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class CorpusTokens:
+    """Tokens of one fit.
+
+    Attributes:
+        train: all domains mixed, shape (n,), int32.
+        domains: the same by domain, in the order of the documents, shape (m,), int32.
+        held_out: held-out tokens of each domain, shape (m,), int32.
+        sources: lines on the origin of the text, its licence and its digest.
+    """
+
+    train: np.ndarray
+    domains: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray]
+    sources: list[str]
+
+
+def unit_hash(key: str, salt: str = "split") -> float:
+    """A number in [0, 1) that depends on nothing but ``key`` and ``salt``."""
+    data = hashlib.sha256(f"{salt}:{key}".encode()).digest()
+    return int.from_bytes(data[:6], "big") / 2**48
+
+
+def held_out(key: str) -> bool:
+    """Decide by a hash whether to hold out the document with this key."""
+    return unit_hash(key) < _HELD_OUT_SHARE
+
+
+def read_documents(corpus: Path, side: str) -> list[Passage]:
+    """Read the documents on one side of a corpus.
+
+    Args:
+        corpus: folder written by ``python -m recipes.corpus``.
+        side: ``train`` or ``held-out``.
+
+    Raises:
+        FileNotFoundError: the folder holds no corpus.
+    """
+    files = sorted(corpus.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(
+            f"no corpus in {corpus}: give text with --text, or make the corpus in a checkout with "
+            "'python -m recipes.corpus'"
+        )
+    passages = []
+    for path in files:
+        with path.open(encoding="utf-8") as file:
+            rows = (json.loads(line) for line in file)
+            passages += [Passage(path.stem, row["name"], row["text"]) for row in rows if row["split"] == side]
+    return passages
+
+
+def read_plain(paths: Sequence[Path]) -> list[Passage]:
+    """Read text files and folders of them, each path as one domain.
+
+    Raises:
+        FileNotFoundError: a path does not exist or a folder holds no text file.
+    """
+    passages = []
+    for path in paths:
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"no text in {path}: give a file, or a folder with {', '.join(sorted(_SUFFIXES))}")
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            # A large file is cut at blank lines, so that a part of it can be held out.
+            passages += [Passage(path.stem, f"{file.name}#{n}", part) for n, part in enumerate(_parts(text, 8000))]
+    return passages
+
+
+def _parts(text: str, size: int) -> Iterator[str]:
+    part = ""
+    for paragraph in text.split("\n\n"):
+        part += paragraph + "\n\n"
+        if len(part) >= size:
+            yield part
+            part = ""
+    if part.strip():
+        yield part
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:
+    """Token ids of each text, followed by the separator (eos), int32.
+
+    Args:
+        tokenizer: must have an eos token.
+        texts: the documents.
+
+    Raises:
+        FitError: the tokeniser has no eos token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise FitError(f"the tokeniser {tokenizer.name_or_path!r} has no eos token to put between documents")
+    documents = list(texts)
+    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
+    return [np.asarray([*row, eos], dtype=np.int32) for row in rows]
+
+
+def shuffled(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Tokenised documents in one row, in a random order; shape (n,), int32."""
+    return np.concatenate([rows[i] for i in np.random.default_rng(seed).permutation(len(rows))])
+
+
+def token_digest(tokens: np.ndarray) -> str:
+    """SHA-256 of a row of tokens, 64 hex digits."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i4").tobytes()).hexdigest()
+
+
+def load_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Path, text: Sequence[Path], seed: int) -> CorpusTokens:
+    """Tokens of a corpus folder, or of plain text if any is given.
+
+    Args:
+        tokenizer: tokeniser of the model to train.
+        corpus: folder of the corpus; used if ``text`` is empty.
+        text: files and folders of text, each a domain.
+        seed: seed of the order of documents.
+
+    Raises:
+        FileNotFoundError: there is no text.
+        FitError: there is too little to hold some out.
+    """
+    if text:
+        passages = read_plain(text)
+        names = _hold_out(passages)
+        train = [passage for passage in passages if passage.name not in names]
+        held = [passage for passage in passages if passage.name in names]
+        sources = [f"{path.name}; licence not stated" for path in text]
+    else:
+        train, held = read_documents(corpus, "train"), read_documents(corpus, "held-out")
+        sources = _corpus_sources(corpus)
+    rows = tokenise(tokenizer, [passage.text for passage in train])
+    tokens = shuffled(rows, seed)
+    return CorpusTokens(
+        train=tokens,
+        domains=_by_domain(train, rows),
+        held_out=_by_domain(held, tokenise(tokenizer, [passage.text for passage in held])),
+        sources=[*sources, f"training tokens: {len(tokens):,}, SHA-256 `{token_digest(tokens)}`"],
+    )
+
+
+def _by_domain(passages: Sequence[Passage], rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {}
+    for passage, row in zip(passages, rows, strict=True):
+        parts.setdefault(passage.domain, []).append(row)
+    return {domain: np.concatenate(members) for domain, members in parts.items()}
+
+
+def _hold_out(passages: Sequence[Passage]) -> set[str]:
+    """Names to hold out: those that the hash chooses, and at least one of every domain."""
+    held = set[str]()
+    for domain in {passage.domain for passage in passages}:
+        names = [passage.name for passage in passages if passage.domain == domain]
+        if len(names) < 2:
+            raise FitError(f"the text {domain!r} is too short to hold some of it out: give more than 8000 characters")
+        chosen = [name for name in names if held_out(name)]
+        held.update(chosen[: len(names) - 1] or names[-1:])
+    return held
+
+
+def _corpus_sources(corpus: Path) -> list[str]:
+    manifest = corpus / "corpus.json"
+    if not manifest.is_file():
+        return [f"{corpus.name}; licence not stated"]
+    entries = json.loads(manifest.read_text(encoding="utf-8"))
+    return [f"{domain}: {entry['source']}; SHA-256 `{entry['digest']}`" for domain, entry in entries.items()]

@@ -1,0 +1,307 @@
+"""Hidden states of models along a text, computed once, stored and memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ...errors import FitError
+from ...files import replacing
+from ...models.output_head import output_layer
+from ...models.weight_hashes import weights_digest
+from .prompts import SPEED
+from .target_text import TargetText, join_texts
+
+IGNORED = -100
+"""Label that losses ignore."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Positions in a text.
+
+    Attributes:
+        text: the text.
+        row: row of ``text`` of each position, shape (positions,), int64.
+        place: place in that row of each position, likewise.
+    """
+
+    text: TargetText
+    row: np.ndarray
+    place: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(self.row)
+
+    def of_side(self, side: int) -> np.ndarray:
+        """Numbers of the positions in texts of one side, shape (m,), int64, ascending."""
+        return np.flatnonzero(self.text.side[self.row] == side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates(Positions):
+    """States of a target at the positions that something learns from.
+
+    For heads, a position belongs here if the target wrote every token that heads predict from it: the first is the last
+    but one of a prompt, from which the first head predicts the first token written. (The target itself predicts the
+    token between.) So no token of a prompt is ever a label. For drafts there may also be whole texts (`whole_states`).
+
+    Attributes:
+        states: states after the final norm, shape (positions, h), float16, in one file or several.
+    """
+
+    states: np.ndarray | Chained
+
+    def hidden(self, positions: np.ndarray) -> Tensor:
+        """The states at some positions, shape (m, h), float16."""
+        return torch.from_numpy(np.ascontiguousarray(self.states[positions]))
+
+    def labels(self, positions: np.ndarray, heads: int) -> Tensor:
+        """Tokens that heads should predict, shape (heads, m), int64; `IGNORED` behind the end of a text."""
+        rows, row = np.unique(self.row[positions], return_inverse=True)
+        texts, ends = (torch.from_numpy(a[rows].astype(np.int64)) for a in (self.text.tokens, self.text.ends))
+        return labels_of(texts, ends, torch.from_numpy(row), torch.from_numpy(self.place[positions]), heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedStates(Positions):
+    """States of a draft and its target at every position from which the target wrote a token.
+
+    Attributes:
+        draft: states of the draft after its final norm, shape (positions, draft width), float16, in a file.
+        target: states of the target, shape (positions, target width), likewise.
+        digest: hash of everything that they depend on, 64 hex digits.
+    """
+
+    draft: np.ndarray
+    target: np.ndarray
+    digest: str
+
+    @property
+    def written(self) -> np.ndarray:
+        """The token that the target wrote from each position, shape (positions,), int32."""
+        return self.text.tokens[self.row, self.place + 1]
+
+    def of_draft(self, positions: np.ndarray) -> Tensor:
+        """States of the draft, shape (m, draft width), float32."""
+        return torch.from_numpy(self.draft[positions].astype(np.float32))
+
+    def of_target(self, positions: np.ndarray) -> Tensor:
+        """States of the target, shape (m, target width), float32."""
+        return torch.from_numpy(self.target[positions].astype(np.float32))
+
+
+class Chained:
+    """Arrays of states one behind the other, read on access and never copied together.
+
+    Args:
+        parts: arrays of shape (positions, h), float16.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray | Chained]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """The states at some positions, shapes (n,) to (n, h)."""
+        part_of = np.searchsorted(self._ends, positions, side="right")
+        chosen = [np.flatnonzero(part_of == number) for number in range(len(self._parts))]
+        starts = np.concatenate([[0], self._ends])
+        states = [part[positions[rows] - start] for part, rows, start in zip(self._parts, chosen, starts, strict=False)]
+        return np.concatenate(states)[np.argsort(np.concatenate(chosen))]
+
+
+def labels_of(texts: Tensor, ends: Tensor, row: Tensor, place: Tensor, heads: int) -> Tensor:
+    """Tokens that heads should predict from some positions: the one after the next, and those that follow it.
+
+    Args:
+        texts: token ids, shape (texts, width), int64.
+        ends: tokens of each text, shape (texts,), int64.
+        row: the text of each position, shape (n,), int64.
+        place: the place of each position in its text, shape (n,), int64.
+        heads: number of heads.
+
+    Returns:
+        Shape (heads, n), int64; `IGNORED` behind the end of a text.
+    """
+    predicted = place + 2 + torch.arange(heads, device=texts.device)[:, None]
+    return torch.where(predicted < ends[row], texts[row, predicted.clamp(max=texts.shape[1] - 1)], IGNORED)
+
+
+def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16) -> HiddenStates:
+    """States at the positions that heads predict from; computed, or read from the file of an earlier call.
+
+    Args:
+        model: the target that wrote the text.
+        text: the text.
+        batch: rows that it reads at a time.
+
+    Raises:
+        FitError: no position has anything to predict; or as for `whole_states`.
+    """
+    first = np.maximum(text.prompts - 2, 0)
+    last = np.where(text.side == SPEED, 0, text.ends - 2)  # the side whose speed is measured needs none
+    row, place = _between(first, last)
+    if not len(row):
+        raise FitError("the target ends every text at once, so there is nothing to learn: give other text")
+    states = _states_along("hidden", model, text, first, last, batch)
+    return HiddenStates(text=text, row=row, place=place, states=states)
+
+
+def whole_states(model: PreTrainedModel, text: TargetText, bfloat16: bool, batch: int = 16) -> HiddenStates:
+    """States at every position of every text, the last included: for drafts, which need no labels.
+
+    Args:
+        model: the target.
+        text: the text.
+        bfloat16: multiply matrices in bfloat16, as training does: much quicker on processors that can, and far nearer
+            to the target's distribution than a draft comes.
+        batch: rows that it reads at a time.
+
+    Raises:
+        FitError: the disk is too small, a state is not finite in float16, or the file is damaged.
+    """
+    first = np.zeros_like(text.ends)
+    row, place = _between(first, text.ends)
+    states = _states_along(f"whole{'-bfloat16' * bfloat16}", model, text, first, text.ends, batch, bfloat16)
+    return HiddenStates(text=text, row=row, place=place, states=states)
+
+
+def paired_states(draft: PreTrainedModel, target: PreTrainedModel, text: TargetText) -> PairedStates:
+    """States of both models; computed, or read from the files of an earlier call.
+
+    Args:
+        draft: the model that drafts.
+        target: the model that wrote the text.
+        text: the text.
+
+    Raises:
+        FitError: nothing was written; or as for `whole_states`.
+    """
+    first, last = np.maximum(text.prompts - 1, 0), text.ends - 1
+    row, place = _between(first, last)
+    if not len(row):
+        raise FitError("the target wrote nothing: give more --new-tokens")
+    models = (draft, target)
+    names = [hashlib.sha256(f"{weights_digest(model)} {model.dtype}".encode()).hexdigest() for model in models]
+    of_draft, of_target = (
+        _states_along(f"states-{name[:16]}", model, text, first, last, 16)
+        for name, model in zip(names, models, strict=True)
+    )
+    digest = hashlib.sha256(" ".join([text.digest, *names]).encode()).hexdigest()
+    return PairedStates(text=text, row=row, place=place, draft=of_draft, target=of_target, digest=digest)
+
+
+def join_states(parts: Sequence[HiddenStates]) -> HiddenStates:
+    """States of several texts as those of one, with the rows of the first part first.
+
+    Args:
+        parts: at least one, all of the same target.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.text.ends) for part in parts[:-1])])
+    return HiddenStates(
+        text=join_texts([part.text for part in parts]),
+        row=np.concatenate([part.row + start for part, start in zip(parts, starts, strict=True)]),
+        place=np.concatenate([part.place for part in parts]),
+        states=Chained([part.states for part in parts]),
+    )
+
+
+def spread_over(positions: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of some numbers, evenly spread; shape (at most count,), int64."""
+    return positions[np.linspace(0, len(positions) - 1, min(len(positions), count)).astype(np.int64)]
+
+
+def _between(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and place of every position from ``first`` up to ``last``, row by row; shapes (texts,) to (positions,)."""
+    counts = np.maximum(last - first, 0)
+    row = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return row, first[row] + within
+
+
+def _states_along(
+    name: str,
+    model: PreTrainedModel,
+    text: TargetText,
+    first: np.ndarray,
+    last: np.ndarray,
+    batch: int,
+    bfloat16: bool = False,
+) -> np.ndarray:
+    """States after the final norm in the order of `_between`, shape (positions, h), float16, mapped from a file."""
+    path, counts = text.folder / f"{name}.npy", np.maximum(last - first, 0)
+    shape = int(counts.sum()), output_layer(model).weight.shape[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise FitError(
+                f"the hidden states need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free: "
+                "make room, give --work, or generate fewer --texts"
+            )
+        with replacing(path) as temporary:
+            states = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+            _compute(states, model, text, first, counts, batch, bfloat16)
+            states.flush()
+            del states
+    try:
+        stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if stored.shape != shape:
+            raise ValueError(f"it has shape {stored.shape} instead of {shape}")
+    except (OSError, ValueError) as error:
+        raise FitError(f"{path} is damaged ({error}): remove it to compute it again") from error
+    return stored
+
+
+@torch.inference_mode()
+def _compute(
+    states: np.ndarray,
+    model: PreTrainedModel,
+    text: TargetText,
+    first: np.ndarray,
+    counts: np.ndarray,
+    batch: int,
+    bfloat16: bool,
+) -> None:
+    """Fill ``states``."""
+    rows, done = np.flatnonzero(counts), 0
+    for start in tqdm(range(0, len(rows), batch), unit="batch", mininterval=5.0, desc="hidden states"):
+        members = rows[start : start + batch]
+        width = int((first + counts)[members].max())
+        ids = torch.from_numpy(text.tokens[members, :width].astype(np.int64)).to(model.device)
+        # Padding stands behind a row, where a causal model does not look. Logits are not needed.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            output = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        computed = output.hidden_states[-1].to(torch.float16).cpu().numpy()
+        for member, of_row in zip(members, computed, strict=True):
+            part = of_row[first[member] : first[member] + counts[member]]
+            if not np.isfinite(part).all():
+                raise FitError(_overflow(model))
+            states[done : done + len(part)] = part
+            done += len(part)
+
+
+def _overflow(model: PreTrainedModel) -> str:
+    kind = str(model.dtype).removeprefix("torch.")
+    way_out = "choose another model"
+    return (
+        f"{model.name_or_path or type(model).__name__} in {kind} has hidden states that are NaN or above "
+        f"{np.finfo(np.float16).max:,.0f}, the largest number of the float16 in which they are kept: "
+        + (way_out if model.dtype == torch.float32 else f"give --dtype float32, or {way_out}")
+    )

@@ -1,0 +1,294 @@
+"""Text that a target writes or reads, for heads and drafts to learn from; stored in parts and reused."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from ...errors import FitError
+from ...files import replacing
+from ...models.weight_hashes import weights_digest
+from ..measure import context_of
+from ..settings import TextSettings, require_least
+from .prompts import TRAINING, Prompts
+
+
+@dataclass(frozen=True)
+class TargetText:
+    """Texts that a target wrote after prompts, or that it only reads.
+
+    Attributes:
+        tokens: a prompt, its continuation, then zeros in each row; shape (n, width), int32.
+        prompts: tokens of each prompt, shape (n,), int64; 0 for a text that counts as a whole.
+        ends: tokens of each prompt and continuation together, shape (n,), int64.
+        domain: index of each row's domain in ``domains``, shape (n,), int64.
+        side: purpose of each row, `TRAINING`, `JUDGING` or `SPEED`, shape (n,), int64.
+        domains: names.
+        digest: hash of everything that the text depends on, 64 hex digits.
+        folder: folder of the text and of what is computed from it.
+    """
+
+    tokens: np.ndarray
+    prompts: np.ndarray
+    ends: np.ndarray
+    domain: np.ndarray
+    side: np.ndarray
+    domains: tuple[str, ...]
+    digest: str
+    folder: Path
+
+    def written(self) -> np.ndarray:
+        """All tokens that the target wrote in texts to train on, shape (n,), int32."""
+        places = np.arange(self.tokens.shape[1])
+        chosen = (places >= self.prompts[:, None]) & (places < self.ends[:, None])
+        return self.tokens[chosen & (self.side == TRAINING)[:, None]]
+
+
+def join_texts(parts: Sequence[TargetText]) -> TargetText:
+    """Several texts as one, with the rows of the first part first, stored where the first part is.
+
+    Args:
+        parts: at least one. Domains of the same name become one.
+    """
+    domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
+    width = max(part.tokens.shape[1] for part in parts)
+    rows = [np.pad(part.tokens, ((0, 0), (0, width - part.tokens.shape[1]))) for part in parts]
+    places = [np.array([domains.index(name) for name in part.domains])[part.domain] for part in parts]
+    return TargetText(
+        tokens=np.concatenate(rows),
+        prompts=np.concatenate([part.prompts for part in parts]),
+        ends=np.concatenate([part.ends for part in parts]),
+        domain=np.concatenate(places),
+        side=np.concatenate([part.side for part in parts]),
+        domains=domains,
+        digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
+        folder=parts[0].folder,
+    )
+
+
+def frequent_tokens(tokens: np.ndarray, count: int, vocabulary_size: int | None = None) -> tuple[int, ...]:
+    """The most frequent tokens of a text, ascending; none if ``count`` is 0.
+
+    Args:
+        tokens: the text, shape (n,).
+        count: number of tokens.
+        vocabulary_size: vocabulary of the model. With it, a text of too few different tokens is topped up with the
+            lowest token numbers, which a byte-pair tokeniser gives to its most frequent tokens; without it the result
+            may be shorter.
+    """
+    times = np.bincount(tokens, minlength=vocabulary_size or 0)
+    likeliest = np.argsort(-times, kind="stable")  # among equally frequent tokens the lowest number comes first
+    if vocabulary_size is None:
+        likeliest = likeliest[times[likeliest] > 0]
+    return tuple(sorted(map(int, likeliest[:count])))
+
+
+def describe_text(settings: TextSettings, target: str) -> str:
+    """A line for a card, after those on the origin of the prompts.
+
+    Args:
+        settings: how the text was generated.
+        target: name of the model that wrote it.
+    """
+    return (
+        f"{target} itself continued {settings.texts:,} prompts of {max(2, settings.prompt_tokens // 2)} to "
+        f"{settings.prompt_tokens} tokens cut from that text by at most {settings.new_tokens} tokens, at temperature "
+        f"{settings.temperature:g}; a tenth of the prompts was held out"
+    )
+
+
+def check_text_settings(settings: TextSettings, model: PreTrainedModel, least_new_tokens: int) -> None:
+    """Refuse settings that cannot work, before anything is generated.
+
+    Args:
+        settings: to be checked.
+        model: the target, or another model that reads the text.
+        least_new_tokens: shortest continuation from which anything can be learnt.
+
+    Raises:
+        FitError: a setting is out of range, or a prompt and its continuation exceed the context of the model.
+    """
+    require_least(settings, prompt_tokens=2, new_tokens=least_new_tokens, generate_batch=1)
+    if not 0 <= settings.temperature < float("inf"):
+        raise FitError(f"--temperature must be 0 or more, got {settings.temperature}")
+    if settings.width > context_of(model):
+        raise FitError(
+            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} are together more than "
+            f"the model's context of {context_of(model)} tokens"
+        )
+
+
+def generate_text(
+    model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int, work: Path
+) -> TargetText:
+    """Let the target continue every prompt, or read the text that an earlier call stored.
+
+    Each batch is a file, so that a killed run repeats only the batch that was lost.
+
+    Args:
+        model: the target.
+        ends: tokens that end a text; they are kept as its last.
+        prompts: the prompts.
+        settings: how to generate.
+        seed: seed of the sampling; every batch derives a seed from it, so that it does not matter which are repeated.
+        work: folder for the text, which is stored by its digest.
+
+    Raises:
+        FitError: a file of an earlier run is damaged.
+    """
+    digest = _digest(model, ends, prompts, settings, seed)
+    folder = work / f"text-{digest[:16]}"
+    tokens = np.zeros((len(prompts.rows), settings.width), dtype=np.int32)
+    lengths = np.zeros(len(prompts.rows), dtype=np.int64)
+    starts = range(0, len(prompts.rows), settings.generate_batch)
+    for part, start in enumerate(tqdm(starts, unit="batch", mininterval=5.0, desc="text of the target")):
+        rows = slice(start, start + settings.generate_batch)
+        path = folder / f"part-{part:05d}.npz"
+        if not path.is_file():
+            seed_of_part = int(hashlib.sha256(f"{digest}/{part}".encode()).hexdigest()[:15], 16)
+            texts = continue_rows(model, prompts.rows[rows], ends, settings, seed_of_part)
+            padded = np.zeros((len(texts), settings.width), dtype=np.int32)
+            for place, text in enumerate(texts):
+                padded[place, : len(text)] = text
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, tokens=padded, ends=np.array([len(text) for text in texts], dtype=np.int64))
+        tokens[rows], lengths[rows] = _read(path, tokens[rows].shape)
+    return TargetText(
+        tokens=tokens,
+        prompts=np.array([len(row) for row in prompts.rows], dtype=np.int64),
+        ends=lengths,
+        domain=prompts.domain,
+        side=prompts.side,
+        domains=prompts.domains,
+        digest=digest,
+        folder=folder,
+    )
+
+
+@torch.inference_mode()
+def continue_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], ends: Collection[int], settings: TextSettings, seed: int
+) -> list[list[int]]:
+    """Prompts with their continuations, from one batch padded on the left; a text stops at its first end token.
+
+    Args:
+        model: the target.
+        rows: token ids of the prompts.
+        ends: tokens that end a text.
+        settings: number of tokens, and temperature.
+        seed: seed of the sampling.
+    """
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, width - len(row) :] = torch.tensor(row)
+        mask[place, width - len(row) :] = 1
+    sampling = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=settings.new_tokens,
+        do_sample=bool(settings.temperature),
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+        **sampling,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _without_defaults(model):
+        torch.manual_seed(seed)
+        written = cast(Any, model).generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+    texts = []
+    for row, continuation in zip(rows, written[:, width:].tolist(), strict=True):
+        # After the end there is padding, whatever token pads.
+        last = next((place for place, token in enumerate(continuation) if token in ends), len(continuation))
+        texts.append([*row, *continuation[: last + 1]])
+    return texts
+
+
+@contextlib.contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Set the model's defaults of generation aside.
+
+    They fill in every option that is left open (min_p, penalties, suppressed tokens, beams, ...), and would bend the
+    distribution that is to be learnt.
+    """
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            tokens, ends = stored["tokens"], stored["ends"]
+        if tokens.shape != shape or ends.shape != shape[:1]:
+            raise ValueError(f"it holds {tokens.shape} tokens instead of {shape}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise FitError(f"{path} is damaged ({error}): remove it to generate that part of the text again") from error
+    return tokens, ends
+
+
+def _digest(model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int) -> str:
+    sides = [prompts.domain.tolist(), prompts.side.tolist(), prompts.domains]
+    # The batch size counts: the sample of a text depends on the texts that are generated with it.
+    parts = [weights_digest(model), str(model.dtype), sorted(ends), asdict(settings), seed, prompts.rows, sides]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def plain_windows(
+    model: PreTrainedModel, prompts: Prompts, count: int, width: int, seed: int, work: Path
+) -> TargetText:
+    """Windows of the documents that training prompts are cut from, equally many of each domain, without overlap.
+
+    Args:
+        model: the target, which is to read them.
+        prompts: cut from the same text.
+        count: number of windows.
+        width: tokens of a window; it may hold the end of a document and the beginning of the next.
+        seed: seed of the choice.
+        work: folder for what is computed from the windows, which is stored by their digest.
+
+    Raises:
+        FitError: there is too little text.
+    """
+    rng = np.random.default_rng((seed, count))
+    rows, places = [np.empty((0, width), dtype=np.int32)], list[int]()
+    for place, domain in enumerate(prompts.domains):
+        number = count // len(prompts.domains) + (place < count % len(prompts.domains))
+        tokens = prompts.trained[domain]
+        if len(tokens) // width < number:
+            raise FitError(
+                f"the text has {len(tokens) // width} windows of {width} tokens in {domain}, and {number} are needed: "
+                "give more text or fewer --plain-texts"
+            )
+        chosen = rng.choice(len(tokens) // width, number, replace=False)
+        rows.append(tokens[: len(tokens) // width * width].reshape(-1, width)[chosen])
+        places += [place] * number
+    tokens = np.concatenate(rows)
+    key = json.dumps([weights_digest(model), str(model.dtype), places]).encode()
+    digest = hashlib.sha256(key + np.ascontiguousarray(tokens, dtype="<i4").tobytes()).hexdigest()
+    return TargetText(
+        tokens=tokens,
+        prompts=np.zeros(count, dtype=np.int64),
+        ends=np.full(count, width, dtype=np.int64),
+        domain=np.array(places, dtype=np.int64),
+        side=np.full(count, TRAINING, dtype=np.int64),
+        domains=prompts.domains,
+        digest=digest,
+        folder=work / f"plain-{digest[:16]}",
+    )
