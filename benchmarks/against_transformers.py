@@ -14,10 +14,9 @@ The claim to check: ours gives at least 1.3 times the tokens/s of assisted gener
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,26 +24,28 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.compare_decoders import encoded, table_of
 from specgym.decoding import (
     PRESETS,
     AutoregressiveDecoder,
     ConfidenceBelow,
-    Decoder,
+    Generation,
     ModelDrafter,
     ModelNotFoundError,
     Pair,
     PromptLookupDrafter,
+    Round,
     Sampling,
+    Side,
     SpeculativeDecoder,
+    decode_in_turns,
     load_pair,
-    load_prompts,
     resolve,
+    write_json,
 )
-
-Side = Callable[[list[int], int], int]
 
 
 @dataclass
@@ -52,84 +53,87 @@ class Settings:
     """Compare with transformers."""
 
     pairs: tuple[str, ...] = tuple(name for name, preset in PRESETS.items() if name.startswith("tiny") and preset.draft)
-    """What `load_pair` takes."""
+    """Pairs for `load_pair`."""
     samplings: tuple[Literal["greedy", "sample"], ...] = ("greedy", "sample")
     """Greedy, and temperature 1."""
     prompt_sets: tuple[str, ...] = ("prose", "code", "definitions", "chat")
-    """What `load_prompts` takes."""
+    """Prompt sets for `load_prompts`."""
     prompts: int = 4
-    """Test prompts of each set."""
+    """Test prompts of a set."""
     max_new_tokens: int = 64
-    """Per prompt."""
+    """Tokens generated for a prompt."""
     draft_length: int = 8
-    """Ours, at most; transformers keeps its own default, 20."""
+    """Longest draft of ours; transformers keeps its own default, 20."""
     confidence: float = 0.4
     """Ours: end a draft after a token of which the draft is less sure. transformers' default is the same."""
     json: Path | None = None
-    """Where to write the figures, too."""
+    """File to write the figures to, too."""
 
 
-def ours(decoder: Decoder, sampling: Sampling, settings: Settings) -> Side:
-    """A decoder of this package as one side."""
-    knobs = {"draft_length": float(settings.draft_length)} if decoder.knobs else None
+class TransformersGenerate:
+    """transformers' `generate` as a side of the comparison: a single round, which includes reading the prompt.
 
-    def run(prompt: list[int], seed: int) -> int:
-        generation = decoder.generate(
-            prompt, max_new_tokens=settings.max_new_tokens, sampling=sampling, seed=seed, knobs=knobs
-        )
-        return len(generation.tokens)
+    Args:
+        pair: loaded without prepacking; only its target is used.
+        options: further arguments of `generate`, such as an assistant.
+    """
 
-    return run
+    def __init__(self, pair: Pair, **options: Any) -> None:
+        self.pair, self.options = pair, options
 
-
-def theirs(pair: Pair, sampling: Sampling, settings: Settings, **options: Any) -> Side:
-    """`generate` of the plain target as one side."""
-
-    def run(prompt: list[int], seed: int) -> int:
-        torch.manual_seed(seed)
-        batch = torch.tensor([prompt])
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+        knobs: Mapping[str, float] | None,
+    ) -> Generation:
+        """Generate to the end, greedily or at temperature 1."""
+        torch.manual_seed(seed or 0)
+        batch = torch.tensor([list(prompt_ids)])
         warping = {"do_sample": False} if sampling.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        output = pair.target.model.generate(
+        started = time.perf_counter()
+        output = self.pair.target.model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             pad_token_id=0,
             **warping,
-            **options,
+            **self.options,
         )
-        return int(output.shape[1]) - len(prompt)
+        seconds = time.perf_counter() - started
+        tokens = output[0, len(prompt_ids) :].tolist()
+        return Generation(tokens, [Round(tuple(tokens), 0, 0, 0.0, 0.0, seconds)], 0.0, "length")
 
-    return run
 
-
-def sides(name: str, sampling: Sampling, settings: Settings) -> tuple[Pair, dict[str, Side]]:
-    """Everything that is compared on one pair; the pair is loaded twice, plain and prepacked."""
+def sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
+    """All sides of a pair; the pair is loaded twice, plain and prepacked."""
     packed, plain = load_pair(name), load_pair(name, prepack=False)
-    found: dict[str, Side] = {"generate": theirs(plain, sampling, settings)}
+    methods = {"generate": Side(TransformersGenerate(plain))}
     if isinstance(plain.draft, ModelDrafter):
-        found["assisted"] = theirs(plain, sampling, settings, assistant_model=plain.draft.model.model)
+        methods["rival"] = Side(TransformersGenerate(plain, assistant_model=plain.draft.model.model))
     elif isinstance(plain.draft, PromptLookupDrafter):
-        found["their lookup"] = theirs(plain, sampling, settings, prompt_lookup_num_tokens=10)
-    stop = ConfidenceBelow(settings.confidence)
-    found["ours, one by one"] = ours(AutoregressiveDecoder(packed), sampling, settings)
-    found["ours, plain"] = ours(SpeculativeDecoder(plain, stop=stop), sampling, settings)
-    found["ours"] = ours(SpeculativeDecoder(packed, stop=stop), sampling, settings)
-    return packed, found
+        methods["rival"] = Side(TransformersGenerate(plain, prompt_lookup_num_tokens=10))
+    stop, knobs = ConfidenceBelow(settings.confidence), {"draft_length": float(settings.draft_length)}
+    methods["ours, no draft"] = Side(AutoregressiveDecoder(packed))
+    methods["ours, plain"] = Side(SpeculativeDecoder(plain, stop=stop), knobs)
+    methods["ours"] = Side(SpeculativeDecoder(packed, stop=stop), knobs)
+    return packed, methods
 
 
-def tokens_per_second(pair: Pair, found: dict[str, Side], settings: Settings) -> dict[str, float]:
-    """The median over prompts of each side; the sides take turns."""
-    prompts = [
-        pair.encode(text) for name in settings.prompt_sets for text in load_prompts(name, limit=settings.prompts).test
-    ]
-    speeds: dict[str, list[float]] = {side: [] for side in found}
-    for side in found.values():
-        side(prompts[0], 0)  # warm up
-    for seed, prompt in enumerate(prompts):
-        for name, side in found.items():
-            started = time.perf_counter()
-            count = side(prompt, seed)
-            speeds[name].append(count / (time.perf_counter() - started))
+def tokens_per_second(
+    pair: Pair, methods: Mapping[str, Side], sampling: Sampling, settings: Settings
+) -> dict[str, float]:
+    """Medians over prompts, reading the prompt included."""
+    tokens = settings.max_new_tokens
+    prompts = [ids for name in settings.prompt_sets for ids in encoded(pair, name, settings.prompts, tokens)]
+    turns = decode_in_turns(methods, prompts, max_new_tokens=tokens, sampling=sampling)
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
+    for generations in track(turns, pair.name, total=len(prompts), transient=True):
+        for name, generation in generations.items():
+            speeds[name].append(len(generation.tokens) / (generation.prefill_seconds + generation.seconds))
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
@@ -137,42 +141,36 @@ def main() -> None:
     """Measure and print."""
     settings = tyro.cli(Settings, description=__doc__)
     transformers_logging.set_verbosity_error()
-    console = Console()
+    console = Console(width=140)
     results: dict[str, dict[str, float]] = {}
-    table = Table(title=f"tokens/s, median over prompts, {settings.max_new_tokens} new tokens")
-    for column in ("pair", "sampling", "generate", "assisted / lookup", "ours, one by one", "ours, plain", "ours"):
-        table.add_column(column, justify="left" if column in ("pair", "sampling") else "right")
-    table.add_column("ours / theirs", justify="right")
-    table.add_column("ours / generate", justify="right")
+    table = table_of(
+        "pair, sampling", "generate", "assisted / lookup", "ours, no draft", "ours, plain", "ours", "ours / theirs",
+        "ours / generate", title=f"tokens/s, median over prompts, {settings.max_new_tokens} new tokens",
+    )  # fmt: skip
     for name in settings.pairs:
         resolve(name)
+        try:
+            pair, methods = sides(name, settings)
+        except (ModelNotFoundError, FileNotFoundError) as error:
+            console.print(f"[yellow]{name} is left out: {error}")
+            continue
         for kind in settings.samplings:
-            try:
-                pair, found = sides(name, Sampling(0.0 if kind == "greedy" else 1.0), settings)
-            except (ModelNotFoundError, FileNotFoundError) as error:
-                console.print(f"[yellow]{name} is left out: {error}")
-                break
-            speed = tokens_per_second(pair, found, settings)
+            speed = tokens_per_second(pair, methods, Sampling(0.0 if kind == "greedy" else 1.0), settings)
             results[f"{name} {kind}"] = speed
-            rival = speed.get("assisted", speed.get("their lookup"))
+            rival = speed.get("rival")
             table.add_row(
-                name,
-                kind,
+                f"{name}, {kind}",
                 f"{speed['generate']:.0f}",
                 "-" if rival is None else f"{rival:.0f}",
-                f"{speed['ours, one by one']:.0f}",
-                f"{speed['ours, plain']:.0f}",
-                f"{speed['ours']:.0f}",
+                *(f"{speed[method]:.0f}" for method in ("ours, no draft", "ours, plain", "ours")),
                 "-" if rival is None else f"{speed['ours'] / rival:.2f}",
                 f"{speed['ours'] / speed['generate']:.2f}",
             )
-            del pair, found
-            gc.collect()
+        del pair, methods
+        gc.collect()
     console.print(table)
     if settings.json:
-        settings.json.write_text(
-            json.dumps({"settings": asdict(settings), "tokens_per_second": results}, indent=2, default=str)
-        )
+        write_json(settings.json, {"settings": {**asdict(settings), "json": None}, "tokens_per_second": results})
 
 
 if __name__ == "__main__":

@@ -17,10 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from rich import box
 from rich.table import Table
 
-from benchmarks.sides import PLAIN, Comparison, Figures, Method, Results, compare, drafted, rounds_of, together
+from benchmarks.compare_decoders import (
+    PLAIN,
+    Comparison,
+    Figures,
+    Results,
+    compare,
+    drafted,
+    rounds_of,
+    table_of,
+    together,
+)
 from specgym.decoding import (
     RULES,
     AutoregressiveDecoder,
@@ -28,6 +37,7 @@ from specgym.decoding import (
     DraftTreeRound,
     Pair,
     Round,
+    Side,
     usual_acceptance,
     usual_alignment,
 )
@@ -40,92 +50,85 @@ class Settings(Comparison):
     """Compare draft trees with others."""
 
     prompt_sets: tuple[str, ...] = ("prose", "code", "definitions", "chat")
-    """What `load_prompts` takes, and `repetitive`."""
+    """Prompt sets for `load_prompts`, and `repetitive`."""
     max_candidates: int = 5
-    """Children a node."""
+    """Most children of a node."""
     max_depth: int = 4
-    """Levels."""
+    """Levels of a tree."""
     node_budget: int = 16
-    """Candidates a round."""
+    """Candidates of a round."""
     weight: float = 0.3
     """Share of the aligned states' proposals in what is drafted from, where they propose."""
     thresholds: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
-    """For pruning."""
+    """Thresholds of pruning."""
 
 
-def methods(pair: Pair, settings: Settings) -> list[Method]:
-    """All sides, plain decoding first."""
+def methods(pair: Pair, settings: Settings) -> dict[str, Side]:
+    """All methods, plain decoding first."""
     shape = {name: getattr(settings, name) for name in ("max_candidates", "max_depth", "node_budget")}
-    found = [Method(PLAIN, AutoregressiveDecoder(pair)), *drafted(pair, settings)]
+    sides = {PLAIN: Side(AutoregressiveDecoder(pair)), **drafted(pair, settings)}
     if settings.temperature:
-        return [*found, *(Method(f"tree, {rule}", DraftTreeDecoder(pair, rule, pruning=None), shape) for rule in RULES)]
+        return sides | {f"tree, {rule}": Side(DraftTreeDecoder(pair, rule, pruning=None), shape) for rule in RULES}
     chain = shape | {"max_candidates": 1, "node_budget": settings.max_depth}
-    found += [
-        Method(f"chain ({settings.max_depth})", DraftTreeDecoder(pair, pruning=None), chain),
-        Method("tree", DraftTreeDecoder(pair, pruning=None), shape),
-    ]
-    found += _pruned("tree, pruned", DraftTreeDecoder(pair), settings, shape)
     plain = DraftTreeDecoder(pair)
+    sides[f"chain ({settings.max_depth})"] = Side(DraftTreeDecoder(pair, pruning=None), chain)
+    sides["tree"] = Side(DraftTreeDecoder(pair, pruning=None), shape)
+    sides |= _pruned("tree, pruned", plain, settings, shape)
     alignment = usual_alignment(plain.draft, pair.target)
     if alignment is None:
-        return found
+        return sides
     aligned = DraftTreeDecoder(pair, pruning=None, alignment=alignment, alignment_weight=settings.weight)
-    found.append(Method("tree + alignment", aligned, shape))
+    sides["tree + alignment"] = Side(aligned, shape)
     predictor = usual_acceptance(plain.draft, pair.target, alignment)
     if predictor is None:
-        return found
+        return sides
     guided: dict[str, Any] = {"alignment": alignment, "predictor": predictor}
     both = DraftTreeDecoder(pair, pruning=None, alignment_weight=settings.weight, **guided)
-    found += [
-        Method("tree + both", both, shape),
-        Method("tree + predictor", DraftTreeDecoder(pair, pruning=None, **guided), shape),
-    ]
-    return found + _pruned("tree + predictor, pruned", DraftTreeDecoder(pair, **guided), settings, shape)
+    sides["tree + both"] = Side(both, shape)
+    sides["tree + predictor"] = Side(DraftTreeDecoder(pair, pruning=None, **guided), shape)
+    return sides | _pruned("tree + predictor, pruned", DraftTreeDecoder(pair, **guided), settings, shape)
 
 
-def _pruned(name: str, decoder: DraftTreeDecoder, settings: Settings, shape: Mapping[str, float]) -> list[Method]:
-    return [
-        Method(f"{name} ({threshold:g})", decoder, {**shape, "min_acceptance_prob": threshold})
+def _pruned(name: str, decoder: DraftTreeDecoder, settings: Settings, shape: Mapping[str, float]) -> dict[str, Side]:
+    return {
+        f"{name} ({threshold:g})": Side(decoder, {**shape, "min_acceptance_prob": threshold})
         for threshold in settings.thresholds
-    ]
+    }
 
 
 def shown(_: str, rounds: Sequence[Round], figures: Figures) -> dict[str, str]:
-    """The column of what a round costs."""
+    """Column of the cost of a round."""
     return {"cost of a step": f"{figures['step_cost']:.2f}"}
 
 
 def nodes(target: str, results: Results) -> tuple[Table, dict[str, Any]]:
-    """What became of the candidates, against the tree without pruning, and where the time went."""
-    table = Table(
-        title=f"{target}: candidates and accepted tokens a round, and where the time goes, in %", box=box.MARKDOWN
-    )
+    """Fate of the candidates, against the tree without pruning, and time by parts of a round."""
     counts = ("drafted", "cut", "verified", "accepted", "lost", "fewer verified", "fewer accepted")
-    for heading in ("method", *counts, "drafting", *_PARTS):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    title = f"{target}: candidates and accepted tokens a round, and where the time goes, in %"
+    table = table_of("method", *counts, "drafting", *_PARTS, title=title)
     report: dict[str, Any] = {}
     whole: dict[str, float] = {}
     for side, generations in together(results).items():
-        rounds = [cycle for cycle in rounds_of(generations) if isinstance(cycle, DraftTreeRound)]
+        rounds = [round_ for round_ in rounds_of(generations) if isinstance(round_, DraftTreeRound)]
         if not rounds:
             continue
-        own = {
-            "cut": sum(cycle.pruned for cycle in rounds) / len(rounds),
-            "verified": sum(cycle.drafted for cycle in rounds) / len(rounds),
-            "accepted": sum(cycle.accepted for cycle in rounds) / len(rounds),
-            "lost": sum(cycle.lost for cycle in rounds) / len(rounds),
+        rates = {
+            "cut": sum(round_.pruned for round_ in rounds) / len(rounds),
+            "verified": sum(round_.drafted for round_ in rounds) / len(rounds),
+            "accepted": sum(round_.accepted for round_ in rounds) / len(rounds),
+            "lost": sum(round_.lost for round_ in rounds) / len(rounds),
         }
         if "pruned" not in side:  # the methods after it are the same tree, pruned
-            whole = own
-        fewer = {f"fewer_{name}": 1 - own[name] / whole[name] for name in ("verified", "accepted")}
-        seconds = sum(cycle.draft_seconds + cycle.verify_seconds for cycle in rounds)
-        shares = {part: sum(getattr(cycle, f"{part}_seconds") for cycle in rounds) / seconds for part in _PARTS}
-        drafting = sum(cycle.draft_seconds for cycle in rounds) / seconds - sum(shares[part] for part in _PARTS[:3])
-        report[side] = {**own, **fewer, "drafting": drafting, **shares}
+            whole = rates
+        fewer = {f"fewer_{name}": 1 - rates[name] / whole[name] for name in ("verified", "accepted")}
+        seconds = sum(round_.draft_seconds + round_.verify_seconds for round_ in rounds)
+        shares = {part: sum(getattr(round_, f"{part}_seconds") for round_ in rounds) / seconds for part in _PARTS}
+        drafting = sum(round_.draft_seconds for round_ in rounds) / seconds - sum(shares[part] for part in _PARTS[:3])
+        report[side] = {**rates, **fewer, "drafting": drafting, **shares}
         table.add_row(
             side,
-            f"{own['verified'] + own['cut']:.1f}",
-            *(f"{own[name]:.2f}" for name in ("cut", "verified", "accepted", "lost")),
+            f"{rates['verified'] + rates['cut']:.1f}",
+            *(f"{rates[name]:.2f}" for name in ("cut", "verified", "accepted", "lost")),
             *(f"{100 * share:.0f} %" for share in fewer.values()),
             *(f"{100 * share:.0f}" for share in (drafting, *shares.values())),
         )

@@ -1,4 +1,4 @@
-"""What a forward pass costs by its number of tokens, with stock linear layers and with prepacked ones.
+"""Cost of a forward pass by its number of tokens, with stock linear layers and with prepacked ones.
 
     python -m benchmarks.forward_cost                       # a random Llama of about 110 million parameters, float32
     python -m benchmarks.forward_cost --model tiny-10m      # a shipped model, a folder or a hub id
@@ -8,7 +8,6 @@ The claim to check: with prepacked layers a pass over 8 tokens costs at most 1.3
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from specgym.decoding import SMALLEST_PREPACKED, LanguageModel, load_model, prepack_linears
+from specgym.decoding import SMALLEST_PREPACKED, LanguageModel, load_model, prepack_linears, write_json
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Settings:
     model: str = "random"
     """`random` (12 layers, hidden size 768, vocabulary 32,000), or what `load_model` takes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights."""
+    """Type of the weights."""
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of tokens in a pass."""
     cached: int = 128
@@ -41,7 +40,7 @@ class Settings:
     smallest: tuple[int, ...] = field(default_factory=lambda: (SMALLEST_PREPACKED,))
     """Thresholds to try: only weights of at least so many elements are prepacked."""
     json: Path | None = None
-    """Where to write the figures, too."""
+    """File to write the figures to, too."""
 
 
 def build(settings: Settings) -> PreTrainedModel:
@@ -106,9 +105,10 @@ def main() -> None:
         table.add_row(*cells)
     Console().print(table)
     if settings.json:
-        settings.json.write_text(
-            json.dumps({"settings": asdict(settings), "milliseconds": milliseconds}, indent=2, default=str)
-        )
+        by_name = {
+            name: {str(count): value for count, value in values.items()} for name, values in milliseconds.items()
+        }
+        write_json(settings.json, {"settings": {**asdict(settings), "json": None}, "milliseconds": by_name})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from benchmarks.grids import Setting, best_apart, settings_of, thinned
+from benchmarks.knob_grids import Setting, best_apart, settings_of, thinned
 from specgym.agents import (
     ExportedPolicy,
     RunFolder,
@@ -64,11 +64,11 @@ class Settings:
     run: tyro.conf.Positional[Path]
     """Folder of a run of train.py."""
     workloads: tuple[str, ...] = ()
-    """Which of the run's; by default all."""
+    """Workloads of the run; by default all."""
     prompts: int = 6
     """Held-out prompts of each workload for the whole grid, at most."""
     finalists: int = 16
-    """How many of the grid's best settings are decoded with more prompts; of those that did the very same, one."""
+    """Best settings of the grid that are decoded with more prompts; settings that did the very same count once."""
     final_prompts: int = 24
     """Held-out prompts of each workload for these, for what was learned, and for the default, at most."""
     tokens: int = 64
@@ -78,7 +78,7 @@ class Settings:
 
 
 def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, tokens: int) -> list[float]:
-    """What each of some settings earns on a workload's held-out prompts, decoded live.
+    """Rewards of some settings on a workload's held-out prompts, decoded live.
 
     Greedy decoding gives the same text every time, so once is enough; sampled texts are drawn with each of the seeds
     of the run's evaluation, the same ones for all settings.
@@ -87,16 +87,16 @@ def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, token
     folder = RunFolder(run)
     settings = load_settings(folder.settings)
     profile = LatencyProfile.load(folder.profile_paths(settings)[settings.workloads.index(name)])
-    found = workload(name)
-    decoder = settings.decoder(found.load())
-    held_out = found.prompt_ids("test")[:prompts]
+    task = workload(name)
+    decoder = settings.decoder(task.load())
+    held_out = task.prompt_ids("test")[:prompts]
     earned = []
     for knobs in chosen:
         texts = [
             text
-            for seed in (settings.evaluation.seeds[:1] if found.sampling.greedy else settings.evaluation.seeds)
+            for seed in (settings.evaluation.seeds[:1] if task.sampling.greedy else settings.evaluation.seeds)
             for place, prompt in enumerate(held_out)
-            for text in decode_prompts(decoder, knobs, [prompt], tokens, found.sampling, 10_000 * seed + place)
+            for text in decode_prompts(decoder, knobs, [prompt], tokens, task.sampling, 10_000 * seed + place)
         ]
         earned.append(reward_of(settings.reward, summarise(decoder, texts, profile), decoder, knobs))
     return earned
@@ -106,12 +106,12 @@ def fastest_recorded(settings: TrainSettings, name: str, profile: LatencyProfile
     """The recorded setting that is fastest with a workload's training prompts; None if the run has no outcomes."""
     if not settings.replayed:
         return None
-    found, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
-    if not isinstance(found, Outcomes):
+    outcomes, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
+    if not isinstance(outcomes, Outcomes):
         return None
-    seconds = totals(found, profile.at(), settings.environment.tokens_per_step).per_token("seconds")
-    values = found.settings[int(np.argmin(seconds))].tolist()
-    return dict(zip((knob.name for knob in found.info.knobs), values, strict=True))
+    seconds = totals(outcomes, profile.at(), settings.environment.tokens_per_step).per_token("seconds")
+    values = outcomes.settings[int(np.argmin(seconds))].tolist()
+    return dict(zip((knob.name for knob in outcomes.info.knobs), values, strict=True))
 
 
 def compared(
@@ -145,10 +145,10 @@ def compared(
 
 
 def decoded(
-    chosen: Settings, name: str, wanted: Sequence[Setting], prompts: int, tick: Callable[[int], None]
+    chosen: Settings, name: str, settings: Sequence[Setting], prompts: int, tick: Callable[[int], None]
 ) -> list[float]:
     """`rewards` of many settings, in `chosen.jobs` processes; `tick` is called with how many more are done."""
-    chunks = {place: wanted[place : place + _CHUNK] for place in range(0, len(wanted), _CHUNK)}
+    chunks = {place: settings[place : place + _CHUNK] for place in range(0, len(settings), _CHUNK)}
     arguments = prompts, chosen.tokens
     done: dict[int, list[float]] = {}
     if chosen.jobs == 1:
@@ -190,13 +190,13 @@ def parsed(arguments: Sequence[str] | None) -> tuple[Settings, TrainSettings, di
     options: Any = dataclasses.make_dataclass(
         "Values", [(knob.name, tuple[float, ...], dataclasses.field(default=())) for knob in knobs]
     )
-    given = {name: values for name, values in vars(tyro.cli(options, args=rest)).items() if values}
+    passed = {name: values for name, values in vars(tyro.cli(options, args=rest)).items() if values}
     for knob in knobs:
-        for value in given.get(knob.name, ()):
+        for value in passed.get(knob.name, ()):
             if not knob.low <= value <= knob.high or (knob.integer and value != int(value)):
                 kind = "whole numbers" if knob.integer else "numbers"
                 raise SettingsError(f"--{knob.name} takes {kind} from {knob.low:g} to {knob.high:g}, got {value:g}")
-    return chosen, settings, thinned(knobs, given)
+    return chosen, settings, thinned(knobs, passed)
 
 
 def finished_before(path: Path, protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,20 +258,20 @@ def compare(
     return {name: done[name] for name in names}, stored
 
 
-def rendered(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+def rendered(workloads: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     """A line a workload, and one for all: what is best, and what the others reach of it."""
     rivals = {"learned": "learned", "recorded": "fastest recorded", "default": "default"}
-    rivals = {name: heading for name, heading in rivals.items() if all(name in entry for entry in found.values())}
+    rivals = {name: heading for name, heading in rivals.items() if all(name in entry for entry in workloads.values())}
     table = Table(title=title, title_justify="left")
     table.add_column("workload")
-    knobs = ", ".join(next(iter(found.values()))["default"]["knobs"])
+    knobs = ", ".join(next(iter(workloads.values()))["default"]["knobs"])
     for heading in (f"best of the grid\n{knobs}", *rivals.values()):
         table.add_column(heading, justify="right")
         table.add_column("reward", justify="right")
         if "best" not in heading:
             table.add_column("share", justify="right")
     shares: dict[str, list[float]] = {name: [] for name in rivals}
-    for workload_name, entry in found.items():
+    for workload_name, entry in workloads.items():
         cells = []
         for method in ("best", *rivals):
             cells += [", ".join(f"{value:.4g}" for value in entry[method]["knobs"].values())]
@@ -281,10 +281,10 @@ def rendered(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
                 cells += [f"{shares[method][-1]:.3f}"]
         table.add_row(workload_name, *cells)
     table.add_section()
-    means = (cell for each in shares.values() for cell in ("", "", f"{np.mean(each):.3f}"))
+    means = (cell for values in shares.values() for cell in ("", "", f"{np.mean(values):.3f}"))
     table.add_row("mean", "", "", *means)
     reached = sum(share >= AIM for share in shares["learned"])
-    table.caption = f"At least {AIM:g} of the grid's best learned on {reached} of {len(found)} workloads."
+    table.caption = f"At least {AIM:g} of the grid's best learned on {reached} of {len(workloads)} workloads."
     return table
 
 
@@ -293,16 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     try:
         chosen, settings, values = parsed(arguments)
-        found, stored = compare(chosen, settings, values)
+        workloads, stored = compare(chosen, settings, values)
     except SpecgymError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    size = int(np.prod([len(each) for each in values.values()]))
+    size = int(np.prod([len(tried) for tried in values.values()]))
     title = (
         f"{chosen.run}: {size} settings with {chosen.prompts} held-out prompts, the best {chosen.finalists} with "
         f"{chosen.final_prompts}, {chosen.tokens} tokens each, live"
     )
-    Console(width=160).print(rendered(found, title))
+    Console(width=160).print(rendered(workloads, title))
     print(f"Everything is in {stored}.")
     return 0
 

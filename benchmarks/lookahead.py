@@ -16,10 +16,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import tyro
-from rich import box
 from rich.table import Table
 
-from benchmarks.sides import PLAIN, Comparison, Figures, Method, Results, compare, drafted, rounds_of
+from benchmarks.compare_decoders import (
+    PLAIN,
+    Comparison,
+    Figures,
+    Results,
+    compare,
+    drafted,
+    rounds_of,
+    table_of,
+    together,
+)
 from specgym.decoding import (
     AutoregressiveDecoder,
     JacobiDecoder,
@@ -30,6 +39,7 @@ from specgym.decoding import (
     PoolSettings,
     PromptLookupDrafter,
     Round,
+    Side,
     SpeculativeDecoder,
 )
 
@@ -39,58 +49,60 @@ class Settings(Comparison):
     """Compare Lookahead decoding with others."""
 
     knobs: tuple[tuple[int, int, int], ...] = ((5, 3, 5), (15, 5, 15), (1, 3, 5), (1, 5, 2), (3, 4, 3))
-    """Window, n-gram size and guesses of Lookahead decoding, three numbers for each setting."""
+    """Window, n-gram size and guesses of Lookahead decoding, three numbers a setting."""
     unseeded: tuple[tuple[int, int, int], ...] = ((5, 3, 5), (15, 5, 15))
-    """The same, of Lookahead decoding whose pool is filled by the window alone."""
+    """Three such numbers for Lookahead decoding whose pool is filled by the window alone."""
     jacobi_window: int = 8
-    """Of Jacobi decoding."""
+    """Window of Jacobi decoding."""
     lookup_length: int = 4
-    """Tokens drafted by prompt lookup, at most."""
+    """Most tokens drafted by prompt lookup."""
 
 
-def lookahead(pair: Pair, numbers: Sequence[int], pool: PoolSettings | None = None) -> Method:
+def lookahead(pair: Pair, numbers: Sequence[int], pool: PoolSettings | None = None) -> tuple[str, Side]:
     """Lookahead decoding with window, n-gram size and guesses."""
     window, ngram, guesses = numbers
     decoder = LookaheadDecoder(pair, max_window=window, max_ngram=ngram, max_guesses=max(guesses, 1), pool=pool)
     name = f"Lookahead ({window}, {ngram}, {guesses})" + (", window alone" if pool else "")
-    return Method(name, decoder, {"window": window, "ngram": ngram, "guesses": guesses})
+    return name, Side(decoder, {"window": window, "ngram": ngram, "guesses": guesses})
 
 
-def methods(pair: Pair, settings: Settings) -> list[Method]:
-    """All sides, plain decoding first."""
+def methods(pair: Pair, settings: Settings) -> dict[str, Side]:
+    """All methods, plain decoding first."""
     copied = Pair(pair.target, PromptLookupDrafter(pair.target.vocabulary_size), pair.tokenizer)
     window, copies = settings.jacobi_window, settings.lookup_length
-    return [
-        Method(PLAIN, AutoregressiveDecoder(pair)),
-        Method(f"Jacobi ({window})", JacobiDecoder(pair, max_window=window), {"window": window}),
-        *(lookahead(pair, numbers, PoolSettings(seeds="nothing")) for numbers in settings.unseeded),
-        *(lookahead(pair, numbers) for numbers in settings.knobs),
-        Method(f"prompt lookup ({copies})", SpeculativeDecoder(copied), {"draft_length": copies}),
-        *drafted(pair, settings),
-    ]
+    return {
+        PLAIN: Side(AutoregressiveDecoder(pair)),
+        f"Jacobi ({window})": Side(JacobiDecoder(pair, max_window=window), {"window": window}),
+        **dict(lookahead(pair, numbers, PoolSettings(seeds="nothing")) for numbers in settings.unseeded),
+        **dict(lookahead(pair, numbers) for numbers in settings.knobs),
+        f"prompt lookup ({copies})": Side(SpeculativeDecoder(copied), {"draft_length": copies}),
+        **drafted(pair, settings),
+    }
 
 
 def hit_rate(rounds: Sequence[Round]) -> float:
     """Share of the rounds in which there was anything to verify from the pool, or from the draft."""
-    hits = [cycle.found if isinstance(cycle, LookaheadRound) else cycle.drafted for cycle in rounds]
+    hits = [round_.found if isinstance(round_, LookaheadRound) else round_.drafted for round_ in rounds]
     return sum(hit > 0 for hit in hits) / len(hits)
 
 
 def shown(side: str, rounds: Sequence[Round], _: Figures) -> dict[str, str]:
-    """The column of Lookahead decoding."""
+    """Column of Lookahead decoding."""
     return {"hit rate": "-" if side == PLAIN or side.startswith("Jacobi") else f"{hit_rate(rounds):.0%}"}
 
 
 def step_times(target: str, results: Results, overall: Mapping[str, Figures]) -> tuple[Table, dict[str, Any]]:
-    """Where a step's time goes: a table, and the same as numbers for the report."""
-    table = Table(title=f"{target}: what a step costs, and where its time goes (ms)", box=box.MARKDOWN)
-    for heading in ("method", "tokens per step", "cost in plain steps", "prepare", "mask", "forward", "judge"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    """Time of a step by its parts: a table, and numbers for the report."""
+    table = table_of(
+        "method", "tokens per step", "cost in plain steps", "prepare", "mask", "forward", "judge",
+        title=f"{target}: cost of a step, and where its time goes (ms)",
+    )  # fmt: skip
     report: dict[str, Any] = {}
+    decoded = together(results)
     for side, sums in overall.items():
-        rounds = rounds_of([generation for sides in results.values() for generation in sides[side]])
+        rounds = rounds_of(decoded[side])
         parts = ["-"] * 4
-        if all(isinstance(cycle, LookaheadRound) for cycle in rounds):
+        if all(isinstance(round_, LookaheadRound) for round_ in rounds):
             means = LookaheadStatistics.of(rounds)
             report[side] = asdict(means)
             seconds = (means.prepare_seconds, means.mask_seconds, means.forward_seconds, means.judge_seconds)

@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import tyro
-from rich import box
 from rich.table import Table
 
-from benchmarks.sides import PLAIN, Comparison, Figures, Method, compare, drafted
+from benchmarks.compare_decoders import PLAIN, Comparison, Figures, compare, drafted, table_of
 from specgym.decoding import (
     DELTA,
     EPSILON,
@@ -27,6 +26,7 @@ from specgym.decoding import (
     MedusaDecoder,
     Pair,
     Round,
+    Side,
     TypicalMedusaDecoder,
     heads_for,
 )
@@ -37,62 +37,53 @@ class Settings(Comparison):
     """Compare Medusa decoding with others."""
 
     prompt_sets: tuple[str, ...] = ("prose", "code", "definitions", "chat")
-    """What `load_prompts` takes, and `repetitive`."""
+    """Prompt sets for `load_prompts`, and `repetitive`."""
     heads_from: str | None = None
-    """Folder of the heads, for a single target; by default those that decoders find by themselves."""
+    """Folder of the heads, for a single target; by default the heads that decoders load."""
     heads: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Numbers of heads used; those there are at most."""
+    """Numbers of heads used, up to those there are."""
     candidates: tuple[int, ...] = (8, 16, 32, 64)
     """Numbers of candidates verified in a step."""
     epsilon: float = EPSILON
-    """Of typical acceptance, which is compared when sampling: probability above which all is accepted."""
+    """Typical acceptance, which is compared when sampling: probability above which everything is accepted."""
     delta: float = DELTA
-    """Of typical acceptance: share of exp(-entropy) above which a candidate is accepted."""
+    """Typical acceptance: share of exp(-entropy) above which a candidate is accepted."""
 
 
 def name_of(heads: int, candidates: int) -> str:
-    """Of Medusa decoding with so many of both."""
+    """Name of Medusa decoding with some heads and candidates."""
     return f"Medusa ({heads}, {candidates})"
 
 
-def methods(pair: Pair, settings: Settings) -> list[Method]:
-    """All sides, plain decoding first."""
+def methods(pair: Pair, settings: Settings) -> dict[str, Side]:
+    """All methods, plain decoding first."""
     heads = heads_for(pair.target, settings.heads_from)
     exact = MedusaDecoder(pair, heads, max_tree=max(settings.candidates))
-    found = [Method(PLAIN, AutoregressiveDecoder(pair)), *drafted(pair, settings)]
+    sides = {PLAIN: Side(AutoregressiveDecoder(pair)), **drafted(pair, settings)}
     for count in settings.heads:
         if count <= heads.shape.heads:
-            found += [
-                Method(name_of(count, size), exact, {"heads": count, "tree_size": size}) for size in settings.candidates
-            ]
+            sides |= {name_of(count, n): Side(exact, {"heads": count, "tree_size": n}) for n in settings.candidates}
     if settings.temperature:
         typical = TypicalMedusaDecoder(pair, heads, max_tree=max(settings.candidates))
+        knobs = {"heads": heads.shape.heads, "epsilon": settings.epsilon, "delta": settings.delta}
         for size in settings.candidates:
-            knobs = {
-                "heads": heads.shape.heads,
-                "tree_size": size,
-                "epsilon": settings.epsilon,
-                "delta": settings.delta,
-            }
-            found.append(Method(f"typical ({heads.shape.heads}, {size})", typical, knobs))
-    return found
+            sides[f"typical ({heads.shape.heads}, {size})"] = Side(typical, {**knobs, "tree_size": size})
+    return sides
 
 
 def shown(_: str, rounds: Sequence[Round], figures: Figures) -> dict[str, str]:
-    """The columns of Medusa decoding."""
-    tokens = sum(len(cycle.tokens) for cycle in rounds)
+    """Columns of Medusa decoding."""
+    tokens = sum(len(round_.tokens) for round_ in rounds)
     return {
         "cost of a step": f"{figures['step_cost']:.2f}",
-        "divergence": f"{sum(cycle.divergence for cycle in rounds) / tokens:.3f}",
+        "divergence": f"{sum(round_.divergence for round_ in rounds) / tokens:.3f}",
     }
 
 
 def trade(target: str, overall: Mapping[str, Figures], settings: Settings) -> Table:
     """Tokens per step against what a step costs, by heads and candidates, over all prompt sets."""
     title = f"{target}: tokens per step / cost of a step in plain steps = speedup"
-    table = Table("heads", title=title, box=box.MARKDOWN)
-    for size in settings.candidates:
-        table.add_column(f"{size} candidates", justify="right", no_wrap=True)
+    table = table_of("heads", *(f"{size} candidates" for size in settings.candidates), title=title)
     for count in settings.heads:
         cells = [overall.get(name_of(count, size)) for size in settings.candidates]
         if all(cells):

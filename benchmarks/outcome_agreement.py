@@ -1,4 +1,4 @@
-"""How far decoding replayed from recorded outcomes is from live decoding, at settings that were not recorded.
+"""Agreement of decoding replayed from recorded outcomes with live decoding, at settings that were not recorded.
 
     python -m benchmarks.outcome_agreement                                  # shipped Lookahead workloads, half an hour
     python -m benchmarks.outcome_agreement --workloads tiny-3m/code --settings 12
@@ -50,19 +50,19 @@ class Settings:
     workloads: tuple[str, ...] = LookaheadSettings.workloads
     """Recorded workloads."""
     decoder: str = "lookahead"
-    """Whose outcomes."""
+    """Decoder whose outcomes were recorded."""
     recordings: Path | None = None
     """Folder of the recordings; by default those that ship."""
     split: Split = "train"
-    """Whose prompts."""
+    """Split of the prompts."""
     settings: int = 16
     """Settings of the knobs that were not recorded."""
     seed: int = 1
-    """Of their choice."""
+    """Seed of their choice."""
     threads: int = 1
     """torch's."""
     json: Path | None = None
-    """Where to write the figures of every setting, too."""
+    """File to write the figures of all settings to, too."""
 
 
 def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]:
@@ -85,16 +85,16 @@ def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]
 
 
 def live(
-    found: Workload, outcomes: Outcomes, profile: LatencyProfile, settings: NDArray[np.float64]
+    result: Workload, outcomes: Outcomes, profile: LatencyProfile, settings: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
     """`speedup` and `mean_acceptance_length` of decoding the recorded prompts with each setting, shape (settings,)."""
     info = outcomes.info
-    decoder = build_decoder(info.decoder, found.load(), info.draft_length or 1)
-    prompts = found.prompt_ids()[: outcomes.prompts]
+    decoder = build_decoder(info.decoder, result.load(), info.draft_length or 1)
+    prompts = result.prompt_ids()[: outcomes.prompts]
     rows = []
-    for number, setting in enumerate(track(settings.tolist(), found.name)):
+    for number, setting in enumerate(track(settings.tolist(), result.name)):
         knobs = dict(zip((knob.name for knob in info.knobs), setting, strict=True))
-        texts = decode_prompts(decoder, knobs, prompts, info.tokens, found.sampling, 1000 * (number + 1))
+        texts = decode_prompts(decoder, knobs, prompts, info.tokens, result.sampling, 1000 * (number + 1))
         rows.append(summarise(decoder, texts, profile))
     return {name: np.array([row[name] for row in rows]) for name in ("speedup", "mean_acceptance_length")}
 
@@ -112,16 +112,16 @@ def main() -> None:
     report = {}
     for name in settings.workloads:
         path = settings.recordings and settings.recordings / outcomes_name(name, settings.decoder, settings.split)
-        outcomes, found = find_recording(settings.decoder, path, name, settings.split)
+        outcomes, result = find_recording(settings.decoder, path, name, settings.split)
         if not isinstance(outcomes, Outcomes):
             sys.exit(
                 f"error: {settings.decoder} is replayed from a trace, for which there is benchmarks.replay_agreement; "
                 "its outcomes are compared with --recordings"
             )
-        profile = profile_of(found, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
+        profile = profile_of(result, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
         replay = OutcomeReplay([outcomes], [profile], outcomes.info.tokens)
         chosen = unrecorded(outcomes, settings.settings, settings.seed)
-        real, means = live(found, outcomes, profile, chosen), replay.means(0, chosen)
+        real, means = live(result, outcomes, profile, chosen), replay.means(0, chosen)
         replayed = {
             "speedup": profile.autoregressive_seconds / means["seconds"],
             "mean_acceptance_length": 1 / means["rounds"],

@@ -1,4 +1,4 @@
-"""How far replayed threshold decoding is from live decoding, over a grid of thresholds.
+"""Agreement of replayed threshold decoding with live decoding, over a grid of thresholds.
 
     python -m benchmarks.replay_agreement                                   # every shipped pair, about 15 minutes
     python -m benchmarks.replay_agreement --workloads tiny/prose tiny/code
@@ -45,28 +45,28 @@ class Settings:
     tokens: int = 32
     """Generated for each."""
     replays: int = 32
-    """Of each prompt and setting."""
+    """Replays of a prompt and setting."""
     live_seeds: int = 1
-    """Of each prompt and setting; sampled workloads take four times as many."""
+    """Live texts of a prompt and setting; sampled workloads take four times as many."""
     threads: int = 1
     """torch's."""
     json: Path | None = None
-    """Where to write the figures of every setting, too."""
+    """File to write the figures of all settings to, too."""
 
 
 def live(name: str, profile: LatencyProfile, trace: Trace, settings: Settings) -> NDArray[np.float64]:
     """(ms/token, acceptance rate) of every setting of the grid, shape (settings, 2)."""
-    found = workload(name).with_split("test")
-    decoder = ThresholdDecoder(found.load(), trace.draft_length)
-    prompts = found.prompt_ids()[: settings.prompts]
-    seeds = settings.live_seeds * (1 if found.sampling.greedy else 4)
+    result = workload(name).with_split("test")
+    decoder = ThresholdDecoder(result.load(), trace.draft_length)
+    prompts = result.prompt_ids()[: settings.prompts]
+    seeds = settings.live_seeds * (1 if result.sampling.greedy else 4)
     rows = []
     for fallback, rollback in track(GRID, name):
         knobs = {"fallback": fallback, "rollback": rollback}
         texts = [
             text
             for seed in range(seeds)
-            for text in decode_prompts(decoder, knobs, prompts, settings.tokens, found.sampling, 1000 * seed)
+            for text in decode_prompts(decoder, knobs, prompts, settings.tokens, result.sampling, 1000 * seed)
         ]
         metrics = summarise(decoder, texts, profile)
         rows.append((metrics["ms_per_token"], metrics["draft_acceptance_rate"]))
@@ -74,19 +74,19 @@ def live(name: str, profile: LatencyProfile, trace: Trace, settings: Settings) -
 
 
 def replayed(profile: LatencyProfile, trace: Trace, settings: Settings, detours: bool) -> NDArray[np.float64]:
-    """The same by replay."""
+    """Replayed values of every setting of the grid, shape (settings, 2)."""
     table = ReplayTable([trace], detours=detours)
     replay = Replay(table, profile.round_seconds(trace.draft_length)[None], settings.tokens)
     prompts = np.repeat(np.arange(settings.prompts), settings.replays)
     random = np.random.default_rng(0)
     rows = []
     for fallback, rollback in GRID:
-        of_each = np.ones(len(prompts))
+        everywhere = np.ones(len(prompts))
         sums = replay.decode_many(
             prompts,
             np.zeros(len(prompts), np.int64),
-            fallback * of_each,
-            rollback * of_each,
+            fallback * everywhere,
+            rollback * everywhere,
             np.full(len(prompts), trace.draft_length),
             random,
         )
@@ -96,7 +96,7 @@ def replayed(profile: LatencyProfile, trace: Trace, settings: Settings, detours:
 
 
 def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """From 0, ties share their mean rank."""
+    """Ranks from 0; ties share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
 
@@ -122,8 +122,8 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     report = {}
     for name in settings.workloads:
-        trace, found = find_trace(None, name, "test")
-        profile = measured(found.load(), sampling=found.sampling)
+        trace, result = find_trace(None, name, "test")
+        profile = measured(result.load(), sampling=result.sampling)
         real = live(name, profile, trace, settings)
         with_detours, without = (replayed(profile, trace, settings, detours) for detours in (True, False))
         good, plain = agreement(real, with_detours), agreement(real, without)

@@ -1,4 +1,4 @@
-"""How much memory live environments have to themselves, with the models loaded before they are forked and without.
+"""Private memory of live environments, with the models loaded before they are forked and without.
 
     python -m benchmarks.shared_weights                        # Linux only
 
@@ -38,7 +38,7 @@ WAYS = ("each its own", "loaded before")
 
 
 def private_megabytes(process: int) -> float:
-    """What belongs to a process alone."""
+    """Private memory of a process in megabytes."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
@@ -58,9 +58,9 @@ def measured(pair: str, way: str) -> list[float]:
         for _ in range(2):
             environments.step(np.zeros((len(names), 2), np.float32))
         processes = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-        found = [private_megabytes(process) for process in processes]
+        result = [private_megabytes(process) for process in processes]
         environments.close()
-    return found
+    return result
 
 
 def main() -> None:
@@ -72,8 +72,8 @@ def main() -> None:
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.shared_weights", "--pair", chosen.pair, "--way", way]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = json.loads(shown.splitlines()[-1])
-        print(f"{chosen.pair}, {way}: {', '.join(f'{value:.0f}' for value in found)} MB private to each environment")
+        result = json.loads(shown.splitlines()[-1])
+        print(f"{chosen.pair}, {way}: {', '.join(f'{value:.0f}' for value in result)} MB private to each environment")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What deciding whether to stop costs beside drafting a token, for the shipped pairs that draft with a model.
+"""Cost of deciding whether to stop beside drafting a token, for the shipped pairs that draft with a model.
 
     python -m benchmarks.stop_rule_cost                                     # the network as it is before learning
     python -m benchmarks.stop_rule_cost --policy runs/NAME/seed-0           # one that was learned; as fast

@@ -11,8 +11,10 @@ prompts can expect to beat.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -21,6 +23,15 @@ from rich.table import Table
 from specgym.agents import TunerSettings, losses, problems_of, universal_setting
 from specgym.decoding import Split
 from specgym.envs import LOSSLESS, Replay, find_trace, prepared, profile_of
+
+
+@dataclass
+class Settings:
+    """Compare single settings with the best of every workload."""
+
+    workloads: tuple[str, ...] = TunerSettings.workloads
+    """Recorded workloads."""
+
 
 LENGTHS = np.arange(1, 17)
 PASSES = 16
@@ -66,7 +77,8 @@ def universal_length(names: Sequence[str]) -> tuple[int, dict[str, float]]:
 
 def main() -> None:
     """Print the settings and a table."""
-    settings = TunerSettings()
+    chosen = tyro.cli(Settings, description=__doc__)
+    settings = replace(TunerSettings(), workloads=chosen.workloads)
     problems = problems_of(settings)
     thresholds = universal_setting(problems)
     of_thresholds = losses(problems, thresholds)

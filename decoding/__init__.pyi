@@ -8,6 +8,7 @@ from .decoders.draft_tree import (
     usual_acceptance,
     usual_alignment,
 )
+from .decoders.in_turns import Side, decode_in_turns
 from .decoders.lookahead import (
     JacobiDecoder,
     LookaheadDecoder,
@@ -132,6 +133,7 @@ __all__ = [
     "Rows",
     "Sampling",
     "Session",
+    "Side",
     "SpecgymError",
     "SpeculativeDecoder",
     "SpeculativeSession",
@@ -144,6 +146,7 @@ __all__ = [
     "UnsupportedModelError",
     "VocabularyMismatchError",
     "arithmetic_of",
+    "decode_in_turns",
     "describe_hardware",
     "digest",
     "draft_digest",

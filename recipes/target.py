@@ -46,7 +46,7 @@ class TargetSettings:
     licence: str = "other"
     """Licence of the weights, for the model card."""
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
-    """How to train."""
+    """Training."""
 
 
 def new_llama(

@@ -40,14 +40,13 @@ FIRST_WORDS = re.compile(r"(What|Of|The same|As|How|Whether|Where|When|From)\b")
 BANNED_NAMES = frozenset({"found", "made", "told", "given", "one", "each", "own", "dice", "cycle", "wanted"})
 BUDGET: dict[str, dict[str, int]] = {
     "package files": {"package": 85},
-    "folder sizes": {"agents": 13, "decoding/fit": 36, "envs": 1},
-    "lone files": {"agents": 3, "decoding": 6, "decoding/fit": 2, "envs": 3},
+    "folder sizes": {"agents": 13, "envs": 1},
+    "lone files": {"agents": 3, "decoding": 6, "envs": 3},
     "decoder words": {"agents": 164, "envs": 156},
     "first lines": {
         "agents": 158,
         "benchmarks": 54,
         "decoding": 114,
-        "decoding/fit": 86,
         "envs": 105,
         "tests/agents": 6,
         "tests/decoding": 36,
@@ -57,7 +56,6 @@ BUDGET: dict[str, dict[str, int]] = {
         "agents": 116,
         "benchmarks": 63,
         "decoding": 92,
-        "decoding/fit": 114,
         "envs": 140,
         "tests/agents": 54,
         "tests/decoding": 267,
@@ -258,11 +256,11 @@ def imports(file: Source) -> Iterator[tuple[int, str, str | None]]:
 
 
 def doors() -> Iterator[Offender]:
-    """Imports that pass by another floor's door, and imports upwards."""
+    """Imports that pass by another floor's door, and imports upwards; tests and recipes work on the inside."""
     modules = {file.module for file in sources()}
     for file in sources():
         top = file.path.split("/")[0]
-        if top == "tests" or (top == "specgym" and file.path != "specgym/__init__.py"):
+        if top in ("tests", "recipes") or (top == "specgym" and file.path != "specgym/__init__.py"):
             continue
         for line, module, name in imports(file):
             target = f"{module}.{name}" if name and f"{module}.{name}" in modules else module

@@ -54,7 +54,7 @@ class HeldOutLoss(NamedTuple):
 
     @property
     def improved(self) -> bool:
-        """Whether training brought the loss below its value at the start."""
+        """True if training brought the loss below its value at the start."""
         return self.lowest < self.before
 
     def verdict(self) -> str:
@@ -87,7 +87,7 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """Whether training should end."""
+        """True if training should end."""
         return 0 < self._patience <= self._misses
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:

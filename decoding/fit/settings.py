@@ -17,7 +17,7 @@ _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 
 @dataclass
 class LoopSettings:
-    """How to train; shared by the commands that train."""
+    """Training settings of all commands that train."""
 
     tokens: int = 10_000_000
     """Tokens to train on; text is repeated when there is less."""
@@ -70,7 +70,7 @@ def small_network_loop(**changes: Any) -> LoopSettings:
 
 @dataclass
 class TextSettings:
-    """How the target writes the text to learn from."""
+    """Generation of the text to learn from, by the target."""
 
     texts: int = 4000
     """Prompts for the target to continue. A tenth of them is held out for early stopping and the report."""
@@ -100,8 +100,8 @@ class OwnTextSettings:
     corpus: Path = Path("runs/corpus")
     """Folder of the corpus, as written by python -m recipes.corpus."""
     own_text: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
-    """How the target writes the text to learn from; text that another command made with the same settings and --dtype
-    is reused."""
+    """Generation of the text to learn from; text that another command generated with the same settings and --dtype is
+    reused."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the models' weights. Default: bfloat16 on CUDA if they stay fixed, float32 otherwise. Networks trained
     beside them are always float32."""

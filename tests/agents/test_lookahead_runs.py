@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import grids
+from benchmarks import knob_grids as grids
 from benchmarks import learned_against_grid as benchmark
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.evaluation.live import CHARGED, Row

@@ -70,8 +70,7 @@ class DraftSettings:
     """Learn from text that the target writes after prompts cut from the text, which is what a draft has to guess. The
     target's hidden states along it are computed once, so that training costs little more than the draft itself."""
     writing: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
-    """How the target writes the text, with --own-text; text that another command made with the same settings is
-    reused."""
+    """Generation of the text, with --own-text; text that another command generated with the same settings is reused."""
     more_text: tyro.conf.OmitArgPrefixes[MoreTextSettings] = field(default_factory=MoreTextSettings)
     """Text to learn from as well, with --own-text."""
     layers: int = 1
@@ -100,7 +99,7 @@ class DraftSettings:
     report: tyro.conf.OmitArgPrefixes[ReportSettings] = field(default_factory=ReportSettings)
     """Measurements of the finished draft, besides its quality on held-out text."""
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
-    """How to train; with --own-text a step takes --batch whole texts."""
+    """Training; with --own-text a step takes --batch whole texts."""
 
 
 def make_draft(settings: DraftSettings) -> dict[str, Quality]:

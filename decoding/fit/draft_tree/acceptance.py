@@ -76,7 +76,7 @@ class AcceptanceSettings(PairSettings):
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(
         default_factory=lambda: small_network_loop(tokens=512_000, batch=2, learning_rate=3e-3, bfloat16=False)
     )
-    """How to train; a step takes the candidates at --batch times --length nodes from anywhere in the trees."""
+    """Training; a step takes the candidates at --batch times --length nodes from anywhere in the trees."""
 
 
 def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:

@@ -52,7 +52,7 @@ class AlignmentSettings(PairSettings):
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(
         default_factory=lambda: small_network_loop(tokens=512_000, batch=2, learning_rate=1e-3, bfloat16=False)
     )
-    """How to train; a step takes --batch times --length positions from anywhere in the text."""
+    """Training; a step takes --batch times --length positions from anywhere in the text."""
 
 
 def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
@@ -199,7 +199,7 @@ class Agreement:
 
 
 Guess = Callable[[Tensor], Tensor]
-"""From a draft's states, shape (n, draft width), to logits, shape (n, vocabulary)."""
+"""Logits, shape (n, vocabulary), from a draft's states, shape (n, draft width)."""
 
 
 @torch.inference_mode()

@@ -57,7 +57,7 @@ class MedusaSettings(HeadsSettings):
     loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(
         default_factory=lambda: small_network_loop(tokens=4_000_000, batch=4, learning_rate=1e-3)
     )
-    """How to train; a step takes --batch times --length positions from anywhere in the text."""
+    """Training; a step takes --batch times --length positions from anywhere in the text."""
 
 
 def make_medusa(settings: MedusaSettings) -> MedusaReport:

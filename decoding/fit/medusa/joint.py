@@ -43,7 +43,7 @@ _HELD_OUT_TEXTS = 64
 
 @dataclass
 class JointLoop(LoopSettings):
-    """How to train target and heads; a window is a whole text, so that its length is no option."""
+    """Training of target and heads; a window is a whole text, so that its length is no option."""
 
     length: tyro.conf.Suppress[int] = 0
 
@@ -73,7 +73,7 @@ class JointSettings(HeadsSettings):
             tokens=2_000_000, batch=8, learning_rate=1e-4, optimiser="adamw", weight_decay=0.0
         )
     )
-    """How to train; a step takes --batch texts of the target."""
+    """Training; a step takes --batch texts of the target."""
 
     @property
     def heads_out(self) -> Path:

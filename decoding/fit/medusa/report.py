@@ -37,7 +37,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, hits: np.ndarray, seen: np.ndarray) -> Accuracy:
-        """From counts of hits, shape (heads, ranks), and of positions, shape (heads,)."""
+        """Shares by counts of hits, shape (heads, ranks), and of positions, shape (heads,)."""
         return cls(hits / np.maximum(seen, 1)[:, None], seen)
 
     @property

@@ -1,4 +1,4 @@
-"""What the training loop does besides training: early stopping, and batches that stay where they are made."""
+"""Early stopping, and batches that stay where they are."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def test_a_draft_learns_what_its_target_says(settings: DraftSettings, options: d
 
 
 def test_layers_of_the_target_are_all_that_is_stored(settings: DraftSettings, tmp_path: Path) -> None:
-    made = make_draft(replace(settings, hidden=None, vocabulary=12))
-    assert made["notes"].greedy_match > 0.9  # a target whose layers do nothing
+    qualities = make_draft(replace(settings, hidden=None, vocabulary=12))
+    assert qualities["notes"].greedy_match > 0.9  # a target whose layers do nothing
     stored = load_file(settings.out / "model.safetensors")
     assert stored["lm_head.tokens"].tolist() == list(CIRCLE)
     assert "lm_head.weight" not in stored
@@ -118,7 +118,7 @@ def test_a_narrow_draft_in_8_bits_is_measured_as_it_is_stored_and_leaves_texts_a
         return measure_decoding(pair, model, asked)
 
     monkeypatch.setattr(distil, "measure_decoding", measuring)
-    found = make_draft(
+    qualities = make_draft(
         replace(
             settings,
             hidden=None,
@@ -139,11 +139,11 @@ def test_a_narrow_draft_in_8_bits_is_measured_as_it_is_stored_and_leaves_texts_a
     loaded, _ = load_model(str(settings.out), dtype=torch.float32, shared_from=target)
     for name, parameter in measured[0].named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name))
-    assert found["notes"].greedy_match > 0.9
+    assert qualities["notes"].greedy_match > 0.9
     pair = Pair(target, loaded, tokenizer)
-    made = SpeculativeDecoder(pair).generate([5, 9], max_new_tokens=20, knobs={"draft_length": 3})
-    assert made.tokens == AutoregressiveDecoder(pair).generate([5, 9], max_new_tokens=20).tokens
-    assert sum(cycle.accepted for cycle in made.rounds) > 0
+    generation = SpeculativeDecoder(pair).generate([5, 9], max_new_tokens=20, knobs={"draft_length": 3})
+    assert generation.tokens == AutoregressiveDecoder(pair).generate([5, 9], max_new_tokens=20).tokens
+    assert sum(round_.accepted for round_ in generation.rounds) > 0
 
 
 def test_the_text_that_heads_learnt_from_is_used_again(
@@ -240,11 +240,11 @@ def test_what_is_measured_of_a_draft_is_what_it_does(make_model: MakeModel, toke
     pair = Pair(model, model, tokenizer)
     perfect = measure_decoding(pair, model, ReportSettings(report_prompts=1, report_tokens=9, report_draft_length=2))
     assert set(perfect) == {"chat", "code", "definitions", "prose"}
-    for found in perfect.values():
-        assert found.quality.tokens == 9
-        assert found.quality.alpha == pytest.approx(1, abs=1e-4)
-        assert found.accepted == 1
-        assert (found.speed.tokens, found.speed.rounds, found.speed.plain_tokens) == (9, 3, 9)
+    for report in perfect.values():
+        assert report.quality.tokens == 9
+        assert report.quality.alpha == pytest.approx(1, abs=1e-4)
+        assert report.accepted == 1
+        assert (report.speed.tokens, report.speed.rounds, report.speed.plain_tokens) == (9, 3, 9)
 
 
 # Losses and measures
@@ -266,14 +266,14 @@ def test_the_loss_is_the_divergence_where_the_target_wrote(
         teacher = ReducedOutput(teacher, TOKENS)
     rows = np.array([3, 0])
     chosen = TOKENS if reduced else torch.arange(96)
-    wanted = []
+    expected = []
     for row in rows:
         ids = torch.from_numpy(text.tokens[row, : text.ends[row]].astype(np.int64))[None]
         with torch.no_grad():
-            p, q = (each(ids).logits[0, text.prompts[row] - 2 : -2, chosen].softmax(-1) for each in (target, model))
-        wanted.append((p * (p.log() - q.log())).sum(-1))
+            p, q = (scorer(ids).logits[0, text.prompts[row] - 2 : -2, chosen].softmax(-1) for scorer in (target, model))
+        expected.append((p * (p.log() - q.log())).sum(-1))
     loss = own_text_loss(model, teacher, states, rows)
-    assert float(loss.detach()) == pytest.approx(float(torch.cat(wanted).mean()), rel=2e-3)  # states are in float16
+    assert float(loss.detach()) == pytest.approx(float(torch.cat(expected).mean()), rel=2e-3)  # states are in float16
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "layers" in name or ".h." in name)
 
@@ -286,20 +286,20 @@ def test_texts_are_measured_where_the_target_wrote(make_model: MakeModel, tmp_pa
     if reduced:
         reduce_output(model, TOKENS)
     text = a_text(tmp_path, rows=12)
-    found = measure_texts(model, target, text)
+    qualities = measure_texts(model, target, text)
     rows = np.flatnonzero((text.side != TRAINING) & (text.domain == 1))
     alpha, covered, kl = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     for row in rows:
         ids = torch.from_numpy(text.tokens[row, : text.ends[row]].astype(np.int64))[None]
         with torch.no_grad():
-            p, q = (each(ids).logits[0, text.prompts[row] - 1 : -1].softmax(-1) for each in (target, model))
+            p, q = (scorer(ids).logits[0, text.prompts[row] - 1 : -1].softmax(-1) for scorer in (target, model))
         alpha.append(torch.minimum(p, q).sum(-1))
         if reduced:
             covered.append(p[:, TOKENS].sum(-1))
             p, q = p[:, TOKENS] / covered[-1][:, None], q[:, TOKENS]
         kl.append((p * (p.log() - q.log())).sum(-1))
-    quality = found["two"]
-    assert set(found) == {"one", "two"}
+    quality = qualities["two"]
+    assert set(qualities) == {"one", "two"}
     assert quality.tokens == int((text.ends - text.prompts)[rows].sum())
     assert quality.alpha == pytest.approx(float(torch.cat(alpha).mean()), rel=1e-4)
     assert quality.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What drafts learn beside continuations of windows: windows that the target reads, and prompts of sets."""
+"""Further text for drafts: windows that the target reads, and prompts of sets."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def test_each_prompt_for_training_comes_so_often_and_some_are_kept_apart(
     for place, name in enumerate((str(prompt_file), "code")):
         mine = [tuple(prompts.rows[n]) for n in np.flatnonzero(prompts.domain == place)]
         train = load_prompts(name).train
-        wanted = {tuple(tokenizer(text)["input_ids"]) for text in train}
-        assert set(mine) == wanted  # and none of those for testing
-        assert all(mine.count(row) == 3 for row in wanted)
+        expected = {tuple(tokenizer(text)["input_ids"]) for text in train}
+        assert set(mine) == expected  # and none of those for testing
+        assert all(mine.count(row) == 3 for row in expected)
         of_side = [
             {tuple(prompts.rows[n]) for n in np.flatnonzero((prompts.domain == place) & (prompts.side == side))}
             for side in (TRAINING, JUDGING)
         ]
         assert not of_side[0] & of_side[1]
-        assert len(of_side[1]) == round(len(wanted) / 10)
+        assert len(of_side[1]) == round(len(expected) / 10)
 
 
 def test_prompts_of_chat_go_through_the_template(
@@ -113,8 +113,8 @@ def test_the_states_of_a_whole_text_are_those_of_the_target(
     states = whole_states(model, text, bfloat16, batch=2)
     assert len(states) == 50
     with torch.no_grad():
-        wanted = model(torch.from_numpy(text.tokens.astype(np.int64)), output_hidden_states=True).hidden_states[-1]
-    error = (states.hidden(np.arange(50)).float().view(5, 10, -1) - wanted).abs()
+        expected = model(torch.from_numpy(text.tokens.astype(np.int64)), output_hidden_states=True).hidden_states[-1]
+    error = (states.hidden(np.arange(50)).float().view(5, 10, -1) - expected).abs()
     assert bool((error.mean() > 1e-3).item()) is bfloat16  # states are kept in float16 either way
     assert error.mean() < 0.1
 
@@ -130,8 +130,8 @@ def test_joined_states_are_those_of_each_part(make_model: MakeModel, tmp_path: P
     assert joined.text.domains == ("a", "b", "c")
     assert joined.text.domain.tolist() == [*short.domain, *(long.domain + 1)]
     mixed = np.random.default_rng(0).permutation(len(joined))
-    wanted = torch.cat([part.hidden(np.arange(len(part))) for part in parts])
-    assert torch.equal(joined.hidden(mixed), wanted[torch.from_numpy(mixed)])
+    expected = torch.cat([part.hidden(np.arange(len(part))) for part in parts])
+    assert torch.equal(joined.hidden(mixed), expected[torch.from_numpy(mixed)])
     second = np.arange(len(parts[0]), len(joined))
     assert torch.equal(joined.labels(second, 2), parts[1].labels(np.arange(len(parts[1])), 2))
     assert sorted(joined.text.written()) == sorted([*short.written(), *long.written()])
@@ -156,14 +156,14 @@ def settings(tmp_path: Path, counting_folder: Path) -> DraftSettings:
 
 def test_a_draft_learns_from_all_of_it_and_its_card_says_so(settings: DraftSettings, prompt_file: Path) -> None:
     make_draft(settings)
-    own = {path.name for path in settings.loop.work.glob("text-*")}
-    assert len(own) == 1
+    before = {path.name for path in settings.loop.work.glob("text-*")}
+    assert len(before) == 1
     more = MoreTextSettings(plain_texts=30, prompt_sets=(str(prompt_file),), continuations=2)
-    found = make_draft(replace(settings, out=settings.out.with_name("more"), more_text=more))
-    assert set(found) == {"notes", "mine prompts"}
-    assert found["mine prompts"].tokens <= 2 * 2 * 16  # two prompts were kept apart
+    qualities = make_draft(replace(settings, out=settings.out.with_name("more"), more_text=more))
+    assert set(qualities) == {"notes", "mine prompts"}
+    assert qualities["mine prompts"].tokens <= 2 * 2 * 16  # two prompts were kept apart
     names = {path.name for path in settings.loop.work.glob("text-*")}
-    assert own < names  # the text after windows is the same text as without
+    assert before < names  # the text after windows is the same text as without
     assert len(names) == 2
     card = (settings.out.with_name("more") / "README.md").read_text()
     assert "- mine prompts: 20 for training, me; licence CC0" in card

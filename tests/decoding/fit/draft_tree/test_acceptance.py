@@ -49,9 +49,13 @@ def test_predictors_of_every_kind_are_written_as_they_say(
     pair: Any = load_pair(f"{settings.target}+{settings.draft}", prepack=False)
     models = pair.draft.model, pair.target
     alignment = load_alignment(Path(settings.draft).with_name("draft-alignment"), *models)
-    made = load_acceptance(settings.out, *models, alignment)
-    assert (made.shape.label, made.shape.aligned_scores, made.shape.deepest) == (label, aligned_scores, 3)
-    assert float(made.temperature) == pytest.approx(report.temperature)
+    network = load_acceptance(settings.out, *models, alignment)
+    assert (network.shape.label, network.shape.aligned_scores, network.shape.deepest) == (
+        label,
+        aligned_scores,
+        3,
+    )
+    assert float(network.temperature) == pytest.approx(report.temperature)
     assert f"label `{label}`" in (settings.out / "README.md").read_text()
 
 

@@ -61,11 +61,11 @@ def test_states_of_both_models_stand_where_a_token_was_written_and_are_kept(
     assert states.row.tolist() == [0] * 5 + [1] * 3 + [2] * 5
     assert states.place.tolist() == [3, 4, 5, 6, 7, 2, 3, 4, 3, 4, 5, 6, 7]
     assert states.written.tolist() == [*text.tokens[0, 4:9], *text.tokens[1, 3:6], *text.tokens[2, 4:9]]
-    for model, found in ((draft, states.of_draft), (target, states.of_target)):
+    for model, read in ((draft, states.of_draft), (target, states.of_target)):
         ids = torch.from_numpy(text.tokens[1, :6].astype(np.int64))
         alone = LanguageModel(model, prepack=False).forward(ids, hidden=True).hidden
         assert alone is not None
-        torch.testing.assert_close(found(np.array([5, 6, 7])), alone[2:5], atol=4e-3, rtol=4e-3)
+        torch.testing.assert_close(read(np.array([5, 6, 7])), alone[2:5], atol=4e-3, rtol=4e-3)
     again = paired_states(draft, target, text)
     assert again.digest == states.digest
     assert len(list(tmp_path.glob("states-*.npy"))) == 2
@@ -100,12 +100,12 @@ def test_agreement_counts_likeliest_tokens_and_measures_the_divergence(make_mode
     right = agreement(lambda _: proposals(states.of_target(positions), output), states, positions, output)
     assert (right.match, right.first) == (1, 1)
     assert right.divergence == pytest.approx(0, abs=1e-5)
-    found = agreement(lambda hidden: proposals(hidden, output), states, positions, output)
-    p, q = (proposals(each(positions), output).softmax(-1) for each in (states.of_target, states.of_draft))
-    assert found.match == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    result = agreement(lambda hidden: proposals(hidden, output), states, positions, output)
+    p, q = (proposals(states_of(positions), output).softmax(-1) for states_of in (states.of_target, states.of_draft))
+    assert result.match == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
     five = (q.topk(5).indices == p.argmax(-1, keepdim=True)).any(-1)
-    assert found.first == pytest.approx(float(five.float().mean()))
-    assert found.divergence == pytest.approx(float((p * (p.log() - q.log())).sum(-1).mean()), rel=1e-4)
+    assert result.first == pytest.approx(float(five.float().mean()))
+    assert result.divergence == pytest.approx(float((p * (p.log() - q.log())).sum(-1).mean()), rel=1e-4)
 
 
 def test_a_position_is_met_at_every_depth_whose_tokens_between_were_accepted() -> None:
@@ -120,7 +120,7 @@ def test_a_position_is_met_at_every_depth_whose_tokens_between_were_accepted() -
 
 @torch.no_grad()
 def verified(tmp_path: Path, make_model: MakeModel, label: Any, **more: Any) -> tuple[Verifications, torch.Tensor, Any]:
-    """Of two random models, with the target's and the draft's logits."""
+    """Verifications of two random models, with the target's and the draft's logits."""
     draft, target = make_model("llama", hidden=16, layers=1, seed=3), make_model("llama")
     states = paired_states(draft, target, a_text(tmp_path))
     outputs = output_layer(draft), output_layer(target)
@@ -128,62 +128,62 @@ def verified(tmp_path: Path, make_model: MakeModel, label: Any, **more: Any) -> 
     alignment = AffineAlignment(16, 32).requires_grad_(False)
     alignment.bias.copy_(torch.randn(32))
     positions = np.arange(len(states))
-    found = verifications(states, positions, alignment, *outputs, label=label, children=4, deepest=2, **more)
+    data = verifications(states, positions, alignment, *outputs, label=label, children=4, deepest=2, **more)
     logits = [proposals(states.of_target(positions), outputs[1]), proposals(states.of_draft(positions), outputs[0])]
     aligned = proposals(alignment(states.of_draft(positions)), outputs[1]).log_softmax(-1)
-    torch.testing.assert_close(found.aligned_log_probability, aligned.gather(1, found.tokens))
+    torch.testing.assert_close(data.aligned_log_probability, aligned.gather(1, data.tokens))
     log_q = logits[1].log_softmax(-1)
-    torch.testing.assert_close(found.log_probability, log_q.gather(1, found.tokens))
-    torch.testing.assert_close(found.entropy, -(log_q.exp() * log_q).sum(-1), atol=1e-4, rtol=1e-4)
-    return found, logits[0], logits[1]
+    torch.testing.assert_close(data.log_probability, log_q.gather(1, data.tokens))
+    torch.testing.assert_close(data.entropy, -(log_q.exp() * log_q).sum(-1), atol=1e-4, rtol=1e-4)
+    return data, logits[0], logits[1]
 
 
 def test_greedy_verification_accepts_the_targets_likeliest_token_among_the_drafts_likeliest(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
-    found, target, draft = verified(tmp_path, make_model, "match")
-    assert torch.equal(found.tokens, draft.topk(4).indices)
-    assert torch.equal(found.labels, (found.tokens == target.argmax(-1, keepdim=True)).float())
+    data, target, draft = verified(tmp_path, make_model, "match")
+    assert torch.equal(data.tokens, draft.topk(4).indices)
+    assert torch.equal(data.labels, (data.tokens == target.argmax(-1, keepdim=True)).float())
 
 
 def test_likeliest_candidates_are_accepted_with_the_targets_probability_when_sampling(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
-    found, target, draft = verified(tmp_path, make_model, "probability", temperature=0.5)
-    assert torch.equal(found.tokens, draft.topk(4).indices)
-    torch.testing.assert_close(found.labels, (target / 0.5).softmax(-1).gather(1, found.tokens))
+    data, target, draft = verified(tmp_path, make_model, "probability", temperature=0.5)
+    assert torch.equal(data.tokens, draft.topk(4).indices)
+    torch.testing.assert_close(data.labels, (target / 0.5).softmax(-1).gather(1, data.tokens))
 
 
 def test_drawn_candidates_are_accepted_with_the_ratio_of_the_probabilities(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
-    found, target, draft = verified(tmp_path, make_model, "ratio", temperature=2.0)
-    p, q = ((each / 2).softmax(-1).gather(1, found.tokens) for each in (target, draft))
-    torch.testing.assert_close(found.labels, (p / q).clamp(max=1))
-    assert not torch.equal(found.tokens, draft.topk(4).indices)
+    data, target, draft = verified(tmp_path, make_model, "ratio", temperature=2.0)
+    p, q = ((logits / 2).softmax(-1).gather(1, data.tokens) for logits in (target, draft))
+    torch.testing.assert_close(data.labels, (p / q).clamp(max=1))
+    assert not torch.equal(data.tokens, draft.topk(4).indices)
     again, _, _ = verified(tmp_path, make_model, "ratio", temperature=2.0)
-    assert torch.equal(again.tokens, found.tokens)
+    assert torch.equal(again.tokens, data.tokens)
     other, _, _ = verified(tmp_path, make_model, "ratio", temperature=2.0, seed=1)
-    assert not torch.equal(other.tokens, found.tokens)
+    assert not torch.equal(other.tokens, data.tokens)
 
 
 @pytest.mark.parametrize("label", KINDS)
 def test_examples_of_a_node_are_its_candidates_with_the_aligned_state_and_the_depth(
     tmp_path: Path, make_model: MakeModel, label: Any
 ) -> None:
-    found, _, _ = verified(tmp_path, make_model, label)
-    last = len(found.position) - 1
-    features, labels = found.examples(np.array([2, last]))
-    place = int(found.position[last])
+    data, _, _ = verified(tmp_path, make_model, label)
+    last = len(data.position) - 1
+    features, labels = data.examples(np.array([2, last]))
+    place = int(data.position[last])
     assert features.hidden.shape == (8, 32)
-    hidden = found.alignment(found.states.of_draft(np.array([2, place])))
+    hidden = data.alignment(data.states.of_draft(np.array([2, place])))
     assert torch.equal(features.hidden[[0, 3, 4, 7]], hidden[[0, 0, 1, 1]])
-    assert features.depth.tolist() == [1] * 4 + [int(found.depth[last])] * 4
-    assert torch.equal(features.log_probability[4:], found.log_probability[place])
-    assert features.entropy[:4].unique().tolist() == [float(found.entropy[2])]
-    assert torch.equal(labels[:4], found.labels[2])
-    assert found.of_side(JUDGING).tolist() == [
-        node for node, position in enumerate(found.position) if position in (5, 6, 7)
+    assert features.depth.tolist() == [1] * 4 + [int(data.depth[last])] * 4
+    assert torch.equal(features.log_probability[4:], data.log_probability[place])
+    assert features.entropy[:4].unique().tolist() == [float(data.entropy[2])]
+    assert torch.equal(labels[:4], data.labels[2])
+    assert data.of_side(JUDGING).tolist() == [
+        node for node, position in enumerate(data.position) if position in (5, 6, 7)
     ]
 
 
@@ -199,13 +199,13 @@ def test_no_more_is_verified_than_training_asks_for(tmp_path: Path, make_model: 
 def test_reliability_is_right_where_it_is_known() -> None:
     predictions = torch.tensor([0.05, 0.05, 0.75, 0.75, 1.0])
     outcomes = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
-    found = reliability(predictions, outcomes)
-    assert found.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.25**2) / 5)
-    assert found.calibration_error == pytest.approx((2 * 0.45 + 2 * 0.25) / 5)
-    assert found.counts == (2, 0, 0, 0, 0, 0, 0, 2, 0, 1)
-    assert found.happened[0] == pytest.approx(0.5)
-    assert found.predicted[7] == pytest.approx(0.75)
-    assert (found.accuracy[0], found.accuracy[7], found.accuracy[9]) == (0.5, 1, 1)
+    result = reliability(predictions, outcomes)
+    assert result.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.25**2) / 5)
+    assert result.calibration_error == pytest.approx((2 * 0.45 + 2 * 0.25) / 5)
+    assert result.counts == (2, 0, 0, 0, 0, 0, 0, 2, 0, 1)
+    assert result.happened[0] == pytest.approx(0.5)
+    assert result.predicted[7] == pytest.approx(0.75)
+    assert (result.accuracy[0], result.accuracy[7], result.accuracy[9]) == (0.5, 1, 1)
     assert reliability(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])).brier == 0
 
 

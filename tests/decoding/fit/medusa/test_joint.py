@@ -82,12 +82,12 @@ def test_heads_guess_better_after_it_and_both_are_written_together(
     np.testing.assert_allclose(heads.accuracies, report.after.accuracy.shares, atol=1e-4)
     with pytest.raises(MedusaHeadsError):
         load_heads(tmp_path / "new-medusa", LanguageModel(load_model("tiny-3m")[0]))
-    made = MedusaDecoder(Pair(new), heads).generate([3, 4, 5], max_new_tokens=12)
+    generation = MedusaDecoder(Pair(new), heads).generate([3, 4, 5], max_new_tokens=12)
     ids = torch.tensor([[3, 4, 5]])
     greedy = new.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
-    assert [*(3, 4, 5), *made.tokens] == greedy[0].tolist()[: 3 + len(made.tokens)]
+    assert [*(3, 4, 5), *generation.tokens] == greedy[0].tolist()[: 3 + len(generation.tokens)]
     card = (settings.out / "README.md").read_text()
     assert (tmp_path / "new-medusa" / "README.md").read_text() == card
     assert "Medusa-2" in card

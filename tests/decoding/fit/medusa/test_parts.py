@@ -145,13 +145,13 @@ def test_scores_of_all_heads_are_never_in_memory_together(make_model: Callable[.
     assert max(sizes) <= 4 * 8 * 96  # of a quarter of the positions, rounded up
     assert sum(kept) == 0  # nor for the gradient
     loss.backward()
-    found = heads.weight.grad
-    assert found is not None
+    gradient = heads.weight.grad
+    assert gradient is not None
     heads.zero_grad()
     scores = heads(hidden).log_softmax(-1)
     at_once = -sum(0.8 ** (k + 1) * scores[k, range(30), labels[k]].mean() for k in range(4))
     at_once.backward()
-    torch.testing.assert_close(found, heads.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, heads.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "way_out"), [(torch.float32, ""), (torch.bfloat16, "give --dtype float32, or ")])

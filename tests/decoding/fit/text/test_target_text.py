@@ -58,9 +58,9 @@ def rows() -> list[list[int]]:
 
 def test_windows_lie_within_documents() -> None:
     tokens = np.array([*range(10, 30), 0, *range(30, 34), 0, *range(40, 60), 0])
-    found = cut_windows(tokens, 20, 8, 0, np.random.default_rng(0))
-    assert all(4 <= len(row) <= 8 and np.diff(row).tolist() == [1] * (len(row) - 1) for row in found)
-    assert len({tuple(row) for row in found}) > 10
+    texts = cut_windows(tokens, 20, 8, 0, np.random.default_rng(0))
+    assert all(4 <= len(row) <= 8 and np.diff(row).tolist() == [1] * (len(row) - 1) for row in texts)
+    assert len({tuple(row) for row in texts}) > 10
     with pytest.raises(FitError, match=r"26 places for prompts of 8 tokens within a document, and 27 are needed"):
         cut_windows(tokens, 27, 8, 0, np.random.default_rng(0))
 
@@ -130,12 +130,12 @@ def test_nothing_follows_the_end_of_a_text(make_model: Callable[..., PreTrainedM
     model = make_model("llama").eval()
     endless = continue_rows(model, rows, (), SETTINGS, 0)
     end = endless[0][-3]
-    found = continue_rows(model, rows, (end,), SETTINGS, 0)
-    for row, whole, cut in zip(rows, endless, found, strict=True):
+    texts = continue_rows(model, rows, (end,), SETTINGS, 0)
+    for row, whole, cut in zip(rows, endless, texts, strict=True):
         written = whole[len(row) :]
         last = written.index(end) + 1 if end in written else len(written)
         assert cut == whole[: len(row) + last]
-    assert len(found[0]) < len(endless[0])
+    assert len(texts[0]) < len(endless[0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -148,10 +148,10 @@ def test_defaults_of_the_target_do_not_bend_its_text(
     plain = continue_rows(model, rows, (), settings, 0)
     written = [token for row, whole in zip(rows, plain, strict=True) for token in whole[len(row) :]]
     values = {"min_p": 0.99, "suppress_tokens": written, "eos_token_id": written, "num_beams": 4, "stop_strings": "a"}
-    own = GenerationConfig(**{default: values[default]})
-    model.generation_config = own
+    defaults = GenerationConfig(**{default: values[default]})
+    model.generation_config = defaults
     assert continue_rows(model, rows, (), settings, 0) == plain
-    assert model.generation_config is own
+    assert model.generation_config is defaults
 
 
 def generated(model: PreTrainedModel, rows: list[list[int]], work: Path, **changed: Any) -> TargetText:

@@ -1,4 +1,4 @@
-"""What comparisons of decoders share: sides that decode the same prompts in turns, and figures of what they did."""
+"""Comparison of decoders: options, decoding in turns, figures, and tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.decoding import (
-    Decoder,
     Generation,
     Pair,
     PromptSet,
     Round,
     Sampling,
+    Side,
     SpeculativeDecoder,
+    decode_in_turns,
     encode,
     load_pair,
     load_prompts,
@@ -41,28 +42,28 @@ DRAFTED = {"tiny-10m": "tiny", "tiny-3m": "tiny-3m-1l"}
 
 @dataclass
 class Comparison:
-    """What is decoded, and on what."""
+    """Options of a comparison."""
 
     targets: tuple[str, ...] = ("tiny-10m", "tiny-3m")
-    """What `load_pair` takes. With target+draft, or where a draft ships for the target, that draft is compared too."""
+    """Targets for `load_pair`. With target+draft, or where a draft ships for the target, that draft is compared too."""
     prompt_sets: tuple[str, ...] = ("prose", "code", "definitions", "chat", REPETITIVE)
-    """What `load_prompts` takes, and `repetitive`."""
+    """Prompt sets for `load_prompts`, and `repetitive`."""
     prompts: int = 8
-    """Test prompts of each set."""
+    """Test prompts of a set."""
     tokens: int = 64
-    """Generated for each."""
+    """Tokens generated for a prompt."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     draft_length: int = 2
-    """Tokens drafted by a draft model; 2 or 3 is best for the shipped ones on a CPU (docs/draft_length.md)."""
+    """Tokens drafted by a draft model; 2 or 3 is best for the shipped ones on a CPU (docs/draft-length.md)."""
     device: str | None = None
-    """Of the models; by default CUDA if there is any."""
+    """Device of the models; by default CUDA if there is any."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights; by default float32 on a CPU and bfloat16 elsewhere."""
+    """Type of the weights; by default float32 on a CPU and bfloat16 elsewhere."""
     threads: int = 1
-    """torch's, on a CPU."""
+    """Threads of torch, on a CPU."""
     json: Path | None = None
-    """Where to write the figures, those of each prompt set too."""
+    """File to write the figures to, with those of every prompt set."""
 
     def pair(self, target: str) -> Pair:
         """A target, with its draft if there is one."""
@@ -73,25 +74,18 @@ class Comparison:
         )
 
     def report(self) -> dict[str, Any]:
-        """The settings as JSON has them, and room for figures of each target."""
+        """Start a report: the settings as JSON, and room for figures by target."""
         return {"settings": {**asdict(self), "json": str(self.json)}, "targets": {}}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One side of the comparison."""
-
-    name: str
-    decoder: Decoder
-    knobs: Mapping[str, float] | None = None
-
-
+Methods = Mapping[str, Side]
+"""Rows of the comparison by name, plain decoding first."""
 Figures = dict[str, float]
-"""By name what a side did."""
+"""Figures of a method by name."""
 Results = dict[str, dict[str, list[Generation]]]
-"""By prompt set and method, a generation for each prompt."""
+"""Generations of all prompts, by prompt set and method."""
 Shown = Callable[[str, Sequence[Round], Figures], Mapping[str, str]]
-"""Makes further columns of a side, from its name, rounds and figures over all prompt sets."""
+"""Maker of further columns from a method's name, rounds and figures over all prompt sets."""
 
 
 def repeated_edits(block: str) -> str:
@@ -117,55 +111,47 @@ def encoded(pair: Pair, name: str, prompts: int, tokens: int) -> list[list[int]]
     return encode(prompts_of(name, prompts), "test", pair.tokenizer, pair.target.context_limit - tokens)
 
 
-def decode(pair: Pair, sides: Sequence[Method], settings: Comparison) -> Results:
-    """Every prompt by every side; the sides take turns.
+def decode(pair: Pair, methods: Methods, settings: Comparison) -> Results:
+    """Decode every prompt by all methods, in turns.
 
     Raises:
         RuntimeError: a greedy text in float32 is not that of plain decoding.
     """
     sampling = Sampling(temperature=settings.temperature)
+    exact = sampling.greedy and next(pair.target.model.parameters()).dtype == torch.float32
     results: Results = {}
     for name in settings.prompt_sets:
         prompts = encoded(pair, name, settings.prompts, settings.tokens)
-        results[name] = {side.name: [] for side in sides}
-        for number, prompt in enumerate(track(prompts, f"{pair.name}, {name}", transient=True)):
-            for side in sides:
-                if number == 0:  # warm up
-                    side.decoder.generate(prompt, max_new_tokens=16, sampling=sampling, seed=0, knobs=side.knobs)
-                generation = side.decoder.generate(
-                    prompt, max_new_tokens=settings.tokens, sampling=sampling, seed=number, knobs=side.knobs
-                )
-                results[name][side.name].append(generation)
-                if is_exact(pair, sampling) and generation.tokens != results[name][PLAIN][number].tokens:
+        turns = decode_in_turns(methods, prompts, max_new_tokens=settings.tokens, sampling=sampling)
+        by_prompt = list(track(turns, f"{pair.name}, {name}", total=len(prompts), transient=True))
+        results[name] = {method: [generations[method] for generations in by_prompt] for method in methods}
+        for method, generations in results[name].items() if exact else ():
+            for number, (mine, plain) in enumerate(zip(generations, results[name][PLAIN], strict=True)):
+                if mine.tokens != plain.tokens:
                     raise RuntimeError(
-                        f"{side.name} on {pair.name} gave another text than plain decoding for test prompt {number} of "
+                        f"{method} on {pair.name} gave another text than plain decoding for test prompt {number} of "
                         f"{name!r}; that is a bug of the decoder, or the target's two best tokens are as good as equal"
                     )
     return results
 
 
-def is_exact(pair: Pair, sampling: Sampling) -> bool:
-    """Whether every side has to give the very same text."""
-    return sampling.greedy and next(pair.target.model.parameters()).dtype == torch.float32
-
-
 def rounds_of(generations: Sequence[Generation]) -> list[Round]:
-    """Of all generations together."""
-    return [cycle for generation in generations for cycle in generation.rounds]
+    """Rounds of all generations together."""
+    return [round_ for generation in generations for round_ in generation.rounds]
 
 
 def figures(generations: Sequence[Generation], plain: Sequence[Generation]) -> Figures:
-    """What one side did: sums over all rounds, and of the times medians over prompts."""
+    """Figures of a method: sums over all rounds, and medians of times over prompts."""
     rounds, both = rounds_of(generations), list(zip(generations, plain, strict=True))
     return {
-        "tokens_per_step": sum(len(cycle.tokens) for cycle in rounds) / len(rounds),
-        "read_per_step": sum(cycle.target_tokens for cycle in rounds) / len(rounds),
-        "ms_per_token": statistics.median(one.ms_per_token for one in generations),
-        "speedup": statistics.median(other.ms_per_token / one.ms_per_token for one, other in both),
+        "tokens_per_step": sum(len(round_.tokens) for round_ in rounds) / len(rounds),
+        "read_per_step": sum(round_.target_tokens for round_ in rounds) / len(rounds),
+        "ms_per_token": statistics.median(mine.ms_per_token for mine in generations),
+        "speedup": statistics.median(other.ms_per_token / mine.ms_per_token for mine, other in both),
         "step_cost": statistics.median(
-            (one.seconds / len(one.rounds)) / (other.seconds / len(other.rounds)) for one, other in both
+            (mine.seconds / len(mine.rounds)) / (other.seconds / len(other.rounds)) for mine, other in both
         ),
-        "same_texts": sum(one.tokens == other.tokens for one, other in both) / len(both),
+        "same_texts": sum(mine.tokens == other.tokens for mine, other in both) / len(both),
     }
 
 
@@ -185,44 +171,48 @@ def together(results: Results) -> dict[str, list[Generation]]:
     }
 
 
-def drafted(pair: Pair, settings: Comparison) -> list[Method]:
+def drafted(pair: Pair, settings: Comparison) -> dict[str, Side]:
     """Speculative decoding, if the pair has a draft."""
     length = settings.draft_length
     if pair.draft is None:
-        return []
-    return [Method(f"draft {pair.draft.name} ({length})", SpeculativeDecoder(pair), {"draft_length": length})]
+        return {}
+    return {f"draft {pair.draft.name} ({length})": Side(SpeculativeDecoder(pair), {"draft_length": length})}
 
 
-def compared(
-    target: str,
-    results: Results,
-    found: Mapping[str, Mapping[str, Figures]],
-    settings: Comparison,
-    shown: Shown,
-) -> Table:
-    """Steps and speed.
+def table_of(*headings: str, title: str = "") -> Table:
+    """An empty Markdown table, its first column aligned left, the others right."""
+    table = Table(title=title, box=box.MARKDOWN)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def speeds(target: str, results: Results, by_set: Mapping[str, Mapping[str, Figures]], settings: Comparison,
+           shown: Shown) -> Table:  # fmt: skip
+    """Table of steps and speed.
 
     Args:
-        target: its name.
-        results: what was decoded.
-        found: `figures_by_set` of it.
-        settings: with which.
+        target: name of the target.
+        results: generations.
+        by_set: `figures_by_set` of them.
+        settings: options of the comparison.
         shown: further columns.
     """
-    table = Table(title=f"{target}: tokens per step, and in brackets the speedup by the clock", box=box.MARKDOWN)
     more = {
-        side: shown(side, rounds_of(generations), found["all"][side]) for side, generations in together(results).items()
+        method: shown(method, rounds_of(generations), by_set["all"][method])
+        for method, generations in together(results).items()
     }
-    headings = ("tokens read per step", *more[PLAIN], "ms/token", "same text")
-    for heading in ("method", *settings.prompt_sets, *headings):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for side, overall in found["all"].items():
-        cells = [found[name][side] for name in settings.prompt_sets]
+    table = table_of(
+        "method", *settings.prompt_sets, "tokens read per step", *more[PLAIN], "ms/token", "same text",
+        title=f"{target}: tokens per step, and in brackets the speedup by the clock",
+    )  # fmt: skip
+    for method, overall in by_set["all"].items():
+        cells = [by_set[name][method] for name in settings.prompt_sets]
         table.add_row(
-            side,
+            method,
             *(f"{cell['tokens_per_step']:.2f} ({cell['speedup']:.2f})" for cell in cells),
             f"{overall['read_per_step']:.1f}",
-            *more[side].values(),
+            *more[method].values(),
             f"{overall['ms_per_token']:.2f}",
             f"{overall['same_texts']:.0%}" if settings.temperature == 0 else "-",
         )
@@ -231,27 +221,27 @@ def compared(
 
 def compare(
     settings: Comparison,
-    methods: Callable[[Pair], Sequence[Method]],
+    methods: Callable[[Pair], Methods],
     shown: Shown,
     details: Callable[[str, Results, Mapping[str, Figures]], tuple[Table, dict[str, Any]]],
 ) -> None:
-    """Decode with all sides, target by target; print two tables of each, and write the figures where that is asked.
+    """Decode with all methods, target by target; print two tables a target, and write the figures if asked to.
 
     Args:
-        settings: what is decoded.
-        methods: makes the sides from a pair, plain decoding first.
+        settings: options.
+        methods: makes the methods from a pair, plain decoding first.
         shown: further columns of the first table.
-        details: the second table, and more for the report, from the target's name, what was decoded, and the figures
-            of each side over all prompt sets.
+        details: makes the second table, and more for the report, from the target's name, the generations, and the
+            figures of all methods over all prompt sets.
     """
     torch.set_num_threads(settings.threads)
     console, report = Console(width=200), settings.report()
     for target in settings.targets:
         pair = settings.pair(target)
         results = decode(pair, methods(pair), settings)
-        found = figures_by_set(results)
-        table, more = details(target, results, found["all"])
-        console.print(compared(target, results, found, settings, shown), table)
-        report["targets"][target] = {"figures": found, **more}
+        by_set = figures_by_set(results)
+        table, more = details(target, results, by_set["all"])
+        console.print(speeds(target, results, by_set, settings, shown), table)
+        report["targets"][target] = {"figures": by_set, **more}
         if settings.json:
             write_json(settings.json, report)

@@ -15,23 +15,23 @@ MOST = 250
 
 
 def thinned(
-    knobs: Sequence[KnobRange], given: Mapping[str, Sequence[float]], most: int = MOST
+    knobs: Sequence[KnobRange], values_of: Mapping[str, Sequence[float]], most: int = MOST
 ) -> dict[str, list[float]]:
     """The values to try of every knob: those given, else evenly spread over its range.
 
     Args:
         knobs: of the decoder.
-        given: values of some of them, by name.
+        values_of: values of some of them, by name.
         most: settings of the whole grid, at most, as far as the values given allow.
     """
     counts = {
-        knob.name: len(set(given[knob.name]))
-        if knob.name in given
+        knob.name: len(set(values_of[knob.name]))
+        if knob.name in values_of
         else (int(knob.high - knob.low) + 1 if knob.integer else most)
         for knob in knobs
     }
     while np.prod(list(counts.values())) > most:
-        largest = max((name for name in counts if name not in given), key=lambda name: counts[name], default=None)
+        largest = max((name for name in counts if name not in values_of), key=lambda name: counts[name], default=None)
         if largest is None or counts[largest] <= 2:
             break
         counts[largest] -= 1
@@ -39,7 +39,7 @@ def thinned(
     for knob in knobs:
         spread = np.linspace(knob.low, knob.high, counts[knob.name])
         even = sorted(set(np.rint(spread).tolist())) if knob.integer else spread.tolist()
-        values[knob.name] = sorted({float(value) for value in given.get(knob.name, even)})
+        values[knob.name] = sorted({float(value) for value in values_of.get(knob.name, even)})
     return values
 
 
