@@ -125,7 +125,7 @@ def compare(pair: Pair, preset: Preset, settings: Settings) -> Blocks:
     Raises:
         RuntimeError: an option changed a greedy text in float32.
     """
-    profile = measured(pair, sampling=Sampling(temperature=settings.temperature), rounds="lookahead")
+    profile = measured(pair, "lookahead", sampling=Sampling(temperature=settings.temperature))
     blocks: Blocks = {}
     for block, choices in options(settings).items():
         sides = {PLAIN: Side(AutoregressiveDecoder(pair))}

@@ -24,19 +24,16 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents import LookaheadSettings
-from specgym.decoding import LatencyProfile, Split, write_json
+from specgym.decoding import LatencyProfile, Split, build_decoder, traits_of, write_json
 from specgym.envs import (
-    DECODERS,
     KnobMoves,
     OutcomeReplay,
     Outcomes,
     Workload,
-    build_decoder,
     decode_prompts,
     find_recording,
     outcomes_name,
     profile_of,
-    rounds_of,
     summarise,
 )
 
@@ -72,7 +69,8 @@ def unrecorded(outcomes: Outcomes, count: int, seed: int) -> NDArray[np.float64]
     """
     info, random = outcomes.info, np.random.default_rng(seed)
     ranges = {knob.name: (knob.low, knob.high) for knob in info.knobs}
-    moves = KnobMoves(DECODERS[info.decoder].knobs(info.draft_length or 1), ranges, None)
+    options = traits_of(info.decoder).accepted_options(max_draft_length=info.draft_length or 1)
+    moves = KnobMoves(traits_of(info.decoder).knobs_without_pair(**options), ranges, None)
     known = {tuple(setting) for setting in outcomes.settings.tolist()}
     chosen: dict[tuple[float, ...], None] = {}
     for _ in range(_TRIES * count):
@@ -89,7 +87,8 @@ def live(
 ) -> dict[str, NDArray[np.float64]]:
     """`speedup` and `mean_acceptance_length` of decoding the recorded prompts with each setting, shape (settings,)."""
     info = outcomes.info
-    decoder = build_decoder(info.decoder, result.load(), info.draft_length or 1)
+    options = traits_of(info.decoder).accepted_options(max_draft_length=info.draft_length or 1)
+    decoder = build_decoder(info.decoder, result.load(), **options)
     prompts = result.prompt_ids()[: outcomes.prompts]
     rows = []
     for number, setting in enumerate(track(settings.tolist(), result.name)):
@@ -118,7 +117,7 @@ def main() -> None:
                 f"error: {settings.decoder} is replayed from a trace, for which there is benchmarks.replay_agreement; "
                 "its outcomes are compared with --recordings"
             )
-        profile = profile_of(result, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
+        profile = profile_of(result, None, replayed=True, decoder=settings.decoder).at()
         replay = OutcomeReplay([outcomes], [profile], outcomes.info.tokens)
         chosen = unrecorded(outcomes, settings.settings, settings.seed)
         real, means = live(result, outcomes, profile, chosen), replay.means(0, chosen)

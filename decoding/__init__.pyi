@@ -1,33 +1,18 @@
-from .decoder import GREEDY, Decoder, Generation, Knob, Round, Session
+from .decoder import Decoder, Generation, Round, Session
 from .decoders.autoregressive import AutoregressiveDecoder
-from .decoders.draft_tree import (
-    RULES,
-    DraftTreeDecoder,
-    DraftTreeRound,
-    draft_tree_knobs,
-    usual_acceptance,
-    usual_alignment,
-)
+from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
+from .decoders.draft_tree.files import usual_acceptance, usual_alignment
+from .decoders.draft_tree.verification_rules import RULES
 from .decoders.in_turns import Side, decode_in_turns
-from .decoders.lookahead import (
-    JacobiDecoder,
-    LookaheadDecoder,
-    LookaheadRound,
-    LookaheadStatistics,
-    PoolSettings,
-    lookahead_knobs,
-)
-from .decoders.lookahead.decoder import LOOKAHEAD_PRESETS, Preset
-from .decoders.lookahead.pool import Retention
-from .decoders.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, heads_for, load_heads, medusa_knobs
-from .decoders.medusa.decoder import DELTA, EPSILON, typical_knobs
-from .decoders.speculative import (
-    SpeculativeDecoder,
-    SpeculativeSession,
-    require_draft,
-    require_positive,
-    speculative_knobs,
-)
+from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound
+from .decoders.lookahead.pool import PoolSettings, Retention
+from .decoders.lookahead.statistics import LookaheadStatistics
+from .decoders.lookahead.traits import Preset
+from .decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from .decoders.medusa.files import heads_for, load_heads
+from .decoders.medusa.heads import MedusaHeads
+from .decoders.medusa.traits import DELTA, EPSILON
+from .decoders.speculative import SpeculativeDecoder, SpeculativeSession
 from .decoders.stop_rules import (
     FEATURES,
     ConfidenceBelow,
@@ -38,59 +23,73 @@ from .decoders.stop_rules import (
     Rows,
     StopRule,
 )
-from .decoders.threshold import ThresholdDecoder, threshold_knobs
-from .drafts.drafter import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal
+from .decoders.threshold import ThresholdDecoder
+from .drafts.drafter import (
+    Drafter,
+    DraftSession,
+    DraftStep,
+    ModelDrafter,
+    ModelStep,
+    OneHotStep,
+    Proposal,
+    draft_digest,
+)
 from .drafts.ngram import NGramDrafter
 from .drafts.prompt_lookup import PromptLookupDrafter
-from .errors import KnobError, NumericalError, PromptError, SpecgymError, UnsupportedModelError, VocabularyMismatchError
-from .files import digest, file_name, replacing, write_json, write_text
+from .errors import (
+    KnobError,
+    NumericalError,
+    PromptError,
+    SpecgymError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+    require_positive,
+)
+from .files import cache_folder, digest, file_name, replacing, write_json, write_text
 from .latency.accelerators import find_hardware
 from .latency.host import describe_hardware
 from .latency.measure import measure, measured
+from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency.roofline import ModelShape, roofline
-from .latency.round_kinds import (
-    CHAIN,
-    DRAFT_TREE,
-    DRAFTED,
-    LOOKAHEAD,
-    MEDUSA,
-    MEDUSA_TYPICAL,
-    OF_HEADS,
-    Rounds,
-    timed_as,
-)
 from .loading.find_model import ModelNotFoundError, load_model
-from .loading.pair import Pair, load_pair
+from .loading.pair import Pair, load_pair, require_draft
 from .loading.presets import PRESETS, UnknownPairError, resolve
+from .models.identity import weights_digest
 from .models.language_model import LanguageModel, Logits
 from .models.prepack import SMALLEST_PREPACKED, prepack_linears
 from .models.token_tree import TokenTree
-from .models.weight_hashes import draft_digest, guidance_digest, heads_digest, weights_digest
 from .prompts.hub_datasets import HUB_SETS
 from .prompts.prompt_set import PromptSet, Split, encode, load_prompts, shipped_prompts
-from .sampling import Sampling, draw, total_variation
+from .registry import (
+    DecoderRegistryError,
+    build_decoder,
+    decoder_class,
+    decoder_names,
+    environment_names,
+    register,
+    traits_of,
+)
+from .sampling import GREEDY, Sampling, draw, total_variation
+from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, TraceRule
 
 __all__ = [
     "CHAIN",
     "DELTA",
-    "DRAFTED",
-    "DRAFT_TREE",
     "EPSILON",
+    "EXACT",
     "FEATURES",
     "GREEDY",
     "HUB_SETS",
-    "LOOKAHEAD",
-    "LOOKAHEAD_PRESETS",
-    "MEDUSA",
-    "MEDUSA_TYPICAL",
-    "OF_HEADS",
     "PRESETS",
     "RULES",
     "SMALLEST_PREPACKED",
     "AutoregressiveDecoder",
     "ConfidenceBelow",
+    "CostProbe",
     "Decoder",
+    "DecoderRegistryError",
+    "DecoderTraits",
     "DraftSession",
     "DraftStep",
     "DraftTracker",
@@ -117,6 +116,7 @@ __all__ = [
     "ModelShape",
     "ModelStep",
     "NGramDrafter",
+    "NoOptions",
     "NumericalError",
     "OneHotStep",
     "Pair",
@@ -129,7 +129,6 @@ __all__ = [
     "Proposal",
     "Retention",
     "Round",
-    "Rounds",
     "Rows",
     "Sampling",
     "Session",
@@ -141,43 +140,42 @@ __all__ = [
     "StopRule",
     "ThresholdDecoder",
     "TokenTree",
+    "TraceRule",
     "TypicalMedusaDecoder",
     "UnknownPairError",
     "UnsupportedModelError",
     "VocabularyMismatchError",
     "arithmetic_of",
+    "build_decoder",
+    "cache_folder",
     "decode_in_turns",
+    "decoder_class",
+    "decoder_names",
     "describe_hardware",
     "digest",
     "draft_digest",
-    "draft_tree_knobs",
     "draw",
     "encode",
+    "environment_names",
     "file_name",
     "find_hardware",
-    "guidance_digest",
-    "heads_digest",
     "heads_for",
     "load_heads",
     "load_model",
     "load_pair",
     "load_prompts",
-    "lookahead_knobs",
     "measure",
     "measured",
-    "medusa_knobs",
     "prepack_linears",
+    "register",
     "replacing",
     "require_draft",
     "require_positive",
     "resolve",
     "roofline",
     "shipped_prompts",
-    "speculative_knobs",
-    "threshold_knobs",
-    "timed_as",
     "total_variation",
-    "typical_knobs",
+    "traits_of",
     "usual_acceptance",
     "usual_alignment",
     "weights_digest",

@@ -1,5 +1,9 @@
 """The errors of this package. Each names the thing that is wrong and the way out."""
 
+from __future__ import annotations
+
+import math
+
 
 class SpecgymError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -31,3 +35,9 @@ class FitError(SpecgymError, ValueError):
 
 class TrainingError(SpecgymError, RuntimeError):
     """Training cannot go on; the message says why and what to try."""
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ValueError unless a length or a count is a positive whole number."""
+    if not (math.isfinite(value) and value >= 1 and int(value) == value):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")

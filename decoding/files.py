@@ -58,3 +58,14 @@ def digest(parts: Iterable[str]) -> str:
 def file_name(name: str) -> str:
     """A name that every file system takes: letters, digits, ``@``, ``.``, ``-``, and ``_`` for everything else."""
     return "".join(letter if letter.isalnum() or letter in "@.-" else "_" for letter in name)
+
+
+def cache_folder() -> Path:
+    """The folder for what specgym downloads or measures once; it may not exist yet.
+
+    ``$SPECGYM_CACHE`` if set, else ``specgym`` in ``$XDG_CACHE_HOME``, else ``~/.cache/specgym``.
+    """
+    if folder := os.environ.get("SPECGYM_CACHE"):
+        return Path(folder).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "specgym"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # importing torch takes seconds, and a replay needs `Sampling` alone
+    import torch
+    from torch import Tensor
 
 _COLDEST = 1e-30  # logits divided by less overflow
 
@@ -59,7 +61,7 @@ class Sampling:
         logits = logits.float()
         if self.greedy:
             choice = logits.argmax(-1, keepdim=True)
-            return torch.zeros_like(logits).scatter_(-1, choice, 1.0)
+            return logits.new_zeros(logits.shape).scatter_(-1, choice, 1.0)
         logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(int(self.top_k), dim=-1).values[..., -1:]
@@ -68,8 +70,11 @@ class Sampling:
             ascending, order = logits.sort(dim=-1)
             dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
             dropped[..., -1] = False  # the likeliest token always stays
-            logits = logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), -math.inf)
+            logits = logits.masked_fill(dropped.new_zeros(dropped.shape).scatter_(-1, order, dropped), -math.inf)
         return logits.softmax(-1)
+
+
+GREEDY = Sampling(temperature=0.0)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """
     excess = (p - q).clamp(min=0.0)
     mass = excess.sum(-1, keepdim=True)
-    return torch.where(mass > 1e-9, excess / mass.clamp(min=1e-9), p)
+    return (excess / mass.clamp(min=1e-9)).where(mass > 1e-9, p)
 
 
 def residual_of_token(p: Tensor, token: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def residual_of_token(p: Tensor, token: Tensor) -> Tensor:
         p: shape (..., vocabulary).
         token: shape (...), the rejected token.
     """
-    one_hot = torch.zeros_like(p).scatter_(-1, token.unsqueeze(-1), 1.0)
+    one_hot = p.new_zeros(p.shape).scatter_(-1, token.unsqueeze(-1), 1.0)
     return residual(p, one_hot)
 
 
@@ -117,6 +122,8 @@ def draw_several(probabilities: Tensor, count: int, generator: torch.Generator |
     Inverts the cumulative distribution, in float64 where there is one. That takes a random number a draw, where
     `torch.multinomial` takes one a token (7 times slower for 4,096 tokens on a CPU).
     """
+    import torch
+
     precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulative = probabilities.cumsum(-1, dtype=precise)
     uniform = torch.rand(
@@ -141,5 +148,7 @@ def draw_distinct(probabilities: Tensor, count: int, generator: torch.Generator 
     Returns:
         Shape (..., count), int64.
     """
+    import torch
+
     clocks = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / clocks).topk(count, dim=-1).indices

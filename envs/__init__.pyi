@@ -7,7 +7,6 @@ from .backends.sources import prepared
 from .backends.trace_replay import LOSSLESS, Replay
 from .control.env import LONGEST, DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
-from .decoders import DECODERS, TRACED, build_decoder, rounds_of
 from .profiles import profile_of
 from .recordings.archive import TraceError
 from .recordings.outcomes import Outcomes, outcomes_name
@@ -26,11 +25,9 @@ from .workload_shares import shared_out
 from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
 
 __all__ = [
-    "DECODERS",
     "LONGEST",
     "LOSSLESS",
     "SHIPPED_WORKLOADS",
-    "TRACED",
     "ContextLayout",
     "DraftLengthEnv",
     "DraftLengthVectorEnv",
@@ -49,7 +46,6 @@ __all__ = [
     "TuningVectorEnv",
     "VectorObserveContext",
     "Workload",
-    "build_decoder",
     "decode_prompts",
     "doublings",
     "find_recording",
@@ -65,7 +61,6 @@ __all__ = [
     "register_environments",
     "require_tokens",
     "reward_terms",
-    "rounds_of",
     "shared_out",
     "summarise",
     "totals",

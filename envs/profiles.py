@@ -13,27 +13,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 
 from specgym.decoding import (
     CHAIN,
-    DRAFTED,
     Decoder,
     LatencyProfile,
     LatencyProfileError,
-    Rounds,
     SpecgymError,
     arithmetic_of,
     file_name,
     measure,
     measured,
     resolve,
-    timed_as,
+    traits_of,
 )
 
-from .decoders import heads_of, tree_decoder_of
 from .workloads import Workload, workload
 
 REFERENCES = Path(__file__).parent / "data" / "latency"
@@ -45,8 +43,7 @@ def profile_of(
     given: LatencyProfile | str | Path | None,
     *,
     replayed: bool,
-    rounds: str = CHAIN,
-    decoder: Decoder | None = None,
+    decoder: Decoder | str | None = None,
 ) -> LatencyProfile:
     """What the time of a workload is charged by.
 
@@ -55,47 +52,40 @@ def profile_of(
         given: a profile, or a file with one; None for the default.
         replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
             this hardware, for which it is loaded; measured once, it is read from the cache.
-        rounds: the kind of rounds that is charged: `chain`, `lookahead`, `medusa`, `medusa-typical`, which is `medusa`
-            where the workload is greedy, or `draft-tree`.
-        decoder: by whose Medusa heads, or whose draft trees, rounds are timed where they are measured; by default by
-            the usual ones of the pair.
+        decoder: whose rounds are charged: a decoder, or the name of one, which is built with its default options where
+            it has to be measured; None for chains.
 
     Raises:
         LatencyProfileError: the file is missing or damaged, or what is given was made for another kind of rounds.
-        ValueError: chains or draft trees are to be measured of a pair without a draft.
-        MedusaHeadsError: Medusa's rounds are to be measured of a target without heads. Loading errors as for
-            `load_pair`, where no profile is given.
+        ValueError: the pair does not suit the decoder. Loading errors as for `load_pair`, where no profile is given.
     """
-    rounds = timed_as(rounds, found.sampling.greedy)
     if isinstance(given, str | Path):
         given = LatencyProfile.load(given)
     if given is not None:
-        return given.require_rounds(rounds)
-    reference = REFERENCES / profile_name(found, rounds)
+        return given.require_kind(_kind(found, decoder))
+    reference = REFERENCES / profile_name(found, decoder)
     if replayed and isinstance(found.pair, str) and reference.is_file():
         return _loaded(reference)
-    return measured(
-        found.load(),
-        sampling=found.sampling,
-        rounds=rounds,
-        heads=heads_of(decoder),
-        tree_decoder=tree_decoder_of(decoder),
-    )
+    return measured(found.load(), decoder, sampling=found.sampling)
 
 
-def profile_name(found: Workload, rounds: str = CHAIN) -> str:
+def profile_name(found: Workload, decoder: Decoder | str | None = None) -> str:
     """The file name of a profile that serves a workload: what is timed, and whether tokens are drawn.
 
-    Chains and draft trees are timed of a pair; Lookahead's and Medusa's rounds of its target alone, so `tiny` and
+    Decoders that need a draft are timed with a pair, the others with its target alone, so for them `tiny` and
     `tiny-10m` share a profile.
     """
-    rounds = timed_as(rounds, found.sampling.greedy)
-    if rounds in DRAFTED:
+    if decoder is None or traits_of(decoder).needs_draft:
         subject = found.pair if isinstance(found.pair, str) else found.pair.name
     else:
         subject = resolve(found.pair).target if isinstance(found.pair, str) else found.pair.target.name
-    kind = "" if rounds == CHAIN else f"{rounds}."
-    return f"{file_name(subject)}.{kind}{arithmetic_of(found.sampling)}.json"
+    kind = _kind(found, decoder)
+    label = "" if kind == CHAIN else f"{kind}."
+    return f"{file_name(subject)}.{label}{arithmetic_of(found.sampling)}.json"
+
+
+def _kind(found: Workload, decoder: Decoder | str | None) -> str:
+    return CHAIN if decoder is None else traits_of(decoder).cost_kind(found.sampling.greedy)
 
 
 @functools.lru_cache(maxsize=64)
@@ -109,13 +99,11 @@ class ProfileCommand:
 
     workloads: tyro.conf.Positional[tuple[str, ...]]
     """pair/prompts or pair/prompts@temperature. Prompts do not matter here: workloads of one pair that are all greedy
-    share a profile, and for Lookahead and Medusa those of one target."""
+    share a profile, and for decoders that need no draft those of one target."""
     out: Path = Path("latency")
     """Folder of the profiles."""
-    rounds: Rounds = CHAIN
-    """What is timed: drafting a chain of tokens, or a tree of them, and verifying it; or, which needs no draft, rounds
-    of Lookahead decoding, or of Medusa decoding, exact or typical, with the heads beside the target or those that ship
-    for it."""
+    decoder: Annotated[str, tyro.conf.arg(aliases=["--rounds"])] = CHAIN
+    """Decoder whose rounds are timed; by default drafting a chain of tokens and verifying it."""
     batch_sizes: tuple[int, ...] = (1,)
     """Sequences decoded together, at which to measure; for all but chains 1 alone."""
     contexts: tuple[int, ...] = ()
@@ -123,8 +111,8 @@ class ProfileCommand:
     max_draft_length: int | None = None
     """Of chains, the longest draft timed, in tokens; by default 16."""
     max_target_tokens: int | None = None
-    """Of all but chains, the most tokens that a timed pass reads; by default 160 for Lookahead and 65 for trees,
-    Medusa's or a draft's, or as many as there is room for."""
+    """Of all but chains, the most tokens that a timed pass reads; by default as many as the decoder's knobs allow, or
+    as there is room for."""
     threads: int = 1
     """torch's threads; 0 for torch's own choice."""
 
@@ -134,9 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = tyro.cli(ProfileCommand, prog="python -m specgym.envs.profiles", description=__doc__, args=arguments)
     if command.threads:
         torch.set_num_threads(command.threads)
+    decoder = None if command.decoder == CHAIN else command.decoder
     for name in command.workloads:
         found = workload(name)
-        path = command.out / profile_name(found, command.rounds)
+        path = command.out / profile_name(found, decoder)
         if path.is_file():
             print(f"{path} is there already")
             continue
@@ -144,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             profile = measure(
                 pair,
-                rounds=command.rounds,
+                decoder,
                 max_draft_length=command.max_draft_length,
                 max_target_tokens=command.max_target_tokens,
                 sampling=found.sampling,
@@ -154,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:  # the arguments do not fit the pair or one another
             raise LatencyProfileError(f"{name} cannot be measured: {error}") from error
         profile.save(path)
-        token = "drafted token" if command.rounds == CHAIN else "token read"
+        token = "drafted token" if profile.kind == CHAIN else "token read"
         print(
             f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more {token} adds "
             f"{profile.marginal_cost():.2f} of that"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gymnasium
 
+from specgym.decoding import environment_names
+
 
 def register_environments() -> None:
     """Add the environments of this package to Gymnasium's registry; those already there are left alone."""
-    tuned = {"Thresholds": "threshold", "Lookahead": "lookahead", "Medusa": "medusa", "DraftTree": "draft-tree"}
-    for name, decoder in tuned.items():
+    for decoder, name in environment_names().items():
         if f"specgym/{name}-v0" not in gymnasium.registry:
             gymnasium.register(
                 id=f"specgym/{name}-v0",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from specgym.decoding import (
     GREEDY,
     HUB_SETS,
     PRESETS,
+    Decoder,
+    DecoderTraits,
     Pair,
     PromptError,
     PromptSet,
@@ -30,18 +32,10 @@ from specgym.decoding import (
     load_prompts,
     resolve,
     shipped_prompts,
+    traits_of,
 )
 
-SHIPPED_WORKLOADS: tuple[str, ...] = (
-    "tiny/prose",
-    "tiny/code",
-    "tiny/definitions",
-    "tiny/chat",
-    "tiny-10m-2l/prose",
-    "tiny-10m-ngram/code",
-    "tiny-3m-1l/definitions",
-    "tiny/prose@1.0",
-)
+SHIPPED_WORKLOADS: tuple[str, ...] = traits_of("threshold").workloads
 """What training runs on by default: every pair and every prompt set in it ships with the package."""
 
 
@@ -228,3 +222,9 @@ def _unknown(name: str, body: str) -> str:
         f"no workload {name!r}: {wrong}.{hint} Pairs: {', '.join(PRESETS)}, target+draft, or a target alone (a folder "
         f"or owner/model). Prompts: {', '.join([*shipped_prompts(), *HUB_SETS])}, or a file."
     )
+
+
+def default_workload(decoder: str | Callable[[Pair], Decoder]) -> str:
+    """Return the workload of an environment that is given none."""
+    known = isinstance(decoder, str) or (isinstance(decoder, type) and issubclass(decoder, DecoderTraits))
+    return (traits_of(decoder) if known else DecoderTraits).workloads[0]  # type: ignore[arg-type]  # as `known` says

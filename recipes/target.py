@@ -9,9 +9,10 @@ import torch
 import tyro
 from torch import nn
 from torch.nn import functional
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from specgym.decoding.fit.cards import Facts, size_of
+from specgym.decoding.fit.draft.init_from_target import small_llama
 from specgym.decoding.fit.draft.report import Publisher, relative
 from specgym.decoding.fit.loop import train
 from specgym.decoding.fit.measure import Quality, measure_domains
@@ -49,30 +50,6 @@ class TargetSettings:
     """Training."""
 
 
-def new_llama(
-    tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int, heads: int, context: int, seed: int
-) -> LlamaForCausalLM:
-    """A Llama with random weights and tied embeddings, in float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden,
-                intermediate_size=intermediate,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                max_position_embeddings=context,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                rms_norm_eps=1e-5,
-            )
-        )
-
-
 def make_target(settings: TargetSettings) -> dict[str, Quality]:
     """Train the target.
 
@@ -86,8 +63,15 @@ def make_target(settings: TargetSettings) -> dict[str, Quality]:
     loop = settings.loop
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
     data = load_tokens(tokenizer, settings.corpus, (), loop.seed)
-    model = new_llama(
-        tokenizer, settings.hidden, settings.intermediate, settings.layers, settings.heads, settings.context, loop.seed
+    model = small_llama(
+        loop.seed,
+        tokenizer,
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=settings.context,
     )
     nn.Module.to(model, loop.torch_device())
 

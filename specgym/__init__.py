@@ -3,7 +3,10 @@
 ``import specgym`` registers the Gymnasium environments; text generation alone needs only ``specgym.decoding``.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -13,7 +16,17 @@ if (_ROOT / "setup.cfg").is_file() and (_ROOT / "decoding").is_dir():
     __path__.append(str(_ROOT))
 
 from . import moved  # noqa: E402
-from .envs import register_environments  # noqa: E402  # on the path extended above
+from .decoding import register as _register_decoder  # noqa: E402  # on the path extended above
+from .envs import register_environments  # noqa: E402
+
+if TYPE_CHECKING:
+    from .decoding import Decoder
 
 moved.install()
 register_environments()
+
+
+def register(decoder: type[Decoder[Any]] | str, traits: str | None = None) -> None:
+    """Register a decoder and its environment id; see `specgym.decoding.register`."""
+    _register_decoder(decoder, traits)
+    register_environments()

@@ -20,7 +20,7 @@ MOVED = {
     "specgym.agents.vec_adaptor": "specgym.agents.training.sb3_vec_env",
     "specgym.callbacks.prioritised_replay": "specgym.callbacks.replay.prioritised",
     "specgym.decoding.latency_measure": "specgym.decoding.latency.measure",
-    "specgym.decoding.lookahead": "specgym.decoding.decoders.lookahead",
+    "specgym.decoding.lookahead": "specgym.decoding",
     "specgym.decoding.roofline": "specgym.decoding.latency.roofline",
     "specgym.decoding.stopping": "specgym.decoding.decoders.stop_rules",
     "specgym.envs.traces": "specgym.envs.recordings.trace",

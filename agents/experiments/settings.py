@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import Decoder, Pair
-from specgym.envs import RewardSettings, build_decoder, workload
+from specgym.decoding import Decoder, Pair, build_decoder, traits_of
+from specgym.envs import RewardSettings, workload
 
 from ..training.settings_checks import (
     SettingsError,
@@ -138,7 +138,7 @@ class TrainSettings(StoredSettings):
 
     Attributes:
         ENV: the id of the environment.
-        DECODER: the usual decoder's name in `envs.decoders.DECODERS`.
+        DECODER: the usual decoder's name in the registry.
         KNOBS: what the knobs of this decoder are called, together.
         REPLAYED: environments for each workload that practise on replay where `environments` is 0.
     """
@@ -227,7 +227,7 @@ class TrainSettings(StoredSettings):
 
     @property
     def decoder_name(self) -> str:
-        """Of the decoder that is tuned, in `envs.decoders.DECODERS`."""
+        """Of the decoder that is tuned, in the registry."""
         return self.DECODER
 
     @property
@@ -237,7 +237,8 @@ class TrainSettings(StoredSettings):
 
     def decoder(self, pair: Pair) -> Decoder:
         """The decoder that is tuned. Errors as for `build_decoder`."""
-        return build_decoder(self.decoder_name, pair, int(self.decoder_options.get("draft_length", 1)))
+        options = {"max_draft_length": self.decoder_options.get("draft_length", 16)}
+        return build_decoder(self.decoder_name, pair, **traits_of(self.decoder_name).accepted_options(**options))
 
     def check_workloads(self) -> None:
         """Raise an error unless all workloads are known and suit the decoder, as far as can be told without models.

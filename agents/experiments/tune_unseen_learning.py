@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from specgym.callbacks import intact_checkpoints
-from specgym.decoding import replacing, threshold_knobs
+from specgym.decoding import replacing, traits_of
 from specgym.envs import ContextLayout, KnobMoves, TuningVectorEnv, VectorObserveContext, trace_in
 
 from ..export.knob_policy import ExportedPolicy, KnobRange
@@ -71,7 +71,7 @@ def learn(
 def exported(model: PPO, settings: TunerSettings) -> ExportedPolicy:
     """The policy of a trained model, for the knobs that it was trained on."""
     assert isinstance(model.policy, KnobPolicy)
-    moves = KnobMoves(threshold_knobs(settings.draft_length), None, None)
+    moves = KnobMoves(traits_of("threshold").knobs_without_pair(max_draft_length=settings.draft_length), None, None)
     knobs = []
     for knob in moves.knobs:
         low, high = moves.ranges[knob.name]

@@ -15,9 +15,8 @@ import gymnasium
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from specgym.decoding import Split
+from specgym.decoding import Split, traits_of
 from specgym.envs import (
-    TRACED,
     Outcomes,
     TraceError,
     find_recording,
@@ -80,7 +79,7 @@ def require_recordings(settings: TrainSettings) -> None:
         for split in splits:
             path = recording_path(settings, name, split)
             if path is not None and not path.is_file():
-                traced = settings.decoder_name in TRACED
+                traced = traits_of(settings.decoder_name).recorded_by == "trace"
                 command = record_command(name) if traced else outcome_command(name, settings.decoder_name)
                 raise SettingsError(
                     f"{path.parent} has no {path.name}; make it: {command}, or give another --environment.recordings"
@@ -156,7 +155,7 @@ def recording_path(settings: TrainSettings, name: str, split: Split) -> Path | N
     folder = settings.environment.recordings
     if folder is None:
         return None
-    traced = settings.decoder_name in TRACED
+    traced = traits_of(settings.decoder_name).recorded_by == "trace"
     return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.decoder_name, split))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from specgym.decoding import LatencyProfile, Sampling, measured
-from specgym.envs import rounds_of, workload
+from specgym.envs import workload
 
 from ..experiments.settings import TrainSettings
 from .console import console
@@ -94,9 +94,9 @@ class RunFolder:
             key = id(pair), found.sampling
             profile = measured(
                 pair,
+                settings.decoder_name,
                 settings.refresh_latency and key not in refreshed,
                 sampling=found.sampling,
-                rounds=rounds_of(settings.decoder_name),
             )
             refreshed.add(key)
             profile.save(path)
@@ -111,9 +111,9 @@ class RunFolder:
 
 def _rounds(profile: LatencyProfile) -> str:
     """What two rounds cost, in words."""
-    if profile.rounds == "chain":
+    if profile.kind == "chain":
         return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
     return (
-        f"a {profile.rounds} round that reads 16 tokens {1000 * profile.target(16):.2f} ms, 64 "
+        f"a {profile.kind} round that reads 16 tokens {1000 * profile.target(16):.2f} ms, 64 "
         f"{1000 * profile.target(64):.2f} ms"
     )

@@ -85,7 +85,7 @@ def new_profile(settings: StoppingSettings, name: str, refresh: bool = False) ->
     if settings.hardware is not None:
         return _computed(settings, pair)
     if settings.batch_sizes == (1,):
-        return measured(pair, refresh, sampling=found.sampling)
+        return measured(pair, refresh=refresh, sampling=found.sampling)
     return measure(
         pair,
         max_draft_length=settings.max_draft_length,

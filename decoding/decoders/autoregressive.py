@@ -1,4 +1,4 @@
-"""Plain decoding, one token a pass: what every speedup is measured against."""
+"""Plain decoding, one token a pass: the baseline of every speedup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..decoder import Decoder, Round, Session
 from ..sampling import draw
 
 
-class AutoregressiveSession(Session):
+class AutoregressiveSession(Session["AutoregressiveDecoder"]):
     """One prompt being generated token by token."""
 
     def _round(self, knobs: Mapping[str, float]) -> Round:
@@ -28,9 +28,10 @@ class AutoregressiveSession(Session):
         return Round((int(token),), 0, 0, 0.0, 0.0, time.perf_counter() - started)
 
 
-class AutoregressiveDecoder(Decoder):
+class AutoregressiveDecoder(Decoder[AutoregressiveSession]):
     """Generates with the target alone; the pair's draft is not used. It has no knobs."""
 
     name = "autoregressive"
     lossless = True
+    needs_draft = False
     session_class = AutoregressiveSession

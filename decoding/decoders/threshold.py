@@ -18,19 +18,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..decoder import Decoder, Knob
 from ..drafts.drafter import Proposal
 from ..loading.pair import Pair
 from ..sampling import draw, total_variation
-from .speculative import SpeculativeSession, Verdict, first_false, require_draft, require_positive
+from .speculative import ChainDecoder, SpeculativeSession, Verdict, first_false
+from .traits import ThresholdTraits
 
 
 class ThresholdSession(SpeculativeSession):
     """One prompt being generated with the fallback and rollback thresholds."""
-
-    def _draft_length(self, knobs: Mapping[str, float]) -> int:
-        assert isinstance(self.decoder, ThresholdDecoder)
-        return self.decoder.draft_length
 
     def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
         p = self.sampling.probabilities(scores)
@@ -60,37 +56,29 @@ class ThresholdSession(SpeculativeSession):
         """A neighbouring whole number, at random by the fraction, so that the mean moves smoothly with the knob."""
         whole = int(rollback)
         if rollback > whole:
-            whole += int(self._dice.random() < rollback - whole)
+            whole += int(self._rng.random() < rollback - whole)
         return whole
 
 
-class ThresholdDecoder(Decoder):
+class ThresholdDecoder(ThresholdTraits, ChainDecoder):
     """Speculative decoding with a `fallback` and a `rollback` threshold; lossy unless `fallback` is 0 (and
     `rollback` 1, when sampling).
 
     Args:
         pair: a target with a draft.
-        draft_length: tokens drafted every round, and the upper end of the `rollback` knob.
+        max_draft_length: tokens drafted every round, and the upper end of the `rollback` knob.
 
     Raises:
-        ValueError: the pair has no draft, or `draft_length` is not positive.
+        ValueError: the pair has no draft, or `max_draft_length` is not positive.
     """
 
-    name = "threshold"
-    lossless = False
     session_class = ThresholdSession
 
-    def __init__(self, pair: Pair, draft_length: int = 16) -> None:
+    def __init__(self, pair: Pair, max_draft_length: int = 16) -> None:
         super().__init__(pair)
-        require_draft(pair, type(self).__name__)
-        require_positive("draft_length", draft_length)
-        self.draft_length = draft_length
-        self.knobs = threshold_knobs(draft_length)
+        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length)
+        self.max_draft_length = max_draft_length
 
-
-def threshold_knobs(draft_length: int) -> tuple[Knob, ...]:
-    """The knobs of a `ThresholdDecoder`; `draft_length` as there."""
-    return (
-        Knob("fallback", 0.0, 1.0, 0.5, doc="largest distance at which a draft token is kept outright"),
-        Knob("rollback", 1.0, draft_length, 1.0, doc="draft tokens that a rejection takes back"),
-    )
+    def draft_length(self, knobs: Mapping[str, float]) -> int:
+        """Return the longest draft, whatever the knobs."""
+        return self.max_draft_length

@@ -6,6 +6,7 @@ distribution is one-hot, and the acceptance test treats it so.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.identity import weights_digest
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, draw
 
@@ -206,11 +208,24 @@ class ModelDrafter:
         self.name = model.name
         self.vocabulary_size = model.vocabulary_size
 
+    def digest(self) -> str:
+        """Return a SHA-256 over the model's weights, 64 hex digits."""
+        return weights_digest(self.model.model)
+
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
     ) -> DraftSession:
         """Read the prompt, all but its last token. A prompt longer than the draft's context yields no drafts."""
         return _ModelDraftSession(self.model.fresh(), prompt, sampling, generator, device)
+
+
+def draft_digest(draft: Drafter) -> str:
+    """Return a SHA-256 over what a draft's proposals depend on, 64 hex digits.
+
+    A drafter from elsewhere may have a method `digest` of its own; of others only the name is known.
+    """
+    digest = getattr(draft, "digest", None)
+    return str(digest()) if digest is not None else hashlib.sha256(draft.name.encode()).hexdigest()
 
 
 class _ModelDraftSession:

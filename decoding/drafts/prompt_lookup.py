@@ -6,6 +6,7 @@ and pays where the output repeats its input, as in summaries, edits and code.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
@@ -32,6 +33,10 @@ class PromptLookupDrafter:
         self.name = "prompt-lookup"
         self.vocabulary_size = vocabulary_size
         self.longest = longest
+
+    def digest(self) -> str:
+        """Return a SHA-256 over the settings, 64 hex digits."""
+        return hashlib.sha256(f"prompt-lookup {self.longest}".encode()).hexdigest()
 
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device

@@ -104,13 +104,7 @@ class Section:
 
 
 def size_of(module: nn.Module, shared: Mapping[str, str] | None = None, lender: str = "") -> str:
-    """Number of parameters in words; tied ones count once.
-
-    Args:
-        module: the module.
-        shared: names of parameters that are not stored in its folder.
-        lender: name of the model that has those.
-    """
+    """Number of parameters in words; tied ones count once, and ``shared`` names those that ``lender`` stores."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     lent = sum(sizes.get(name, 0) for name in shared or {})
     total = sum(sizes.values())
@@ -132,15 +126,20 @@ def write_card(facts: Facts, outcome: Outcome | None, training: Sequence[str], s
     return _CARDS.from_string(_TEMPLATE).render(
         facts=facts,
         unfinished=outcome.tokens if outcome is not None and not sections else None,
-        command=shlex.join(["python", "-m", facts.program, *map(_portable, sys.argv[1:])]),
+        command=command_line(facts.program),
         training=training,
         sections=sections,
         markdown=markdown,
     )
 
 
-def _portable(argument: str) -> str:
-    """An argument without the places of one machine: a path in the running folder from there, another by its name."""
+def command_line(program: str = "specgym.decoding.fit") -> str:
+    """The command that is running, as one would type it again in the same folder."""
+    return shlex.join(["python", "-m", program, *map(portable, sys.argv[1:])])
+
+
+def portable(argument: str) -> str:
+    """An argument without folders of this machine: relative to the running folder, or the last name of a path."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     path = Path(value)
     if not path.is_absolute():

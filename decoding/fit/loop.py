@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 
 from ..errors import TrainingError
 from ..files import replacing
-from .settings import LoopSettings
-from .text.batches import Batches
+from .settings import LoopSettings, OwnTextSettings
+from .text.batches import Batches, PositionBatches
+
+_MOST_JUDGED = 4096
 
 
 @dataclass
@@ -114,12 +116,8 @@ class EarlyStopping:
 
     def state(self) -> dict[str, Any]:
         """The state for `restore`."""
-        return {
-            "first": self.loss.before,
-            "best": self.loss.lowest,
-            "misses": self._misses,
-            "weights": self._weights,
-        }
+        loss = {"first": self.loss.before, "best": self.loss.lowest}
+        return {**loss, "misses": self._misses, "weights": self._weights}
 
     def restore(self, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> None:
         """Continue from a `state`, with tensors on the devices of those in ``like``."""
@@ -129,13 +127,7 @@ class EarlyStopping:
 
 @torch.no_grad()
 def mean_loss(loss_at: Callable[[np.ndarray], Tensor], positions: np.ndarray, size: int = 512) -> float:
-    """Mean loss over many positions, computed in parts.
-
-    Args:
-        loss_at: the mean loss at some positions.
-        positions: their numbers, shape (n,), int64, at least one.
-        size: most positions at a time.
-    """
+    """Mean over positions, shape (n,), at least one, of a loss that is computed at ``size`` positions at a time."""
     parts = np.array_split(positions, -(-len(positions) // size))
     return sum(len(part) * float(loss_at(part)) for part in parts) / len(positions)
 
@@ -148,49 +140,82 @@ def learning_rate(progress: float, warmup: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def spread_over(positions: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of some numbers, evenly spread; shape (at most count,), int64."""
+    return positions[np.linspace(0, len(positions) - 1, min(len(positions), count)).astype(np.int64)]
+
+
+def train_beside(
+    network: nn.Module,
+    loss_at: Callable[[np.ndarray], Tensor],
+    training: np.ndarray,
+    judging: np.ndarray,
+    key: Sequence[Any],
+    settings: OwnTextSettings,
+    loop: LoopSettings,
+    name: str,
+    publish: Callable[[Outcome], None],
+) -> tuple[Outcome, HeldOutLoss]:
+    """Train a small network beside a model, with early stopping.
+
+    Args:
+        network: the network; changed in place.
+        loss_at: the mean loss at some positions.
+        training: numbers of the positions to train on, shape (n,), int64.
+        judging: numbers of the positions to stop by, shape (m,), int64, at least one.
+        key: everything that the result depends on, besides the settings.
+        settings: patience.
+        loop: how to train.
+        name: name of the run.
+        publish: called after each periodic checkpoint.
+
+    Raises:
+        FitError: there are too few positions for a batch.
+        TrainingError: as for `train`.
+    """
+    judged = spread_over(judging, _MOST_JUDGED)
+    stopping = EarlyStopping(lambda: mean_loss(loss_at, judged), settings.check_steps, settings.patience)
+    words = json.dumps([*key, settings.check_steps, settings.patience])
+    batches = PositionBatches(training, loop.batch * loop.length, loop.seed, words)
+    state = loop.work / f"{name}.pt"
+    outcome = train(
+        network, lambda batch: loss_at(batch.numpy()), batches, loop, state, on_checkpoint=publish, stopping=stopping
+    )
+    return outcome, stopping.loss
+
+
 Rates = Callable[[str], float]
 """Learning rate of a parameter as a multiple of the common one, by its name."""
 
 
 def _optimisers(model: nn.Module, settings: LoopSettings, rates: Rates | None) -> list[torch.optim.Optimizer]:
     """Optimisers whose parameter groups carry their multiple of the learning rate as ``share``."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        by_rate.setdefault(1.0 if rates is None else rates(name), []).append(parameter)
-    return [
-        optimiser for share, members in by_rate.items() for optimiser in _with_rate(model, members, settings, share)
-    ]
-
-
-def _with_rate(
-    model: nn.Module, parameters: Sequence[nn.Parameter], settings: LoopSettings, share: float
-) -> Iterator[torch.optim.Optimizer]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if head is not None:
         embeddings.add(id(head.weight))
-    hidden, matrices, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim != 2:
-            rest.append(parameter)
-        elif id(parameter) in embeddings or settings.optimiser == "adamw":
-            matrices.append(parameter)
-        else:
-            hidden.append(parameter)
+    by_rate: dict[float, dict[str, list[nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        share = 1.0 if rates is None else rates(name)
+        kinds = by_rate.setdefault(share, {"matrices": [], "rest": [], "hidden": []})
+        matrix = "matrices" if id(parameter) in embeddings or settings.optimiser == "adamw" else "hidden"
+        if parameter.requires_grad:
+            kinds[matrix if parameter.ndim == 2 else "rest"].append(parameter)
+    optimisers: list[torch.optim.Optimizer] = []
     rate, decay = settings.learning_rate, settings.weight_decay
-    groups = [
-        {"params": part, "weight_decay": weight, "share": share}
-        for part, weight in ((matrices, decay), (rest, 0.0))
-        if part
-    ]
-    if groups:
-        yield torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-    if hidden:
-        # "match_rms_adamw" scales the steps so that one learning rate serves both.
-        muon = [{"params": hidden, "share": share}]
-        yield torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    for share, kinds in by_rate.items():
+        groups = [
+            {"params": kinds[kind], "weight_decay": weight, "share": share}
+            for kind, weight in (("matrices", decay), ("rest", 0.0))
+            if kinds[kind]
+        ]
+        if groups:
+            optimisers.append(torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True))
+        if kinds["hidden"]:
+            # "match_rms_adamw" scales the steps so that one learning rate serves both.
+            muon = [{"params": kinds["hidden"], "share": share}]
+            optimisers.append(torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimisers
 
 
 def _fingerprint(settings: LoopSettings, batches: Batches, model: nn.Module) -> str:

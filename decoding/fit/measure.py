@@ -1,4 +1,4 @@
-"""Quality of a model on held-out text, and speed of a decoder beside plain decoding."""
+"""Quality of a model on held-out text, and speed of a decoder compared with plain decoding."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ class Quality:
 def windows_of(tokens: np.ndarray, length: int, limit: int) -> torch.Tensor:
     """Evenly spread windows of a row of tokens; int64, shape (n, m + 1) with m = ``length``, less if the row is short.
 
-    Args:
-        tokens: shape (k,).
-        length: tokens of a window.
-        limit: most tokens in all windows together.
+    All windows together have at most ``limit`` tokens.
 
     Raises:
         FitError: if there are fewer than two tokens.
@@ -105,6 +102,15 @@ def measure(
 
 def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+def measure_continuations(
+    model: nn.Module, target: nn.Module, tokens: np.ndarray, prompts: np.ndarray, ends: np.ndarray, batch: int = 4
+) -> Quality:
+    """`measure` at the tokens, shape (n, width), behind prompts of these lengths, shape (n,), up to the ends."""
+    places = np.arange(1, tokens.shape[1])
+    written = (places >= prompts[:, None]) & (places < ends[:, None])
+    return measure(model, torch.from_numpy(tokens.astype(np.int64)), target, batch, torch.from_numpy(written))
 
 
 def measure_domains(

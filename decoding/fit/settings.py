@@ -133,33 +133,22 @@ class PairSettings(OwnTextSettings):
     """Draft model: a folder, a hub id, or the name of a shipped model, with the token numbers of the target."""
 
 
-def require_least(*settings: object, **least: int) -> None:
-    """Refuse numbers that are too small.
-
-    Args:
-        settings: objects whose attributes are checked.
-        least: the smallest allowed value of an attribute, by its name.
+def require_least(settings: object, **least: int) -> None:
+    """Refuse numbers below ``least``, the smallest allowed values of attributes of the settings, by name.
 
     Raises:
         FitError: a value is smaller; the message names the option.
     """
     for name, low in least.items():
-        value = next(getattr(holder, name) for holder in settings if hasattr(holder, name))
-        if value < low:
-            raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+        if getattr(settings, name) < low:
+            raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(settings, name)}")
 
 
 def check_own_text(settings: OwnTextSettings, loop: LoopSettings, what: str, **least: int) -> None:
-    """Refuse settings that are out of range, before anything is loaded.
-
-    Args:
-        settings: the settings of the command.
-        loop: how to train.
-        what: the thing trained, for messages.
-        least: the smallest values of further settings, by name.
+    """Refuse settings that are out of range, before anything is loaded; ``what`` is trained, for messages.
 
     Raises:
-        FitError: a number is too small, or the optimiser is not AdamW without weight decay.
+        FitError: a number is below its ``least`` value, or the optimiser is not AdamW without weight decay.
     """
     require_least(settings, **least, check_steps=1, patience=0)
     if loop.optimiser != "adamw" or loop.weight_decay:
@@ -169,11 +158,7 @@ def check_own_text(settings: OwnTextSettings, loop: LoopSettings, what: str, **l
 
 
 def check_out(out: Path, *read: str | Path) -> None:
-    """Refuse to write over a folder that is read.
-
-    Args:
-        out: folder to write.
-        read: models and folders that are read.
+    """Refuse to write over a model or folder that is read.
 
     Raises:
         FitError: ``out`` is one of them.
@@ -192,13 +177,7 @@ def place_of(target: str) -> Path | None:
 
 
 def dtype_of(settings: OwnTextSettings, loop: LoopSettings, frozen: bool) -> torch.dtype:
-    """Type of the models' weights.
-
-    Args:
-        settings: may choose it.
-        loop: chooses the device.
-        frozen: whether the target's weights stay fixed.
-    """
+    """Type of the models' weights; ``frozen`` says whether those of the target stay fixed."""
     if settings.dtype is not None:
         return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if frozen and loop.torch_device().type == "cuda" else torch.float32

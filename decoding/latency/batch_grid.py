@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..decoder import synchronise
-from ..decoders.speculative import require_positive
 from ..drafts.drafter import ModelDrafter
+from ..errors import require_positive
 from ..loading.pair import Pair
 from ..models.kv_cache import BranchingCache, PreallocatedLayer
 from ..models.language_model import LanguageModel

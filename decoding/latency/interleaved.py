@@ -1,185 +1,245 @@
-"""Timing rounds of all kinds but chains: live rounds of many sizes and plain decoding, all interleaved."""
+"""Timed rounds of all kinds but chains: live rounds of many sizes and plain decoding, interleaved."""
 
 from __future__ import annotations
 
+import logging
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from ..decoder import Decoder, Round
+from ..decoder import Decoder, Round, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
-from ..decoders.speculative import require_positive
 from ..drafts.drafter import ModelDrafter
+from ..errors import require_positive
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling
 from .host import describe_hardware
+from .probe import CostProbe
 from .profile import LatencyProfile, arithmetic_of
-from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
-from .round_kinds import DRAFTED
 
-GROWTH = 16
-"""Tokens after which a timed text is begun anew."""
+_LOG = logging.getLogger(__name__)
+_WARM_UP = 3
+_FEWEST_REPEATS = 3
 _TRIES = 8
 _SETTLING = 2
-"""Rounds of its own kind before a timed one, as in decoding: right behind another kind it takes a fifth longer."""
+"""Untimed rounds of the same kind before a timed one; a round right after a different kind is about 20 % slower."""
+GROWTH = 16
+"""Tokens after which a timed text is begun anew."""
+
+Item = TypeVar("Item")
 
 
-def timed_models(pair: Pair, rounds: str) -> Pair:
-    """What takes part in rounds of some kind: the pair, or its target without the draft, by the target's name."""
-    return pair if rounds in DRAFTED else Pair(pair.target, None, pair.tokenizer, name=pair.target.name)
+class EndlessText:
+    """Sessions of one decoder on one prompt; a new one begins where a text ends.
 
-
-@dataclass(frozen=True)
-class Timing:
-    """How rounds are timed.
-
-    Attributes:
-        pair: what takes part in the rounds, as `timed_models` has it.
-        rounds: the kind, one of `round_kinds` but not `chain`.
-        repeats: how often every size is timed, 1 or more.
-        prompts: token ids to continue, one prompt a context, the profile's own first.
-        sampling: drawing tokens costs more than taking the likeliest.
-        time_limit: seconds after which fewer repeats have to do, but at least 3.
+    Args:
+        decoder: of the rounds.
+        prompt: token ids that every session continues.
+        sampling: how tokens are chosen.
+        growth: tokens after which a text is ended, so that the context stays near the prompt's length; by default it
+            goes on to the model's limit.
     """
 
-    pair: Pair
-    rounds: str
-    repeats: int
-    prompts: Sequence[Sequence[int]]
-    sampling: Sampling
-    time_limit: float
+    def __init__(
+        self, decoder: Decoder[Any], prompt: Sequence[int], sampling: Sampling, *, growth: int | None = None
+    ) -> None:
+        self._decoder = decoder
+        self._prompt = list(prompt)
+        self._sampling = sampling
+        self._growth = growth
+        self._seed = 0
+        self._session: Session[Any] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        pair: Pair,
-        rounds: str,
-        *,
-        repeats: int,
-        prompt: Sequence[int] | None,
-        sampling: Sampling,
-        time_limit: float,
-        contexts: Sequence[int],
-    ) -> Timing:
-        """Of a pair whose draft, if it has one, is used only where rounds of this kind need it.
+    def restart(self) -> None:
+        """Begin a new text with the next round."""
+        self._session = None
 
-        Args:
-            prompt: token ids to continue; None for some of which nothing is known.
-            contexts: tokens read before, each 1 or more, besides the prompt's own length. They are timed by live
-                rounds too, after a text of that length.
+    def step(self, knobs: Mapping[str, float] | None = None) -> Round:
+        """Do one round, with values for the decoder's knobs as `Session.step` takes them."""
+        session = self._session
+        if session is None or session.finished or (self._growth is not None and len(session.tokens) > self._growth):
+            self._seed += 1
+            session = self._decoder.start(self._prompt, max_new_tokens=2**20, sampling=self._sampling, seed=self._seed)
+            self._session = session
+        return session.step(knobs)
 
-        Raises:
-            ValueError: a context is not positive, or the prompt cannot be read.
-        """
-        pair = timed_models(pair, rounds)
-        for context in contexts:
-            require_positive("each of contexts", context)
-        own = repeating_prompt(pair) if prompt is None else AutoregressiveDecoder(pair).check_prompt(prompt)
-        lengths = [len(own), *sorted({*map(int, contexts)} - {len(own)})]
-        prompts = [(own * (length // len(own) + 1))[:length] for length in lengths]
-        return cls(pair, rounds, repeats, prompts, sampling, time_limit)
+    def round_of(self, size: int, knobs: Mapping[str, float]) -> Round | None:
+        """Do rounds until one reads this many tokens, as a decoder may have to warm up; None if none does."""
+        for _ in range(_TRIES):
+            round_ = self.step(knobs)
+            if round_.target_tokens == size:
+                return round_
+        return None
 
-    @property
-    def room(self) -> int:
-        """Tokens that may follow one another behind the longest context, at the end of a text."""
-        return self._shortest.context_limit - max(map(len, self.prompts)) - GROWTH
 
-    @property
-    def _shortest(self) -> LanguageModel:
-        """Of the models that take part the one with the shortest context."""
-        draft = self.pair.draft
-        models = [self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])]
-        return min(models, key=lambda model: model.context_limit)
+def turns(repeats: int, time_limit: float) -> Iterator[tuple[int, bool]]:
+    """Yield the number of every repeat, and whether its times count; a few for warming up come first and do not.
 
-    def require_room(self, tokens: int) -> None:
-        """Raise ValueError unless so many tokens may follow one another behind the longest context."""
-        if self.room < tokens:
-            name, limit = self._shortest.name, self._shortest.context_limit
-            raise ValueError(
-                f"a context of {max(map(len, self.prompts))} tokens leaves {name}, whose context is {limit}, no room "
-                f"for {self.rounds} rounds to be timed, which takes {GROWTH + tokens} tokens; give a shorter prompt or "
-                "shorter contexts"
-            )
+    Args:
+        repeats: how many count, if time allows.
+        time_limit: seconds after which fewer have to do, but at least 3.
+    """
+    started = time.perf_counter()
+    for turn in range(_WARM_UP + repeats):
+        if turn >= _WARM_UP + _FEWEST_REPEATS and time.perf_counter() - started > time_limit:
+            return
+        yield turn, turn >= _WARM_UP
 
-    def measure(
-        self,
-        decoder: Decoder,
-        sizes: Sequence[int],
-        knobs: Callable[[int], Mapping[str, float]],
-        *,
-        drafting: Collection[int] | None,
-        about: Mapping[str, object] | None = None,
-    ) -> LatencyProfile:
-        """Time the rounds, and plain decoding beside them.
 
-        Args:
-            decoder: of the rounds.
-            sizes: tokens that the target's pass reads.
-            knobs: of a round that reads so many tokens.
-            drafting: the sizes of the rounds whose drafting is timed, by `Round.draft_steps`; None where drafting is
-                part of the pass.
-            about: what the profile tells of the decoder, beside the hardware.
-        """
-        plain_decoder = AutoregressiveDecoder(self.pair)
-        samples = [_Samples() for _ in self.prompts]
-        texts = [
-            tuple(EndlessText(each, prompt, self.sampling, growth=GROWTH) for each in (decoder, plain_decoder))
-            for prompt in self.prompts
-        ]
-        for turn, counts in turns(self.repeats, self.time_limit):
-            for (text, plain), own in zip(texts, samples, strict=True):
-                text.restart()
-                plain.restart()
-                for size in rotated(sizes, turn):
-                    for _ in range(_SETTLING):
-                        text.step(knobs(size))
-                    cycle = _round_of(text, size, knobs(size))
-                    for _ in range(_SETTLING):
-                        plain.step()
-                    plainly = plain.step()
-                    if counts:
-                        own.add(cycle, plainly, drafting)
-        found = [self._profile(own, len(prompt), about) for own, prompt in zip(samples, self.prompts, strict=True)]
-        return replace(found[0], points=tuple(found[1:]))
+def rotated(items: Sequence[Item], turn: int) -> list[Item]:
+    """Return the items from another one on in every turn, so that each is now early, now late in a text."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
 
-    def _profile(self, samples: _Samples, context: int, about: Mapping[str, object] | None) -> LatencyProfile:
-        return LatencyProfile(
-            pair=self.pair.name,
-            draft_seconds=medians(samples.draft) if samples.draft else {0: 0.0},
-            target_seconds=medians(samples.target),
-            autoregressive_seconds=statistics.median(samples.plain),
-            hardware={**describe_hardware(self.pair), **(about or {})},
-            sampling=arithmetic_of(self.sampling),
-            rounds=self.rounds,
+
+def medians(samples: Mapping[int, list[float]]) -> dict[int, float]:
+    """Return the median by number of tokens, without the numbers that came up too rarely to trust."""
+    enough = min(_FEWEST_REPEATS, max(len(seconds) for seconds in samples.values()))
+    return {tokens: statistics.median(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
+
+
+def repeating_prompt(pair: Pair) -> list[int]:
+    """Return token ids that repeat themselves, so that drafts which copy from the text have something to copy."""
+    length = max(2, min(48, pair.target.context_limit // 4))
+    period = max(1, length // 2)
+    return [(7919 * (place % period) + 11) % pair.target.vocabulary_size for place in range(length)]
+
+
+def time_rounds(
+    pair: Pair,
+    probe: CostProbe,
+    kind: str,
+    *,
+    max_target_tokens: int | None,
+    repeats: int,
+    prompt: Sequence[int] | None,
+    sampling: Sampling,
+    time_limit: float,
+    contexts: Sequence[int],
+) -> LatencyProfile:
+    """Time the rounds of a probe, and plain decoding between them.
+
+    Args:
+        pair: what takes part in the rounds.
+        probe: the rounds.
+        kind: of the profile.
+        max_target_tokens: the largest size that was asked for, which is then timed or refused; None for as many of the
+            probe's sizes as there is room for.
+        repeats: how often every size is timed, 1 or more.
+        prompt: token ids to continue; None for some of which nothing is known.
+        sampling: drawing tokens costs more than taking the likeliest.
+        time_limit: seconds after which fewer repeats have to do, but at least 3.
+        contexts: tokens read before, each 1 or more, besides the prompt's own length.
+
+    Raises:
+        ValueError: a context is not positive, or there is no room for the rounds behind the longest.
+    """
+    for context in contexts:
+        require_positive("each of contexts", context)
+    first = repeating_prompt(pair) if prompt is None else AutoregressiveDecoder(pair).check_prompt(prompt)
+    lengths = [len(first), *sorted({*map(int, contexts)} - {len(first)})]
+    prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
+    sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
+    plain_decoder = AutoregressiveDecoder(pair)
+    samples = [_Samples() for _ in prompts]
+    texts = [
+        tuple(EndlessText(decoder, prompt, sampling, growth=GROWTH) for decoder in (probe.decoder, plain_decoder))
+        for prompt in prompts
+    ]
+    for turn, counts in turns(repeats, time_limit):
+        for (text, plain), times in zip(texts, samples, strict=True):
+            text.restart()
+            plain.restart()
+            for size in rotated(sizes, turn):
+                knobs = probe.knobs_for(size)
+                for _ in range(_SETTLING):
+                    text.step(knobs)
+                round_ = text.round_of(size, knobs) if probe.fixed else text.step(knobs)
+                for _ in range(_SETTLING):
+                    plain.step()
+                plain_round = plain.step()
+                if counts:
+                    times.add(round_, plain_round, probe.drafting)
+    profiles = [
+        LatencyProfile(
+            pair=pair.name,
+            draft_seconds=medians(times.draft) if times.draft else {0: 0.0},
+            target_seconds=medians(times.target),
+            autoregressive_seconds=statistics.median(times.plain),
+            hardware={**describe_hardware(pair), **probe.detail},
+            sampling=arithmetic_of(sampling),
+            kind=kind,
             batch_size=1,
             context=context,
+            overlaps=probe.overlaps,
         )
+        for times, context in zip(samples, lengths, strict=True)
+    ]
+    return replace(profiles[0], points=tuple(profiles[1:]))
+
+
+def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, asked: int | None) -> list[int]:
+    """The probe's sizes that can be read behind a context, ascending.
+
+    Raises:
+        ValueError: there are none, or the one that was asked for is not among them.
+    """
+    shortest = _shortest_context(pair)
+    room = shortest.context_limit - context - GROWTH
+    fitting = [size for size in probe.sizes if probe.room_for(size) <= room]
+    sizes = [size for size in fitting if probe.can_read(size)]
+    if not fitting:
+        needed = GROWTH + probe.room_for(probe.sizes[0])
+        raise ValueError(
+            f"a context of {context} tokens leaves {shortest.name}, whose context is {shortest.context_limit}, no room "
+            f"for {kind} rounds to be timed, which takes {needed} tokens; give a shorter prompt or shorter contexts"
+        )
+    largest = probe.sizes[-1]
+    if fitting[-1] < largest:
+        if asked is not None:
+            most = next((size for size in range(largest, 0, -1) if probe.room_for(size) <= room), 1)
+            raise ValueError(
+                f"a pass over {largest} tokens behind a context of {context} does not fit in {shortest.name}, whose "
+                f"context is {shortest.context_limit}; give a max_target_tokens of at most {most}, a shorter prompt or "
+                "shorter contexts"
+            )
+        _LOG.warning(
+            "%s rounds of %s are timed up to %d tokens, not %d, since its context of %d has no room for more behind "
+            "%d; larger ones are charged in proportion",
+            kind, shortest.name, fitting[-1], largest, shortest.context_limit, context,
+        )  # fmt: skip
+    if sizes[-1] < fitting[-1]:
+        reason = f"{kind} rounds of {pair.target.name} cannot read"
+        if asked is not None:
+            raise ValueError(f"{reason} {fitting[-1]} tokens; give a max_target_tokens of at most {sizes[-1]}")
+        _LOG.warning("%s %d tokens; rounds are timed up to %d", reason, fitting[-1], sizes[-1])
+    return sizes
+
+
+def _shortest_context(pair: Pair) -> LanguageModel:
+    """The model with the shortest context among those that take part."""
+    draft = pair.draft
+    models = [pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])]
+    return min(models, key=lambda model: model.context_limit)
 
 
 class _Samples:
-    """Seconds as they were measured behind one context: of drafting, of passes by the tokens they read, and plainly."""
+    """Seconds behind one context: of drafting, of passes by the tokens they read, and of plain decoding."""
 
     def __init__(self) -> None:
         self.draft: defaultdict[int, list[float]] = defaultdict(list)
         self.target: defaultdict[int, list[float]] = defaultdict(list)
         self.plain: list[float] = []
 
-    def add(self, cycle: Round | None, plainly: Round, drafting: Collection[int] | None) -> None:
-        self.plain.append(plainly.verify_seconds)
-        if cycle is None:
+    def add(self, round_: Round | None, plain: Round, drafting: Collection[int] | None) -> None:
+        self.plain.append(plain.verify_seconds)
+        if round_ is None:
             return
-        if drafting is not None and cycle.target_tokens in drafting:
-            self.draft[cycle.draft_steps].append(cycle.draft_seconds)
-        apart = 0.0 if drafting is not None else cycle.draft_seconds
-        self.target[cycle.target_tokens].append(cycle.verify_seconds + apart)
-
-
-def _round_of(text: EndlessText, size: int, knobs: Mapping[str, float]) -> Round | None:
-    """A round that reads so many tokens; a decoder that has yet to warm up is given some rounds for it."""
-    for _ in range(_TRIES):
-        cycle = text.step(knobs)
-        if cycle.target_tokens == size:
-            return cycle
-    return None
+        if drafting is not None and round_.target_tokens in drafting:
+            self.draft[round_.draft_steps].append(round_.draft_seconds)
+        apart = 0.0 if drafting is not None else round_.draft_seconds
+        self.target[round_.target_tokens].append(round_.verify_seconds + apart)

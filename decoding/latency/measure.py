@@ -1,4 +1,4 @@
-"""Measuring a latency profile: live rounds at one operating point, and passes over batches for the others.
+"""Measured latency profiles: live rounds at one operating point, and passes over batches for the others.
 
 The profile is measured through the same rounds that decode text, once, and kept in specgym's cache folder.
 """
@@ -7,118 +7,200 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..decoder import GREEDY
+import torch
+
+from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
-from ..decoders.draft_tree import DraftTreeDecoder
-from ..decoders.draft_tree.timing import measure_draft_tree, tree_timed
-from ..decoders.lookahead.timing import measure_lookahead
-from ..decoders.medusa import MedusaHeads, heads_for
-from ..decoders.medusa.timing import heads_timed, measure_medusa
-from ..decoders.speculative import require_positive
 from ..decoders.threshold import ThresholdDecoder
-from ..files import file_name
+from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
+from ..errors import require_positive
+from ..files import cache_folder, file_name
 from ..loading.pair import Pair
-from ..loading.smollm2 import cache_folder
-from ..sampling import Sampling
+from ..registry import build_decoder
+from ..sampling import GREEDY, Sampling
+from ..traits import CHAIN
 from .batch_grid import measure_points, plan_grid
 from .host import describe_hardware, fingerprint
-from .interleaved import Timing, timed_models
+from .interleaved import EndlessText, medians, repeating_prompt, rotated, time_rounds, turns
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
-from .repeated_rounds import EndlessText, medians, repeating_prompt, rotated, turns
-from .round_kinds import CHAIN, DRAFT_TREE, LOOKAHEAD, OF_HEADS, largest_size, timed_as
-from .stopwatch import StopwatchDrafter
 
+LONGEST_DRAFT = 16
+"""Longest chain that is timed by default, in tokens."""
+REPEATS = 40
+"""Times that every size is timed by default."""
 _LOG = logging.getLogger(__name__)
 _known: dict[Path, LatencyProfile] = {}
 
 
 def measure(
     pair: Pair,
+    decoder: Decoder[Any] | str | None = None,
     *,
-    rounds: str = CHAIN,
     max_draft_length: int | None = None,
     max_target_tokens: int | None = None,
-    repeats: int = 40,
+    repeats: int | None = None,
     prompt: Sequence[int] | None = None,
     sampling: Sampling = GREEDY,
     time_limit: float = 40.0,
     batch_sizes: Sequence[int] = (1,),
     contexts: Sequence[int] | None = None,
-    heads: MedusaHeads | str | Path | None = None,
-    tree_decoder: DraftTreeDecoder | None = None,
 ) -> LatencyProfile:
     """Time live rounds of several sizes, and plain decoding, all interleaved.
 
     Each number is a median over the repeats, and a slow spell of the machine hits all numbers alike. The warm-up is
-    left out, and an accelerator is synchronised. Chains are threshold decoding's because its verification contains
+    left out, and an accelerator is synchronised. A decoder says itself which of its rounds are timed
+    (`Decoder.cost_probe`). Chains are threshold decoding's, whatever the decoder, because its verification contains
     that of speculative sampling; the two differ by the distance between the models, a small part of a target pass.
-    Lookahead's rounds are timed as a whole, by the tokens that the target's pass reads (`latency_lookahead`); Medusa's
-    by the heads that are asked and the tokens that the pass reads (`latency_medusa`); those with draft trees by the
-    draft's passes and the tokens that the target's pass reads (`latency_draft_tree`).
 
     Live rounds are timed at batch size 1 and the prompt's length as the context. Other batch sizes and contexts become
-    the profile's `points`, timed as `latency_grid.measure_points` tells; the grid always contains the live point.
-    All rounds but chains are timed live at other contexts, and at no other batch size.
+    the profile's `points`; the grid always contains the live point. For chains they are timed by passes over batches
+    (`batch_grid.measure_points`); all other rounds are timed live at other contexts, and at no other batch size.
 
     Args:
-        pair: a target with a draft, which for draft trees is a model; for Lookahead and Medusa the target is enough.
-        rounds: what is timed: `chain`, `lookahead`, `medusa`, `medusa-typical`, which greedy is `medusa`, or
-            `draft-tree`.
+        pair: a target, with a draft where the decoder needs one.
+        decoder: whose rounds are timed: a decoder of this pair, or the name of one that is built with its default
+            options; by default chains.
         max_draft_length: of chains, the longest draft timed, in tokens; by default 16.
-        max_target_tokens: of Lookahead, Medusa and draft trees, the most tokens that a timed pass reads; by default
-            160, 65 and 65, which is what the decoders read with their knobs as high as they go, or as many as there is
-            room for.
-        repeats: how often every size is timed.
+        max_target_tokens: of other rounds, the most tokens that a timed pass reads; by default as many as the decoder's
+            knobs allow, or as there is room for.
+        repeats: how often every size is timed, by default 40 times.
         prompt: token ids to continue; by default ids that repeat themselves, so that prompt lookup has matches.
         sampling: drawing tokens costs more than taking the likeliest.
         time_limit: seconds after which fewer repeats have to do, but at least 3; for the live rounds, and once more
             for the other points of chains together.
         batch_sizes: sequences decoded together, each 1 or more.
         contexts: tokens of each sequence that were read before, each 1 or more; by default the prompt's length alone.
-        heads: of Medusa, as `MedusaDecoder` takes them; by default the usual ones of the target.
-        tree_decoder: of draft trees, a decoder of this pair whose rule and guidance take part; by default the usual one
-            of the pair.
 
     Raises:
-        ValueError: the pair has no draft and one is needed, a number is not positive or does not belong to this kind of
-            rounds, a batch is asked for where none can be timed, or a context leaves the models no room
-            for the longest draft or the largest pass.
-        MedusaHeadsError: the target has no heads, and Medusa's rounds are to be timed; the message says how to train
-            some.
+        ValueError: the pair does not suit the decoder, a number is not positive or does not belong to this kind of
+            rounds, a batch is asked for where none can be timed, or a context leaves the models no room.
     """
-    rounds = timed_as(rounds, sampling.greedy)
-    longest = largest_size(rounds, max_draft_length, max_target_tokens)
+    repeats = REPEATS if repeats is None else repeats
     require_positive("repeats", repeats)
-    _require_fitting(heads, tree_decoder, rounds)
-    if rounds != CHAIN:
-        if set(batch_sizes) - {1}:
-            hint = "; for others compute a profile: specgym.decoding.latency.roofline.roofline(target, None, hardware, "
-            raise ValueError(
-                f"{rounds} rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}"
-                + (f"{hint}rounds={rounds!r})" if rounds == LOOKAHEAD else "; leave them out")
-            )
-        # First of all, since a pair without a draft has none to time.
-        like = tree_decoder or DraftTreeDecoder.usual(pair) if rounds == DRAFT_TREE else None
-        timing = Timing.of(
+    if isinstance(decoder, str):
+        decoder = build_decoder(decoder, pair)
+    kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
+    limits = {"max_draft_length": max_draft_length, "max_target_tokens": max_target_tokens}
+    right, wrong = sorted(limits, reverse=kind != CHAIN)
+    if limits[wrong] is not None:
+        raise ValueError(f"{wrong} is not for {kind} rounds; how large those are timed is {right}")
+    if (largest := limits[right]) is not None:
+        require_positive(right, largest)
+    if decoder is None or kind == CHAIN:
+        _require_draft(pair)
+        return _measure_chains(
             pair,
-            rounds,
+            LONGEST_DRAFT if max_draft_length is None else max_draft_length,
             repeats=repeats,
             prompt=prompt,
             sampling=sampling,
             time_limit=time_limit,
+            batch_sizes=batch_sizes,
             contexts=contexts or (),
         )
-        if rounds in OF_HEADS:
-            return measure_medusa(timing, heads_for(pair.target, heads), max_target_tokens)
-        if like is not None:
-            return measure_draft_tree(timing, like, max_target_tokens)
-        return measure_lookahead(timing, max_target_tokens)
-    _require_chains(pair)
+    if set(batch_sizes) - {1}:
+        raise ValueError(
+            f"{kind} rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}"
+            + (
+                "; for others compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, "
+                f"decoder={decoder.name!r})"
+                if decoder.single_pass
+                else "; leave them out"
+            )
+        )
+    return time_rounds(
+        _timed_pair(pair, decoder),
+        decoder.cost_probe() if max_target_tokens is None else decoder.cost_probe(max_target_tokens),
+        kind,
+        max_target_tokens=max_target_tokens,
+        repeats=repeats,
+        prompt=prompt,
+        sampling=sampling,
+        time_limit=time_limit,
+        contexts=contexts or (),
+    )
+
+
+def measured(
+    pair: Pair, decoder: Decoder[Any] | str | None = None, refresh: bool = False, *, sampling: Sampling = GREEDY
+) -> LatencyProfile:
+    """Return the profile of a pair on this hardware: measured at the first call, then read from the cache folder.
+
+    Args:
+        pair: a target, with a draft where the decoder needs one; for decoders that need none, pairs of one target share
+            a profile.
+        decoder: as for `measure`. What its probe tells apart (`CostProbe.detail`) has its own profile, such as every
+            shape of heads.
+        refresh: measure again, for instance because the machine was busy the last time, or the decoder has changed.
+        sampling: greedy decoding, sampling, and sampling with top-k or top-p each have their own profile.
+
+    Raises:
+        ValueError: the pair does not suit the decoder.
+    """
+    if isinstance(decoder, str):
+        decoder = build_decoder(decoder, pair)
+    kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
+    label = ""
+    if decoder is None or kind == CHAIN:
+        _require_draft(pair)
+        decoder = None
+    else:
+        pair = _timed_pair(pair, decoder)
+        sections = decoder.cost_probe().detail.values()
+        label = f"{kind}-" + "".join(f"{name}_{value}-" for section in sections for name, value in section.items())
+    arithmetic = arithmetic_of(sampling)
+    path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{label}{arithmetic}-{fingerprint(pair)}.json"
+    if not refresh and path in _known:
+        return _known[path]
+    if not refresh and path.exists():
+        try:
+            _known[path] = LatencyProfile.load(path)
+            return _known[path]
+        except LatencyProfileError as error:
+            _LOG.warning("%s; doing so now", error)
+    _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, kind, arithmetic)
+    profile = measure(pair, decoder, sampling=sampling)
+    try:
+        profile.save(path)
+        _LOG.info("latency profile of %s kept in %s", pair.name, path)
+    except OSError as error:
+        _LOG.warning("cannot keep the latency profile in %s (%s); set SPECGYM_CACHE to a folder you own", path, error)
+    _known[path] = profile
+    return profile
+
+
+def _timed_pair(pair: Pair, decoder: Decoder[Any]) -> Pair:
+    return pair if decoder.needs_draft else pair.without_draft()
+
+
+def _require_draft(pair: Pair) -> None:
+    if pair.draft is None:
+        raise ValueError(
+            f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
+            "pair's name, or time a decoder that needs none: measured(pair, 'lookahead') (--decoder lookahead on the "
+            "command line)"
+        )
+
+
+def _measure_chains(
+    pair: Pair,
+    longest: int,
+    *,
+    repeats: int,
+    prompt: Sequence[int] | None,
+    sampling: Sampling,
+    time_limit: float,
+    batch_sizes: Sequence[int],
+    contexts: Sequence[int],
+) -> LatencyProfile:
+    """Time rounds that draft chains; arguments as for `measure`."""
     assert pair.draft is not None
     prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
     stopwatch = StopwatchDrafter(pair.draft)
@@ -126,7 +208,7 @@ def measure(
     chains = EndlessText(ThresholdDecoder(timed, longest), prompt, sampling)
     plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
-    places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts or ())
+    places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts)
     draft: defaultdict[int, list[float]] = defaultdict(list)
     target: defaultdict[int, list[float]] = defaultdict(list)
     autoregressive: list[float] = []
@@ -135,12 +217,12 @@ def measure(
         plain.restart()
         for length in rotated(lengths, turn):
             stopwatch.length = length
-            cycle = chains.step()
-            plainly = plain.step()
+            round_ = chains.step()
+            plain_round = plain.step()
             if counts:
-                draft[stopwatch.found].append(stopwatch.seconds)
-                target[cycle.drafted + 1].append(cycle.verify_seconds)
-                autoregressive.append(plainly.verify_seconds)
+                draft[stopwatch.drafted].append(stopwatch.seconds)
+                target[round_.drafted + 1].append(round_.verify_seconds)
+                autoregressive.append(plain_round.verify_seconds)
     profile = LatencyProfile(
         pair=pair.name,
         draft_seconds=medians(draft),
@@ -155,75 +237,50 @@ def measure(
     return replace(profile, points=points)
 
 
-def measured(
-    pair: Pair,
-    refresh: bool = False,
-    *,
-    sampling: Sampling = GREEDY,
-    rounds: str = CHAIN,
-    heads: MedusaHeads | str | Path | None = None,
-    tree_decoder: DraftTreeDecoder | None = None,
-) -> LatencyProfile:
-    """The profile of a pair on this hardware: measured at the first call, then read from specgym's cache folder.
+class StopwatchDrafter:
+    """A drafter that times another one's drafts, and fills them up to the length that is asked of the target.
 
-    Args:
-        pair: a target with a draft; for Lookahead and Medusa the target is enough, and pairs of one target share a
-            profile.
-        refresh: measure again, for instance because the machine was busy the last time.
-        sampling: greedy decoding, sampling, and sampling with top-k or top-p each have their own profile.
-        rounds: what is timed, as for `measure`; each kind has its own profile.
-        heads: of Medusa, as for `measure`; each shape of heads has its own profile.
-        tree_decoder: of draft trees, as for `measure`; what stands beside the draft there is part of the profile.
+    Only one-hot drafts fall short (a table without an entry, a text without a match), so filling up with any token
+    leaves the arithmetic of verification as it is.
 
-    Raises:
-        ValueError: the pair has no draft and one is needed, or there is no such kind of rounds.
-        MedusaHeadsError: as for `measure`.
+    Attributes:
+        length: how many tokens the next draft has, at most what the decoder asks for.
+        drafted: how many tokens the last draft really had.
+        seconds: how long those took, the accelerator's work included.
     """
-    rounds = timed_as(rounds, sampling.greedy)
-    _require_fitting(heads, tree_decoder, rounds)
-    if rounds == CHAIN:
-        _require_chains(pair)
-    pair = timed_models(pair, rounds)
-    beside: dict[str, object] = {}
-    if rounds in OF_HEADS:
-        heads = heads_for(pair.target, heads)
-        beside = heads_timed(heads)
-    if rounds == DRAFT_TREE:
-        tree_decoder = tree_decoder or DraftTreeDecoder.usual(pair)
-        beside = tree_timed(tree_decoder)
-    kind = "" if rounds == CHAIN else f"{rounds}-" + "".join(f"{name}_{value}-" for name, value in beside.items())
-    arithmetic = arithmetic_of(sampling)
-    path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{kind}{arithmetic}-{fingerprint(pair)}.json"
-    if not refresh and path in _known:
-        return _known[path]
-    if not refresh and path.exists():
-        try:
-            _known[path] = LatencyProfile.load(path)
-            return _known[path]
-        except LatencyProfileError as error:
-            _LOG.warning("%s; doing so now", error)
-    _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, rounds, arithmetic)
-    profile = measure(pair, sampling=sampling, rounds=rounds, heads=heads, tree_decoder=tree_decoder)
-    try:
-        profile.save(path)
-        _LOG.info("latency profile of %s kept in %s", pair.name, path)
-    except OSError as error:
-        _LOG.warning("cannot keep the latency profile in %s (%s); set SPECGYM_CACHE to a folder you own", path, error)
-    _known[path] = profile
-    return profile
+
+    def __init__(self, inner: Drafter) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.vocabulary_size = inner.vocabulary_size
+        self.length = 0
+        self.drafted = 0
+        self.seconds = 0.0
+
+    def start(
+        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
+    ) -> DraftSession:
+        """Begin a text with the inner drafter."""
+        return _StopwatchSession(self, self.inner.start(prompt, sampling, generator, device), device)
 
 
-def _require_chains(pair: Pair) -> None:
-    if pair.draft is None:
-        raise ValueError(
-            f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
-            "pair's name, or time rounds that need none, with rounds='lookahead' or rounds='medusa' (--rounds "
-            "lookahead or --rounds medusa on the command line)"
-        )
+class _StopwatchSession:
+    def __init__(self, watch: StopwatchDrafter, inner: DraftSession, device: torch.device) -> None:
+        self._watch = watch
+        self._inner = inner
+        self._device = device
 
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        count = min(count, self._watch.length)
+        started = time.perf_counter()
+        steps = list(self._inner.steps(context, count))
+        Proposal.of(steps, self._device)  # the decoder does it again, off this clock: it belongs to a draft's time
+        synchronise(self._device)
+        self._watch.seconds = time.perf_counter() - started
+        self._watch.drafted = len(steps)
+        if not steps or steps[0].logits is None:
+            steps += [OneHotStep(0)] * (count - len(steps))
+        return iter(steps)
 
-def _require_fitting(heads: object, tree_decoder: object, rounds: str) -> None:
-    if heads is not None and rounds not in OF_HEADS:
-        raise ValueError(f"heads are for rounds='medusa', and the rounds are {rounds}; leave them out")
-    if tree_decoder is not None and rounds != DRAFT_TREE:
-        raise ValueError(f"a tree_decoder is for rounds='draft-tree', and the rounds are {rounds}; leave it out")
+    def truncate(self, length: int) -> None:
+        self._inner.truncate(length)

@@ -1,4 +1,4 @@
-"""How long drafting and verifying take: a table by number of tokens, for one pair on one machine.
+"""Latency profiles: seconds of drafting and verifying by number of tokens, for one pair on one machine. Free of torch.
 
 A clock read while an agent learns is noisy and never the same twice. A profile is measured once (`latency_measure`) or
 computed for hardware that is not at hand (`roofline`), and then charges every round the same time for the same work.
@@ -14,20 +14,23 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decoder import Round
 from ..errors import SpecgymError
 from ..files import write_json
 from ..sampling import Sampling
-from .round_kinds import CHAIN, LOOKAHEAD, OF_TREES, ROUNDS
+from ..traits import CHAIN
+
+if TYPE_CHECKING:
+    from ..decoder import Round
 
 _FORMAT = "specgym-latency-3"
 _TABLES = ("draft_seconds", "target_seconds")
-_ABOUT = ("pair", "hardware", "sampling", "rounds")
+_ABOUT = {"pair": "pair", "hardware": "hardware", "sampling": "sampling", "rounds": "kind", "overlaps": "overlaps"}
+"""Attributes that all points share, by their names in files."""
 _LONGEST_FITTED = 16
 
 
@@ -46,21 +49,21 @@ class LatencyProfile:
 
     Attributes:
         pair: name of the pair.
-        draft_seconds: seconds to draft so many tokens (0 or more), by number; where the rounds are Medusa's, to ask so
-            many heads and to make a tree of their candidates; with draft trees, to grow one of so many levels.
-        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number; where
-            the rounds are `lookahead`, all that a round takes.
+        draft_seconds: seconds to draft, by steps (0 or more): tokens of a chain, levels of a tree, heads that are
+            asked; {0: 0.0} where drafting is part of the pass.
+        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number.
         autoregressive_seconds: seconds per token of plain decoding with the target.
-        hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers; and the
-            shape of the heads, where the rounds are Medusa's, or what stands beside the draft of a tree.
+        hardware: what it was measured on: device, its name, threads, dtype, torch version, prepacked layers; and what
+            else of the decoder its time depends on.
         sampling: which arithmetic was measured: `greedy` or `sampled`, with `top-k` and `top-p` where used.
-        rounds: what kind of rounds the tables are of: `chain` or `draft-tree`; or, of a target alone, `lookahead`,
-            which draft nothing ({0: 0.0}), or `medusa`, or `medusa-typical`. Charging the one kind by the other's times
-            is wrong; see `require_rounds`.
+        kind: cost kind, a decoder's `DecoderTraits.cost_kind`: `chain`, or a kind of its own. Charging one kind by the
+            times of another is wrong; see `require_kind`.
         batch_size: sequences decoded together, 1 or more.
         context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
         points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
             full grid, every batch size with every context.
+        overlaps: whether drafting goes on while the target verifies: a round then takes the longer of the two times
+            instead of their sum.
 
     Raises:
         LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), an
@@ -73,10 +76,11 @@ class LatencyProfile:
     autoregressive_seconds: float
     hardware: Mapping[str, Any]
     sampling: str = "greedy"
-    rounds: str = CHAIN
+    kind: str = CHAIN
     batch_size: int = 1
     context: int | None = None
     points: tuple[LatencyProfile, ...] = ()
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         for name, fewest in zip(_TABLES, (0, 1), strict=True):
@@ -90,8 +94,8 @@ class LatencyProfile:
             object.__setattr__(self, name, ordered)
         if not (math.isfinite(self.autoregressive_seconds) and self.autoregressive_seconds > 0):
             raise LatencyProfileError(f"autoregressive_seconds is {self.autoregressive_seconds}; it must be positive")
-        if self.rounds not in ROUNDS:
-            raise LatencyProfileError(f"rounds must be one of {', '.join(ROUNDS)}, got {self.rounds!r}")
+        if not (isinstance(self.kind, str) and self.kind):
+            raise LatencyProfileError(f"kind must be the name of a cost kind, got {self.kind!r}")
         object.__setattr__(self, "batch_size", operator.index(self.batch_size))
         if self.context is not None:
             object.__setattr__(self, "context", operator.index(self.context))
@@ -103,10 +107,7 @@ class LatencyProfile:
             self._check_grid()
 
     def draft(self, tokens: int) -> float:
-        """Seconds to draft so many tokens, 0 or more: linear between measured numbers, and beyond the last two.
-
-        Where the rounds are Medusa's, seconds to ask so many heads; with draft trees, of so many passes of the draft.
-        """
+        """Seconds of this many drafting steps, 0 or more: linear between measured numbers, and beyond the last two."""
         return _interpolate(self.draft_seconds, tokens, 0)
 
     def target(self, tokens: int) -> float:
@@ -115,8 +116,20 @@ class LatencyProfile:
 
     def round(self, drafted: int) -> float:
         """Seconds of a round that drafts so many tokens, 0 or more; of a tree's with as many levels as it can have."""
-        asked = min(drafted, max(self.draft_seconds)) if self.rounds in OF_TREES else drafted
-        return self.draft(asked) + self.target(drafted + 1)
+        steps = drafted if self.kind == CHAIN else min(drafted, max(self.draft_seconds))
+        return self.round_of(steps, drafted + 1)
+
+    def round_of(self, draft_steps: int, target_tokens: int) -> float:
+        """Seconds of a round with this many drafting steps, whose target pass reads this many tokens."""
+        drafting, verifying = self.draft(draft_steps), self.target(target_tokens)
+        return max(drafting, verifying) if self.overlaps else drafting + verifying
+
+    def rounds_of(self, draft_steps: NDArray[np.integer], target_tokens: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Seconds of many rounds, as `round_of`; arrays of one shape, not empty."""
+        drafting = np.array([self.draft(number) for number in range(int(draft_steps.max()) + 1)])[draft_steps]
+        read = range(1, int(target_tokens.max()) + 1)
+        verifying = np.array([self.target(number) for number in read])[target_tokens - 1]
+        return np.maximum(drafting, verifying) if self.overlaps else drafting + verifying
 
     def round_seconds(self, longest: int) -> NDArray[np.float64]:
         """Seconds of a round by number of drafted tokens, from 0 to `longest`; shape (longest + 1,)."""
@@ -126,34 +139,34 @@ class LatencyProfile:
         """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
 
         It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
-        from 1 drafted token to 16, or to as many as were measured. Where a tree is verified, heads or passes of a draft
-        cost nearly the same however many candidates they give, and are left out.
+        from 1 drafted token to 16, or to as many as were measured. Drafting that is no chain costs nearly the same
+        however many candidates it gives, and is left out.
         """
         longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
         centred = np.arange(1, longest + 1) - (longest + 1) / 2
         seconds = self.round_seconds(longest)[1:]
-        if self.rounds in OF_TREES:
+        if self.kind != CHAIN:
             seconds = np.array([self.target(drafted + 1) for drafted in range(1, longest + 1)])
         slope = centred @ seconds / (centred @ centred)
         return max(0.0, float(slope)) / self.autoregressive_seconds
 
     def charge(self, rounds: Iterable[Round]) -> float:
         """Seconds of some rounds together, each by what it drafted and what the target read; none for empty ones."""
-        return sum(self.draft(cycle.draft_steps) + self.target(cycle.target_tokens) for cycle in rounds if cycle.tokens)
+        return sum(self.round_of(round_.draft_steps, round_.target_tokens) for round_ in rounds if round_.tokens)
 
-    def require_rounds(self, wanted: str) -> LatencyProfile:
-        """The profile itself, where its rounds are of the kind that is wanted.
+    def require_kind(self, kind: str) -> LatencyProfile:
+        """Return the profile itself, if it is of this cost kind.
 
         Raises:
-            LatencyProfileError: they are of another kind; the message says how to get the right profile.
+            LatencyProfileError: it is of another kind; the message says how to get the right profile.
         """
-        if self.rounds == wanted:
+        if self.kind == kind:
             return self
+        option = "" if kind == CHAIN else f" --decoder {kind}"
         raise LatencyProfileError(
-            f"the latency profile of {self.pair} was made for {self.rounds} rounds, and {wanted} rounds are to be "
-            "charged. Give no profile, which measures one, or get the right kind: specgym.decoding.latency.measure."
-            f"measured(pair, rounds={wanted!r}), or python -m specgym.envs.profiles WORKLOAD --rounds {wanted}"
-            f"{_computed(wanted)}"
+            f"the latency profile of {self.pair} was made for {self.kind} rounds, and {kind} rounds are to be charged. "
+            "Give no profile, which measures one, or get the right kind: specgym.decoding.latency_measure.measured("
+            f"pair{'' if kind == CHAIN else ', decoder'}), or python -m specgym.envs.profiles WORKLOAD{option}"
         )
 
     def at(self, *, batch_size: int = 1, context: int | None = None) -> LatencyProfile:
@@ -173,16 +186,12 @@ class LatencyProfile:
         batch_sizes = sorted({size for size, _ in grid})
         contexts = sorted({length for _, length in grid if length is not None})
         if context is None or not (_covers(batch_sizes, batch_size) and _covers(contexts, context)):
-            measuring = f"rounds={self.rounds!r}" if self.rounds != CHAIN else "batch_sizes=..."
-            computing = (
-                ""
-                if self.rounds in OF_TREES
-                else (", or with specgym.decoding.latency.roofline.roofline, which takes batch_sizes and contexts")
-            )
+            measuring = "decoder" if self.kind != CHAIN else "batch_sizes=..."
             raise LatencyProfileError(
                 f"the latency profile of {self.pair} has no point at batch size {batch_size} and context {context}: "
                 f"it covers {_words('batch size', batch_sizes)} and {_words('context', contexts)}. Get a wider one "
-                f"with specgym.decoding.latency.measure.measure(pair, {measuring}, contexts=...){computing}"
+                f"with specgym.decoding.latency.measure.measure(pair, {measuring}, contexts=...), or compute one "
+                "with specgym.decoding.roofline.roofline, which takes batch_sizes and contexts"
             )
         corners = [
             (grid[size, length], size_share * length_share)
@@ -209,7 +218,9 @@ class LatencyProfile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; a reader never sees half a file."""
-        about = {name: getattr(self, name) for name in _ABOUT}
+        about = {key: getattr(self, name) for key, name in _ABOUT.items()}
+        if not self.overlaps:
+            del about["overlaps"]  # as in files of earlier versions
         write_json(
             Path(path),
             {"format": _FORMAT, **about, **self._stored(), "points": [point._stored() for point in self.points]},
@@ -232,7 +243,7 @@ class LatencyProfile:
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
         try:
-            about = {name: content.pop(name) for name in _ABOUT}
+            about = {name: content.pop(key) for key, name in _ABOUT.items() if key in content or name != "overlaps"}
             points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
             return cls(**about, **_restored(content), points=points)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -250,8 +261,8 @@ class LatencyProfile:
 
     def _check_grid(self) -> None:
         grid = self._grid()
-        if any(point.rounds != self.rounds for point in self.points):
-            raise LatencyProfileError(f"the points' rounds must be {self.rounds} rounds, as the profile's own are")
+        if any((point.kind, point.overlaps) != (self.kind, self.overlaps) for point in self.points):
+            raise LatencyProfileError(f"the points must be of {self.kind} rounds, as the profile's own are")
         if any(point.points or point.context is None for point in self.points) or self.context is None:
             raise LatencyProfileError("every point of a grid has a context, and no point has points of its own")
         sizes, lengths = {size for size, _ in grid}, {length for _, length in grid}
@@ -271,14 +282,6 @@ def arithmetic_of(sampling: Sampling) -> str:
     if sampling.greedy:
         return "greedy"
     return "sampled" + ("-top-k" if sampling.top_k else "") + ("-top-p" if sampling.top_p < 1 else "")
-
-
-def _computed(rounds: str) -> str:
-    """The call that computes a profile of some kind of rounds, as the last of several ways; empty if none does."""
-    if rounds in OF_TREES:
-        return ""
-    draft = "None, " if rounds == LOOKAHEAD else "draft, "
-    return f", or specgym.decoding.latency.roofline.roofline(target, {draft}hardware, rounds={rounds!r})"
 
 
 def _restored(point: Mapping[str, Any]) -> dict[str, Any]:

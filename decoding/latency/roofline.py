@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..decoders.speculative import require_positive
+from ..errors import require_positive
 from ..models.reduced_vocabulary import reduced_output
+from ..registry import traits_of
+from ..traits import CHAIN
 from .accelerators import Hardware, find_hardware
 from .profile import LatencyProfile
-from .round_kinds import CHAIN, LOOKAHEAD, OF_HEADS, OF_TREES, largest_size
 
 BANDWIDTH_SHARE = 0.83
 """Of the memory's bandwidth on paper what decoding reaches: "about 1700 GB/s" of 2,039 on an A100 (README of
@@ -121,7 +122,7 @@ def roofline(
     draft: ModelShape | None,
     hardware: Hardware | str,
     *,
-    rounds: str = CHAIN,
+    decoder: str = "speculative",
     max_draft_length: int | None = None,
     max_target_tokens: int | None = None,
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
@@ -133,45 +134,55 @@ def roofline(
     """The latency profile of a pair as computed for some hardware, on a grid of batch sizes and contexts.
 
     A draft of k tokens is k passes over a token each, a round's target pass reads k + 1, and both have a cache as long
-    as the context. A round of Lookahead is one target pass. Choosing tokens is taken to be free, and so is a draft that
+    as the context. A round of a decoder that drafts nothing beforehand (`DecoderTraits.single_pass`) is one target
+    pass. Choosing tokens is taken to be free, and so is a draft that
     is no model. Whether the memory and the models' own limits allow a point is not asked.
 
     Args:
         target: the model whose text is wanted, for instance one of `MODEL_SHAPES`.
         draft: the drafting model; None for drafts that cost nothing, such as an n-gram table's.
         hardware: a name in `hardware_profiles.HARDWARE`, or figures of your own.
-        rounds: what the profile is for: `chain`, or `lookahead`, which has no draft.
+        decoder: what the profile is for: a decoder that drafts chains, or one whose rounds are single passes.
         max_draft_length: of chains, the longest draft in the tables, in tokens; by default 16.
-        max_target_tokens: of Lookahead, the most tokens that a pass in the table reads; by default 160, which is what
-            the decoder reads with its knobs as high as they go.
+        max_target_tokens: of single passes, the most tokens that one in the table reads; by default what the decoder
+            reads with its knobs as high as they go.
         batch_sizes: sequences decoded together, each 1 or more; the profile's own point has the smallest.
         contexts: tokens that every sequence has read, each 1 or more; the profile's own point has the shortest.
-        pair: the profile's name for the pair; by default made of the models' names, and the target's for Lookahead.
+        pair: the profile's name for the pair; by default made of the models' names, and the target's for single passes.
         bandwidth_share: of the memory bandwidth, what passes reach; above 0, at most 1.
         arithmetic_share: of the peak arithmetic, what passes reach; above 0, at most 1.
 
     Raises:
         UnknownHardwareError: there is no hardware of that name.
-        ValueError: a number is out of its range or does not belong to this kind of rounds, Lookahead is given a draft,
-            or the rounds verify a tree, Medusa's or a draft's, which cannot be computed.
+        ValueError: a number is out of its range or does not belong to this decoder, a draft is given for single passes,
+            or the decoder's rounds are neither chains nor single passes, and cannot be computed.
     """
     hardware = find_hardware(hardware)
-    if rounds in OF_TREES:
-        unknown = "what its heads take" if rounds in OF_HEADS else "what growing a tree takes beside the passes"
+    traits = traits_of(decoder)
+    kind = traits.cost_kind(greedy=True)
+    whole = kind != CHAIN
+    if whole and not traits.single_pass:
         raise ValueError(
-            f"{rounds} rounds cannot be computed, since the shape of a model does not tell {unknown}; measure them: "
-            f"specgym.decoding.latency.measure.measured(pair, rounds={rounds!r})"
+            f"{kind} rounds cannot be computed, since the shapes of the models do not tell what proposing takes; "
+            f"measure them: specgym.decoding.latency_measure.measured(pair, {decoder!r})"
         )
-    largest = largest_size(rounds, max_draft_length, max_target_tokens)
-    if rounds == LOOKAHEAD and draft is not None:
-        raise ValueError(f"Lookahead rounds have no draft, and {draft.name} was given; give None")
-    drafted, read = (0, largest) if rounds == LOOKAHEAD else (largest, largest + 1)
+    limits = {"max_draft_length": max_draft_length, "max_target_tokens": max_target_tokens}
+    right, wrong = sorted(limits, reverse=whole)
+    if limits[wrong] is not None:
+        raise ValueError(f"{wrong} is not for {kind} rounds; how large those are computed is {right}")
+    if whole and draft is not None:
+        raise ValueError(f"{kind} rounds have no draft, and {draft.name} was given; give None")
+    largest = limits[right]
+    if largest is None:
+        largest = traits.largest_pass if whole else 16
+    require_positive(right, largest)
+    drafted, read = (0, largest) if whole else (largest, largest + 1)
     for name, values in (("batch_sizes", batch_sizes), ("contexts", contexts)):
         if not values:
             raise ValueError(f"{name} must have an entry")
         for value in values:
             require_positive(f"each of {name}", value)
-    usual = target.name if rounds == LOOKAHEAD else f"{target.name}+{'free' if draft is None else draft.name}"
+    usual = target.name if whole else f"{target.name}+{'free' if draft is None else draft.name}"
     shares = {"bandwidth_share": bandwidth_share, "arithmetic_share": arithmetic_share}
 
     def point(batch_size: int, context: int, points: tuple[LatencyProfile, ...] = ()) -> LatencyProfile:
@@ -186,7 +197,7 @@ def roofline(
             target_seconds=target_seconds,
             autoregressive_seconds=target_seconds[1],
             hardware={"device": "roofline", **asdict(hardware), **shares},
-            rounds=rounds,
+            kind=kind,
             batch_size=batch_size,
             context=context,
             points=points,

@@ -31,9 +31,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import SpecgymError, UnsupportedModelError
 from . import smollm2
 from .checkpoint import LINK, is_checkpoint, lender, load_checkpoint, read_link, tokenizer_folder
+from .presets import SMOLLM2
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
-_ALIASES = {"smollm2": smollm2.HUB_ID}
+_ALIASES = {"smollm2": SMOLLM2}
 _PROBE_SECONDS = 10.0  # without a probe, the hub's own client retries for over 20 s before it admits defeat
 
 
@@ -210,7 +211,7 @@ def _sources(name: str, revision: str | None, offline: bool, missing: list[str])
     if shipped:
         yield _Source(f"the package's {name}", str(_SHIPPED / name))
         return
-    is_smollm2 = hub_id == smollm2.HUB_ID
+    is_smollm2 = hub_id == SMOLLM2
     if is_smollm2 and (folder := smollm2.cached()):
         yield _Source(f"specgym's cache {folder}", str(folder))
         return

@@ -14,11 +14,11 @@ from ..drafts.ngram import NGramDrafter
 from ..drafts.prompt_lookup import PromptLookupDrafter
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
-from . import presets, smollm2
+from . import presets
 from .find_model import load_model
 
 _TABLES = Path(__file__).parents[1] / "data" / "ngrams"
-_SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", smollm2.HUB_ID: "smollm2", "smollm2": "smollm2"}
+_SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", presets.SMOLLM2: "smollm2", "smollm2": "smollm2"}
 
 
 class Pair:
@@ -70,6 +70,10 @@ class Pair:
         self.name = name or (f"{target.name}+{draft.name}" if draft is not None else target.name)
         self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
 
+    def without_draft(self) -> Pair:
+        """Return the target alone, under its own name: what takes part in rounds that need no draft."""
+        return Pair(self.target, None, self.tokenizer, name=self.target.name)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
 
@@ -83,6 +87,17 @@ class Pair:
     def decode(self, tokens: Sequence[int]) -> str | None:
         """The text of some tokens, or None without a tokenizer."""
         return None if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def require_draft(pair: Pair, user: str) -> Drafter:
+    """Return a pair's draft.
+
+    Raises:
+        ValueError: it has none; the message names the user of the draft.
+    """
+    if pair.draft is None:
+        raise ValueError(f"{user} needs a draft, and pair {pair.name} has none: Pair(target, draft)")
+    return pair.draft
 
 
 def load_pair(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SpecgymError
-from . import smollm2
 
 NGRAM = "ngram"
 PROMPT_LOOKUP = "prompt-lookup"
 DEFAULT = "tiny"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Hub id of the chat model that can also be fetched from the package index (`smollm2`)."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -58,17 +59,13 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset("tiny-3m-1l", "tiny-3m", "tiny-3m-draft-1l", "shipped; the smallest target, one-layer draft"),
         PairPreset("tiny-3m-ngram", "tiny-3m", NGRAM, "shipped; the smallest target, an n-gram table as draft"),
         PairPreset("tiny-3m-lookup", "tiny-3m", PROMPT_LOOKUP, "shipped; the smallest target, drafts copied"),
-        PairPreset(
-            "smollm2-2l", smollm2.HUB_ID, "smollm2-draft-2l", "a real 135M chat model, a two-layer draft that ships"
-        ),
-        PairPreset(
-            "smollm2-4l", smollm2.HUB_ID, "smollm2-draft-4l", "the same model; four layers: better guesses, dearer"
-        ),
-        PairPreset("smollm2-ngram", smollm2.HUB_ID, NGRAM, "a real 135M chat model, an n-gram table as draft"),
-        PairPreset("smollm2-lookup", smollm2.HUB_ID, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
+        PairPreset("smollm2-2l", SMOLLM2, "smollm2-draft-2l", "a real 135M chat model, a two-layer draft that ships"),
+        PairPreset("smollm2-4l", SMOLLM2, "smollm2-draft-4l", "the same model; four layers: better guesses, dearer"),
+        PairPreset("smollm2-ngram", SMOLLM2, NGRAM, "a real 135M chat model, an n-gram table as draft"),
+        PairPreset("smollm2-lookup", SMOLLM2, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
         PairPreset("tiny-3m", "tiny-3m", None, "shipped; the smallest target, no draft"),
-        PairPreset("smollm2", smollm2.HUB_ID, None, "a real 135M chat model, no draft"),
+        PairPreset("smollm2", SMOLLM2, None, "a real 135M chat model, no draft"),
         PairPreset("opt-6.7b+opt-1.3b", "facebook/opt-6.7b", "facebook/opt-1.3b", "hub; 5:1, an accurate draft"),
         PairPreset("opt-6.7b+opt-125m", "facebook/opt-6.7b", "facebook/opt-125m", "hub; 54:1, a cheap draft"),
         PairPreset(

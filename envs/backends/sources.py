@@ -9,17 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 from rich.text import Text
 
-from specgym.decoding import Decoder, Knob, LatencyProfile, Pair, Round, Split, require_positive
+from specgym.decoding import (
+    Decoder,
+    Knob,
+    LatencyProfile,
+    Pair,
+    Round,
+    Split,
+    build_decoder,
+    require_positive,
+    traits_of,
+)
 
-from ..decoders import DECODERS, TRACED, build_decoder, default_workload, replayed_knobs, rounds_of
 from ..profiles import profile_of
 from ..recordings.archive import TraceError
 from ..recordings.outcomes import OutcomeError, Outcomes
-from ..recordings.shipped_outcomes import Recording, find_recording, outcome_command
+from ..recordings.shipped_outcomes import Recording, find_recording, outcome_command, traced_decoders
 from ..recordings.shipped_traces import record_command
 from ..recordings.trace import Trace
 from ..tuning.render import render_step
-from ..workloads import Workload
+from ..workloads import Workload, default_workload
 from ..workloads import workload as named_workload
 from .metrics import decode_prompts, metrics, summarise
 from .outcome_replay import OutcomeReplay
@@ -92,10 +101,10 @@ class LiveSource:
     ) -> None:
         found = named_workload(workload or default_workload(decoder))
         self.workload = found if split is None else found.with_split(split)
-        self.decoder = build_decoder(decoder, self.workload.load(), draft_length)
+        options = traits_of(decoder).accepted_options(max_draft_length=draft_length) if isinstance(decoder, str) else {}
+        self.decoder = build_decoder(decoder, self.workload.load(), **options)
         self.knobs = self.decoder.knobs
-        rounds = rounds_of(self.decoder)
-        profile = profile_of(self.workload, profile, replayed=False, rounds=rounds, decoder=self.decoder)
+        profile = profile_of(self.workload, profile, replayed=False, decoder=self.decoder)
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.prompts: Sequence[Sequence[int]] = self.workload.prompt_ids()
         self._tokens = tokens
@@ -171,7 +180,8 @@ class ReplaySource:
         context: int | None,
     ) -> None:
         found, self.workload = find_recording(decoder, recording, workload, split)
-        profile = profile_of(self.workload, profile, replayed=True, rounds=rounds_of(decoder))
+        assert isinstance(decoder, str)  # or no recording was found
+        profile = profile_of(self.workload, profile, replayed=True, decoder=decoder)
         self.profile = profile.at(batch_size=batch_size, context=context)
         self.knobs, self._replay = replay_of(decoder, [found], [self.profile], tokens, draft_length)
         self.prompts: Sequence[int] = self._replay.prompts[0].tolist()
@@ -246,7 +256,7 @@ def replay_of(
     require_positive("draft_length", draft_length)
     for info in (one.info for one in outcomes):
         # All decoders but exact ones decide otherwise about the beginning of a draft that is longer.
-        if decoder == "threshold" and draft_length != info.draft_length:
+        if info.draft_length and not traits_of(decoder).lossless and draft_length != info.draft_length:
             raise OutcomeError(
                 f"draft_length is {draft_length}, and {info} are of {info.draft_length}; give draft_length="
                 f"{info.draft_length}, or record others: {outcome_command(info.workload, decoder)} with --draft-length "
@@ -254,7 +264,8 @@ def replay_of(
             )
     replay = OutcomeReplay(outcomes, profiles, tokens)
     highest = {knob.name: knob.high for knob in outcomes[0].info.knobs}
-    return replayed_knobs(decoder, draft_length, highest), replay
+    traits = traits_of(decoder)
+    return traits.recorded_knobs(highest, **traits.accepted_options(max_draft_length=draft_length)), replay
 
 
 def prepared(
@@ -272,12 +283,14 @@ def prepared(
         TraceError: a trace has shorter texts or other drafts than asked for.
         ValueError: the decoder cannot be replayed.
     """
-    if callable(decoder) or decoder not in TRACED:
-        raise ValueError(f"a trace replays the decoders {', '.join(TRACED)} by name, not {decoder!r}")
+    traced = traced_decoders()
+    if callable(decoder) or decoder not in traced:
+        raise ValueError(f"a trace replays the decoders {', '.join(traced)} by name, not {decoder!r}")
     require_positive("draft_length", draft_length)
+    traits = traits_of(decoder)
     for trace in traces:
-        _check(trace, decoder == "threshold", tokens, draft_length)
-    return DECODERS[decoder].knobs(draft_length), ReplayTable(traces, detours=decoder == "threshold")
+        _check(trace, not traits.lossless, tokens, draft_length)
+    return traits.knobs_without_pair(max_draft_length=draft_length), ReplayTable(traces, detours=not traits.lossless)
 
 
 def check_prompt(prompt: Any, known: Sequence[int], workload: Workload) -> int:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +16,17 @@ from tqdm import tqdm
 
 from specgym.decoding import (
     Decoder,
-    DraftTreeDecoder,
+    DecoderTraits,
     Knob,
     LatencyProfile,
-    MedusaDecoder,
     Round,
     Split,
-    guidance_digest,
-    heads_digest,
+    build_decoder,
+    decoder_names,
+    traits_of,
     write_json,
 )
 
-from ..decoders import DECODERS, build_decoder, rounds_of
 from ..profiles import profile_of
 from ..tuning.knobs import env_ranges
 from ..workloads import Workload, workload
@@ -48,7 +48,7 @@ class OutcomeSettings:
     """
 
     decoder: str = "lookahead"
-    """A name of `specgym.envs.decoders.DECODERS`."""
+    """Name of a registered decoder."""
     settings: int = 48
     """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
     refine: int = 0
@@ -63,38 +63,51 @@ class OutcomeSettings:
     """Of the design and of all sampling."""
 
     def __post_init__(self) -> None:
-        if self.decoder not in DECODERS:
-            raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(DECODERS)}")
+        if self.decoder not in decoder_names():
+            raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(decoder_names())}")
         for name in ("prompts", "tokens", "draft_length"):
             if getattr(self, name) < 1:
                 raise OutcomeError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "refine"):
             if getattr(self, name) < 0:
                 raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
-        least = len(self._given(DECODERS[self.decoder].knobs(self.draft_length)))
+        least = len(self._given(self.traits.knobs_without_pair(**self.options)))
         if self.settings < least:
             raise OutcomeError(
                 f"settings must be at least {least}, the default of {self.decoder} and its presets, got {self.settings}"
             )
 
     @property
+    def traits(self) -> type[DecoderTraits]:
+        """What is known of the decoder without a pair."""
+        return traits_of(self.decoder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Build options of the decoder."""
+        return self.traits.accepted_options(max_draft_length=self.draft_length)
+
+    @property
     def knobs(self) -> tuple[RecordedKnob, ...]:
         """The knobs that the decoder has whatever the target, between what values environments move them."""
-        return recorded_knobs(DECODERS[self.decoder].knobs(self.draft_length))
+        return recorded_knobs(self.traits.knobs_without_pair(**self.options))
 
     def designed(self, knobs: Sequence[Knob] | None = None) -> NDArray[np.float64]:
         """The settings to record, shape (settings, knobs).
 
         Args:
             knobs: of the decoder at work, whose target may have more or fewer Medusa heads than usual; by default those
-                of `DECODERS`.
+                without a pair.
         """
-        own = DECODERS[self.decoder].knobs(self.draft_length) if knobs is None else knobs
+        own = self.traits.knobs_without_pair(**self.options) if knobs is None else knobs
         return design(recorded_knobs(own), self.settings, self._given(own), self.seed)
 
     def _given(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
         default = tuple(float(knob.default) for knob in knobs)
-        presets = (tuple(map(float, preset)) for preset in DECODERS[self.decoder].presets)
+        presets = (
+            tuple(float(preset.get(knob.name, knob.default)) for knob in knobs)
+            for preset in self.traits.presets.values()
+        )
         return list(dict.fromkeys((default, *presets)))
 
 
@@ -130,13 +143,13 @@ def record_outcomes(
     """
     settings = settings or OutcomeSettings()
     found, path = workload(name).with_split(split), Path(path)
-    decoder = build_decoder(settings.decoder, found.load(), settings.draft_length)
+    decoder = build_decoder(settings.decoder, found.load(), **settings.options)
     prompts = found.prompt_ids()[: settings.prompts]
     info, chosen = _info(found, split, settings, prompts, decoder), settings.designed(decoder.knobs)
     parts = parts_of(path)
     claim_parts(parts, {**asdict(info), **asdict(settings)})
     if settings.refine and profile is None:
-        profile = profile_of(found, None, replayed=True, rounds=rounds_of(settings.decoder)).at()
+        profile = profile_of(found, None, replayed=True, decoder=settings.decoder).at()
     bar = tqdm(
         total=(len(chosen) + settings.refine) * len(prompts),
         desc=f"{found} {split} {settings.decoder}",
@@ -201,14 +214,12 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
 def _info(
     found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder
 ) -> OutcomeInfo:
-    known = DECODERS[settings.decoder]
     return OutcomeInfo(
-        **provenance_of(found, split, prompts, known.drafts),
+        **provenance_of(found, split, prompts, settings.traits.needs_draft),
         decoder=settings.decoder,
         knobs=recorded_knobs(decoder.knobs),
-        heads_sha256=heads_digest(decoder.heads) if isinstance(decoder, MedusaDecoder) else "",
-        guidance_sha256=guidance_digest(decoder.guidance) if isinstance(decoder, DraftTreeDecoder) else "",
-        draft_length=settings.draft_length if known.has_draft_length else 0,
+        fingerprint=dict(decoder.fingerprint()),
+        draft_length=settings.draft_length if settings.traits.drafts_chains() else 0,
         tokens=settings.tokens,
         seed=settings.seed,
     )

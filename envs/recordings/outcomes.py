@@ -51,12 +51,10 @@ class OutcomeInfo(Provenance):
     """What outcomes were recorded from."""
 
     decoder: str
-    """A name of `specgym.envs.decoders.DECODERS`."""
+    """Name of a registered decoder."""
     knobs: tuple[RecordedKnob, ...]
-    heads_sha256: str = ""
-    """Over what Medusa heads propose, and in which trees; empty for a decoder without heads."""
-    guidance_sha256: str = ""
-    """Over what stands beside the draft of a tree; empty where nothing does, and for other decoders."""
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of what shaped the decoder's rounds beside the pair, as `Decoder.fingerprint` returns them."""
 
     def __str__(self) -> str:
         return f"the {self.decoder} outcomes of {self.workload} ({self.split})"
@@ -132,6 +130,9 @@ def outcomes_name(name: str, decoder: str, split: str) -> str:
 
 def _info(metadata: dict[str, Any]) -> OutcomeInfo:
     knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
+    # Earlier versions had a field a hash, empty where it did not apply.
+    hashes = {name: metadata.pop(f"{name}_sha256", "") for name in ("heads", "guidance")}
+    metadata.setdefault("fingerprint", {name: value for name, value in hashes.items() if value})
     return OutcomeInfo(**metadata, knobs=knobs)
 
 

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from specgym.decoding import Split
+from specgym.decoding import Split, traits_of
 
-from ..decoders import DECODERS
 from .archive import TraceError
 
 _OF_TRACES = ("draft_length", "prompts", "tokens", "detour_prompts", "detour_tokens", "seed")
@@ -70,6 +69,6 @@ class RecordCommand:
                 raise TraceError(f"{option} is for outcomes; give --decoder, or leave it out to record a trace")
             if self.decoder is not None and name not in _OF_OUTCOMES:
                 raise TraceError(f"{option} is for traces; leave it out, or leave out --decoder {self.decoder}")
-            if name == "draft_length" and self.decoder is not None and not DECODERS[self.decoder].has_draft_length:
+            if name == "draft_length" and self.decoder is not None and not traits_of(self.decoder).drafts_chains():
                 raise TraceError(f"{option}: {self.decoder} drafts no tokens one after another; leave it out")
         return given

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from specgym.decoding import Decoder, Pair, Split
+from specgym.decoding import Decoder, Pair, Split, decoder_names, traits_of
 
-from ..decoders import DECODERS, TRACED, default_workload
-from ..workloads import Workload, workload
+from ..workloads import Workload, default_workload, workload
 from .outcomes import OutcomeError, Outcomes, holds_outcomes, outcomes_name
 from .shipped_traces import find_trace, recorded_workload
 from .trace import Trace
@@ -43,14 +42,15 @@ def find_recording(
         WorkloadError: the workload's name is not known.
         ValueError: the decoder cannot be replayed.
     """
-    known = TRACED if isinstance(given, Trace) else tuple(DECODERS)
+    traced = traced_decoders()
+    known = traced if isinstance(given, Trace) else decoder_names()
     if callable(decoder) or decoder not in known:
         what = "a trace" if isinstance(given, Trace) else "backend='replay'"
         hint = ""
-        if isinstance(given, Trace) and not callable(decoder) and decoder in DECODERS:
+        if isinstance(given, Trace) and not callable(decoder) and decoder in decoder_names():
             hint = f"; record its outcomes: {outcome_command(given.info.workload, decoder)}"
         raise ValueError(f"{what} replays the decoders {', '.join(known)} by name, not {decoder!r}{hint}")
-    if isinstance(given, str | Path) and (decoder not in TRACED or holds_outcomes(given)):
+    if isinstance(given, str | Path) and (decoder not in traced or holds_outcomes(given)):
         given = _loaded(Path(given).resolve())
     if isinstance(given, Outcomes):
         info = given.info
@@ -60,11 +60,16 @@ def find_recording(
                 f"others: {outcome_command(info.workload, decoder)}"
             )
         return given, recorded_workload(info, wanted, split, lambda name: outcome_command(name, decoder))
-    if decoder in TRACED:
+    if decoder in traced:
         return find_trace(given, wanted, split)
     named = workload(wanted or default_workload(decoder))
     named = named if split is None else named.with_split(split)
     return shipped_outcomes(named.name, decoder, named.split), named
+
+
+def traced_decoders() -> tuple[str, ...]:
+    """Return the names of the decoders that a trace can replay."""
+    return tuple(name for name in decoder_names() if traits_of(name).recorded_by == "trace")
 
 
 def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:

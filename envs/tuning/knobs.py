@@ -10,16 +10,11 @@ import numpy as np
 
 from specgym.decoding import Knob, KnobError
 
-# At either end of its range a fallback decides nothing, and there is nothing to learn; and a draft tree whose branches
-# must be likelier than 0.3 has next to none.
-_RANGES = {"fallback": (0.05, 0.95), "min_acceptance_prob": (0.0, 0.3)}
-_SCALES = {"fallback": 0.2}
-
 
 def env_ranges(
     knobs: Sequence[Knob], given: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, tuple[float, float]]:
-    """(low, high) of every knob, in the decoder's order: as given, else by default.
+    """(low, high) of every knob, in the decoder's order: as given, else where a tuner looks by default.
 
     Raises:
         KnobError: an unknown knob, or a range that is upside down or goes beyond the decoder's.
@@ -28,7 +23,7 @@ def env_ranges(
     _refuse_unknown("ranges", given, [knob.name for knob in knobs])
     ranges = {}
     for knob in knobs:
-        low, high = given.get(knob.name) or _RANGES.get(knob.name) or (knob.low, knob.high)
+        low, high = given.get(knob.name) or knob.search or (knob.low, knob.high)
         if not knob.low <= low < high <= knob.high:
             raise KnobError(
                 f"ranges: {knob.name} must go from low to high within {knob.low:g} and {knob.high:g}, got "
@@ -41,7 +36,7 @@ def env_ranges(
 def default_scales(
     knobs: Sequence[Knob], ranges: Mapping[str, tuple[float, float]], given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """How far an action of 1 moves every knob: as given, else by default a tenth of its range.
+    """How far an action of 1 moves every knob: as given, else the knob's own step, or a tenth of its range.
 
     In the knob's own units, of a logarithmic one in `doublings`.
 
@@ -59,7 +54,7 @@ def default_scales(
     for knob in knobs:
         low, high = ranges[knob.name]
         span = doublings(high, low) if knob.logarithmic else high - low
-        scale = float(given.get(knob.name, _SCALES.get(knob.name, span / 10)))
+        scale = float(given.get(knob.name, span / 10 if knob.step is None else knob.step))
         if not (math.isfinite(scale) and scale > 0):
             raise KnobError(f"scales: {knob.name} must be positive and finite, got {scale}")
         scales[knob.name] = scale

@@ -17,7 +17,6 @@ from ..arguments import one_of, whole_number
 from ..backends.metrics import metrics
 from ..backends.sources import check_prompt, replay_of
 from ..control.operating_points import Profiles
-from ..decoders import rounds_of
 from ..profiles import profile_of
 from ..prompt_queues import PromptQueues
 from ..recordings.shipped_outcomes import Recordings, find_recording
@@ -113,7 +112,7 @@ class TuningVectorEnv(TunedKnobs, gymnasium.vector.VectorEnv[Array, Array, NDArr
         self._shares = shared_out(num_envs, weights, len(found))
         self._probabilities: NDArray[np.float64] | None = None
         self.profiles = [
-            profile_of(each, one, replayed=True, rounds=rounds_of(decoder)).at(batch_size=batch_size, context=context)
+            profile_of(each, one, replayed=True, decoder=decoder).at(batch_size=batch_size, context=context)
             for one, each in zip(
                 one_each("profile", profile, self.workload_names, shared=True), self.workloads, strict=True
             )

@@ -13,7 +13,7 @@ from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.experiments.tune_knobs import MedusaSettings, load_settings
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.decoding import load_pair
-from specgym.decoding.decoders.medusa import save_heads
+from specgym.decoding.decoders.medusa.files import save_heads
 from tests.helpers.small_medusa_heads import random_heads
 from tests.helpers.small_runs import options, record_little, target_alone
 

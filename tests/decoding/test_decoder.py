@@ -93,7 +93,7 @@ def test_a_rejection_takes_the_last_rollback_draft_tokens_back(
 ) -> None:
     target = table_of(counting())
     drafter = ScriptedDrafter(draft)
-    session = ThresholdDecoder(Pair(target, drafter), draft_length=4).start([0, 1], max_new_tokens=20)
+    session = ThresholdDecoder(Pair(target, drafter), max_draft_length=4).start([0, 1], max_new_tokens=20)
     cycle = session.step({"fallback": 0.0, "rollback": rollback})
     assert cycle.tokens == emitted == tuple(session.tokens)
     assert (cycle.drafted, cycle.accepted, cycle.taken_back) == (len(draft), kept, taken_back)
@@ -105,7 +105,7 @@ def test_a_rejection_takes_the_last_rollback_draft_tokens_back(
 def test_a_token_put_further_back_is_drawn_from_the_target(table_of: TableOf) -> None:
     """After the rejected 7 one token more is taken back; the residual that is left belongs to another position."""
     target = table_of(counting() / 12)  # soft: the likeliest token has a probability of 0.28, the others 0.10
-    decoder = ThresholdDecoder(Pair(target, ScriptedDrafter([2, 7])), draft_length=2)
+    decoder = ThresholdDecoder(Pair(target, ScriptedDrafter([2, 7])), max_draft_length=2)
     seen = np.zeros(VOCABULARY)
     for seed in range(3000):
         session = decoder.start([0, 1], max_new_tokens=9, sampling=Sampling(), seed=seed)
@@ -118,7 +118,7 @@ def test_a_token_put_further_back_is_drawn_from_the_target(table_of: TableOf) ->
 
 
 def test_a_fractional_rollback_is_rounded_with_the_right_mean(table_of: TableOf) -> None:
-    decoder = ThresholdDecoder(Pair(table_of(counting()), ScriptedDrafter([2, 3, 4, 5, 6, 7])), draft_length=6)
+    decoder = ThresholdDecoder(Pair(table_of(counting()), ScriptedDrafter([2, 3, 4, 5, 6, 7])), max_draft_length=6)
     session: Any = decoder.start([0, 1], max_new_tokens=5, seed=0)
     for rollback in (1.0, 1.25, 2.5, 5.9, 6.0):
         rounded = [session._whole_rollback(rollback) for _ in range(4000)]
@@ -130,7 +130,7 @@ def test_a_fractional_rollback_is_rounded_with_the_right_mean(table_of: TableOf)
 @pytest.mark.parametrize("rollback", [1.0, 2.5, 6.0])
 def test_every_round_makes_progress(make_table: MakeTable, temperature: float, rollback: float) -> None:
     pair = Pair(make_table(VOCABULARY, seed=1), ModelDrafter(make_table(VOCABULARY, seed=2)))
-    session = ThresholdDecoder(pair, draft_length=6).start(
+    session = ThresholdDecoder(pair, max_draft_length=6).start(
         [1], max_new_tokens=60, sampling=Sampling(temperature), seed=0
     )
     while not session.finished:
@@ -320,7 +320,7 @@ def test_a_broken_draft_costs_speed_only(table_of: TableOf, temperature: float) 
 
 def test_the_metrics_add_up(make_table: MakeTable) -> None:
     pair = Pair(make_table(VOCABULARY, seed=1), ModelDrafter(make_table(VOCABULARY, seed=2)))
-    generation = ThresholdDecoder(pair, draft_length=5).generate(
+    generation = ThresholdDecoder(pair, max_draft_length=5).generate(
         [1], max_new_tokens=50, sampling=Sampling(), seed=0, knobs={"fallback": 0.4}
     )
     rounds = generation.rounds

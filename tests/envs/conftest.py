@@ -12,9 +12,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from specgym.decoding.decoders.draft_tree import DraftTreeDecoder
-from specgym.decoding.decoders.lookahead import LookaheadDecoder
-from specgym.decoding.decoders.medusa import MedusaDecoder, TypicalMedusaDecoder, save_heads
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.files import save_heads
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
@@ -157,7 +158,7 @@ def alone_work(alone: Pair) -> Workload:
 @pytest.fixture(scope="session")
 def cheap_heads() -> LatencyProfile:
     """Medusa heads that cost a twentieth of a pass, and a further token of a pass a hundredth."""
-    return LatencyProfile("toy", {0: 0.0, 5: 0.0005}, {1: 0.010, 65: 0.0164}, 0.010, {}, rounds="medusa")
+    return LatencyProfile("toy", {0: 0.0, 5: 0.0005}, {1: 0.010, 65: 0.0164}, 0.010, {}, kind="medusa")
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +167,7 @@ def lookahead(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     work = Workload(Pair(pair.target, name="toy"), PROMPTS)
     settings = OutcomeSettings("lookahead", settings=12, prompts=4, tokens=TOKENS)
     outcomes = record_outcomes(work, "train", tmp_path_factory.mktemp("lookahead") / "toy.npz", settings)
-    cheap = LatencyProfile("toy", {0: 0.0}, {1: 0.010, 2: 0.0105}, 0.010, {}, rounds="lookahead")
+    cheap = LatencyProfile("toy", {0: 0.0}, {1: 0.010, 2: 0.0105}, 0.010, {}, kind="lookahead")
     middle = {"window": 7.0, "ngram": 3.0, "guesses": 4.0}
     return Recorded("specgym/Lookahead-v0", outcomes, work, cheap, LookaheadDecoder, middle)
 
@@ -190,7 +191,7 @@ def typical_medusa(alone: Pair, cheap_heads: LatencyProfile, tmp_path_factory: p
         "specgym/Medusa-v0",
         outcomes,
         work,
-        replace(cheap_heads, rounds="medusa-typical", sampling="sampled"),
+        replace(cheap_heads, kind="medusa-typical", sampling="sampled"),
         TypicalMedusaDecoder,
         {"heads": 3.0, "tree_size": 20.0, "epsilon": 0.1, "delta": 0.3},
         lossless=False,
@@ -211,7 +212,7 @@ def trees(tree_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Recorded
     work = Workload(tree_pair, PROMPTS)
     settings = OutcomeSettings("draft-tree", settings=20, prompts=4, tokens=TOKENS)
     outcomes = record_outcomes(work, "train", tmp_path_factory.mktemp("trees") / "toy.npz", settings)
-    cheap = LatencyProfile("toy", {0: 0.0, 8: 0.008}, {1: 0.010, 65: 0.0164}, 0.010, {}, rounds="draft-tree")
+    cheap = LatencyProfile("toy", {0: 0.0, 8: 0.008}, {1: 0.010, 65: 0.0164}, 0.010, {}, kind="draft-tree")
     middle = {"max_candidates": 3.0, "max_depth": 3.0, "node_budget": 10.0, "min_acceptance_prob": 0.0625}
     return Recorded("specgym/DraftTree-v0", outcomes, work, cheap, DraftTreeDecoder, middle)
 

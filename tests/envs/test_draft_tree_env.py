@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from specgym.decoding import Pair, PromptLookupDrafter, Sampling
-from specgym.decoding.decoders.draft_tree import DraftTreeDecoder, draft_tree_knobs
+from specgym.decoding import Pair, PromptLookupDrafter, Sampling, build_decoder, decoder_names, traits_of
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
-from specgym.decoding.models.weight_hashes import guidance_digest, weights_digest
+from specgym.decoding.models.identity import weights_digest
 from specgym.envs import TokenPrompts, Workload, profiles, record
 from specgym.envs.backends import metrics as measuring
 from specgym.envs.backends.metrics import measure_setting
-from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
 from specgym.envs.profiles import profile_name, profile_of
 from specgym.envs.recordings import outcome_recorder as record_outcomes_module
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from specgym.envs.recordings.outcomes import Outcomes
+from specgym.envs.workloads import default_workload
 from tests.helpers.recorded_outcomes import Recorded
 
 HIDDEN = 16
@@ -61,7 +61,7 @@ def test_levels_and_tokens_read_are_recorded_and_nothing_is_drafted_where_a_knob
 ) -> None:
     outcomes = trees.outcomes
     names = [knob.name for knob in outcomes.info.knobs]
-    assert names == [knob.name for knob in draft_tree_knobs()]
+    assert names == [knob.name for knob in DraftTreeDecoder.knobs_without_pair()]
     for number, setting in enumerate(outcomes.settings.tolist()):
         first, last = outcomes.starts[number * 4], outcomes.starts[(number + 1) * 4]
         knobs = dict(zip(names, setting, strict=True))
@@ -100,7 +100,9 @@ def test_a_recording_names_what_stood_beside_the_draft_and_its_parts_are_not_add
     trees: Recorded, tree_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = trees.workload
-    assert trees.outcomes.info.guidance_sha256 == ""  # as in all recordings that were made before there was any
+    assert (
+        trees.outcomes.info.fingerprint.get("guidance", "") == ""
+    )  # as in all recordings that were made before there was any
     few = OutcomeSettings("draft-tree", settings=16, prompts=1, tokens=4)
     decoded, calls = record_outcomes_module._decoded, list[int]()
 
@@ -111,15 +113,15 @@ def test_a_recording_names_what_stood_beside_the_draft_and_its_parts_are_not_add
         return decoded(*arguments)
 
     monkeypatch.setattr(record_outcomes_module, "_decoded", killed)
-    monkeypatch.setattr(DraftTreeDecoder, "usual", staticmethod(guided))
+    monkeypatch.setattr(DraftTreeDecoder, "for_pair", staticmethod(guided))
     with pytest.raises(KeyboardInterrupt):
         record_outcomes(work, "train", tmp_path / "toy.npz", few)
-    monkeypatch.setattr(DraftTreeDecoder, "usual", staticmethod(partial(guided, seed=1)))
-    with pytest.raises(TraceError, match=r"toy\.npz\.parts holds .*\(with other guidance_sha256\); remove it"):
+    monkeypatch.setattr(DraftTreeDecoder, "for_pair", staticmethod(partial(guided, seed=1)))
+    with pytest.raises(TraceError, match=r"toy\.npz\.parts holds .*\(with other fingerprint\); remove it"):
         record_outcomes(work, "train", tmp_path / "toy.npz", few)
-    monkeypatch.setattr(DraftTreeDecoder, "usual", staticmethod(guided))
+    monkeypatch.setattr(DraftTreeDecoder, "for_pair", staticmethod(guided))
     again = record_outcomes(work, "train", tmp_path / "toy.npz", few)
-    assert again.info.guidance_sha256 == guidance_digest(guided(tree_pair).guidance) != ""
+    assert again.info.fingerprint["guidance"] == guided(tree_pair).guidance.digest() != ""
 
 
 def test_guidance_is_told_apart_by_all_that_decides_what_is_drafted(tree_pair: Pair) -> None:
@@ -135,10 +137,10 @@ def test_guidance_is_told_apart_by_all_that_decides_what_is_drafted(tree_pair: P
         bare,
         calibrated,
     ]
-    digests = [guidance_digest(each.guidance) for each in (*made, DraftTreeDecoder(tree_pair))]
+    digests = [each.guidance.digest() for each in (*made, DraftTreeDecoder(tree_pair))]
     assert len(set(digests)) == 7
     assert digests[-1] == ""
-    assert guidance_digest(guided(tree_pair).guidance) == digests[0] != weights_digest(tree_pair.target.model)
+    assert guided(tree_pair).guidance.digest() == digests[0] != weights_digest(tree_pair.target.model)
 
 
 @pytest.mark.parametrize(
@@ -154,12 +156,12 @@ def test_a_pair_without_a_draft_model_is_refused(
 
 
 def test_the_decoder_is_known_by_name(tree_pair: Pair) -> None:
-    decoder, known = build_decoder("draft-tree", tree_pair, 4), DECODERS["draft-tree"]
+    decoder, known = build_decoder("draft-tree", tree_pair), traits_of("draft-tree")
     assert type(decoder) is DraftTreeDecoder
-    assert decoder.knobs == known.knobs(4)
-    assert rounds_of("draft-tree") == rounds_of(decoder) == rounds_of(DraftTreeDecoder) == "draft-tree"
-    assert known.drafts
-    assert [name for name, each in DECODERS.items() if each.has_draft_length] == ["threshold", "speculative"]
+    assert decoder.knobs == known.knobs_without_pair()
+    assert known.cost_kind(greedy=True) == decoder.cost_kind(greedy=False) == "draft-tree"
+    assert known.needs_draft
+    assert [name for name in decoder_names() if traits_of(name).drafts_chains()] == ["threshold", "speculative"]
     assert default_workload("draft-tree") == "tiny/prose"
 
 
@@ -172,12 +174,10 @@ def test_an_action_moves_the_budget_in_doublings_and_the_others_by_a_tenth_of_th
 def test_the_profile_is_that_of_trees_by_default_timed_with_the_decoder_itself_and_no_other_is_taken(
     trees: Recorded, tree_pair: Pair, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed: list[tuple[str, DraftTreeDecoder | None]] = []
+    timed: list[DraftTreeDecoder | str | None] = []
 
-    def found(
-        pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: DraftTreeDecoder | None
-    ) -> LatencyProfile:
-        timed.append((rounds, tree_decoder))
+    def found(pair: Pair, decoder: DraftTreeDecoder | str | None, *, sampling: Sampling) -> LatencyProfile:
+        timed.append(decoder)
         return trees.profile
 
     monkeypatch.setattr(profiles, "measured", found)
@@ -186,7 +186,7 @@ def test_the_profile_is_that_of_trees_by_default_timed_with_the_decoder_itself_a
     decoder = guided(tree_pair)
     trees.live(profile=None, decoder=lambda pair: decoder)
     measure_setting(decoder, None, [[1, 2]], 4)
-    assert timed == [("draft-tree", None), ("draft-tree", decoder), ("draft-tree", decoder)]
+    assert timed == ["draft-tree", decoder, decoder]
     with pytest.raises(LatencyProfileError, match="made for chain rounds, and draft-tree rounds are to be charged"):
         trees.one(profile=profile)
 
@@ -204,7 +204,7 @@ def test_the_command_measures_the_pair_with_all_that_belongs_to_it(
     profiles.main(["toy/ids", "--rounds", "draft-tree", "--out", str(tmp_path), "--max-target-tokens", "7"])
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(work, "draft-tree")
-    found = profile_of(work, path, replayed=True, rounds="draft-tree")
+    found = profile_of(work, path, replayed=True, decoder="draft-tree")
     assert (max(found.draft_seconds), max(found.target_seconds)) == (2, 7)
     assert found.hardware["draft_tree"]["rule"] == "likeliest"
     assert "one more token read adds" in capsys.readouterr().out

@@ -9,10 +9,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from specgym.decoding import Pair
-from specgym.decoding.decoders.medusa import MedusaHeads, MedusaHeadsError, load_heads, save_heads
+from specgym.decoding import Pair, traits_of
+from specgym.decoding.decoders.medusa.files import load_heads, save_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeadsError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
-from specgym.decoding.models.weight_hashes import heads_digest
 from specgym.decoding.sampling import Sampling
 from specgym.envs import RewardSettings, TokenPrompts, Workload, profiles, record
 from specgym.envs.recordings import outcome_recorder as record_outcomes_module
@@ -110,11 +110,11 @@ def test_parts_that_were_recorded_with_other_heads_are_not_added_to(
     with pytest.raises(KeyboardInterrupt):
         record_outcomes(alone_work, "train", tmp_path / "toy.npz", few)
     save_heads(others, tmp_path / "toy-medusa", alone.target)
-    with pytest.raises(TraceError, match=r"toy\.npz\.parts holds .*\(with other heads_sha256\); remove it"):
+    with pytest.raises(TraceError, match=r"toy\.npz\.parts holds .*\(with other fingerprint\); remove it"):
         record_outcomes(alone_work, "train", tmp_path / "toy.npz", few)
     save_heads(heads, tmp_path / "toy-medusa", alone.target)
     again = record_outcomes(alone_work, "train", tmp_path / "toy.npz", few)
-    assert again.info.heads_sha256 == heads_digest(load_heads(tmp_path / "toy-medusa", alone.target))
+    assert again.info.fingerprint["heads"] == load_heads(tmp_path / "toy-medusa", alone.target).digest()
 
 
 def test_heads_are_told_apart_by_all_that_decides_what_they_propose(alone: Pair) -> None:
@@ -124,9 +124,9 @@ def test_heads_are_told_apart_by_all_that_decides_what_they_propose(alone: Pair)
     ]
     measured_ones = random_heads(alone.target.model, 3)
     measured_ones.accuracies = ((0.5,), (0.25,), (0.125,))
-    digests = [heads_digest(heads) for heads in (*made, measured_ones)]
+    digests = [heads.digest() for heads in (*made, measured_ones)]
     assert len(set(digests)) == 5
-    assert heads_digest(random_heads(alone.target.model, 3)) == digests[0]
+    assert random_heads(alone.target.model, 3).digest() == digests[0]
 
 
 def test_a_target_without_heads_is_told_how_to_train_some(pair: Pair, cheap_heads: LatencyProfile) -> None:
@@ -143,8 +143,8 @@ def test_the_profile_is_that_of_medusa_rounds_by_default_and_no_other_is_taken(
 ) -> None:
     kinds: list[str] = []
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None, **more: Any) -> LatencyProfile:
-        kinds.append(rounds)
+    def found(pair: Pair, decoder: Any, *, sampling: Sampling) -> LatencyProfile:
+        kinds.append(traits_of(decoder).cost_kind(sampling.greedy))
         return cheap_heads
 
     monkeypatch.setattr(profiles, "measured", found)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 import pytest
 
-from specgym.decoding import Pair
-from specgym.decoding.decoders.medusa import MedusaDecoder, MedusaHeads, TypicalMedusaDecoder, save_heads
+from specgym.decoding import Pair, build_decoder, traits_of
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.files import save_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads
 from specgym.decoding.files import file_name
 from specgym.decoding.latency.measure import measured
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.sampling import Sampling
 from specgym.envs import Workload, profiles
-from specgym.envs.decoders import DECODERS, build_decoder, default_workload, rounds_of
 from specgym.envs.profiles import profile_name, profile_of
+from specgym.envs.workloads import default_workload
 from tests.helpers.small_medusa_heads import random_heads
 
 
@@ -34,8 +35,8 @@ def test_live_rounds_are_charged_by_the_decoders_own_heads_whichever_lie_beside_
         save_heads(random_heads(alone.target.model, usual), tmp_path / "toy-medusa", alone.target)
     heads, timed = random_heads(alone.target.model, 3), list[MedusaHeads | None]()
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: MedusaHeads | None, **more: Any) -> LatencyProfile:
-        timed.append(heads)
+    def found(pair: Pair, decoder: MedusaDecoder, *, sampling: Sampling) -> LatencyProfile:
+        timed.append(decoder.heads)
         return cheap_heads
 
     monkeypatch.setattr(profiles, "measured", found)
@@ -45,11 +46,11 @@ def test_live_rounds_are_charged_by_the_decoders_own_heads_whichever_lie_beside_
 
 def test_a_medusa_decoders_rounds_knobs_and_workload_are_known_by_name(alone: Pair) -> None:
     for name, kind in (("medusa", MedusaDecoder), ("medusa-typical", TypicalMedusaDecoder)):
-        decoder = build_decoder(name, alone, 4)
+        decoder = build_decoder(name, alone)
         assert type(decoder) is kind
-        assert decoder.knobs == DECODERS[name].knobs(4)
-        assert rounds_of(name) == rounds_of(decoder) == rounds_of(kind) == name  # what is judged is timed
-        assert not DECODERS[name].drafts
+        assert decoder.knobs == traits_of(name).knobs_without_pair()
+        assert traits_of(name).cost_kind(greedy=False) == name  # what is judged is timed
+        assert not traits_of(name).needs_draft
         assert default_workload(name) == "tiny-10m/prose"
 
 
@@ -82,8 +83,8 @@ def test_the_command_measures_with_the_heads_beside_the_target(
     profiles.main(arguments)
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(alone_work, "medusa")
-    found = profile_of(alone_work, path, replayed=True, rounds="medusa")
+    found = profile_of(alone_work, path, replayed=True, decoder="medusa")
     assert (max(found.draft_seconds), max(found.target_seconds)) == (5, 7)
     assert found.hardware["medusa"]["heads"] == 5
     assert "one more token read adds" in capsys.readouterr().out
-    assert measured(alone, rounds="medusa").hardware["medusa"] == found.hardware["medusa"]
+    assert measured(alone, "medusa").hardware["medusa"] == found.hardware["medusa"]

@@ -44,9 +44,9 @@ def test_what_is_given_comes_first(profile: LatencyProfile, tmp_path: Path) -> N
         assert profile_of(found, profile, replayed=replayed) is profile
         assert profile_of(found, tmp_path / "own.json", replayed=replayed) == profile
         with pytest.raises(LatencyProfileError, match="made for chain rounds, and lookahead rounds are to be charged"):
-            profile_of(found, tmp_path / "own.json", replayed=replayed, rounds="lookahead")
+            profile_of(found, tmp_path / "own.json", replayed=replayed, decoder="lookahead")
         with pytest.raises(LatencyProfileError, match="made for lookahead rounds, and chain rounds"):
-            profile_of(found, replace(profile, rounds="lookahead"), replayed=replayed)
+            profile_of(found, replace(profile, kind="lookahead"), replayed=replayed)
     with pytest.raises(LatencyProfileError, match=r"there is no latency profile .*missing\.json"):
         profile_of(found, tmp_path / "missing.json", replayed=True)
 
@@ -54,17 +54,17 @@ def test_what_is_given_comes_first(profile: LatencyProfile, tmp_path: Path) -> N
 def test_live_decoding_and_pairs_of_ones_own_are_measured(
     toy_workload: Workload, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds: list[str] = []
+    kinds: list[str | None] = []
 
-    def found(pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: None) -> LatencyProfile:
-        kinds.append(rounds)
+    def found(pair: Pair, decoder: str | None, *, sampling: Sampling) -> LatencyProfile:
+        kinds.append(decoder)
         return profile
 
     monkeypatch.setattr(profiles, "measured", found)
     assert profile_of(toy_workload, None, replayed=True) is profile
     assert profile_of(workload("tiny-3m-ngram/prose"), None, replayed=False) is profile
-    assert profile_of(toy_workload, None, replayed=True, rounds="lookahead") is profile
-    assert kinds == ["chain", "chain", "lookahead"]
+    assert profile_of(toy_workload, None, replayed=True, decoder="lookahead") is profile
+    assert kinds == [None, None, "lookahead"]
 
 
 def test_greedy_workloads_of_a_pair_share_a_profile() -> None:
@@ -75,8 +75,8 @@ def test_greedy_workloads_of_a_pair_share_a_profile() -> None:
 @pytest.mark.usefixtures("no_measuring")
 @pytest.mark.parametrize("name", ["tiny-10m/prose", "tiny/code", "tiny-3m-1l/chat", "tiny-10m/prose@1.0"])
 def test_a_replay_of_lookahead_is_charged_by_the_reference_of_the_target_alone(name: str) -> None:
-    found = profile_of(workload(name), None, replayed=True, rounds="lookahead")
-    assert found.rounds == "lookahead"
+    found = profile_of(workload(name), None, replayed=True, decoder="lookahead")
+    assert found.kind == "lookahead"
     assert found.pair == ("tiny-3m" if "3m" in name else "tiny-10m")
     assert found.sampling == ("sampled" if "@" in name else "greedy")
     assert found.draft_seconds == {0: 0.0}
@@ -98,7 +98,7 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
 ) -> None:
     alone = replace(toy_workload, pair=Pair(pair.target, name="alone"), name="alone")
     monkeypatch.setattr(profiles, "workload", {"toy/ids": toy_workload, "alone/ids": alone}.get)
-    with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .* needs a draft.*--rounds lookahead"):
+    with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .* needs a draft.*--decoder lookahead"):
         main(["alone/ids", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
     arguments = ["--rounds", "lookahead", "--out", str(tmp_path), "--max-target-tokens", "6", "--contexts", "9"]
@@ -106,7 +106,7 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
     main(["toy/ids", *arguments])  # the same target: nothing left to do
     (path,) = tmp_path.iterdir()
     found = LatencyProfile.load(path)
-    assert (path.name, found.rounds) == (f"{pair.target.name}.lookahead.greedy.json", "lookahead")
+    assert (path.name, found.kind) == (f"{pair.target.name}.lookahead.greedy.json", "lookahead")
     assert list(found.target_seconds) == [1, 2, 4, 6]
     assert found.at(context=9).context == 9
     with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .*batch size 1 alone"):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import MedusaHeads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads
 from specgym.decoding.models.language_model import LanguageModel
 
 

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...errors import SpecgymError
 from ...models.output_head import OutputLayer
-from .errors import DraftTreeModelError
+
+
+class DraftTreeModelError(SpecgymError, ValueError):
+    """An alignment or acceptance predictor that cannot be used; the message names it and the way out."""
+
+
+class OtherModelsError(DraftTreeModelError):
+    """It is whole, and was made for other models."""
 
 
 class AffineAlignment(nn.Module):

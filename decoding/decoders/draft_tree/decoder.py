@@ -9,17 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...decoder import Decoder, Knob, Round, Session, synchronise
+from ...decoder import Decoder, Round, Session, synchronise
 from ...drafts.drafter import ModelDrafter
-from ...loading.pair import Pair
+from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
 from ...sampling import Sampling, draw
-from ..speculative import require_draft, require_positive
 from .alignment import AffineAlignment
 from .candidates import EVERYTHING, DraftedTree
 from .draft_guidance import Guidance
@@ -27,10 +26,12 @@ from .files import usual_acceptance, usual_alignment
 from .grow_tree import GrownTree, TreeDraft
 from .predictor import AcceptancePredictor
 from .pruning import PRUNERS, AbsolutePruner
+from .traits import DEEPEST, LARGEST, MOST_CHILDREN, DraftTreeTraits
 from .verification_rules import RULES, Likeliest, Randomness
 
-WIDTH, DEPTH, BUDGET, MIN_ACCEPTANCE = 5, 4, 16, 0.1
-MOST_CHILDREN, DEEPEST, LARGEST = 8, 8, 64
+if TYPE_CHECKING:
+    from ...latency.probe import CostProbe
+
 DRAFT_SAMPLING = Sampling(0.8)
 
 Known = TypeVar("Known")
@@ -61,13 +62,12 @@ class DraftTreeRound(Round):
     """Keeping what was accepted in the caches of target and draft."""
 
 
-class DraftTreeSession(Session):
+class DraftTreeSession(Session["DraftTreeDecoder"]):
     """One prompt being generated with draft trees."""
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         super()._read_prompt(prompt)
         decoder = self.decoder
-        assert isinstance(decoder, DraftTreeDecoder)
         self._rule = decoder.rule
         self._pruner = PRUNERS[decoder.pruning]() if decoder.pruning is not None else None
         self.draft = TreeDraft(
@@ -152,7 +152,7 @@ class DraftTreeSession(Session):
         return verify
 
     def _by_the_rule(self, scores: Tensor, grown: GrownTree) -> Verify:
-        tree, chance = grown.drafted, Randomness(self.generator, self._dice.random)
+        tree, chance = grown.drafted, Randomness(self.generator, self._rng.random)
         self._refuse_broken(float(scores.amax(-1).sum()))
 
         def verify(node: int) -> tuple[int, int]:
@@ -166,7 +166,7 @@ class DraftTreeSession(Session):
         return verify
 
 
-class DraftTreeDecoder(Decoder):
+class DraftTreeDecoder(DraftTreeTraits, Decoder[DraftTreeSession]):
     """Decoding with a tree of candidates from a draft model: the target's own text, whether greedy or sampled.
 
     Args:
@@ -190,8 +190,6 @@ class DraftTreeDecoder(Decoder):
         DraftTreeModelError: the alignment or the predictor was made for models of other widths.
     """
 
-    name = "draft-tree"
-    lossless = True
     session_class = DraftTreeSession
 
     def __init__(
@@ -210,8 +208,9 @@ class DraftTreeDecoder(Decoder):
     ) -> None:
         super().__init__(pair)
         self.draft = _draft_model(pair, type(self).__name__)
-        for name, value in {"max_candidates": max_candidates, "max_depth": max_depth, "max_nodes": max_nodes}.items():
-            require_positive(name, value)
+        knobs = self.knobs_without_pair(
+            pruning=pruning, max_candidates=max_candidates, max_depth=max_depth, max_nodes=max_nodes
+        )
         if draft_sampling.greedy:
             raise ValueError(
                 "draft_sampling has temperature 0, and a tree needs second choices: give 0.8, for instance"
@@ -222,47 +221,41 @@ class DraftTreeDecoder(Decoder):
             _named("pruning", pruning, PRUNERS)
         self.draft_sampling = draft_sampling
         self.guidance = Guidance.checked(self.draft, pair.target, alignment, alignment_weight, predictor)
-        self.knobs = draft_tree_knobs(max_candidates, max_depth, max_nodes, pruned=pruning is not None)
+        self.knobs = knobs
 
     @classmethod
-    def usual(cls, pair: Pair) -> DraftTreeDecoder:
-        """With the predictor and the alignment that lie beside the draft or ship for it, as far as there are any.
+    def for_pair(cls, pair: Pair, **options: Any) -> Self:
+        """Build the decoder with the alignment and the predictor that lie beside the draft or ship for it, if any.
 
         Raises:
-            ValueError: as for the class.
-            DraftTreeModelError: they are damaged, or were made for other models.
+            ValueError: as for the class, or an unknown option.
+            DraftTreeModelError: alignment or predictor are damaged, or were made for other models.
         """
+        chosen = cls.checked_options(**options)
         draft = _draft_model(pair, cls.__name__)
         alignment = usual_alignment(draft, pair.target)
         predictor = None if alignment is None else usual_acceptance(draft, pair.target, alignment)
-        return cls(pair, alignment=alignment, predictor=predictor)
+        return cls(pair, alignment=alignment, predictor=predictor, **vars(chosen))
 
+    def cost_probe(self, max_target_tokens: int | None = None) -> CostProbe:
+        """Return rounds with trees of every size, drafting by the draft's passes."""
+        from .timing import probe  # which imports this module
 
-def draft_tree_knobs(
-    max_candidates: int = MOST_CHILDREN, max_depth: int = DEEPEST, max_nodes: int = LARGEST, *, pruned: bool = True
-) -> tuple[Knob, ...]:
-    """The knobs of a `DraftTreeDecoder`, the last only where it prunes."""
-    usual = min(WIDTH, max_candidates), min(DEPTH, max_depth), min(BUDGET, max_nodes)
-    return (
-        Knob("max_candidates", 1, max_candidates, usual[0], True, "children a node, at most"),
-        Knob("max_depth", 0, max_depth, usual[1], True, "tokens that a path has, at most; 0 drafts nothing"),
-        Knob("node_budget", 0, max_nodes, usual[2], True, "candidates a round, at most", True),
-        *(
-            [Knob("min_acceptance_prob", 0.0, 1.0, MIN_ACCEPTANCE, doc="chance below which a branch is cut")]
-            if pruned
-            else []
-        ),
-    )
+        return probe(self, max_target_tokens)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return the digest of the guidance; nothing where there is none."""
+        digest = self.guidance.digest()
+        return {"guidance": digest} if digest else {}
 
 
 def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
-    require_draft(pair, decoder)
-    if not isinstance(pair.draft, ModelDrafter):
-        name = pair.draft.name if pair.draft else "none"
+    draft = require_draft(pair, decoder)
+    if not isinstance(draft, ModelDrafter):
         raise ValueError(
-            f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {name}"
+            f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {draft.name}"
         )
-    return pair.draft.model
+    return draft.model
 
 
 def _named(what: str, name: str, known: Mapping[str, Known]) -> Known:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...models.identity import weights_digest
 from ...models.language_model import LanguageModel
 from ...models.output_head import OutputLayer, output_layer
-from .alignment import AffineAlignment, proposals
-from .errors import DraftTreeModelError
+from .alignment import AffineAlignment, DraftTreeModelError, proposals
 from .predictor import AcceptancePredictor, NodeFeatures
 
 
@@ -86,6 +87,15 @@ class Guidance:
     def needs_states(self) -> bool:
         """Whether the draft's hidden states are wanted."""
         return self.weight > 0 or self.predictor is not None
+
+    def digest(self) -> str:
+        """Return a SHA-256 over alignment, its weight and predictor, 64 hex digits; empty without an alignment."""
+        if self.alignment is None:  # which all else reads
+            return ""
+        known = f"{weights_digest(self.alignment)} {self.weight}"
+        if self.predictor is not None:
+            known += f" {self.predictor.shape} {weights_digest(self.predictor)}"
+        return hashlib.sha256(known.encode()).hexdigest()
 
     def align(self, states: Tensor | None) -> Aligned | None:
         """Map the draft's states, shape (nodes, the draft's hidden size), on the target's device."""

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...files import replacing, write_json, write_text
+from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
-from ...models.probes import alike, probe
-from .alignment import AffineAlignment
-from .errors import DraftTreeModelError, OtherModelsError
+from .alignment import AffineAlignment, DraftTreeModelError, OtherModelsError
 from .predictor import AcceptancePredictor, PredictorShape
 
 _SIDES = ("draft", "target")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import DraftTreeModelError
+from .alignment import DraftTreeModelError
 
 Label = Literal["match", "probability", "ratio"]
 LABELS: tuple[Label, ...] = ("match", "probability", "ratio")

@@ -1,4 +1,4 @@
-"""Timing rounds with draft trees: drafting by the draft's passes, the target's pass by the tokens that it reads.
+"""Timed rounds with draft trees: drafting by the draft's passes, the target's pass by the tokens that it reads.
 
 Both are timed with trees that are made for it: a path of first choices as deep as shall be timed, and beside each of
 its nodes as many others as make the size. A pass of the draft reads a level, and takes longer the more nodes that has;
@@ -14,63 +14,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...latency.interleaved import Timing
-from ...latency.profile import LatencyProfile, arithmetic_of
-from ...latency.round_kinds import MOST_TREE_TOKENS
+from ...latency.probe import CostProbe
+from ...latency.profile import arithmetic_of
 from ...loading.pair import Pair
-from . import DraftTreeDecoder
-from .decoder import DEEPEST
+from .decoder import DraftTreeDecoder
 from .draft_guidance import Aligned, Guidance
+from .traits import DEEPEST, DraftTreeTraits
 from .verification_rules import Randomness, Rule
 
 _WIDTH = 4
 _EVEN = 0.5
-_SIZES = (1, 2, 3, *(_WIDTH * level + 1 for level in range(1, DEEPEST + 1)), 41, 49, 57, MOST_TREE_TOKENS)
+_SIZES = (1, 2, 3, *(_WIDTH * level + 1 for level in range(1, DEEPEST + 1)), 41, 49, 57)
 
 
-def tree_timed(decoder: DraftTreeDecoder) -> dict[str, object]:
-    """All that the time of a decoder's rounds depends on, beside the pair and the knobs."""
-    guidance = decoder.guidance
-    shape = None if guidance.predictor is None else guidance.predictor.shape
-    return {
-        "rule": decoder.rule.name,
-        "draft_sampling": arithmetic_of(decoder.draft_sampling),
-        "alignment": guidance.alignment is not None,
-        "alignment_weight": guidance.weight,
-        "predictor_width": 0 if shape is None else shape.width,
-        "aligned_scores": shape is not None and shape.aligned_scores,
-    }
-
-
-def measure_draft_tree(timing: Timing, like: DraftTreeDecoder, max_target_tokens: int | None) -> LatencyProfile:
-    """Time live rounds with trees of many sizes, and plain decoding, all interleaved. See `latency_measure.measure`.
-
-    Args:
-        timing: of what, and how.
-        like: a decoder of the same pair, with the rule and the guidance that are timed.
-        max_target_tokens: the most tokens that a timed pass reads, the tree's root included, 1 or more; None for 65.
+def probe(like: DraftTreeDecoder, max_target_tokens: int | None) -> CostProbe:
+    """Return rounds with trees of all sizes up to the largest, by default 65 tokens with the tree's root.
 
     Raises:
-        ValueError: a model's context has no room for the deepest tree, or its vocabulary has no trees so large.
+        ValueError: the vocabulary has no trees as large as asked for.
     """
-    largest, most = max_target_tokens or MOST_TREE_TOKENS, DEEPEST * timing.pair.target.vocabulary_size + 1
+    target = like.pair.target
+    largest, most = max_target_tokens or DraftTreeTraits.largest_pass, DEEPEST * target.vocabulary_size + 1
     if max_target_tokens is not None and largest > most:
         raise ValueError(
-            f"{timing.pair.target.name} has a vocabulary of {timing.pair.target.vocabulary_size} tokens, too few for a "
-            f"pass over {largest}; give a max_target_tokens of at most {most}"
+            f"{target.name} has a vocabulary of {target.vocabulary_size} tokens, too few for a pass over {largest}; "
+            f"give a max_target_tokens of at most {most}"
         )
     largest = min(largest, most)
-    timing.require_room(_levels(largest) + 1)
     sizes = [*(size for size in _SIZES if size < largest), largest]
     fullest = {_levels(size): size for size in sizes if size <= _WIDTH * DEEPEST + 1}
-    decoder = _SizedTrees(timing.pair, like, max(map(_widest, sizes)), largest)
-    return timing.measure(
-        decoder, sizes, _knobs, drafting=set(fullest.values()), about={"draft_tree": tree_timed(like)}
+    guidance = like.guidance
+    predictor = None if guidance.predictor is None else guidance.predictor.shape
+    detail = {
+        "rule": like.rule.name,
+        "draft_sampling": arithmetic_of(like.draft_sampling),
+        "alignment": guidance.alignment is not None,
+        "alignment_weight": guidance.weight,
+        "predictor_width": 0 if predictor is None else predictor.width,
+        "aligned_scores": predictor is not None and predictor.aligned_scores,
+    }
+    return CostProbe(
+        _SizedTrees(like.pair, like, max(map(_widest, sizes)), largest),
+        sizes,
+        _knobs,
+        detail={"draft_tree": detail},
+        drafting=set(fullest.values()),
+        room_for=lambda size: _levels(largest) + 1,
     )
 
 
 def _levels(size: int) -> int:
-    """Of a tree whose verification reads so many tokens."""
+    """Levels of a tree whose verification reads this many tokens."""
     return min(DEEPEST, -(-(size - 1) // _WIDTH))
 
 
@@ -102,7 +96,7 @@ class _FixedChances(Guidance):
     """Takes as long as the real one, and says that the first choice is certain and any other as likely as not."""
 
     def predict(self, scores: Tensor, aligned: Aligned | None, children: Tensor, depth: int) -> Tensor:
-        """As `Guidance.predict`. What follows another choice than the first is thus 0.25 at most, and cut."""
+        """Return fixed chances. What follows another choice than the first is thus 0.25 at most, and cut."""
         super().predict(scores, aligned, children, depth)
         chances = torch.full(children.shape, _EVEN, device=children.device)
         chances[0, 0] = 1.0
@@ -119,10 +113,10 @@ class _FixedChildren(Rule):
         self._rule = rule
 
     def children(self, q: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """The likeliest, after the draws that the rule makes."""
+        """Return the likeliest, after the draws that the rule makes."""
         self._rule.children(q, count, generator)
         return q.topk(count, dim=-1).indices
 
     def verify(self, p: Tensor, q: Tensor, children: Sequence[int], chance: Randomness) -> tuple[int, int]:
-        """As the rule does."""
+        """Verify as the rule does."""
         return self._rule.verify(p, q, children, chance)

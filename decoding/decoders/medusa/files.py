@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ...files import replacing, write_json, write_text
+from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
 from ...models.output_head import output_layer
-from ...models.probes import alike, probe
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 from .import_medusa1 import is_public, read_public
 

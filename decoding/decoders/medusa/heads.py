@@ -7,6 +7,7 @@ after that: softmax(output(SiLU(W h + b) + h)). With W at 0, where training star
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...errors import SpecgymError
+from ...models.identity import weights_digest
 from ...models.output_head import output_layer
 
 
@@ -162,6 +164,10 @@ class MedusaHeads(nn.Module):
             found.accuracies = self.accuracies
         found.attach(model)
         return found
+
+    def digest(self) -> str:
+        """Return a SHA-256 over weights, tokens, and accuracies, by which trees are built; 64 hex digits."""
+        return hashlib.sha256(f"{self.shape} {self.accuracies} {weights_digest(self)}".encode()).hexdigest()
 
     def features(self, hidden: Tensor, heads: int | None = None) -> Tensor:
         """What goes into the output layers.

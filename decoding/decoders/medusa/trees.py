@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ...models.token_tree import TokenTree
+from .traits import LARGEST_TREE
 
 Ranks = tuple[int, ...]
-LARGEST_TREE = 64
-"""Candidates of the largest tree, by default: the paper's."""
 
 
 class CandidateTree:

@@ -177,7 +177,7 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
             "--intermediate narrows layers taken from the target, and --hidden makes fresh ones: leave one out"
         )
     if not settings.own_text and (more.plain_texts or more.prompt_sets):
-        raise FitError("--plain-texts and --prompt-sets stand beside the target's own text: give --own-text")
+        raise FitError("--plain-texts and --prompt-sets add to text that the target writes: give --own-text")
     if settings.own_text:
         check_text_settings(settings.writing, target, 2)
         if loop.length != LoopSettings.length:

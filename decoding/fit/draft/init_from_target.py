@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ...errors import FitError
 
@@ -115,14 +116,9 @@ def take_layers(target: PreTrainedModel, chosen: Sequence[int]) -> tuple[PreTrai
 def fresh(
     target: PreTrainedModel, layers: int, hidden: int, heads: int | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """A small Llama with random weights, tied embeddings, and the target's vocabulary and separator.
+    """A small Llama with random weights, tied embeddings, and the target's vocabulary, context and separator.
 
-    Args:
-        target: whose vocabulary and context length to take.
-        layers: number of layers.
-        hidden: width of the hidden state.
-        heads: attention heads; None for heads of width 32 to 64.
-        seed: seed of the weights.
+    Without a number of heads, they have a width of 32 to 64.
 
     Raises:
         FitError: if ``hidden`` cannot be divided among the heads.
@@ -131,25 +127,31 @@ def fresh(
     heads = heads or max(1, hidden // 64) + (hidden < 128)
     if hidden % (2 * heads):
         raise FitError(f"--hidden {hidden} cannot be divided among {heads} heads of an even size; give --heads")
-    config: PreTrainedConfig = AutoConfig.for_model(
-        "llama",
+    return small_llama(
+        seed,
+        source,
         # The embedding may have more rows than the tokeniser has tokens; logits must line up with the target's.
         vocab_size=target.get_output_embeddings().weight.shape[0],
         hidden_size=hidden,
         intermediate_size=-(-hidden * 8 // 3 // 16) * 16,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
         max_position_embeddings=getattr(source, "max_position_embeddings", 2048),
+    )
+
+
+def small_llama(seed: int, special: Any, **shape: Any) -> LlamaForCausalLM:
+    """A Llama with random weights, tied embeddings and the special tokens of a configuration or tokeniser; float32."""
+    config = LlamaConfig(
+        **shape,
+        num_key_value_heads=shape["num_attention_heads"],
         tie_word_embeddings=True,
-        bos_token_id=source.bos_token_id,
-        eos_token_id=source.eos_token_id,
-        pad_token_id=source.pad_token_id,
         rms_norm_eps=1e-5,
+        **{name: getattr(special, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return LlamaForCausalLM(config)
 
 
 def feed_forward_width(model: PreTrainedModel) -> int:
@@ -166,15 +168,11 @@ def feed_forward_width(model: PreTrainedModel) -> int:
 
 
 def narrow(model: PreTrainedModel, width: int) -> None:
-    """Keep the strongest neurons of every layer's feed-forward part, in place.
+    """Keep the ``width`` strongest neurons of every layer's feed-forward part, in place.
 
     The strength of a neuron is the product of the norms of the weights that lead into it and out of it: what it can add
     to the hidden state is at most in proportion to that. The others are cut out, as in structured pruning (LLM-Pruner,
     Ma et al., arXiv 2305.11627), and training makes up for them.
-
-    Args:
-        model: a draft whose layers are its own.
-        width: number of neurons to keep, 1 to all.
 
     Raises:
         FitError: as for `feed_forward_width`, or the width is out of range.

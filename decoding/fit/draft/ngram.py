@@ -13,7 +13,7 @@ from ...drafts.ngram import NGramDrafter
 from ...errors import FitError
 from ...files import write_text
 from ...loading.find_model import load_tokenizer
-from ..cards import markdown, show
+from ..cards import command_line, markdown, portable, show
 from ..text.corpus_text import Passage, read_documents, read_plain
 
 _PARTS = 64
@@ -73,12 +73,13 @@ def make_ngram(settings: NGramSettings) -> None:
     matches = match_rates(table, zip((passage.domain for passage in held_out), judged, strict=True))
     rows = [["domain", "next token guessed"], *([domain, f"{rate:.3f}"] for domain, rate in matches.items())]
     show(f"{settings.out.name}: {len(table):,} contexts", rows)
-    source = " ".join(map(str, settings.text)) if settings.text else f"the corpus of `{settings.corpus}`, train side"
+    source = f"the corpus of `{portable(str(settings.corpus))}`, train side"
+    if settings.text:
+        source = ", ".join(portable(str(path)) for path in settings.text)
     write_text(
         settings.out.with_suffix(".md"),
-        f"# {settings.out.stem}: an n-gram table\n\nMade by `python -m specgym.decoding.fit ngram --target "
-        f"{settings.target} --out {settings.out} --order {settings.order} --smallest-count "
-        f"{settings.smallest_count}` from {source} ({sum(map(len, documents)):,} tokens): {len(table):,} contexts.\n\n"
+        f"# {settings.out.stem}: an n-gram table\n\nMade by `{command_line()}` from {source} "
+        f"({sum(map(len, documents)):,} tokens): {len(table):,} contexts.\n\n"
         f"Licence: {settings.licence}.\n\nShare of held-out tokens that are the table's likeliest continuation of the "
         f"tokens before them:\n\n{markdown(rows)}\n",
     )
@@ -89,10 +90,7 @@ def match_rates(
 ) -> dict[str, float]:
     """By domain, the share of tokens that the table guesses from the true tokens before them.
 
-    Args:
-        table: to be judged.
-        documents: (domain, token ids).
-        most_tokens: most tokens of a domain to judge.
+    At most ``most_tokens`` of a domain are judged; documents are pairs of domain and token ids.
     """
     hits: dict[str, int] = defaultdict(int)
     seen: dict[str, int] = defaultdict(int)

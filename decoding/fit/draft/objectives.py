@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...models.output_head import output_layer
 from ...models.reduced_vocabulary import ReducedOutput, reduced_output
-from ..measure import Quality, measure, measure_domains
+from ..measure import Quality, measure_continuations, measure_domains
 from ..settings import LoopSettings
 from ..text.batches import TEXTS, Batches, PositionBatches, Windows
 from ..text.corpus_text import CorpusTokens
@@ -44,12 +44,6 @@ def plain_objective(
 ) -> Objective:
     """Windows of plain text, every position of which counts.
 
-    Args:
-        draft: the model that learns.
-        target: the model to imitate; gets no gradient.
-        data: the text.
-        loop: how to train.
-
     Raises:
         FitError: there is too little text.
     """
@@ -65,11 +59,7 @@ def own_text_objective(
 ) -> Objective:
     """Texts that the target wrote after prompts, of which only the continuation counts, and texts that count whole.
 
-    Args:
-        draft: the model that learns.
-        target: the model to imitate; gets no gradient.
-        states: the texts, and the target's last hidden states there.
-        loop: how to train; a step takes ``batch`` texts.
+    A step takes ``batch`` texts, along which the target's last hidden states are known.
 
     Raises:
         FitError: there are too few texts.
@@ -87,13 +77,7 @@ def own_text_objective(
 
 
 def plain_loss(draft: PreTrainedModel, target: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Mean KL divergence over all positions of some windows, a scalar.
-
-    Args:
-        draft: the model that learns.
-        target: the model to imitate.
-        batch: int64, shape (b, m + 1); the last column only ends the windows.
-    """
+    """Mean KL divergence over all positions of windows, int64 (b, m + 1), without their last column; a scalar."""
     ids, tokens = batch[:, :-1], _tokens(draft)
     with torch.no_grad():
         expected = target(input_ids=ids, use_cache=False).logits
@@ -132,21 +116,12 @@ def own_text_loss(draft: PreTrainedModel, teacher: nn.Module, states: HiddenStat
 
 
 def measure_texts(draft: PreTrainedModel, target: PreTrainedModel, text: TargetText) -> dict[str, Quality]:
-    """Quality of a draft, by domain, at the tokens that the target wrote in held-out texts.
-
-    Args:
-        draft: the model to measure.
-        target: the model that it drafts for.
-        text: text of the target.
-    """
-    places = np.arange(1, text.tokens.shape[1])
-    written = (places >= text.prompts[:, None]) & (places < text.ends[:, None])
-    qualities = {}
-    for number, domain in enumerate(text.domains):
-        rows = np.flatnonzero((text.domain == number) & (text.side != TRAINING))
-        windows = torch.from_numpy(text.tokens[rows].astype(np.int64))
-        qualities[domain] = measure(draft, windows, target, counted=torch.from_numpy(written[rows]))
-    return qualities
+    """Quality of a draft, by domain, at the tokens that the target wrote in held-out texts."""
+    chosen = [(text.domain == number) & (text.side != TRAINING) for number in range(len(text.domains))]
+    return {
+        domain: measure_continuations(draft, target, text.tokens[rows], text.prompts[rows], text.ends[rows])
+        for domain, rows in zip(text.domains, chosen, strict=True)
+    }
 
 
 def _tokens(draft: PreTrainedModel) -> Tensor | None:

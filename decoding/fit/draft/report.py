@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from ...loading.pair import Pair
 from ...prompts.prompt_set import encode, load_prompts, shipped_prompts
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
-from ..measure import SPEED_NOTE, Quality, Speed, compare, measure, quality_rows, speed_rows
+from ..measure import SPEED_NOTE, Quality, Speed, compare, measure_continuations, quality_rows, speed_rows
 from ..settings import LoopSettings
 
 _ALPHA = (
@@ -132,13 +132,7 @@ class DecodingReport:
 
 
 def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> dict[str, DecodingReport]:
-    """Decode prompts of every shipped set with and without the draft.
-
-    Args:
-        pair: the target, as decoders have it, with the draft; it has a tokeniser.
-        draft: the model that drafts.
-        settings: number of prompts, and how to decode.
-    """
+    """Decode prompts of every shipped set with and without the draft; the pair has a tokeniser."""
     assert pair.tokenizer is not None
     room = pair.target.context_limit - settings.report_tokens
     prompts = {
@@ -153,22 +147,16 @@ def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> 
     reports = {}
     for name, both in generations.items():
         rounds = [round_ for drafted, _ in both for round_ in drafted.rounds]
+        lengths = np.array([len(prompt) for prompt in prompts[name]])
         texts = [[*prompt, *plain.tokens] for prompt, (_, plain) in zip(prompts[name], both, strict=True)]
+        ends = np.array([len(text) for text in texts])
+        padded = np.array([[*text, *[0] * (ends.max() - len(text))] for text in texts])
         reports[name] = DecodingReport(
-            quality=_quality(draft, pair.target.model, texts, [len(prompt) for prompt in prompts[name]]),
+            quality=measure_continuations(draft, pair.target.model, padded, lengths, ends, batch=1),
             accepted=sum(round_.accepted for round_ in rounds) / max(1, sum(round_.drafted for round_ in rounds)),
             speed=sum((Speed.of(drafted, plain) for drafted, plain in both), Speed()),
         )
     return reports
-
-
-def _quality(draft: nn.Module, target: nn.Module, texts: list[list[int]], prompts: list[int]) -> Quality:
-    """Quality at every token after the prompts, whose lengths are given."""
-    width = max(map(len, texts))
-    windows = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
-    place = torch.arange(1, width)
-    written = [(place >= prompt) & (place < len(text)) for text, prompt in zip(texts, prompts, strict=True)]
-    return measure(draft, windows, target, batch=1, counted=torch.stack(written))
 
 
 def decoding_section(reports: Mapping[str, DecodingReport], settings: ReportSettings) -> Section:
@@ -183,8 +171,7 @@ def decoding_section(reports: Mapping[str, DecodingReport], settings: ReportSett
         table.append([name, *(f"{share:.3f}" for share in shares), *[""] * (len(names) + 1 - len(shares)), *cells])
     intro = (
         f"Greedy decoding of {settings.report_prompts} test prompts of each shipped set, at most "
-        f"{settings.report_tokens} tokens after each, {settings.report_draft_length} drafted a round, beside plain "
-        f"decoding; {', '.join(table[0][1 : len(names)])} and {table[0][len(names)]} are those at every token of plain "
-        "decoding:"
+        f"{settings.report_tokens} tokens after each, {settings.report_draft_length} drafted a round, compared with "
+        "plain decoding; the columns from alpha to greedy match are means over the tokens of plain decoding:"
     )
     return Section("Decoding", [intro, table, SPEED_NOTE])

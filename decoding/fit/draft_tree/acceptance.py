@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,32 +11,22 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from ...decoders.draft_tree import (
-    AcceptancePredictor,
-    AffineAlignment,
-    DraftTreeModelError,
-    PredictorShape,
-    load_acceptance,
-    load_alignment,
-    save_acceptance,
-    usual_alignment,
-)
-from ...decoders.draft_tree.predictor import Label, calibrating_temperature
+from ...decoders.draft_tree.alignment import AffineAlignment, DraftTreeModelError
+from ...decoders.draft_tree.files import load_acceptance, load_alignment, save_acceptance, usual_alignment
+from ...decoders.draft_tree.predictor import AcceptancePredictor, Label, PredictorShape, calibrating_temperature
 from ...errors import FitError
+from ...models.identity import weights_digest
 from ...models.language_model import LanguageModel
 from ...models.output_head import output_layer
-from ...models.weight_hashes import weights_digest
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
-from ..loop import EarlyStopping, Outcome, mean_loss, train
+from ..loop import Outcome, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop
-from ..text.batches import PositionBatches
 from ..text.prompts import JUDGING, TRAINING
-from ..text.states import PairedStates, spread_over
+from ..text.states import PairedStates
 from .calibration import CALIBRATED, PLOT, RAW, SHARPENED, AcceptanceReport, judge, odds_of, reliability_plot
 from .pair_text import REPORTED, open_pair, read_text
-from .verifications import Verifications, verifications
+from .verifications import verifications
 
-_HELD_OUT_NODES = 4096
 _MEANING = {
     "match": "the token is the target's likeliest, as greedy decoding demands",
     "probability": "the target's probability of the token, with which a verifier that samples accepts likeliest tokens",
@@ -135,12 +123,21 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
         card = write_card(facts, outcome, training, sections)
         save_acceptance(predictor, settings.out, draft, target, alignment, card=card)
 
-    outcome, stopping = _train(settings, predictor, data, alignment, publish)
+    def loss_at(nodes: np.ndarray) -> Tensor:
+        features, labels = data.examples(nodes)
+        return functional.binary_cross_entropy_with_logits(predictor(features), labels)
+
     judging = data.of_side(JUDGING)
+    asked = [settings.children, settings.label_temperature]
+    key = [data.states.digest, weights_digest(alignment), asdict(predictor.shape), *asked]
+    training = data.of_side(TRAINING)
+    outcome, held_out = train_beside(
+        predictor, loss_at, training, judging, key, settings, loop, settings.out.name, publish
+    )
     predictor.temperature.fill_(calibrating_temperature(*odds_of(predictor, data, judging)))
     publish(outcome)
     kept = load_acceptance(settings.out, draft, target, alignment)  # the report measures the network as written
-    report = judge(kept, data, judging, data.of_side(REPORTED), stopping.loss)
+    report = judge(kept, data, judging, data.of_side(REPORTED), held_out)
     curves = {"draft's probability": RAW, "among the candidates": SHARPENED, "predictor": CALIBRATED}
     reliability_plot(settings.out / PLOT, {name: report.scores[key] for name, key in curves.items()})
     verdict = f"{report.loss.verdict()} Before training it is the draft's own probability."
@@ -153,12 +150,7 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
 def enough(states: PairedStates, nodes: int) -> np.ndarray:
     """Positions to verify at: all that nothing is trained on, and as many others as training asks for.
 
-    Args:
-        states: states of draft and target; their texts are in a random order.
-        nodes: nodes that training asks for. A position is at least one.
-
-    Returns:
-        Numbers of the positions of whole texts, shape (n,), int64, ascending.
+    A position is at least one node. Texts are in a random order, and taken whole; shape (n,), int64, ascending.
     """
     side = states.text.side[states.row]
     trained = np.flatnonzero(side == TRAINING)
@@ -190,34 +182,3 @@ def _new(settings: AcceptanceSettings, alignment: AffineAlignment) -> Acceptance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.loop.seed)
         return AcceptancePredictor(shape).to(alignment.weight.device)
-
-
-def _train(
-    settings: AcceptanceSettings,
-    predictor: AcceptancePredictor,
-    data: Verifications,
-    alignment: AffineAlignment,
-    publish: Callable[[Outcome], None],
-) -> tuple[Outcome, EarlyStopping]:
-    loop = settings.loop
-    judging = spread_over(data.of_side(JUDGING), _HELD_OUT_NODES)
-
-    def loss_at(nodes: np.ndarray) -> Tensor:
-        features, labels = data.examples(nodes)
-        return functional.binary_cross_entropy_with_logits(predictor(features), labels)
-
-    asked = [settings.children, settings.label_temperature, settings.check_steps, settings.patience]
-    key = json.dumps([data.states.digest, weights_digest(alignment), asdict(predictor.shape), *asked])
-    stopping = EarlyStopping(
-        lambda: mean_loss(loss_at, judging, _HELD_OUT_NODES), settings.check_steps, settings.patience
-    )
-    outcome = train(
-        predictor,
-        lambda batch: loss_at(batch.numpy()),
-        PositionBatches(data.of_side(TRAINING), loop.batch * loop.length, loop.seed, key),
-        loop,
-        loop.work / f"{settings.out.name}.pt",
-        on_checkpoint=publish,
-        stopping=stopping,
-    )
-    return outcome, stopping

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,22 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from ...decoders.draft_tree import AffineAlignment, RidgeFit, load_alignment, proposals, save_alignment
+from ...decoders.draft_tree.alignment import AffineAlignment, RidgeFit, proposals
+from ...decoders.draft_tree.files import load_alignment, save_alignment
 from ...errors import FitError
+from ...models.identity import weights_digest
 from ...models.output_head import OutputLayer, output_layer
-from ...models.weight_hashes import weights_digest
 from ..cards import Facts, Rows, Section, device_words, show, size_of, training_lines, write_card
-from ..loop import EarlyStopping, Outcome, mean_loss, train
+from ..loop import Outcome, mean_loss, spread_over, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop
-from ..text.batches import PositionBatches
 from ..text.prompts import JUDGING, TRAINING
-from ..text.states import PairedStates, spread_over
+from ..text.states import PairedStates
 from .pair_text import REPORTED, open_pair, read_text
 
 DRAFT, LEAST_SQUARES, KEPT, MIXED = "the draft itself", "least squares", "this alignment", "half draft, half aligned"
 _FIRST = 5
 _LOGITS_AT_A_TIME = 2**22
-_HELD_OUT_POSITIONS = 4096
 
 
 @dataclass(kw_only=True)
@@ -99,7 +97,19 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
         card = write_card(facts, outcome, lines, sections)
         save_alignment(alignment, settings.out, draft, target, card=card)
 
-    outcome = _train(settings, alignment, states, outputs[1], publish) if settings.gradient else None
+    outcome = None
+    if settings.gradient:
+        outcome, _ = train_beside(
+            alignment,
+            lambda positions: divergence(alignment, states, positions, outputs[1]),
+            states.of_side(TRAINING),
+            states.of_side(JUDGING),
+            [states.digest, weights_digest(alignment)],
+            settings,
+            loop,
+            settings.out.name,
+            publish,
+        )
     publish(outcome)
     kept = load_alignment(settings.out, draft, target)  # the report measures the map as written
     report = judge(states, states.of_side(REPORTED), *outputs, ridge, kept)
@@ -113,15 +123,10 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
 
 
 def least_squares(states: PairedStates, positions: np.ndarray, penalty: float) -> AffineAlignment:
-    """The map whose states are closest to the target's.
-
-    Args:
-        states: states of draft and target.
-        positions: numbers of the positions to learn from, shape (n,), int64.
-        penalty: see `RidgeFit.solve`.
+    """The map whose states are closest to the target's at some positions, shape (n,); see `RidgeFit.solve`.
 
     Raises:
-        DraftTreeModelError: there are too few to determine it.
+        DraftTreeModelError: there are too few positions to determine it.
     """
     fit = RidgeFit(states.draft.shape[1], states.target.shape[1])
     parts = np.array_split(positions, -(-len(positions) // 4096))
@@ -131,14 +136,7 @@ def least_squares(states: PairedStates, positions: np.ndarray, penalty: float) -
 
 
 def divergence(alignment: AffineAlignment, states: PairedStates, positions: np.ndarray, output: OutputLayer) -> Tensor:
-    """Mean KL divergence, in nats, from the target's distribution to that of its output layer on mapped states.
-
-    Args:
-        alignment: the map.
-        states: states of draft and target.
-        positions: numbers of the positions to compare at, shape (n,), int64.
-        output: output layer of the target.
-    """
+    """Mean KL divergence, in nats, from the target's distribution to that of its output layer on mapped states."""
     device = alignment.weight.device
     with torch.no_grad():
         expected = proposals(states.of_target(positions).to(device), output).log_softmax(-1)
@@ -147,7 +145,7 @@ def divergence(alignment: AffineAlignment, states: PairedStates, positions: np.n
 
 
 def _held_out(alignment: AffineAlignment, states: PairedStates, output: OutputLayer) -> float:
-    positions = spread_over(states.of_side(JUDGING), _HELD_OUT_POSITIONS)
+    positions = spread_over(states.of_side(JUDGING), 4096)
     return mean_loss(lambda part: divergence(alignment, states, part, output), positions)
 
 
@@ -161,26 +159,6 @@ def _start(ridge: AffineAlignment, states: PairedStates, output: OutputLayer) ->
         if _held_out(none, states, output) < _held_out(ridge, states, output):
             return none
     return copy.deepcopy(ridge)
-
-
-def _train(
-    settings: AlignmentSettings,
-    alignment: AffineAlignment,
-    states: PairedStates,
-    output: OutputLayer,
-    publish: Callable[[Outcome], None],
-) -> Outcome:
-    loop = settings.loop
-    key = json.dumps([states.digest, weights_digest(alignment), settings.check_steps, settings.patience])
-    return train(
-        alignment,
-        lambda batch: divergence(alignment, states, batch.numpy(), output),
-        PositionBatches(states.of_side(TRAINING), loop.batch * loop.length, loop.seed, key),
-        loop,
-        loop.work / f"{settings.out.name}.pt",
-        on_checkpoint=publish,
-        stopping=EarlyStopping(lambda: _held_out(alignment, states, output), settings.check_steps, settings.patience),
-    )
 
 
 @dataclass(frozen=True)
@@ -204,14 +182,7 @@ Guess = Callable[[Tensor], Tensor]
 
 @torch.inference_mode()
 def agreement(guess: Guess, states: PairedStates, positions: np.ndarray, output: OutputLayer) -> Agreement:
-    """Compare guesses with the target's distribution.
-
-    Args:
-        guess: the guess to judge.
-        states: states of draft and target.
-        positions: numbers of the positions to judge at, shape (m,), int64, at least one.
-        output: output layer of the target.
-    """
+    """Compare guesses with the target's distribution at some positions, shape (m,), at least one."""
     device = output.weight.device
     match = first = divergence = 0.0
     step = max(1, _LOGITS_AT_A_TIME // len(output.weight))
@@ -228,13 +199,7 @@ def agreement(guess: Guess, states: PairedStates, positions: np.ndarray, output:
 
 @torch.inference_mode()
 def r_squared(alignment: AffineAlignment, states: PairedStates, positions: np.ndarray) -> float:
-    """Share of the variance of the target's states, over all their features together, that mapped states explain.
-
-    Args:
-        alignment: the map.
-        states: states of draft and target.
-        positions: numbers of the positions to judge at, shape (m,), int64, at least one.
-    """
+    """Share of the variance of the target's states, over all their features together, that mapped states explain."""
     left, total, squares = 0.0, torch.zeros(alignment.target_size, dtype=torch.float64), 0.0
     for part in np.array_split(positions, -(-len(positions) // 4096)):
         expected = states.of_target(part).double()
@@ -293,16 +258,7 @@ def judge(
     ridge: AffineAlignment,
     kept: AffineAlignment,
 ) -> AlignmentReport:
-    """Measure an alignment.
-
-    Args:
-        states: states of draft and target.
-        positions: numbers of the positions to judge at, shape (n,), int64.
-        draft_output: the draft's output layer.
-        target_output: the target's.
-        ridge: the map of least squares.
-        kept: the alignment.
-    """
+    """Measure an alignment beside the map of least squares, at some positions, shape (n,), int64."""
 
     def drafted(hidden: Tensor) -> Tensor:
         return proposals(hidden, draft_output)

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from ...decoders.draft_tree import AcceptancePredictor
-from ...decoders.draft_tree.predictor import calibrating_temperature, log_odds
+from ...decoders.draft_tree.predictor import AcceptancePredictor, calibrating_temperature, log_odds
 from ...files import replacing
 from ..cards import Rows, Section
 from ..loop import HeldOutLoss
@@ -50,12 +49,7 @@ class Reliability:
 
 
 def reliability(predictions: Tensor, outcomes: Tensor) -> Reliability:
-    """Measure predictions.
-
-    Args:
-        predictions: in [0, 1], shape (n,), at least one.
-        outcomes: in [0, 1], shape (n,).
-    """
+    """Measure predictions, in [0, 1], shape (n,), at least one, against outcomes, likewise."""
     forecast, seen = predictions.double(), outcomes.double()
     bin_of = (forecast * BINS).long().clamp(0, BINS - 1)
     counts = torch.bincount(bin_of, minlength=BINS)
@@ -70,12 +64,7 @@ def reliability(predictions: Tensor, outcomes: Tensor) -> Reliability:
 def sharpened(log_probability: Tensor, temperature: float) -> Tensor:
     """A draft's probabilities at another temperature, renormalised over the candidates of each node.
 
-    Args:
-        log_probability: of the candidates at temperature 1, shape (n, children).
-        temperature: above 0.
-
-    Returns:
-        Probabilities that add up to 1 in each row, same shape.
+    From log-probabilities at temperature 1, shape (n, children), to probabilities that add up to 1 in each row.
     """
     return (log_probability / temperature).softmax(-1)
 
@@ -83,9 +72,7 @@ def sharpened(log_probability: Tensor, temperature: float) -> Tensor:
 def best_temperature(predictions_at: Callable[[float], Tensor], outcomes: Tensor) -> float:
     """The temperature between 0.05 and 20 whose predictions have the lowest negative log-likelihood, on a grid.
 
-    Args:
-        predictions_at: from a temperature to predictions in [0, 1], shape (n,).
-        outcomes: in [0, 1], shape (n,).
+    Predictions and outcomes are in [0, 1], shape (n,).
     """
     grid = torch.logspace(-1.301, 1.301, 61).tolist()
 
@@ -155,13 +142,7 @@ def _cells(count: int, predicted: float, happened: float, accuracy: float) -> li
 
 @torch.inference_mode()
 def odds_of(predictor: AcceptancePredictor, data: Verifications, nodes: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Log-odds before calibration, and labels, of all candidates of some nodes; both of shape (m * children,).
-
-    Args:
-        predictor: the predictor.
-        data: the verifications.
-        nodes: numbers of the nodes, shape (m,), int64, at least one.
-    """
+    """Log-odds before calibration, and labels, of all candidates of some nodes, at least one; shape (m * children,)."""
     parts = [data.examples(part) for part in np.array_split(nodes, -(-len(nodes) // _NODES_AT_A_TIME))]
     odds = torch.cat([predictor(features).cpu() for features, _ in parts])
     return odds, torch.cat([labels.cpu() for _, labels in parts])
@@ -214,12 +195,7 @@ def judge(
 
 
 def reliability_plot(path: Path, by_name: dict[str, Reliability]) -> None:
-    """Plot the share that happened over the predicted probability, as a PNG; the diagonal is a perfect forecast.
-
-    Args:
-        path: the file, written whole or not at all.
-        by_name: the curves, by their name in the legend.
-    """
+    """Plot the share that happened over the predicted probability, as a PNG; the diagonal is a perfect forecast."""
     figure = Figure(figsize=(4.2, 4.0), dpi=80, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)

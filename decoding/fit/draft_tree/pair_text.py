@@ -10,10 +10,9 @@ from ...errors import FitError
 from ...loading.pair import Pair, load_pair
 from ...models.language_model import LanguageModel
 from ..settings import LoopSettings, PairSettings, check_out, check_own_text, dtype_of
-from ..text.batches import POSITIONS, require_batch
-from ..text.prompts import JUDGING, SPEED, TRAINING, cut_prompts
+from ..text.prompts import JUDGING, SPEED
 from ..text.states import PairedStates, paired_states
-from ..text.target_text import check_text_settings, describe_text, generate_text
+from ..text.target_text import check_text_settings, own_text
 
 REPORTED = SPEED
 """Side of the text that nothing is chosen by, on which alone reports are based."""
@@ -37,16 +36,7 @@ class PairText:
 
 
 def open_pair(settings: PairSettings, loop: LoopSettings, out: Path, **least: int) -> tuple[Pair, LanguageModel]:
-    """Check settings, then load target and draft, without gradients for their weights.
-
-    Args:
-        settings: the settings of the command.
-        loop: how to train.
-        out: folder to write.
-        least: the smallest values of the command's settings, by name.
-
-    Returns:
-        The pair, and the model of its draft.
+    """Check settings, then load target and draft without gradients for their weights; ``least`` as in `check_own_text`.
 
     Raises:
         ModelNotFoundError, UnknownPairError: there are no such models.
@@ -71,31 +61,18 @@ def read_text(settings: PairSettings, loop: LoopSettings, pair: Pair, draft: Lan
 
     The models lose the folders from their names, since cards and other files that are passed on contain the names.
 
-    Args:
-        settings: which text.
-        loop: seed, and folder for the text.
-        pair: as from `open_pair`.
-        draft: likewise.
-
     Raises:
         FileNotFoundError: there is no text.
         FitError: a setting is out of range, or there is too little text.
     """
-    own_text, target = settings.own_text, pair.target
-    assert pair.tokenizer is not None  # it was loaded with the target
-    for model in (draft, target):
-        check_text_settings(own_text, model.model, 1)
-    prompts = cut_prompts(
-        pair.tokenizer, settings.corpus, settings.text, own_text.texts, own_text.prompt_tokens, loop.seed
-    )
-    most = own_text.new_tokens * prompts.count(TRAINING)  # fewer where the target ends a text
-    require_batch(most, loop.batch * loop.length, POSITIONS)
-    text = generate_text(target.model, pair.eos_token_ids, prompts, own_text, loop.seed, loop.work)
+    target = pair.target
+    for model, place in ((draft, settings.draft), (target, settings.target)):
+        if Path(place).expanduser().exists():
+            model.name = Path(place).name
+    check_text_settings(settings.own_text, draft.model, 1)
+    text, prompts = own_text(settings, loop, pair, target.name, 1)
     states = paired_states(draft.model, target.model, text)
     for side in (JUDGING, REPORTED):
         if not len(states.of_side(side)):
             raise FitError("the target ended every held-out text at once: give more --texts")
-    for model, place in ((draft, settings.draft), (target, settings.target)):
-        if Path(place).expanduser().exists():
-            model.name = Path(place).name
-    return PairText(draft, target, states, [*prompts.sources, describe_text(own_text, target.name)])
+    return PairText(draft, target, states, prompts.sources)

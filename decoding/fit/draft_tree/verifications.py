@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...decoders.draft_tree import AffineAlignment, NodeFeatures, proposals
-from ...decoders.draft_tree.predictor import Label
+from ...decoders.draft_tree.alignment import AffineAlignment, proposals
+from ...decoders.draft_tree.predictor import Label, NodeFeatures
 from ...models.output_head import OutputLayer
 from ..text.states import PairedStates
 
@@ -57,14 +57,7 @@ class Verifications:
         return np.flatnonzero(self.states.text.side[self.states.row[self.at[self.position]]] == side)
 
     def examples(self, nodes: np.ndarray) -> tuple[NodeFeatures, Tensor]:
-        """Features of the candidates of some nodes, and their labels.
-
-        Args:
-            nodes: numbers of the nodes, shape (m,), int64.
-
-        Returns:
-            Features of m times children candidates, those of a node together, and the labels, shape (m * children,).
-        """
+        """Features of m times children candidates of m nodes, those of a node together, and their labels."""
         position, children = self.position[nodes], self.tokens.shape[1]
         with torch.no_grad():
             hidden = self.alignment(self.states.of_draft(self.at[position]).to(self.alignment.weight.device))

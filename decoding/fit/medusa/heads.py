@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,24 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ...decoders.medusa import MedusaHeads, expected_length, load_heads, save_heads, sparse
+from ...decoders.medusa.files import load_heads, save_heads
+from ...decoders.medusa.heads import MedusaHeads
+from ...decoders.medusa.trees import expected_length, sparse
 from ...errors import FitError
 from ...files import write_text
 from ...loading.find_model import load_model
 from ...loading.pair import Pair
 from ...models.output_head import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
-from ..loop import EarlyStopping, Outcome, mean_loss, train
+from ..loop import Outcome, train_beside
 from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of, small_network_loop
-from ..text.batches import POSITIONS, PositionBatches, require_batch
-from ..text.prompts import JUDGING, TRAINING, cut_prompts
-from ..text.states import IGNORED, HiddenStates, hidden_states, spread_over
-from ..text.target_text import check_text_settings, describe_text, frequent_tokens, generate_text
+from ..text.prompts import JUDGING, TRAINING
+from ..text.states import IGNORED, hidden_states
+from ..text.target_text import frequent_tokens, own_text
 from .report import MedusaReport, accuracies, measure_speed, speed_prompts
 
 DECAY = 0.8
 """Weight of a head's loss relative to that of the head before it."""
-_HELD_OUT_POSITIONS = 4096
 
 
 @dataclass(kw_only=True)
@@ -70,7 +68,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
         FitError: a setting is out of range, or there is too little text.
         TrainingError: training cannot go on.
     """
-    loop, own_text = settings.loop, settings.own_text
+    loop = settings.loop
     least = {"heads": 1, "blocks": 1, "vocabulary": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
     check_own_text(settings, loop, "heads", **least)
     check_out(settings.out, settings.target)
@@ -84,13 +82,9 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     tokens = len(output_layer(model).weight)
     if settings.vocabulary > tokens:
         raise FitError(f"--vocabulary {settings.vocabulary} is more than the target's {tokens} tokens: 0 takes all")
-    check_text_settings(own_text, model, settings.heads + 1)
     # Weights are left as they are until the end: prepacking changes hidden states, if only a little.
     pair = Pair(model, None, tokenizer, prepack=False)
-    prompts = cut_prompts(tokenizer, settings.corpus, settings.text, own_text.texts, own_text.prompt_tokens, loop.seed)
-    most = own_text.new_tokens * prompts.count(TRAINING)  # fewer where the target ends a text
-    require_batch(most, loop.batch * loop.length, POSITIONS)
-    text = generate_text(model, pair.eos_token_ids, prompts, own_text, loop.seed, loop.work)
+    text, prompts = own_text(settings, loop, pair, name, settings.heads + 1)
     states = hidden_states(model, text)
     heads = MedusaHeads.for_target(
         model,
@@ -103,7 +97,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
         name=settings.out.name,
         summary=_summary(settings, name, heads),
         licence=settings.licence,
-        sources=[*prompts.sources, describe_text(own_text, name)],
+        sources=prompts.sources,
         size=size_of(heads),
     )
 
@@ -118,7 +112,16 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     def publish(outcome: Outcome) -> None:
         save_heads(heads, settings.out, pair.target, card=card(outcome))
 
-    outcome, stopping = _train(settings, heads, states, publish)
+    if not len(states.of_side(JUDGING)):
+        raise FitError("the target ended every held-out text at once: give more --texts")
+
+    def loss_at(positions: np.ndarray) -> Tensor:
+        labels, hidden = states.labels(positions, settings.heads), states.hidden(positions)
+        return heads_loss(heads, hidden.to(heads.weight.device), labels.to(heads.weight.device))
+
+    sides = states.of_side(TRAINING), states.of_side(JUDGING)
+    key = [states.text.digest, asdict(heads.shape), DECAY]
+    outcome, held_out = train_beside(heads, loss_at, *sides, key, settings, loop, settings.out.name, publish)
     heads.eval()
     accuracy, by_domain = accuracies(heads, states, states.of_side(JUDGING))
     heads.accuracies = accuracy.rows
@@ -139,7 +142,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
             settings.report_tokens,
         ),
         new_tokens=settings.report_tokens,
-        loss=stopping.loss,
+        loss=held_out,
     )
     section = report.section()
     write_text(settings.out / "README.md", card(outcome, section, verdict=report.loss.verdict()))
@@ -172,33 +175,6 @@ def heads_loss(heads: MedusaHeads, hidden: Tensor, labels: Tensor) -> Tensor:
     sums = torch.stack([checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
     weights = DECAY ** torch.arange(1, len(labels) + 1, device=sums.device)
     return (weights * sums.sum(0) / (places != IGNORED).sum(1).clamp(min=1)).sum()
-
-
-def _train(
-    settings: MedusaSettings, heads: MedusaHeads, states: HiddenStates, publish: Callable[[Outcome], None]
-) -> tuple[Outcome, EarlyStopping]:
-    loop, device = settings.loop, heads.weight.device
-    judging = states.of_side(JUDGING)
-    if not len(judging):
-        raise FitError("the target ended every held-out text at once: give more --texts")
-    judging = spread_over(judging, _HELD_OUT_POSITIONS)
-
-    def loss_at(positions: np.ndarray) -> Tensor:
-        labels = states.labels(positions, settings.heads)
-        return heads_loss(heads, states.hidden(positions).to(device), labels.to(device))
-
-    stopping = EarlyStopping(lambda: mean_loss(loss_at, judging), settings.check_steps, settings.patience)
-    key = json.dumps([states.text.digest, asdict(heads.shape), DECAY, settings.check_steps, settings.patience])
-    outcome = train(
-        heads,
-        lambda batch: loss_at(batch.numpy()),
-        PositionBatches(states.of_side(TRAINING), loop.batch * loop.length, loop.seed, key),
-        loop,
-        loop.work / f"{settings.out.name}.pt",
-        on_checkpoint=publish,
-        stopping=stopping,
-    )
-    return outcome, stopping
 
 
 def _summary(settings: MedusaSettings, target: str, heads: MedusaHeads) -> str:

@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...decoders.medusa import MedusaHeads, heads_for, save_heads
+from ...decoders.medusa.files import heads_for, save_heads
+from ...decoders.medusa.heads import MedusaHeads
 from ...errors import FitError
 from ...files import write_text
 from ...loading.checkpoint import save_checkpoint
 from ...loading.find_model import load_model
 from ...loading.pair import Pair
 from ...models.language_model import LanguageModel
-from ...models.weight_hashes import heads_digest
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, train
 from ..measure import measure_domains
 from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of
-from ..text.batches import TEXTS, PositionBatches, require_batch
-from ..text.prompts import JUDGING, TRAINING, cut_prompts
+from ..text.batches import TEXTS, PositionBatches
+from ..text.prompts import JUDGING, TRAINING
 from ..text.states import hidden_states, labels_of
-from ..text.target_text import TargetText, check_text_settings, describe_text, generate_text
+from ..text.target_text import TargetText, own_text
 from .heads import DECAY, heads_loss
 from .report import JointReport, TargetMeasurements, accuracies, measure_speed, speed_prompts
 
@@ -166,10 +166,6 @@ class JointModel(nn.Module):
 def check_joint(heads: MedusaHeads, lora_rank: int) -> None:
     """Refuse heads that cannot be trained jointly.
 
-    Args:
-        heads: heads of the target.
-        lora_rank: rank of the adapters; 0 trains all weights.
-
     Raises:
         FitError: adapters are asked for and ``peft`` is not installed, or the heads cannot follow the target.
     """
@@ -199,8 +195,7 @@ def make_joint(settings: JointSettings) -> JointReport:
         TrainingError: training cannot go on.
     """
     _check(settings)
-    own_text = settings.own_text
-    loop = replace(settings.loop, length=own_text.width)
+    loop = replace(settings.loop, length=settings.own_text.width)
     loop.set_threads()
     dtype = dtype_of(settings, loop, frozen=False)
     model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
@@ -209,10 +204,7 @@ def make_joint(settings: JointSettings) -> JointReport:
     heads.attach(model)
     check_joint(heads, settings.lora_rank)
     original = Path(settings.target).name  # files that are passed on do not name folders of this machine
-    check_text_settings(own_text, model, heads.shape.heads + 1)
-    prompts = cut_prompts(tokenizer, settings.corpus, settings.text, own_text.texts, own_text.prompt_tokens, loop.seed)
-    require_batch(prompts.count(TRAINING), loop.batch, TEXTS)
-    text = generate_text(model, pair.eos_token_ids, prompts, own_text, loop.seed, loop.work)
+    text, prompts = own_text(settings, loop, pair, original, heads.shape.heads + 1, whole=True)
     before = _measure(settings, settings.target, partial(heads_for, heads=settings.heads_from), text, prompts.held_out)
     trained, outcome, stopping = _train(settings, loop, model, heads, text)
     trained.name_or_path = settings.out.name
@@ -224,7 +216,7 @@ def make_joint(settings: JointSettings) -> JointReport:
             f"model than {original}: the tables below say by how much its text differs."
         ),
         licence=settings.licence,
-        sources=[*prompts.sources, describe_text(own_text, original)],
+        sources=prompts.sources,
         size=size_of(trained),
     )
     training = [
@@ -269,7 +261,7 @@ def _train(
     settings: JointSettings, loop: LoopSettings, model: PreTrainedModel, heads: MedusaHeads, text: TargetText
 ) -> tuple[PreTrainedModel, Outcome, EarlyStopping]:
     """The target after training; the heads are changed in place."""
-    warmed_up = heads_digest(heads)
+    warmed_up = heads.digest()
     with torch.random.fork_rng():
         torch.manual_seed(loop.seed)  # of the adapters
         joint = JointModel(model, heads.train(), settings.heads_weight, settings.lora_rank)

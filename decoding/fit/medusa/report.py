@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...decoders.medusa import CandidateTree, MedusaDecoder, MedusaHeads
-from ...decoders.medusa.trees import LARGEST_TREE
+from ...decoders.medusa.decoder import MedusaDecoder
+from ...decoders.medusa.heads import MedusaHeads
+from ...decoders.medusa.trees import LARGEST_TREE, CandidateTree
 from ...loading.pair import Pair
 from ..cards import Rows, Section
 from ..loop import HeldOutLoss
@@ -53,12 +54,9 @@ class Accuracy:
 def accuracies(
     heads: MedusaHeads, states: HiddenStates, positions: np.ndarray
 ) -> tuple[Accuracy, Mapping[str, Accuracy]]:
-    """Judge heads in total and by domain. A head whose reduced vocabulary lacks the right token is wrong.
+    """Judge attached heads in total and by domain, at the positions with these numbers, shape (m,), int64.
 
-    Args:
-        heads: attached to the target.
-        states: states of the target.
-        positions: numbers of the positions to judge on, shape (m,), int64.
+    A head whose reduced vocabulary lacks the right token is wrong.
     """
     count, ranks = heads.shape.heads, min(LARGEST_TREE, heads.shape.outputs)  # so that even one head alone can fill it
     domains = states.text.domains
@@ -97,14 +95,9 @@ def speed_prompts(text: TargetText, count: int) -> dict[str, list[list[int]]]:
 def measure_speed(
     pair: Pair, heads: MedusaHeads, prompts: Mapping[str, Sequence[Sequence[int]]], size: int, new_tokens: int
 ) -> dict[str, Speed]:
-    """Generate greedily from the same prompts with and without heads.
+    """Generate greedily from the same prompts, token ids by domain, with and without heads.
 
-    Args:
-        pair: the target.
-        heads: attached to it.
-        prompts: token ids, by domain.
-        size: candidates verified a round, at least 1.
-        new_tokens: most tokens after each prompt.
+    ``size`` candidates are verified a round; at most ``new_tokens`` follow each prompt.
     """
     decoder = MedusaDecoder(pair, heads, max_tree=size)
     knobs = {"heads": heads.shape.heads, "tree_size": size}
@@ -167,7 +160,7 @@ class MedusaReport:
         )
         speed = (
             f"Greedy decoding, at most {self.new_tokens} tokens after each prompt from another part of the held-out "
-            "text, beside plain decoding:"
+            "text, compared with plain decoding:"
         )
         parts = [intro, by_rank, by_domain, self.expectation(), speed, speed_rows("domain", self.speed), SPEED_NOTE]
         return Section("Held-out text", parts)

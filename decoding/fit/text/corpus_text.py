@@ -61,11 +61,7 @@ def held_out(key: str) -> bool:
 
 
 def read_documents(corpus: Path, side: str) -> list[Passage]:
-    """Read the documents on one side of a corpus.
-
-    Args:
-        corpus: folder written by ``python -m recipes.corpus``.
-        side: ``train`` or ``held-out``.
+    """Read the documents on one side, ``train`` or ``held-out``, of a corpus made by ``python -m recipes.corpus``.
 
     Raises:
         FileNotFoundError: the folder holds no corpus.
@@ -116,10 +112,6 @@ def _parts(text: str, size: int) -> Iterator[str]:
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:
     """Token ids of each text, followed by the separator (eos), int32.
 
-    Args:
-        tokenizer: must have an eos token.
-        texts: the documents.
-
     Raises:
         FitError: the tokeniser has no eos token.
     """
@@ -142,13 +134,7 @@ def token_digest(tokens: np.ndarray) -> str:
 
 
 def load_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Path, text: Sequence[Path], seed: int) -> CorpusTokens:
-    """Tokens of a corpus folder, or of plain text if any is given.
-
-    Args:
-        tokenizer: tokeniser of the model to train.
-        corpus: folder of the corpus; used if ``text`` is empty.
-        text: files and folders of text, each a domain.
-        seed: seed of the order of documents.
+    """Tokens of a corpus folder, or of files and folders of text if any are given, each of which is a domain.
 
     Raises:
         FileNotFoundError: there is no text.

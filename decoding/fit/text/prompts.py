@@ -75,11 +75,9 @@ def cut_windows(tokens: np.ndarray, count: int, longest: int, eos: int, rng: np.
 
 
 def halves(tokens: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide documents in two: every second one, and the others; fewer than four are cut in the middle.
+    """Divide documents, each followed by ``eos``, in two: every second one, and the others.
 
-    Args:
-        tokens: documents, each followed by ``eos``, shape (n,).
-        eos: the separator.
+    Fewer than four documents, shape (n,), are cut in the middle.
     """
     documents = np.split(tokens, np.flatnonzero(tokens[:-1] == eos) + 1)
     if len(documents) < 4:
@@ -118,9 +116,9 @@ def cut_prompts(
     rows, places, sides = list[list[int]](), list[int](), list[int]()
     for place, domain in enumerate(domains):
         count = texts // len(domains) + (place < texts % len(domains))
-        apart = max(2, round(_HELD_OUT * count))
+        held_out = max(2, round(_HELD_OUT * count))
         judging, speed = halves(held[domain], eos)
-        parts = ((trained[domain], count - apart), (judging, apart - apart // 2), (speed, apart // 2))
+        parts = ((trained[domain], count - held_out), (judging, held_out - held_out // 2), (speed, held_out // 2))
         for side, (tokens, number) in enumerate(parts):
             rows += cut_windows(tokens, number, longest, eos, rng)
             sides += [side] * number

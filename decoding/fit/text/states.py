@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ...errors import FitError
 from ...files import replacing
+from ...models.identity import weights_digest
 from ...models.output_head import output_layer
-from ...models.weight_hashes import weights_digest
 from .prompts import SPEED
 from .target_text import TargetText, join_texts
 
@@ -101,11 +101,7 @@ class PairedStates(Positions):
 
 
 class Chained:
-    """Arrays of states one behind the other, read on access and never copied together.
-
-    Args:
-        parts: arrays of shape (positions, h), float16.
-    """
+    """Arrays of states, shape (positions, h), one behind the other, read on access and never copied together."""
 
     def __init__(self, parts: Sequence[np.ndarray | Chained]) -> None:
         self._parts = parts
@@ -130,8 +126,7 @@ def labels_of(texts: Tensor, ends: Tensor, row: Tensor, place: Tensor, heads: in
     Args:
         texts: token ids, shape (texts, width), int64.
         ends: tokens of each text, shape (texts,), int64.
-        row: the text of each position, shape (n,), int64.
-        place: the place of each position in its text, shape (n,), int64.
+        row, place: text and place of each position, shape (n,), int64.
         heads: number of heads.
 
     Returns:
@@ -142,12 +137,7 @@ def labels_of(texts: Tensor, ends: Tensor, row: Tensor, place: Tensor, heads: in
 
 
 def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16) -> HiddenStates:
-    """States at the positions that heads predict from; computed, or read from the file of an earlier call.
-
-    Args:
-        model: the target that wrote the text.
-        text: the text.
-        batch: rows that it reads at a time.
+    """States at the positions that heads predict from; computed, ``batch`` rows at a time, or read from their file.
 
     Raises:
         FitError: no position has anything to predict; or as for `whole_states`.
@@ -164,12 +154,8 @@ def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16) -> 
 def whole_states(model: PreTrainedModel, text: TargetText, bfloat16: bool, batch: int = 16) -> HiddenStates:
     """States at every position of every text, the last included: for drafts, which need no labels.
 
-    Args:
-        model: the target.
-        text: the text.
-        bfloat16: multiply matrices in bfloat16, as training does: much quicker on processors that can, and far nearer
-            to the target's distribution than a draft comes.
-        batch: rows that it reads at a time.
+    With ``bfloat16``, matrices are multiplied as in training: much quicker on processors that can, and far nearer to
+    the target's distribution than a draft comes.
 
     Raises:
         FitError: the disk is too small, a state is not finite in float16, or the file is damaged.
@@ -181,12 +167,7 @@ def whole_states(model: PreTrainedModel, text: TargetText, bfloat16: bool, batch
 
 
 def paired_states(draft: PreTrainedModel, target: PreTrainedModel, text: TargetText) -> PairedStates:
-    """States of both models; computed, or read from the files of an earlier call.
-
-    Args:
-        draft: the model that drafts.
-        target: the model that wrote the text.
-        text: the text.
+    """States of a draft and of the target that wrote the text; computed, or read from their files.
 
     Raises:
         FitError: nothing was written; or as for `whole_states`.
@@ -206,11 +187,7 @@ def paired_states(draft: PreTrainedModel, target: PreTrainedModel, text: TargetT
 
 
 def join_states(parts: Sequence[HiddenStates]) -> HiddenStates:
-    """States of several texts as those of one, with the rows of the first part first.
-
-    Args:
-        parts: at least one, all of the same target.
-    """
+    """States of several texts of one target as those of one text, with the rows of the first part first."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.text.ends) for part in parts[:-1])])
@@ -220,11 +197,6 @@ def join_states(parts: Sequence[HiddenStates]) -> HiddenStates:
         place=np.concatenate([part.place for part in parts]),
         states=Chained([part.states for part in parts]),
     )
-
-
-def spread_over(positions: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` of some numbers, evenly spread; shape (at most count,), int64."""
-    return positions[np.linspace(0, len(positions) - 1, min(len(positions), count)).astype(np.int64)]
 
 
 def _between(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ...errors import FitError
 from ...files import replacing
-from ...models.weight_hashes import weights_digest
+from ...loading.pair import Pair
+from ...models.identity import weights_digest
 from ..measure import context_of
-from ..settings import TextSettings, require_least
-from .prompts import TRAINING, Prompts
+from ..settings import LoopSettings, OwnTextSettings, TextSettings, require_least
+from .batches import POSITIONS, TEXTS, require_batch
+from .prompts import TRAINING, Prompts, cut_prompts
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class TargetText:
 def join_texts(parts: Sequence[TargetText]) -> TargetText:
     """Several texts as one, with the rows of the first part first, stored where the first part is.
 
-    Args:
-        parts: at least one. Domains of the same name become one.
+    Domains of the same name become one.
     """
     domains = tuple(dict.fromkeys(name for part in parts for name in part.domains))
     width = max(part.tokens.shape[1] for part in parts)
@@ -78,14 +79,10 @@ def join_texts(parts: Sequence[TargetText]) -> TargetText:
 
 
 def frequent_tokens(tokens: np.ndarray, count: int, vocabulary_size: int | None = None) -> tuple[int, ...]:
-    """The most frequent tokens of a text, ascending; none if ``count`` is 0.
+    """The most frequent tokens of a text, shape (n,), ascending; none if ``count`` is 0.
 
-    Args:
-        tokens: the text, shape (n,).
-        count: number of tokens.
-        vocabulary_size: vocabulary of the model. With it, a text of too few different tokens is topped up with the
-            lowest token numbers, which a byte-pair tokeniser gives to its most frequent tokens; without it the result
-            may be shorter.
+    With a vocabulary size, a text of too few different tokens is topped up with the lowest token numbers, which a byte-
+    pair tokeniser gives to its most frequent tokens; without it the result may be shorter.
     """
     times = np.bincount(tokens, minlength=vocabulary_size or 0)
     likeliest = np.argsort(-times, kind="stable")  # among equally frequent tokens the lowest number comes first
@@ -95,12 +92,7 @@ def frequent_tokens(tokens: np.ndarray, count: int, vocabulary_size: int | None 
 
 
 def describe_text(settings: TextSettings, target: str) -> str:
-    """A line for a card, after those on the origin of the prompts.
-
-    Args:
-        settings: how the text was generated.
-        target: name of the model that wrote it.
-    """
+    """A line for a card on text that ``target`` generated, after those on the origin of the prompts."""
     return (
         f"{target} itself continued {settings.texts:,} prompts of {max(2, settings.prompt_tokens // 2)} to "
         f"{settings.prompt_tokens} tokens cut from that text by at most {settings.new_tokens} tokens, at temperature "
@@ -109,12 +101,7 @@ def describe_text(settings: TextSettings, target: str) -> str:
 
 
 def check_text_settings(settings: TextSettings, model: PreTrainedModel, least_new_tokens: int) -> None:
-    """Refuse settings that cannot work, before anything is generated.
-
-    Args:
-        settings: to be checked.
-        model: the target, or another model that reads the text.
-        least_new_tokens: shortest continuation from which anything can be learnt.
+    """Refuse settings that cannot work for a model that writes or reads the text, before anything is generated.
 
     Raises:
         FitError: a setting is out of range, or a prompt and its continuation exceed the context of the model.
@@ -129,20 +116,53 @@ def check_text_settings(settings: TextSettings, model: PreTrainedModel, least_ne
         )
 
 
+def own_text(
+    settings: OwnTextSettings, loop: LoopSettings, pair: Pair, name: str, least_new_tokens: int, whole: bool = False
+) -> tuple[TargetText, Prompts]:
+    """Cut prompts and let the target continue them, or read the text that an earlier call stored.
+
+    Args:
+        settings: which text.
+        loop: seed, size of a batch, and folder for the text.
+        pair: the target, with its tokeniser and weights that are not prepacked.
+        name: name of the target, for cards.
+        least_new_tokens: shortest continuation from which anything can be learnt.
+        whole: a step takes whole texts instead of positions.
+
+    Returns:
+        The text, and its prompts with a description of the text among their sources.
+
+    Raises:
+        FileNotFoundError: there is nothing to cut prompts from.
+        FitError: a setting is out of range, or there is too little text.
+    """
+    assert pair.tokenizer is not None
+    model, how = pair.target.model, settings.own_text
+    check_text_settings(how, model, least_new_tokens)
+    prompts = cut_prompts(pair.tokenizer, settings.corpus, settings.text, how.texts, how.prompt_tokens, loop.seed)
+    count = prompts.count(TRAINING)
+    if whole:
+        require_batch(count, loop.batch, TEXTS)
+    else:
+        require_batch(how.new_tokens * count, loop.batch * loop.length, POSITIONS)  # fewer if the target ends a text
+    text = generate_text(model, pair.eos_token_ids, prompts, how, loop.seed, loop.work)
+    return text, replace(prompts, sources=[*prompts.sources, describe_text(how, name)])
+
+
 def generate_text(
     model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int, work: Path
 ) -> TargetText:
-    """Let the target continue every prompt, or read the text that an earlier call stored.
+    """Let the target continue every prompt, or read the text that an earlier call stored by its digest.
 
-    Each batch is a file, so that a killed run repeats only the batch that was lost.
+    Each batch is a file with a seed derived from ``seed``, so that a killed run repeats only the batch that was lost.
 
     Args:
         model: the target.
         ends: tokens that end a text; they are kept as its last.
         prompts: the prompts.
         settings: how to generate.
-        seed: seed of the sampling; every batch derives a seed from it, so that it does not matter which are repeated.
-        work: folder for the text, which is stored by its digest.
+        seed: seed of the sampling.
+        work: folder for the text.
 
     Raises:
         FitError: a file of an earlier run is damaged.
@@ -180,15 +200,7 @@ def generate_text(
 def continue_rows(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], ends: Collection[int], settings: TextSettings, seed: int
 ) -> list[list[int]]:
-    """Prompts with their continuations, from one batch padded on the left; a text stops at its first end token.
-
-    Args:
-        model: the target.
-        rows: token ids of the prompts.
-        ends: tokens that end a text.
-        settings: number of tokens, and temperature.
-        seed: seed of the sampling.
-    """
+    """Prompts with their continuations, from one batch padded on the left; a text stops at its first end token."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -255,13 +267,8 @@ def plain_windows(
 ) -> TargetText:
     """Windows of the documents that training prompts are cut from, equally many of each domain, without overlap.
 
-    Args:
-        model: the target, which is to read them.
-        prompts: cut from the same text.
-        count: number of windows.
-        width: tokens of a window; it may hold the end of a document and the beginning of the next.
-        seed: seed of the choice.
-        work: folder for what is computed from the windows, which is stored by their digest.
+    A window may hold the end of a document and the beginning of the next. The target is to read them; what is computed
+    from them is stored in ``work`` by their digest.
 
     Raises:
         FitError: there is too little text.

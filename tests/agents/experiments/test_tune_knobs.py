@@ -23,7 +23,7 @@ from specgym.agents.training.files import RunFileError
 from specgym.agents.training.run import train
 from specgym.agents.training.settings_checks import SettingsError
 from specgym.agents.training.settings_io import prolonged
-from specgym.envs.decoders import DECODERS
+from specgym.decoding import decoder_names
 from specgym.envs.tuning.reward import RewardSettings
 
 
@@ -38,7 +38,7 @@ def test_written_and_read_by_their_format_they_are_the_same(kind: type[TrainSett
 
 def test_formats_decoders_and_environments_are_told_apart() -> None:
     assert len({kind.FORMAT for kind in TUNABLE.values()}) == len(TUNABLE)
-    assert {kind.DECODER for kind in TUNABLE.values()} <= set(DECODERS)
+    assert {kind.DECODER for kind in TUNABLE.values()} <= set(decoder_names())
     assert set(TUNABLE) <= set(get_args(EnvName))
 
 

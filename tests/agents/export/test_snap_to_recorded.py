@@ -13,7 +13,7 @@ from specgym.agents.experiments.tune_knobs import LookaheadSettings
 from specgym.agents.export import snap_to_recorded as nearby
 from specgym.agents.export.knob_policy import KnobRange
 from specgym.agents.export.snap_to_recorded import FEWEST, REACH, best_nearby
-from specgym.decoding.decoders.lookahead import lookahead_knobs
+from specgym.decoding import traits_of
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs.backends.outcome_totals import Totals, totals
 from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
@@ -38,7 +38,7 @@ def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> LookaheadSe
 @pytest.fixture(scope="module")
 def profile() -> LatencyProfile:
     """A token more in a pass costs a twentieth of a pass over one."""
-    return LatencyProfile("toy", {0: 0.0}, {1: 0.010, 160: 0.0895}, 0.010, {}, rounds="lookahead")
+    return LatencyProfile("toy", {0: 0.0}, {1: 0.010, 160: 0.0895}, 0.010, {}, kind="lookahead")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def recorded(settings: LookaheadSettings, name: str) -> Outcomes:
 
 
 def ranges() -> list[KnobRange]:
-    knobs = lookahead_knobs()
+    knobs = traits_of("lookahead").knobs_without_pair()
     ends = env_ranges(knobs)
     steps = default_scales(knobs, ends)
     return [

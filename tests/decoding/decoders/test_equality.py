@@ -80,7 +80,7 @@ def test_greedy_output_on_random_models_equals_generate(
             accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
             drafted = sum(cycle.drafted for generation in generations for cycle in generation.rounds)
             assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
-    decoder = ThresholdDecoder(Pair(model, draft), draft_length=8)
+    decoder = ThresholdDecoder(Pair(model, draft), max_draft_length=8)
     generations = check(
         decoder, prompts, expected, lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]}
     )
@@ -88,7 +88,7 @@ def test_greedy_output_on_random_models_equals_generate(
     for drafter in drafters[1:]:
         some = slice(0, 16)
         check(
-            ThresholdDecoder(Pair(model, drafter), draft_length=8),
+            ThresholdDecoder(Pair(model, drafter), max_draft_length=8),
             prompts[some],
             expected[some],
             lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
@@ -120,7 +120,7 @@ def test_greedy_output_of_shipped_pairs_equals_generate(
     assert 0 < acceptance(generations) < 1
     # Short drafts and rollbacks, to be done in minutes; the random models above have the long ones.
     check(
-        ThresholdDecoder(pair, draft_length=4),
+        ThresholdDecoder(pair, max_draft_length=4),
         prompts[::2],
         expected[::2],
         lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},

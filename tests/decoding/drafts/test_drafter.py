@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from specgym.decoding.drafts.drafter import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal, propose
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
-from specgym.decoding.latency.stopwatch import StopwatchDrafter
+from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 
@@ -250,10 +250,10 @@ def test_steps_are_put_together_in_order() -> None:
 def test_a_stopwatch_fills_up_the_drafts_of_a_table_alone(make_table: Callable[..., LanguageModel]) -> None:
     watch = StopwatchDrafter(NGramDrafter.fit([[1, 2, 3]], 8, order=2))
     watch.length = 5
-    assert (drafted(watch, [1], 9), watch.found) == ([2, 3, 0, 0, 0], 2)
+    assert (drafted(watch, [1], 9), watch.drafted) == ([2, 3, 0, 0, 0], 2)
     watch = StopwatchDrafter(ModelDrafter(make_table(8, seed=1, context=3)))
     watch.length = 5
-    assert (len(drafted(watch, [1, 2], 9)), watch.found) == (2, 2)
+    assert (len(drafted(watch, [1, 2], 9)), watch.drafted) == (2, 2)
 
 
 @pytest.mark.parametrize("sampled", [False, True])

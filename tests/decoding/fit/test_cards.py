@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -13,7 +14,7 @@ from specgym.decoding import fit
 from specgym.decoding.fit.__main__ import Command
 
 CARDS = sorted((Path(fit.__file__).parent.parent / "data" / "models").glob("*/README.md"))
-PROGRAMS = {"python -m specgym.decoding.fit ": Command, "python -m recipes.target ": TargetSettings}
+PROGRAMS: dict[str, Any] = {"python -m specgym.decoding.fit ": Command, "python -m recipes.target ": TargetSettings}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 def random_model(family: str, vocabulary: int = 60) -> PreTrainedModel:
     """A target of three layers whose weights are large enough for its distributions to have a shape."""
     torch.manual_seed(1)
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "llama":
         return LlamaForCausalLM(
             LlamaConfig(
@@ -113,7 +114,7 @@ def run(settings: LoopSettings, state: Path, stop_after: int | None = None) -> t
 
 @pytest.mark.parametrize("optimiser", ["muon", "adamw"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(
-    tmp_path: Path, settings: LoopSettings, optimiser: str
+    tmp_path: Path, settings: LoopSettings, optimiser: Literal["muon", "adamw"]
 ) -> None:
     settings = replace(settings, optimiser=optimiser)
     whole, whole_loss = run(settings, tmp_path / "whole.pt")

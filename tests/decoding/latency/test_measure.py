@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The pairs measured, with a measurement that takes no time."""
     pairs: list[str] = []
 
-    def quick(pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: None) -> LatencyProfile:
+    def quick(pair: Pair, decoder: None, *, sampling: Sampling) -> LatencyProfile:
         pairs.append(pair.name)
         return replace(PROFILE, autoregressive_seconds=float(len(pairs)))
 

@@ -126,15 +126,15 @@ def test_a_draft_that_is_no_model_costs_nothing() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_lookahead_round_is_one_pass_over_all_that_it_reads(batch_size: int) -> None:
-    profile = roofline(TARGET, None, A100, rounds="lookahead", batch_sizes=(1, 8), contexts=(512,))
+    profile = roofline(TARGET, None, A100, decoder="lookahead", batch_sizes=(1, 8), contexts=(512,))
     point = profile.at(batch_size=batch_size)
-    assert (point.rounds, point.pair, point.draft_seconds) == ("lookahead", "opt-6.7b", {0: 0.0})
+    assert (point.kind, point.pair, point.draft_seconds) == ("lookahead", "opt-6.7b", {0: 0.0})
     assert list(point.target_seconds) == list(range(1, 161))
     for tokens in (1, 20, 120):
         read = Round((1,), 5, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=tokens)
         expected = pass_seconds(TARGET, A100, tokens, batch_size=batch_size, context=512)
         assert point.charge([read]) == pytest.approx(expected)
-    longer = roofline(TARGET, None, A100, rounds="lookahead", max_target_tokens=300)
+    longer = roofline(TARGET, None, A100, decoder="lookahead", max_target_tokens=300)
     assert max(longer.target_seconds) == 300
 
 
@@ -160,8 +160,8 @@ def test_the_profile_covers_every_batch_size_with_every_context(tmp_path: Path) 
         ({"max_draft_length": 0}, "max_draft_length must be a whole number of at least 1, got 0"),
         ({"batch_sizes": (4, 0)}, "each of batch_sizes must be a whole number of at least 1, got 0"),
         ({"contexts": ()}, "contexts must have an entry"),
-        ({"rounds": "lookahead"}, "Lookahead rounds have no draft, and opt-125m was given"),
-        ({"rounds": "lookahead", "max_draft_length": 4}, "max_draft_length is not for lookahead rounds"),
+        ({"decoder": "lookahead"}, "lookahead rounds have no draft, and opt-125m was given"),
+        ({"decoder": "lookahead", "max_draft_length": 4}, "max_draft_length is not for lookahead rounds"),
         ({"max_target_tokens": 4}, "max_target_tokens is not for chain rounds"),
         ({"bandwidth_share": 0.0}, "bandwidth_share is a share, above 0 and at most 1, got 0.0"),
         ({"arithmetic_share": 1.5}, "arithmetic_share is a share, above 0 and at most 1, got 1.5"),

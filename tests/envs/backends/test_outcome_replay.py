@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specgym.decoding import Pair, SpeculativeDecoder
+from specgym.decoding import Pair, SpeculativeDecoder, traits_of
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs.backends.gaussian_process import Surface, fitted
@@ -19,7 +19,6 @@ from specgym.envs.backends.outcome_replay import OutcomeReplay
 from specgym.envs.backends.outcome_totals import QUANTITIES, totals
 from specgym.envs.backends.replay_table import ReplayTable
 from specgym.envs.backends.trace_replay import LOSSLESS, Replay
-from specgym.envs.decoders import DECODERS
 from specgym.envs.profiles import profile_of
 from specgym.envs.recordings.outcome_design import design
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -120,9 +119,9 @@ def test_whatever_is_replayed_could_have_been_decoded() -> None:
     """Lookahead emits what it accepts and one token more each round; the shipped recordings are of it."""
     outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
-    charged = profile_of(found, None, replayed=True, rounds="lookahead").at()
+    charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
     replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
-    moves = KnobMoves(DECODERS["lookahead"].knobs(16), None, None)
+    moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
     values = moves.values_of_many(moves.drawn(random, (4_000,)))
     prompts = random.integers(0, outcomes.prompts, 4_000)
     sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
@@ -138,7 +137,7 @@ def test_whatever_is_replayed_could_have_been_decoded() -> None:
 def test_over_all_prompts_the_mean_is_the_surface() -> None:
     outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
-    charged = profile_of(found, None, replayed=True, rounds="lookahead").at()
+    charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
     replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
     prompts = np.tile(np.arange(outcomes.prompts), 200)
     for setting in ([1, 4, 1], [2, 2, 0], [7, 3, 9], [16, 6, 16]):
@@ -293,7 +292,7 @@ def test_all_settings_at_an_end_where_nothing_is_drafted_are_one() -> None:
     plain: Text = [(1, 0, 0)] * 32
     drafted: Text = [(2, 4, 1)] * 16
     texts = [plain if not depth or not budget else drafted for depth, budget, _ in settings for _ in range(2)]
-    profile = LatencyProfile("made", {0: 0.0, 8: 0.001}, {1: 0.010, 17: 0.011}, 0.010, {}, rounds="draft-tree")
+    profile = LatencyProfile("made", {0: 0.0, 8: 0.001}, {1: 0.010, 17: 0.011}, 0.010, {}, kind="draft-tree")
     replay = OutcomeReplay([made("draft-tree", knobs, settings, texts)], [profile], 32)
     asked = np.array([[0, 5, 0.9], [0, 0, 0.0], [0, 8, 0.5], [1, 5, 0.0]])
     seconds = replay.means(0, asked)["seconds"]

@@ -136,7 +136,7 @@ def test_refining_adds_the_settings_that_would_be_fastest_and_goes_on_where_it_s
     work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one token costing as much as many, the more tokens a round emits the better."""
-    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 200: 1.0}, 1.0, {}, rounds="lookahead")
+    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 200: 1.0}, 1.0, {}, kind="lookahead")
     settings = replace(FEW, settings=12, refine=8)
     whole = record_outcomes(work, "train", tmp_path / "whole.npz", settings, profile=profile)
     plain = record_outcomes(work, "train", tmp_path / "plain.npz", replace(FEW, settings=12))

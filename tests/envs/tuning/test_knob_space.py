@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from specgym.agents.export.knob_policy import KnobRange
-from specgym.decoding.decoder import Knob
+from specgym.decoding import Knob, traits_of
 from specgym.decoding.errors import KnobError
-from specgym.envs.decoders import DECODERS
 from specgym.envs.tuning.knob_space import KnobMoves
 
 LINEAR = Knob("linear", 0.0, 10.0, 5.0)
@@ -75,7 +74,9 @@ def test_moving_leaves_the_state_given_as_it_was() -> None:
     np.testing.assert_array_equal(state, [5.0, 4.0, 4.0])
 
 
-@pytest.mark.parametrize("knobs", [ALL, DECODERS["lookahead"].knobs(16), DECODERS["threshold"].knobs(16)])
+@pytest.mark.parametrize(
+    "knobs", [ALL, traits_of("lookahead").knobs_without_pair(), traits_of("threshold").knobs_without_pair()]
+)
 def test_an_exported_knob_moves_as_the_environments_does(knobs: tuple[Knob, ...]) -> None:
     """The exported policy is followed without an environment."""
     moves, random = KnobMoves(knobs, None, None), np.random.default_rng(2)
@@ -95,7 +96,7 @@ def test_an_exported_knob_moves_as_the_environments_does(knobs: tuple[Knob, ...]
 
 def test_window_and_guesses_of_lookahead_are_logarithmic() -> None:
     """Whether a pass guesses once or not at all matters most; a linear scale gives that a seventeenth of the range."""
-    moves = KnobMoves(DECODERS["lookahead"].knobs(16), None, None)
+    moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
     drawn = moves.values_of_many(moves.drawn(np.random.default_rng(3), (4_000,)))
     assert (drawn["guesses"] <= 1).mean() > 0.25
     assert (drawn["window"] <= 2).mean() > 0.25

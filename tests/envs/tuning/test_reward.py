@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.decoding.decoder import Knob
+from specgym.decoding import Knob
 from specgym.envs.tuning.reward import RewardError, RewardSettings, closeness, range_bonus, reward_terms
 
 KNOBS = (Knob("fallback", 0, 1, 0.5), Knob("rollback", 1, 16, 1))

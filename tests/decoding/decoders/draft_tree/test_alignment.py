@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.draft_tree import AffineAlignment, DraftTreeModelError, RidgeFit, proposals
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, DraftTreeModelError, RidgeFit, proposals
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.output_head import output_layer
 

@@ -11,16 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding import DraftTreeDecoder, KnobError, NumericalError, Pair, PromptLookupDrafter, Sampling
-from specgym.decoding.decoders.draft_tree import (
-    AcceptancePredictor,
-    AffineAlignment,
-    DraftTreeModelError,
-    DraftTreeRound,
-    PredictorShape,
-    draft_tree_knobs,
-    save_acceptance,
-    save_alignment,
-)
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, DraftTreeModelError
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeRound
+from specgym.decoding.decoders.draft_tree.files import save_acceptance, save_alignment
+from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -58,17 +52,17 @@ def test_guidance_of_other_widths_is_refused_by_name(pair: Pair) -> None:
 
 
 def test_what_ships_or_lies_beside_the_draft_is_found(pair: Pair, tmp_path: Path) -> None:
-    assert DraftTreeDecoder.usual(pair).guidance.alignment is None
+    assert DraftTreeDecoder.for_pair(pair).guidance.alignment is None
     draft = DraftTreeDecoder(pair).draft
     draft.name = str(tmp_path / "mine")
     alignment, predictor = AffineAlignment(32, 32), AcceptancePredictor(PredictorShape(32))
     save_alignment(alignment, tmp_path / "mine-alignment", draft, pair.target)
-    found = DraftTreeDecoder.usual(pair).guidance
+    found = DraftTreeDecoder.for_pair(pair).guidance
     assert found.alignment is not None
     assert found.predictor is None
     assert not found.needs_states
     save_acceptance(predictor, tmp_path / "mine-acceptance", draft, pair.target, alignment)
-    assert DraftTreeDecoder.usual(pair).guidance.predictor is not None
+    assert DraftTreeDecoder.for_pair(pair).guidance.predictor is not None
 
 
 def test_a_draft_that_is_no_model_is_refused(make_model: MakeModel) -> None:
@@ -80,12 +74,14 @@ def test_a_draft_that_is_no_model_is_refused(make_model: MakeModel) -> None:
 
 
 def test_there_is_a_threshold_only_where_there_is_pruning(pair: Pair) -> None:
-    assert [knob.name for knob in DraftTreeDecoder(pair).knobs] == [knob.name for knob in draft_tree_knobs()]
+    assert [knob.name for knob in DraftTreeDecoder(pair).knobs] == [
+        knob.name for knob in DraftTreeDecoder.knobs_without_pair()
+    ]
     without = DraftTreeDecoder(pair, pruning=None)
     assert [knob.name for knob in without.knobs] == ["max_candidates", "max_depth", "node_budget"]
     with pytest.raises(KnobError, match="no knob 'min_acceptance_prob'"):
         without.generate([1, 2], max_new_tokens=4, knobs={"min_acceptance_prob": 0.1})
-    assert {knob.name: knob.default for knob in draft_tree_knobs()} == {
+    assert {knob.name: knob.default for knob in DraftTreeDecoder.knobs_without_pair()} == {
         "max_candidates": 5,
         "max_depth": 4,
         "node_budget": 16,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from specgym.decoding.decoder import Session
-from specgym.decoding.decoders.draft_tree import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree import verification_rules as rules
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.verification_rules import Distinct, Independent, Likeliest
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
@@ -31,7 +31,7 @@ class TreeWalker(Walker):
 
     def begin(self, session: Session, walk: Branches) -> None:
         """Every throw."""
-        session._dice = Dice(walk)
+        session._rng = Dice(walk)
 
 
 @pytest.fixture

@@ -14,12 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.draft_tree import (
-    AcceptancePredictor,
-    AffineAlignment,
-    DraftTreeModelError,
-    PredictorShape,
-    files,
+from specgym.decoding.decoders.draft_tree import files
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, DraftTreeModelError
+from specgym.decoding.decoders.draft_tree.files import (
     load_acceptance,
     load_alignment,
     save_acceptance,
@@ -27,6 +24,7 @@ from specgym.decoding.decoders.draft_tree import (
     usual_acceptance,
     usual_alignment,
 )
+from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.models.language_model import LanguageModel
 
 MakeModel = Callable[..., LanguageModel]

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specgym.decoding.decoders.draft_tree import AcceptancePredictor, DraftTreeModelError, NodeFeatures, PredictorShape
-from specgym.decoding.decoders.draft_tree.predictor import calibrating_temperature, log_odds
+from specgym.decoding.decoders.draft_tree.alignment import DraftTreeModelError
+from specgym.decoding.decoders.draft_tree.predictor import (
+    AcceptancePredictor,
+    NodeFeatures,
+    PredictorShape,
+    calibrating_temperature,
+    log_odds,
+)
 
 WIDTH = 6
 

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from specgym.decoding.decoders.draft_tree import (
-    DraftTreeDecoder,
-    NodeFeatures,
-    proposals,
-    usual_acceptance,
-    usual_alignment,
-)
+from specgym.decoding.decoders.draft_tree.alignment import proposals
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
+from specgym.decoding.decoders.draft_tree.files import usual_acceptance, usual_alignment
+from specgym.decoding.decoders.draft_tree.predictor import NodeFeatures
 from specgym.decoding.loading.pair import load_pair
 from specgym.decoding.models.output_head import output_layer
 from specgym.decoding.prompts.prompt_set import load_prompts
@@ -83,7 +80,7 @@ def test_pruning_by_the_predictor_spares_thirty_per_cent_of_a_large_tree_for_thr
     None
 ):
     pair = load_pair("tiny-3m-1l")
-    decoder = DraftTreeDecoder.usual(pair)
+    decoder = DraftTreeDecoder.for_pair(pair)
     prompts = [pair.encode(text)[:64] for domain in ("prose", "code") for text in load_prompts(domain).test[:4]]
     verified, accepted = [], []
     for threshold in (0.0, 0.015):

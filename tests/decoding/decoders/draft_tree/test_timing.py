@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgym.decoding import PromptLookupDrafter
-from specgym.decoding.decoders.draft_tree import DraftTreeDecoder, draft_tree_knobs
 from specgym.decoding.decoders.draft_tree import verification_rules as rules
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
-from specgym.decoding.decoders.draft_tree.decoder import DraftTreeSession
+from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeSession
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, NodeFeatures, PredictorShape
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
@@ -25,7 +24,6 @@ from specgym.decoding.latency.host import describe_hardware
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, roofline
-from specgym.decoding.latency.round_kinds import MOST_TREE_TOKENS
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 
@@ -59,8 +57,8 @@ def guided(pair: Pair, weight: float = 0.5, width: int = 8, **more: Any) -> Draf
 
 
 def trees(pair: Pair, **arguments: Any) -> LatencyProfile:
-    usual = {"rounds": "draft-tree", "repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
-    return measure(pair, **(usual | arguments))
+    usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
+    return measure(pair, arguments.pop("decoder", "draft-tree"), **(usual | arguments))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -74,17 +72,17 @@ def test_every_number_of_levels_and_every_size_of_tree_are_timed_up_to_the_large
     found = trees(pair, max_target_tokens=largest, sampling=Sampling(temperature))
     assert list(found.target_seconds) == sizes
     assert list(found.draft_seconds) == levels
-    assert (found.pair, found.rounds, found.batch_size, found.context) == ("toy", "draft-tree", 1, 5)
+    assert (found.pair, found.kind, found.batch_size, found.context) == ("toy", "draft-tree", 1, 5)
     assert found.sampling == ("sampled" if temperature else "greedy")
     assert found.hardware == {**describe_hardware(pair), "draft_tree": UNGUIDED}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_by_default_all_that_the_knobs_allow_is_covered(make_model: MakeModel, family: str) -> None:
-    found = measure(pair_of(make_model, family), rounds="draft-tree", repeats=1)
-    knobs = {knob.name: knob.high for knob in draft_tree_knobs()}
+    found = measure(pair_of(make_model, family), "draft-tree", repeats=1)
+    knobs = {knob.name: knob.high for knob in DraftTreeDecoder.knobs_without_pair()}
     assert list(found.draft_seconds) == list(range(int(knobs["max_depth"]) + 1))
-    assert max(found.target_seconds) == knobs["node_budget"] + 1 == MOST_TREE_TOKENS
+    assert max(found.target_seconds) == knobs["node_budget"] + 1 == DraftTreeDecoder.largest_pass
 
 
 @pytest.mark.parametrize("rule", ["likeliest", "independent", "distinct"])
@@ -111,7 +109,7 @@ def test_passes_are_of_all_sizes_and_drafting_is_timed_with_levels_of_usual_widt
         return replace(found, draft_seconds=found.drafted, verify_seconds=100 * found.target_tokens)
 
     monkeypatch.setattr(DraftTreeSession, "_round", counted)
-    found = trees(pair, max_target_tokens=65, tree_decoder=decoder, sampling=Sampling(1.0))
+    found = trees(pair, max_target_tokens=65, decoder=decoder, sampling=Sampling(1.0))
     assert found.draft_seconds == {levels: 4 * levels for levels in range(9)}  # not of the wider trees
     assert found.target_seconds == {size: 100 * size for size in found.target_seconds}
     assert set(found.target_seconds) <= set(read["target"])
@@ -133,7 +131,7 @@ def test_what_stands_beside_the_draft_takes_its_time_and_decides_nothing(
         return torch.zeros(len(features.depth))
 
     monkeypatch.setattr(AcceptancePredictor, "predict", hopeless)
-    found = trees(pair, tree_decoder=guided(pair))
+    found = trees(pair, decoder=guided(pair))
     assert max(asked) > 4
     assert (max(found.draft_seconds), max(found.target_seconds)) == (3, 12)
     told = {"alignment": True, "alignment_weight": 0.5, "predictor_width": 8, "aligned_scores": True}
@@ -154,12 +152,12 @@ def test_children_that_are_drawn_are_drawn_and_verified_by_their_rule(
             return method(*arguments)
 
         monkeypatch.setattr(kind, name, counted)
-    trees(pair, tree_decoder=DraftTreeDecoder(pair, rule), sampling=Sampling(1.0))
+    trees(pair, decoder=DraftTreeDecoder(pair, rule), sampling=Sampling(1.0))
     assert set(calls) == {"children", "verify"}
 
 
 def test_the_profile_charges_real_rounds_by_the_drafts_passes_and_the_tokens_read(pair: Pair) -> None:
-    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 4: 7.0}, {1: 10.0, 4: 13.0}, 9.0, {}, rounds="draft-tree")
+    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 4: 7.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="draft-tree")
     done = DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=12, knobs={"max_depth": 3})
     charged = sum(found.draft(cycle.draft_steps) + 9 + cycle.target_tokens for cycle in done.rounds)
     assert found.charge(done.rounds) == pytest.approx(charged)
@@ -167,7 +165,7 @@ def test_the_profile_charges_real_rounds_by_the_drafts_passes_and_the_tokens_rea
 
 
 def test_a_round_has_no_more_levels_than_were_timed_and_candidates_alone_have_a_marginal_cost() -> None:
-    found = LatencyProfile("t", {0: 0.0, 8: 4.0}, {1: 10.0, 65: 42.0}, 10.0, {}, rounds="draft-tree")
+    found = LatencyProfile("t", {0: 0.0, 8: 4.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="draft-tree")
     assert found.round(2) == pytest.approx(1.0 + 11.0)
     assert found.round(64) == pytest.approx(4.0 + 42.0)
     assert found.marginal_cost() == pytest.approx(0.05)
@@ -177,7 +175,7 @@ def test_other_contexts_are_timed_behind_texts_of_their_length(pair: Pair) -> No
     found = trees(pair, contexts=(40, 5, 80))
     assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
     between = found.at(context=60)
-    assert (between.rounds, list(between.draft_seconds)) == ("draft-tree", [0, 1, 2, 3])
+    assert (between.kind, list(between.draft_seconds)) == ("draft-tree", [0, 1, 2, 3])
 
 
 def test_a_draft_with_a_short_context_leaves_as_little_room_as_a_target_with_one(make_model: MakeModel) -> None:
@@ -195,24 +193,21 @@ def test_a_draft_with_a_short_context_leaves_as_little_room_as_a_target_with_one
         ({"max_draft_length": 4}, "max_draft_length is not for draft-tree rounds.*max_target_tokens"),
         ({"batch_sizes": (1, 4)}, "draft-tree rounds are timed at batch size 1 alone.*leave them out"),
         ({"contexts": (240,)}, "a context of 240 tokens leaves .* no room for draft-tree rounds.* takes 25 tokens"),
-        ({"heads": "folder"}, "heads are for rounds='medusa', and the rounds are draft-tree"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_before_anything_is(
     pair: Pair, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        measure(pair, **({"rounds": "draft-tree", "repeats": 10**9, "prompt": [1, 2, 3]} | arguments))
+        measure(pair, "draft-tree", **({"repeats": 10**9, "prompt": [1, 2, 3]} | arguments))
 
 
-def test_a_decoder_is_for_its_own_kind_of_rounds_and_a_draft_is_needed(pair: Pair) -> None:
+def test_a_draft_that_is_a_model_is_needed(pair: Pair) -> None:
     for function in (measure, measured):
-        with pytest.raises(ValueError, match="tree_decoder is for rounds='draft-tree', and the rounds are lookahead"):
-            function(pair, rounds="lookahead", tree_decoder=DraftTreeDecoder(pair))
         with pytest.raises(ValueError, match="DraftTreeDecoder needs a draft"):
-            function(Pair(pair.target), rounds="draft-tree")
+            function(Pair(pair.target), "draft-tree")
         with pytest.raises(ValueError, match="DraftTreeDecoder needs a model as draft"):
-            function(Pair(pair.target, PromptLookupDrafter(64)), rounds="draft-tree")
+            function(Pair(pair.target, PromptLookupDrafter(64)), "draft-tree")
 
 
 def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
@@ -221,15 +216,15 @@ def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
     timed: list[str] = []
 
-    def quick(pair: Pair, *, rounds: str, tree_decoder: DraftTreeDecoder, **more: Any) -> LatencyProfile:
+    def quick(pair: Pair, decoder: DraftTreeDecoder, **more: Any) -> LatencyProfile:
         assert pair.draft is not None
-        assert tree_decoder.pair.draft is pair.draft
+        assert decoder.pair.draft is pair.draft
         timed.append(pair.name)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, rounds=rounds)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="draft-tree")
 
     monkeypatch.setattr(latency_measure, "measure", quick)
-    usual = measured(pair, rounds="draft-tree")
-    assert measured(pair, rounds="draft-tree", tree_decoder=DraftTreeDecoder(pair)) == usual
+    usual = measured(pair, "draft-tree")
+    assert measured(pair, decoder=DraftTreeDecoder(pair)) == usual
     learned = guided(pair)
     with torch.no_grad():
         assert learned.guidance.alignment is not None
@@ -242,18 +237,18 @@ def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
         DraftTreeDecoder(pair, "distinct"),
         DraftTreeDecoder(pair, draft_sampling=Sampling(0.8, top_k=9)),
     ]
-    found = [measured(pair, rounds="draft-tree", tree_decoder=other) for other in others]
+    found = [measured(pair, decoder=other) for other in others]
     assert len({each.autoregressive_seconds for each in (usual, *found)}) == 7
-    assert measured(pair, rounds="draft-tree", tree_decoder=guided(pair)) == found[0]
-    assert measured(Pair(pair.target, make_model("llama", vocabulary=64)), rounds="draft-tree") != usual
+    assert measured(pair, decoder=guided(pair)) == found[0]
+    assert measured(Pair(pair.target, make_model("llama", vocabulary=64)), "draft-tree") != usual
     latency_measure._known.clear()  # as in another process
-    assert measured(pair, rounds="draft-tree") == usual
+    assert measured(pair, "draft-tree") == usual
     assert len(timed) == 8
 
 
 def test_charging_trees_by_another_kind_is_refused_and_no_roofline_is_promised() -> None:
     chains = LatencyProfile("toy", {0: 0.0}, {1: 1.0}, 1.0, {})
-    with pytest.raises(LatencyProfileError, match=r"rounds='draft-tree'\), or .* --rounds draft-tree$"):
-        chains.require_rounds("draft-tree")
-    with pytest.raises(ValueError, match=r"cannot be computed.*measured\(pair, rounds='draft-tree'\)"):
-        roofline(MODEL_SHAPES["opt-125m"], MODEL_SHAPES["opt-125m"], next(iter(HARDWARE)), rounds="draft-tree")
+    with pytest.raises(LatencyProfileError, match=r"measured\(pair, decoder\), or .* --decoder draft-tree$"):
+        chains.require_kind("draft-tree")
+    with pytest.raises(ValueError, match=r"cannot be computed.*measured\(pair, 'draft-tree'\)"):
+        roofline(MODEL_SHAPES["opt-125m"], MODEL_SHAPES["opt-125m"], next(iter(HARDWARE)), decoder="draft-tree")

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.lookahead import (
-    JacobiDecoder,
-    LookaheadDecoder,
-    LookaheadRound,
-    LookaheadStatistics,
-    PoolSettings,
-    lookahead_knobs,
-)
+from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound
+from specgym.decoding.decoders.lookahead.pool import PoolSettings
+from specgym.decoding.decoders.lookahead.statistics import LookaheadStatistics
 from specgym.decoding.drafts.drafter import ModelDrafter
 from specgym.decoding.errors import KnobError, NumericalError, PromptError
 from specgym.decoding.latency.profile import LatencyProfile
@@ -42,7 +37,7 @@ def test_the_knobs_are_whole_numbers_with_the_published_defaults(make_table: Mak
     pair = Pair(make_table(8, seed=1))
     decoder = LookaheadDecoder(pair)
     assert decoder.lossless
-    assert decoder.knobs == lookahead_knobs()
+    assert decoder.knobs == LookaheadDecoder.knobs_without_pair()
     assert [(knob.name, knob.low, knob.high, knob.integer) for knob in decoder.knobs] == [
         ("window", 1, 16, True),
         ("ngram", 2, 6, True),
@@ -153,7 +148,7 @@ def test_empty_rounds_count_for_nothing(table_of: TableOf) -> None:
     assert rounds[-1].tokens == ()
     made = [cycle for cycle in rounds if cycle.tokens]
     assert LookaheadStatistics.of(rounds) == LookaheadStatistics.of(made)
-    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 2: 2.0}, 1.0, {}, rounds="lookahead")
+    profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 2: 2.0}, 1.0, {}, kind="lookahead")
     assert profile.charge(rounds) == profile.charge(made)
 
 

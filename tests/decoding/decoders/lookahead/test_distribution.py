@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from specgym.decoding.decoder import Session
-from specgym.decoding.decoders.lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
 from specgym.decoding.decoders.lookahead import decoder as module
+from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
+from specgym.decoding.decoders.lookahead.pool import PoolSettings
 from specgym.decoding.decoders.lookahead.verification import Accepted, follow
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
@@ -60,7 +61,7 @@ class LookaheadWalker(Walker):
 
     def begin(self, session: Session, walk: Branches) -> None:
         """A throw is a branch."""
-        session._dice = Dice(walk)
+        session._rng = Dice(walk)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoder import Decoder, Round, Session
-from specgym.decoding.decoders.lookahead import JacobiDecoder, LookaheadDecoder, PoolSettings
+from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
+from specgym.decoding.decoders.lookahead.pool import PoolSettings
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.prompts.prompt_set import load_prompts
 

@@ -11,14 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from specgym.decoding.decoders.lookahead import (
-    LookaheadDecoder,
-    LookaheadRound,
-    LookaheadSession,
-    NGramPool,
-    PoolSettings,
-)
-from specgym.decoding.decoders.lookahead.pool import Guess, PoolSettingsError
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder, LookaheadRound, LookaheadSession
+from specgym.decoding.decoders.lookahead.pool import Guess, NGramPool, PoolSettings, PoolSettingsError
 from specgym.decoding.errors import SpecgymError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from specgym.decoding.decoders.lookahead import LookaheadDecoder, LookaheadRound, PoolSettings
-from specgym.decoding.decoders.lookahead.pool import Guess
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder, LookaheadRound
+from specgym.decoding.decoders.lookahead.pool import Guess, PoolSettings
 from specgym.decoding.decoders.lookahead.selection import chosen
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.lookahead import LookaheadDecoder
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.errors import PromptError
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.host import describe_hardware
+from specgym.decoding.latency.interleaved import EndlessText
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile
-from specgym.decoding.latency.repeated_rounds import EndlessText
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 
@@ -30,7 +30,7 @@ def alone(make_model: Callable[..., PreTrainedModel]) -> Pair:
 
 def lookahead(pair: Pair, **arguments: Any) -> LatencyProfile:
     usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
-    return measure(pair, rounds="lookahead", **(usual | arguments))
+    return measure(pair, "lookahead", **(usual | arguments))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -40,7 +40,7 @@ def test_rounds_of_every_size_are_timed_up_to_the_largest(
 ) -> None:
     found = lookahead(alone, max_target_tokens=largest, sampling=Sampling(temperature=temperature))
     assert list(found.target_seconds) == sizes
-    assert (found.rounds, found.draft_seconds, found.batch_size, found.context) == ("lookahead", {0: 0.0}, 1, 5)
+    assert (found.kind, found.draft_seconds, found.batch_size, found.context) == ("lookahead", {0: 0.0}, 1, 5)
     assert found.sampling == ("sampled" if temperature else "greedy")
     assert found.hardware == describe_hardware(alone)
 
@@ -50,7 +50,7 @@ def test_by_default_everything_that_the_knobs_allow_is_covered(
     make_model: Callable[..., PreTrainedModel], family: str
 ) -> None:
     target = make_model(family, layers=1, vocabulary=64, hidden=16, context=256)
-    found = measure(Pair(target), rounds="lookahead", repeats=1)
+    found = measure(Pair(target), "lookahead", repeats=1)
     knobs = {knob.name: knob.high for knob in LookaheadDecoder(Pair(target)).knobs}
     assert max(found.target_seconds) == (knobs["window"] + knobs["guesses"]) * (knobs["ngram"] - 1) == 160
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in found.target_seconds.values())
@@ -104,7 +104,7 @@ def test_other_contexts_are_timed_behind_texts_of_their_length(alone: Pair, monk
     assert prompts == {5, 40, 80}
     assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
     between = found.at(context=60)
-    assert (between.rounds, list(between.target_seconds)) == ("lookahead", list(found.target_seconds))
+    assert (between.kind, list(between.target_seconds)) == ("lookahead", list(found.target_seconds))
 
 
 def test_a_text_that_has_grown_is_begun_anew(alone: Pair) -> None:
@@ -120,7 +120,7 @@ def test_a_short_context_is_timed_as_far_as_it_has_room_and_says_so(
 ) -> None:
     target = make_model("llama", layers=1, vocabulary=64, hidden=16, context=64)
     with caplog.at_level(logging.WARNING):
-        found = measure(Pair(target, name="short"), rounds="lookahead", repeats=3, prompt=[1, 2, 3, 4])
+        found = measure(Pair(target, name="short"), "lookahead", repeats=3, prompt=[1, 2, 3, 4])
     assert max(found.target_seconds) == 80  # two rows of 40 columns, behind 4 tokens and the 16 that a text may grow by
     assert "timed up to 80 tokens, not 160" in caplog.text
 
@@ -131,7 +131,7 @@ def test_a_short_context_is_timed_as_far_as_it_has_room_and_says_so(
         ({"max_target_tokens": 0}, ValueError, "max_target_tokens must be a whole number of at least 1, got 0"),
         ({"max_target_tokens": 600}, ValueError, "over 600 tokens behind a context of 5 .* of at most 470"),
         ({"max_draft_length": 4}, ValueError, "max_draft_length is not for lookahead rounds.*max_target_tokens"),
-        ({"batch_sizes": (1, 4)}, ValueError, r"batch size 1 alone.*roofline\(target, None, .*rounds='lookahead'"),
+        ({"batch_sizes": (1, 4)}, ValueError, r"batch size 1 alone.*roofline\(target, None, .*decoder='lookahead'"),
         ({"contexts": (0,)}, ValueError, "each of contexts must be a whole number of at least 1, got 0"),
         ({"contexts": (245,)}, ValueError, "a context of 245 tokens leaves .* no room.*give a shorter prompt"),
         ({"repeats": 0}, ValueError, "repeats must be a whole number of at least 1, got 0"),
@@ -149,13 +149,13 @@ def test_chains_refuse_the_size_of_lookahead_and_unknown_kinds_are_named(alone: 
     with pytest.raises(ValueError, match=r"max_target_tokens is not for chain rounds.*max_draft_length"):
         measure(alone, max_target_tokens=8)
     for function in (measure, measured):
-        with pytest.raises(ValueError, match="one of chain, lookahead, medusa, medusa-typical, draft-tree, got 'tree'"):
-            function(alone, rounds="tree")
+        with pytest.raises(ValueError, match="no decoder 'tree'; there are: threshold, speculative, lookahead"):
+            function(alone, "tree")
 
 
 def test_chains_of_a_target_alone_are_refused_with_the_way_out(alone: Pair) -> None:
     for function in (measure, measured):
-        with pytest.raises(ValueError, match=r"needs a draft, and pair alone has none.*rounds='lookahead'"):
+        with pytest.raises(ValueError, match=r"needs a draft, and pair alone has none.*'lookahead'"):
             function(alone)
 
 
@@ -168,18 +168,18 @@ def test_pairs_of_one_target_share_the_profile_that_is_kept_apart_from_their_cha
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path))
     kinds: list[str] = []
 
-    def quick(pair: Pair, *, sampling: Sampling, rounds: str, heads: None, tree_decoder: None) -> LatencyProfile:
-        kinds.append(rounds)
-        assert (pair.draft is None) == (rounds == "lookahead")
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.9, {}, rounds=rounds)
+    def quick(pair: Pair, decoder: Any, *, sampling: Sampling) -> LatencyProfile:
+        kinds.append("chain" if decoder is None else decoder.cost_kind(greedy=True))
+        assert (pair.draft is None) == (decoder is not None)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.9, {}, kind=kinds[-1])
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     alone.target.name = "folder/target"
     drafted = Pair(alone.target, make_noisy(alone.target.model, 0.3), name="drafted")
-    first = measured(drafted, rounds="lookahead")
+    first = measured(drafted, "lookahead")
     latency_measure._known.clear()  # as in another process
-    assert measured(alone, rounds="lookahead") == first
-    assert measured(drafted).rounds == "chain"
+    assert measured(alone, "lookahead") == first
+    assert measured(drafted).kind == "chain"
     assert kinds == ["lookahead", "chain"]
     names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "latency").iterdir())
     assert names == ["drafted-greedy", "folder_target-lookahead-greedy"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specgym.decoding.decoders.medusa import CandidateTree, MedusaDecoder, TypicalMedusaDecoder, cartesian
 from specgym.decoding.decoders.medusa import decoder as module
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.trees import CandidateTree, cartesian
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.first_tokens import ROUNDING, Knobs, Walker, assert_found_out, assert_texts_follow_the_target, usual

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoder import Decoder, Round, Session
-from specgym.decoding.decoders.medusa import CandidateTree, MedusaDecoder, MedusaRound, TypicalMedusaDecoder, cartesian
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, MedusaRound, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.trees import CandidateTree, cartesian
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.prepack import PrepackedLinear

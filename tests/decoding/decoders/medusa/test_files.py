@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import MedusaDecoder, MedusaHeads, MedusaHeadsError, load_heads, save_heads
 from specgym.decoding.decoders.medusa import files as module
-from specgym.decoding.decoders.medusa.files import DESCRIPTION, WEIGHTS, usual_heads
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
+from specgym.decoding.decoders.medusa.files import DESCRIPTION, WEIGHTS, load_heads, save_heads, usual_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads, MedusaHeadsError
 from specgym.decoding.loading.find_model import load_model
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

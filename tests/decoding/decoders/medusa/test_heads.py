@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import HeadsShape, MedusaDecoder, MedusaHeads, MedusaHeadsError, cartesian
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
+from specgym.decoding.decoders.medusa.heads import HeadsShape, MedusaHeads, MedusaHeadsError
+from specgym.decoding.decoders.medusa.trees import cartesian
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import MedusaDecoder, MedusaHeadsError, load_heads
-from specgym.decoding.decoders.medusa.files import usual_heads
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
+from specgym.decoding.decoders.medusa.files import load_heads, usual_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeadsError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 

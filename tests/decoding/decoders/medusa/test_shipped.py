@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from specgym.decoding.decoders.medusa import MedusaDecoder, TypicalMedusaDecoder, cartesian
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.trees import cartesian
 from specgym.decoding.loading.pair import load_pair
 from specgym.decoding.prompts.prompt_set import load_prompts
 

@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import (
-    MedusaDecoder,
-    MedusaHeads,
-    MedusaHeadsError,
-    TypicalMedusaDecoder,
-    save_heads,
-)
 from specgym.decoding.decoders.medusa import decoder as decoder_module
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
+from specgym.decoding.decoders.medusa.files import save_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads, MedusaHeadsError
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
 from specgym.decoding.latency.host import describe_hardware
@@ -46,8 +42,9 @@ def heads_of(pair: Pair, count: int, **more: Any) -> MedusaHeads:
 
 
 def medusa(pair: Pair, heads: MedusaHeads | None, **arguments: Any) -> LatencyProfile:
-    usual = {"rounds": "medusa", "repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
-    return measure(pair, heads=heads, **(usual | arguments))
+    usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
+    decoder = arguments.pop("decoder", MedusaDecoder)
+    return measure(pair, decoder(pair, heads), **(usual | arguments))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -62,7 +59,7 @@ def test_every_number_of_heads_and_every_size_of_tree_are_timed_up_to_the_larges
     assert list(found.target_seconds) == sizes
     assert list(found.draft_seconds) == asked
     assert all(seconds > 0 for seconds in found.draft_seconds.values())
-    assert (found.rounds, found.batch_size, found.context) == ("medusa", 1, 5)
+    assert (found.kind, found.batch_size, found.context) == ("medusa", 1, 5)
     assert found.sampling == ("sampled" if temperature else "greedy")
     assert found.hardware == {**describe_hardware(alone), "medusa": {"heads": 3, **SHAPE}}
 
@@ -73,7 +70,7 @@ def test_by_default_all_that_the_knobs_allow_is_covered(
 ) -> None:
     pair = Pair(make_model(family, layers=1, vocabulary=64, hidden=16, context=256))
     heads = heads_of(pair, 5)
-    found = measure(pair, rounds="medusa", repeats=1, heads=heads)
+    found = measure(pair, MedusaDecoder(pair, heads), repeats=1)
     knobs = {knob.name: knob.high for knob in MedusaDecoder(pair, heads).knobs}
     assert (max(found.draft_seconds), max(found.target_seconds)) == (knobs["heads"], knobs["tree_size"] + 1) == (5, 65)
 
@@ -108,7 +105,7 @@ def test_trees_and_heads_are_timed_alike_whatever_the_heads_have_learned(alone: 
 
 
 def test_the_profile_charges_real_rounds_by_heads_asked_and_tokens_read(alone: Pair, heads: MedusaHeads) -> None:
-    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 3: 2.0}, {1: 10.0, 4: 13.0}, 9.0, {}, rounds="medusa")
+    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 3: 2.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="medusa")
     done = MedusaDecoder(alone, heads).generate([1, 2, 3], max_new_tokens=9, knobs={"heads": 3, "tree_size": 8})
     charged = sum(found.draft(cycle.draft_steps) + 9 + cycle.target_tokens for cycle in done.rounds)
     assert found.charge(done.rounds) == pytest.approx(charged)
@@ -116,7 +113,7 @@ def test_the_profile_charges_real_rounds_by_heads_asked_and_tokens_read(alone: P
 
 
 def test_a_round_has_no_more_heads_than_there_are_and_candidates_alone_have_a_marginal_cost() -> None:
-    found = LatencyProfile("t", {0: 0.0, 5: 5.0}, {1: 10.0, 65: 42.0}, 10.0, {}, rounds="medusa")
+    found = LatencyProfile("t", {0: 0.0, 5: 5.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="medusa")
     assert found.round(2) == pytest.approx(2.0 + 11.0)
     assert found.round(64) == pytest.approx(5.0 + 42.0)
     assert found.marginal_cost() == pytest.approx(0.05)
@@ -137,8 +134,8 @@ def test_typical_acceptance_is_timed_as_such_when_sampling_and_greedy_as_the_exa
     sampling = Sampling(temperature)
     medusa(alone, heads, sampling=sampling)
     assert not judged
-    found = medusa(alone, heads, sampling=sampling, rounds="medusa-typical")
-    assert found.rounds == named
+    found = medusa(alone, heads, sampling=sampling, decoder=TypicalMedusaDecoder)
+    assert found.kind == named
     assert bool(judged) is judges
     assert (max(found.draft_seconds), max(found.target_seconds)) == (3, 12)
     TypicalMedusaDecoder(alone, heads).generate([1, 2, 3], max_new_tokens=9, sampling=sampling, seed=0)
@@ -151,14 +148,14 @@ def test_profiles_of_typical_acceptance_are_kept_apart_where_they_differ(
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
     timed = []
 
-    def quick(pair: Pair, *, rounds: str, **more: Any) -> LatencyProfile:
-        timed.append(rounds)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 1.0, {}, rounds=rounds)
+    def quick(pair: Pair, decoder: MedusaDecoder, *, sampling: Sampling) -> LatencyProfile:
+        timed.append(decoder.cost_kind(sampling.greedy))
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 1.0, {}, kind=timed[-1])
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     for sampling in (Sampling(0.0), Sampling(1.0)):
-        for rounds in ("medusa", "medusa-typical"):
-            measured(alone, rounds=rounds, heads=heads, sampling=sampling)
+        for decoder in (MedusaDecoder, TypicalMedusaDecoder):
+            measured(alone, decoder(alone, heads), sampling=sampling)
     assert timed == ["medusa", "medusa", "medusa-typical"]
 
 
@@ -166,7 +163,7 @@ def test_other_contexts_are_timed_behind_texts_of_their_length(alone: Pair, head
     found = medusa(alone, heads, contexts=(40, 5, 80))
     assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
     between = found.at(context=60)
-    assert (between.rounds, list(between.draft_seconds)) == ("medusa", [0, 1, 2, 3])
+    assert (between.kind, list(between.draft_seconds)) == ("medusa", [0, 1, 2, 3])
 
 
 def test_heads_whose_candidates_are_few_are_timed_as_far_as_they_go_and_it_is_said(
@@ -174,10 +171,10 @@ def test_heads_whose_candidates_are_few_are_timed_as_far_as_they_go_and_it_is_sa
 ) -> None:
     single = heads_of(alone, 1, vocabulary=range(6))
     with caplog.at_level(logging.WARNING):
-        found = measure(alone, rounds="medusa", repeats=1, prompt=[1, 2], heads=single)
+        found = measure(alone, MedusaDecoder(alone, single), repeats=1, prompt=[1, 2])
     assert max(found.target_seconds) == 6  # of the sizes that are timed; seven tokens would fit
-    assert "whose trees are too small for a pass over 65 tokens; rounds are timed up to 6" in caplog.text
-    with pytest.raises(ValueError, match="too small for a pass over 30; give a max_target_tokens of at most 6"):
+    assert "cannot read 65 tokens; rounds are timed up to 6" in caplog.text
+    with pytest.raises(ValueError, match="cannot read 30 tokens; give a max_target_tokens of at most 6"):
         medusa(alone, single, max_target_tokens=30)
 
 
@@ -188,22 +185,21 @@ def test_heads_whose_candidates_are_few_are_timed_as_far_as_they_go_and_it_is_sa
         ({"max_draft_length": 4}, "max_draft_length is not for medusa rounds.*max_target_tokens"),
         ({"batch_sizes": (1, 4)}, "medusa rounds are timed at batch size 1 alone.*leave them out"),
         ({"contexts": (240,)}, "a context of 240 tokens leaves .* no room for medusa rounds.* takes 20 tokens"),
-        ({"rounds": "lookahead"}, "heads are for rounds='medusa', and the rounds are lookahead"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_before_anything_is(
     alone: Pair, heads: MedusaHeads, arguments: dict[str, Any], message: str
 ) -> None:
-    usual = {"rounds": "medusa", "repeats": 10**9, "prompt": [1, 2, 3], "heads": heads}
+    usual = {"repeats": 10**9, "prompt": [1, 2, 3]}
     with pytest.raises(ValueError, match=message):
-        measure(alone, **(usual | arguments))
+        measure(alone, MedusaDecoder(alone, heads), **(usual | arguments))
 
 
 def test_a_target_without_heads_is_told_how_to_train_some(alone: Pair, tmp_path: Path) -> None:
     alone.target.name = str(tmp_path / "target")
     for function in (measure, measured):
         with pytest.raises(MedusaHeadsError, match=r"no Medusa heads ship for .*target.*decoding\.fit medusa --target"):
-            function(alone, rounds="medusa")
+            function(alone, "medusa")
 
 
 def test_profiles_are_kept_by_the_shape_of_the_heads_and_shared_among_pairs_of_one_target(
@@ -217,17 +213,17 @@ def test_profiles_are_kept_by_the_shape_of_the_heads_and_shared_among_pairs_of_o
     alone.target.name = str(tmp_path / "target")
     timed: list[int] = []
 
-    def quick(pair: Pair, *, heads: MedusaHeads, **more: Any) -> LatencyProfile:
+    def quick(pair: Pair, decoder: MedusaDecoder, **more: Any) -> LatencyProfile:
         assert pair.draft is None
-        timed.append(heads.shape.heads)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, rounds="medusa")
+        timed.append(decoder.heads.shape.heads)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="medusa")
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     save_heads(heads, tmp_path / "target-medusa", alone.target)
-    usual = measured(alone, rounds="medusa")
+    usual = measured(alone, "medusa")
     drafted = Pair(alone.target, make_noisy(alone.target.model, 0.3), name="drafted")
     learned = heads_of(alone, 3, seed=1)
-    for again in (measured(drafted, rounds="medusa"), measured(alone, rounds="medusa", heads=learned)):
+    for again in (measured(drafted, "medusa"), measured(alone, MedusaDecoder(alone, learned))):
         assert again == usual
     others = [
         heads_of(alone, 2),
@@ -236,15 +232,15 @@ def test_profiles_are_kept_by_the_shape_of_the_heads_and_shared_among_pairs_of_o
         heads_of(alone, 3, vocabulary=range(9)),
     ]
     for other in others:
-        assert measured(alone, rounds="medusa", heads=other) != usual
+        assert measured(alone, MedusaDecoder(alone, other)) != usual
     latency_measure._known.clear()  # as in another process
-    assert measured(alone, rounds="medusa") == usual
+    assert measured(alone, "medusa") == usual
     assert timed == [3, 2, 3, 3, 3]
 
 
 def test_charging_medusa_by_another_kind_is_refused_and_no_roofline_is_promised() -> None:
     chains = LatencyProfile("toy", {0: 0.0}, {1: 1.0}, 1.0, {})
-    with pytest.raises(LatencyProfileError, match=r"rounds='medusa'\), or .* --rounds medusa$"):
-        chains.require_rounds("medusa")
-    with pytest.raises(ValueError, match=r"cannot be computed.*measured\(pair, rounds='medusa'\)"):
-        roofline(MODEL_SHAPES["opt-125m"], None, next(iter(HARDWARE)), rounds="medusa")
+    with pytest.raises(LatencyProfileError, match=r"measured\(pair, decoder\), or .* --decoder medusa$"):
+        chains.require_kind("medusa")
+    with pytest.raises(ValueError, match=r"cannot be computed.*measured\(pair, 'medusa'\)"):
+        roofline(MODEL_SHAPES["opt-125m"], None, next(iter(HARDWARE)), decoder="medusa")

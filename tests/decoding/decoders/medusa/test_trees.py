@@ -11,8 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import CandidateTree, cartesian, expected_length, sparse
-from specgym.decoding.decoders.medusa.trees import Ranks, assumed_accuracies
+from specgym.decoding.decoders.medusa.trees import (
+    CandidateTree,
+    Ranks,
+    assumed_accuracies,
+    cartesian,
+    expected_length,
+    sparse,
+)
 from specgym.decoding.models.language_model import LanguageModel
 
 RAGGED = [(3,), (0,), (0, 2), (0, 2, 1), (1,), (3, 0)]

@@ -167,7 +167,8 @@ def test_the_text_that_heads_learnt_from_is_used_again(
 def test_a_draft_resumes_only_with_the_tokens_that_it_had(settings: DraftSettings) -> None:
     settings.loop.tokens = 4 * 22
     make_draft(replace(settings, vocabulary=12))
-    for changed in ({"vocabulary": 11}, {"vocabulary": 0}, {"own_text": False, "vocabulary": 12}):
+    changes: tuple[dict[str, Any], ...] = ({"vocabulary": 11}, {"vocabulary": 0}, {"own_text": False, "vocabulary": 12})
+    for changed in changes:
         loop = replace(settings.loop, length=22) if "own_text" in changed else settings.loop
         with pytest.raises(RuntimeError, match=r"draft\.pt belongs to a run with other settings or text"):
             make_draft(replace(settings, **changed, loop=loop))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_neurons_that_add_nothing_go_first(make_model: MakeModel, family: str) -
     silent = torch.tensor([3, 17, 40, 41, 63])
     with torch.no_grad():
         for layer in layers_of(draft)[1]:
-            layer.get_submodule(OUTWARD[family]).weight[:, silent] = 0
+            layer.get_parameter(f"{OUTWARD[family]}.weight")[:, silent] = 0
         before = draft(IDS).logits
         narrow(draft, 59)
         assert feed_forward_width(draft) == 59
@@ -36,7 +37,7 @@ def test_neurons_that_add_nothing_go_first(make_model: MakeModel, family: str) -
 
 def test_a_neuron_counts_by_what_leads_into_it_and_out_of_it(make_model: MakeModel) -> None:
     draft, _ = take_layers(make_model("llama"), [0])
-    mlp = layers_of(draft)[1][0].mlp
+    mlp: Any = layers_of(draft)[1][0].mlp
     with torch.no_grad():
         for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             part.weight.fill_(1.0)
@@ -67,6 +68,6 @@ def test_other_feed_forward_parts_are_refused_by_name(make_model: MakeModel) -> 
     with pytest.raises(FitError, match=r"GPT2Block has no feed-forward part of linear layers gate_proj/.*leave out"):
         narrow(take_layers(make_model("gpt2"), [0])[0], 8)
     odd = take_layers(make_model("llama"), [0, 1])[0]
-    layers_of(odd)[1][1].mlp.down_proj = nn.Linear(7, 32)
+    layers_of(odd)[1][1].get_submodule("mlp").down_proj = nn.Linear(7, 32)
     with pytest.raises(FitError, match="the layers of LlamaForCausalLM are not equally wide: leave out --intermediate"):
         narrow(odd, 4)

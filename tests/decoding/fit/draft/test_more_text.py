@@ -84,7 +84,7 @@ def test_prompts_of_chat_go_through_the_template(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     prompts = set_prompts((str(prompt_file),), 1, tokenizer, 1000, 0)
-    assert all(tokenizer.decode(row).startswith("<u>the model") for row in prompts.rows)
+    assert all(str(tokenizer.decode(row)).startswith("<u>the model") for row in prompts.rows)
 
 
 def test_prompt_sets_that_cannot_be_used_are_refused(
@@ -201,11 +201,11 @@ def test_plain_texts_count_in_the_vocabulary_and_in_what_is_trained_on(
         ({"more_text": MoreTextSettings(continuations=0)}, "--continuations must be at least 1, got 0"),
         (
             {"more_text": MoreTextSettings(plain_texts=1), "own_text": False},
-            "beside the target's own text: give --own",
+            "add to text that the target writes: give --own",
         ),
         (
             {"more_text": MoreTextSettings(prompt_sets=("chat",)), "own_text": False},
-            "the target's own text: give --own",
+            "text that the target writes: give --own",
         ),
         ({"more_text": MoreTextSettings(plain_texts=10**6)}, "are needed: give more text or fewer --plain-texts"),
         ({"more_text": MoreTextSettings(prompt_sets=("code",))}, "the target has room for 48 before --new-tokens"),

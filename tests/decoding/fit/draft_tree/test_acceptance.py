@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from specgym.decoding.decoders.draft_tree import DraftTreeModelError, load_acceptance, load_alignment
+from specgym.decoding.decoders.draft_tree.alignment import DraftTreeModelError
+from specgym.decoding.decoders.draft_tree.files import load_acceptance, load_alignment
 from specgym.decoding.errors import FitError, TrainingError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.draft_tree import acceptance as module

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from specgym.decoding.decoders.draft_tree import AffineAlignment, load_alignment
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
+from specgym.decoding.decoders.draft_tree.files import load_alignment
 from specgym.decoding.errors import FitError, TrainingError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.draft_tree import alignment as module
@@ -57,10 +58,11 @@ def test_training_begins_with_no_map_where_that_diverges_less(
     """A draft that is the target needs none, and a heavy penalty takes from least squares what they knew."""
     started = list[torch.Tensor]()
 
-    def no_training(_: Any, alignment: AffineAlignment, *__: Any) -> None:
+    def no_training(alignment: AffineAlignment, *_: Any) -> tuple[None, None]:
         started.append(alignment.weight.detach().clone())
+        return None, None
 
-    monkeypatch.setattr(module, "_train", no_training)
+    monkeypatch.setattr(module, "train_beside", no_training)
     make_alignment(replace(settings, draft=settings.target, penalty=10.0))
     make_alignment(settings)
     assert torch.equal(started[0], torch.eye(64))

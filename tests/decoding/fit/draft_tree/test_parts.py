@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.draft_tree import AffineAlignment, proposals
+from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, proposals
 from specgym.decoding.errors import FitError
 from specgym.decoding.fit.draft_tree.acceptance import enough
 from specgym.decoding.fit.draft_tree.alignment import agreement, r_squared

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from specgym.decoding.decoders.medusa import load_heads
+from specgym.decoding.decoders.medusa.files import load_heads
 from specgym.decoding.errors import FitError, TrainingError, UnsupportedModelError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.medusa import heads

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specgym.decoding.decoders.medusa import MedusaDecoder, MedusaHeads, MedusaHeadsError, load_heads, save_heads
+from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
+from specgym.decoding.decoders.medusa.files import load_heads, save_heads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads, MedusaHeadsError
 from specgym.decoding.errors import FitError, TrainingError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.measure import measure_domains
@@ -84,7 +86,8 @@ def test_heads_guess_better_after_it_and_both_are_written_together(
         load_heads(tmp_path / "new-medusa", LanguageModel(load_model("tiny-3m")[0]))
     generation = MedusaDecoder(Pair(new), heads).generate([3, 4, 5], max_new_tokens=12)
     ids = torch.tensor([[3, 4, 5]])
-    greedy = new.generate(
+    generating: Any = new
+    greedy = generating.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert [*(3, 4, 5), *generation.tokens] == greedy[0].tolist()[: 3 + len(generation.tokens)]
@@ -121,7 +124,12 @@ def test_a_killed_run_resumes_to_the_identical_result(
         make_joint(settings)
     monkeypatch.undo()
     calls.clear()
-    monkeypatch.setattr(JointModel, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(JointModel, "forward", counted)
     make_joint(settings)
     assert 0 < len(calls) < 25
     assert [path.read_bytes() for path in files] == whole
@@ -156,7 +164,7 @@ def test_both_speeds_are_those_of_targets_as_decoders_have_them(
         return measure_domains(model, held_out)
 
     monkeypatch.setattr(joint, "measure_speed", measure)
-    monkeypatch.setattr(joint, "cut_prompts", cut)
+    monkeypatch.setattr(target_text, "cut_prompts", cut)
     monkeypatch.setattr(joint, "measure_domains", quality)
     make_joint(replace(settings, loop=replace(settings.loop, tokens=8 * 22)))
     assert [id(model) for model in prepacked] == [id(model) for model in measured]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.medusa import MedusaHeads
+from specgym.decoding.decoders.medusa.heads import MedusaHeads
 from specgym.decoding.errors import FitError
 from specgym.decoding.fit.loop import train
 from specgym.decoding.fit.medusa.heads import heads_loss

@@ -1,13 +1,15 @@
-"""Telling one model from another by the hidden states that it has along a few fixed tokens.
+"""Identity of models: hashes of their weights, and probes that survive rounding.
 
-In another precision a model still has nearly the same ones; another model, even of the same shape, does not, nor does
-one that was trained further.
+A probe is the hidden states that a model has along a few fixed tokens. In another precision a model still has nearly
+the same ones; another model, even of the same shape, does not, nor does one that was trained further.
 """
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .language_model import LanguageModel
@@ -29,3 +31,13 @@ def probe(model: LanguageModel) -> Tensor:
 def alike(one: Tensor, other: Tensor) -> bool:
     """Whether two probes are of one model; False where they differ in shape or hold NaN."""
     return one.shape == other.shape and bool(functional.cosine_similarity(one, other, dim=-1).mean() >= SAME)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all weights, as float32, whatever device they are on; 64 hex digits."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
+        state.update(values.contiguous().numpy().tobytes())
+    return state.hexdigest()

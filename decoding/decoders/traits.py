@@ -1,0 +1,86 @@
+"""Facts about the decoders that verify chains of draft tokens. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import require_positive
+from ..traits import EXACT, DecoderTraits, Knob, TraceRule
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """Build options of decoders that draft chains.
+
+    Raises:
+        ValueError: the length is not positive.
+    """
+
+    max_draft_length: int = 16
+    """Longest draft, in tokens."""
+
+    def __post_init__(self) -> None:
+        require_positive("max_draft_length", self.max_draft_length)
+
+
+class SpeculativeTraits(DecoderTraits):
+    """Facts about exact speculative sampling."""
+
+    name = "speculative"
+    lossless = True
+    recorded_by = "trace"
+    Options = ChainOptions
+    workloads = (
+        "tiny/prose",
+        "tiny/code",
+        "tiny/definitions",
+        "tiny/chat",
+        "tiny-10m-2l/prose",
+        "tiny-10m-ngram/code",
+        "tiny-3m-1l/definitions",
+        "tiny/prose@1.0",
+    )
+
+    @classmethod
+    def knobs_without_pair(cls, **options: Any) -> tuple[Knob, ...]:
+        """Return the knob `draft_length`, by default 5 tokens."""
+        longest = cls.checked_options(**options).max_draft_length
+        return (Knob("draft_length", 1, longest, min(5, longest), True, "tokens drafted a round, at most"),)
+
+    @classmethod
+    def trace_rule(cls, values: Mapping[str, Any], max_draft_length: int) -> TraceRule:
+        """Return the exact test, for drafts of `draft_length` tokens."""
+        return TraceRule(EXACT, 1.0, values["draft_length"])
+
+
+class ThresholdTraits(DecoderTraits):
+    """Facts about decoding with the `fallback` and `rollback` thresholds."""
+
+    name = "threshold"
+    env_name = "Thresholds"
+    lossless = False
+    recorded_by = "trace"
+    Options = ChainOptions
+    workloads = SpeculativeTraits.workloads
+
+    @classmethod
+    def knobs_without_pair(cls, **options: Any) -> tuple[Knob, ...]:
+        """Return the two thresholds; a rejection takes back a whole draft at most."""
+        longest = cls.checked_options(**options).max_draft_length
+        return (
+            Knob(
+                "fallback", 0.0, 1.0, 0.5,
+                doc="largest distance at which a draft token is kept outright",
+                search=(0.05, 0.95),  # at either end of its range it decides nothing, and there is nothing to learn
+                step=0.2,
+                preferred=(0.4, 0.7),
+            ),
+            Knob("rollback", 1.0, longest, 1.0, doc="draft tokens that a rejection takes back", preferred=(0.3, 0.7)),
+        )  # fmt: skip
+
+    @classmethod
+    def trace_rule(cls, values: Mapping[str, Any], max_draft_length: int) -> TraceRule:
+        """Return the thresholds, for drafts that are always as long as they may be."""
+        return TraceRule(values["fallback"], values["rollback"], max_draft_length)
