@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.decoding import LatencyProfile, ThresholdDecoder, measured, write_json
-from specgym.envs import Replay, ReplayTable, Trace, decode_prompts, find_trace, summarise, workload
+from specgym.envs import ReplayTable, Trace, TraceWalk, decode_prompts, find_trace, summarise, workload
 
 PAIRS = ("tiny", "tiny-10m-2l", "tiny-10m-xs", "tiny-10m-3m", "tiny-10m-ngram", "tiny-10m-lookup", "tiny-3m-1l",
          "tiny-3m-ngram", "tiny-3m-lookup")  # fmt: skip
@@ -76,7 +76,7 @@ def live(name: str, profile: LatencyProfile, trace: Trace, settings: Settings) -
 def replayed(profile: LatencyProfile, trace: Trace, settings: Settings, detours: bool) -> NDArray[np.float64]:
     """Replayed values of every setting of the grid, shape (settings, 2)."""
     table = ReplayTable([trace], detours=detours)
-    replay = Replay(table, profile.round_seconds(trace.draft_length)[None], settings.tokens)
+    replay = TraceWalk(table, profile.round_seconds(trace.draft_length)[None], settings.tokens)
     prompts = np.repeat(np.arange(settings.prompts), settings.replays)
     random = np.random.default_rng(0)
     rows = []

@@ -109,7 +109,7 @@ def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
     moves = [draws.uniform(-1, 1, many.action_space.shape or ()).astype(np.float32) for _ in range(_KEPT)]
     found["tuning, 1,024 together"] = steps_per_second(together(many, moves), 1024, settings.seconds)
 
-    control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, trace=settings.trace, **known)
+    control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, recording=settings.trace, **known)
     stops = [(draws.random(4096) < 0.3).astype(np.int64) for _ in range(_KEPT)]
     found["control, 4,096 together"] = steps_per_second(together(control, stops), 4096, settings.seconds)
     return found

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from specgym.agents import TunerSettings, losses, problems_of, universal_setting
 from specgym.decoding import Split
-from specgym.envs import LOSSLESS, Replay, find_trace, prepared, profile_of
+from specgym.envs import replay_backend
 
 
 @dataclass
@@ -39,24 +39,15 @@ PASSES = 16
 
 def speedups(name: str, split: Split, tokens: int = 48) -> NDArray[np.float64]:
     """Of exact speculative decoding over plain decoding, by draft length, shape (16,)."""
-    trace, workload = find_trace(None, name, split)
-    _, table = prepared([trace], "speculative", tokens, int(LENGTHS[-1]))
-    profile = profile_of(workload, None, replayed=True).at()
-    replay = Replay(table, profile.round_seconds(table.draft_length)[None], tokens)
-    prompts = np.tile(table.prompts[0], PASSES if table.sampled else 1)
-    texts = len(prompts)
-    found = []
+    replay = replay_backend("speculative", name, None, split=split, max_new_tokens=tokens)
+    prompts = np.tile(replay.prompts[0], PASSES if "@" in name else 1)
+    workloads = np.zeros(len(prompts), np.int64)
+    speeds = []
     for length in LENGTHS:
-        sums = replay.decode_many(
-            prompts,
-            np.zeros(texts, np.int64),
-            np.full(texts, LOSSLESS),
-            np.ones(texts),
-            np.full(texts, length),
-            np.random.default_rng(0),
-        )
-        found.append(profile.autoregressive_seconds * sums["tokens"].sum() / sums["seconds"].sum())
-    return np.array(found)
+        knobs = {"draft_length": np.full(len(prompts), float(length))}
+        texts = replay.decode(prompts, workloads, knobs, np.random.default_rng(0))
+        speeds.append(texts.pooled(len(prompts)).speedup[0])
+    return np.array(speeds)
 
 
 def by_pair(loss: Mapping[str, float]) -> dict[str, float]:

@@ -1,64 +1,85 @@
+from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
-from .backends.metrics import decode_prompts, measure_setting, metrics, summarise
+from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
-from .backends.outcome_totals import totals
+from .backends.replay import replay_backend, require_replayable
 from .backends.replay_table import ReplayTable
-from .backends.sources import prepared
-from .backends.trace_replay import LOSSLESS, Replay
+from .backends.trace_replay import TraceReplay, TraceWalk
 from .control.env import LONGEST, DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import profile_of
+from .prompt_order import PromptOrder, prompts_at
 from .recordings.archive import TraceError
-from .recordings.outcomes import Outcomes, outcomes_name
-from .recordings.shipped_outcomes import find_recording, outcome_command
-from .recordings.shipped_traces import find_trace, record_command, trace_in
+from .recordings.find import (
+    find_recording,
+    find_trace,
+    is_traced,
+    outcome_command,
+    record_command,
+    recorded_workloads,
+    recording_command,
+    recording_name,
+    trace_in,
+)
+from .recordings.outcomes import Outcomes, outcomes_name, totals
 from .recordings.trace import Trace, trace_name
-from .registration import register_environments
+from .registration import environment_id, register, register_environments
 from .tuning.env import TuningEnv
-from .tuning.knob_space import KnobMoves
-from .tuning.knobs import doublings, from_doublings
-from .tuning.observe import ContextLayout, ObserveContext
-from .tuning.reward import RewardSettings, reward_terms
+from .tuning.knob_space import KnobMoves, doublings, from_doublings
+from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
+from .tuning.reward import RewardSettings, preferred_ranges, reward_terms
 from .tuning.vector_env import TuningVectorEnv
-from .tuning.vector_observe import VectorObserveContext
-from .workload_shares import shared_out
-from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
+from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, shared_out, workload
 
 __all__ = [
     "LONGEST",
-    "LOSSLESS",
     "SHIPPED_WORKLOADS",
+    "Backend",
     "ContextLayout",
     "DraftLengthEnv",
     "DraftLengthVectorEnv",
     "DraftTable",
     "KnobMoves",
+    "Metrics",
     "ObserveContext",
     "OutcomeReplay",
     "Outcomes",
-    "Replay",
+    "PromptOrder",
     "ReplayTable",
     "RewardSettings",
     "TokenPrompts",
     "Trace",
     "TraceError",
+    "TraceReplay",
+    "TraceWalk",
     "TuningEnv",
     "TuningVectorEnv",
     "VectorObserveContext",
+    "VectorWorkloadMark",
     "Workload",
+    "WorkloadMark",
     "decode_prompts",
     "doublings",
+    "environment_id",
     "find_recording",
     "find_trace",
     "from_doublings",
+    "is_traced",
     "measure_setting",
-    "metrics",
+    "metrics_of",
     "outcome_command",
     "outcomes_name",
-    "prepared",
+    "preferred_ranges",
     "profile_of",
+    "prompts_at",
     "record_command",
+    "recorded_workloads",
+    "recording_command",
+    "recording_name",
+    "register",
     "register_environments",
+    "replay_backend",
+    "require_replayable",
     "require_tokens",
     "reward_terms",
     "shared_out",

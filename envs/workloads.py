@@ -8,39 +8,48 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from numpy.typing import NDArray
 
 from specgym.decoding import (
     GREEDY,
     HUB_SETS,
     PRESETS,
-    Decoder,
-    DecoderTraits,
-    Pair,
     PromptError,
     PromptSet,
     Sampling,
     SpecgymError,
     Split,
     UnknownPairError,
+    decoder_names,
     encode,
-    load_pair,
     load_prompts,
     resolve,
     shipped_prompts,
     traits_of,
 )
 
+from .arguments import per_workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from specgym.decoding import Pair
+
+DEFAULT_WORKLOAD = "tiny/prose"
+"""Workload of a decoder that names none."""
+
 SHIPPED_WORKLOADS: tuple[str, ...] = traits_of("threshold").workloads
-"""What training runs on by default: every pair and every prompt set in it ships with the package."""
+"""Default workloads of training; all their pairs and prompt sets ship with the package."""
 
 
 class WorkloadError(SpecgymError, ValueError):
-    """A workload that is not known, or cannot be used; the message lists what there is."""
+    """Error of a workload that is not known, or cannot be used; the message lists what there is."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,9 @@ class TokenPrompts:
     """Prompts as token ids, for pairs without a tokenizer.
 
     Attributes:
-        train: prompts that tuning may see, each one or more ids.
+        train: prompts that tuning may see, of at least one id each.
         test: prompts kept for judging.
-        name: how reports call the set.
+        name: of the set, in reports.
 
     Raises:
         WorkloadError: a side has no prompts, or a prompt no tokens.
@@ -68,16 +77,16 @@ class TokenPrompts:
 
 @dataclass(frozen=True)
 class Workload:
-    """A pair x a set of prompts x a sampling setting.
+    """Pair x set of prompts x sampling setting.
 
     Pairs given by name are loaded once a process and shared, and so are prompts once encoded.
 
     Args:
         pair: a name, as `load_pair` takes it, or a pair in memory.
         prompts: a name or file, as `load_prompts` takes it, a `PromptSet`, or `TokenPrompts`.
-        sampling: how tokens are chosen; greedy by default.
-        name: how reports call it; by default made from the parts.
-        split: which prompts are used where nothing else is said, ``train`` or ``test``.
+        sampling: of tokens; greedy by default.
+        name: in reports; by default made from the parts.
+        split: prompts in use, ``train`` or ``test``.
         max_prompt_tokens: longer prompts lose their beginning; at most half the target's context is ever used.
 
     Raises:
@@ -105,19 +114,19 @@ class Workload:
         return self.name
 
     def __deepcopy__(self, memo: object) -> Workload:
-        """Itself: it never changes, and gymnasium copies arguments that would hold two models."""
+        """Return the workload itself: it never changes, and gymnasium copies arguments that would hold two models."""
         return self
 
     def with_split(self, split: Split) -> Workload:
-        """The same workload with the prompts of ``train`` or ``test``."""
+        """Return this workload with the prompts of ``train`` or ``test``."""
         return replace(self, split=split)
 
     def load(self) -> Pair:
-        """The pair; one that was given by name is loaded at the first call in a process. Errors as `load_pair`."""
-        return self.pair if isinstance(self.pair, Pair) else _shared_pair(self.pair)
+        """Return the pair; one that is given by name is loaded once a process. Errors as for `load_pair`."""
+        return _shared_pair(self.pair) if isinstance(self.pair, str) else self.pair
 
     def prompt_ids(self, split: Split | None = None) -> tuple[tuple[int, ...], ...]:
-        """Token ids of every prompt of a split, by default the workload's own.
+        """Return the token ids of every prompt of a split, by default the workload's own.
 
         Raises:
             PromptError: the prompts are texts and the pair has no tokenizer.
@@ -133,7 +142,7 @@ class Workload:
 
 
 def workload(name: str | Workload) -> Workload:
-    """The workload of a name; one that is a `Workload` already is returned as it is.
+    """Return the workload of a name; a `Workload` is returned as it is.
 
     Args:
         name: ``pair/prompts`` or ``pair/prompts@temperature``. Nothing is loaded yet.
@@ -163,8 +172,60 @@ def workload(name: str | Workload) -> Workload:
     raise WorkloadError(_unknown(name, body))
 
 
+def default_workload(decoder: str | Callable[..., Any]) -> str:
+    """Return the default workload of a decoder, given by its name, its class or a callable that builds one."""
+    if isinstance(decoder, str) and decoder not in decoder_names():
+        return DEFAULT_WORKLOAD  # whoever builds the decoder refuses the name
+    if isinstance(decoder, str | type):
+        return traits_of(decoder).workloads[0]
+    return DEFAULT_WORKLOAD
+
+
+def shared_out(environments: int, weights: Sequence[float] | None, workloads: int) -> NDArray[np.int64]:
+    """Return the workload of each environment, in proportion to the weights and well mixed; shape (environments,).
+
+    Raises:
+        ValueError: the weights are not positive, or not one number a workload, or there are fewer environments than
+            workloads.
+    """
+    shares = np.ones(workloads) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != (workloads,) or not (np.isfinite(shares) & (shares > 0)).all():
+        raise ValueError(f"weights must be {workloads} positive numbers, one for each workload, got {weights}")
+    if environments < workloads:
+        raise ValueError(f"num_envs must be at least {workloads}, one for each workload, got {environments}")
+    chosen = np.empty(environments, np.int64)
+    counts = np.zeros(workloads)
+    for place in range(environments):
+        # Always the workload that has waited longest for its next environment.
+        chosen[place] = np.argmin((counts + 0.5) / shares)
+        counts[chosen[place]] += 1
+    return chosen
+
+
+def probabilities(weights: Sequence[float] | Mapping[str, float], workloads: Sequence[str]) -> NDArray[np.float64]:
+    """Return the probability of every workload, in proportion to the weights; shape (workloads,).
+
+    Args:
+        weights: in the order of the workloads, or a mapping from their names.
+        workloads: their names.
+
+    Raises:
+        ValueError: the weights are not one finite number of at least 0 for each workload, or all are 0.
+    """
+    ordered = per_workload("weights", weights if isinstance(weights, Mapping) else list(weights), workloads)
+    shares = np.array([np.nan if share is None else share for share in ordered], np.float64)
+    if not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
+        raise ValueError(
+            f"weights must be {len(workloads)} finite numbers of at least 0, one for each workload and not all 0, got "
+            f"{weights}"
+        )
+    return shares / shares.sum()
+
+
 @functools.cache
 def _shared_pair(name: str) -> Pair:
+    from specgym.decoding import load_pair  # which imports torch; a replay needs none
+
     return load_pair(name)
 
 
@@ -222,9 +283,3 @@ def _unknown(name: str, body: str) -> str:
         f"no workload {name!r}: {wrong}.{hint} Pairs: {', '.join(PRESETS)}, target+draft, or a target alone (a folder "
         f"or owner/model). Prompts: {', '.join([*shipped_prompts(), *HUB_SETS])}, or a file."
     )
-
-
-def default_workload(decoder: str | Callable[[Pair], Decoder]) -> str:
-    """Return the workload of an environment that is given none."""
-    known = isinstance(decoder, str) or (isinstance(decoder, type) and issubclass(decoder, DecoderTraits))
-    return (traits_of(decoder) if known else DecoderTraits).workloads[0]  # type: ignore[arg-type]  # as `known` says

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -16,17 +15,9 @@ if (_ROOT / "setup.cfg").is_file() and (_ROOT / "decoding").is_dir():
     __path__.append(str(_ROOT))
 
 from . import moved  # noqa: E402
-from .decoding import register as _register_decoder  # noqa: E402  # on the path extended above
-from .envs import register_environments  # noqa: E402
-
-if TYPE_CHECKING:
-    from .decoding import Decoder
+from .envs import register, register_environments  # noqa: E402  # on the path extended above
 
 moved.install()
 register_environments()
 
-
-def register(decoder: type[Decoder[Any]] | str, traits: str | None = None) -> None:
-    """Register a decoder and its environment id; see `specgym.decoding.register`."""
-    _register_decoder(decoder, traits)
-    register_environments()
+__all__ = ["__version__", "register"]

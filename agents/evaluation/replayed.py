@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from specgym.decoding import KnobError, LatencyProfile, SpecgymError, Split
 from specgym.envs import (
+    Backend,
     KnobMoves,
-    Replay,
+    Metrics,
     RewardSettings,
     Trace,
     Workload,
     find_trace,
-    metrics,
-    prepared,
-    profile_of,
+    replay_backend,
     reward_terms,
 )
 
@@ -90,23 +89,28 @@ class Problem:
             raise ValueError(f"prompts_per_measurement must be at least 1, got {prompts_per_measurement}")
         trace, workload = find_trace(train, name, "train")
         held_out, _ = find_trace(test, name, "test")
-        self._profile = profile_of(workload, profile, replayed=True).at()
         self.name = workload.name
         self.pair = workload.pair if isinstance(workload.pair, str) else workload.pair.name
         self.prompts = workload.prompts if isinstance(workload.prompts, str) else workload.prompts.name
         self.family = trace.info.target
         self.temperature = trace.info.temperature
-        self.cost_ratio = self._profile.marginal_cost()
         self.reward = reward
         self._prompts_per_measurement = prompts_per_measurement
-        self._longest = draft_length
-        self._replays: dict[Split, Replay] = {}
+        self._replays: dict[Split, Backend] = {}
         self._grids: dict[Split, Grid] = {}
         traces: dict[Split, Trace] = {"train": trace, "test": held_out}
-        for split, one in traces.items():
-            self.knobs, table = prepared([one], "threshold", tokens, draft_length)
-            seconds = self._profile.round_seconds(table.draft_length)[None]
-            self._replays[split] = Replay(table, seconds, tokens)
+        for split, recording in traces.items():
+            self._replays[split] = replay_backend(
+                "threshold",
+                workload.with_split(split),
+                recording,
+                profile=profile,
+                max_new_tokens=tokens,
+                max_draft_length=draft_length,
+            )
+        self.knobs = self._replays["train"].knobs
+        self._profile = self._replays["train"].profiles[0]
+        self.cost_ratio = self._profile.marginal_cost()
         moves = KnobMoves(self.knobs, None, None)
         self.ranges = dict(moves.ranges)
         self.default = moves.values(moves.defaults())
@@ -133,19 +137,19 @@ class Problem:
         """
         setting = self._checked(knobs)
         replay = self._replays["train"]
-        sums: dict[str, float] = {}
+        alone, texts = np.zeros(1, np.int64), []
+        columns = {name: np.array([value]) for name, value in setting.items()}
         for place, prompt in enumerate(self.measured_prompts(number, seed)):
-            dice = np.random.default_rng([seed, number, place])
-            found = replay.decode(prompt, setting["fallback"], setting["rollback"], self._longest, dice)
-            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-        values = metrics(**sums, autoregressive_seconds=self._profile.autoregressive_seconds)
+            rng = np.random.default_rng([seed, number, place])
+            texts.append(replay.decode(np.array([prompt]), alone, columns, rng).single())
+        values = Metrics(*np.sum(texts, axis=0).tolist()).entries()
         arrays = {name: np.array([value]) for name, value in values.items()}
         reward = self.objective({name: np.array([value]) for name, value in setting.items()}, arrays)
         return Measurement(setting, values, float(reward[0]))
 
     def measured_prompts(self, number: int, seed: int) -> list[int]:
         """The training prompts of a measurement, as the trace counts them; arguments as for `measure`."""
-        known = self._replays["train"].table.prompts[0]
+        known = self._replays["train"].prompts[0]
         first = number * self._prompts_per_measurement
         chosen = []
         for place in range(first, first + self._prompts_per_measurement):
@@ -257,21 +261,19 @@ class Problem:
     ) -> dict[str, Floats]:
         """What decoding every prompt of a split with some settings adds up to; arrays of shape (settings, prompts).
 
-        Arguments and errors as for `worth`; the sums are those of `Replay.decode`.
+        Arguments and errors as for `worth`; the sums are those of `Metrics`.
         """
         replay = self._replays[split]
-        prompts = np.tile(replay.table.prompts[0], passes)
-        texts = len(prompts)
-        traces, longest = np.zeros(texts, np.int64), np.full(texts, self._longest)
-        settings = [self._checked(one) for one in knobs]
+        prompts = np.tile(replay.prompts[0], passes)
+        workloads = np.zeros(len(prompts), np.int64)
         sums: dict[str, list[Floats]] = {}
-        for setting in settings:
-            # One call a setting, for all prompts and passes: a larger one is no faster, and the dice stay the same.
-            fallback, rollback = (np.full(texts, setting[name]) for name in ("fallback", "rollback"))
-            dice = np.random.default_rng(0)
-            for name, value in replay.decode_many(prompts, traces, fallback, rollback, longest, dice).items():
+        for setting in [self._checked(item) for item in knobs]:
+            # A call for every setting, for all prompts and passes: a larger one is no faster, and draws stay the same.
+            columns = {name: np.full(len(prompts), value) for name, value in setting.items()}
+            texts = replay.decode(prompts, workloads, columns, np.random.default_rng(0))
+            for name, value in texts._asdict().items():
                 sums.setdefault(name, []).append(value.reshape(passes, -1).sum(0))
-        return {name: np.stack(each) for name, each in sums.items()}
+        return {name: np.stack(rows) for name, rows in sums.items()}
 
     def valued(
         self, knobs: Sequence[Mapping[str, float]], totals: Mapping[str, Floats]
@@ -285,7 +287,7 @@ class Problem:
         Returns:
             Arrays of shape (settings, ways); of shape (settings,) where there is but one way.
         """
-        values = metrics(**totals, autoregressive_seconds=self._profile.autoregressive_seconds)
+        values = Metrics(**totals).entries()
         columns = {name: np.array([[setting[name]] for setting in knobs]) for name in self.ranges}
         reward = self.objective(columns, values)
         if reward.shape[1] > 1:

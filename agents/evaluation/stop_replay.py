@@ -92,18 +92,18 @@ class ReplayedPrompts:
         texts = prompts * passes  # of each rule
         env = DraftLengthVectorEnv(
             len(rules) * texts,
-            trace=self.trace,
+            recording=self.trace,
             profile=self.profile,
             batch_size=self.batch_size,
             max_draft_length=self.max_draft_length,
-            tokens=self.tokens,
+            max_new_tokens=self.tokens,
             decision_seconds=self.decision_seconds,
         )
         if afresh:
             for rule in rules:
                 rule.start(texts, seed)
         chosen = np.tile(np.arange(prompts), passes * len(rules))
-        features, info = env.reset(seed=seed, options={"prompts": chosen})
+        features, info = env.reset(seed=seed, options={"prompt": chosen})
         sums = {field.name: np.zeros(env.num_envs) for field in fields(Decoded)}
         stop = np.ones(env.num_envs, np.bool_)
         under_way = np.zeros(env.num_envs)  # seconds of the round so far

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import write_json, write_text
-from specgym.envs import RewardSettings
+from specgym.decoding import traits_of, write_json, write_text
+from specgym.envs import RewardSettings, preferred_ranges
 
 from .measurements import Floats, Grid
 from .replayed import Problem
@@ -31,7 +31,9 @@ PLATEAU = 0.01
 """The plateau is what loses at most this share of the best."""
 TOLERATED = 0.03
 """A range serves an aim if some setting in it loses at most this share of the best."""
-PREFERRED: Mapping[str, tuple[float, float]] = RewardSettings().ranges
+PREFERRED: Mapping[str, tuple[float, float]] = preferred_ranges(
+    RewardSettings(), traits_of("threshold").knobs_without_pair()
+)
 """Shares of a knob's upper end: fallback 0.4 to 0.7, rollback 30 to 70 % of the draft length."""
 _ROUNDING = 1e-9
 

@@ -237,7 +237,7 @@ class TrainSettings(StoredSettings):
 
     def decoder(self, pair: Pair) -> Decoder:
         """The decoder that is tuned. Errors as for `build_decoder`."""
-        options = {"max_draft_length": self.decoder_options.get("draft_length", 16)}
+        options = {"max_draft_length": self.decoder_options.get("max_draft_length", 16)}
         return build_decoder(self.decoder_name, pair, **traits_of(self.decoder_name).accepted_options(**options))
 
     def check_workloads(self) -> None:

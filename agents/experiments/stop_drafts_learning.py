@@ -41,10 +41,10 @@ def learn(
     env = DraftLengthVectorEnv(
         settings.environments,
         workload=settings.workloads,
-        trace=traces,
+        recording=traces,
         profile=profiles,
         max_draft_length=settings.max_draft_length,
-        tokens=settings.tokens,
+        max_new_tokens=settings.tokens,
         batch_size=settings.batch_sizes,
         decision_seconds=settings.decision_seconds,
     )

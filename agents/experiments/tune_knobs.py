@@ -65,7 +65,7 @@ class ThresholdSettings(BoundedSettings):
     @property
     def decoder_options(self) -> Mapping[str, Any]:
         """The draft length."""
-        return {"draft_length": self.environment.draft_length}
+        return {"max_draft_length": self.environment.draft_length}
 
 
 def _speed_alone() -> RewardSettings:

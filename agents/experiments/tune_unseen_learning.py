@@ -33,12 +33,12 @@ def practice(settings: TunerSettings, best: Mapping[str, float]) -> VecNormalize
         settings.environments,
         workload=settings.workloads,
         weights=settings.weights or None,
-        tokens_per_step=settings.tokens_per_prompt,
+        max_new_tokens=settings.tokens_per_prompt,
         prompts_per_step=settings.prompts_per_measurement,
         reward=settings.reward,
         start="default",
         action="place",
-        draft_length=settings.draft_length,
+        max_draft_length=settings.draft_length,
         recording=[trace_in(settings.traces, name, "train") for name in settings.workloads],
         max_episode_steps=settings.measurements + 1,  # the last is what the measurements were for
     )

@@ -18,8 +18,8 @@ from specgym.envs import (
     TraceError,
     TuningEnv,
     Workload,
-    prepared,
     profile_of,
+    require_replayable,
     trace_in,
     workload,
 )
@@ -104,14 +104,14 @@ def recommend(
     trace = None if live else _trace(settings, found)
     inner = TuningEnv(
         workload=found,
-        tokens_per_step=settings.tokens_per_prompt,
+        max_new_tokens=settings.tokens_per_prompt,
         prompts_per_step=settings.prompts_per_measurement,
         reward=settings.reward,
         start="default",
         action="place",
         split="train",
         backend="live" if trace is None else "replay",
-        draft_length=settings.draft_length,
+        max_draft_length=settings.draft_length,
         recording=trace,
     )
     env: gymnasium.Env[Any, Any] = ObserveContext(inner, tuner.layout.history)
@@ -178,7 +178,7 @@ def _trace(settings: TunerSettings, found: Workload) -> Trace | None:
     """The trace of the workload's training prompts, if there is one that holds what the run's measurements need."""
     try:
         trace = trace_in(settings.traces, found.name, "train")
-        prepared([trace], "threshold", settings.tokens_per_prompt, settings.draft_length)
+        require_replayable(trace, "threshold", settings.tokens_per_prompt, settings.draft_length)
     except TraceError:
         return None
     return trace

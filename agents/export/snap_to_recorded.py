@@ -58,7 +58,7 @@ def best_nearby(
     near = away <= max(REACH, np.sort(away)[:FEWEST][-1])
     tried, sums = found.settings[near], totals(found, profile, settings.environment.tokens_per_step)
     seconds, accepted, drafted, divergence = (
-        sums.per_token(name)[near] for name in ("seconds", "accepted", "drafted", "divergence")
+        sums.per_token(name)[near] for name in ("seconds", "accepted", "drafted", "total_variation")
     )
     reward = settings.reward
     terms = reward_terms(

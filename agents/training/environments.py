@@ -19,6 +19,8 @@ from specgym.decoding import Split, traits_of
 from specgym.envs import (
     Outcomes,
     TraceError,
+    VectorWorkloadMark,
+    WorkloadMark,
     find_recording,
     outcome_command,
     outcomes_name,
@@ -31,7 +33,6 @@ from specgym.envs import (
 from ..experiments.settings import TrainSettings
 from .console import quieten
 from .nan_guards import FiniteGuard
-from .observe_workload import VectorWorkloadMark, WorkloadMark
 from .sb3_vec_env import VectorEnvAdaptor
 from .settings_checks import SettingsError
 
@@ -163,7 +164,7 @@ def _shared_options(settings: TrainSettings) -> dict[str, Any]:
     """What single environments and those that step together are told alike."""
     return {
         "decoder": settings.decoder_name,
-        "tokens_per_step": settings.environment.tokens_per_step,
+        "max_new_tokens": settings.environment.tokens_per_step,
         "backend": settings.environment.backend,
         "reward": settings.reward,
         **settings.decoder_options,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import TrainingError
+from ..errors import FitError, TrainingError
 from ..files import replacing
 from .settings import LoopSettings, OwnTextSettings
 from .text.batches import Batches, PositionBatches
+from .text.prompts import JUDGING, TRAINING
 
 _MOST_JUDGED = 4096
 
@@ -145,15 +146,20 @@ def spread_over(positions: np.ndarray, count: int) -> np.ndarray:
     return positions[np.linspace(0, len(positions) - 1, min(len(positions), count)).astype(np.int64)]
 
 
+class Sided(Protocol):
+    """Numbered positions in texts of several sides."""
+
+    def of_side(self, side: int) -> np.ndarray:
+        """Numbers of the positions in texts of one side, shape (m,), int64."""
+        ...
+
+
 def train_beside(
     network: nn.Module,
     loss_at: Callable[[np.ndarray], Tensor],
-    training: np.ndarray,
-    judging: np.ndarray,
+    data: Sided,
     key: Sequence[Any],
     settings: OwnTextSettings,
-    loop: LoopSettings,
-    name: str,
     publish: Callable[[Outcome], None],
 ) -> tuple[Outcome, HeldOutLoss]:
     """Train a small network beside a model, with early stopping.
@@ -161,25 +167,29 @@ def train_beside(
     Args:
         network: the network; changed in place.
         loss_at: the mean loss at some positions.
-        training: numbers of the positions to train on, shape (n,), int64.
-        judging: numbers of the positions to stop by, shape (m,), int64, at least one.
+        data: the positions.
         key: everything that the result depends on, besides the settings.
-        settings: patience.
-        loop: how to train.
-        name: name of the run.
+        settings: the settings of the command.
         publish: called after each periodic checkpoint.
 
     Raises:
-        FitError: there are too few positions for a batch.
+        FitError: there are too few positions for a batch, or none to stop by.
         TrainingError: as for `train`.
     """
-    judged = spread_over(judging, _MOST_JUDGED)
+    judged, loop = spread_over(data.of_side(JUDGING), _MOST_JUDGED), settings.loop
+    if not len(judged):
+        raise FitError("the target ended every held-out text at once: give more --texts")
     stopping = EarlyStopping(lambda: mean_loss(loss_at, judged), settings.check_steps, settings.patience)
     words = json.dumps([*key, settings.check_steps, settings.patience])
-    batches = PositionBatches(training, loop.batch * loop.length, loop.seed, words)
-    state = loop.work / f"{name}.pt"
+    batches = PositionBatches(data.of_side(TRAINING), loop.batch * loop.length, loop.seed, words)
     outcome = train(
-        network, lambda batch: loss_at(batch.numpy()), batches, loop, state, on_checkpoint=publish, stopping=stopping
+        network,
+        lambda batch: loss_at(batch.numpy()),
+        batches,
+        loop,
+        loop.work / f"{settings.out.name}.pt",
+        on_checkpoint=publish,
+        stopping=stopping,
     )
     return outcome, stopping.loss
 

@@ -95,6 +95,8 @@ class OwnTextSettings:
 
     target: str
     """Target model: a folder, a hub id, or the name of a shipped model."""
+    out: Path
+    """Folder to write."""
     text: tuple[Path, ...] = ()
     """Text files and folders to cut prompts from, each a domain. Default: the corpus."""
     corpus: Path = Path("runs/corpus")
@@ -111,6 +113,8 @@ class OwnTextSettings:
     """Checks without progress before training ends; 0 trains to the end. The best weights are kept in either case."""
     licence: str = "other"
     """Licence of the weights, for the card."""
+    loop: tyro.conf.OmitArgPrefixes[LoopSettings] = field(default_factory=LoopSettings)
+    """Training."""
 
 
 @dataclass(kw_only=True)
@@ -144,14 +148,14 @@ def require_least(settings: object, **least: int) -> None:
             raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(settings, name)}")
 
 
-def check_own_text(settings: OwnTextSettings, loop: LoopSettings, what: str, **least: int) -> None:
+def check_own_text(settings: OwnTextSettings, what: str, **least: int) -> None:
     """Refuse settings that are out of range, before anything is loaded; ``what`` is trained, for messages.
 
     Raises:
         FitError: a number is below its ``least`` value, or the optimiser is not AdamW without weight decay.
     """
     require_least(settings, **least, check_steps=1, patience=0)
-    if loop.optimiser != "adamw" or loop.weight_decay:
+    if settings.loop.optimiser != "adamw" or settings.loop.weight_decay:
         raise FitError(
             f"{what} must be trained by AdamW without weight decay: leave out --optimiser and --weight-decay"
         )
@@ -176,8 +180,8 @@ def place_of(target: str) -> Path | None:
     return _SHIPPED / target if target in shipped_models() else None
 
 
-def dtype_of(settings: OwnTextSettings, loop: LoopSettings, frozen: bool) -> torch.dtype:
+def dtype_of(settings: OwnTextSettings, frozen: bool) -> torch.dtype:
     """Type of the models' weights; ``frozen`` says whether those of the target stay fixed."""
     if settings.dtype is not None:
         return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    return torch.bfloat16 if frozen and loop.torch_device().type == "cuda" else torch.float32
+    return torch.bfloat16 if frozen and settings.loop.torch_device().type == "cuda" else torch.float32

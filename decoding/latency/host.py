@@ -13,8 +13,7 @@ import transformers
 
 from ..drafts.drafter import ModelDrafter
 from ..loading.pair import Pair
-from ..models.fork_safety import decoding_threads
-from ..models.language_model import LanguageModel
+from ..models.language_model import LanguageModel, decoding_threads
 from ..models.prepack import PrepackedLinear
 
 

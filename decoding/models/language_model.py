@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -279,3 +280,24 @@ def _try_tree_attention(model: LanguageModel) -> None:
             f"{error_size:.2g} standard deviations), so drafts cannot be checked in one pass. Choose an architecture "
             "with rotary or learned positions, such as Llama, Qwen2, OPT or GPT-2."
         )
+
+
+# OpenMP's threads do not survive a fork, which is how Gymnasium's asynchronous vector environments start on Linux: a
+# child whose parent has used them waits for ever at its first wide operation. So children decode with one thread each,
+# which is also what several of them on one machine want.
+_threads_of_parent: int | None = None
+
+
+def decoding_threads() -> int:
+    """Return the CPU threads of decoding here; in a forked child its parent's, so that both share a latency profile."""
+    return _threads_of_parent or torch.get_num_threads()
+
+
+def _use_one_thread() -> None:
+    global _threads_of_parent
+    _threads_of_parent = decoding_threads()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_use_one_thread)

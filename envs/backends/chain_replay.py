@@ -7,43 +7,101 @@ draft are kept is drawn anew every round, and the text goes on at the recorded p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import DraftTracker
+from specgym.decoding import DraftTracker, LatencyProfile
 
-from ..control.throughput import DraftCharges
 from ..recordings.archive import TraceError
 from ..recordings.trace import Trace
+from .backend import DraftSteps, Floats, Integers
 
 Indices = NDArray[np.intp]
 
 
+@dataclass(frozen=True)
+class DraftCharges:
+    """Seconds of the steps of drafting and verifying, at one operating point.
+
+    Attributes:
+        seconds: of a step, shape (2, longest draft + 1), by whether it verified (0 or 1) and the number of tokens
+            drafted before it. A step that goes on is charged what one more token adds to a round; one that verifies is
+            charged a round of one drafted token, or of none. Over the steps of a round that makes the seconds of the
+            round. Every decision about a drafted token is charged besides.
+        empty_round: seconds of a round that drafts nothing and that nobody decided on.
+        autoregressive_seconds: of a token of plain decoding.
+        cost_ratio: what one more drafted token costs on average (`LatencyProfile.marginal_cost`).
+    """
+
+    seconds: Floats
+    empty_round: float
+    autoregressive_seconds: float
+    cost_ratio: float
+
+    @classmethod
+    def of(
+        cls,
+        profile: LatencyProfile,
+        max_draft_length: int,
+        *,
+        batch_size: int = 1,
+        context: int | None = None,
+        decision_seconds: float = 0.0,
+    ) -> DraftCharges:
+        """Compute the charges by a latency profile.
+
+        Args:
+            profile: of the pair and the hardware.
+            max_draft_length: longest draft, in tokens, at least 1.
+            batch_size: sequences decoded together, all drafting as many tokens; seconds are those of the whole batch.
+            context: tokens read before; by default the profile's own.
+            decision_seconds: time that deciding takes, at least 0.
+
+        Raises:
+            LatencyProfileError: the profile does not cover the batch size and the context.
+            ValueError: `decision_seconds` is negative or not finite.
+        """
+        if not (math.isfinite(decision_seconds) and decision_seconds >= 0):
+            raise ValueError(f"decision_seconds must be finite and at least 0, got {decision_seconds}")
+        point = profile.at(batch_size=batch_size, context=context)
+        rounds = point.round_seconds(max_draft_length)
+        seconds = np.empty((2, max_draft_length + 1))
+        seconds[0, :-1] = np.diff(rounds)
+        seconds[0, -1] = np.inf  # nobody goes on from the longest draft; a mistake would show at once
+        seconds[1] = rounds[np.minimum(np.arange(max_draft_length + 1), 1)]
+        seconds[:, 1:] += decision_seconds
+        return cls(seconds, float(rounds[0]), point.autoregressive_seconds, point.marginal_cost())
+
+
 class DraftTable:
-    """The rows of some traces one after another, prepared for drafts of up to so many tokens.
+    """Rows of some traces one after another, prepared for drafts of limited length.
 
     Args:
         traces: at least one.
-        longest: tokens that a draft may have.
-        tokens: of each text that are used, at most.
+        max_draft_length: longest draft, in tokens.
+        max_new_tokens: tokens of each text that are used, at most.
 
     Attributes:
-        confidence: of every draft's tokens, flat: row * longest + place. `entropy` likewise.
+        prompts: numbers of every trace's prompts.
+        confidence: of every draft's tokens, flat: row * max_draft_length + place. `entropy` likewise.
         limit: tokens that can be drafted at each row: what the draft knows and what the text has room for.
         left: tokens of the text from each row on.
-        survival: chance that a draft is kept beyond each place, shape (rows, longest).
+        survival: chance that a draft is kept beyond each place, shape (rows, max_draft_length).
         first_rows: for each trace the row at which every prompt's text begins.
 
     Raises:
         TraceError: a trace has shorter drafts or texts than asked for.
     """
 
-    def __init__(self, traces: Sequence[Trace], longest: int, tokens: int) -> None:
-        self.longest = longest
-        parts = [_prepared(trace, longest, tokens) for trace in traces]
+    def __init__(self, traces: Sequence[Trace], max_draft_length: int, max_new_tokens: int) -> None:
+        self.max_draft_length = max_draft_length
+        self.prompts = [np.arange(trace.prompts) for trace in traces]
+        parts = [_prepared(trace, max_draft_length, max_new_tokens) for trace in traces]
         self.confidence = np.concatenate([part.confidence.ravel() for part in parts])
         self.entropy = np.concatenate([part.entropy.ravel() for part in parts])
         self.survival = np.concatenate([part.survival for part in parts])
@@ -53,26 +111,11 @@ class DraftTable:
         self.first_rows = [offset + trace.starts[:-1] for offset, trace in zip(offsets, traces, strict=False)]
 
 
-class Steps(NamedTuple):
-    """What a step of every text did; each shape (texts,)."""
-
-    tokens: NDArray[np.int64]
-    """Emitted."""
-    seconds: NDArray[np.float64]
-    """Charged."""
-    drafted: NDArray[np.int64]
-    """Draft tokens verified."""
-    accepted: NDArray[np.int64]
-    """Those among them that were emitted."""
-    rounds: NDArray[np.int64]
-    """Verified."""
-
-
 class DraftReplay:
-    """So many texts being drafted and verified in step.
+    """Recorded texts drafted and verified in step. See `DraftBackend`.
 
-    A step is `advance` and then `draft`; `begin`, also followed by `draft`, puts another text in a text's place. Before
-    that, a text that is over waits: nothing is drafted, and nothing charged.
+    `begin` puts another text in a text's place. Until then, a text that is over waits: nothing is drafted, and nothing
+    charged.
 
     Args:
         table: what was recorded.
@@ -81,7 +124,7 @@ class DraftReplay:
         point_of: the operating point of every text, shape (texts,).
 
     Attributes:
-        tracker: what is known of every text's draft.
+        prompts: numbers of every trace's prompts.
     """
 
     def __init__(
@@ -94,17 +137,23 @@ class DraftReplay:
         self._seconds_at = point_of * charges[0].seconds.size
         self._empty_round = np.array([point.empty_round for point in charges])[point_of]
         cost_ratios = np.array([point.cost_ratio for point in charges])
-        self.tracker = DraftTracker(texts, cost_ratios[point_of], np.array(batch_sizes)[point_of])
+        self.prompts: Sequence[Integers] = table.prompts
+        self._tracker = DraftTracker(texts, cost_ratios[point_of], np.array(batch_sizes)[point_of])
         self._row = np.zeros(texts, np.intp)
         self._place = np.zeros(texts, np.intp)  # tokens drafted so far
         self._limit = np.zeros(texts, np.intp)  # tokens that can be drafted; 0 for a text that is over
         self._kept = np.zeros(texts, np.intp)  # tokens of this draft that verification would keep
-        self._useful = np.zeros(texts, np.intp)  # the same, without one that the target's own token makes superfluous
+        self._useful = np.zeros(texts, np.intp)  # the same, less one that the target's token makes superfluous
         self._over = np.ones(texts, np.bool_)
 
     @property
+    def features(self) -> NDArray[np.float32]:
+        """Features of every text's draft, shape (texts, 8); changed in place."""
+        return self._tracker.features
+
+    @property
     def over(self) -> NDArray[np.bool_]:
-        """Which texts have ended and wait, shape (texts,)."""
+        """Texts that have ended and wait, shape (texts,)."""
         return self._over
 
     @property
@@ -115,17 +164,27 @@ class DraftReplay:
         """
         return self._useful - self._place
 
-    def begin(self, which: Indices, first_rows: Indices, generator: np.random.Generator) -> None:
-        """Begin other texts, with nothing drafted yet.
-
-        Args:
-            which: the texts' numbers, each once.
-            first_rows: the row at which each begins.
-            generator: decides what verification will keep.
-        """
-        self.tracker.forget(which)
+    def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
+        """Begin other texts, and draft their first tokens."""
+        rows = np.empty(len(which), np.intp)
+        for number, first_rows in enumerate(self._table.first_rows):
+            members = workloads == number
+            rows[members] = first_rows[prompts[members]]
+        self._tracker.forget(which)
         self._over[which] = False
-        self._start_round(which, first_rows, generator)
+        self._start_round(which, rows, rng)
+        self._draft(which[self._place[which] < self._limit[which]])
+
+    def step(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Verify the drafts that shall stop or cannot go on, and draft one more token of every text."""
+        steps, ended = self._advance(stop, rng)
+        self._draft(np.flatnonzero(self._place < self._limit))
+        return steps, ended
+
+    def clear(self) -> None:
+        """Let all texts be over, with nothing known of them."""
+        self.leave(np.arange(len(self._over)))
+        self._tracker.forget()
 
     def leave(self, which: Indices) -> None:
         """Let some texts be over."""
@@ -133,19 +192,11 @@ class DraftReplay:
         for state in (self._place, self._limit, self._kept, self._useful):
             state[which] = 0
 
-    def advance(self, stop: NDArray[np.bool_], generator: np.random.Generator) -> tuple[Steps, Indices]:
-        """Verify the drafts that shall stop or cannot go on; the others are charged for the token that `draft` adds.
-
-        Args:
-            stop: shape (texts,).
-            generator: decides what verification of the next drafts will keep.
-
-        Returns:
-            What the step did, and the numbers of the texts that it ended.
-        """
+    def _advance(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Verify; drafts that go on are charged for the token that is drafted next."""
         table, texts = self._table, len(stop)
         ends = stop | (self._place >= self._limit)
-        at = ends * (table.longest + 1)
+        at = ends * (table.max_draft_length + 1)
         at += self._place
         at += self._seconds_at
         seconds = self._seconds.take(at)
@@ -158,8 +209,8 @@ class DraftReplay:
         left = table.left[row]
         emitted = np.minimum(kept + 1, left)
         accepted = np.minimum(kept, emitted)
-        self.tracker.verified(drafted, accepted, emitted, which)
-        steps = Steps(np.zeros(texts, np.int64), seconds, *(np.zeros(texts, np.int64) for _ in range(3)))
+        self._tracker.verified(drafted, accepted, emitted, which)
+        steps = DraftSteps(np.zeros(texts, np.int64), seconds, *(np.zeros(texts, np.int64) for _ in range(3)))
         steps.tokens[which] = emitted
         steps.drafted[which] = drafted
         steps.accepted[which] = accepted
@@ -168,23 +219,19 @@ class DraftReplay:
         ended, fresh, row = which[~goes_on], which[goes_on], (row + emitted)[goes_on]
         fresh, row, ended_too = self._empty_rounds(fresh, row, steps)
         ended = np.concatenate([ended, *ended_too])
-        self._start_round(fresh, row, generator)
+        self._start_round(fresh, row, rng)
         self.leave(ended)
         return steps, ended
 
-    def draft(self, among: Indices | None = None) -> None:
-        """Draft one more token of every text that can, or of those of some that can."""
-        if among is None:
-            which = np.flatnonzero(self._place < self._limit)
-        else:
-            which = among[self._place[among] < self._limit[among]]
+    def _draft(self, which: Indices) -> None:
+        """Draft one more token of texts that can."""
         place = self._place[which]
-        cell = self._row[which] * self._table.longest + place
-        self.tracker.drafted(self._table.confidence.take(cell), self._table.entropy.take(cell), which)
+        cell = self._row[which] * self._table.max_draft_length + place
+        self._tracker.drafted(self._table.confidence.take(cell), self._table.entropy.take(cell), which)
         self._place[which] = place + 1
 
-    def _empty_rounds(self, fresh: Indices, row: Indices, steps: Steps) -> tuple[Indices, Indices, list[Indices]]:
-        """Do the rounds of texts at rows where nothing can be drafted, until something can, or the text is over.
+    def _empty_rounds(self, fresh: Indices, row: Indices, steps: DraftSteps) -> tuple[Indices, Indices, list[Indices]]:
+        """Do the rounds of texts at rows where nothing can be drafted, until something can or the text is over.
 
         Returns:
             The texts that are not over, their rows, and those that are.
@@ -199,7 +246,7 @@ class DraftReplay:
             fresh, row = fresh[~ready], row[~ready]
             if not len(fresh):
                 return np.concatenate(ready_texts), np.concatenate(ready_rows), ended
-            self.tracker.verified(0, 0, 1, fresh)
+            self._tracker.verified(0, 0, 1, fresh)
             steps.tokens[fresh] += 1
             steps.rounds[fresh] += 1
             steps.seconds[fresh] += self._empty_round[fresh]
@@ -207,11 +254,11 @@ class DraftReplay:
             ended.append(fresh[~goes_on])
             fresh, row = fresh[goes_on], row[goes_on] + 1
 
-    def _start_round(self, which: Indices, row: Indices, generator: np.random.Generator) -> None:
+    def _start_round(self, which: Indices, row: Indices, rng: np.random.Generator) -> None:
         table = self._table
-        # One throw decides how far the draft is kept: each token passes its own test with the chance that it has, so
+        # One draw decides how far the draft is kept: each token passes its own test with the chance that it has, so
         # the run of those that pass is at least so long with the product of their chances.
-        kept = (table.survival[row] > generator.random(len(which))[:, None]).sum(-1)
+        kept = (table.survival[row] > rng.random(len(which))[:, None]).sum(-1)
         limit = table.limit[row]
         self._row[which] = row
         self._place[which] = 0
@@ -228,41 +275,41 @@ class _Prepared(NamedTuple):
     left: Indices
 
 
-def _prepared(trace: Trace, longest: int, tokens: int) -> _Prepared:
+def _prepared(trace: Trace, max_draft_length: int, max_new_tokens: int) -> _Prepared:
     name = f"the trace of {trace.info.workload} ({trace.info.split})"
-    if longest > trace.draft_length:
+    if max_draft_length > trace.draft_length:
         raise TraceError(
-            f"{name} has drafts of {trace.draft_length} tokens, and max_draft_length is {longest}; give at most "
-            f"{trace.draft_length}, or record it with --draft-length {longest}"
+            f"{name} has drafts of {trace.draft_length} tokens, and max_draft_length is {max_draft_length}; give at "
+            f"most {trace.draft_length}, or record it with --draft-length {max_draft_length}"
         )
-    if tokens > trace.info.tokens:
+    if max_new_tokens > trace.info.tokens:
         raise TraceError(
-            f"{name} has texts of {trace.info.tokens} tokens, and tokens is {tokens}; give at most "
-            f"{trace.info.tokens}, or record it with --tokens {tokens}"
+            f"{name} has texts of {trace.info.tokens} tokens, and max_new_tokens is {max_new_tokens}; give at most "
+            f"{trace.info.tokens}, or record it with --tokens {max_new_tokens}"
         )
-    own = len(trace.text)
+    rows = len(trace.text)
     lengths = np.diff(trace.starts)
-    place = np.arange(own) - np.repeat(trace.starts[:-1], lengths)
-    used = np.minimum(lengths, tokens)
+    place = np.arange(rows) - np.repeat(trace.starts[:-1], lengths)
+    used = np.minimum(lengths, max_new_tokens)
     # A draft does not know that an end-of-text token is near, only how many tokens were asked for.
-    asked = np.where(trace.ended, tokens, used)
+    asked = np.where(trace.ended, max_new_tokens, used)
     room = np.maximum(np.repeat(asked, lengths) - place - 1, 0)
-    limit = np.minimum(np.minimum(trace.drafted[:own], longest), room)
-    chance = _chances(trace, own)[:, :longest]
+    limit = np.minimum(np.minimum(trace.drafted[:rows], max_draft_length), room)
+    chance = _chances(trace, rows)[:, :max_draft_length]
     return _Prepared(
-        np.ascontiguousarray(trace.confidence[:, :longest], np.float32),
-        np.ascontiguousarray(trace.entropy[:, :longest], np.float32),
+        np.ascontiguousarray(trace.confidence[:, :max_draft_length], np.float32),
+        np.ascontiguousarray(trace.entropy[:, :max_draft_length], np.float32),
         chance.cumprod(-1).astype(np.float32),
         limit.astype(np.intp),
         (np.repeat(used, lengths) - place).astype(np.intp),
     )
 
 
-def _chances(trace: Trace, own: int) -> NDArray[np.float64]:
-    """With what probability each token of each draft passes its test, all before it having passed."""
+def _chances(trace: Trace, rows: int) -> NDArray[np.float64]:
+    """Return the probability of every draft token to pass its test, all before it having passed."""
     if trace.info.sampling.greedy:
-        passes = trace.match[:own].astype(np.float64)
+        passes = trace.match[:rows].astype(np.float64)
     else:
         p, q = trace.p.astype(np.float64), trace.q.astype(np.float64)
         passes = np.minimum(1.0, np.divide(p, q, out=(p > 0).astype(np.float64), where=q > 0))
-    return passes * (np.arange(trace.draft_length) < trace.drafted[:own, None])
+    return passes * (np.arange(trace.draft_length) < trace.drafted[:rows, None])

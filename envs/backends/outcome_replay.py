@@ -1,8 +1,7 @@
-"""Replay by outcomes: decoding with any setting of a decoder's knobs, from the recorded rounds of some settings.
+"""Replay of outcomes: decoding with any setting of a decoder's knobs, from the recorded rounds of some settings.
 
 A trace (`specgym.envs.backends.trace_replay`) knows what a draft proposes at every position, whatever the knobs.
-Outcomes know only
-what came of the settings that were recorded, so what lies between them is made up of two parts:
+Outcomes know only what came of the settings that were recorded, so what lies between them is made up of two parts:
 
 * the *mean* over the prompts of each quantity, rounds, accepted tokens and divergence per emitted token, drafted tokens
   and seconds per round: the recorded mean at a setting that was recorded, and elsewhere a smooth surface over the knobs
@@ -35,26 +34,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile
+from specgym.decoding import Knob, LatencyProfile
 
-from ..recordings.outcomes import OutcomeError, Outcomes, RecordedKnob
-from ..recordings.shipped_outcomes import outcome_command
+from ..recordings.find import outcome_command
+from ..recordings.outcomes import QUANTITIES, OutcomeError, Outcomes, OutcomeTotals, RecordedKnob, totals
+from ..workloads import Workload
+from .backend import Floats, Integers, ReplayBackend
 from .gaussian_process import fitted, matern
-from .outcome_totals import QUANTITIES, Totals, totals
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-
-_UNITS = {"rounds": "tokens", "drafted": "rounds", "accepted": "tokens", "divergence": "tokens", "seconds": "rounds"}
-"""Per what each of `QUANTITIES` is interpolated. What a round reads and costs follows from the knobs nearly alone, so
-that per round it is smoother than per token."""
+_UNITS = {
+    "rounds": "tokens",
+    "drafted": "rounds",
+    "accepted": "tokens",
+    "total_variation": "tokens",
+    "seconds": "rounds",
+}
+"""Unit per which each of `QUANTITIES` is interpolated. Per round, what is read and charged follows from the knobs
+nearly alone, and is smoother than per token."""
 _NEAREST = 4  # recorded settings, of which one lends its residuals
 _TABULATED = 20_000  # settings at most; beyond that they are computed when asked for
 
 
 @dataclass(frozen=True)
 class SpeedupError:
-    """How far off a workload's interpolated speedup is where it was not recorded, relative to the recorded one."""
+    """Relative error of a workload's interpolated speedup where it was not recorded."""
 
     mean: float
     """Mean of the absolute relative error over the settings; 0.01 is one per cent."""
@@ -64,7 +67,7 @@ class SpeedupError:
 
 @dataclass(frozen=True)
 class _Places:
-    """What is known of some settings of a workload; arrays begin with the dimension of the settings."""
+    """Means and neighbours of some settings of a workload; arrays begin with the dimension of the settings."""
 
     means: Floats
     """Per token, shape (settings, quantities)."""
@@ -74,13 +77,15 @@ class _Places:
     """The probabilities of those, added up from the first, shape (settings, nearest)."""
 
 
-class OutcomeReplay:
-    """Replays one decoder on one or several workloads. See `KnobReplay` for what it does, and for its attributes.
+class OutcomeReplay(ReplayBackend):
+    """Outcomes of a decoder replayed, on one or several workloads. See `Backend`.
 
     Args:
         outcomes: of the same decoder with the same knobs between the same values, one a workload.
-        profiles: what each workload's time is charged by, at the operating point.
-        tokens: decoded of each prompt, at most.
+        profiles: what every workload's time is charged by, at the operating point.
+        max_new_tokens: tokens decoded of each prompt, at most.
+        workloads: what was recorded.
+        knobs: of the decoder.
 
     Attributes:
         leave_one_out: how far off the speedup of each workload is at recorded settings, interpolated between all the
@@ -91,36 +96,44 @@ class OutcomeReplay:
         OutcomeError: fewer tokens were recorded, or the outcomes are not alike; the message says how to record others.
     """
 
-    def __init__(self, outcomes: Sequence[Outcomes], profiles: Sequence[LatencyProfile], tokens: int) -> None:
-        for one in outcomes:
-            require_tokens(one, tokens)
+    def __init__(
+        self,
+        outcomes: Sequence[Outcomes],
+        profiles: Sequence[LatencyProfile],
+        max_new_tokens: int,
+        workloads: Sequence[Workload] = (),
+        knobs: tuple[Knob, ...] = (),
+    ) -> None:
+        for recording in outcomes:
+            require_tokens(recording, max_new_tokens)
         _require_alike(outcomes)
+        counts = np.array([recording.prompts for recording in outcomes])
+        super().__init__(workloads, profiles, knobs, list(map(np.arange, counts)), np.cumsum(counts) - counts)
         self._knobs = outcomes[0].info.knobs
-        self._infos = [one.info for one in outcomes]
-        self.recorded = [totals(one, profile, tokens) for one, profile in zip(outcomes, profiles, strict=True)]
-        self._settings = [one.settings for one in outcomes]
+        self._infos = [recording.info for recording in outcomes]
+        self.recorded = [
+            totals(recording, profile, max_new_tokens) for recording, profile in zip(outcomes, profiles, strict=True)
+        ]
+        self._settings = [recording.settings for recording in outcomes]
         self._plain = [
-            _plain_ends(self._knobs, one.settings, found.drafted.sum(1) == 0)
-            for one, found in zip(outcomes, self.recorded, strict=True)
+            _plain_ends(self._knobs, settings, sums.drafted.sum(1) == 0)
+            for settings, sums in zip(self._settings, self.recorded, strict=True)
         ]
         self._surfaces = [
-            {name: fitted(self._knobs, one.settings, found.per(unit, name)) for name, unit in _UNITS.items()}
-            for one, found in zip(outcomes, self.recorded, strict=True)
+            {name: fitted(self._knobs, settings, sums.per(unit, name)) for name, unit in _UNITS.items()}
+            for settings, sums in zip(self._settings, self.recorded, strict=True)
         ]
         self.leave_one_out = [
-            _speedup_error(found.per_token("seconds"), fitted["rounds"].left_out * fitted["seconds"].left_out)
-            for found, fitted in zip(self.recorded, self._surfaces, strict=True)
+            _speedup_error(sums.per_token("seconds"), surfaces["rounds"].left_out * surfaces["seconds"].left_out)
+            for sums, surfaces in zip(self.recorded, self._surfaces, strict=True)
         ]
-        counts = np.array([one.prompts for one in outcomes])
-        self.prompts: Sequence[Integers] = [np.arange(count) for count in counts]
-        self.first_prompts: Integers = np.cumsum(counts) - counts
         # The texts of all workloads one after another: those of a setting side by side, one for each prompt.
         self._counts = counts
         self._first_settings: Integers = np.cumsum([0, *map(len, self._settings)])[:-1]
-        self._first_texts: Integers = np.cumsum([0, *(found.tokens.size for found in self.recorded)])[:-1]
-        self._tokens = np.concatenate([found.tokens.ravel() for found in self.recorded])
-        self._texts = np.concatenate([_columns(found, ravelled=True) for found in self.recorded])
-        self._means = np.concatenate([_columns(found, ravelled=False) for found in self.recorded])
+        self._first_texts: Integers = np.cumsum([0, *(sums.tokens.size for sums in self.recorded)])[:-1]
+        self._tokens = np.concatenate([sums.tokens.ravel() for sums in self.recorded])
+        self._texts = np.concatenate([_columns(sums, ravelled=True) for sums in self.recorded])
+        self._means = np.concatenate([_columns(sums, ravelled=False) for sums in self.recorded])
         self._lowest = np.array([knob.low for knob in self._knobs])
         self._sizes = tuple(int(knob.high - knob.low) + 1 for knob in self._knobs)
         self._table: _Places | None = None
@@ -128,96 +141,90 @@ class OutcomeReplay:
             grid = np.indices(self._sizes).reshape(len(self._sizes), -1).T + self._lowest
             self._table = _joined([self._places(number, grid) for number in range(len(outcomes))])
 
-    def decode(self, prompt: int, values: Mapping[str, float], random: np.random.Generator) -> dict[str, float]:
-        """As `KnobReplay.decode`."""
-        arrays = {name: np.array([value], np.float64) for name, value in values.items()}
-        found = self.decode_many(np.array([prompt]), np.zeros(1, np.int64), arrays, random)
-        return {name: float(sums[0]) for name, sums in found.items()}
-
-    def decode_many(
-        self, prompts: Integers, workloads: Integers, values: Mapping[str, Floats], random: np.random.Generator
+    def sums(
+        self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
     ) -> dict[str, Floats]:
-        """As `KnobReplay.decode_many`."""
-        settings = np.stack([values[knob.name] for knob in self._knobs], axis=-1)
+        """Return the sums of `Metrics` but `plain_seconds`, by name."""
+        settings = np.stack([knobs[knob.name] for knob in self._knobs], axis=-1)
         places = self._looked_up(settings, workloads)
-        which = (random.random(len(prompts))[:, None] >= places.shares[:, :-1]).sum(1)
+        which = (rng.random(len(prompts))[:, None] >= places.shares[:, :-1]).sum(1)
         near = np.take_along_axis(places.near, which[:, None], 1)[:, 0]
-        own = prompts - self.first_prompts[workloads]
-        text = self._first_texts[workloads] + near * self._counts[workloads] + own
+        text = self._first_texts[workloads] + near * self._counts[workloads] + prompts - self.first_prompts[workloads]
         usual, tokens = self._means[self._first_settings[workloads] + near], self._tokens[text]
-        of_text, of_setting, wanted = (
-            dict(zip(QUANTITIES, each.T, strict=True)) for each in (self._texts[text], usual, places.means)
+        of_text, of_setting, expected = (
+            dict(zip(QUANTITIES, columns.T, strict=True)) for columns in (self._texts[text], usual, places.means)
         )
-        rounds = _rounds(tokens, of_text["rounds"], of_setting["rounds"], wanted["rounds"])
+        rounds = _rounds(tokens, of_text["rounds"], of_setting["rounds"], expected["rounds"])
         # A round may end without a token of the target's own, as the last one of a text that was cut does.
         without_own = of_text["accepted"] - (tokens - of_text["rounds"])
         accepted = np.minimum(np.maximum(tokens - rounds + without_own, 0.0), tokens)
 
         def per_round(name: str) -> Floats:
-            one, usual, other = (each[name] / each["rounds"] for each in (of_text, of_setting, wanted))
-            found: Floats = rounds * other * _ratio(one, usual)
-            return found
+            recorded, usual, other = (sums[name] / sums["rounds"] for sums in (of_text, of_setting, expected))
+            total: Floats = rounds * other * _ratio(recorded, usual)
+            return total
 
-        divergence = tokens * wanted["divergence"] * _ratio(of_text["divergence"] / tokens, of_setting["divergence"])
+        per_token = of_text["total_variation"] / tokens
+        variation = tokens * expected["total_variation"] * _ratio(per_token, of_setting["total_variation"])
         return {
             "tokens": tokens,
             "rounds": rounds,
             "drafted": np.maximum(per_round("drafted"), accepted),
             "accepted": accepted,
-            "divergence": np.minimum(divergence, tokens),
+            "total_variation": np.minimum(variation, tokens),
             "seconds": per_round("seconds"),
         }
 
     def means(self, workload: int, settings: Floats) -> dict[str, Floats]:
-        """What settings cost and do, over all prompts and per emitted token: recorded, or interpolated.
+        """Return means of settings over all prompts, per emitted token: recorded, or interpolated.
 
         Args:
             workload: its place.
             settings: shape (settings, knobs), values in the order of the knobs.
 
         Returns:
-            `rounds`, `drafted`, `accepted`, `divergence` and `seconds`, each of shape (settings,).
+            `QUANTITIES` by name, each of shape (settings,).
         """
         settings = self._settled(workload, settings)
-        found = {name: surface(settings) for name, surface in self._surfaces[workload].items()}
+        means = {name: surface(settings) for name, surface in self._surfaces[workload].items()}
         place, known = np.nonzero((settings[:, None] == self._settings[workload]).all(-1))
         for name, unit in _UNITS.items():
             if unit == "rounds":
-                found[name] = found[name] * found["rounds"]
-        for name, means in found.items():
-            means[place] = self.recorded[workload].per_token(name)[known]
-        return found
+                means[name] = means[name] * means["rounds"]
+        for name, values in means.items():
+            values[place] = self.recorded[workload].per_token(name)[known]
+        return means
 
     def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """As `KnobReplay.check_ranges`."""
+        """Refuse ranges beyond the recorded ones, with the way out."""
         for knob in self._knobs:
             low, high = ranges[knob.name]
             if not knob.low <= low <= high <= knob.high:
                 info = self._infos[0]
                 raise OutcomeError(
                     f"{knob.name} goes from {low:g} to {high:g}, and {info} were recorded from {knob.low:g} to "
-                    f"{knob.high:g}; give narrower ranges (or a smaller draft_length, if that is the knob), or record "
-                    f"others: {outcome_command(info.workload, info.decoder)}"
+                    f"{knob.high:g}; give narrower ranges (or a smaller max_draft_length, if that limits the knob), or "
+                    f"record others: {outcome_command(info.workload, info.decoder)}"
                 )
 
     def _looked_up(self, settings: Floats, workloads: Integers) -> _Places:
-        """What is known of one setting of each of some workloads, shape (texts, knobs)."""
+        """Look up the setting of every text, settings of shape (texts, knobs)."""
         if self._table is not None:
             steps = tuple(np.rint(settings - self._lowest).astype(np.int64).T)
             row = np.ravel_multi_index(steps, self._sizes) + workloads * math.prod(self._sizes)
             return _Places(self._table.means[row], self._table.near[row], self._table.shares[row])
         if len(self._settings) == 1:
             return self._places(0, settings)
-        found, order = [], []
+        parts, order = [], []
         for workload in np.unique(workloads):
             members = np.flatnonzero(workloads == workload)
-            found.append(self._places(int(workload), settings[members]))
+            parts.append(self._places(int(workload), settings[members]))
             order.append(members)
-        joined, back = _joined(found), np.argsort(np.concatenate(order))
+        joined, back = _joined(parts), np.argsort(np.concatenate(order))
         return _Places(joined.means[back], joined.near[back], joined.shares[back])
 
     def _settled(self, workload: int, settings: Floats) -> Floats:
-        """Settings, those that draft nothing being one that was recorded; same shape (settings, knobs)."""
+        """Replace settings that draft nothing by one that was recorded; same shape (settings, knobs)."""
         settled = settings.copy()
         for column, setting in self._plain[workload].items():
             settled[settings[:, column] == self._knobs[column].low] = setting
@@ -248,23 +255,23 @@ def _plain_ends(knobs: Sequence[RecordedKnob], settings: Floats, undrafted: NDAr
 
 
 def _ratio(of_text: Floats, of_setting: Floats) -> Floats:
-    """How texts differ from the mean of their setting; 1 where that is 0, which says nothing of how texts differ."""
+    """Compare texts with the mean of their setting; 1 where that is 0, which says nothing of how texts differ."""
     none = of_setting == 0
     return np.where(none, 1.0, of_text / (of_setting + none))
 
 
-def _rounds(tokens: Floats, of_text: Floats, of_setting: Floats, wanted: Floats) -> Floats:
-    """Rounds of texts with another setting than that which they were recorded with.
+def _rounds(tokens: Floats, of_text: Floats, of_setting: Floats, expected: Floats) -> Floats:
+    """Return the rounds of texts with another setting than the recorded one.
 
     Args:
         tokens: of each text, shape (texts,), like the rest.
         of_text: rounds that were recorded.
         of_setting: mean rounds per token of the recorded setting.
-        wanted: mean rounds per token of the other setting.
+        expected: mean rounds per token of the other setting.
     """
-    saved, wanted_saved = 1 - of_setting, 1 - np.minimum(wanted, 1.0)
-    shrunk = tokens - (tokens - of_text) * wanted_saved / np.where(saved > 0, saved, 1.0)
-    fewer: Floats = np.where(wanted_saved <= saved, shrunk, of_text * np.minimum(wanted, 1.0) / of_setting)
+    saved, expected_saved = 1 - of_setting, 1 - np.minimum(expected, 1.0)
+    shrunk = tokens - (tokens - of_text) * expected_saved / np.where(saved > 0, saved, 1.0)
+    fewer: Floats = np.where(expected_saved <= saved, shrunk, of_text * np.minimum(expected, 1.0) / of_setting)
     return fewer
 
 
@@ -273,29 +280,29 @@ def require_tokens(outcomes: Outcomes, tokens: int) -> None:
     info = outcomes.info
     if tokens > info.tokens:
         raise OutcomeError(
-            f"tokens_per_step is {tokens}, and {info} have texts of {info.tokens} tokens; ask for fewer, or record "
+            f"max_new_tokens is {tokens}, and {info} have texts of {info.tokens} tokens; ask for fewer, or record "
             f"longer ones: {outcome_command(info.workload, info.decoder)} with --tokens {tokens}"
         )
 
 
 def _require_alike(outcomes: Sequence[Outcomes]) -> None:
     first = outcomes[0].info
-    for info in (one.info for one in outcomes):
+    for info in (recording.info for recording in outcomes):
         if (info.decoder, info.knobs, info.draft_length) != (first.decoder, first.knobs, first.draft_length):
             again = outcome_command(info.workload, info.decoder)
             raise OutcomeError(f"{info} and {first} are of other decoders, knobs or ranges; record them alike: {again}")
 
 
-def _columns(found: Totals, ravelled: bool) -> Floats:
-    """The quantities as columns: of every text, or of every setting per token."""
-    return np.stack([getattr(found, name).ravel() if ravelled else found.per_token(name) for name in QUANTITIES], 1)
+def _columns(sums: OutcomeTotals, ravelled: bool) -> Floats:
+    """Stack the quantities as columns: of every text, or of every setting per token."""
+    return np.stack([getattr(sums, name).ravel() if ravelled else sums.per_token(name) for name in QUANTITIES], 1)
 
 
-def _joined(each: Sequence[_Places]) -> _Places:
-    return _Places(*(np.concatenate([getattr(one, name) for one in each]) for name in ("means", "near", "shares")))
+def _joined(parts: Sequence[_Places]) -> _Places:
+    return _Places(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("means", "near", "shares")))
 
 
 def _speedup_error(recorded: Floats, interpolated: Floats) -> SpeedupError:
-    """Of seconds per token: a speedup is another number over them."""
+    """Compare seconds per token; a speedup is another number over them."""
     off = np.abs(recorded / interpolated - 1)
     return SpeedupError(float(off.mean()), float(off.max()))

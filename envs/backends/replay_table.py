@@ -1,4 +1,4 @@
-"""Traces made ready for replay: what every round looks up, in arrays where one look-up answers one question."""
+"""Tables of traces for replay: arrays in which every round looks up what it needs; and the rule of what is kept."""
 
 from __future__ import annotations
 
@@ -8,49 +8,65 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specgym.decoding import EXACT
+
 from ..recordings.archive import TraceError
 from ..recordings.trace import Trace
 
 COPIES = 16
-"""How often the dice are thrown for every row of a sampled trace, when the table is made."""
-ACCEPTED = -1.0
-"""Stands in `ReplayTable.needed` for a token that passed the exact test: below every fallback there is."""
+"""Draws of acceptance for every row of a sampled trace, when the table is built."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
+def tolerances_needed(accepted: NDArray[np.bool_], distance: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the tolerance that keeps the first j + 1 tokens of a draft, in its last dimension.
+
+    It is the largest distance among those that fail the exact test, or `EXACT` if none does, and so never falls: as
+    many tokens are kept as entries are at most the tolerance.
+
+    Args:
+        accepted: whether each token passes the exact test.
+        distance: between draft and target, of a shape to broadcast with.
+    """
+    return np.maximum.accumulate(np.where(accepted, np.float32(EXACT), distance), axis=-1)
+
+
+def tokens_kept(agreed: Integers, drafted: Integers, back: Integers) -> Integers:
+    """Return how many draft tokens stay: those agreed on, less what a rejection takes back beyond its own token."""
+    return np.maximum(agreed - back * (agreed < drafted), 0)
+
+
 class ReplayTable:
-    """One or several traces, ready to be replayed together.
+    """Traces, ready to be replayed together.
 
     A *path* is a recorded text of a prompt: the target's own, or a detour. Prompts, paths and rows of all traces are
     numbered one after another.
 
     Args:
-        traces: those with detours have the same numbers of fallbacks and of rollbacks.
+        traces: those with detours have the same numbers of tolerances and of tokens taken back.
         detours: whether the paths are the detours, too, of prompts that have some. Otherwise, and for a trace that has
             none, they are the target's own texts alone, of all prompts.
-        seed: of the dice of sampled traces.
+        seed: of the draws of sampled traces.
 
     Attributes:
         draft_length: K, the longest draft of any trace.
         prompts: numbers of the prompts that can be replayed, as their own trace counts them, one array a trace.
         first_prompts: number of the first prompt of each trace, shape (traces,).
-        needed: the fallback that keeps the first j + 1 tokens of a row's draft: the largest distance among those that
-            fail the exact test, or `ACCEPTED` if none does; infinite beyond the draft. It never falls along a row, so
-            that as many tokens are kept as entries are at most the fallback. Shape (places, K rounded up to a multiple
-            of 8).
-        places: where a row's first copy is in `needed`; more follow if the dice were thrown. Shape (rows,).
+        needed: `tolerances_needed` by the tokens of a row's draft, infinite beyond it. Shape (places, K rounded up to a
+            multiple of 8).
+        places: where a row's first copy is in `needed`; more follow for a sampled trace. Shape (rows,).
         copies: of each trace's rows in `needed`, shape (traces,).
         drafted: tokens drafted at each row, shape (rows,).
         distance: total variation, shape (rows, K).
         jump: `Trace.jump`, flat, shape (rows * (K + 1),).
         routes: the row of each path at every position, -1 beyond its end, shape (paths, width).
         lengths: rows of each path, shape (paths,).
-        paths: the path by prompt, fallback and rollback, shape (prompts, fallbacks, rollbacks); the first fallback
-            is that of the target's own text. -1 where nothing is recorded.
-        fallbacks: recorded by each trace, ascending, 0 for the target's own text, shape (traces, fallbacks).
-        log_rollbacks: logarithms of the recorded rollbacks, shape (traces, rollbacks).
+        paths: the path by prompt, tolerance and tokens taken back, shape (prompts, tolerances, numbers taken back); the
+            first tolerance is that of the target's own text. -1 where nothing is recorded.
+        tolerances: recorded by each trace, ascending, 0 for the target's own text, shape (traces, tolerances).
+        log_taken_back: logarithms of the recorded numbers of tokens taken back, shape (traces, numbers taken back).
 
     Raises:
         TraceError: a detour is missing among those of a prompt, or the traces have detours of more or fewer thresholds.
@@ -59,7 +75,7 @@ class ReplayTable:
     def __init__(self, traces: Sequence[Trace], *, detours: bool, seed: int = 0) -> None:
         self.draft_length = max(trace.draft_length for trace in traces)
         self.has_detours = detours and any(len(trace.detour_prompts) for trace in traces)
-        self.fallbacks, self.log_rollbacks = _levels(traces, self.has_detours)
+        self.tolerances, self.log_taken_back = _levels(traces, self.has_detours)
         self.copies = np.array([1 if trace.info.sampling.greedy else COPIES for trace in traces])
         self.sampled = bool((self.copies > 1).any())
         self.prompts = [_usable(trace, self.has_detours) for trace in traces]
@@ -91,7 +107,7 @@ class ReplayTable:
         beyond = ((0, 0), (0, 8 * words - trace.draft_length))
         needed = np.pad(_needed(trace, rows, copies, generator), beyond, constant_values=np.inf)
         routes = [_padded(np.arange(*ends), width) for ends in zip(trace.starts[:-1], trace.starts[1:], strict=True)]
-        paths = np.full((trace.prompts, self.fallbacks.shape[1], self.log_rollbacks.shape[1]), -1)
+        paths = np.full((trace.prompts, self.tolerances.shape[1], self.log_taken_back.shape[1]), -1)
         paths[:, 0] = np.arange(trace.prompts)[:, None]
         if len(trace.detour_prompts) == 0:
             paths[:] = paths[:, :1, :1]
@@ -101,7 +117,7 @@ class ReplayTable:
         if (paths[self.prompts[place]] < 0).any():
             raise TraceError(
                 f"the trace of {trace.info.workload} ({trace.info.split}) lacks detours: every prompt that has any "
-                "needs one for every recorded fallback with every recorded rollback; record it again"
+                "needs one for every recorded pair of thresholds; record it again"
             )
         return {
             "needed": needed.astype(np.float32),
@@ -120,46 +136,45 @@ def _needed(trace: Trace, rows: int, copies: int, generator: np.random.Generator
     if trace.info.sampling.greedy:
         accepted = trace.match[:rows, None]
     else:
-        dice = generator.random((rows, copies, trace.draft_length), dtype=np.float32)
-        own = len(trace.text)
-        accepted = np.empty(dice.shape, np.bool_)
-        accepted[:own] = dice[:own] * trace.q[:, None] < trace.p[:, None]
+        draws = generator.random((rows, copies, trace.draft_length), dtype=np.float32)
+        of_target = len(trace.text)
+        accepted = np.empty(draws.shape, np.bool_)
+        accepted[:of_target] = draws[:of_target] * trace.q[:, None] < trace.p[:, None]
         # Detours do not say p and q of the token. Over the draft's tokens, the chance to be accepted is 1 - distance.
-        accepted[own:] = dice[own:] < 1 - distance[own:, None]
-    needed = np.where(accepted, np.float32(ACCEPTED), distance[:, None])
+        accepted[of_target:] = draws[of_target:] < 1 - distance[of_target:, None]
     beyond = np.arange(trace.draft_length) >= trace.drafted[:rows, None, None]
-    needed = np.maximum.accumulate(np.where(beyond, np.float32(np.inf), needed), axis=-1)
+    needed = np.where(beyond, np.float32(np.inf), tolerances_needed(accepted, distance[:, None]))
     return needed.reshape(rows * copies, -1)
 
 
 def _levels(traces: Sequence[Trace], detours: bool) -> tuple[Floats, Floats]:
-    """Recorded fallbacks with 0 before them, and logarithms of the recorded rollbacks, shapes (traces, levels)."""
+    """Recorded tolerances with 0 before them, and logarithms of recorded tokens taken back, shapes (traces, levels)."""
     if not detours:
         return np.zeros((len(traces), 1)), np.zeros((len(traces), 1))
-    found = [_recorded_levels(trace) for trace in traces if len(trace.detour_prompts)]
-    if len({(len(fallbacks), len(rollbacks)) for fallbacks, rollbacks in found}) > 1:
+    recorded = [_recorded_levels(trace) for trace in traces if len(trace.detour_prompts)]
+    if len({(len(tolerances), len(taken_back)) for tolerances, taken_back in recorded}) > 1:
         names = ", ".join(f"{trace.info.workload} ({trace.info.split})" for trace in traces)
         raise TraceError(f"the traces of {names} have detours of more or fewer thresholds; record them alike")
     # For a trace without detours any levels do: they all lead to its own texts.
-    each = [_recorded_levels(trace) if len(trace.detour_prompts) else found[0] for trace in traces]
-    fallbacks = [np.concatenate([[0.0], levels]) for levels, _ in each]
-    return np.array(fallbacks), np.log([rollbacks for _, rollbacks in each])
+    levels = [_recorded_levels(trace) if len(trace.detour_prompts) else recorded[0] for trace in traces]
+    tolerances = [np.concatenate([[0.0], numbers]) for numbers, _ in levels]
+    return np.array(tolerances), np.log([taken_back for _, taken_back in levels])
 
 
 def _recorded_levels(trace: Trace) -> tuple[Floats, Floats]:
-    fallbacks, rollbacks = _detour_knobs(trace)
-    return np.unique(fallbacks), np.unique(rollbacks)
+    tolerances, taken_back = _detour_knobs(trace)
+    return np.unique(tolerances), np.unique(taken_back)
 
 
 def _detour_knobs(trace: Trace) -> Floats:
-    """Fallbacks and rollbacks of the detours, shape (2, detours), rounded as distances are before a comparison."""
+    """Tolerances and tokens taken back of the detours, shape (2, detours), rounded as distances are for comparison."""
     return trace.detour_knobs.T.astype(np.float32).astype(np.float64)
 
 
 def _level_numbers(trace: Trace) -> tuple[Integers, Integers]:
-    """Of each detour, which fallback (from 1, after the target's own text) and which rollback (from 0) it has."""
-    (fallbacks, rollbacks), knobs = _recorded_levels(trace), _detour_knobs(trace)
-    return np.searchsorted(fallbacks, knobs[0]) + 1, np.searchsorted(rollbacks, knobs[1])
+    """Number the levels of every detour: its tolerance (from 1, after the target's own text) and tokens taken back."""
+    (tolerances, taken_back), knobs = _recorded_levels(trace), _detour_knobs(trace)
+    return np.searchsorted(tolerances, knobs[0]) + 1, np.searchsorted(taken_back, knobs[1])
 
 
 def _usable(trace: Trace, detours: bool) -> Integers:

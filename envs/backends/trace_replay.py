@@ -1,43 +1,48 @@
-"""Replay: decoding from recorded traces, without the models.
+"""Replay of traces: decoding from what a pair did at every position, without the models.
+
+A rule says what is verified (`specgym.decoding.TraceRule`): drafts have up to `draft_length` tokens; one that fails the
+exact test is kept all the same up to a `tolerance`; a rejection takes back so many tokens.
 
 Every round looks up what the pair did at the row where the text stands: how many tokens were drafted, and how many of
-them a fallback keeps. Then the text goes on at the row that the recording says follows. Where the recording does not
-say, since decoding with these thresholds never came by, it goes on at as many tokens of a recorded text (a *path*).
+them are kept. Then the text goes on at the row that the recording says follows. Where the recording does not say, since
+decoding by this rule never came by, it goes on at as many tokens of a recorded text (a *path*).
 
-The path is the target's own text for a fallback of 0, and for exact speculative decoding. For other thresholds it is
-one that decoding with neighbouring recorded thresholds led to, drawn at random: linearly between two fallbacks, and
-linearly in the logarithm between two rollbacks. So greedy decoding is replayed exactly where nothing is lossy, and at
-recorded thresholds (though with fewer tokens than recorded, the last round of a text that ends early may differ);
-elsewhere approximately, and smoothly in the thresholds.
+The path is the target's own text for a tolerance of 0, and for exact verification. For other rules it is one that
+decoding by neighbouring recorded rules led to, drawn at random: linearly between two tolerances, and linearly in the
+logarithm between two numbers of tokens taken back. So greedy decoding is replayed exactly where nothing is lossy, and
+for recorded rules (though with fewer tokens than recorded, the last round of a text that ends early may differ);
+elsewhere approximately, and smoothly in the rule.
 
-There are two walks, one for many texts at once and one for a single text, which NumPy would slow down. They do the
-same, and with one text they draw the same from the same generator.
+There are two walks, for many texts at once and for a single text, which NumPy would slow down. They do the same, and
+with a single text they draw the same from the same generator.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .replay_table import ACCEPTED, Floats, Integers, ReplayTable
+from specgym.decoding import DecoderTraits, LatencyProfile
 
-LOSSLESS = ACCEPTED
-"""As a fallback: keep what passes the exact test, and nothing else."""
+from ..recordings.trace import Trace
+from ..workloads import Workload
+from .backend import Floats, Integers, Metrics, ReplayBackend
+from .replay_table import ReplayTable, tokens_kept
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """The rounds of many texts, those of all texts' first rounds first; every array has shape (rounds,).
+    """Rounds of many texts, the first rounds of all texts first; every array has shape (rounds,).
 
     Attributes:
-        text: which text, from 0.
-        row: where it stood.
+        text: number of the text, from 0.
+        row: row where it stood.
         drafted: draft tokens that were verified.
         accepted: draft tokens among those emitted.
         taken: tokens emitted.
@@ -50,12 +55,12 @@ class Rounds:
     taken: Integers
 
 
-class Replay:
-    """Replays texts of one table.
+class TraceWalk:
+    """Walks over the rounds of recorded texts.
 
     Args:
         table: what was recorded.
-        round_seconds: what a round costs by the number of drafted tokens, shape (traces, K + 1).
+        round_seconds: seconds of a round by the number of drafted tokens, shape (traces, K + 1).
         tokens: generated of each text, at most.
     """
 
@@ -65,76 +70,71 @@ class Replay:
         self._round_seconds = np.ascontiguousarray(round_seconds)
         self._depths = np.arange(table.draft_length)
         self._ends: Integers = np.minimum(tokens, table.lengths)  # tokens of each path
-        self._costs: list[float] = self._round_seconds[0].tolist()
-        self._fallbacks: list[float] = table.fallbacks[0].tolist()
-        self._log_rollbacks: list[float] = table.log_rollbacks[0].tolist()
+        self._costs: list[list[float]] = self._round_seconds.tolist()
+        self._tolerances: list[list[float]] = table.tolerances.tolist()
+        self._log_taken_back: list[list[float]] = table.log_taken_back.tolist()
+        self._copies: list[int] = table.copies.tolist()
         # Single numbers come out of a memoryview several times faster than out of an array.
         self._needed, self._distance = table.needed.ravel().data, table.distance.ravel().data
         self._jump, self._routes = table.jump.data, table.routes.ravel().data
         self._drafted, self._places = table.drafted.data, table.places.data
 
     def decode(
-        self, prompt: int, fallback: float, rollback: float, longest: int, random: np.random.Generator
-    ) -> dict[str, float]:
-        """Decode one text of the first trace, and sum over its rounds.
+        self, prompt: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
+    ) -> tuple[float, float, float, float, float, float]:
+        """Decode one text, and sum over its rounds.
 
         Args:
             prompt: a number of the table.
-            fallback: 0 to 1, or `LOSSLESS`.
-            rollback: 1 or more; a fraction is rounded at random every round.
+            trace: the trace that it belongs to.
+            tolerance: 0 to 1, or `specgym.decoding.EXACT`.
+            taken_back: 1 or more; a fraction is rounded at random every round.
             longest: tokens drafted, at most.
-            random: draws where the decoder would, and the path.
+            rng: draws where the decoder would, and the path.
 
         Returns:
-            `tokens`, `rounds`, `drafted`, `accepted`, `divergence` and `seconds`, as `measuring.metrics` takes them.
+            `tokens`, `rounds`, `drafted`, `accepted`, `total_variation` and `seconds`, as `Metrics` has them.
         """
-        fallback = float(np.float32(fallback))
-        costs, width = self._costs, self.table.draft_length
+        tolerance = float(np.float32(tolerance))
+        costs, width = self._costs[trace], self.table.draft_length
         tokens = rounds = drafted = accepted = 0
-        divergence = seconds = 0.0
-        path = self.choose_path(prompt, fallback, rollback, random)
-        for row, drafts, kept, taken in self.walk(path, fallback, rollback, longest, random):
+        variation = seconds = 0.0
+        path = self.choose_path(prompt, trace, tolerance, taken_back, rng)
+        for row, drafts, kept, emitted in self.walk(path, trace, tolerance, taken_back, longest, rng):
             rounds += 1
-            tokens += taken
+            tokens += emitted
             drafted += drafts
             accepted += kept
             seconds += costs[drafts]
-            if fallback >= 0:
+            if tolerance >= 0:
                 start = row * width
                 for distance in self._distance[start : start + kept]:
-                    if distance <= fallback:
-                        divergence += distance
-        return {
-            "tokens": float(tokens),
-            "rounds": float(rounds),
-            "drafted": float(drafted),
-            "accepted": float(accepted),
-            "divergence": divergence,
-            "seconds": seconds,
-        }
+                    if distance <= tolerance:
+                        variation += distance
+        return tokens, rounds, drafted, accepted, variation, seconds
 
     def walk(
-        self, path: int, fallback: float, rollback: float, longest: int, random: np.random.Generator
+        self, path: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
     ) -> Iterator[tuple[int, int, int, int]]:
-        """The rounds of one text of the first trace: row, tokens drafted, accepted and emitted.
+        """Yield the rounds of one text: row, tokens drafted, accepted and emitted.
 
-        Arguments as for `decode`, but a path instead of a prompt, and a fallback as float32 has it.
+        Arguments as for `decode`, but a path instead of a prompt, and a tolerance as float32 has it.
         """
         table, tokens = self.table, self.tokens
         width, columns, reach = table.routes.shape[1], table.draft_length + 1, table.needed.shape[1]
-        copies = int(table.copies[0])
+        copies = self._copies[trace]
         end = int(self._ends[path])
-        further = rollback - 1  # tokens taken back beyond the one that was rejected
+        further = taken_back - 1  # tokens taken back beyond the one that was rejected
         fractional = further % 1 > 0
         row, count = self._routes[path * width], 0
         while True:
             drafted = min(self._drafted[row], tokens - 1 - count, longest)
             place = self._places[row]
             if table.sampled:
-                place += int(random.random() * copies)
+                place += int(rng.random() * copies)
             start = place * reach
-            kept = bisect_right(self._needed, fallback, start, start + drafted) - start
-            back = int(further + random.random() if fractional else further)
+            kept = bisect_right(self._needed, tolerance, start, start + drafted) - start
+            back = int(further + rng.random() if fractional else further)
             if kept < drafted:
                 kept = max(kept - back, 0)
             taken = min(kept + 1, end - count)
@@ -146,40 +146,42 @@ class Replay:
             if row < 0:
                 row = self._routes[path * width + count]
 
-    def choose_path(self, prompt: int, fallback: float, rollback: float, random: np.random.Generator) -> int:
-        """A path of a prompt of the first trace, for thresholds as in `walk`."""
+    def choose_path(
+        self, prompt: int, trace: int, tolerance: float, taken_back: float, rng: np.random.Generator
+    ) -> int:
+        """Choose a path of a prompt, for a rule as in `walk`."""
         table = self.table
         if not table.has_detours:
             return int(table.paths[prompt, 0, 0])
-        above = _neighbour(self._fallbacks, fallback, random)
-        return int(table.paths[prompt, above, _neighbour(self._log_rollbacks, math.log(rollback), random)])
+        above = _neighbour(self._tolerances[trace], tolerance, rng)
+        return int(table.paths[prompt, above, _neighbour(self._log_taken_back[trace], math.log(taken_back), rng)])
 
     def decode_many(
         self,
         prompts: Integers,
         traces: Integers,
-        fallback: Floats,
-        rollback: Floats,
+        tolerance: Floats,
+        taken_back: Floats,
         longest: Integers,
-        random: np.random.Generator,
+        rng: np.random.Generator,
     ) -> dict[str, Floats]:
         """Decode many texts, and sum over the rounds of each; every argument but the last has shape (texts,).
 
         Args:
             prompts: as for `decode`.
             traces: the trace that each prompt belongs to.
-            fallback: as for `decode`, all `LOSSLESS` or none.
-            rollback: as for `decode`.
+            tolerance: as for `decode`, all `EXACT` or none.
+            taken_back: as for `decode`.
             longest: as for `decode`.
-            random: as for `decode`.
+            rng: as for `decode`.
 
         Returns:
-            As `decode`, arrays of shape (texts,).
+            By name, as `decode`, arrays of shape (texts,).
         """
         texts = len(prompts)
-        limits = fallback.astype(np.float32)
-        paths = self.choose_paths(prompts, traces, limits, rollback, random)
-        rounds = self.walk_many(paths, traces, limits, rollback, longest, random)
+        limits = tolerance.astype(np.float32)
+        paths = self.choose_paths(prompts, traces, limits, taken_back, rng)
+        rounds = self.walk_many(paths, traces, limits, taken_back, longest, rng)
         cost = self._round_seconds.ravel().take(traces[rounds.text] * self._round_seconds.shape[1] + rounds.drafted)
 
         def summed(values: NDArray[np.generic] | None = None) -> Floats:
@@ -190,7 +192,7 @@ class Replay:
             "rounds": summed(),
             "drafted": summed(rounds.drafted),
             "accepted": summed(rounds.accepted),
-            "divergence": self._divergence(rounds, limits),
+            "total_variation": self._total_variation(rounds, limits),
             "seconds": summed(cost),
         }
 
@@ -198,16 +200,16 @@ class Replay:
         self,
         paths: Integers,
         traces: Integers,
-        fallback: NDArray[np.float32],
-        rollback: Floats,
+        tolerance: NDArray[np.float32],
+        taken_back: Floats,
         longest: Integers,
-        random: np.random.Generator,
+        rng: np.random.Generator,
     ) -> Rounds:
-        """The rounds of many texts; arguments as for `decode_many`, with a path instead of a prompt."""
+        """Return the rounds of many texts; arguments as for `decode_many`, with a path instead of a prompt."""
         table, columns = self.table, self.table.draft_length + 1
         routes = table.routes.ravel()
-        limits = fallback[:, None]
-        further = rollback - 1  # tokens taken back beyond the one that was rejected
+        limits = tolerance[:, None]
+        further = taken_back - 1  # tokens taken back beyond the one that was rejected
         fractional = bool((further % 1).any())
         copies = table.copies[traces]
         text: Integers = np.arange(len(paths))
@@ -219,13 +221,12 @@ class Replay:
         done: list[tuple[Integers, ...]] = []
         while True:
             drafted = np.minimum(table.drafted.take(row), np.minimum(last - here, longest))
+            place = row
             if table.sampled:
-                place = table.places.take(row) + (random.random(len(row)) * copies).astype(np.int64)
-            else:
-                place = row
+                place = table.places.take(row) + (rng.random(len(row)) * copies).astype(np.int64)
             kept = np.minimum(_true_bytes(table.needed.take(place, 0) <= limits), drafted)
-            back = (further + random.random(len(row)) if fractional else further).astype(np.int64)
-            kept = np.maximum(kept - back * (kept < drafted), 0)
+            back = (further + rng.random(len(row)) if fractional else further).astype(np.int64)
+            kept = tokens_kept(kept, drafted, back)
             taken = np.minimum(kept + 1, end - here)
             done.append((text, row, drafted, np.minimum(kept, taken), taken))
             here = here + taken
@@ -245,45 +246,97 @@ class Replay:
         self,
         prompts: Integers,
         traces: Integers,
-        fallback: NDArray[np.float32],
-        rollback: Floats,
-        random: np.random.Generator,
+        tolerance: NDArray[np.float32],
+        taken_back: Floats,
+        rng: np.random.Generator,
     ) -> Integers:
-        """A path for each of many texts; arguments as for `decode_many`."""
+        """Choose a path for each of many texts; arguments as for `decode_many`."""
         table = self.table
         if not table.has_detours:
             return table.paths[prompts, 0, 0]
         levels = [
-            _neighbours(known[traces], values, random.random(len(prompts)))
-            for known, values in ((table.fallbacks, fallback), (table.log_rollbacks, np.log(rollback)))
+            _neighbours(known[traces], values, rng.random(len(prompts)))
+            for known, values in ((table.tolerances, tolerance), (table.log_taken_back, np.log(taken_back)))
         ]
         return table.paths[prompts, levels[0], levels[1]]
 
-    def _divergence(self, rounds: Rounds, fallback: NDArray[np.float32]) -> Floats:
-        """Of each text: the distances of accepted tokens, where they are what made the token accepted outright."""
-        if fallback[0] < 0:
-            return np.zeros(len(fallback))
+    def _total_variation(self, rounds: Rounds, tolerance: NDArray[np.float32]) -> Floats:
+        """Sum, for each text, the distances of accepted tokens that were accepted for them."""
+        if tolerance[0] < 0:
+            return np.zeros(len(tolerance))
         accepted = rounds.accepted.nonzero()[0]
         text = rounds.text.take(accepted)
         distance = self.table.distance.take(rounds.row.take(accepted), 0)
-        counts = (distance <= fallback.take(text)[:, None]) & (self._depths < rounds.accepted.take(accepted)[:, None])
-        found: NDArray[Any] = np.bincount(text, np.einsum("ij,ij->i", distance, counts), len(fallback))
-        return found
+        counts = (distance <= tolerance.take(text)[:, None]) & (self._depths < rounds.accepted.take(accepted)[:, None])
+        total: NDArray[Any] = np.bincount(text, np.einsum("ij,ij->i", distance, counts), len(tolerance))
+        return total
+
+
+class TraceReplay(ReplayBackend):
+    """Traces replayed by the knobs of a decoder that is recorded by them. See `Backend`.
+
+    Args:
+        decoder: whose rule and knobs.
+        traces: of its pairs' drafts, one a workload.
+        workloads: what was recorded.
+        profiles: what every workload's time is charged by, at the operating point.
+        max_new_tokens: tokens decoded of each prompt, at most.
+        max_draft_length: longest draft, in tokens.
+        options: build options of the decoder.
+    """
+
+    def __init__(
+        self,
+        decoder: type[DecoderTraits],
+        traces: Sequence[Trace],
+        workloads: Sequence[Workload],
+        profiles: Sequence[LatencyProfile],
+        max_new_tokens: int,
+        max_draft_length: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        table = ReplayTable(traces, detours=not decoder.lossless)
+        knobs = decoder.knobs_without_pair(**options)
+        super().__init__(workloads, profiles, knobs, table.prompts, table.first_prompts)
+        seconds = np.array([profile.round_seconds(table.draft_length) for profile in profiles])
+        self._walk = TraceWalk(table, seconds, max_new_tokens)
+        self._rule = decoder.trace_rule
+        self._max_draft_length = max_draft_length
+
+    def decode(
+        self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
+    ) -> Metrics[Floats]:
+        """Decode n texts; a single one without NumPy, which is faster."""
+        if len(prompts) > 1:
+            return super().decode(prompts, workloads, knobs, rng)
+        workload = workloads.item()
+        rule = self._rule({name: values.item() for name, values in knobs.items()}, self._max_draft_length)
+        sums = self._walk.decode(prompts.item(), workload, rule.tolerance, rule.taken_back, int(rule.draft_length), rng)
+        return Metrics(*np.array([*sums, self.profiles[workload].autoregressive_seconds * sums[0]])[:, None])
+
+    def sums(
+        self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
+    ) -> dict[str, Floats]:
+        """Return the sums of `Metrics` but `plain_seconds`, by name."""
+        texts, rule = len(prompts), self._rule(knobs, self._max_draft_length)
+        tolerance, taken_back = (np.full(texts, number) for number in (rule.tolerance, rule.taken_back))
+        longest = np.full(texts, rule.draft_length).astype(np.int64)
+        return self._walk.decode_many(prompts, workloads, tolerance, taken_back, longest, rng)
 
 
 def _true_bytes(flags: NDArray[np.bool_]) -> Integers:
-    """How many are true in each row, whose length is a multiple of 8; shape (rows, flags) to (rows,)."""
+    """Count the true ones in each row, whose length is a multiple of 8; shape (rows, flags) to (rows,)."""
     # Eight flags are a word of bytes that are 0 or 1, and this product has the sum of all eight in its highest byte.
     words = (flags.view(np.uint64) * np.uint64(0x0101010101010101)) >> np.uint64(56)
-    found = words[:, 0]
+    count = words[:, 0]
     for column in range(1, words.shape[1]):
-        found = found + words[:, column]
-    return found.view(np.int64)
+        count = count + words[:, column]
+    return count.view(np.int64)
 
 
-def _neighbour(known: list[float], value: float, random: np.random.Generator) -> int:
-    """One of the two known values, ascending, that a value lies between, at random by how near it is to them."""
-    share = random.random()
+def _neighbour(known: list[float], value: float, rng: np.random.Generator) -> int:
+    """Draw between the two known values, ascending, that a value lies between, by how near it is to them."""
+    share = rng.random()
     if len(known) == 1:
         return 0
     above = min(max(bisect_left(known, value), 1), len(known) - 1)
@@ -296,6 +349,6 @@ def _neighbours(known: Floats, values: NDArray[np.floating], share: Floats) -> I
     if known.shape[1] == 1:
         return np.zeros(len(values), np.int64)
     above = np.clip((known < values[:, None]).sum(1), 1, known.shape[1] - 1)
-    each = np.arange(len(values))
-    low, high = known[each, above - 1], known[each, above]
+    rows = np.arange(len(values))
+    low, high = known[rows, above - 1], known[rows, above]
     return above - (share * (high - low) >= values - low)

@@ -1,4 +1,4 @@
-"""Control of the draft length: after every drafted token, stop and verify, or go on."""
+"""Environment that controls the draft length: after every drafted token, stop and verify, or go on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from numpy.typing import NDArray
 
 from specgym.decoding import FEATURES, LatencyProfile, Split
 
-from ..arguments import one_of
-from ..backends.draft_sources import Counts, Drafting, LiveDrafting, ReplayedDrafting
+from ..arguments import constructor, one_of, reset_options
+from ..backends.backend import DraftBackend, DraftSteps
+from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
 from ..profiles import profile_of
-from ..recordings.shipped_traces import DEFAULT_WORKLOAD, find_trace
+from ..prompt_order import PromptOrder
+from ..recordings.find import find_trace
 from ..recordings.trace import Trace
-from ..workloads import Workload
+from ..workloads import DEFAULT_WORKLOAD, Workload
 from ..workloads import workload as named_workload
-from .throughput import DraftCharges, checked_rate, linear_reward, relative_throughput
+from .throughput import checked_rate, linear_reward, relative_throughput
 
 Array = NDArray[np.float32]
 
 LONGEST = 32
-"""Tokens that a draft may have at most; observations do not tell longer drafts apart."""
+"""Longest draft, in tokens; observations do not tell longer ones apart."""
 
-_COUNTS = ("tokens", "seconds", "drafted", "accepted", "rounds")
+_FIRST = np.zeros(1, np.int64)
 _OPTIONS = ("prompt",)
 
 
@@ -95,7 +97,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     | workload                    | its name                                                                    |
 
     `remaining_acceptable` is for oracles: a negative one says how many tokens already drafted bring nothing. It is
-    known in replay only; live decoding has `draft_sources.UNKNOWN` (-1000).
+    known in replay only; in live decoding it is -1000.
 
     ## Starting state
     The start of a prompt's continuation, with its first token drafted. The prompts come in an order drawn from the
@@ -106,20 +108,20 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
 
     ## Arguments
     Args:
-        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of a given trace,
-            or else `"tiny/prose"`.
+        workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of a given
+            recording, or else `"tiny/prose"`.
         backend: `"live"` runs the models, `"replay"` a recorded trace, for which no model is loaded if there is a
             profile. When greedy the two agree, up to the rounding of recorded numbers (under 0.5 %).
         max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the trace holds.
-        tokens: of each text, at most; in replay at most what the trace holds.
-        split: `"train"` or `"test"` prompts; by default the workload's own, or the trace's.
+        max_new_tokens: tokens of each text, at most; in replay at most what the trace holds.
+        split: `"train"` or `"test"` prompts; by default the workload's own, or the recording's.
         profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once, and
             for a replay the pair's reference profile (`specgym.envs.profiles`).
-        trace: a `Trace` or a file with one, for replay; by default the workload's that ships with the package.
+        recording: a `Trace` or a file with one, for replay; by default the workload's that ships with the package.
         batch_size: sequences decoded together, all drafting as far as this one; the profile must cover it.
         context: tokens read before, for the profile; by default its own.
-        rate: what time is priced at in the beginning, at least 0.
-        decision_seconds: what the agent's own inference takes each time, at least 0.
+        rate: price of time in the beginning, at least 0.
+        decision_seconds: time that the agent's own inference takes for each decision, at least 0.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
 
     Raises:
@@ -132,46 +134,32 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
 
     metadata = {"render_modes": []}  # noqa: RUF012  # gymnasium declares it so
 
+    @constructor(tokens="max_new_tokens", trace="recording")
     def __init__(
         self,
         workload: str | Workload | None = None,
         backend: Literal["live", "replay"] = "live",
         max_draft_length: int = 16,
-        tokens: int = 64,
+        max_new_tokens: int = 64,
         split: Split | None = None,
         profile: LatencyProfile | str | Path | None = None,
-        trace: Trace | str | Path | None = None,
+        recording: Trace | str | Path | None = None,
         batch_size: int = 1,
         context: int | None = None,
         rate: float = 1.0,
         decision_seconds: float = 0.0,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
-        EzPickle.__init__(
-            self,
-            workload,
-            backend,
-            max_draft_length,
-            tokens,
-            split,
-            profile,
-            trace,
-            batch_size,
-            context,
-            rate,
-            decision_seconds,
-            render_mode,
-        )
         one_of("backend", backend, ("live", "replay"))
         one_of("split", split, (None, "train", "test"))
         one_of("render_mode", render_mode, (None, "rgb_array"))
-        check_lengths(max_draft_length, tokens)
-        if trace is not None and backend == "live":
-            raise ValueError("trace is for backend='replay'; the backend is 'live'")
+        check_lengths(max_draft_length, max_new_tokens)
+        if recording is not None and backend == "live":
+            raise ValueError("recording is for backend='replay'; the backend is 'live'")
         self._rate = checked_rate(rate)
-        found: Trace | None = None
+        trace: Trace | None = None
         if backend == "replay":
-            found, self._workload = find_trace(trace, workload, split)
+            trace, self._workload = find_trace(recording, workload, split)
         else:
             self._workload = named_workload(workload or DEFAULT_WORKLOAD)
             if split is not None:
@@ -183,30 +171,33 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             context=context,
             decision_seconds=decision_seconds,
         )
-        self._drafting: Drafting
-        if found is not None:
-            self._drafting = ReplayedDrafting(found, self._charges, max_draft_length, tokens, batch_size)
+        self._drafts: DraftBackend
+        if trace is not None:
+            table = DraftTable([trace], max_draft_length, max_new_tokens)
+            self._drafts = DraftReplay(table, [self._charges], [batch_size], _FIRST)
         else:
-            self._drafting = LiveDrafting(self._workload, self._charges, max_draft_length, tokens, batch_size)
+            from ..backends.live import LiveDrafts  # which imports torch; a replay needs none
+
+            self._drafts = LiveDrafts(self._workload, self._charges, max_draft_length, max_new_tokens, batch_size)
         self.observation_space = observation_space()
         self.action_space = spaces.Discrete(2)
-        self._queue: list[int] = []
+        self._orders = PromptOrder(self._drafts.prompts)
         self._total_tokens = 0
         self._total_seconds = 0.0
 
     @property
     def workload(self) -> Workload:
-        """The pair, prompts and sampling; its split is the one in use."""
+        """Pair, prompts and sampling; its split is the one in use."""
         return self._workload
 
     @property
     def charges(self) -> DraftCharges:
-        """What time is charged by."""
+        """Seconds charged for steps."""
         return self._charges
 
     @property
     def rate(self) -> float:
-        """What time is priced at, relative to plain decoding."""
+        """Price of time, relative to plain decoding."""
         return self._rate
 
     def set_rate(self, rate: float) -> None:
@@ -228,21 +219,16 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             ValueError: an unknown option, or a prompt that does not exist.
         """
         super().reset(seed=seed)
-        options = options or {}
-        unknown = sorted(set(options) - set(_OPTIONS))
-        if unknown:
-            raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(_OPTIONS)}")
+        options = reset_options(options, _OPTIONS)
         if seed is not None:
-            self._queue = []
+            self._orders.restart()
         if options.get("prompt") is not None:
-            prompt = self._checked_prompt(options["prompt"])
+            prompt = np.array([self._checked_prompt(options["prompt"])])
         else:
-            if not self._queue:
-                self._queue = self.np_random.permutation(self._drafting.prompts).tolist()
-            prompt = self._queue.pop(0)
+            prompt = self._orders.take_shared(_FIRST, self.np_random)
         self._total_tokens, self._total_seconds = 0, 0.0
-        self._drafting.begin(prompt, self.np_random)
-        return self._drafting.features.copy(), self._info((0, 0.0, 0, 0, 0))
+        self._drafts.begin(_FIRST, _FIRST, prompt, self.np_random)
+        return self._drafts.features[0].copy(), self._info(DraftSteps(0, 0.0, 0, 0, 0))
 
     def step(self, action: int | np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Go on drafting (0), or stop and verify (1).
@@ -257,20 +243,20 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         """
         if np.shape(action) != () or action not in (0, 1):
             raise ValueError(f"an action is 0 (go on) or 1 (stop), got {action!r}")
-        if self._drafting.over:
+        if self._drafts.over[0]:
             raise gymnasium.error.ResetNeeded("there is no text, or it has ended; call reset before the next step")
-        counts = self._drafting.step(bool(action), self.np_random)
-        tokens, seconds = counts[:2]
-        self._total_tokens += tokens
-        self._total_seconds += seconds
-        reward = linear_reward(float(tokens), seconds, self._rate, self._charges.autoregressive_seconds)
-        return self._drafting.features.copy(), reward, self._drafting.over, False, self._info(counts)
+        steps, _ = self._drafts.step(np.array([bool(action)]), self.np_random)
+        single = DraftSteps(*(values.item() for values in steps))
+        self._total_tokens += single.tokens
+        self._total_seconds += single.seconds
+        reward = linear_reward(float(single.tokens), single.seconds, self._rate, self._charges.autoregressive_seconds)
+        return self._drafts.features[0].copy(), reward, bool(self._drafts.over[0]), False, self._info(single)
 
-    def _info(self, counts: Counts) -> dict[str, Any]:
+    def _info(self, steps: DraftSteps) -> dict[str, Any]:
         throughput = relative_throughput(self._total_tokens, self._total_seconds, self._charges.autoregressive_seconds)
         return {
-            **dict(zip(_COUNTS, counts, strict=True)),
-            "remaining_acceptable": self._drafting.remaining_acceptable,
+            **steps._asdict(),
+            "remaining_acceptable": int(self._drafts.remaining_acceptable[0]),
             "total_tokens": self._total_tokens,
             "total_seconds": self._total_seconds,
             "throughput": throughput,
@@ -278,7 +264,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         }
 
     def _checked_prompt(self, prompt: Any) -> int:
-        count = self._drafting.prompts
+        count = len(self._drafts.prompts[0])
         if not isinstance(prompt, int | np.integer) or not 0 <= prompt < count:
             raise ValueError(
                 f"reset option prompt is an index: {self._workload} has {self._workload.split} prompts 0 to "
@@ -288,14 +274,17 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
 
 
 def observation_space() -> spaces.Box[np.float32]:
-    """What is observed of a draft: `stopping.FEATURES`, float32, shape (8,)."""
+    """Return the space of a draft's features, `specgym.decoding.FEATURES`: float32, shape (8,)."""
     low, high = (np.array([getattr(feature, end) for feature in FEATURES], np.float32) for end in ("low", "high"))
     return spaces.Box(low, high)
 
 
-def check_lengths(max_draft_length: int, tokens: int) -> None:
+def check_lengths(max_draft_length: int, max_new_tokens: int) -> None:
     """Raise ValueError unless both are whole numbers in range."""
-    for name, value, most in (("max_draft_length", max_draft_length, LONGEST), ("tokens", tokens, None)):
+    for name, value, most in (
+        ("max_draft_length", max_draft_length, LONGEST),
+        ("max_new_tokens", max_new_tokens, None),
+    ):
         if not (value >= 1 and int(value) == value and (most is None or value <= most)):
             upto = "" if most is None else f" and at most {most}"
             raise ValueError(f"{name} must be a whole number of at least 1{upto}, got {value}")

@@ -1,4 +1,4 @@
-"""Throughput as a reward: what a step of drafting costs, and tokens minus the price of the time they took.
+"""Throughput as a reward: tokens minus the price of the time they took, at one or several operating points.
 
 Throughput is total tokens over total seconds, a ratio of sums, and the mean of each round's own ratio is another number
 with another optimum. Dinkelbach ("On nonlinear fractional programming", Management Science 13, 1967) turns the ratio
@@ -10,69 +10,24 @@ was reached raises both to the best.
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile
+from specgym.decoding import Split
+
+from ..arguments import per_workload
+from ..backends.chain_replay import DraftCharges
+from ..backends.replay import Workloads, asked
+from ..profiles import Profiles, profile_of
+from ..recordings.find import Recordings, find_trace
+from ..recordings.trace import Trace
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class DraftCharges:
-    """What the steps of drafting and verifying take at one operating point.
-
-    Attributes:
-        seconds: of a step, shape (2, longest draft + 1), by whether it verified (0 or 1) and the number of tokens
-            drafted before it. A step that goes on is charged what one more token adds to a round; one that verifies is
-            charged a round of one drafted token, or of none. Over the steps of a round that makes the seconds of the
-            round. Every decision about a drafted token is charged besides.
-        empty_round: seconds of a round that drafts nothing and that nobody decided on.
-        autoregressive_seconds: of a token of plain decoding.
-        cost_ratio: what one more drafted token costs on average (`LatencyProfile.marginal_cost`).
-    """
-
-    seconds: NDArray[np.float64]
-    empty_round: float
-    autoregressive_seconds: float
-    cost_ratio: float
-
-    @classmethod
-    def of(
-        cls,
-        profile: LatencyProfile,
-        longest: int,
-        *,
-        batch_size: int = 1,
-        context: int | None = None,
-        decision_seconds: float = 0.0,
-    ) -> DraftCharges:
-        """The charges by a latency profile.
-
-        Args:
-            profile: of the pair and the hardware.
-            longest: tokens that a draft may have, at least 1.
-            batch_size: sequences decoded together, all drafting as many tokens; seconds are those of the whole batch.
-            context: tokens read before; by default the profile's own.
-            decision_seconds: what deciding takes each time, at least 0.
-
-        Raises:
-            LatencyProfileError: the profile does not cover the batch size and the context.
-            ValueError: `decision_seconds` is negative or not finite.
-        """
-        if not (math.isfinite(decision_seconds) and decision_seconds >= 0):
-            raise ValueError(f"decision_seconds must be finite and at least 0, got {decision_seconds}")
-        point = profile.at(batch_size=batch_size, context=context)
-        rounds = point.round_seconds(longest)
-        seconds = np.empty((2, longest + 1))
-        seconds[0, :-1] = np.diff(rounds)
-        seconds[0, -1] = np.inf  # nobody goes on from the longest draft; a mistake would show at once
-        seconds[1] = rounds[np.minimum(np.arange(longest + 1), 1)]
-        seconds[:, 1:] += decision_seconds
-        return cls(seconds, float(rounds[0]), point.autoregressive_seconds, point.marginal_cost())
 
 
 @overload
@@ -84,7 +39,7 @@ def linear_reward(tokens: NDArray[np.int64], seconds: Array, rate: Array, autore
 
 
 def linear_reward(tokens: Any, seconds: Any, rate: Any, autoregressive_seconds: Any) -> Any:
-    """Tokens minus the price of the time they took: ``tokens - rate * seconds / autoregressive_seconds``.
+    """Return tokens minus the price of the time they took: ``tokens - rate * seconds / autoregressive_seconds``.
 
     Args:
         tokens: emitted; numbers or arrays.
@@ -96,12 +51,12 @@ def linear_reward(tokens: Any, seconds: Any, rate: Any, autoregressive_seconds: 
 
 
 def relative_throughput(tokens: float, seconds: float, autoregressive_seconds: float) -> float:
-    """Tokens over seconds, relative to plain decoding; 0 where no time has passed."""
+    """Return tokens over seconds, relative to plain decoding; 0 where no time has passed."""
     return tokens * autoregressive_seconds / seconds if seconds > 0 else 0.0
 
 
 def checked_rate(rate: float) -> float:
-    """The rate, if it is one.
+    """Return the rate, if it is finite and at least 0.
 
     Raises:
         ValueError: it is negative or not finite.
@@ -111,21 +66,87 @@ def checked_rate(rate: float) -> float:
     return float(rate)
 
 
-class Totals(NamedTuple):
+class ControlTotals(NamedTuple):
     """Sums over the steps of all environments of each operating point, float64, each shape (points,)."""
 
     tokens: Array
-    """Emitted."""
+    """Tokens emitted."""
     seconds: Array
-    """Charged, over the autoregressive seconds per token of the point."""
+    """Seconds charged, over the autoregressive seconds per token of the point."""
     drafted: Array
     """Draft tokens verified."""
     accepted: Array
-    """Those among them that were emitted."""
+    """Draft tokens among those emitted."""
     rounds: Array
-    """Verified."""
+    """Verifications."""
 
     @property
     def throughput(self) -> Array:
         """Tokens over seconds, relative to plain decoding, shape (points,); 0 where no time has passed."""
         return np.divide(self.tokens, self.seconds, out=np.zeros_like(self.tokens), where=self.seconds > 0)
+
+
+class OperatingPoint(NamedTuple):
+    """Workload and batch size of a group of environments; its best throughput, and so its rate, is its own."""
+
+    workload: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """Operating points of some environments: every workload with every batch size.
+
+    Attributes:
+        workloads: names, in order.
+        traces: of each workload.
+        points: all batch sizes of the first workload, then those of the next.
+        charges: of time at each point.
+    """
+
+    workloads: tuple[str, ...]
+    traces: tuple[Trace, ...]
+    points: tuple[OperatingPoint, ...]
+    charges: tuple[DraftCharges, ...]
+
+    @classmethod
+    def find(
+        cls,
+        workload: Workloads,
+        split: Split | None,
+        recording: Recordings,
+        profile: Profiles,
+        batch_size: int | Sequence[int],
+        *,
+        context: int | None,
+        max_draft_length: int,
+        decision_seconds: float,
+    ) -> OperatingPoints:
+        """Find recordings and profiles. Arguments and errors as for `DraftLengthVectorEnv`."""
+        names = asked(workload, recording)
+        recordings = per_workload("recording", recording, list(map(str, names)))
+        traces, workloads = zip(
+            *(find_trace(value, name, split) for value, name in zip(recordings, names, strict=True)), strict=True
+        )
+        known = tuple(named.name for named in workloads)
+        if len(set(known)) < len(known):
+            raise ValueError(f"workload must name one or more different workloads, got {workload!r}")
+        sizes = [operator.index(size) for size in (batch_size if isinstance(batch_size, Sequence) else [batch_size])]
+        if len(set(sizes)) < len(sizes) or not sizes:
+            raise ValueError(f"batch_size must be one or more different whole numbers, got {batch_size!r}")
+        profiles = [
+            profile_of(named, value, replayed=True)
+            for named, value in zip(workloads, per_workload("profile", profile, known, shared=True), strict=True)
+        ]
+        return cls(
+            workloads=known,
+            traces=traces,
+            points=tuple(OperatingPoint(name, size) for name in known for size in sizes),
+            charges=tuple(
+                DraftCharges.of(
+                    charged, max_draft_length, batch_size=size, context=context, decision_seconds=decision_seconds
+                )
+                for charged in profiles
+                for size in sizes
+            ),
+        )

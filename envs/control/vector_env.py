@@ -1,4 +1,4 @@
-"""Control of the draft length for thousands of recorded texts at once, in NumPy."""
+"""Vector environment that controls the draft length of thousands of recorded texts at once, in NumPy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from specgym.decoding import Split
 
-from ..backends.chain_replay import DraftReplay, DraftTable, Indices, Steps
+from ..arguments import constructor, reset_options
+from ..backends.backend import DraftSteps
+from ..backends.chain_replay import DraftReplay, DraftTable, Indices
+from ..backends.replay import Workloads
+from ..profiles import Profiles
+from ..prompt_order import PromptOrder
+from ..recordings.find import Recordings
 from .env import check_lengths, observation_space
-from .operating_points import OperatingPoints, Profiles, Traces, Workloads
-from .throughput import Totals, checked_rate, linear_reward
+from .throughput import ControlTotals, OperatingPoints, checked_rate, linear_reward
 
 Floats = NDArray[np.float32]
 Rewards = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_OPTIONS = ("prompts",)
+_OPTIONS = ("prompt",)
 
 
 class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
@@ -39,23 +44,23 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
     `remaining_acceptable` is about the draft that is observed. `final_info` has all these, and of the text that ended
     `total_tokens`, `total_seconds` and `throughput`.
 
-    To decode chosen prompts once, for instance to evaluate: `reset(options={"prompts": indices})`, one index for each
+    To decode chosen prompts once, for instance to evaluate: `reset(options={"prompt": indices})`, an index for each
     environment, into the prompts of its workload's trace, or -1 for none. An environment whose text has ended then
     rests: it is not charged and emits nothing until the next `reset`; `resting` tells which do.
 
     Args:
         num_envs: environments, at least one for each operating point.
-        workload: a name, or several; by default that of a given trace, or else `"tiny/prose"`.
-        split: `"train"` or `"test"`; by default that of the given traces, or else `"train"`.
+        workload: a name, or several; by default that of a given recording, or else `"tiny/prose"`.
+        split: `"train"` or `"test"`; by default that of the given recordings, or else `"train"`.
         max_draft_length: tokens that a draft may have, 1 to 32 and at most what the traces hold.
-        tokens: of each text, at most what the traces hold.
+        max_new_tokens: tokens of each text, at most what the traces hold.
         profile: a `LatencyProfile` or a file with one, for all workloads, one for each in order, or a mapping from
             their names; by default the reference profile of each workload's pair (`specgym.envs.profiles`).
-        trace: a `Trace` or a file with one, one for each workload in order, or a mapping from their names; by default
-            those that ship.
+        recording: a `Trace` or a file with one, one for each workload in order, or a mapping from their names; by
+            default those that ship.
         batch_size: sequences decoded together, or several such numbers; the profiles must cover them.
         context: tokens read before, for the profiles; by default each one's own.
-        rate: what time is priced at in the beginning, for all operating points.
+        rate: price of time in the beginning, for all operating points.
         decision_seconds: charged for every decision.
         backend: `"replay"`. `gymnasium.make_vec(..., vectorization_mode="sync")` makes live ones side by side.
         max_episode_steps: after how many steps an episode is cut; by default only the end of the text ends it.
@@ -74,15 +79,16 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  # declared so there
 
+    @constructor(tokens="max_new_tokens", trace="recording")
     def __init__(
         self,
         num_envs: int = 1,
         workload: Workloads = None,
         split: Split | None = None,
         max_draft_length: int = 16,
-        tokens: int = 64,
+        max_new_tokens: int = 64,
         profile: Profiles = None,
-        trace: Traces = None,
+        recording: Recordings = None,
         batch_size: int | Sequence[int] = 1,
         context: int | None = None,
         rate: float = 1.0,
@@ -95,20 +101,20 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
                 f"backend must be 'replay' here, got {backend!r}; live environments stand side by side with "
                 "gymnasium.make_vec(..., vectorization_mode='sync')"
             )
-        check_lengths(max_draft_length, tokens)
+        check_lengths(max_draft_length, max_new_tokens)
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
-        found = OperatingPoints.find(
+        places = OperatingPoints.find(
             workload,
             split,
-            trace,
+            recording,
             profile,
             batch_size,
             context=context,
             max_draft_length=max_draft_length,
             decision_seconds=decision_seconds,
         )
-        self.workload_names, self.points = found.workloads, found.points
+        self.workload_names, self.points = places.workloads, places.points
         if num_envs < len(self.points):
             raise ValueError(
                 f"num_envs must be at least {len(self.points)}, one for each workload with each batch size, got "
@@ -121,27 +127,26 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         self.point_of = np.arange(num_envs) % len(self.points)
         self.workload_of = self.point_of * len(self.workload_names) // len(self.points)
 
-        table = DraftTable(found.traces, max_draft_length, tokens)
-        self.prompt_counts = tuple(one.prompts for one in found.traces)
-        self._first_rows = table.first_rows
+        table = DraftTable(places.traces, max_draft_length, max_new_tokens)
+        self.prompt_counts = tuple(map(len, table.prompts))
         batch_sizes = [point.batch_size for point in self.points]
-        self._replay = DraftReplay(table, found.charges, batch_sizes, self.point_of)
-        self._autoregressive = np.array([charges.autoregressive_seconds for charges in found.charges])
+        self._drafts = DraftReplay(table, places.charges, batch_sizes, self.point_of)
+        self._autoregressive = np.array([charges.autoregressive_seconds for charges in places.charges])
         self._autoregressive_of = self._autoregressive[self.point_of]
-        self._decks = [_Deck(count) for count in self.prompt_counts]
+        self._orders = PromptOrder(table.prompts)
         self._rates = np.full(len(self.points), checked_rate(rate))
         self._rate_of = self._rates[self.point_of]
         self._max_episode_steps = max_episode_steps
         self._age = np.zeros(num_envs, np.int64)
         self._text_tokens = np.zeros(num_envs, np.int64)
         self._text_seconds = np.zeros(num_envs)
-        self._sums = np.zeros((len(Totals._fields), num_envs))
+        self._sums = np.zeros((len(ControlTotals._fields), num_envs))
         self._once = False
         self._started = False
 
     @property
     def rates(self) -> Rewards:
-        """What time is priced at now, relative to plain decoding, shape (points,); a copy."""
+        """Price of time, relative to plain decoding, shape (points,); a copy."""
         return self._rates.copy()
 
     def set_rates(self, rates: Mapping[str, float] | ArrayLike) -> None:
@@ -161,26 +166,26 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
                     raise ValueError(f"set_rates: there is no workload {name!r}; there are: {self._known()}")
                 changed[[point.workload == name for point in self.points]] = checked_rate(rate)
         else:
-            given = np.asarray(rates, np.float64)
-            if given.shape not in ((), changed.shape):
+            numbers = np.asarray(rates, np.float64)
+            if numbers.shape not in ((), changed.shape):
                 raise ValueError(f"set_rates takes shape {changed.shape}, one for each operating point, or a number")
-            changed[:] = given
+            changed[:] = numbers
             for rate in changed.tolist():
                 checked_rate(rate)
         self._rates = changed
         self._rate_of = changed[self.point_of]
 
-    def totals(self) -> Totals:
-        """What was emitted and charged since the last call, or the last `reset`, by operating point."""
+    def totals(self) -> ControlTotals:
+        """Return what was emitted and charged since the last call, or the last `reset`, by operating point."""
         count = len(self.points)
-        sums = Totals(*(np.bincount(self.point_of, row, count).astype(np.float64) for row in self._sums))
+        sums = ControlTotals(*(np.bincount(self.point_of, row, count).astype(np.float64) for row in self._sums))
         self._sums[:] = 0.0
         return sums._replace(seconds=sums.seconds / self._autoregressive)
 
     @property
     def resting(self) -> Flags:
-        """Which environments have decoded their chosen prompt and wait for a `reset`, shape (num_envs,)."""
-        return self._replay.over.copy()
+        """Environments that have decoded their chosen prompt and wait for a `reset`, shape (num_envs,)."""
+        return self._drafts.over.copy()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -189,35 +194,30 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
 
         Args:
             seed: fixes the order of the prompts and what is kept of sampled drafts.
-            options: `prompts`, shape (num_envs,), to decode these once; see the class.
+            options: `prompt`, shape (num_envs,), to decode these once; see the class.
 
         Raises:
             ValueError: an unknown option, or prompts that do not exist.
         """
         super().reset(seed=seed)
-        options = options or {}
-        unknown = sorted(set(options) - set(_OPTIONS))
-        if unknown:
-            raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(_OPTIONS)}")
+        options = reset_options(options, _OPTIONS, {"prompts": "prompt"})
         everyone = np.arange(self.num_envs)
-        prompts = options.get("prompts")
-        self._once = prompts is not None
+        prompt = options.get("prompt")
+        self._once = prompt is not None
         if seed is not None:
-            for deck in self._decks:
-                deck.clear()
+            self._orders.restart()
         self._sums[:] = 0.0
-        self._replay.leave(everyone)
-        self._replay.tracker.forget()
-        if prompts is None:
+        self._drafts.clear()
+        if prompt is None:
             self._begin(everyone)
         else:
-            chosen = self._checked_prompts(prompts)
+            chosen = self._checked_prompts(prompt)
             used = np.flatnonzero(chosen >= 0)
             self._begin(used, chosen[used])
         self._started = True
         zeros = np.zeros(self.num_envs, np.int64)
-        nothing = Steps(zeros, np.zeros(self.num_envs), *(zeros.copy() for _ in range(3)))
-        return self._replay.tracker.features.copy(), self._info(nothing)
+        nothing = DraftSteps(zeros, np.zeros(self.num_envs), *(zeros.copy() for _ in range(3)))
+        return self._drafts.features.copy(), self._info(nothing)
 
     def step(self, actions: ArrayLike) -> tuple[Floats, Rewards, Flags, Flags, dict[str, Any]]:
         """Let every environment go on drafting (0) or stop and verify (1).
@@ -234,8 +234,7 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         """
         if not self._started:
             raise gymnasium.error.ResetNeeded("call reset before the first step")
-        steps, ended = self._replay.advance(self._checked_actions(actions), self.np_random)
-        self._replay.draft()
+        steps, ended = self._drafts.step(self._checked_actions(actions), self.np_random)
         rewards = linear_reward(steps.tokens, steps.seconds, self._rate_of, self._autoregressive_of)
         for total, part in zip(self._sums, steps, strict=True):
             np.add(total, part, out=total)
@@ -245,48 +244,40 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         terminated[ended] = True
         if self._max_episode_steps is not None:
             self._age += 1
-            truncated = (self._age >= self._max_episode_steps) & ~self._replay.over
+            truncated = (self._age >= self._max_episode_steps) & ~self._drafts.over
         done = np.flatnonzero(terminated | truncated) if self._max_episode_steps is not None else np.sort(ended)
         last = self._final(steps, done) if len(done) else {}
         if self._once:
-            self._replay.leave(done)
+            self._drafts.leave(done)
         elif len(done):
             self._begin(done)
-        return self._replay.tracker.features.copy(), rewards, terminated, truncated, self._info(steps) | last
+        return self._drafts.features.copy(), rewards, terminated, truncated, self._info(steps) | last
 
     def _begin(self, which: Indices, prompts: Indices | None = None) -> None:
         """Put another text into some environments; by default the next ones of their workloads' prompts."""
+        workloads = self.workload_of[which]
         if prompts is None:
-            prompts = np.empty(len(which), np.intp)
-            workloads = self.workload_of[which]
-            for number, deck in enumerate(self._decks):
-                of_it = np.flatnonzero(workloads == number)
-                prompts[of_it] = deck.draw(len(of_it), self.np_random)
-        rows = np.empty(len(which), np.intp)
-        for number, first_rows in enumerate(self._first_rows):
-            of_it = self.workload_of[which] == number
-            rows[of_it] = first_rows[prompts[of_it]]
+            prompts = self._orders.take_shared(workloads, self.np_random)
         self._age[which] = 0
         self._text_tokens[which] = 0
         self._text_seconds[which] = 0.0
-        self._replay.begin(which, rows, self.np_random)
-        self._replay.draft(which)
+        self._drafts.begin(which, workloads, prompts, self.np_random)
 
-    def _info(self, steps: Steps) -> dict[str, NDArray[Any]]:
-        values = {**steps._asdict(), "remaining_acceptable": self._replay.remaining_acceptable}
+    def _info(self, steps: DraftSteps) -> dict[str, NDArray[Any]]:
+        values = {**steps._asdict(), "remaining_acceptable": self._drafts.remaining_acceptable}
         return values | dict.fromkeys((f"_{name}" for name in values), np.ones(self.num_envs, np.bool_))
 
-    def _final(self, steps: Steps, done: Indices) -> dict[str, Any]:
-        """`final_obs` and `final_info` as `gymnasium.vector.SyncVectorEnv` has them."""
+    def _final(self, steps: DraftSteps, done: Indices) -> dict[str, Any]:
+        """Return `final_obs` and `final_info` as `gymnasium.vector.SyncVectorEnv` has them."""
         mask = np.zeros(self.num_envs, np.bool_)
         mask[done] = True
         observations = np.full(self.num_envs, None, object)
-        for number, observation in zip(done.tolist(), self._replay.tracker.features[done], strict=True):
+        for number, observation in zip(done.tolist(), self._drafts.features[done], strict=True):
             observations[number] = observation
         seconds = self._text_seconds / self._autoregressive_of
         values = {
             **steps._asdict(),
-            "remaining_acceptable": self._replay.remaining_acceptable,
+            "remaining_acceptable": self._drafts.remaining_acceptable,
             "total_tokens": self._text_tokens.copy(),
             "total_seconds": self._text_seconds.copy(),
             "throughput": np.divide(self._text_tokens, seconds, out=np.zeros(self.num_envs), where=mask),
@@ -295,48 +286,27 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         return {"final_obs": observations, "_final_obs": mask, "final_info": info, "_final_info": mask}
 
     def _checked_actions(self, actions: ArrayLike) -> Flags:
-        given = np.asarray(actions)
-        if given.shape != (self.num_envs,):
-            raise ValueError(f"actions have shape ({self.num_envs},), one for each environment, got {given.shape}")
-        stop = given == 1
-        if not (stop | (given == 0)).all():
-            wrong = given[~(stop | (given == 0))][0]
+        numbers = np.asarray(actions)
+        if numbers.shape != (self.num_envs,):
+            raise ValueError(f"actions have shape ({self.num_envs},), one for each environment, got {numbers.shape}")
+        stop = numbers == 1
+        if not (stop | (numbers == 0)).all():
+            wrong = numbers[~(stop | (numbers == 0))][0]
             raise ValueError(f"an action is 0 (go on) or 1 (stop), got {wrong}")
         return stop
 
     def _checked_prompts(self, prompts: ArrayLike) -> Indices:
         chosen = np.asarray(prompts)
         if chosen.shape != (self.num_envs,) or not np.issubdtype(chosen.dtype, np.integer):
-            raise ValueError(f"reset option prompts has shape ({self.num_envs},), an index for each environment")
+            raise ValueError(f"reset option prompt has shape ({self.num_envs},), an index for each environment")
         wrong = np.flatnonzero((chosen < -1) | (chosen >= np.array(self.prompt_counts)[self.workload_of]))
         if len(wrong):
             number = self.workload_of[wrong[0]]
             raise ValueError(
-                f"reset option prompts: the trace of {self.workload_names[number]} has prompts 0 to "
+                f"reset option prompt: the trace of {self.workload_names[number]} has prompts 0 to "
                 f"{self.prompt_counts[number] - 1} (-1 for none), got {chosen[wrong[0]]}"
             )
         return chosen.astype(np.intp)
 
     def _known(self) -> str:
         return ", ".join(self.workload_names)
-
-
-class _Deck:
-    """The prompts of a workload in random order, all of them before any comes again."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._queue = np.empty(0, np.intp)
-
-    def clear(self) -> None:
-        """Forget the order."""
-        self._queue = self._queue[:0]
-
-    def draw(self, wanted: int, generator: np.random.Generator) -> Indices:
-        """The next prompts."""
-        queues = [self._queue]
-        while sum(map(len, queues)) < wanted:
-            queues.append(generator.permutation(self._count))
-        queue = np.concatenate(queues)
-        self._queue = queue[wanted:]
-        return queue[:wanted]

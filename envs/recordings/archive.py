@@ -1,4 +1,4 @@
-"""Archives: recordings are kept as one ``.npz`` of plain arrays and one string of JSON; nothing is ever unpickled."""
+"""Archive files of recordings: a ``.npz`` of plain arrays and a string of JSON; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import SpecgymError, replacing
+from specgym.decoding import Sampling, SpecgymError, replacing
 
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 _WAY_OUT = "record it again: python -m specgym.envs.record --help"
@@ -26,13 +27,46 @@ class TraceError(SpecgymError, ValueError):
     """A recording that cannot be read, or does not hold what is asked of it; the message names it and the way out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Models, prompts and sampling of a recording."""
+
+    workload: str
+    split: str
+    target: str
+    target_sha256: str
+    """Hash of the names and values of all weights."""
+    draft: str
+    """Empty, like the next, for a decoder that drafts nothing."""
+    draft_sha256: str
+    temperature: float
+    top_k: int
+    top_p: float
+    prompts_sha256: str
+    """Hash of the prompt set (`PromptSet.digest`)."""
+    draft_length: int
+    """K, the most tokens drafted at a position; 0 for a decoder that drafts no chains."""
+    tokens: int
+    """Tokens of each of the target's texts, at most."""
+    seed: int
+    """Seed of all sampling, and of a design."""
+    specgym: str
+    torch: str
+    transformers: str
+
+    @property
+    def sampling(self) -> Sampling:
+        """Sampling by which tokens were chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+
 def write_archive(path: str | Path, form: str, info: Mapping[str, Any], arrays: Arrays) -> None:
     """Write an archive; a reader never sees half of one.
 
     Args:
         path: the file, ending in ``.npz``.
         form: name and version of the arrays' layout.
-        info: what was recorded, as JSON has it.
+        info: facts of the recording, as JSON has them.
         arrays: by name.
     """
     metadata = np.array(json.dumps({"format": form, **info}))
@@ -53,10 +87,10 @@ def read_archive(
     Args:
         path: the file.
         form: name and version of the layout it must have.
-        noun: what it holds, as messages call it.
-        error: what to raise.
-        read_info: makes what was recorded of its JSON; a KeyError, TypeError or ValueError says that it cannot.
-        read_content: makes the whole of both, likewise, or with an IndexError.
+        noun: name of the content in messages.
+        error: class to raise.
+        read_info: builds the facts from their JSON; a KeyError, TypeError or ValueError says that it cannot.
+        read_content: builds the whole from both, likewise, or with an IndexError.
 
     Raises:
         TraceError: `error`: the file is missing, truncated, damaged, of another kind or version, or contradicts itself.
@@ -82,7 +116,7 @@ def read_archive(
 
 
 def has_form(path: str | Path, form: str) -> bool:
-    """Whether a file says that it is an archive of this layout; False for any other, one missing or damaged too."""
+    """Return whether a file is an archive of this layout; False also where it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return json.loads(str(archive["metadata"])).get("format") == form

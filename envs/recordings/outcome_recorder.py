@@ -1,9 +1,14 @@
-"""Recording outcomes: every prompt of a workload decoded with a designed set of settings of a decoder's knobs."""
+"""Recorder of outcomes: every prompt of a workload decoded with a designed set of settings of a decoder's knobs.
+
+A design spreads settings over all the ranges, and leaves few for the corner in which the fastest lie. There a surface
+through the others may be off by more than the fastest differ from one another, so more can be recorded there.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -19,7 +25,6 @@ from specgym.decoding import (
     DecoderTraits,
     Knob,
     LatencyProfile,
-    Round,
     Split,
     build_decoder,
     decoder_names,
@@ -27,28 +32,31 @@ from specgym.decoding import (
     write_json,
 )
 
+from ..backends.outcome_replay import OutcomeReplay
 from ..profiles import profile_of
-from ..tuning.knobs import env_ranges
+from ..tuning.knob_space import env_ranges
 from ..workloads import Workload, workload
-from .outcome_design import design
-from .outcome_refinement import fastest
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
 from .resumable_parts import claim_parts, parts_of, provenance_of, write_part
 
-Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _REFINED_AT_A_TIME = 6
+_POINTS = 64  # of the sequence, drawn at a time
+_WIDE = 8  # a whole-number knob of a larger range is spread by its logarithm
+_CORNERS_SHARE = 4  # corners are left out where they would be more than one in so many settings
+_COMPARED = 20_000  # settings at most: all there are, or so many that are spread over the ranges
 
 
 @dataclass(frozen=True)
 class OutcomeSettings:
-    """How much is recorded, and of which decoder.
+    """Decoder to record, and amount of what is recorded.
 
     Raises:
         OutcomeError: a number is out of range, or the decoder is not known by name.
     """
 
     decoder: str = "lookahead"
-    """Name of a registered decoder."""
+    """Registered name of the decoder."""
     settings: int = 48
     """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
     refine: int = 0
@@ -56,11 +64,11 @@ class OutcomeSettings:
     prompts: int = 12
     """Prompts of the split, at most; the first ones."""
     tokens: int = 64
-    """Decoded of each prompt with each setting, at most."""
+    """Tokens decoded of each prompt with each setting, at most."""
     draft_length: int = 16
-    """K, for a decoder that drafts tokens one after another."""
+    """Longest draft (K), in tokens, for a decoder that drafts chains."""
     seed: int = 0
-    """Of the design and of all sampling."""
+    """Seed of the design and of all sampling."""
 
     def __post_init__(self) -> None:
         if self.decoder not in decoder_names():
@@ -71,7 +79,7 @@ class OutcomeSettings:
         for name in ("seed", "refine"):
             if getattr(self, name) < 0:
                 raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
-        least = len(self._given(self.traits.knobs_without_pair(**self.options)))
+        least = len(self._always(self.usual_knobs))
         if self.settings < least:
             raise OutcomeError(
                 f"settings must be at least {least}, the default of {self.decoder} and its presets, got {self.settings}"
@@ -79,7 +87,7 @@ class OutcomeSettings:
 
     @property
     def traits(self) -> type[DecoderTraits]:
-        """What is known of the decoder without a pair."""
+        """Traits of the decoder."""
         return traits_of(self.decoder)
 
     @property
@@ -88,31 +96,33 @@ class OutcomeSettings:
         return self.traits.accepted_options(max_draft_length=self.draft_length)
 
     @property
-    def knobs(self) -> tuple[RecordedKnob, ...]:
-        """The knobs that the decoder has whatever the target, between what values environments move them."""
-        return recorded_knobs(self.traits.knobs_without_pair(**self.options))
+    def usual_knobs(self) -> tuple[Knob, ...]:
+        """Knobs that the decoder has whatever the target."""
+        return self.traits.knobs_without_pair(**self.options)
 
-    def designed(self, knobs: Sequence[Knob] | None = None) -> NDArray[np.float64]:
-        """The settings to record, shape (settings, knobs).
+    @property
+    def knobs(self) -> tuple[RecordedKnob, ...]:
+        """`usual_knobs` with the ranges in which environments move them."""
+        return recorded_knobs(self.usual_knobs)
+
+    def designed(self, knobs: Sequence[Knob] | None = None) -> Floats:
+        """Return the settings to record, shape (settings, knobs).
 
         Args:
-            knobs: of the decoder at work, whose target may have more or fewer Medusa heads than usual; by default those
-                without a pair.
+            knobs: of the decoder at work, whose ranges may depend on the target; by default `usual_knobs`.
         """
-        own = self.traits.knobs_without_pair(**self.options) if knobs is None else knobs
-        return design(recorded_knobs(own), self.settings, self._given(own), self.seed)
+        present = self.usual_knobs if knobs is None else knobs
+        return design(recorded_knobs(present), self.settings, self._always(present), self.seed)
 
-    def _given(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
-        default = tuple(float(knob.default) for knob in knobs)
-        presets = (
-            tuple(float(preset.get(knob.name, knob.default)) for knob in knobs)
-            for preset in self.traits.presets.values()
-        )
-        return list(dict.fromkeys((default, *presets)))
+    def _always(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
+        """The default and the presets, in the order of the knobs."""
+        default = {knob.name: float(knob.default) for knob in knobs}
+        presets = (default | dict(preset) for preset in self.traits.presets.values())
+        return list(dict.fromkeys(tuple(map(float, setting.values())) for setting in (default, *presets)))
 
 
 def recorded_knobs(knobs: Sequence[Knob]) -> tuple[RecordedKnob, ...]:
-    """A decoder's knobs, between what values environments move them."""
+    """Return a decoder's knobs with the ranges in which environments move them."""
     ranges = env_ranges(knobs)
     return tuple(RecordedKnob(knob.name, *ranges[knob.name], knob.integer) for knob in knobs)
 
@@ -125,51 +135,50 @@ def record_outcomes(
     progress: bool = False,
     profile: LatencyProfile | None = None,
 ) -> Outcomes:
-    """Decode a workload's prompts with many settings, and write what came of it.
+    """Decode a workload's prompts with many settings, and write the outcomes.
 
     Args:
         name: a workload; its pair needs a draft if the decoder does.
-        split: whose prompts to take.
+        split: of the prompts.
         path: the file to write, ending in ``.npz``. Finished texts are kept beside it, in ``<path>.parts``, until all
             are; called again, a recording goes on from there.
         settings: how much to record.
         progress: show a progress bar.
-        profile: what decoding is charged by, to know where it is fastest; by default the pair's reference profile.
+        profile: charges decoding, to know where it is fastest; by default the pair's reference profile.
 
     Raises:
         TraceError: the parts found are those of another recording; the message says in what it differs.
-        ValueError: the pair does not suit the decoder, or has no Medusa heads for it. Loading errors as for `load_pair`
-            and `load_prompts`.
+        ValueError: the pair does not suit the decoder. Loading errors as for `load_pair` and `load_prompts`.
     """
     settings = settings or OutcomeSettings()
-    found, path = workload(name).with_split(split), Path(path)
-    decoder = build_decoder(settings.decoder, found.load(), **settings.options)
-    prompts = found.prompt_ids()[: settings.prompts]
-    info, chosen = _info(found, split, settings, prompts, decoder), settings.designed(decoder.knobs)
+    named, path = workload(name).with_split(split), Path(path)
+    decoder = build_decoder(settings.decoder, named.load(), **settings.options)
+    prompts = named.prompt_ids()[: settings.prompts]
+    info, chosen = _info(named, split, settings, prompts, decoder), settings.designed(decoder.knobs)
     parts = parts_of(path)
     claim_parts(parts, {**asdict(info), **asdict(settings)})
     if settings.refine and profile is None:
-        profile = profile_of(found, None, replayed=True, decoder=settings.decoder).at()
+        profile = profile_of(named, None, replayed=True, decoder=settings.decoder).at()
     bar = tqdm(
         total=(len(chosen) + settings.refine) * len(prompts),
-        desc=f"{found} {split} {settings.decoder}",
+        desc=f"{named} {split} {settings.decoder}",
         unit="text",
         disable=not progress,
     )
-    wanted, done = len(chosen) + settings.refine, 0
+    total, done = len(chosen) + settings.refine, 0
     while True:
         for number, place in itertools.product(range(done, len(chosen)), range(len(prompts))):
             part = _part(parts, number, place)
             if not part.is_file():
                 seed = int(np.random.SeedSequence((settings.seed, number, place)).generate_state(1)[0])
-                write_part(part, _decoded(decoder, found, chosen[number], prompts[place], settings.tokens, seed))
+                write_part(part, _decoded(decoder, named, chosen[number], prompts[place], settings.tokens, seed))
             bar.update()
         done = len(chosen)
         outcomes = _joined(info, chosen, [_part(parts, *text) for text in np.ndindex(done, len(prompts))])
-        if done >= wanted:
+        if done >= total:
             break
         assert profile is not None
-        more = _refined(parts, outcomes, profile, min(_REFINED_AT_A_TIME, wanted - done))
+        more = _refined(parts, outcomes, profile, min(_REFINED_AT_A_TIME, total - done))
         if not len(more):
             break
         chosen = np.concatenate([chosen, more])
@@ -179,8 +188,8 @@ def record_outcomes(
     return Outcomes.load(path)
 
 
-def _refined(parts: Path, outcomes: Outcomes, profile: LatencyProfile, count: int) -> NDArray[np.float64]:
-    """The next settings to record. They are kept, since a recording that goes on may have another profile."""
+def _refined(parts: Path, outcomes: Outcomes, profile: LatencyProfile, count: int) -> Floats:
+    """Choose the next settings to record. They are kept, since a recording that goes on may have another profile."""
     file = parts / f"refined-{len(outcomes.settings):04}.json"
     if not file.is_file():
         write_json(file, fastest(outcomes, profile, count).tolist())
@@ -192,19 +201,17 @@ def _part(parts: Path, number: int, place: int) -> Path:
 
 
 def _decoded(
-    decoder: Decoder, found: Workload, setting: NDArray[np.float64], prompt: Sequence[int], tokens: int, seed: int
+    decoder: Decoder[Any], named: Workload, setting: Floats, prompt: Sequence[int], tokens: int, seed: int
 ) -> dict[str, NDArray[np.generic]]:
-    """The rounds of one text."""
+    """Decode a text, and return its rounds."""
     knobs = {knob.name: value for knob, value in zip(decoder.knobs, setting.tolist(), strict=True)}
-    rounds: list[Round] = decoder.generate(
-        prompt, max_new_tokens=tokens, sampling=found.sampling, seed=seed, knobs=knobs
-    ).rounds
-    emitted = np.array([len(cycle.tokens) for cycle in rounds])
-    others = {name: np.array([getattr(cycle, name) for cycle in rounds]) for name in COUNTS[1:]}
-    return {"emitted": emitted, **others, "divergence": np.array([cycle.divergence for cycle in rounds], np.float32)}
+    rounds = decoder.generate(prompt, max_new_tokens=tokens, sampling=named.sampling, seed=seed, knobs=knobs).rounds
+    emitted = np.array([len(round_.tokens) for round_ in rounds])
+    others = {name: np.array([getattr(round_, name) for round_ in rounds]) for name in COUNTS[1:]}
+    return {"emitted": emitted, **others, "divergence": np.array([round_.divergence for round_ in rounds], np.float32)}
 
 
-def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Path]) -> Outcomes:
+def _joined(info: OutcomeInfo, settings: Floats, parts: Sequence[Path]) -> Outcomes:
     texts = [dict(np.load(part)) for part in parts]
     columns = {name: np.concatenate([text[name] for text in texts]) for name in (*COUNTS, "divergence")}
     starts = np.concatenate([[0], np.cumsum([len(text["emitted"]) for text in texts])])
@@ -212,14 +219,74 @@ def _joined(info: OutcomeInfo, settings: NDArray[np.float64], parts: Sequence[Pa
 
 
 def _info(
-    found: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder
+    named: Workload, split: Split, settings: OutcomeSettings, prompts: Sequence[Sequence[int]], decoder: Decoder[Any]
 ) -> OutcomeInfo:
     return OutcomeInfo(
-        **provenance_of(found, split, prompts, settings.traits.needs_draft),
+        **provenance_of(named, split, prompts, decoder.needs_draft),
         decoder=settings.decoder,
         knobs=recorded_knobs(decoder.knobs),
         fingerprint=dict(decoder.fingerprint()),
-        draft_length=settings.draft_length if settings.traits.drafts_chains() else 0,
+        draft_length=settings.draft_length if decoder.drafts_chains() else 0,
         tokens=settings.tokens,
         seed=settings.seed,
     )
+
+
+def design(knobs: Sequence[RecordedKnob], count: int, always: Sequence[Sequence[float]], seed: int) -> Floats:
+    """Design settings to record: given ones, the corners of the ranges, then a scrambled Sobol sequence over them.
+
+    Sobol's points leave no region empty, however many are taken. Without the corners, a surface through the settings
+    would have to guess there, and the best setting is often at an end. Whole-number knobs are rounded, every number
+    alike; those of a wide range by their logarithm, since one column or token more matters the less the more there are.
+    What occurs twice is replaced by the sequence's next points.
+
+    Args:
+        knobs: with their ranges.
+        count: how many settings, at least as many as are given; all there are if those are fewer.
+        always: settings that are among them, values in the order of the knobs; moved into the ranges, each taken once.
+        seed: of the scrambling.
+
+    Returns:
+        Shape (settings, knobs), in the knobs' own units.
+    """
+    low, high = (np.array([getattr(knob, end) for knob in knobs]) for end in ("low", "high"))
+    integer = np.array([knob.integer for knob in knobs])
+    chosen = dict.fromkeys(tuple(np.clip(setting, low, high).tolist()) for setting in always)
+    if integer.all() and count >= np.prod(high - low + 1):
+        ranges = [range(int(knob.low), int(knob.high) + 1) for knob in knobs]
+        chosen |= dict.fromkeys(tuple(map(float, setting)) for setting in itertools.product(*ranges))
+        return np.array(list(chosen))
+    if 2 ** len(knobs) * _CORNERS_SHARE <= count:
+        chosen |= dict.fromkeys(itertools.product(*zip(low.tolist(), high.tolist(), strict=True)))
+    wide = integer & (high - low > _WIDE)
+    # The first powers of two of the sequence are the even ones, so that the given settings come on top of its start.
+    sequence = torch.quasirandom.SobolEngine(len(knobs), scramble=True, seed=seed)
+    while len(chosen) < count:
+        points = sequence.draw(_POINTS, dtype=torch.float64).numpy()
+        points = np.where(wide, ((high - low + 2) ** points - 1) / (high - low + 1), points)
+        spread = np.where(integer, np.floor(low + points * (high - low + 1)), low + points * (high - low))
+        for setting in np.minimum(spread, high).tolist():
+            if len(chosen) < count:
+                chosen.setdefault(tuple(setting))
+    return np.array(list(chosen))
+
+
+def fastest(outcomes: Outcomes, profile: LatencyProfile, count: int) -> Floats:
+    """Return settings that were not recorded, those first that would decode fastest.
+
+    Args:
+        outcomes: recorded so far.
+        profile: charges the rounds.
+        count: how many settings, at most; fewer where all others were recorded.
+
+    Returns:
+        Shape (settings, knobs), in the knobs' own units.
+    """
+    knobs = outcomes.info.knobs
+    number = min(_COMPARED, math.prod(knob.high - knob.low + 1 if knob.integer else math.inf for knob in knobs))
+    candidates = design(knobs, int(number), [], outcomes.info.seed)
+    known = set(map(tuple, outcomes.settings.tolist()))
+    fresh = np.array([tuple(setting) not in known for setting in candidates.tolist()])
+    candidates = candidates[fresh]
+    seconds = OutcomeReplay([outcomes], [profile], outcomes.info.tokens).means(0, candidates)["seconds"]
+    return candidates[np.argsort(seconds, kind="stable")[:count]]

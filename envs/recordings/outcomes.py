@@ -1,11 +1,9 @@
 """Outcomes: the rounds that a decoder did with many settings of its knobs, so that these can be tuned without models.
 
 Where what a decoder proposes depends on its knobs, a trace of a draft (`specgym.envs.recordings.trace`) cannot say
-what other
-knobs would have led to. So all recorded prompts are decoded with a designed set of settings, and what lies between
-them is interpolated (`specgym.envs.backends.outcome_replay`). A file of outcomes is one ``.npz`` of plain arrays and
-one string
-of JSON (nothing in it is ever unpickled). It holds no text.
+what other knobs would have led to. So all recorded prompts are decoded with a designed set of settings, and what lies
+between them is interpolated (`specgym.envs.backends.outcome_replay`). A file of outcomes is an archive
+(`specgym.envs.recordings.archive`). It holds no text.
 """
 
 from __future__ import annotations
@@ -19,14 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import file_name
+from specgym.decoding import CHAIN, LatencyProfile, file_name, traits_of
 
-from .archive import TraceError, has_form, read_archive, write_archive
-from .provenance import Provenance
+from .archive import Provenance, TraceError, has_form, read_archive, write_archive
 
 FORMAT = "specgym-outcomes-1"
+_EARLIER_HASHES = ("heads", "guidance")
 COUNTS = ("emitted", "drafted", "accepted", "draft_steps", "target_tokens")
-"""The whole numbers that are recorded of every round."""
+"""Whole numbers that are recorded of every round."""
+
+QUANTITIES = ("rounds", "drafted", "accepted", "total_variation", "seconds")
+"""Sums over a text's rounds, besides its tokens, by the names of `Metrics`."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -38,7 +39,7 @@ class OutcomeError(TraceError):
 
 @dataclass(frozen=True)
 class RecordedKnob:
-    """A knob, and between what values it was recorded, in its own units."""
+    """Knob of a recording, with the range that was recorded, in its own units."""
 
     name: str
     low: float
@@ -48,13 +49,13 @@ class RecordedKnob:
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeInfo(Provenance):
-    """What outcomes were recorded from."""
+    """Facts of a recording of outcomes."""
 
     decoder: str
-    """Name of a registered decoder."""
+    """Registered name of the decoder."""
     knobs: tuple[RecordedKnob, ...]
     fingerprint: Mapping[str, str] = field(default_factory=dict)
-    """Hashes of what shaped the decoder's rounds beside the pair, as `Decoder.fingerprint` returns them."""
+    """Hashes of what shapes the decoder's rounds beside the pair (`Decoder.fingerprint`)."""
 
     def __str__(self) -> str:
         return f"the {self.decoder} outcomes of {self.workload} ({self.split})"
@@ -118,26 +119,89 @@ class Outcomes:
         )
 
 
+@dataclass(frozen=True)
+class OutcomeTotals:
+    """Sums over the rounds of every recorded text; arrays of shape (settings, prompts)."""
+
+    tokens: Floats
+    rounds: Floats
+    drafted: Floats
+    accepted: Floats
+    total_variation: Floats
+    seconds: Floats
+
+    def per(self, unit: str, name: str) -> Floats:
+        """Return one of `QUANTITIES` over all prompts together, by setting, per token or round; shape (settings,)."""
+        return getattr(self, name).sum(1) / getattr(self, unit).sum(1)
+
+    def per_token(self, name: str) -> Floats:
+        """Return one of `QUANTITIES` over all prompts together, per emitted token, by setting; shape (settings,)."""
+        return self.per("tokens", name)
+
+
+def totals(outcomes: Outcomes, profile: LatencyProfile, tokens: int) -> OutcomeTotals:
+    """Add up the rounds of every text, cut after a number of tokens.
+
+    A decoder that drafts chains would have drafted less near the new end, so it is charged less there; a greedy exact
+    one is then as if it had been asked for so many tokens. Thresholds might have decided otherwise about the shorter
+    draft, Lookahead would have offered shorter n-grams, and a draft would have grown a lower tree: none of that shows
+    in what was recorded, so the last rounds of a text that is cut are theirs of the longer text, without the tokens
+    beyond the end. Of the divergence of a round that is cut, each token counts alike.
+
+    Args:
+        outcomes: what was recorded.
+        profile: charges the rounds, at the operating point.
+        tokens: kept of every text, at most; 1 to those recorded.
+    """
+    texts = len(outcomes.starts) - 1
+    text = np.repeat(np.arange(texts), np.diff(outcomes.starts))
+    before = np.cumsum(outcomes.emitted) - outcomes.emitted
+    before -= before[outcomes.starts[:-1]][text]  # tokens of the text before each round
+    reached = before < tokens
+    text, room = text[reached], (tokens - before)[reached]
+    emitted, drafted, accepted, steps, read = (
+        getattr(outcomes, name)[reached] for name in ("emitted", "drafted", "accepted", "draft_steps", "target_tokens")
+    )
+    divergence = outcomes.divergence[reached] * (np.minimum(emitted, room) / emitted)
+    emitted = np.minimum(emitted, room)
+    if traits_of(outcomes.info.decoder).cost_kind(outcomes.info.sampling.greedy) == CHAIN:
+        beyond = np.maximum(drafted - (room - 1), 0)
+        drafted, read, steps = drafted - beyond, read - beyond, np.minimum(steps, drafted - beyond)
+    accepted = np.minimum(accepted, np.minimum(drafted, emitted))
+
+    def summed(values: NDArray[np.generic] | None = None) -> Floats:
+        return np.bincount(text, values, texts).astype(np.float64).reshape(len(outcomes.settings), -1)
+
+    return OutcomeTotals(
+        tokens=summed(emitted),
+        rounds=summed(),
+        drafted=summed(drafted),
+        accepted=summed(accepted),
+        total_variation=summed(divergence),
+        seconds=summed(profile.rounds_of(steps, read)),
+    )
+
+
 def holds_outcomes(path: str | Path) -> bool:
-    """Whether a file says that it holds outcomes; False for any other, also one that is missing or damaged."""
+    """Return whether a file holds outcomes; False also where it is missing or damaged."""
     return has_form(path, FORMAT)
 
 
 def outcomes_name(name: str, decoder: str, split: str) -> str:
-    """The file name of a workload's outcomes with a decoder."""
+    """Return the file name of a workload's outcomes with a decoder."""
     return f"{file_name(name)}.{decoder}.{split}.npz"
 
 
 def _info(metadata: dict[str, Any]) -> OutcomeInfo:
     knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
-    # Earlier versions had a field a hash, empty where it did not apply.
-    hashes = {name: metadata.pop(f"{name}_sha256", "") for name in ("heads", "guidance")}
-    metadata.setdefault("fingerprint", {name: value for name, value in hashes.items() if value})
-    return OutcomeInfo(**metadata, knobs=knobs)
+    # Earlier files have a field of their own for every kind of hash, empty where the decoder has none.
+    earlier = {name: metadata.pop(f"{name}_sha256", "") for name in _EARLIER_HASHES}
+    fingerprint = metadata.pop("fingerprint", {name: digest for name, digest in earlier.items() if digest})
+    return OutcomeInfo(**metadata, knobs=knobs, fingerprint=fingerprint)
 
 
 def _small(values: Integers) -> NDArray[Any]:
-    """In the smallest unsigned integers that hold all of them."""
+    """Convert to the smallest unsigned integers that hold all of them."""
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
@@ -149,7 +213,7 @@ def _decoded(kind: type[Outcomes], info: OutcomeInfo, content: Mapping[str, NDAr
 
 
 def _checked(outcomes: Outcomes) -> Outcomes:
-    """The outcomes, if their arrays fit together.
+    """Return the outcomes if their arrays fit together.
 
     Raises:
         ValueError: they do not; the message says which.
@@ -170,11 +234,11 @@ def _checked(outcomes: Outcomes) -> Outcomes:
     if starts[0] != 0 or starts[-1] != rounds or (np.diff(starts) < 1).any():
         raise ValueError("starts does not divide the rounds into texts")
     for name in (*COUNTS, "divergence"):
-        found = getattr(outcomes, name)
-        if found.shape != (rounds,):
-            raise ValueError(f"{name} has shape {found.shape}, expected {(rounds,)}")
+        values = getattr(outcomes, name)
+        if values.shape != (rounds,):
+            raise ValueError(f"{name} has shape {values.shape}, expected {(rounds,)}")
         fewest = 1 if name in ("emitted", "target_tokens") else 0
-        if not (np.isfinite(found).all() and found.min() >= fewest):
+        if not (np.isfinite(values).all() and values.min() >= fewest):
             raise ValueError(f"{name} has values below {fewest}, or not finite")
     if (outcomes.accepted > np.minimum(outcomes.drafted, outcomes.emitted)).any():
         raise ValueError("accepted is more than was drafted or emitted")

@@ -1,4 +1,4 @@
-"""What recordings of every kind need: where they come from, and a folder for what is finished until all of it is."""
+"""Resumable recording: a folder for finished parts until all are there, and the provenance of a recording."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .archive import TraceError
 
 
 def parts_of(path: Path) -> Path:
-    """The folder of a recording that will be written to `path`."""
+    """Return the folder of a recording that will be written to `path`."""
     return path.with_name(path.name + ".parts")
 
 
 def claim_parts(parts: Path, expected: Mapping[str, Any]) -> None:
-    """Make the folder of parts, or see that the one there belongs to this recording.
+    """Make the folder of parts, or check that the folder there belongs to this recording.
 
     Args:
         parts: the folder.
-        expected: all that the recording depends on; plain values that JSON takes.
+        expected: whatever the recording depends on, as JSON takes it.
 
     Raises:
         TraceError: it belongs to another; the message names what differs.
@@ -55,20 +55,20 @@ def write_part(part: Path, arrays: Mapping[str, Any]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def provenance_of(found: Workload, split: Split, prompts: Sequence[Sequence[int]], drafted: bool) -> dict[str, Any]:
-    """The fields of `Provenance` that do not depend on how much is recorded.
+def provenance_of(named: Workload, split: Split, prompts: Sequence[Sequence[int]], drafted: bool) -> dict[str, Any]:
+    """Return the fields of `Provenance` that do not depend on how much is recorded.
 
     Args:
-        found: the workload; it is loaded.
-        split: whose prompts are recorded.
+        named: the workload; it is loaded.
+        split: of the prompts.
         prompts: their tokens.
         drafted: whether the pair's draft takes part.
     """
-    pair, sampling = found.load(), found.sampling
+    pair, sampling = named.load(), named.sampling
     draft = pair.draft if drafted else None
-    source = load_prompts(found.prompts) if isinstance(found.prompts, str) else found.prompts
+    source = load_prompts(named.prompts) if isinstance(named.prompts, str) else named.prompts
     return {
-        "workload": found.name,
+        "workload": named.name,
         "split": split,
         "target": pair.target.name,
         "target_sha256": weights_digest(pair.target.model),

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from specgym.decoding import file_name
 
-from .archive import TraceError, read_archive, write_archive
-from .provenance import Provenance
+from .archive import Provenance, TraceError, read_archive, write_archive
 
 FORMAT = "specgym-trace-1"
 NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
@@ -30,11 +29,11 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class TraceInfo(Provenance):
-    """What a trace was recorded from."""
+    """Facts of a trace."""
 
     vocabulary_size: int
     detour_tokens: int
-    """Recorded of each detour, at most; 0 where none was recorded."""
+    """Tokens recorded of each detour, at most; 0 where none was recorded."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,12 @@ class Trace:
 
 
 def trace_name(name: str, split: str) -> str:
-    """The file name of a workload's trace."""
+    """Return the file name of a workload's trace."""
     return f"{file_name(name)}.{split}.npz"
 
 
 def _rounded(values: Floats) -> NDArray[np.float16]:
-    """As float16 with `_MANTISSA` bits after the leading one, rounded to nearest; the zeros compress well."""
+    """Convert to float16 with `_MANTISSA` bits after the leading one, rounded to nearest; the zeros compress well."""
     dropped = 10 - _MANTISSA
     bits = values.astype(np.float16).view(np.uint16).astype(np.uint32)
     return ((bits + (1 << (dropped - 1))) >> dropped << dropped).astype(np.uint16).view(np.float16)
@@ -182,17 +181,17 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
 
 
 def _checked(trace: Trace) -> Trace:
-    """The trace, if its arrays fit together.
+    """Return the trace if its arrays fit together.
 
     Raises:
         ValueError: they do not; the message says which.
     """
-    own, rows, drafts = len(trace.text), len(trace.drafted), trace.draft_length
+    own_rows, rows, drafts = len(trace.text), len(trace.drafted), trace.draft_length
     shapes = {
         "prompt_lengths": (trace.prompts,),
         "ended": (trace.prompts,),
-        "tokens": (own, drafts),
-        **dict.fromkeys(NUMBERS, (own, drafts)),
+        "tokens": (own_rows, drafts),
+        **dict.fromkeys(NUMBERS, (own_rows, drafts)),
         "match": (rows, drafts),
         "distance": (rows, drafts),
         "jump": (rows, drafts + 1),
@@ -200,12 +199,12 @@ def _checked(trace: Trace) -> Trace:
         "detour_rows": (len(trace.detour_prompts), trace.info.detour_tokens),
     }
     for name, shape in shapes.items():
-        found = getattr(trace, name).shape
-        if found != shape:
-            raise ValueError(f"{name} has shape {found}, expected {shape}")
-    if trace.prompts < 1 or trace.starts[0] != 0 or trace.starts[-1] != own or (np.diff(trace.starts) < 1).any():
+        actual = getattr(trace, name).shape
+        if actual != shape:
+            raise ValueError(f"{name} has shape {actual}, expected {shape}")
+    if trace.prompts < 1 or trace.starts[0] != 0 or trace.starts[-1] != own_rows or (np.diff(trace.starts) < 1).any():
         raise ValueError("starts does not divide the rows into texts")
-    if rows < own or trace.drafted.min(initial=0) < 0 or trace.drafted.max(initial=0) > drafts:
+    if rows < own_rows or trace.drafted.min(initial=0) < 0 or trace.drafted.max(initial=0) > drafts:
         raise ValueError("drafted is out of range")
     if trace.jump.min(initial=0) < -1 or trace.jump.max(initial=0) >= rows:
         raise ValueError("jump is out of range")

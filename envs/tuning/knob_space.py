@@ -1,17 +1,16 @@
-"""The knobs as an agent sees them: states within ranges, and actions that move them. For one environment or many."""
+"""Spaces of knobs as an agent sees them: states within ranges, and actions that move them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob
-
-from .knobs import default_scales, doublings, env_ranges, from_doublings
+from specgym.decoding import Knob, KnobError
 
 Floats = NDArray[np.float64]
 ActionKind = Literal["move", "place"]
@@ -19,17 +18,17 @@ ACTION_KINDS: tuple[ActionKind, ...] = ("move", "place")
 
 
 class KnobMoves:
-    """The spaces of some knobs, and the arithmetic between them.
+    """Spaces of some knobs, and the arithmetic between them.
 
-    A state holds the knobs in their own units, in order, in its last dimension, so the functions take one state, shape
-    (knobs,), or many, shape (environments, knobs).
+    A state holds the knobs in their own units, in order, in its last dimension, so the functions take a single state,
+    shape (knobs,), or many, shape (environments, knobs).
 
     Args:
         knobs: a decoder's.
-        ranges: (low, high) of some knobs by name; see `knobs.env_ranges`.
-        scales: how far an action of 1 moves some knobs, by name; see `knobs.default_scales`.
-        action: `"move"` for actions that move the knobs by so much, `"place"` for actions that put them there: -1 is a
-            range's low end, 1 its high end. Logarithmic knobs are moved and placed in doublings (`knobs.doublings`).
+        ranges: (low, high) of some knobs by name; see `env_ranges`.
+        scales: how far an action of 1 moves some knobs, by name; see `default_scales`.
+        action: `"move"` for actions that move the knobs, `"place"` for actions that put them somewhere: -1 is a range's
+            low end, 1 its high end. Logarithmic knobs are moved and placed in doublings (`doublings`).
 
     Attributes:
         knobs: as given.
@@ -45,8 +44,8 @@ class KnobMoves:
     def __init__(
         self,
         knobs: Sequence[Knob],
-        ranges: Mapping[str, tuple[float, float]] | None,
-        scales: Mapping[str, float] | None,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+        scales: Mapping[str, float] | None = None,
         action: ActionKind = "move",
     ) -> None:
         self._places = action == "place"
@@ -63,15 +62,15 @@ class KnobMoves:
         self.action_space = spaces.Box(-1.0, 1.0, (len(knobs),), np.float32)
 
     def defaults(self) -> Floats:
-        """The decoder's defaults, as far as the ranges allow; shape (knobs,)."""
+        """Return the decoder's defaults, as far as the ranges allow; shape (knobs,)."""
         return self._clipped(self._defaults)
 
-    def drawn(self, random: np.random.Generator, shape: tuple[int, ...] = ()) -> Floats:
-        """States drawn uniformly from the ranges, logarithmic knobs so in doublings; shape (*shape, knobs)."""
-        return self._states_at(random.uniform(self._first, self._last, (*shape, len(self.knobs))))
+    def drawn(self, rng: np.random.Generator, shape: tuple[int, ...] = ()) -> Floats:
+        """Draw states uniformly from the ranges, logarithmic knobs in doublings; shape (*shape, knobs)."""
+        return self._states_at(rng.uniform(self._first, self._last, (*shape, len(self.knobs))))
 
     def moved(self, state: Floats, action: NDArray[np.float32]) -> Floats:
-        """States after actions of the same shape; what is beyond [-1, 1] is clipped, and so is the result.
+        """Return the states after actions of the same shape; what is beyond [-1, 1] is clipped, and so is the result.
 
         Raises:
             ValueError: the actions have another shape, or one is not finite.
@@ -92,25 +91,51 @@ class KnobMoves:
         return self._states_at(self._positions_of(state) + moves * self._scale)
 
     def placed(self, action: Floats) -> Floats:
-        """States where actions in [-1, 1] put the knobs, of the same shape: -1 at the low ends, 1 at the high ends."""
+        """Return the states where actions in [-1, 1] put the knobs: -1 at the low ends, 1 at the high ends."""
         return self._states_at(self._first + (action + 1) / 2 * (self._last - self._first))
 
-    def values(self, state: Floats) -> dict[str, float]:
-        """One state's knobs as the decoder gets them, by name."""
+    def values(self, state: Floats) -> dict[str, Any]:
+        """Return the knobs as the decoder gets them, by name: floats, or arrays of shape (environments,) of many."""
+        if state.ndim > 1:
+            return {
+                knob.name: np.rint(column) if knob.integer else column.copy()
+                for knob, column in zip(self.knobs, state.T, strict=True)
+            }
         return {
             knob.name: float(round(value) if knob.integer else value)
             for knob, value in zip(self.knobs, state.tolist(), strict=True)
         }
 
-    def values_of_many(self, states: Floats) -> dict[str, Floats]:
-        """`values` of many states, each of shape (environments,)."""
-        return {
-            knob.name: np.rint(column) if knob.integer else column.copy()
-            for knob, column in zip(self.knobs, states.T, strict=True)
-        }
+    def checked(self, values: Any, environments: int | None = None) -> dict[str, Any]:
+        """Check values of some knobs that a user sets, and return them by name.
+
+        Args:
+            values: a mapping from names to numbers, or with many environments to arrays with a number for each.
+            environments: how many; None for a single one.
+
+        Returns:
+            Numbers; with many environments arrays of shape (environments,).
+
+        Raises:
+            KnobError: not a mapping, an unknown knob, a value that is out of range or not finite, or of another shape.
+        """
+        if not isinstance(values, Mapping):
+            raise KnobError(f"reset option knobs must map names to values, got {values!r}")
+        _refuse_unknown("reset option knobs", values, list(self.ranges))
+        checked = {}
+        for name, value in values.items():
+            low, high = self.ranges[name]
+            try:
+                numbers = np.asarray(value, np.float64)
+            except (TypeError, ValueError):
+                numbers = np.array(np.nan)
+            if not ((low <= numbers) & (numbers <= high)).all():  # also where one is NaN
+                raise KnobError(f"reset option knobs: {name} must be between {low:g} and {high:g}, got {value!r}")
+            checked[name] = per_environment(f"knobs: {name}", numbers, environments)
+        return checked
 
     def _positions_of(self, state: Floats) -> Floats:
-        """Where knobs stand on the scales that moves are added on: their values, of logarithmic ones in doublings."""
+        """Values of knobs on the scales that moves are added on: in doublings for logarithmic ones."""
         columns = self._logarithmic
         if not columns.size:
             return state
@@ -119,7 +144,7 @@ class KnobMoves:
         return positions
 
     def _states_at(self, positions: Floats) -> Floats:
-        """The states at these positions, as far as the ranges allow."""
+        """States at these positions, as far as the ranges allow."""
         columns = self._logarithmic
         if not columns.size:
             return self._clipped(positions)
@@ -132,6 +157,87 @@ class KnobMoves:
         return np.minimum(np.maximum(state, self._low), self._high)  # np.clip takes thrice as long for so few
 
 
-def prompt_orders(random: np.random.Generator, environments: int, prompts: int) -> NDArray[np.int64]:
-    """For each environment an order of all prompts, shape (environments, prompts)."""
-    return random.random((environments, prompts)).argsort(1)
+def env_ranges(
+    knobs: Sequence[Knob], ranges: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Return (low, high) of every knob, in the decoder's order: as given, else the knob's search range.
+
+    Raises:
+        KnobError: an unknown knob, or a range that is upside down or goes beyond the decoder's.
+    """
+    ranges = ranges or {}
+    _refuse_unknown("ranges", ranges, [knob.name for knob in knobs])
+    checked = {}
+    for knob in knobs:
+        low, high = ranges.get(knob.name) or knob.search or (knob.low, knob.high)
+        if not knob.low <= low < high <= knob.high:
+            raise KnobError(
+                f"ranges: {knob.name} must go from low to high within {knob.low:g} and {knob.high:g}, got "
+                f"({low:g}, {high:g})"
+            )
+        checked[knob.name] = (float(low), float(high))
+    return checked
+
+
+def default_scales(
+    knobs: Sequence[Knob], ranges: Mapping[str, tuple[float, float]], scales: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return how far an action of 1 moves every knob: as given, else the knob's step, else a tenth of its range.
+
+    In the knob's own units, of a logarithmic one in `doublings`.
+
+    Args:
+        knobs: of the decoder, in order.
+        ranges: (low, high) of all of them, by name.
+        scales: of some of them, by name.
+
+    Raises:
+        KnobError: an unknown knob, or a scale that is not positive and finite.
+    """
+    scales = scales or {}
+    _refuse_unknown("scales", scales, list(ranges))
+    checked = {}
+    for knob in knobs:
+        low, high = ranges[knob.name]
+        span = doublings(high, low) if knob.logarithmic else high - low
+        scale = float(scales.get(knob.name, span / 10 if knob.step is None else knob.step))
+        if not (math.isfinite(scale) and scale > 0):
+            raise KnobError(f"scales: {knob.name} must be positive and finite, got {scale}")
+        checked[knob.name] = scale
+    return checked
+
+
+def doublings(value: Any, low: Any) -> Any:
+    """Return how often 1, at the low end of a logarithmic knob's range, doubles until it is at a value.
+
+    That is log2(1 + distance).
+
+    Args:
+        value: at least `low`; a number or an array, like the result.
+        low: the range's low end.
+    """
+    return np.log2(1 + value - low)
+
+
+def from_doublings(count: Any, low: Any) -> Any:
+    """Return the value that is so many `doublings` above a range's low end."""
+    return low - 1 + np.exp2(count)
+
+
+def per_environment(option: str, values: NDArray[Any], environments: int | None) -> Any:
+    """Return a reset option's values: a number, or for many environments an array of shape (environments,).
+
+    Raises:
+        KnobError: the values have another shape.
+    """
+    shapes: list[tuple[int, ...]] = [()] if environments is None else [(), (environments,)]
+    if values.shape not in shapes:
+        many = "" if environments is None else f", or one for each of the {environments} environments"
+        raise KnobError(f"reset option {option} takes one value{many}, got shape {values.shape}")
+    return values.item() if environments is None else np.broadcast_to(values, (environments,))
+
+
+def _refuse_unknown(where: str, names: Mapping[str, object], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise KnobError(f"{where}: there is no knob {name!r}; the decoder has: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What a tuner may know of the workload in front of it, beside the knobs: its cost, and what a few settings were worth.
+"""Wrappers that show a policy more than the knobs: the workload, its cost, and what the last settings were worth.
 
 The knobs alone say nothing of the pair they are tuned for, so a policy that sees only them learns one setting for all.
 With a short history of measurements it can adapt to a pair that it never saw, and needs no recurrent memory for it.
@@ -6,41 +6,44 @@ With a short history of measurements it can adapt to a pair that it never saw, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..arguments import whole_number
-from .env import TuningEnv
+from .knob_tuning import KnobTuning
 
+Flags = NDArray[np.bool_]
 Array = NDArray[np.float32]
 Floats = NDArray[np.float64]
 
 OUTCOMES = ("speedup", "draft_acceptance_rate", "divergence")
-"""The metrics of a measurement that are kept, in this order."""
+"""Metrics of a measurement that are kept, in this order."""
 _WORKLOAD_BOUNDS = {"temperature": 2.0, "cost_ratio": 2.0}
 _OUTCOME_BOUNDS = {"speedup": 8.0, "draft_acceptance_rate": 1.0, "divergence": 1.0}
 
 Measurement = tuple[Mapping[str, float], float, float, float]
-"""One setting that was tried: the knobs by name in their own units, speedup, draft acceptance rate and divergence."""
+"""A setting that was tried: the knobs by name in their own units, speedup, draft acceptance rate and divergence."""
 
 
 class ContextLayout:
-    """What stands where in an observation with context, for one environment and for many.
+    """Layout of observations with context, for one environment and for many.
 
-    | entries | what | low | high |
+    | entries | meaning | low | high |
     |---------|------|-----|------|
     | knobs | as they stand now, in their own units | their ranges | |
     | `temperature` | of sampling; 0 for greedy decoding | 0 | 2 |
-    | `cost_ratio` | what one more drafted token costs, in plain tokens (`LatencyProfile.marginal_cost`) | 0 | 2 |
+    | `cost_ratio` | cost of one more drafted token, in plain tokens (`LatencyProfile.marginal_cost`) | 0 | 2 |
     | `measurements` | settings tried before in this episode, at most `history` | 0 | history |
     | `last1/<knob>` | a setting tried, the newest first; the low end where there was none | their ranges | |
-    | `last1/speedup` | what it was worth; 0 where there was none, like the next two | 0 | 8 |
+    | `last1/speedup` | its speedup; 0 where there was none, like the next two | 0 | 8 |
     | `last1/draft_acceptance_rate` | | 0 | 1 |
     | `last1/divergence` | | 0 | 1 |
 
@@ -78,15 +81,15 @@ class ContextLayout:
 
     @property
     def space(self) -> spaces.Space[Array]:
-        """Of one environment's observations, a Box."""
+        """Space of one environment's observations, a Box."""
         return spaces.Box(self.low, self.high)
 
     def blank(self, environments: int) -> Floats:
-        """The past before anything was tried, shape (environments, history, knobs + 3)."""
+        """Return the past before anything was tried, shape (environments, history, knobs + 3)."""
         return np.tile(self._nothing, (environments, self.history, 1))
 
     def remembered(self, past: Floats, tried: Mapping[str, Any]) -> Floats:
-        """The past after one more setting was tried; the oldest is forgotten.
+        """Return the past after one more setting was tried; the oldest is forgotten.
 
         Args:
             past: the newest first, shape (environments, history, knobs + 3).
@@ -100,12 +103,12 @@ class ContextLayout:
     def observations(
         self, knobs: Array, temperature: Floats, cost_ratio: Floats, measurements: int, past: Floats
     ) -> Array:
-        """The observations of many environments that have taken as many steps.
+        """Return the observations of many environments that have taken as many steps.
 
         Args:
             knobs: in their own units, shape (environments, knobs).
             temperature: of sampling, shape (environments,).
-            cost_ratio: what one more drafted token costs, in plain tokens, shape (environments,).
+            cost_ratio: cost of one more drafted token, in plain tokens, shape (environments,).
             measurements: settings tried in this episode.
             past: the newest first, shape (environments, history, knobs + 3).
 
@@ -119,12 +122,12 @@ class ContextLayout:
     def observation(
         self, knobs: Mapping[str, float], temperature: float, cost_ratio: float, past: Sequence[Measurement]
     ) -> Array:
-        """One observation, from what was measured so far.
+        """Return an observation, from what was measured so far.
 
         Args:
             knobs: by name, in their own units.
             temperature: of sampling; 0 for greedy decoding.
-            cost_ratio: what one more drafted token costs, in plain tokens.
+            cost_ratio: cost of one more drafted token, in plain tokens.
             past: settings tried, the newest last.
 
         Returns:
@@ -138,15 +141,128 @@ class ContextLayout:
         return self.observations(now, np.array([temperature]), np.array([cost_ratio]), len(past), kept)[0]
 
 
-class ObserveContext(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs):
-    """Shows a tuner what it may know of the workload; `ContextLayout` says how.
+class _Extension(ABC):
+    """Entries that extend the observations of environments that step together, or of a single one.
+
+    Attributes:
+        space: of an extended observation.
+    """
+
+    space: spaces.Space[Array]
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Begin an episode, whose workloads need not be those of the last one."""
+
+    def remember(self, tried: Mapping[str, Any]) -> None:  # noqa: B027  # not every extension depends on steps
+        """Take notice of a step, by the entries of its info."""
+
+    @abstractmethod
+    def extended(self, observations: Array) -> Array:
+        """Return observations with the entries; (environments, knobs) to (environments, entries)."""
+
+
+class _Context(_Extension):
+    """Context of the workload and the settings tried in this episode, as `ContextLayout` has it."""
+
+    def __init__(self, env: KnobTuning, history: int) -> None:
+        self._env = env
+        self.layout = ContextLayout(env.ranges, history)
+        self.space = self.layout.space
+        self._temperature = np.array([float(named.sampling.temperature) for named in env.workloads])
+        self._cost_ratio = np.array([profile.marginal_cost() for profile in env.profiles])
+        self.begin()
+
+    def begin(self) -> None:
+        self._workload_of = self._env.workload_of
+        self._past, self._measurements = self.layout.blank(len(self._workload_of)), 0
+
+    def remember(self, tried: Mapping[str, Any]) -> None:
+        self._past = self.layout.remembered(self._past, tried)
+        self._measurements += 1
+
+    def extended(self, observations: Array) -> Array:
+        temperature, cost_ratio = self._temperature[self._workload_of], self._cost_ratio[self._workload_of]
+        return self.layout.observations(observations, temperature, cost_ratio, self._measurements, self._past)
+
+
+class _Mark(_Extension):
+    """Marks of the workload: 1 for the one that is tuned, 0 for the others."""
+
+    def __init__(self, space: spaces.Space[Any], workloads: int, workload_of: Callable[[], NDArray[np.int64]]) -> None:
+        assert isinstance(space, spaces.Box)
+        self._marks = np.eye(workloads, dtype=np.float32)
+        self._workload_of = workload_of
+        self.space = spaces.Box(
+            np.concatenate([space.low, np.zeros(workloads, np.float32)]),
+            np.concatenate([space.high, np.ones(workloads, np.float32)]),
+        )
+        self.begin()
+
+    def begin(self) -> None:
+        self._shown = self._marks[self._workload_of()]
+
+    def extended(self, observations: Array) -> Array:
+        return np.concatenate([observations, self._shown], axis=1)
+
+
+class _Extended(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs):
+    """Environment whose observations are extended."""
+
+    def __init__(self, env: gymnasium.Env[Array, Array], extension: _Extension) -> None:
+        gymnasium.Wrapper.__init__(self, env)
+        self._extension = extension
+        self.observation_space = extension.space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode. Arguments and errors as for the environment within."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._extension.begin()
+        return self._extension.extended(observation[None])[0], info
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Take a step. Argument, results and errors as for the environment within."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._extension.remember(info)
+        return self._extension.extended(observation[None])[0], float(reward), terminated, truncated, info
+
+
+class _VectorExtended(gymnasium.vector.VectorWrapper[Array, Array, Array, Array, NDArray[Any]]):
+    """Environments that step together, whose observations are extended."""
+
+    def __init__(self, env: gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]], extension: _Extension) -> None:
+        super().__init__(env)
+        self._extension = extension
+        self.single_observation_space = extension.space
+        self.observation_space = batch_space(extension.space, env.num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode of every environment. Arguments and errors as for the environment within."""
+        observations, infos = self.env.reset(seed=seed, options=options)
+        self._extension.begin()
+        return self._extension.extended(observations), infos
+
+    def step(self, actions: Array) -> tuple[Array, NDArray[Any], Flags, Flags, dict[str, Any]]:
+        """Step all environments. Results and errors as for the environment within."""
+        observations, rewards, terminated, truncated, infos = self.env.step(actions)
+        self._extension.remember(infos.get("final_info", infos))
+        if "final_obs" in infos:  # of all, since all environments end together
+            last = self._extension.extended(np.stack(infos["final_obs"]))
+            infos["final_obs"] = np.empty(len(last), object)
+            infos["final_obs"][:] = list(last)
+            self._extension.begin()
+        return self._extension.extended(observations), rewards, terminated, truncated, infos
+
+
+class ObserveContext(_Extended):
+    """Wrapper that shows a tuner what it may know of the workload; `ContextLayout` says how.
 
     Args:
         env: a `TuningEnv`, wrapped or not.
         history: how many settings tried in this episode are shown, at least 1.
 
     Attributes:
-        layout: what stands where in an observation.
+        layout: of an observation.
 
     Raises:
         TypeError: another environment.
@@ -155,35 +271,63 @@ class ObserveContext(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstr
 
     def __init__(self, env: gymnasium.Env[Array, Array], history: int = 4) -> None:
         RecordConstructorArgs.__init__(self, history=history)
-        gymnasium.Wrapper.__init__(self, env)
-        inner = env.unwrapped
-        if not isinstance(inner, TuningEnv):
-            raise TypeError(f"ObserveContext is for a TuningEnv, which measures settings; {env} is none")
-        self.layout = ContextLayout(inner.ranges, history)
-        self.observation_space = self.layout.space
-        self._temperature = np.array([float(inner.workload.sampling.temperature)])
-        self._cost_ratio = np.array([inner.profile.marginal_cost()])
-        self._past, self._measurements = self.layout.blank(1), 0
+        context = _Context(_tuning(env, type(self).__name__), history)
+        super().__init__(env, context)
+        self.layout = context.layout
 
     @property
     def state_names(self) -> list[str]:
-        """What each entry of an observation is."""
+        """Names of an observation's entries."""
         return list(self.layout.names)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Start an episode, in which nothing was tried yet. Arguments and errors as for `TuningEnv.reset`."""
-        knobs, info = self.env.reset(seed=seed, options=options)
-        self._past, self._measurements = self.layout.blank(1), 0
-        return self._observation(knobs), info
 
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Try a setting, and remember what it was worth. Argument, results and errors as for `TuningEnv.step`."""
-        knobs, reward, terminated, truncated, info = self.env.step(action)
-        self._past = self.layout.remembered(self._past, info)
-        self._measurements += 1
-        return self._observation(knobs), float(reward), terminated, truncated, info
+class VectorObserveContext(_VectorExtended):
+    """`ObserveContext` for a `TuningVectorEnv`, with the same numbers. Arguments and errors as there."""
 
-    def _observation(self, knobs: Array) -> Array:
-        return self.layout.observations(
-            knobs[None], self._temperature, self._cost_ratio, self._measurements, self._past
-        )[0]
+    def __init__(self, env: gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]], history: int = 4) -> None:
+        context = _Context(_tuning(env, type(self).__name__), history)
+        super().__init__(env, context)
+        self.layout = context.layout
+
+    @property
+    def state_names(self) -> list[str]:
+        """Names of an observation's entries."""
+        return list(self.layout.names)
+
+
+class WorkloadMark(_Extended):
+    """Wrapper that appends to the knobs which of several workloads they are tuned for: 1 for this one, else 0.
+
+    Without marks the differences between workloads are noise to the agent, and it can only learn one setting for all.
+
+    Args:
+        env: an environment with a flat Box of observations.
+        place: place of its workload, from 0.
+        workloads: how many there are.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], place: int, workloads: int) -> None:
+        RecordConstructorArgs.__init__(self, place=place, workloads=workloads)
+        super().__init__(env, _Mark(env.observation_space, workloads, lambda: np.array([place])))
+
+
+class VectorWorkloadMark(_VectorExtended):
+    """`WorkloadMark` for environments that step together.
+
+    Args:
+        env: a `TuningVectorEnv`, or another whose attributes `workload_names` and `workload_of` say which workloads
+            there are, and which of them each environment tunes in this episode.
+    """
+
+    def __init__(self, env: gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]) -> None:
+        inner: Any = env.unwrapped
+        marks = _Mark(env.single_observation_space, len(inner.workload_names), lambda: inner.workload_of)
+        super().__init__(env, marks)
+
+
+def _tuning(env: Any, wrapper: str) -> KnobTuning:
+    inner = env.unwrapped
+    if not isinstance(inner, KnobTuning):
+        kind = "TuningVectorEnv" if isinstance(env, gymnasium.vector.VectorEnv) else "TuningEnv"
+        raise TypeError(f"{wrapper} is for a {kind}, which measures settings; {env} is none")
+    return inner

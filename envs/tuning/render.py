@@ -1,4 +1,4 @@
-"""A step of an environment as text: what the draft got right, what was taken back, and what the target wrote itself."""
+"""Rendering of a step as coloured text: accepted draft tokens, those taken back, and the target's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def render_step(
-    pair: Pair,
+    pair: Pair | None,
     prompt: Sequence[int],
     rounds: Sequence[Round],
     *,
@@ -28,50 +28,52 @@ def render_step(
     metrics: Mapping[str, float],
     marks: bool = False,
 ) -> Text:
-    """The last step: prompt (dim), text in three colours, a legend, knobs and metrics.
+    """Render the last step: prompt (dim), text in three colours, a legend, knobs and metrics.
 
     Args:
-        pair: its tokenizer makes text of tokens; without one, ids are shown.
+        pair: its tokenizer makes text of tokens; without a tokenizer, ids are shown. None for a replay, which has no
+            text.
         prompt: token ids of the prompt; its last part is shown.
-        rounds: of the generation, in order; none before the first step.
-        title: the first line, for instance the workload's name.
+        rounds: of the generation, in order.
+        title: begins the first line, for instance the workload's name.
         knobs: values by name.
-        metrics: values by name, shown in order.
+        metrics: values by name, shown in order; none before the first step.
         marks: put [- -] round what was taken back, where colours will not be seen.
     """
     text = Text()
     text.append(f"{title}  ", style="bold")
+    if pair is None:
+        text.append("replayed  ", style="dim")
     text.append("  ".join(f"{name}={value:.4g}" for name, value in knobs.items()) + "\n")
-    if rounds:
+    if not metrics:
+        return text.append("nothing decoded yet")
+    if pair is not None:
         text.append_text(render_rounds(pair, prompt, rounds, marks=marks)).append("\n")
         text.append("draft, accepted", style=ACCEPTED).append("  ")
         text.append("[-taken back-]" if marks else "taken back", style=TAKEN_BACK).append("  ")
         text.append("the target's own", style=TARGET).append("\n")
-        text.append("  ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
-    else:
-        text.append("nothing decoded yet")
-    return text
+    return text.append("  ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
 
 
 def render_rounds(pair: Pair, prompt: Sequence[int], rounds: Iterable[Round], *, marks: bool = False) -> Text:
-    """The end of the prompt and the generated tokens, each in its colour; tokens taken back stand where they stood."""
+    """Render the end of the prompt and the generated tokens in colour; tokens taken back stand where they stood."""
     text = Text()
     text.append(_shortened(_piece(pair, [], prompt)), style="dim")
     shown = list(prompt)
-    for cycle in rounds:
-        accepted, own = cycle.tokens[: cycle.accepted], cycle.tokens[cycle.accepted :]
+    for round_ in rounds:
+        accepted, of_target = round_.tokens[: round_.accepted], round_.tokens[round_.accepted :]
         text.append(_piece(pair, shown, accepted), style=ACCEPTED)
         shown += accepted
-        if cycle.taken_back:
-            lost = _piece(pair, shown, cycle.taken_back)
+        if round_.taken_back:
+            lost = _piece(pair, shown, round_.taken_back)
             text.append(f"[-{lost}-]" if marks else lost, style=TAKEN_BACK)
-        text.append(_piece(pair, shown, own), style=TARGET)
-        shown += own
+        text.append(_piece(pair, shown, of_target), style=TARGET)
+        shown += of_target
     return text
 
 
 def to_ansi(text: Text, width: int = 100) -> str:
-    """The text with ANSI colour codes, wrapped at so many characters."""
+    """Return the text with ANSI colour codes, wrapped at so many characters."""
     out = io.StringIO()
     # Every colour here is one of the eight that all terminals have.
     console = Console(file=out, force_terminal=True, color_system="standard", width=width, no_color=False)
@@ -85,13 +87,13 @@ def print_step(text: Text, file: TextIO | None = None) -> None:
 
 
 def shows_colour(file: TextIO | None = None) -> bool:
-    """Whether colours printed to a file (by default standard output) will be seen."""
+    """Return whether colours printed to a file (by default standard output) will be seen."""
     console = Console(file=file or sys.stdout)
     return console.is_terminal and not console.no_color
 
 
 def _piece(pair: Pair, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """What some tokens add to the text; alone, a token may lack its leading space."""
+    """Return the text that some tokens add; alone, a token may lack its leading space."""
     if pair.tokenizer is None:
         return "".join(f"{int(token)} " for token in tokens)
     recent = list(before[-8:])

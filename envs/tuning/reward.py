@@ -1,4 +1,4 @@
-"""What a setting of the knobs is worth: speed, acceptance, staying within a range, minus straying from the target.
+"""Reward of a setting of the knobs: speed, acceptance, staying within a range, minus straying from the target.
 
 Pure functions, the same for every decoder, for live and replayed decoding, and for one environment (floats) and many
 (arrays, one entry an environment).
@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specgym.decoding import Knob, SpecgymError
 
-TERMS = ("speed", "acceptance", "range", "divergence")
+from ..backends.backend import Number
 
-Number = TypeVar("Number", float, NDArray[np.float64])
-"""One number, or an array of them."""
+TERMS = ("speed", "acceptance", "range", "divergence")
 
 
 class RewardError(SpecgymError, ValueError):
-    """A reward setting that makes no sense; the message names it."""
-
-
-def _default_ranges() -> dict[str, tuple[float, float]]:
-    return {"fallback": (0.4, 0.7), "rollback": (0.3, 0.7)}
+    """Error of a reward setting that makes no sense; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +34,22 @@ class RewardSettings:
     """
 
     speed_weight: float = 1.0
-    """Of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
+    """Weight of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
     acceptance_weight: float = 0.5
-    """Of the draft acceptance rate, 0 to 1."""
+    """Weight of the draft acceptance rate, 0 to 1."""
     range_weight: float = 4.0
-    """Of the range bonus, 0 to 1. Large beside the speedup, which alone would carry `fallback` to its upper end, where
-    the text is the draft's and no longer the target's."""
+    """Weight of the range bonus, 0 to 1. Large beside the speedup, which alone would carry lossy knobs to the end of
+    their range where the text is the draft's and no longer the target's."""
     divergence_weight: float = 0.0
-    """Of the mean total variation from the target, 0 to 1, which is subtracted."""
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=_default_ranges)
-    """Where a knob earns the full bonus, as fractions of the knob's upper end: of 1 for `fallback`, of the draft length
-    K for `rollback`. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
+    """Weight of the mean total variation from the target, 0 to 1, which is subtracted."""
+    ranges: Mapping[str, tuple[float, float]] | None = None
+    """Ranges where knobs earn the full bonus, by name, as fractions of the knob's upper end. Defaults to the knobs' own
+    preferred ranges. A knob that is not named earns none, and a name that the decoder does not have is ignored."""
     falloff: float = 0.2
-    """How far outside its range, as a fraction of the knob's upper end, a knob still earns exp(-1) = 0.37 of it."""
+    """Distance from its range, as a fraction of the knob's upper end, at which a knob earns exp(-1) = 0.37 of it."""
     max_divergence: float | None = None
-    """Under what the mean total variation from the target should stay, 0 to 1. Where it is given, the aim is the
-    fastest such setting: acceptance and range weigh nothing, and what is above the bound costs a multiplier of it."""
+    """Bound that the mean total variation from the target should keep, 0 to 1. With a bound, the aim is the fastest
+    setting within it: acceptance and range weigh nothing, and an excess costs a multiplier of it."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -71,6 +65,8 @@ class RewardSettings:
             raise RewardError(
                 f"reward setting max_divergence must be between 0 and 1, or None for no bound, got {bound!r}"
             )
+        if self.ranges is None:
+            return
         checked = {}
         for name, ends in self.ranges.items():
             try:
@@ -84,24 +80,32 @@ class RewardSettings:
 
 
 def closeness(value: Number, low: float, high: float, falloff: float) -> Number:
-    """1 inside [low, high]; outside it exp(-(distance / falloff)^2), smooth at the edge. In [0, 1]."""
+    """Return 1 inside [low, high]; outside it exp(-(distance / falloff)^2), smooth at the edge. In [0, 1]."""
     distance = (low - value) * (value < low) + (value - high) * (value > high)
     share = distance / falloff
     return _exponential(-share * share)
 
 
+def preferred_ranges(settings: RewardSettings, knobs: Sequence[Knob]) -> dict[str, tuple[float, float]]:
+    """Return the ranges where knobs earn the full bonus, as fractions of their upper ends; of those that have one."""
+    if settings.ranges is None:
+        return {knob.name: knob.preferred for knob in knobs if knob.preferred is not None}
+    return {knob.name: settings.ranges[knob.name] for knob in knobs if knob.name in settings.ranges}
+
+
 def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping[str, Number]) -> Number:
-    """Mean closeness of the knobs to their ranges, 0 to 1; 0 where no knob has one.
+    """Return the mean closeness of the knobs to their ranges, 0 to 1; 0 where no knob has one.
 
     Args:
         settings: the ranges and the falloff.
         knobs: the decoder's; their upper ends are the unit of the ranges.
         values: of the knobs, by name, in their own units.
     """
+    ranges = preferred_ranges(settings, knobs)
     bonuses = [
-        closeness(values[knob.name] / knob.high, *settings.ranges[knob.name], settings.falloff)
+        closeness(values[knob.name] / knob.high, *ranges[knob.name], settings.falloff)
         for knob in knobs
-        if knob.name in settings.ranges
+        if knob.name in ranges
     ]
     nothing = [0.0 * value for value in values.values()]  # an array if the values are arrays
     total: Any = sum(bonuses or nothing)
@@ -118,7 +122,7 @@ def reward_terms(
     values: Mapping[str, Number],
     multiplier: Number | float = 1.0,
 ) -> dict[str, Number]:
-    """The weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
+    """Return the weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
 
     Args:
         settings: the weights and ranges.
@@ -127,8 +131,8 @@ def reward_terms(
         divergence: mean total variation from the target per token, 0 to 1; its term is at most 0.
         knobs: the decoder's.
         values: of the knobs, by name, in their own units.
-        multiplier: of what the divergence is above `settings.max_divergence`, at least 0; one number, or one for each
-            entry of the arrays. Without a bound it does nothing.
+        multiplier: of what the divergence is above `settings.max_divergence`, at least 0; a number, or an array with
+            one for each entry of the arrays. Without a bound it does nothing.
 
     Returns:
         Floats for floats; arrays of their shape for arrays.
@@ -153,7 +157,7 @@ def reward_terms(
 
 
 def checked_multiplier(workload: str, value: float) -> float:
-    """A multiplier of `reward_terms` for one workload; raises ValueError unless it is finite and at least 0."""
+    """Return a multiplier of `reward_terms` for a workload; raises ValueError unless it is finite and at least 0."""
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"the divergence multiplier of {workload} must be a finite number of at least 0, got {value}")
     return float(value)

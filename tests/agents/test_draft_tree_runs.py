@@ -13,7 +13,7 @@ from specgym.agents.experiments.tune_knobs import DraftTreeSettings, load_settin
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.agents.training.run_folder import RunFolder
 from specgym.decoding.latency.profile import LatencyProfile
-from specgym.envs.recordings import shipped_outcomes
+from specgym.envs.recordings import find
 from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/DraftTree-v0"
@@ -87,7 +87,7 @@ def test_the_report_is_about_trees(finished: Path) -> None:
 def test_without_recordings_one_message_says_how_to_make_them_and_there_is_no_folder(
     small_workloads: tuple[str, str], tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped_outcomes, "OUTCOMES", tmp_path)
+    monkeypatch.setattr(find, "OUTCOMES", tmp_path)
     assert train_command(["--env", ENV, "--runs", str(tmp_path / "runs")]) == 2
     told = shown()
     assert "no draft-tree outcomes of tiny/prose" in told

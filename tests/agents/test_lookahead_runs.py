@@ -20,8 +20,7 @@ from specgym.agents.experiments.tune_knobs import LookaheadSettings, load_settin
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.agents.training.run_folder import RunFolder
 from specgym.decoding.latency.profile import LatencyProfile
-from specgym.envs.backends.outcome_totals import totals
-from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
+from specgym.envs.recordings.outcomes import Outcomes, outcomes_name, totals
 from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/Lookahead-v0"

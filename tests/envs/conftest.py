@@ -20,7 +20,7 @@ from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from specgym.envs import TokenPrompts, Workload
-from specgym.envs.backends import sources
+from specgym.envs.backends import live
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from specgym.envs.recordings.trace import Trace
@@ -93,8 +93,8 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
         arguments: dict[str, object] = {
             "workload": toy_workload,
             "profile": profile,
-            "draft_length": DRAFT_LENGTH,
-            "tokens_per_step": 8,
+            "max_draft_length": DRAFT_LENGTH,
+            "max_new_tokens": 8,
         }
         return gymnasium.make("specgym/Thresholds-v0", **(arguments | changes))
 
@@ -105,13 +105,13 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What every step of an environment decodes."""
     calls: list[dict[str, Any]] = []
-    real = sources.decode_prompts
+    real = live.decode_prompts
 
     def spy(decoder: Any, knobs: Any, prompts: Any, tokens: Any, sampling: Any, seed: Any) -> Any:
         calls.append({"knobs": knobs, "prompt": tuple(prompts[0]), "tokens": tokens, "seed": seed})
         return real(decoder, knobs, prompts, tokens, sampling, seed)
 
-    monkeypatch.setattr(sources, "decode_prompts", spy)
+    monkeypatch.setattr(live, "decode_prompts", spy)
     return calls
 
 
@@ -120,7 +120,7 @@ def make_vector(toy_trace: Trace, profile: LatencyProfile) -> Callable[..., Tuni
     """Replayed environments that step together."""
 
     def make(num_envs: int = 3, **changes: Any) -> TuningVectorEnv:
-        usual = {"recording": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        usual = {"recording": toy_trace, "profile": profile, "max_draft_length": DRAFT_LENGTH, "max_new_tokens": 8}
         env = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=num_envs, **{**usual, **changes})
         assert isinstance(env, TuningVectorEnv)
         return env
@@ -133,7 +133,7 @@ def make_single(toy_trace: Trace, profile: LatencyProfile) -> MakeEnv:
     """One replayed environment."""
 
     def make(**changes: Any) -> gymnasium.Env:
-        usual = {"recording": toy_trace, "profile": profile, "draft_length": DRAFT_LENGTH, "tokens_per_step": 8}
+        usual = {"recording": toy_trace, "profile": profile, "max_draft_length": DRAFT_LENGTH, "max_new_tokens": 8}
         return gymnasium.make("specgym/Thresholds-v0", backend="replay", **{**usual, **changes})
 
     return make

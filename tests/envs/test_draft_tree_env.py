@@ -16,8 +16,8 @@ from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, 
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.models.identity import weights_digest
 from specgym.envs import TokenPrompts, Workload, profiles, record
-from specgym.envs.backends import metrics as measuring
-from specgym.envs.backends.metrics import measure_setting
+from specgym.envs.backends import live as live_backend
+from specgym.envs.backends.live import measure_setting
 from specgym.envs.profiles import profile_name, profile_of
 from specgym.envs.recordings import outcome_recorder as record_outcomes_module
 from specgym.envs.recordings.archive import TraceError
@@ -93,7 +93,7 @@ def test_the_command_records_with_the_draft_and_has_no_draft_length(
     assert isinstance(work.pair, Pair)
     assert work.pair.draft is not None
     assert found.info.draft == work.pair.draft.name
-    assert trees.one(recording=found, tokens_per_step=4).reset(seed=0)[1]["workload"] == "toy/ids"
+    assert trees.one(recording=found, max_new_tokens=4).reset(seed=0)[1]["workload"] == "toy/ids"
 
 
 def test_a_recording_names_what_stood_beside_the_draft_and_its_parts_are_not_added_to_with_another(
@@ -180,8 +180,8 @@ def test_the_profile_is_that_of_trees_by_default_timed_with_the_decoder_itself_a
         timed.append(decoder)
         return trees.profile
 
-    monkeypatch.setattr(profiles, "measured", found)
-    monkeypatch.setattr(measuring, "measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", found)
+    monkeypatch.setattr(live_backend, "measured", found)
     assert trees.one(workload=trees.workload, profile=None).unwrapped.profile == trees.profile  # type: ignore[attr-defined]
     decoder = guided(tree_pair)
     trees.live(profile=None, decoder=lambda pair: decoder)
@@ -201,7 +201,7 @@ def test_the_command_measures_the_pair_with_all_that_belongs_to_it(
 ) -> None:
     work = trees.workload
     monkeypatch.setattr(profiles, "workload", lambda name: work)
-    profiles.main(["toy/ids", "--rounds", "draft-tree", "--out", str(tmp_path), "--max-target-tokens", "7"])
+    profiles.main(["toy/ids", "--decoder", "draft-tree", "--out", str(tmp_path), "--max-target-tokens", "7"])
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(work, "draft-tree")
     found = profile_of(work, path, replayed=True, decoder="draft-tree")

@@ -14,7 +14,7 @@ from specgym.decoding.decoders.medusa.files import load_heads, save_heads
 from specgym.decoding.decoders.medusa.heads import MedusaHeadsError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.sampling import Sampling
-from specgym.envs import RewardSettings, TokenPrompts, Workload, profiles, record
+from specgym.envs import RewardSettings, TokenPrompts, Workload, record
 from specgym.envs.recordings import outcome_recorder as record_outcomes_module
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -84,7 +84,7 @@ def test_a_target_with_another_number_of_heads_is_recorded_and_replayed_with_tha
     assert few.info.knobs[0] == RecordedKnob("heads", 0, count, True)
     assert set(few.settings[:, 0]) == set(range(count + 1))
     live = gymnasium.make("specgym/Medusa-v0", workload=alone_work, decoder="medusa-typical", profile=cheap_heads)
-    replayed = typical_medusa.one(recording=few, profile=cheap_heads, tokens_per_step=4)
+    replayed = typical_medusa.one(recording=few, profile=cheap_heads, max_new_tokens=4)
     assert replayed.unwrapped.knobs == live.unwrapped.knobs  # type: ignore[attr-defined]
     assert replayed.observation_space == live.observation_space
     replayed.reset(seed=0, options={"knobs": {"heads": count}})
@@ -147,7 +147,7 @@ def test_the_profile_is_that_of_medusa_rounds_by_default_and_no_other_is_taken(
         kinds.append(traits_of(decoder).cost_kind(sampling.greedy))
         return cheap_heads
 
-    monkeypatch.setattr(profiles, "measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", found)
     assert medusa.one(workload=medusa.workload, profile=None).unwrapped.profile == cheap_heads  # type: ignore[attr-defined]
     live = gymnasium.make("specgym/Medusa-v0", workload=medusa.workload, decoder="medusa-typical")
     assert live.unwrapped.profile == cheap_heads  # type: ignore[attr-defined]

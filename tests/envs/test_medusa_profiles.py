@@ -39,7 +39,7 @@ def test_live_rounds_are_charged_by_the_decoders_own_heads_whichever_lie_beside_
         timed.append(decoder.heads)
         return cheap_heads
 
-    monkeypatch.setattr(profiles, "measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", found)
     gymnasium.make("specgym/Medusa-v0", workload=alone_work, decoder=lambda pair: MedusaDecoder(pair, heads))
     assert timed == [heads]
 
@@ -79,7 +79,7 @@ def test_the_command_measures_with_the_heads_beside_the_target(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(profiles, "workload", lambda name: alone_work)
-    arguments = ["toy/ids", "--rounds", "medusa", "--out", str(tmp_path), "--max-target-tokens", "7"]
+    arguments = ["toy/ids", "--decoder", "medusa", "--out", str(tmp_path), "--max-target-tokens", "7"]
     profiles.main(arguments)
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(alone_work, "medusa")

@@ -12,7 +12,7 @@ from specgym.decoding.errors import SpecgymError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.envs import Workload, profiles, workload
 from specgym.envs.profiles import main, profile_name, profile_of
-from specgym.envs.recordings.shipped_traces import TRACES
+from specgym.envs.recordings.find import TRACES
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> LatencyProfile:
         raise AssertionError("this would load the models")
 
-    monkeypatch.setattr(profiles, "measured", refuse)
+    monkeypatch.setattr("specgym.decoding.measured", refuse)
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -60,7 +60,7 @@ def test_live_decoding_and_pairs_of_ones_own_are_measured(
         kinds.append(decoder)
         return profile
 
-    monkeypatch.setattr(profiles, "measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", found)
     assert profile_of(toy_workload, None, replayed=True) is profile
     assert profile_of(workload("tiny-3m-ngram/prose"), None, replayed=False) is profile
     assert profile_of(toy_workload, None, replayed=True, decoder="lookahead") is profile
@@ -101,7 +101,7 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
     with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .* needs a draft.*--decoder lookahead"):
         main(["alone/ids", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-    arguments = ["--rounds", "lookahead", "--out", str(tmp_path), "--max-target-tokens", "6", "--contexts", "9"]
+    arguments = ["--decoder", "lookahead", "--out", str(tmp_path), "--max-target-tokens", "6", "--contexts", "9"]
     main(["alone/ids", *arguments])
     main(["toy/ids", *arguments])  # the same target: nothing left to do
     (path,) = tmp_path.iterdir()
@@ -110,7 +110,7 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
     assert list(found.target_seconds) == [1, 2, 4, 6]
     assert found.at(context=9).context == 9
     with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .*batch size 1 alone"):
-        main(["alone/ids", "--rounds", "lookahead", "--out", str(tmp_path / "other"), "--batch-sizes", "1", "4"])
+        main(["alone/ids", "--decoder", "lookahead", "--out", str(tmp_path / "other"), "--batch-sizes", "1", "4"])
 
 
 def test_the_command_measures_once(

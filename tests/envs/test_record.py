@@ -16,6 +16,7 @@ from specgym.decoding import AutoregressiveDecoder, NumericalError, Pair, Sampli
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
 from specgym.envs.record import RecordSettings, record
+from specgym.envs.recordings import trace_recorder
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import FORMAT, Trace, trace_name
 
@@ -77,7 +78,7 @@ def test_detours_are_the_texts_of_threshold_decoding(work: Workload, trace: Trac
     decoder = ThresholdDecoder(work.load(), 4)
     assert set(trace.detour_prompts.tolist()) == {0, 1}
     assert {tuple(knobs) for knobs in trace.detour_knobs.round(3).tolist()} == {
-        (fallback, rollback) for fallback in record_module.DETOUR_FALLBACKS for rollback in (1.0, 4.0)
+        (fallback, rollback) for fallback in trace_recorder.TOLERANCES for rollback in (1.0, 4.0)
     }
     prompts = work.prompt_ids("train")
     strayed = False
@@ -134,7 +135,7 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(
     work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "toy.npz"
-    real, recorded = record_module._Texts.record, []
+    real, recorded = trace_recorder._Texts.record, []
 
     def fails_at_the_third(self: Any, prompt: Any, *arguments: Any) -> Any:
         recorded.append(tuple(prompt))
@@ -142,7 +143,7 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(
             raise NumericalError("power cut")
         return real(self, prompt, *arguments)
 
-    monkeypatch.setattr(record_module._Texts, "record", fails_at_the_third)
+    monkeypatch.setattr(trace_recorder._Texts, "record", fails_at_the_third)
     with pytest.raises(NumericalError):
         record(work, "train", path, SETTINGS)
     assert not path.exists()

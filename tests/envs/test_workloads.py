@@ -107,7 +107,7 @@ def test_prompts_fill_at_most_half_the_context(pair: Pair) -> None:
 
 def test_a_pair_is_loaded_once_a_process(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    monkeypatch.setattr(module, "load_pair", lambda name: loaded.append(name) or pair)
+    monkeypatch.setattr("specgym.decoding.load_pair", lambda name: loaded.append(name) or pair)
     module._shared_pair.cache_clear()
     assert Workload("tiny", "prose").load() is Workload("tiny", "code").load()
     assert loaded == ["tiny"]

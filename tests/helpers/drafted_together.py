@@ -59,7 +59,7 @@ def random_trace(
 
 def make(traces: Any, profile: Any, num_envs: int = 6, **changes: Any) -> DraftLengthVectorEnv:
     """Environments that replay traces, with small defaults."""
-    arguments = {"max_draft_length": K, "tokens": TOKENS, "trace": traces, "profile": profile}
+    arguments = {"max_draft_length": K, "max_new_tokens": TOKENS, "recording": traces, "profile": profile}
     return DraftLengthVectorEnv(num_envs, **(arguments | changes))
 
 

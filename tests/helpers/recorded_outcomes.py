@@ -53,7 +53,7 @@ class Recorded:
 
     def live(self, **changes: Any) -> gymnasium.Env:
         """The environment that runs the models."""
-        usual = {"workload": self.workload, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
+        usual = {"workload": self.workload, "profile": self.profile, "max_new_tokens": TOKENS, **self.more}
         return gymnasium.make(self.env, **{**usual, **changes})
 
     def one(self, **changes: Any) -> gymnasium.Env:
@@ -68,4 +68,4 @@ class Recorded:
 
     @property
     def _replayed(self) -> dict[str, Any]:
-        return {"recording": self.outcomes, "profile": self.profile, "tokens_per_step": TOKENS, **self.more}
+        return {"recording": self.outcomes, "profile": self.profile, "max_new_tokens": TOKENS, **self.more}

@@ -1,15 +1,21 @@
-"""How the tokens of one Lookahead pass hang together: the window and the guesses, as one token tree.
+"""One pass of Lookahead decoding: window and guesses as one token tree, and exact verification of the guesses.
 
 The published mask is that of a tree. The window's first row is its trunk, a chain that begins with the current token;
 every column of the window is a branch that hangs from its cell of the trunk, and every guess one that hangs from the
 current token. Position and visibility of a cell are then those of a node: cell (row, column) is `row + column` steps
 behind the current token, and sees the trunk up to its column and its own column up to its row.
+
+A guess is proposed with certainty, so its distribution is one-hot. At a node of the tree of guesses the distinct next
+tokens are tried one after the other: token x is accepted with its share of the target's probability that is left, and
+otherwise taken out of it. The text follows the target's distribution whatever was guessed, as in Algorithm 4 of Fu et
+al. (arXiv 2402.02057). Greedy decoding is the case in which every probability is 0 or 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,3 +103,47 @@ class Layout:
 def layout(rows: int, columns: int, guesses: tuple[int, ...]) -> Layout:
     """The layout of a shape; each is worked out once. Arguments as for `Layout`."""
     return Layout(rows, columns, guesses)
+
+
+class Accepted(NamedTuple):
+    """What verification made of some guesses."""
+
+    guess: int
+    """The guess that was followed furthest; 0 if none was followed at all."""
+    length: int
+    """How many of its tokens were accepted."""
+    rejected: list[int]
+    """Tokens that were tried where the guesses ended, and that may therefore not come next."""
+
+
+def follow(
+    guesses: Sequence[Sequence[int]], chances: Sequence[Sequence[float]], uniform: Callable[[], float]
+) -> Accepted:
+    """Walk down the tree of guesses, as far as the dice accept.
+
+    Args:
+        guesses: token ids; guesses with the same beginning share it.
+        chances: of each token of each guess, its probability by the target after those before it, 0 to 1.
+        uniform: throws a die, in [0, 1).
+    """
+    surviving = [number for number, guess in enumerate(guesses) if guess]
+    followed, count = 0, 0
+    while surviving:
+        left = 1.0
+        rejected: list[int] = []
+        for number in surviving:
+            token = guesses[number][count]
+            if token in rejected:
+                continue
+            chance = chances[number][count]
+            if uniform() * left < chance:
+                break
+            left -= chance
+            rejected.append(token)
+        else:
+            return Accepted(followed, count, rejected)
+        followed = number
+        surviving = [other for other in surviving if guesses[other][count] == token]
+        count += 1
+        surviving = [other for other in surviving if len(guesses[other]) > count]
+    return Accepted(followed, count, [])

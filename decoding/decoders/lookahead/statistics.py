@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...decoder import Round
-from .rounds import LookaheadRound
+from .decoder import LookaheadRound
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...decoder import Decoder, Round, Session, synchronise
+from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...sampling import draw
 from .acceptance import longest, matched, typical
@@ -25,8 +26,7 @@ from .heads import MedusaHeads
 from .traits import LARGEST_TREE, MedusaTraits, TypicalMedusaTraits
 from .trees import CandidateTree, assumed_accuracies, sparse
 
-if TYPE_CHECKING:
-    from ...latency.probe import CostProbe
+_TIMED_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 40, 48, 56)
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,36 @@ class MedusaDecoder(MedusaTraits, Decoder[MedusaSession]):
             )
 
     def cost_probe(self, max_target_tokens: int | None = None) -> CostProbe:
-        """Return rounds with trees of every size, drafting by the heads that are asked."""
-        from .timing import probe  # which imports this module
+        """Return rounds with trees of every size, drafting by the heads that are asked.
 
-        return probe(self, max_target_tokens)
+        Neither time depends on what the heads have learned: the trees are made for it, asking for as many heads as
+        shall be timed and holding as many candidates. A round that reads n tokens asks n - 1 heads, or all where there
+        are no more. When sampling, exact and typical acceptance are timed apart, since the latter needs the entropy of
+        the target's distribution after each node.
+        """
+        heads, shape = self.heads, self.heads.shape
+        largest = max_target_tokens or self.largest_pass
+        sizes = sorted(size for size in {*_TIMED_SIZES, *range(1, shape.heads + 2), largest} if size <= largest)
+        decoder = self._timed_decoder(max(1, largest - 1))
+        detail = {
+            "heads": shape.heads,
+            "blocks": shape.blocks,
+            "own_output": shape.own_output,
+            "outputs": shape.outputs,
+            "dtype": str(heads.weight.dtype).removeprefix("torch."),
+        }
+        return CostProbe(
+            decoder,
+            sizes,
+            decoder.knobs_for,
+            detail={"medusa": detail},
+            drafting=sizes,
+            room_for=lambda size: shape.heads + 1,
+            can_read=decoder.can_read,
+        )
+
+    def _timed_decoder(self, max_tree: int) -> _SizedTrees:
+        return _SizedTrees(self.pair.without_draft(), self.heads, max_tree=max_tree)
 
     def fingerprint(self) -> Mapping[str, str]:
         """Return the heads' digest."""
@@ -219,3 +245,31 @@ class TypicalMedusaDecoder(TypicalMedusaTraits, MedusaDecoder):
     """
 
     session_class = TypicalMedusaSession
+
+    def _timed_decoder(self, max_tree: int) -> _SizedTrees:
+        return _SizedTypicalTrees(self.pair.without_draft(), self.heads, max_tree=max_tree)
+
+
+class _SizedTrees(MedusaDecoder):
+    """Verifies trees as tall as there are heads asked for, and as large as they should be."""
+
+    def tree_of(self, knobs: Mapping[str, float], room: int) -> CandidateTree:
+        """Return the tree, as `MedusaDecoder.tree_of`."""
+        shape = int(knobs["heads"]), int(knobs["tree_size"])
+        if shape not in self._trees:
+            # A first choice is never wrong here, so that the path of all first choices comes before all else.
+            ranks = min(self.heads.shape.outputs, max(shape))
+            self._trees[shape] = sparse([[0.5**rank for rank in range(ranks)]] * shape[0], shape[1])
+        return self._trees[shape].cut(max(room, 0))
+
+    def knobs_for(self, size: int) -> dict[str, float]:
+        """Return the knobs of a round that reads this many tokens."""
+        return {"heads": min(self.heads.shape.heads, size - 1), "tree_size": size - 1}
+
+    def can_read(self, size: int) -> bool:
+        """Return whether there is a round that reads this many tokens."""
+        return len(self.tree_of(self.knobs_for(size), size)) == size - 1
+
+
+class _SizedTypicalTrees(_SizedTrees, TypicalMedusaDecoder):
+    """Verifies the same trees with typical acceptance."""

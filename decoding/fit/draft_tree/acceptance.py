@@ -81,13 +81,13 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
     loop = settings.loop
     if not 0 < settings.label_temperature < float("inf"):
         raise FitError(f"--label-temperature must be above 0, got {settings.label_temperature}")
-    pair, draft = open_pair(settings, loop, settings.out, children=1, depth=1, width=1)
+    pair, draft = open_pair(settings, children=1, depth=1, width=1)
     if settings.children > pair.target.vocabulary_size:
         raise FitError(
             f"--children {settings.children} is more than the {pair.target.vocabulary_size} tokens there are"
         )
     alignment = _alignment(settings, draft, pair.target)
-    paired = read_text(settings, loop, pair, draft)
+    paired = read_text(settings, pair, draft)
     target = paired.target
     data = verifications(
         paired.states,
@@ -130,10 +130,7 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
     judging = data.of_side(JUDGING)
     asked = [settings.children, settings.label_temperature]
     key = [data.states.digest, weights_digest(alignment), asdict(predictor.shape), *asked]
-    training = data.of_side(TRAINING)
-    outcome, held_out = train_beside(
-        predictor, loss_at, training, judging, key, settings, loop, settings.out.name, publish
-    )
+    outcome, held_out = train_beside(predictor, loss_at, data, key, settings, publish)
     predictor.temperature.fill_(calibrating_temperature(*odds_of(predictor, data, judging)))
     publish(outcome)
     kept = load_acceptance(settings.out, draft, target, alignment)  # the report measures the network as written

@@ -67,8 +67,8 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
     loop = settings.loop
     if not 0 <= settings.penalty < float("inf"):
         raise FitError(f"--penalty must be 0 or more, got {settings.penalty}")
-    pair, draft = open_pair(settings, loop, settings.out)
-    paired = read_text(settings, loop, pair, draft)
+    pair, draft = open_pair(settings)
+    paired = read_text(settings, pair, draft)
     target, states = paired.target, paired.states
     outputs = output_layer(draft.model), output_layer(target.model)
     ridge = least_squares(states, states.of_side(TRAINING), settings.penalty).to(target.device)
@@ -102,12 +102,9 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
         outcome, _ = train_beside(
             alignment,
             lambda positions: divergence(alignment, states, positions, outputs[1]),
-            states.of_side(TRAINING),
-            states.of_side(JUDGING),
+            states,
             [states.digest, weights_digest(alignment)],
             settings,
-            loop,
-            settings.out.name,
             publish,
         )
     publish(outcome)

@@ -23,7 +23,7 @@ from ...models.output_head import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import Outcome, train_beside
 from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of, small_network_loop
-from ..text.prompts import JUDGING, TRAINING
+from ..text.prompts import JUDGING
 from ..text.states import IGNORED, hidden_states
 from ..text.target_text import frequent_tokens, own_text
 from .report import MedusaReport, accuracies, measure_speed, speed_prompts
@@ -70,10 +70,10 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     """
     loop = settings.loop
     least = {"heads": 1, "blocks": 1, "vocabulary": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
-    check_own_text(settings, loop, "heads", **least)
+    check_own_text(settings, "heads", **least)
     check_out(settings.out, settings.target)
     loop.set_threads()
-    dtype = dtype_of(settings, loop, frozen=True)
+    dtype = dtype_of(settings, frozen=True)
     model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
     name = Path(settings.target).name
     if Path(settings.target).expanduser().exists():
@@ -84,7 +84,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
         raise FitError(f"--vocabulary {settings.vocabulary} is more than the target's {tokens} tokens: 0 takes all")
     # Weights are left as they are until the end: prepacking changes hidden states, if only a little.
     pair = Pair(model, None, tokenizer, prepack=False)
-    text, prompts = own_text(settings, loop, pair, name, settings.heads + 1)
+    text, prompts = own_text(settings, pair, name, settings.heads + 1)
     states = hidden_states(model, text)
     heads = MedusaHeads.for_target(
         model,
@@ -112,16 +112,12 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     def publish(outcome: Outcome) -> None:
         save_heads(heads, settings.out, pair.target, card=card(outcome))
 
-    if not len(states.of_side(JUDGING)):
-        raise FitError("the target ended every held-out text at once: give more --texts")
-
     def loss_at(positions: np.ndarray) -> Tensor:
         labels, hidden = states.labels(positions, settings.heads), states.hidden(positions)
         return heads_loss(heads, hidden.to(heads.weight.device), labels.to(heads.weight.device))
 
-    sides = states.of_side(TRAINING), states.of_side(JUDGING)
     key = [states.text.digest, asdict(heads.shape), DECAY]
-    outcome, held_out = train_beside(heads, loss_at, *sides, key, settings, loop, settings.out.name, publish)
+    outcome, held_out = train_beside(heads, loss_at, states, key, settings, publish)
     heads.eval()
     accuracy, by_domain = accuracies(heads, states, states.of_side(JUDGING))
     heads.accuracies = accuracy.rows

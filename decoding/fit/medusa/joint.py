@@ -197,14 +197,14 @@ def make_joint(settings: JointSettings) -> JointReport:
     _check(settings)
     loop = replace(settings.loop, length=settings.own_text.width)
     loop.set_threads()
-    dtype = dtype_of(settings, loop, frozen=False)
+    dtype = dtype_of(settings, frozen=False)
     model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
     pair = Pair(model, None, tokenizer, prepack=False)
     heads = heads_for(pair.target, settings.heads_from).float()  # loaded, they are of the target's type
     heads.attach(model)
     check_joint(heads, settings.lora_rank)
     original = Path(settings.target).name  # files that are passed on do not name folders of this machine
-    text, prompts = own_text(settings, loop, pair, original, heads.shape.heads + 1, whole=True)
+    text, prompts = own_text(settings, pair, original, heads.shape.heads + 1, whole=True)
     before = _measure(settings, settings.target, partial(heads_for, heads=settings.heads_from), text, prompts.held_out)
     trained, outcome, stopping = _train(settings, loop, model, heads, text)
     trained.name_or_path = settings.out.name
@@ -245,7 +245,7 @@ def make_joint(settings: JointSettings) -> JointReport:
 def _check(settings: JointSettings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     least = {"lora_rank": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
-    check_own_text(settings, settings.loop, "heads", **least)
+    check_own_text(settings, "heads", **least)
     for name in ("heads_weight", "heads_rate"):
         if not 0 < getattr(settings, name) < float("inf"):
             raise FitError(f"--{name.replace('_', '-')} must be above 0, got {getattr(settings, name)}")

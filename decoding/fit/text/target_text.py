@@ -21,7 +21,7 @@ from ...files import replacing
 from ...loading.pair import Pair
 from ...models.identity import weights_digest
 from ..measure import context_of
-from ..settings import LoopSettings, OwnTextSettings, TextSettings, require_least
+from ..settings import OwnTextSettings, TextSettings, require_least
 from .batches import POSITIONS, TEXTS, require_batch
 from .prompts import TRAINING, Prompts, cut_prompts
 
@@ -117,13 +117,12 @@ def check_text_settings(settings: TextSettings, model: PreTrainedModel, least_ne
 
 
 def own_text(
-    settings: OwnTextSettings, loop: LoopSettings, pair: Pair, name: str, least_new_tokens: int, whole: bool = False
+    settings: OwnTextSettings, pair: Pair, name: str, least_new_tokens: int, whole: bool = False
 ) -> tuple[TargetText, Prompts]:
     """Cut prompts and let the target continue them, or read the text that an earlier call stored.
 
     Args:
-        settings: which text.
-        loop: seed, size of a batch, and folder for the text.
+        settings: which text, seed, size of a batch, and folder for the text.
         pair: the target, with its tokeniser and weights that are not prepacked.
         name: name of the target, for cards.
         least_new_tokens: shortest continuation from which anything can be learnt.
@@ -137,7 +136,7 @@ def own_text(
         FitError: a setting is out of range, or there is too little text.
     """
     assert pair.tokenizer is not None
-    model, how = pair.target.model, settings.own_text
+    model, how, loop = pair.target.model, settings.own_text, settings.loop
     check_text_settings(how, model, least_new_tokens)
     prompts = cut_prompts(pair.tokenizer, settings.corpus, settings.text, how.texts, how.prompt_tokens, loop.seed)
     count = prompts.count(TRAINING)

@@ -15,9 +15,8 @@ from specgym.agents.export.knob_policy import KnobRange
 from specgym.agents.export.snap_to_recorded import FEWEST, REACH, best_nearby
 from specgym.decoding import traits_of
 from specgym.decoding.latency.profile import LatencyProfile
-from specgym.envs.backends.outcome_totals import Totals, totals
-from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
-from specgym.envs.tuning.knobs import default_scales, env_ranges
+from specgym.envs.recordings.outcomes import Outcomes, OutcomeTotals, outcomes_name, totals
+from specgym.envs.tuning.knob_space import default_scales, env_ranges
 from tests.helpers.small_runs import record_little, target_alone
 
 TOKENS = 12
@@ -111,10 +110,10 @@ def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
     monkeypatch.setattr(nearby, "REACH", 100.0)
     astray = 0.01
 
-    def straying(found: Outcomes, charged: LatencyProfile, tokens: int) -> Totals:
+    def straying(found: Outcomes, charged: LatencyProfile, tokens: int) -> OutcomeTotals:
         """The more guesses, the further from the target."""
         sums = totals(found, charged, tokens)
-        return replace(sums, divergence=sums.tokens * (astray + found.settings[:, 2:] / 16))
+        return replace(sums, total_variation=sums.tokens * (astray + found.settings[:, 2:] / 16))
 
     monkeypatch.setattr(nearby, "totals", straying)
     spent = totals(recorded, profile, TOKENS).per_token("seconds").tolist()

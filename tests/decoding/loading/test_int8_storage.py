@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgym.decoding.fit.draft.init_from_target import take_layers
-from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from specgym.decoding.loading.int8_storage import pack, unpack
+from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, pack, save_checkpoint, unpack
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 

@@ -19,7 +19,7 @@ from tests.helpers.recorded_outcomes import Recorded
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens_per_step": 17}, r"the {decoder} outcomes of {workload} \(train\) have texts of 16 .*--tokens 17"),
+        ({"max_new_tokens": 17}, r"the {decoder} outcomes of {workload} \(train\) have texts of 16 .*--tokens 17"),
         ({"decoder": "speculative"}, "the decoder asked for is speculative; give decoder='{decoder}', or record"),
         ({"decoder": "beam"}, "replays the decoders threshold, speculative, lookahead, .* by name, not 'beam'"),
         ({"split": "test"}, "has the train prompts of {workload}, not the test prompts"),
@@ -66,8 +66,8 @@ def test_traces_and_outcomes_do_not_mix(
     work = Workload(pair, TokenPrompts([[1, 2, 3]], [[11]], name="other"))
     settings = OutcomeSettings("threshold", settings=2, prompts=1, tokens=12, draft_length=4)
     found = record_outcomes(work, "train", tmp_path / "toy.npz", settings)
-    changes = {"decoder": "threshold", "profile": profile, "tokens_per_step": 8}
-    with pytest.raises(ValueError, match="workloads that are replayed together need the same"):
-        lookahead.many(2, recording=[toy_trace, found], draft_length=4, **changes)
-    with pytest.raises(ValueError, match=r"draft_length is 16, and .* are of 4; .*--draft-length 16"):
+    changes = {"decoder": "threshold", "profile": profile, "max_new_tokens": 8}
+    with pytest.raises(ValueError, match="all recordings must be traces, or all must be outcomes"):
+        lookahead.many(2, recording=[toy_trace, found], max_draft_length=4, **changes)
+    with pytest.raises(ValueError, match=r"max_draft_length is 16, and .* are of 4; .*--draft-length 16"):
         lookahead.many(2, recording=found, **changes)

@@ -14,7 +14,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from specgym.decoding import Pair
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs import TokenPrompts, TuningEnv, Workload
-from specgym.envs.recordings import shipped_outcomes
+from specgym.envs.recordings import find
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from tests.helpers.recorded_outcomes import TOKENS, Recorded
 
@@ -123,7 +123,7 @@ def test_outcomes_may_be_a_file_and_may_replay_what_a_trace_replays(
     work = Workload(pair, TokenPrompts([[1, 2, 3], [4, 5]], [[11]]))
     settings = OutcomeSettings("speculative", prompts=2, tokens=8, draft_length=4)
     record_outcomes(work, "train", tmp_path / "toy.npz", settings)
-    changes = {"recording": str(tmp_path / "toy.npz"), "tokens_per_step": 8, "draft_length": 4, "profile": profile}
+    changes = {"recording": str(tmp_path / "toy.npz"), "max_new_tokens": 8, "max_draft_length": 4, "profile": profile}
     env = lookahead.one(decoder="speculative", **changes).unwrapped
     assert isinstance(env, TuningEnv)
     assert (env.workload.name, env.workload.split) == ("toy/ids", "train")
@@ -134,7 +134,7 @@ def test_outcomes_may_be_a_file_and_may_replay_what_a_trace_replays(
 def test_shipped_outcomes_are_found_by_workload_decoder_and_split(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped_outcomes, "OUTCOMES", tmp_path)
+    monkeypatch.setattr(find, "OUTCOMES", tmp_path)
     (tmp_path / "toy_ids.another.train.npz").touch()
     work, name = recorded.workload, recorded.decoder
     message = rf"no {name} outcomes of {work.name} \(train prompts\).*shipped: none.*--decoder {name}"

@@ -1,4 +1,4 @@
-"""Replay by outcomes: what is exact, what is interpolated, and how well."""
+"""TraceWalk by outcomes: what is exact, what is interpolated, and how well."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specgym.decoding import Pair, SpeculativeDecoder, traits_of
+from specgym.decoding import EXACT, Pair, SpeculativeDecoder, traits_of
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs.backends.gaussian_process import Surface, fitted
-from specgym.envs.backends.metrics import summarise
+from specgym.envs.backends.live import summarise
 from specgym.envs.backends.outcome_replay import OutcomeReplay
-from specgym.envs.backends.outcome_totals import QUANTITIES, totals
 from specgym.envs.backends.replay_table import ReplayTable
-from specgym.envs.backends.trace_replay import LOSSLESS, Replay
+from specgym.envs.backends.trace_replay import TraceWalk
 from specgym.envs.profiles import profile_of
-from specgym.envs.recordings.outcome_design import design
-from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
-from specgym.envs.recordings.outcomes import OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
-from specgym.envs.recordings.shipped_outcomes import find_recording
-from specgym.envs.recordings.shipped_traces import shipped_trace
+from specgym.envs.recordings.find import find_recording, shipped_trace
+from specgym.envs.recordings.outcome_recorder import OutcomeSettings, design, record_outcomes
+from specgym.envs.recordings.outcomes import QUANTITIES, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob, totals
 from specgym.envs.tuning.knob_space import KnobMoves
 
 Floats = NDArray[np.float64]
@@ -52,11 +49,11 @@ def made(decoder: str, knobs: tuple[RecordedKnob, ...], settings: Floats, texts:
     return Outcomes(info, settings, starts, emitted, drafted, accepted, drafted, drafted + 1, lossless)
 
 
-def from_trace(replay: Replay, lengths: Sequence[int]) -> Outcomes:
+def from_trace(replay: TraceWalk, lengths: Sequence[int]) -> Outcomes:
     """The outcomes of draft lengths as the trace of a greedy pair replays them, which is exactly."""
     random, paths = np.random.default_rng(0), replay.table.paths[:, 0, 0]
     texts = [
-        [(taken, drafted, kept) for _, drafted, kept, taken in replay.walk(int(path), LOSSLESS, 1.0, length, random)]
+        [(taken, drafted, kept) for _, drafted, kept, taken in replay.walk(int(path), 0, EXACT, 1.0, length, random)]
         for length in lengths
         for path in paths
     ]
@@ -87,11 +84,11 @@ def test_texts_cut_shorter_cost_what_decoding_fewer_tokens_costs(
 
 
 def test_a_recorded_setting_is_replayed_text_by_text(exact: Outcomes, profile: LatencyProfile) -> None:
-    replay = OutcomeReplay([exact], [profile], tokens=20)
+    replay = OutcomeReplay([exact], [profile], max_new_tokens=20)
     random, prompts = np.random.default_rng(0), np.tile(np.arange(4), 10)
     for number, (length,) in enumerate(exact.settings):
         values = {"draft_length": np.full(len(prompts), length)}
-        found = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
+        found = replay.sums(prompts, np.zeros_like(prompts), values, random)
         assert set(found["tokens"]) == {20.0}
         means = replay.means(0, exact.settings[[number]])
         for name in QUANTITIES:
@@ -107,11 +104,11 @@ def test_a_recorded_setting_is_replayed_as_it_was_recorded_however_rough(profile
     for rounds_of_both in ((32, 32), (20, 12), (16, 11), (8, 16)):
         for count in rounds_of_both:
             texts.append([(1, 5, 0)] * (count - 1) + [(33 - count, 40, 32 - count)])
-    replay = OutcomeReplay([made("lookahead", LOOKAHEAD, settings, texts)], [profile], tokens=32)
+    replay = OutcomeReplay([made("lookahead", LOOKAHEAD, settings, texts)], [profile], max_new_tokens=32)
     prompts, workloads = np.tile([0, 1], 100), np.zeros(200, np.int64)
     for number, setting in enumerate(settings):
         values = {knob.name: np.full(200, value) for knob, value in zip(LOOKAHEAD, setting, strict=True)}
-        found = replay.decode_many(prompts, workloads, values, np.random.default_rng(0))
+        found = replay.sums(prompts, workloads, values, np.random.default_rng(0))
         assert found["rounds"] == pytest.approx(replay.recorded[0].rounds[number][prompts]), setting
 
 
@@ -120,11 +117,11 @@ def test_whatever_is_replayed_could_have_been_decoded() -> None:
     outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
     charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
-    replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
+    replay, random = OutcomeReplay([outcomes], [charged], max_new_tokens=64), np.random.default_rng(0)
     moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
-    values = moves.values_of_many(moves.drawn(random, (4_000,)))
+    values = moves.values(moves.drawn(random, (4_000,)))
     prompts = random.integers(0, outcomes.prompts, 4_000)
-    sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
+    sums = replay.sums(prompts, np.zeros_like(prompts), values, random)
     assert (sums["rounds"] <= sums["tokens"] + 1e-9).all()
     assert (sums["rounds"] > 0).all()
     assert (sums["accepted"] <= sums["drafted"]).all()
@@ -138,13 +135,13 @@ def test_over_all_prompts_the_mean_is_the_surface() -> None:
     outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
     charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
-    replay, random = OutcomeReplay([outcomes], [charged], tokens=64), np.random.default_rng(0)
+    replay, random = OutcomeReplay([outcomes], [charged], max_new_tokens=64), np.random.default_rng(0)
     prompts = np.tile(np.arange(outcomes.prompts), 200)
     for setting in ([1, 4, 1], [2, 2, 0], [7, 3, 9], [16, 6, 16]):
         values = {
             knob.name: np.full(len(prompts), float(value)) for knob, value in zip(LOOKAHEAD, setting, strict=True)
         }
-        sums = replay.decode_many(prompts, np.zeros_like(prompts), values, random)
+        sums = replay.sums(prompts, np.zeros_like(prompts), values, random)
         means = replay.means(0, np.array([setting], np.float64))
         for name in ("rounds", "seconds"):
             per_token = sums[name].sum() / sums["tokens"].sum()
@@ -192,10 +189,10 @@ def prompts_apart() -> Outcomes:
 
 
 def test_prompts_stay_as_different_as_they_were(profile: LatencyProfile) -> None:
-    replay = OutcomeReplay([prompts_apart()], [profile], tokens=32)
+    replay = OutcomeReplay([prompts_apart()], [profile], max_new_tokens=32)
     values = {"window": np.full(200, 7.0), "ngram": np.full(200, 3.0), "guesses": np.full(200, 5.0)}
     hard, easy = (
-        replay.decode_many(np.full(200, prompt), np.zeros(200, np.int64), values, np.random.default_rng(0))
+        replay.sums(np.full(200, prompt), np.zeros(200, np.int64), values, np.random.default_rng(0))
         for prompt in (0, 1)
     )
     # With the same setting drawn for both, either the rounds of both shrink, or what both save does.
@@ -208,36 +205,30 @@ def test_prompts_stay_as_different_as_they_were(profile: LatencyProfile) -> None
     assert (hard["accepted"] <= hard["drafted"]).all()
 
 
-def test_one_text_is_decoded_like_one_of_many(profile: LatencyProfile) -> None:
-    replay = OutcomeReplay([prompts_apart()], [profile], tokens=32)
-    one = replay.decode(1, {"window": 4.0, "ngram": 3.0, "guesses": 5.0}, np.random.default_rng(3))
-    values = {"window": np.array([4.0]), "ngram": np.array([3.0]), "guesses": np.array([5.0])}
-    many = replay.decode_many(np.array([1]), np.zeros(1, np.int64), values, np.random.default_rng(3))
-    assert one == {name: each[0] for name, each in many.items()}
-
-
 def test_workloads_together_are_each_as_alone(exact: Outcomes, profile: LatencyProfile) -> None:
     fewer = replace(exact, settings=exact.settings[:3], starts=exact.starts[: 3 * 4 + 1])
     rounds = int(fewer.starts[-1])
     names = ("emitted", "drafted", "accepted", "draft_steps", "target_tokens", "divergence")
     fewer = replace(fewer, **{name: getattr(exact, name)[:rounds] for name in names})
     slow = replace(profile, target_seconds={1: 0.1, 2: 0.11})
-    together = OutcomeReplay([exact, fewer], [profile, slow], tokens=20)
-    alone = OutcomeReplay([fewer], [slow], tokens=20)
+    together = OutcomeReplay([exact, fewer], [profile, slow], max_new_tokens=20)
+    alone = OutcomeReplay([fewer], [slow], max_new_tokens=20)
     assert together.first_prompts.tolist() == [0, 4]
     values = {"draft_length": np.tile([1.0, 2.0, 3.0, 4.0], 10)}
     own, second = np.tile(np.arange(4), 10), np.ones(40, np.int64)
-    ours = together.decode_many(own + 4, second, values, np.random.default_rng(1))
-    theirs = alone.decode_many(own, second - 1, values, np.random.default_rng(1))
+    ours = together.sums(own + 4, second, values, np.random.default_rng(1))
+    theirs = alone.sums(own, second - 1, values, np.random.default_rng(1))
     for name, each in theirs.items():
         assert ours[name] == pytest.approx(each), name
 
 
 @pytest.mark.parametrize("workload", ["tiny/prose", "tiny-10m-ngram/code"])
 def test_exact_decoding_is_replayed_as_a_trace_replays_it(workload: str, profile: LatencyProfile) -> None:
-    truth = Replay(ReplayTable([shipped_trace(workload, "train")], detours=False), profile.round_seconds(16)[None], 32)
+    truth = TraceWalk(
+        ReplayTable([shipped_trace(workload, "train")], detours=False), profile.round_seconds(16)[None], 32
+    )
     recorded, others = [1, 2, 4, 6, 8, 11, 14, 16], [3, 5, 7, 9, 10, 12, 13, 15]
-    replay = OutcomeReplay([from_trace(truth, recorded)], [profile], tokens=32)
+    replay = OutcomeReplay([from_trace(truth, recorded)], [profile], max_new_tokens=32)
     means = replay.means(0, np.array(others, np.float64)[:, None])
     held_out = totals(from_trace(truth, others), profile, 32)
     for name, bound in (("seconds", 0.015), ("rounds", 0.02), ("drafted", 0.02), ("accepted", 0.02)):
@@ -247,37 +238,37 @@ def test_exact_decoding_is_replayed_as_a_trace_replays_it(workload: str, profile
 
 def test_thresholds_are_replayed_nearly_as_a_trace_replays_them(profile: LatencyProfile) -> None:
     table = ReplayTable([shipped_trace("tiny/prose", "train")], detours=True)
-    truth = Replay(table, profile.round_seconds(16)[None], 32)
+    truth = TraceWalk(table, profile.round_seconds(16)[None], 32)
     knobs, random, prompts = OutcomeSettings("threshold").knobs, np.random.default_rng(0), table.prompts[0]
 
     def outcomes(settings: Floats, times: int = 1) -> Outcomes:
         texts: list[Text] = []
         for fallback, rollback in settings:
             for prompt in np.repeat(prompts, times):
-                path = truth.choose_path(int(prompt), fallback, rollback, random)
-                walk = truth.walk(path, float(np.float32(fallback)), rollback, 16, random)
+                path = truth.choose_path(int(prompt), 0, fallback, rollback, random)
+                walk = truth.walk(path, 0, float(np.float32(fallback)), rollback, 16, random)
                 texts.append([(taken, drafted, kept) for _, drafted, kept, taken in walk])
         return made("threshold", knobs, settings, texts)
 
-    replay = OutcomeReplay([outcomes(design(knobs, 48, [], seed=0))], [profile], tokens=32)
+    replay = OutcomeReplay([outcomes(design(knobs, 48, [], seed=0))], [profile], max_new_tokens=32)
     elsewhere = design(knobs, 20, [], seed=5)
     means, held_out = replay.means(0, elsewhere), totals(outcomes(elsewhere, times=10), profile, 32)
     error = np.abs(means["seconds"] / held_out.per_token("seconds") - 1)
     assert error.mean() < 0.06
     assert error.mean() < 1.5 * replay.leave_one_out[0].mean
     values = {"fallback": elsewhere[:, 0], "rollback": elsewhere[:, 1]}
-    found = replay.decode_many(np.zeros(20, np.int64), np.zeros(20, np.int64), values, random)
+    found = replay.sums(np.zeros(20, np.int64), np.zeros(20, np.int64), values, random)
     assert all(np.isfinite(each).all() for each in found.values())
 
 
 def test_what_was_not_recorded_is_refused(exact: Outcomes, profile: LatencyProfile) -> None:
-    with pytest.raises(OutcomeError, match=r"tokens_per_step is 21, and the speculative outcomes of toy/ids \(train\)"):
-        OutcomeReplay([exact], [profile], tokens=21)
+    with pytest.raises(OutcomeError, match=r"max_new_tokens is 21, and the speculative outcomes of toy/ids \(train\)"):
+        OutcomeReplay([exact], [profile], max_new_tokens=21)
     other = replace(exact, info=replace(exact.info, draft_length=5))
     with pytest.raises(OutcomeError, match="record them alike"):
-        OutcomeReplay([exact, other], [profile, profile], tokens=20)
+        OutcomeReplay([exact, other], [profile, profile], max_new_tokens=20)
     with pytest.raises(OutcomeError, match=r"draft_length goes from 1 to 9, .* recorded from 1 to 4; .*--decoder"):
-        OutcomeReplay([exact], [profile], tokens=20).check_ranges({"draft_length": (1.0, 9.0)})
+        OutcomeReplay([exact], [profile], max_new_tokens=20).check_ranges({"draft_length": (1.0, 9.0)})
 
 
 def test_a_file_is_read_back_into_the_same_replay(exact: Outcomes, profile: LatencyProfile, tmp_path: Path) -> None:
@@ -299,7 +290,7 @@ def test_all_settings_at_an_end_where_nothing_is_drafted_are_one() -> None:
     assert seconds[:3].tolist() == [pytest.approx(0.010)] * 3
     assert seconds[3] < 0.009
     values = {knob.name: np.repeat(asked[:2, place], 2) for place, knob in enumerate(knobs)}
-    one = replay.decode_many(np.array([0, 1, 0, 1]), np.zeros(4, np.int64), values, np.random.default_rng(0))
+    one = replay.sums(np.array([0, 1, 0, 1]), np.zeros(4, np.int64), values, np.random.default_rng(0))
     assert one["rounds"].tolist() == one["tokens"].tolist() == [32.0] * 4
     assert not one["drafted"].any()
     # A single setting at the budget's end may draft nothing for another reason.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from specgym.decoding import (
+    EXACT,
     AutoregressiveDecoder,
     Decoder,
     NGramDrafter,
@@ -23,8 +24,8 @@ from specgym.decoding import (
     ThresholdDecoder,
 )
 from specgym.envs import TokenPrompts, Workload
-from specgym.envs.backends.replay_table import ACCEPTED, COPIES, ReplayTable
-from specgym.envs.backends.trace_replay import LOSSLESS, Replay
+from specgym.envs.backends.replay_table import COPIES, ReplayTable
+from specgym.envs.backends.trace_replay import TraceWalk
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import Trace
@@ -34,6 +35,8 @@ PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 7, 8, 9, 7]]
 COST = 0.010 + 0.002 * np.arange(K + 1.0)[None]
 KINDS = ("model", "model eos", "ngram", "ngram eos", "lookup", "lookup eos", "model sampled", "lookup sampled")
 GREEDY = [kind for kind in KINDS if "sampled" not in kind]
+LOSSLESS = EXACT
+SUMS = ("tokens", "rounds", "drafted", "accepted", "total_variation", "seconds")
 Recorded = dict[str, tuple[Pair, Trace]]
 
 
@@ -75,8 +78,13 @@ def recorded(
     return found
 
 
-def replay_of(trace: Trace, tokens: int, detours: bool = True) -> Replay:
-    return Replay(ReplayTable([trace], detours=detours), COST, tokens)
+def replay_of(trace: Trace, tokens: int, detours: bool = True) -> TraceWalk:
+    return TraceWalk(ReplayTable([trace], detours=detours), COST, tokens)
+
+
+def decode(replay: TraceWalk, prompt: int, *rule: Any) -> dict[str, float]:
+    """Sums of a single text, by name."""
+    return dict(zip(SUMS, replay.decode(prompt, 0, *rule), strict=True))
 
 
 def live_rounds(decoder: Decoder, prompt: list[int], tokens: int, **knobs: float) -> list[tuple[int, int, int]]:
@@ -85,12 +93,12 @@ def live_rounds(decoder: Decoder, prompt: list[int], tokens: int, **knobs: float
 
 
 def replayed_rounds(
-    replay: Replay, prompt: int, fallback: float, rollback: float = 1, longest: int = K
+    replay: TraceWalk, prompt: int, fallback: float, rollback: float = 1, longest: int = K
 ) -> list[tuple[int, int, int]]:
     draws = np.random.default_rng(0)
     limit = float(np.float32(fallback))
-    path = replay.choose_path(prompt, limit, rollback, draws)
-    return [cycle[1:] for cycle in replay.walk(path, limit, rollback, longest, draws)]
+    path = replay.choose_path(prompt, 0, limit, rollback, draws)
+    return [cycle[1:] for cycle in replay.walk(path, 0, limit, rollback, longest, draws)]
 
 
 # Exactness.
@@ -130,7 +138,7 @@ def test_recorded_thresholds_are_replayed_exactly(recorded: Recorded, kind: str,
     for number, (fallback, rollback) in zip(trace.detour_prompts, trace.detour_knobs, strict=True):
         row_ids = trace.detour_rows[(trace.detour_prompts == number) & (trace.detour_knobs[:, 0] == fallback)]
         distance = trace.distance[row_ids[row_ids >= 0]]
-        path = replay.choose_path(number, fallback, rollback, np.random.default_rng(0))
+        path = replay.choose_path(number, 0, fallback, rollback, np.random.default_rng(0))
         if (np.abs(distance - fallback) < 0.004 * fallback).any() or replay.table.lengths[
             path
         ] < tokens < DETOUR_TOKENS:
@@ -141,9 +149,9 @@ def test_recorded_thresholds_are_replayed_exactly(recorded: Recorded, kind: str,
         live = live_rounds(decoder, PROMPTS[number], tokens, **knobs)
         assert replayed_rounds(replay, number, fallback, rollback) == live
         generation = decoder.generate(PROMPTS[number], max_new_tokens=tokens, knobs=knobs)
-        found = replay.decode(number, fallback, rollback, K, np.random.default_rng(0))
+        found = decode(replay, number, fallback, rollback, K, np.random.default_rng(0))
         divergence = sum(cycle.divergence for cycle in generation.rounds)
-        assert found["divergence"] == pytest.approx(divergence, rel=0.005, abs=1e-6)
+        assert found["total_variation"] == pytest.approx(divergence, rel=0.005, abs=1e-6)
         compared += 1
     assert compared >= 15  # of 54
 
@@ -160,14 +168,14 @@ def test_some_recorded_texts_end_early(recorded: Recorded) -> None:
 def test_sums_charge_every_round_by_its_draft(recorded: Recorded) -> None:
     pair, trace = recorded["lookup"]
     rounds = live_rounds(SpeculativeDecoder(pair, K), PROMPTS[0], TOKENS, draft_length=K)
-    found = replay_of(trace, TOKENS, detours=False).decode(0, LOSSLESS, 1, K, np.random.default_rng(0))
+    found = decode(replay_of(trace, TOKENS, detours=False), 0, LOSSLESS, 1, K, np.random.default_rng(0))
     assert found == pytest.approx(
         {
             "tokens": sum(taken for _, _, taken in rounds),
             "rounds": len(rounds),
             "drafted": sum(drafted for drafted, _, _ in rounds),
             "accepted": sum(accepted for _, accepted, _ in rounds),
-            "divergence": 0,
+            "total_variation": 0,
             "seconds": sum(0.010 + 0.002 * drafted for drafted, _, _ in rounds),
         }
     )
@@ -178,7 +186,7 @@ def test_what_was_not_recorded_goes_on_at_as_many_tokens_of_the_path(recorded: R
     replay = replay_of(replace(trace, jump=np.full_like(trace.jump, -1)), DETOUR_TOKENS)
     path = int(replay.table.paths[1, 2, 0])
     count = 0
-    for row, _, _, taken in replay.walk(path, 0.6, 2.0, K, np.random.default_rng(0)):
+    for row, _, _, taken in replay.walk(path, 0, 0.6, 2.0, K, np.random.default_rng(0)):
         assert row == replay.table.routes[path, count]
         count += taken
     assert count == DETOUR_TOKENS
@@ -187,7 +195,7 @@ def test_what_was_not_recorded_goes_on_at_as_many_tokens_of_the_path(recorded: R
 # One text and many.
 
 
-def many(replay: Replay, prompts: Any, fallback: Any, rollback: Any, longest: Any, draws: Any) -> dict[str, Any]:
+def many(replay: TraceWalk, prompts: Any, fallback: Any, rollback: Any, longest: Any, draws: Any) -> dict[str, Any]:
     numbers = np.asarray(prompts)
     return replay.decode_many(
         numbers,
@@ -221,7 +229,7 @@ def test_one_text_is_decoded_as_it_is_among_many_given_the_same_generator(
 ) -> None:
     replay = replay_of(recorded[kind][1], tokens, detours=fallback != LOSSLESS)
     one_draws, many_draws = np.random.default_rng(seed), np.random.default_rng(seed)
-    one = replay.decode(prompt, fallback, rollback, longest, one_draws)
+    one = decode(replay, prompt, fallback, rollback, longest, one_draws)
     found = many(replay, [prompt], [fallback], [rollback], [longest], many_draws)
     assert {name: values.item() for name, values in found.items()} == pytest.approx(one, rel=1e-6)
     assert one_draws.random() == many_draws.random()  # and as much was drawn
@@ -239,7 +247,7 @@ def test_many_texts_are_decoded_as_each_is_alone_given_the_same_draws(
     longest = grid.integers(1, K + 1, 60)
     found = many(replay, prompts, fallback, rollback, longest, draws)
     for place in range(60):
-        alone = replay.decode(int(prompts[place]), fallback[place], rollback[place], int(longest[place]), draws)
+        alone = decode(replay, int(prompts[place]), fallback[place], rollback[place], int(longest[place]), draws)
         assert {name: values[place] for name, values in found.items()} == pytest.approx(alone, rel=1e-6)
 
 
@@ -247,9 +255,9 @@ def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorde
     traces = [recorded[kind][1] for kind in ("model", "model sampled", "lookup eos")]
     costs = np.concatenate([COST, 2 * COST, 3 * COST])
     draws: Any = SameDraw(0.4)
-    together = Replay(ReplayTable(traces, detours=True), costs, 12)
+    together = TraceWalk(ReplayTable(traces, detours=True), costs, 12)
     apart = [
-        Replay(ReplayTable([trace], detours=True), cost[None], 12) for trace, cost in zip(traces, costs, strict=True)
+        TraceWalk(ReplayTable([trace], detours=True), cost[None], 12) for trace, cost in zip(traces, costs, strict=True)
     ]
     # The dice of a table are thrown in one go, so only the first copies of a single sampled trace are the same.
     sampled = apart[1].table
@@ -261,7 +269,7 @@ def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorde
     fallback, rollback = np.full(9, 0.45), np.full(9, 2.5)
     found = together.decode_many(prompts, numbers, fallback, rollback, np.full(9, K), draws)
     for place, (prompt, trace) in enumerate(texts):
-        alone = apart[trace].decode(prompt, 0.45, 2.5, K, draws)
+        alone = decode(apart[trace], prompt, 0.45, 2.5, K, draws)
         assert {name: values[place] for name, values in found.items()} == pytest.approx(alone, rel=1e-6)
 
 
@@ -271,7 +279,7 @@ def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorde
 def test_dice_accept_as_often_as_the_exact_test_would(recorded: Recorded) -> None:
     trace = recorded["model sampled"][1]
     table = ReplayTable([trace], detours=True)
-    first = (table.needed[:, 0].reshape(-1, COPIES) == ACCEPTED).mean(1)
+    first = (table.needed[:, 0].reshape(-1, COPIES) == LOSSLESS).mean(1)
     own = len(trace.text)
     expected = np.minimum(1, trace.p[:, 0] / trace.q[:, 0])
     # 16 throws for each of 96 rows: the mean's standard deviation is at most 0.013
@@ -298,8 +306,8 @@ def test_sampled_decoding_is_replayed_in_distribution(recorded: Recorded) -> Non
 
 def test_a_path_is_drawn_by_how_near_its_thresholds_are(recorded: Recorded) -> None:
     table = ReplayTable([recorded["model"][1]], detours=True)
-    replay = Replay(table, COST, 8)
-    fallbacks, rollbacks = table.fallbacks[0], np.exp(table.log_rollbacks[0])
+    replay = TraceWalk(table, COST, 8)
+    fallbacks, rollbacks = table.tolerances[0], np.exp(table.log_taken_back[0])
     assert fallbacks == pytest.approx([0, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
     assert rollbacks == pytest.approx([1, 4, 5])
     count = 4000
@@ -318,19 +326,21 @@ def test_a_path_is_drawn_by_how_near_its_thresholds_are(recorded: Recorded) -> N
 @pytest.mark.parametrize("draw", [0.0, 0.5, 0.999])
 def test_recorded_thresholds_always_take_their_own_path(recorded: Recorded, draw: float) -> None:
     table = ReplayTable([recorded["model"][1]], detours=True)
-    replay = Replay(table, COST, 8)
+    replay = TraceWalk(table, COST, 8)
     draws: Any = SameDraw(draw)
     for place, fallback in enumerate((0.0, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)):
         for number, rollback in enumerate((1.0, 4.0, 5.0)):
-            assert replay.choose_path(2, float(np.float32(fallback)), rollback, draws) == table.paths[2, place, number]
+            assert (
+                replay.choose_path(2, 0, float(np.float32(fallback)), rollback, draws) == table.paths[2, place, number]
+            )
 
 
 def test_a_fraction_of_a_rollback_is_rounded_anew_every_round(recorded: Recorded) -> None:
     replay = replay_of(recorded["model"][1], DETOUR_TOKENS)
     path = int(replay.table.paths[0, 3, 1])
-    rounds = {tuple(replay.walk(path, 0.5, 2.5, K, np.random.default_rng(seed))) for seed in range(50)}
+    rounds = {tuple(replay.walk(path, 0, 0.5, 2.5, K, np.random.default_rng(seed))) for seed in range(50)}
     assert len(rounds) > 2  # one number for the whole text would give two
-    assert tuple(replay.walk(path, 0.5, 2.0, K, np.random.default_rng(0))) in rounds
+    assert tuple(replay.walk(path, 0, 0.5, 2.0, K, np.random.default_rng(0))) in rounds
 
 
 # What a table refuses, and does without.
@@ -346,7 +356,7 @@ def test_without_detours_every_path_is_the_targets_own(recorded: Recorded) -> No
     )
     for table in (ReplayTable([bare], detours=True), ReplayTable([bare, trace], detours=True)):
         assert table.prompts[0].tolist() == [0, 1, 2, 3]
-        paths = Replay(table, COST, 8).choose_paths(
+        paths = TraceWalk(table, COST, 8).choose_paths(
             np.arange(4),
             np.zeros(4, np.int64),
             np.full(4, 0.7, np.float32),

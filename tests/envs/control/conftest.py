@@ -66,9 +66,9 @@ def recorded(
 def make_env(recorded: Recorded, profile: LatencyProfile) -> Callable[..., DraftLengthEnv]:
     def make(backend: str, kind: str = "model", **changes: Any) -> DraftLengthEnv:
         workload, path = recorded(kind)
-        arguments: dict[str, Any] = {"max_draft_length": LONGEST, "tokens": TOKENS, "profile": profile}
+        arguments: dict[str, Any] = {"max_draft_length": LONGEST, "max_new_tokens": TOKENS, "profile": profile}
         if backend == "replay":
-            arguments["trace"] = path
+            arguments["recording"] = path
         env = gymnasium.make("specgym/DraftLength-v0", workload=workload, backend=backend, **(arguments | changes))
         assert isinstance(env.unwrapped, DraftLengthEnv)
         return env.unwrapped

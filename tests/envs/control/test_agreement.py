@@ -14,8 +14,7 @@ from specgym.decoding.decoders.speculative import SpeculativeDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import Workload
-from specgym.envs.backends import draft_sources
-from specgym.envs.backends.draft_sources import UNKNOWN
+from specgym.envs.backends.live import UNKNOWN
 from specgym.envs.control.env import DraftLengthEnv
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.drafted_texts import GO, LONGEST, PLACE, PRODUCT, PROMPTS, STOP, TOKENS, play
@@ -34,7 +33,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(real(self, *arguments, **more))
         return seen[-1]
 
-    monkeypatch.setattr(draft_sources.SpeculativeDecoder, "start", spy)
+    monkeypatch.setattr(SpeculativeDecoder, "start", spy)
     return seen
 
 
@@ -91,6 +90,10 @@ def test_replay_loads_no_model(make_env: MakeEnv, monkeypatch: pytest.MonkeyPatc
 
 def test_a_trace_alone_says_which_workload_it_is_of(recorded: Recorded, profile: LatencyProfile) -> None:
     env = DraftLengthEnv(
-        backend="replay", trace=recorded("model")[1], tokens=TOKENS, max_draft_length=LONGEST, profile=profile
+        backend="replay",
+        recording=recorded("model")[1],
+        max_new_tokens=TOKENS,
+        max_draft_length=LONGEST,
+        profile=profile,
     )
     assert env.reset(seed=0)[1]["workload"] == env.workload.name == "model/ids"

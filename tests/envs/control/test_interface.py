@@ -26,8 +26,8 @@ def test_every_prompt_comes_before_any_comes_again(
 ) -> None:
     env = make_env(backend)
     begun: list[int] = []
-    monkeypatch.setattr(env._drafting, "begin", lambda prompt, generator: begun.append(prompt))
-    monkeypatch.setattr(type(env._drafting), "features", np.zeros(8, np.float32))
+    monkeypatch.setattr(env._drafts, "begin", lambda which, workloads, prompts, rng: begun.extend(prompts.tolist()))
+    monkeypatch.setattr(type(env._drafts), "features", np.zeros((1, 8), np.float32))
     env.reset(seed=0)
     for _ in range(7):
         env.reset()

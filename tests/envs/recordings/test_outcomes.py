@@ -18,9 +18,7 @@ from specgym.envs import record as record_module
 from specgym.envs.backends.outcome_replay import OutcomeReplay
 from specgym.envs.recordings import outcome_recorder as module
 from specgym.envs.recordings.archive import TraceError
-from specgym.envs.recordings.outcome_design import design
-from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
-from specgym.envs.recordings.outcome_refinement import fastest
+from specgym.envs.recordings.outcome_recorder import OutcomeSettings, design, fastest, record_outcomes
 from specgym.envs.recordings.outcomes import COUNTS, FORMAT, OutcomeError, Outcomes, RecordedKnob
 
 FEW = OutcomeSettings("lookahead", settings=4, prompts=2, tokens=12)

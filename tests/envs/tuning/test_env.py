@@ -17,7 +17,7 @@ from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.find_model import shipped_models
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import RewardSettings, TokenPrompts, TuningEnv, Workload, measure_setting
-from specgym.envs.backends.metrics import summarise
+from specgym.envs.backends.live import summarise
 from tests.helpers.rollouts import STILL, rollout
 
 MakeEnv = Callable[..., gymnasium.Env]
@@ -55,7 +55,7 @@ def test_small_actions_add_up_for_a_whole_number_knob(make_env: MakeEnv) -> None
 def test_every_prompt_comes_before_any_comes_again(
     make_env: MakeEnv, toy_workload: Workload, decoded: list[dict[str, Any]]
 ) -> None:
-    env = make_env(tokens_per_step=1)
+    env = make_env(max_new_tokens=1)
     env.reset(seed=0)
     for step in range(8):
         if step == 3:
@@ -137,7 +137,7 @@ def test_knobs_may_start_at_the_decoders_defaults(make_env: MakeEnv) -> None:
 def test_options_set_the_prompt_of_the_whole_episode(
     make_env: MakeEnv, decoded: list[dict[str, Any]], prompt: Any, expected: tuple[int, ...]
 ) -> None:
-    env = make_env(tokens_per_step=1)
+    env = make_env(max_new_tokens=1)
     env.reset(seed=0, options={"prompt": prompt})
     env.step(STILL), env.step(STILL)
     env.reset()

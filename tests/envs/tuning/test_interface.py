@@ -43,7 +43,7 @@ def test_a_seed_fixes_everything(make_env: MakeEnv, toy_workload: Workload) -> N
 
 
 def test_an_episode_is_cut_after_twenty_steps(make_env: MakeEnv) -> None:
-    env = make_env(tokens_per_step=1)
+    env = make_env(max_new_tokens=1)
     env.reset(seed=0)
     flags = [env.step(STILL)[2:4] for _ in range(20)]
     assert flags == [(False, False)] * 19 + [(False, True)]
@@ -71,7 +71,7 @@ def test_an_id_with_its_module_is_found(toy_workload: Workload, profile: Latency
 def test_vector_environments_see_what_single_ones_see(
     mode: str, make_env: MakeEnv, toy_workload: Workload, profile: LatencyProfile
 ) -> None:
-    arguments = {"workload": toy_workload, "profile": profile, "draft_length": 4, "tokens_per_step": 8}
+    arguments = {"workload": toy_workload, "profile": profile, "max_draft_length": 4, "max_new_tokens": 8}
     vector = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=2, vectorization_mode=mode, **arguments)
     vector.reset(seed=5)
     _, rewards, _, _, info = vector.step(np.zeros((2, 2), np.float32))
@@ -86,7 +86,7 @@ def test_vector_environments_see_what_single_ones_see(
 
 @pytest.mark.filterwarnings("ignore:.*rgb_array")  # Stable-Baselines3 asks for pictures, which there are none of
 def test_works_under_stable_baselines3(toy_workload: Workload, profile: LatencyProfile) -> None:
-    arguments = {"workload": toy_workload, "profile": profile, "draft_length": 4, "tokens_per_step": 1}
+    arguments = {"workload": toy_workload, "profile": profile, "max_draft_length": 4, "max_new_tokens": 1}
     vector = make_vec_env("specgym/Thresholds-v0", n_envs=2, seed=0, env_kwargs=arguments)
     vector.reset()
     for _ in range(20):
@@ -97,7 +97,7 @@ def test_works_under_stable_baselines3(toy_workload: Workload, profile: LatencyP
 
 
 def test_works_under_wrappers(make_env: MakeEnv) -> None:
-    env = RecordEpisodeStatistics(FlattenObservation(make_env(tokens_per_step=1)))
+    env = RecordEpisodeStatistics(FlattenObservation(make_env(max_new_tokens=1)))
     env.reset(seed=0)
     total = 0.0
     for _ in range(20):

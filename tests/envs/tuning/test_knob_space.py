@@ -97,7 +97,7 @@ def test_an_exported_knob_moves_as_the_environments_does(knobs: tuple[Knob, ...]
 def test_window_and_guesses_of_lookahead_are_logarithmic() -> None:
     """Whether a pass guesses once or not at all matters most; a linear scale gives that a seventeenth of the range."""
     moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
-    drawn = moves.values_of_many(moves.drawn(np.random.default_rng(3), (4_000,)))
+    drawn = moves.values(moves.drawn(np.random.default_rng(3), (4_000,)))
     assert (drawn["guesses"] <= 1).mean() > 0.25
     assert (drawn["window"] <= 2).mean() > 0.25
 

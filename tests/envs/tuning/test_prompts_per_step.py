@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specgym.envs import Workload
-from specgym.envs.backends import sources
+from specgym.envs.backends import live
 from specgym.envs.recordings.trace import Trace
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 
@@ -37,7 +37,7 @@ def pooled(infos: list[dict[str, Any]]) -> dict[str, float]:
 def test_metrics_are_of_all_prompts_together(make_env: MakeEnv, make_single: MakeEnv, backend: str) -> None:
     make = make_env if backend == "live" else make_single
     # Exact greedy decoding draws nothing, so the order of the prompts does not matter.
-    changes: dict[str, Any] = {"decoder": "speculative", "tokens_per_step": 7, "start": "default"}
+    changes: dict[str, Any] = {"decoder": "speculative", "max_new_tokens": 7, "start": "default"}
     still = np.zeros(1, np.float32)
     one, many = make(**changes), make(**changes, prompts_per_step=4)
     infos = []
@@ -72,36 +72,37 @@ def test_the_prompts_are_the_next_ones_of_the_order(
     make_env: MakeEnv, toy_workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[tuple[int, ...]]] = []
-    real = sources.decode_prompts
+    real = live.decode_prompts
 
     def spy(decoder: Any, knobs: Any, prompts: Any, *others: Any) -> Any:
         seen.append([tuple(prompt) for prompt in prompts])
         return real(decoder, knobs, prompts, *others)
 
-    monkeypatch.setattr(sources, "decode_prompts", spy)
-    env = make_env(prompts_per_step=3, tokens_per_step=1)
+    monkeypatch.setattr(live, "decode_prompts", spy)
+    env = make_env(prompts_per_step=3, max_new_tokens=1)
     env.reset(seed=0)
     for _ in range(4):
         env.step(STILL)
-    assert [len(prompts) for prompts in seen] == [3] * 4
+    assert len(seen) == 3 * 4
     flat = [prompt for prompts in seen for prompt in prompts]
     every = sorted(toy_workload.prompt_ids())
     assert [sorted(flat[start : start + 4]) for start in (0, 4, 8)] == [every] * 3
 
 
 def test_the_prompt_given_to_reset_stands_for_all(make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    real = sources.decode_prompts
+    calls: list[tuple[int, ...]] = []
+    real = live.decode_prompts
 
     def spy(decoder: Any, knobs: Any, prompts: Any, *others: Any) -> Any:
-        calls.append((len(prompts), len({*prompts})))
+        calls.extend(prompts)
         return real(decoder, knobs, prompts, *others)
 
-    monkeypatch.setattr(sources, "decode_prompts", spy)
-    env = make_env(prompts_per_step=2, tokens_per_step=1)
+    monkeypatch.setattr(live, "decode_prompts", spy)
+    env = make_env(prompts_per_step=2, max_new_tokens=1)
     env.reset(seed=0, options={"prompt": 1})
     env.step(STILL)
-    assert calls == [(2, 1)]
+    assert len(calls) == 2
+    assert len(set(calls)) == 1
 
 
 @pytest.mark.parametrize("decoder", ["threshold", "speculative"])
@@ -131,13 +132,13 @@ def test_many_environments_get_every_prompt_before_any_comes_again(
 ) -> None:
     env = make_vector(num_envs=4, prompts_per_step=2)
     seen: list[np.ndarray] = []
-    real = env._replay.decode_many
+    real = env._backend.decode
 
     def spy(prompts: Any, *others: Any) -> Any:
         seen.append(prompts.reshape(4, 2))
         return real(prompts, *others)
 
-    monkeypatch.setattr(env._replay, "decode_many", spy)
+    monkeypatch.setattr(env._backend, "decode", spy)
     env.reset(seed=0)
     for _ in range(3):
         env.step(np.zeros((4, 2), np.float32))

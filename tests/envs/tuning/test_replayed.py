@@ -19,7 +19,8 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from specgym.decoding import Pair, Sampling, SpeculativeDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs import TuningEnv, Workload
-from specgym.envs.recordings import shipped_traces
+from specgym.envs.backends.trace_replay import TraceReplay
+from specgym.envs.recordings import find
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.rollouts import STILL, rollout
@@ -65,7 +66,7 @@ def test_exact_greedy_steps_are_those_of_the_live_environment(make_single: MakeE
 def test_recorded_thresholds_cost_what_they_cost_live(
     make_single: MakeEnv, make_env: MakeEnv, toy_trace: Trace
 ) -> None:
-    replayed, live = make_single(tokens_per_step=12), make_env(tokens_per_step=12)
+    replayed, live = make_single(max_new_tokens=12), make_env(max_new_tokens=12)
     same = 0
     for prompt in range(3):
         for fallback, rollback in toy_trace.detour_knobs[toy_trace.detour_prompts == prompt]:
@@ -91,16 +92,14 @@ def test_a_seed_fixes_everything(make_single: MakeEnv) -> None:
 def test_prompts_with_detours_come_before_any_comes_again(
     make_single: MakeEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from specgym.envs.backends import sources
-
     seen: list[int] = []
-    real = sources.ReplaySource.decode
+    real = TraceReplay.decode
 
-    def spy(self: Any, values: Any, prompts: list[int], random: Any) -> Any:
-        seen.extend(prompts)
-        return real(self, values, prompts, random)
+    def spy(self: Any, prompts: Any, *others: Any) -> Any:
+        seen.extend(prompts.tolist())
+        return real(self, prompts, *others)
 
-    monkeypatch.setattr(sources.ReplaySource, "decode", spy)
+    monkeypatch.setattr(TraceReplay, "decode", spy)
     for decoder, known in (("threshold", [0, 1, 2]), ("speculative", [0, 1, 2, 3])):
         env = make_single(decoder=decoder)
         env.reset(seed=0)
@@ -171,11 +170,14 @@ def test_rendering_shows_knobs_and_metrics(make_single: MakeEnv) -> None:
         ({"timing": "wall"}, "timing='wall' needs backend='live'"),
         ({"decoder": "beam"}, "replays the decoders threshold, speculative by name, not 'beam'"),
         ({"decoder": SpeculativeDecoder}, "replays the decoders threshold, speculative by name"),
-        ({"draft_length": 3}, r"draft_length is 3, and the trace of toy/ids \(train\) has drafts of 4 tokens"),
-        ({"draft_length": 5, "decoder": "speculative"}, "give draft_length=4, or record others: .*--draft-length 5"),
-        ({"draft_length": 0, "decoder": "speculative"}, "draft_length must be a whole number of at least 1"),
-        ({"tokens_per_step": 13}, "has texts of 12 tokens; .*--detour-tokens 13"),
-        ({"tokens_per_step": 21, "decoder": "speculative"}, "has texts of 20 tokens; .*--tokens 21"),
+        ({"max_draft_length": 3}, r"max_draft_length is 3, and the trace of toy/ids \(train\) has drafts of 4 tokens"),
+        (
+            {"max_draft_length": 5, "decoder": "speculative"},
+            "give max_draft_length=4, or record others: .*--draft-length 5",
+        ),
+        ({"max_draft_length": 0, "decoder": "speculative"}, "max_draft_length must be a whole number of at least 1"),
+        ({"max_new_tokens": 13}, "has texts of 12 tokens; .*--detour-tokens 13"),
+        ({"max_new_tokens": 21, "decoder": "speculative"}, "has texts of 20 tokens; .*--tokens 21"),
         ({"split": "test"}, "has the train prompts of toy/ids, not the test prompts"),
         ({"workload": "tiny/code"}, "recorded from toy/ids, and the workload asked for is tiny/code"),
         ({"recording": "nowhere.npz"}, "there is no trace .*nowhere.npz"),
@@ -188,7 +190,7 @@ def test_bad_arguments_are_refused(make_single: MakeEnv, arguments: dict[str, An
 
 
 def test_exact_decoding_takes_shorter_drafts_than_recorded(make_single: MakeEnv) -> None:
-    env = make_single(decoder="speculative", draft_length=3, tokens_per_step=20)
+    env = make_single(decoder="speculative", max_draft_length=3, max_new_tokens=20)
     env.reset(seed=0, options={"knobs": {"draft_length": 3}})
     info = env.step(np.zeros(1, np.float32))[4]
     assert info["drafted"] <= 3 * info["rounds"]
@@ -214,7 +216,7 @@ def test_bad_prompts_are_refused(make_single: MakeEnv, prompt: int | str | Seque
 def test_a_shipped_trace_is_found_by_workload_and_split(
     make_single: MakeEnv, toy_trace: Trace, toy_workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipped_traces, "TRACES", tmp_path)
+    monkeypatch.setattr(find, "TRACES", tmp_path)
     with pytest.raises(TraceError, match=r"no trace of toy/ids \(train prompts\).*\(shipped: none\); record one with"):
         make_single(recording=None, workload=toy_workload)
     toy_trace.save(tmp_path / "toy_ids.train.npz")
@@ -231,7 +233,7 @@ def test_a_trace_may_be_a_file(make_single: MakeEnv, toy_trace: Trace, tmp_path:
 
 def test_the_workload_of_a_foreign_trace_has_its_parts(toy_trace: Trace) -> None:
     info = replace(toy_trace.info, workload="some/model+other/model/news@0.7", temperature=0.7)
-    found = shipped_traces.find_trace(replace(toy_trace, info=info), None)[1]
+    found = find.find_trace(replace(toy_trace, info=info), None)[1]
     assert (found.pair, found.prompts) == ("some/model+other/model", "news")
     assert (found.name, found.sampling.temperature) == (info.workload, 0.7)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from specgym.decoding import Knob
 from specgym.envs.tuning.reward import RewardError, RewardSettings, closeness, range_bonus, reward_terms
 
-KNOBS = (Knob("fallback", 0, 1, 0.5), Knob("rollback", 1, 16, 1))
+KNOBS = (Knob("fallback", 0, 1, 0.5, preferred=(0.4, 0.7)), Knob("rollback", 1, 16, 1, preferred=(0.3, 0.7)))
 fractions = st.floats(0, 1)
 positive = st.floats(0.01, 100)
 

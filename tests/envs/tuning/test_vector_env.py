@@ -138,13 +138,13 @@ def test_every_environment_gets_every_prompt_before_any_comes_again(
 ) -> None:
     env = make_vector(num_envs=4)
     seen: list[list[int]] = []
-    real = env._replay.decode_many
+    real = env._backend.decode
 
     def spy(prompts: Any, *others: Any) -> Any:
         seen.append(prompts.tolist())
         return real(prompts, *others)
 
-    monkeypatch.setattr(env._replay, "decode_many", spy)
+    monkeypatch.setattr(env._backend, "decode", spy)
     env.reset(seed=0)
     for action in actions(env, 0, 6):
         env.step(action)
@@ -225,8 +225,8 @@ def test_no_model_is_loaded(make_vector: MakeVector, toy_workload: Workload, mon
         ({"backend": "live"}, "vectorization_mode='sync'"),
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
-        ({"tokens_per_step": 13}, "has texts of 12 tokens"),
-        ({"draft_length": 16}, "has drafts of 4 tokens"),
+        ({"max_new_tokens": 13}, "has texts of 12 tokens"),
+        ({"max_draft_length": 16}, "has drafts of 4 tokens"),
         ({"start": "best"}, "start must be one of"),
         ({"weights": [1, 2]}, "weights must be 1 positive numbers"),
         ({"weights": [0]}, "weights must be 1 positive numbers"),

@@ -80,16 +80,16 @@ def test_time_and_prompts_follow_the_workload(
 ) -> None:
     env = make_two(num_envs=50)
     asked: list[tuple[np.ndarray, np.ndarray]] = []
-    real = env._replay.decode_many
+    real = env._backend.decode
 
     def spy(prompts: Any, traces: Any, *others: Any) -> Any:
         asked.append((prompts, traces))
         return real(prompts, traces, *others)
 
-    monkeypatch.setattr(env._replay, "decode_many", spy)
+    monkeypatch.setattr(env._backend, "decode", spy)
     env.set_workload_weights([1, 1])
     env.reset(seed=0)
-    firsts = env._first_prompts
+    firsts = np.array([numbers[0] for numbers in env._backend.prompts])
     for _ in range(12):
         of = env.workload_of
         infos = env.step(still(env))[4]
@@ -110,13 +110,13 @@ def test_who_keeps_a_workload_goes_on_in_its_order(
 ) -> None:
     env = make_two(num_envs=40, max_episode_steps=1)
     asked: list[list[int]] = []
-    real = env._replay.decode_many
+    real = env._backend.decode
 
     def spy(prompts: Any, *others: Any) -> Any:
         asked.append(prompts.tolist())
         return real(prompts, *others)
 
-    monkeypatch.setattr(env._replay, "decode_many", spy)
+    monkeypatch.setattr(env._backend, "decode", spy)
     env.set_workload_weights([1, 1])
     env.reset(seed=0)
     of = []

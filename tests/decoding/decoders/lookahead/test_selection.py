@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder, LookaheadRound
-from specgym.decoding.decoders.lookahead.pool import Guess, PoolSettings
-from specgym.decoding.decoders.lookahead.selection import chosen
+from specgym.decoding.decoders.lookahead.pool import Guess, PoolSettings, choose_guesses
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
@@ -25,7 +24,7 @@ def guess(tokens: tuple[int, ...], first: float = 1.0, tried: int = 0, begun: in
 
 
 def picked(found: list[Guess], count: int = 9, longest: int = 9, **settings: Any) -> list[tuple[int, ...]]:
-    return [tokens for _, tokens in chosen(found, PoolSettings(**settings), count, longest)]
+    return [tokens for _, tokens in choose_guesses(found, PoolSettings(**settings), count, longest)]
 
 
 def test_without_options_the_first_are_taken() -> None:
@@ -42,7 +41,7 @@ def test_guesses_that_are_the_same_once_cut_are_taken_once() -> None:
     assert picked(found, longest=2) == [(1, 2), (1, 5)]
     assert picked(found, longest=1) == [(1,)]
     assert picked(found, longest=2, count=2) == [(1, 2), (1, 5)]  # the doubles take no place
-    assert [one for one, _ in chosen(found, PoolSettings(), 9, 2)] == [found[0], found[2]]
+    assert [one for one, _ in choose_guesses(found, PoolSettings(), 9, 2)] == [found[0], found[2]]
 
 
 def test_too_similar_guesses_are_left_out() -> None:
@@ -94,7 +93,7 @@ def test_whatever_the_options_the_choice_is_some_of_what_was_found(
     found: list[Guess], top: float | None, overlap: float | None, least: float | None, count: int, longest: int
 ) -> None:
     settings = PoolSettings(top_share=top, max_overlap=overlap, min_acceptance=least)
-    result = chosen(found, settings, count, longest)
+    result = choose_guesses(found, settings, count, longest)
     assert len(result) <= count
     assert all(one in found and tokens == one.tokens[:longest] and tokens for one, tokens in result)
     assert len({tokens for _, tokens in result}) == len(result)

@@ -236,10 +236,10 @@ def test_a_target_may_be_of_another_type_than_its_heads(
 
 def test_a_target_that_stays_as_it_is_has_the_type_that_decoders_give_it(settings: MedusaSettings) -> None:
     cpu, cuda = LoopSettings(device="cpu"), LoopSettings(device="cuda:1")
-    assert dtype_of(settings, cpu, frozen=True) == torch.float32
-    assert dtype_of(settings, cuda, frozen=True) == torch.bfloat16
-    assert dtype_of(settings, cuda, frozen=False) == torch.float32
-    assert dtype_of(replace(settings, dtype="float32"), cuda, frozen=True) == torch.float32
+    assert dtype_of(replace(settings, loop=cpu), frozen=True) == torch.float32
+    assert dtype_of(replace(settings, loop=cuda), frozen=True) == torch.bfloat16
+    assert dtype_of(replace(settings, loop=cuda), frozen=False) == torch.float32
+    assert dtype_of(replace(settings, dtype="float32", loop=cuda), frozen=True) == torch.float32
 
 
 def test_the_command_line_makes_heads(settings: MedusaSettings, target: LanguageModel, tmp_path: Path) -> None:

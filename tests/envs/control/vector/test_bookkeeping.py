@@ -37,21 +37,20 @@ def test_all_prompts_of_a_workload_come_before_any_comes_again(
 ) -> None:
     env = make(traces, profile, num_envs=2)
     begun: dict[int, list[int]] = {0: [], 1: []}
-    real = env._replay.begin
+    real = env._drafts.begin
 
-    def spy(which: Any, rows: Any, generator: Any) -> None:
-        for number, row in zip(which.tolist(), rows.tolist(), strict=True):
-            begun[number].append(row)
-        real(which, rows, generator)
+    def spy(which: Any, workloads: Any, prompts: Any, rng: Any) -> None:
+        for number, prompt in zip(which.tolist(), prompts.tolist(), strict=True):
+            begun[number].append(prompt)
+        real(which, workloads, prompts, rng)
 
-    monkeypatch.setattr(env._replay, "begin", spy)
+    monkeypatch.setattr(env._drafts, "begin", spy)
     env.reset(seed=3)
     dice = np.random.default_rng(0)
     while len(begun[0]) < 10 or len(begun[1]) < 6:
         env.step(actions_of(dice, 2))
-    own = [traces[name].starts[:-1] for name in (PROSE, CODE)]
-    assert sorted(begun[0][:5]) == sorted(begun[0][5:10]) == own[0].tolist()
-    assert sorted(begun[1][:3]) == sorted(begun[1][3:6]) == (own[1] + traces[PROSE].starts[-1]).tolist()
+    assert sorted(begun[0][:5]) == sorted(begun[0][5:10]) == [0, 1, 2, 3, 4]
+    assert sorted(begun[1][:3]) == sorted(begun[1][3:6]) == [0, 1, 2]
 
 
 def test_a_seed_fixes_everything(profile: LatencyProfile) -> None:
@@ -126,7 +125,7 @@ def test_rates_are_set_by_workload_or_by_operating_point(traces: dict[str, Trace
 def test_chosen_prompts_are_decoded_once(traces: dict[str, Trace], profile: LatencyProfile) -> None:
     env = make(traces, profile, num_envs=10)
     prompts = np.array([0, 0, 1, 1, 2, 2, 3, -1, 4, -1])  # in turns of the first and the second workload
-    env.reset(seed=0, options={"prompts": prompts})
+    env.reset(seed=0, options={"prompt": prompts})
     assert np.flatnonzero(env.resting).tolist() == [7, 9]
     ended = np.zeros(10, np.int64)
     dice = np.random.default_rng(0)
@@ -147,8 +146,8 @@ def test_chosen_prompts_are_decoded_once(traces: dict[str, Trace], profile: Late
 def test_a_time_limit_cuts_texts_in_the_middle(profile: LatencyProfile) -> None:
     trace = random_trace(PROSE, 3, seed=1, ending=0.0, drafted=K)
     long, cut = (make(trace, profile, num_envs=2, max_episode_steps=limit) for limit in (None, 3))
-    long.reset(seed=0, options={"prompts": np.array([0, 1])})
-    cut.reset(seed=0, options={"prompts": np.array([0, 1])})
+    long.reset(seed=0, options={"prompt": np.array([0, 1])})
+    cut.reset(seed=0, options={"prompt": np.array([0, 1])})
     for step in (1, 2, 3):
         expected = long.step(np.zeros(2, np.int64))
         found = cut.step(np.zeros(2, np.int64))
@@ -170,10 +169,10 @@ def test_is_made_by_its_id(traces: dict[str, Trace], profile: LatencyProfile, tm
         vectorization_mode="vector_entry_point",
         backend="replay",
         workload=PROSE,
-        trace=str(tmp_path / "trace.npz"),
+        recording=str(tmp_path / "trace.npz"),
         profile=str(tmp_path / "profile.json"),
         max_draft_length=K,
-        tokens=TOKENS,
+        max_new_tokens=TOKENS,
     )
     assert isinstance(env, DraftLengthVectorEnv)
     observations, _ = env.reset(seed=0)

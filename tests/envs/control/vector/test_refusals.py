@@ -37,11 +37,11 @@ def test_bad_actions_are_refused(traces: dict[str, Trace], profile: LatencyProfi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": 1}, "unknown reset option 'prompt'; there are: prompts"),
-        ({"prompts": [0, 1]}, r"reset option prompts has shape \(6,\)"),
-        ({"prompts": np.full(6, 0.5)}, r"reset option prompts has shape \(6,\), an index for each"),
-        ({"prompts": [0, 0, 0, 3, 0, 0]}, "the trace of tiny/code has prompts 0 to 2 .*, got 3"),
-        ({"prompts": [-2, 0, 0, 0, 0, 0]}, "the trace of tiny/prose has prompts 0 to 4 .*, got -2"),
+        ({"places": 1}, "unknown reset option \'places\'; there are: prompt"),
+        ({"prompt": [0, 1]}, r"reset option prompt has shape \(6,\)"),
+        ({"prompt": np.full(6, 0.5)}, r"reset option prompt has shape \(6,\), an index for each"),
+        ({"prompt": [0, 0, 0, 3, 0, 0]}, "the trace of tiny/code has prompts 0 to 2 .*, got 3"),
+        ({"prompt": [-2, 0, 0, 0, 0, 0]}, "the trace of tiny/prose has prompts 0 to 4 .*, got -2"),
     ],
 )
 def test_bad_options_are_refused(
@@ -76,14 +76,14 @@ def test_bad_rates_are_refused_and_change_nothing(
         ({"num_envs": 1}, "num_envs must be at least 2, one for each workload with each batch size, got 1"),
         ({"max_draft_length": 5}, r"drafts of 4 tokens, and max_draft_length is 5"),
         ({"max_draft_length": 0}, "max_draft_length must be a whole number of at least 1"),
-        ({"tokens": 13}, "texts of 12 tokens, and tokens is 13"),
-        ({"tokens": 0}, "tokens must be a whole number of at least 1"),
+        ({"max_new_tokens": 13}, "texts of 12 tokens, and max_new_tokens is 13"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1"),
         ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0"),
         ({"batch_size": []}, "batch_size must be one or more different whole numbers"),
         ({"batch_size": [1, 1]}, "batch_size must be one or more different whole numbers"),
         ({"batch_size": 64}, "has no point at batch size 64"),
-        ({"workload": []}, "trace: there is no workload 'tiny/code'"),
-        ({"workload": [PROSE, PROSE]}, "trace: there is no workload 'tiny/code'"),
+        ({"workload": []}, "recording: there is no workload 'tiny/code'"),
+        ({"workload": [PROSE, PROSE]}, "recording: there is no workload 'tiny/code'"),
         ({"profile": []}, "profile: 0 were given for 2 workloads"),
         ({"profile": {"tiny/chat": None}}, "profile: there is no workload 'tiny/chat'"),
         ({"split": "test"}, "not the test prompts"),
@@ -99,7 +99,7 @@ def test_arguments_that_make_no_sense_are_refused_by_name(
 
 
 def test_one_trace_for_several_workloads_is_refused(traces: dict[str, Trace], profile: LatencyProfile) -> None:
-    with pytest.raises(ValueError, match="trace: one was given for 2 workloads; give a mapping"):
+    with pytest.raises(ValueError, match="recording: one was given for 2 workloads; give a mapping"):
         make(traces[PROSE], profile, workload=[PROSE, CODE])
 
 

@@ -26,7 +26,7 @@ def test_many_texts_are_as_many_single_ones(traces: dict[str, Trace], profile: L
             "replay",
             K,
             TOKENS,
-            trace=traces[name],
+            recording=traces[name],
             profile=profile,
             batch_size=batch_size,
             rate=1.4,
@@ -34,7 +34,7 @@ def test_many_texts_are_as_many_single_ones(traces: dict[str, Trace], profile: L
         )
         observation, info = single.reset(seed=0, options={"prompt": int(prompts[number])})
         singles.append((single, observation, info))
-    observations, infos = env.reset(seed=0, options={"prompts": prompts})
+    observations, infos = env.reset(seed=0, options={"prompt": prompts})
     for number, (_, observation, info) in enumerate(singles):
         assert np.array_equal(observations[number], observation)
         assert all(infos[name][number] == info[name] for name in COUNTS)
@@ -99,7 +99,7 @@ def test_a_token_that_the_end_of_the_text_makes_superfluous_is_not_called_accept
     trace = random_trace(PROSE, 8, seed=1, ending=1.0, drafted=K)
     trace = replace(trace, match=np.ones_like(trace.match))
     env = make(trace, profile, num_envs=8)
-    _, infos = env.reset(seed=0, options={"prompts": np.arange(8)})
+    _, infos = env.reset(seed=0, options={"prompt": np.arange(8)})
     # The target's own token, the last of the text, comes with any verification.
     assert infos["remaining_acceptable"].tolist() == np.minimum(K - 1, np.diff(trace.starts) - 2).tolist()
     for _ in range(40):
@@ -113,7 +113,7 @@ def test_a_token_that_the_end_of_the_text_makes_superfluous_is_not_called_accept
 @pytest.mark.parametrize(("p", "q"), [(0.3, 0.5), (0.6, 0.2), (0.2, 0.8), (0.4, 0.0), (0.0, 0.5), (0.0, 0.0)])
 def test_a_sampled_token_is_accepted_with_the_chance_of_p_over_q(profile: LatencyProfile, p: float, q: float) -> None:
     trace = random_trace(SAMPLED, 40, seed=0, tokens=40, ending=0.0, p=p, q=q, drafted=K)
-    env = make(trace, profile, num_envs=500, tokens=40)
+    env = make(trace, profile, num_envs=500, max_new_tokens=40)
     env.reset(seed=0)
     chance = min(1.0, p / q) if q else float(p > 0)
     counts = np.zeros(K + 1)

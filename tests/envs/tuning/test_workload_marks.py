@@ -6,8 +6,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from specgym.agents.training.observe_workload import VectorWorkloadMark, WorkloadMark
 from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
+from specgym.envs import VectorWorkloadMark, WorkloadMark
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 
 WORKLOADS = ["tiny-3m-ngram/prose", "tiny-3m-ngram/code"]
@@ -15,7 +15,7 @@ WORKLOADS = ["tiny-3m-ngram/prose", "tiny-3m-ngram/code"]
 
 @pytest.fixture
 def inner() -> TuningVectorEnv:
-    return TuningVectorEnv(5, workload=WORKLOADS, tokens_per_step=8, max_episode_steps=2)
+    return TuningVectorEnv(5, workload=WORKLOADS, max_new_tokens=8, max_episode_steps=2)
 
 
 def test_marks_of_many_are_those_of_one(inner: TuningVectorEnv) -> None:
@@ -23,7 +23,7 @@ def test_marks_of_many_are_those_of_one(inner: TuningVectorEnv) -> None:
     observations, _ = marked.reset(seed=0)
     for place, name in enumerate(WORKLOADS):
         one = WorkloadMark(
-            gymnasium.make("specgym/Thresholds-v0", workload=name, backend="replay", tokens_per_step=8), place, 2
+            gymnasium.make("specgym/Thresholds-v0", workload=name, backend="replay", max_new_tokens=8), place, 2
         )
         assert one.observation_space == marked.single_observation_space
         row = inner.workload_of.tolist().index(place)

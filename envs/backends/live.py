@@ -1,0 +1,289 @@
+"""Live backends: decoding with the models, charged by a latency profile or by the clock; and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding import (
+    GREEDY,
+    AutoregressiveDecoder,
+    Decoder,
+    Generation,
+    LatencyProfile,
+    Pair,
+    Round,
+    Sampling,
+    SpeculativeDecoder,
+    SpeculativeSession,
+    Split,
+    build_decoder,
+    measured,
+)
+
+from ..profiles import profile_of
+from ..workloads import Workload, default_workload
+from ..workloads import workload as named_workload
+from .backend import DraftSteps, Floats, Integers, Metrics
+from .chain_replay import DraftCharges
+
+UNKNOWN = -1000
+"""`remaining_acceptable` in live decoding, which does not know it; no draft is that long."""
+
+
+class LiveBackend:
+    """Decoder at work on a pair. See `Backend`.
+
+    Args:
+        decoder: a name or a callable, as `build_decoder` takes it.
+        workload: a workload or its name; by default the decoder's own.
+        split: of the prompts; by default the workload's own.
+        max_new_tokens: tokens generated of each prompt, at most.
+        options: build options, for a decoder given by name.
+        profile: as `profile_of` takes it.
+        batch_size: of the operating point.
+        context: of the operating point.
+        wall: whether the clock is charged instead of the profile; plain decoding's time stays the profile's.
+    """
+
+    def __init__(
+        self,
+        decoder: str | Callable[[Pair], Decoder[Any]],
+        workload: str | Workload | None,
+        split: Split | None,
+        max_new_tokens: int,
+        options: Mapping[str, Any],
+        profile: LatencyProfile | str | Path | None,
+        batch_size: int,
+        context: int | None,
+        wall: bool,
+    ) -> None:
+        named = named_workload(workload or default_workload(decoder))
+        self._workload = named if split is None else named.with_split(split)
+        self.workloads = [self._workload]
+        self.decoder = build_decoder(decoder, self._workload.load(), **options)
+        self.knobs = self.decoder.knobs
+        profile = profile_of(self._workload, profile, replayed=False, decoder=self.decoder)
+        self._profile = profile.at(batch_size=batch_size, context=context)
+        self.profiles = [self._profile]
+        self._texts: list[Sequence[int]] = list(self._workload.prompt_ids())
+        self._count = len(self._texts)
+        self.prompts = [np.arange(self._count)]
+        self._max_new_tokens = max_new_tokens
+        self._wall = wall
+        self._last: tuple[Sequence[int], list[Round]] = (), []
+
+    def choose(self, prompt: Any, workload: int = 0) -> int:
+        """Return the number of a prompt given by its index, as token ids or as a string."""
+        if isinstance(prompt, int | np.integer):
+            if not 0 <= prompt < self._count:
+                raise ValueError(
+                    f"reset option prompt={prompt}: {self._workload} has {self._workload.split} prompts 0 to "
+                    f"{self._count - 1}"
+                )
+            return int(prompt)
+        try:
+            ids = tuple(self.decoder.check_prompt(prompt))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
+        self._texts[self._count :] = [ids]  # in place of another that was chosen before
+        return self._count
+
+    def decode(
+        self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
+    ) -> Metrics[Floats]:
+        """Decode n texts, one after another; they get one seed, counted upwards."""
+        seed = int(rng.integers(2**31))
+        generations = []
+        for place, prompt in enumerate(self._texts[number] for number in prompts.tolist()):
+            setting = {name: float(values[place]) for name, values in knobs.items()}
+            sampling = self._workload.sampling
+            generations += decode_prompts(self.decoder, setting, [prompt], self._max_new_tokens, sampling, seed + place)
+            self._last = prompt, generations[-1].rounds
+        metrics = [metrics_of([generation], self._profile) for generation in generations]
+        if self._wall:
+            metrics = [
+                charged._replace(seconds=generation.seconds)
+                for charged, generation in zip(metrics, generations, strict=True)
+            ]
+        return Metrics(*np.array(metrics).T)
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Accept all: the decoder takes whatever its knobs allow."""
+
+    def last_text(self) -> tuple[Sequence[int], list[Round]]:
+        """Return prompt and rounds of the text decoded last."""
+        return self._last
+
+
+class LiveDrafts:
+    """Drafts of the models, of one text at a time. See `DraftBackend`.
+
+    Args:
+        workload: whose pair and prompts.
+        charges: what time is charged by.
+        max_draft_length: longest draft, in tokens.
+        max_new_tokens: tokens of each text, at most.
+        batch_size: sequences decoded together.
+    """
+
+    def __init__(
+        self, workload: Workload, charges: DraftCharges, max_draft_length: int, max_new_tokens: int, batch_size: int
+    ) -> None:
+        self._decoder = SpeculativeDecoder(
+            workload.load(), max_draft_length, cost_ratio=charges.cost_ratio, batch_size=batch_size
+        )
+        self._charges = charges
+        self._texts = workload.prompt_ids()
+        self._sampling = workload.sampling
+        self._max_new_tokens = max_new_tokens
+        self._session: SpeculativeSession | None = None
+        self._place = 0  # tokens drafted so far
+        self.prompts = [np.arange(len(self._texts))]
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """Features of the draft, shape (1, 8)."""
+        assert self._session is not None
+        return self._session.tracker.features
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """Whether the text has ended, or not begun, shape (1,)."""
+        return np.array([self._session is None or self._session.finished])
+
+    @property
+    def remaining_acceptable(self) -> Integers:
+        """`UNKNOWN`, shape (1,)."""
+        return np.array([UNKNOWN])
+
+    def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
+        """Begin the text of a prompt, and draft its first token."""
+        self._session = self._decoder.start(
+            self._texts[int(prompts[0])],
+            max_new_tokens=self._max_new_tokens,
+            sampling=self._sampling,
+            seed=int(rng.integers(2**31)),
+        )
+        self._place = int(self._session.draft_one() is not None)
+
+    def step(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Verify and draft the next, or draft one more token."""
+        session, charges = self._session, self._charges
+        assert session is not None
+        if not stop[0] and session.draft_one() is not None:
+            self._place += 1
+            return self._steps(0, float(charges.seconds[0, self._place - 1]), 0, 0, 0)
+        round_ = session.verify()
+        tokens, rounds, seconds = len(round_.tokens), 1, float(charges.seconds[1, self._place])
+        self._place = 0
+        while not session.finished:
+            if session.draft_one() is not None:
+                self._place = 1
+                break
+            tokens += len(session.verify().tokens)
+            rounds += 1
+            seconds += charges.empty_round
+        return self._steps(tokens, seconds, round_.drafted, round_.accepted, rounds)
+
+    def leave(self, which: Integers) -> None:
+        """Let the text be over."""
+        if len(which):
+            self._session = None
+
+    def _steps(self, *values: float) -> tuple[DraftSteps, Integers]:
+        return DraftSteps(*(np.array([value]) for value in values)), np.flatnonzero(self.over)
+
+
+def measure_setting(
+    decoder: Decoder[Any],
+    knobs: Mapping[str, float] | None,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int | None = None,
+    profile: LatencyProfile | None = None,
+) -> dict[str, float]:
+    """Decode some prompts with one setting, and return `summarise`'s metrics.
+
+    Args:
+        decoder: an algorithm with its pair.
+        knobs: values by name; the decoder's defaults for those left out.
+        prompts: token ids, one sequence a prompt, at least one.
+        tokens: to generate for each prompt, at most.
+        sampling: how tokens are chosen.
+        seed: fixes every random choice; the prompts get `seed`, `seed + 1`, ...
+        profile: what time is charged by; by default the pair's own on this hardware, measured once.
+
+    Raises:
+        ValueError: there is no prompt. Otherwise as for `Decoder.generate`.
+    """
+    if profile is None:
+        profile = measured(decoder.pair, decoder, sampling=sampling)
+    return summarise(decoder, decode_prompts(decoder, knobs, prompts, tokens, sampling, seed), profile)
+
+
+def decode_prompts(
+    decoder: Decoder[Any],
+    knobs: Mapping[str, float] | None,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int | None = None,
+) -> list[Generation]:
+    """Return one generation a prompt, in order. Arguments and errors as for `measure_setting`."""
+    if not prompts:
+        raise ValueError("there is nothing to measure: give at least one prompt")
+    return [
+        decoder.generate(
+            prompt,
+            max_new_tokens=tokens,
+            sampling=sampling,
+            seed=None if seed is None else seed + place,
+            knobs=knobs,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def metrics_of(generations: Sequence[Generation], profile: LatencyProfile, plain: bool = False) -> Metrics[float]:
+    """Return the metrics of some generations together.
+
+    Args:
+        generations: at least one.
+        profile: what rounds are charged by.
+        plain: whether they are of plain decoding, which verifies nothing, so that a round of it is cheaper than a
+            round with an empty draft.
+    """
+    rounds = [round_ for generation in generations for round_ in generation.rounds]
+    tokens = sum(len(generation.tokens) for generation in generations)
+    plain_seconds = profile.autoregressive_seconds * tokens
+    return Metrics(
+        tokens=float(tokens),
+        rounds=float(len(rounds)),
+        drafted=float(sum(round_.drafted for round_ in rounds)),
+        accepted=float(sum(round_.accepted for round_ in rounds)),
+        total_variation=float(sum(round_.divergence for round_ in rounds)),
+        seconds=plain_seconds if plain else profile.charge(rounds),
+        plain_seconds=plain_seconds,
+    )
+
+
+def summarise(decoder: Decoder[Any], generations: Sequence[Generation], profile: LatencyProfile) -> dict[str, float]:
+    """Return metrics of some generations together. Rates are ratios of sums, so that a long text counts for more.
+
+    Returns:
+        `Metrics.entries`, and `wall_ms_per_token` and `wall_seconds` by the clock. Reading the prompts is in none of
+        them.
+    """
+    metrics = metrics_of(generations, profile, plain=isinstance(decoder, AutoregressiveDecoder))
+    wall_seconds = sum(generation.seconds for generation in generations)
+    return {
+        **metrics.entries(),
+        "wall_ms_per_token": 1000 * wall_seconds / metrics.tokens,
+        "wall_seconds": wall_seconds,
+    }

@@ -1,0 +1,134 @@
+"""The backend that replays a decoder, by whatever was recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from specgym.decoding import Split, traits_of
+
+from ..arguments import per_workload
+from ..profiles import Profiles, profile_of
+from ..recordings.archive import TraceError
+from ..recordings.find import Recording, Recordings, find_recording, outcome_command, record_command
+from ..recordings.outcomes import OutcomeError, Outcomes
+from ..recordings.trace import Trace
+from ..workloads import Workload
+from .backend import ReplayBackend
+from .outcome_replay import OutcomeReplay, require_tokens
+from .trace_replay import TraceReplay
+
+Workloads = str | Workload | Sequence[str | Workload] | None
+"""Workloads or their names; None for those of the recordings."""
+
+
+def replay_backend(
+    decoder: str | Callable[..., Any],
+    workload: Workloads,
+    recording: Recordings,
+    *,
+    split: Split | None = None,
+    profile: Profiles = None,
+    max_new_tokens: int = 32,
+    max_draft_length: int = 16,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 1,
+    context: int | None = None,
+) -> ReplayBackend:
+    """Find the recordings of some workloads, and return the backend that replays a decoder from them.
+
+    Args:
+        decoder: a registered name.
+        workload: workloads, by default those of the recordings.
+        recording: traces, or outcomes of the decoder; by default those that ship.
+        split: of the prompts; by default that of the recordings.
+        profile: what time is charged by; by default the pairs' reference profiles.
+        max_new_tokens: tokens decoded of each prompt, at most.
+        max_draft_length: longest draft, in tokens, of a decoder that drafts chains.
+        options: further build options of the decoder.
+        batch_size: of the operating point.
+        context: of the operating point.
+
+    Raises:
+        TraceError: there is no such recording, it has shorter texts or other drafts than asked for, or some are traces
+            and some outcomes. Errors of profiles as for `profile_of`.
+        ValueError: the decoder cannot be replayed.
+    """
+    names = asked(workload, recording)
+    recordings, workloads = zip(
+        *(
+            find_recording(decoder, value, name, split)
+            for value, name in zip(per_workload("recording", recording, list(map(str, names))), names, strict=True)
+        ),
+        strict=True,
+    )
+    assert isinstance(decoder, str)
+    profiles = [
+        profile_of(named, value, replayed=True, decoder=decoder).at(batch_size=batch_size, context=context)
+        for value, named in zip(
+            per_workload("profile", profile, [named.name for named in workloads], shared=True), workloads, strict=True
+        )
+    ]
+    traits = traits_of(decoder)
+    built = traits.accepted_options(max_draft_length=max_draft_length) | dict(options or {})
+    traces = [item for item in recordings if isinstance(item, Trace)]
+    outcomes = [item for item in recordings if isinstance(item, Outcomes)]
+    if traces and outcomes:
+        raise OutcomeError(
+            f"recording: got a trace of {traces[0].info.workload}, and {outcomes[0].info}; all recordings must be "
+            "traces, or all must be outcomes"
+        )
+    if traces:
+        for trace in traces:
+            _check_trace(trace, traits.lossless, max_new_tokens, max_draft_length)
+        return TraceReplay(traits, traces, workloads, profiles, max_new_tokens, max_draft_length, built)
+    if traits.drafts_chains() and not traits.lossless:
+        for info in (item.info for item in outcomes):
+            # All decoders but exact ones decide otherwise about the beginning of a draft that is longer.
+            if max_draft_length != info.draft_length:
+                raise OutcomeError(
+                    f"max_draft_length is {max_draft_length}, and {info} are of {info.draft_length}; give "
+                    f"max_draft_length={info.draft_length}, or record others: "
+                    f"{outcome_command(info.workload, decoder)} with --draft-length {max_draft_length}"
+                )
+    highest = {knob.name: knob.high for knob in outcomes[0].info.knobs}
+    knobs = traits.recorded_knobs(highest, **built)
+    return OutcomeReplay(outcomes, profiles, max_new_tokens, workloads, knobs)
+
+
+def asked(workload: Workloads, recordings: Any) -> list[str | Workload | None]:
+    """Return the workloads that are meant; None for that of a recording."""
+    if workload is None:
+        if isinstance(recordings, Mapping):
+            return list(recordings)
+        several = isinstance(recordings, Sequence) and not isinstance(recordings, str)
+        return [None] * (len(recordings) if several else 1)
+    return [workload] if isinstance(workload, str | Workload) else list(workload)
+
+
+def require_replayable(recording: Recording, decoder: str, max_new_tokens: int, max_draft_length: int) -> None:
+    """Raise TraceError unless a recording holds texts and drafts as long as asked for."""
+    if isinstance(recording, Trace):
+        _check_trace(recording, traits_of(decoder).lossless, max_new_tokens, max_draft_length)
+    else:
+        require_tokens(recording, max_new_tokens)
+
+
+def _check_trace(trace: Trace, exact: bool, max_new_tokens: int, max_draft_length: int) -> None:
+    info = trace.info
+    name, again = f"the trace of {info.workload} ({info.split})", record_command(info.workload)
+    detours = not exact and len(trace.detour_prompts) > 0
+    recorded = info.detour_tokens if detours else info.tokens
+    if max_new_tokens > recorded:
+        option = "--detour-tokens" if detours else "--tokens"
+        raise TraceError(
+            f"max_new_tokens is {max_new_tokens}, and {name} has texts of {recorded} tokens; ask for fewer, or record "
+            f"longer ones: {again} with {option} {max_new_tokens}"
+        )
+    # Where the target is not followed exactly, what follows the draft's end decides about its beginning, so shorter
+    # drafts are other drafts.
+    if max_draft_length > info.draft_length or (not exact and max_draft_length != info.draft_length):
+        raise TraceError(
+            f"max_draft_length is {max_draft_length}, and {name} has drafts of {info.draft_length} tokens; give "
+            f"max_draft_length={info.draft_length}, or record others: {again} with --draft-length {max_draft_length}"
+        )

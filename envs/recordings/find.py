@@ -1,0 +1,206 @@
+"""Finding the recording that replays a decoder: in memory, in a file, or shipped with the package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specgym.decoding import PRESETS, Split, decoder_names, traits_of
+
+from ..workloads import DEFAULT_WORKLOAD, SHIPPED_WORKLOADS, Workload, default_workload, workload
+from .archive import TraceError
+from .outcomes import OutcomeError, OutcomeInfo, Outcomes, holds_outcomes, outcomes_name
+from .trace import Trace, TraceInfo, trace_name
+
+TRACES, OUTCOMES = (Path(__file__).parents[1] / "data" / folder for folder in ("traces", "outcomes"))
+"""Folders of the recordings that ship with the package."""
+
+Recording = Trace | Outcomes
+Recordings = Recording | str | Path | Sequence[Recording | str | Path] | Mapping[str, Recording | str | Path] | None
+"""Recordings for every workload in order, or a mapping from their names."""
+
+
+def find_recording(
+    decoder: str | Callable[..., Any],
+    recording: Recording | str | Path | None,
+    name: str | Workload | None,
+    split: Split | None = None,
+) -> tuple[Recording, Workload]:
+    """Find what replays a decoder on a workload, and the workload. No model is loaded.
+
+    Args:
+        decoder: a registered name.
+        recording: a trace or outcomes, or a file of either; None for the one that ships with the package: a trace where
+            it can replay the decoder, else outcomes.
+        name: a workload or its name; None for the one that was recorded, or the decoder's default.
+        split: of the prompts; None for that of the recording, or else the workload's own.
+
+    Raises:
+        TraceError: there is no such recording, its file is damaged, or it is of another decoder, workload or split than
+            asked for; the message says how to make one.
+        WorkloadError: the workload's name is not known.
+        ValueError: the decoder cannot be replayed.
+    """
+    by_trace = isinstance(recording, Trace)
+    names = tuple(filter(is_traced, decoder_names())) if by_trace else decoder_names()
+    if not isinstance(decoder, str) or decoder not in names:
+        subject, hint = "a trace" if by_trace else "backend='replay'", ""
+        if isinstance(recording, Trace) and decoder in decoder_names():
+            hint = f"; record its outcomes: {outcome_command(recording.info.workload, str(decoder))}"
+        raise ValueError(f"{subject} replays the decoders {', '.join(names)} by name, not {decoder!r}{hint}")
+    traced = is_traced(decoder)
+    if isinstance(recording, str | Path) and (not traced or holds_outcomes(recording)):
+        recording = _loaded(Outcomes, Path(recording).resolve())
+    if isinstance(recording, Outcomes):
+        info = recording.info
+        if decoder != info.decoder:
+            raise OutcomeError(
+                f"given are {info}, and the decoder asked for is {decoder}; give decoder={info.decoder!r}, or record "
+                f"others: {outcome_command(info.workload, decoder)}"
+            )
+        return recording, _recorded_workload(info, name, split, lambda named: outcome_command(named, decoder))
+    if traced:
+        return find_trace(recording, name, split)
+    named = workload(name or default_workload(decoder))
+    named = named if split is None else named.with_split(split)
+    return shipped_outcomes(named.name, decoder, named.split), named
+
+
+def find_trace(
+    recording: Trace | str | Path | None, name: str | Workload | None, split: Split | None = None
+) -> tuple[Trace, Workload]:
+    """Find the trace of a workload, and the workload. Arguments and errors as for `find_recording`."""
+    if recording is None:
+        named = workload(name or DEFAULT_WORKLOAD)
+        named = named if split is None else named.with_split(split)
+        return shipped_trace(named.name, named.split), named
+    trace = recording if isinstance(recording, Trace) else _loaded(Trace, Path(recording).resolve())
+    return trace, _recorded_workload(trace.info, name, split, record_command)
+
+
+def is_traced(decoder: str) -> bool:
+    """Return whether traces replay a registered decoder; others are replayed by their outcomes."""
+    return traits_of(decoder).recorded_by == "trace"
+
+
+def trace_in(folder: Path | None, name: str, split: Split) -> Trace:
+    """Find the trace of a workload's prompts in a folder that `python -m specgym.envs.record` wrote; shipped if None.
+
+    Raises:
+        TraceError: there is none, or it is damaged.
+        WorkloadError: the workload's name is not known.
+    """
+    recording = None if folder is None else folder / trace_name(workload(name).name, split)
+    return find_trace(recording, name, split)[0]
+
+
+def shipped_trace(name: str, split: str) -> Trace:
+    """Read the trace of a workload's prompts that ships with the package; once a process.
+
+    Raises:
+        TraceError: none is shipped for that workload; the message says which there are and how to record one.
+    """
+    path = TRACES / trace_name(name, split)
+    if not path.is_file():
+        raise TraceError(
+            f"no trace of {name} ({split} prompts) ships with specgym (shipped: {_shipped(TRACES, '*.npz')}); record "
+            f"one with {record_command(name)}, and give its file as recording="
+        )
+    return _loaded(Trace, path)
+
+
+def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
+    """Read the outcomes of a workload's prompts with a decoder that ship with the package; once a process.
+
+    Raises:
+        OutcomeError: none are shipped for that workload; the message says which there are and how to record some.
+    """
+    path = OUTCOMES / outcomes_name(name, decoder, split)
+    if not path.is_file():
+        raise OutcomeError(
+            f"no {decoder} outcomes of {name} ({split} prompts) ship with specgym (shipped: "
+            f"{_shipped(OUTCOMES, f'*.{decoder}.*.npz')}); record some with {outcome_command(name, decoder)}, and give "
+            "their file as recording="
+        )
+    return _loaded(Outcomes, path)
+
+
+def recorded_workloads(decoder: str) -> tuple[str, ...]:
+    """Return the workloads that ship with recordings of a decoder, greedy ones first, in the order of the presets."""
+    folder, end = (TRACES, ".train.npz") if is_traced(decoder) else (OUTCOMES, f".{decoder}.train.npz")
+    names = [path.name.removesuffix(end).replace("_", "/", 1) for path in folder.glob(f"*{end}")]
+    pairs, sets = list(PRESETS), [name.partition("/")[2] for name in SHIPPED_WORKLOADS]
+
+    def place(name: str) -> tuple[bool, int, int]:
+        pair, _, rest = name.partition("/")
+        prompts, _, temperature = rest.partition("@")
+        return bool(temperature), pairs.index(pair), sets.index(prompts)
+
+    return tuple(sorted(names, key=place))
+
+
+def record_command(name: str) -> str:
+    """Return the command that records the traces of a workload; a pair in memory has no name to give to it."""
+    return f"`python -m specgym.envs.record '{name}' --out traces` (specgym.envs.record.record for a pair in memory)"
+
+
+def outcome_command(name: str, decoder: str) -> str:
+    """Return the command that records a decoder's outcomes; a pair in memory has no name to give to it."""
+    return (
+        f"`python -m specgym.envs.record '{name}' --decoder {decoder} --out outcomes` "
+        "(specgym.envs.recordings.outcome_recorder.record_outcomes for a pair in memory)"
+    )
+
+
+def recording_command(name: str, decoder: str) -> str:
+    """Return the command that records what replays a decoder on a workload."""
+    return record_command(name) if is_traced(decoder) else outcome_command(name, decoder)
+
+
+def recording_name(name: str, decoder: str, split: str) -> str:
+    """Return the file name of what replays a decoder on a workload."""
+    return trace_name(name, split) if is_traced(decoder) else outcomes_name(name, decoder, split)
+
+
+def _recorded_workload(
+    info: TraceInfo | OutcomeInfo, name: str | Workload | None, split: Split | None, command: Callable[[str], str]
+) -> Workload:
+    """The workload of a recording. By its name alone it can be loaded only if the pair is known.
+
+    Args:
+        info: of the recording.
+        name: a workload or its name; None for that of the recording.
+        split: of the prompts; None for those recorded.
+        command: says how to record the workload of a name.
+
+    Raises:
+        TraceError: the recording is of another workload or split.
+        WorkloadError: the workload's name is not known.
+    """
+    if name is None:
+        pair, _, prompts = info.workload.partition("@")[0].rpartition("/")
+        named = Workload(pair, prompts, info.sampling, name=info.workload)
+    else:
+        named = workload(name)
+    if named.name != info.workload:
+        raise TraceError(
+            f"the recording given was recorded from {info.workload}, and the workload asked for is {named.name}; leave "
+            f"the workload out, or record it: {command(named.name)}"
+        )
+    if split not in (None, info.split):
+        raise TraceError(
+            f"the recording given has the {info.split} prompts of {info.workload}, not the {split} prompts; leave the "
+            f"split out, or record it: {command(named.name)}"
+        )
+    return named.with_split("train" if info.split == "train" else "test")
+
+
+def _shipped(folder: Path, pattern: str) -> str:
+    return ", ".join(sorted(file.name.removesuffix(".npz") for file in folder.glob(pattern))) or "none"
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(kind: type[Any], path: Path) -> Any:
+    return kind.load(path)

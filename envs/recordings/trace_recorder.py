@@ -1,0 +1,234 @@
+"""Recorder of traces: the target's own texts, those that thresholds lead to, and what the draft does along both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from specgym.decoding import AutoregressiveDecoder, SpeculativeDecoder, Split, ThresholdDecoder, require_draft
+
+from ..backends.replay_table import tokens_kept, tolerances_needed
+from ..workloads import Workload, workload
+from .archive import TraceError
+from .draft_recorder import PER_TOKEN, Recorder, Rows
+from .resumable_parts import claim_parts, parts_of, provenance_of, write_part
+from .trace import Trace, TraceInfo
+
+_ALL_ROWS = ("tokens", "successor", "drafted", "match", "distance")
+"""Columns that are recorded at the rows of detours, too; the first two only to see how the texts hang together."""
+
+TOLERANCES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+TAKEN_BACK = (1, 4, 16)
+"""Thresholds whose decoding leads to detours: tolerances, and tokens taken back, of which K are the most."""
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """Amount of a workload that is recorded."""
+
+    draft_length: int = 16
+    """Tokens drafted at every position (K)."""
+    prompts: int = 24
+    """Prompts of the split, at most; the first ones."""
+    tokens: int = 64
+    """Tokens of the target's own text after each prompt, at most."""
+    detour_prompts: int = 12
+    """Prompts for which the texts that threshold decoding leads to are recorded too, at most; 0 for none."""
+    detour_tokens: int = 32
+    """Tokens of each of those texts, at most."""
+    seed: int = 0
+    """Seed of all sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("draft_length", "prompts", "tokens", "detour_tokens"):
+            if getattr(self, name) < 1:
+                raise TraceError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.detour_prompts < 0 or self.seed < 0:
+            raise TraceError("detour_prompts and seed must be at least 0")
+        if self.draft_length > 255:
+            raise TraceError(f"draft_length must be at most 255, got {self.draft_length}")
+
+
+def record(
+    name: str | Workload,
+    split: Split,
+    path: str | Path,
+    settings: RecordSettings | None = None,
+    progress: bool = False,
+) -> Trace:
+    """Record a workload, and write the trace.
+
+    Args:
+        name: a workload with a draft.
+        split: of the prompts.
+        path: the file to write, ending in ``.npz``. Finished prompts are kept beside it, in ``<path>.parts``, until the
+            trace is complete; called again, a recording goes on from there.
+        settings: amount to record.
+        progress: show a progress bar.
+
+    Raises:
+        TraceError: the parts found are those of another recording.
+        PromptError: a prompt with its text does not fit into a model's context.
+        ValueError: the pair has no draft. Loading errors as for `load_pair` and `load_prompts`.
+    """
+    settings = settings or RecordSettings()
+    named, path = workload(name).with_split(split), Path(path)
+    pair = named.load()
+    require_draft(pair, "a trace")
+    prompts = named.prompt_ids()[: settings.prompts]
+    info = _info(named, split, settings, prompts)
+    parts = parts_of(path)
+    claim_parts(parts, {**asdict(info), **asdict(settings)})
+    recorder = _Texts(named, settings)
+    for number, prompt in enumerate(tqdm(prompts, f"{named} {split}", unit="prompt", disable=not progress)):
+        part = parts / f"{number:04}.npz"
+        if not part.is_file():
+            write_part(part, recorder.record(prompt, settings.seed + number, number < settings.detour_prompts))
+    trace = _joined(info, prompts, [dict(np.load(parts / f"{n:04}.npz")) for n in range(len(prompts))])
+    trace.save(path)
+    shutil.rmtree(parts)
+    return Trace.load(path)
+
+
+class _Texts:
+    """Generates the texts of a prompt, and records them."""
+
+    def __init__(self, named: Workload, settings: RecordSettings) -> None:
+        pair = named.load()
+        self._settings = settings
+        self._sampling = named.sampling
+        self._recorder = Recorder(pair, named.sampling, settings.draft_length)
+        # Lossless, and faster than plain decoding; a one-hot draft of a sampled text is better left out of it.
+        plain = AutoregressiveDecoder(pair)
+        self._target = SpeculativeDecoder(pair, settings.draft_length) if named.sampling.greedy else plain
+        self._detours = ThresholdDecoder(pair, settings.draft_length)
+        self._eos = pair.eos_token_ids
+
+    def record(self, prompt: Sequence[int], seed: int, detours: bool) -> Rows:
+        """Record a prompt's part of a trace; its detours' rows are counted from the first of the target's text."""
+        text = self._target.generate(
+            prompt, max_new_tokens=self._settings.tokens, sampling=self._sampling, seed=seed
+        ).tokens
+        rows = self._recorder.record(prompt, text, seed)
+        part: Rows = {"text": np.array(text), "ended": np.array(text[-1] in self._eos), **rows}
+        strayed, taken, knobs = [], [], []
+        known = {tuple(text[:place]): place for place in range(len(text))}
+        columns = {name: list(rows[name]) for name in _ALL_ROWS}
+        for thresholds in self._thresholds() if detours else ():
+            other = self._detour(prompt, known, columns, thresholds, seed)
+            prefixes = [tuple(other[:place]) for place in range(len(other))]
+            new = [place for place, prefix in enumerate(prefixes) if prefix not in known]
+            if new:  # once a text has left the others, it is on its own
+                read = self._recorder.record(prompt, other, seed)
+                strayed.append({name: read[name][new] for name in _ALL_ROWS})
+                known |= {prefixes[place]: len(known) + number for number, place in enumerate(new)}
+                for name in _ALL_ROWS:
+                    columns[name].extend(strayed[-1][name])
+            row = np.full(self._settings.detour_tokens, -1)
+            row[: len(other)] = [known[prefix] for prefix in prefixes]
+            taken.append(row)
+            knobs.append(thresholds)
+        for name in _ALL_ROWS:
+            part[f"detour_{name}"] = np.concatenate([rows[name][:0], *(stray[name] for stray in strayed)])
+        part["jump"] = self._jumps(known, part)
+        part["detour_rows"] = np.array(taken, np.int64).reshape(-1, self._settings.detour_tokens)
+        part["detour_knobs"] = np.array(knobs, np.float64).reshape(-1, 2)
+        return part
+
+    def _detour(
+        self,
+        prompt: Sequence[int],
+        known: Mapping[tuple[int, ...], int],
+        columns: Mapping[str, Sequence[NDArray[Any]]],
+        thresholds: tuple[float, float],
+        seed: int,
+    ) -> list[int]:
+        """Follow two thresholds to a text: read it off the rows there are, then decode the rest."""
+        tolerance, taken_back = thresholds
+        text: list[int] = []
+        budget = self._settings.detour_tokens
+        while self._sampling.greedy and len(text) < budget and tuple(text) in known:
+            tokens, successor, drafted, match, distance = (columns[name][known[tuple(text)]] for name in _ALL_ROWS)
+            count = min(int(drafted), budget - len(text) - 1)
+            agreed = (tolerances_needed(match[:count], distance[:count]) <= np.float32(tolerance)).sum()
+            kept = int(tokens_kept(agreed, np.int64(count), np.int64(taken_back - 1)))
+            for token in (*tokens[:kept].tolist(), int(successor[kept])):
+                text.append(token)
+                if token in self._eos:
+                    return text
+        if len(text) < budget:
+            rest = self._detours.generate(
+                [*prompt, *text],
+                max_new_tokens=budget - len(text),
+                sampling=self._sampling,
+                seed=seed,
+                knobs=dict(zip((knob.name for knob in self._detours.knobs), thresholds, strict=True)),
+            )
+            text += rest.tokens
+        return text
+
+    def _jumps(self, known: Mapping[tuple[int, ...], int], part: Rows) -> NDArray[np.int64]:
+        """Return, for every row of a prompt, the row after k kept tokens and the target's own."""
+        tokens, successor, drafted = (
+            np.concatenate([part[name], part[f"detour_{name}"]]) for name in ("tokens", "successor", "drafted")
+        )
+        jumps = np.full(successor.shape, -1)
+        if self._sampling.greedy:  # what is drawn at random leads anywhere
+            for prefix, row in known.items():
+                for kept in range(int(drafted[row]) + 1):
+                    after = (*prefix, *tokens[row, :kept].tolist(), int(successor[row, kept]))
+                    jumps[row, kept] = known.get(after, -1)
+        return jumps
+
+    def _thresholds(self) -> list[tuple[float, float]]:
+        numbers = sorted({min(number, self._settings.draft_length) for number in TAKEN_BACK})
+        return [(tolerance, float(number)) for tolerance in TOLERANCES for number in numbers]
+
+
+def _info(named: Workload, split: Split, settings: RecordSettings, prompts: Sequence[Sequence[int]]) -> TraceInfo:
+    return TraceInfo(
+        **provenance_of(named, split, prompts, drafted=True),
+        vocabulary_size=named.load().target.vocabulary_size,
+        draft_length=settings.draft_length,
+        tokens=settings.tokens,
+        detour_tokens=settings.detour_tokens if settings.detour_prompts else 0,
+        seed=settings.seed,
+    )
+
+
+def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[Rows]) -> Trace:
+    lengths = [len(part["text"]) for part in parts]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    strayed = starts[-1] + np.concatenate([[0], np.cumsum([len(part["detour_drafted"]) for part in parts])])
+
+    def counted_from_all(number: int, local: NDArray[Any]) -> NDArray[Any]:
+        """Rows of one prompt's part as rows of the trace."""
+        moved = np.where(local < lengths[number], local + starts[number], local - lengths[number] + strayed[number])
+        return np.where(local < 0, -1, moved)
+
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in (*PER_TOKEN, "drafted", "text")}
+    for name in ("drafted", "match", "distance"):
+        columns[name] = np.concatenate([columns[name], *(part[f"detour_{name}"] for part in parts)])
+    jumps = [counted_from_all(number, part["jump"]) for number, part in enumerate(parts)]
+    own_jumps = [jump[: lengths[number]] for number, jump in enumerate(jumps)]
+    rows = [counted_from_all(number, part["detour_rows"]) for number, part in enumerate(parts)]
+    detours = [len(part["detour_rows"]) for part in parts]
+    width = info.detour_tokens
+    return Trace(
+        info=info,
+        prompt_lengths=np.array([len(prompt) for prompt in prompts]),
+        starts=starts,
+        ended=np.array([bool(part["ended"]) for part in parts]),
+        jump=np.concatenate([*own_jumps, *(jump[lengths[number] :] for number, jump in enumerate(jumps))]),
+        detour_prompts=np.repeat(np.arange(len(parts)), detours),
+        detour_knobs=np.concatenate([part["detour_knobs"] for part in parts]),
+        detour_rows=np.concatenate(rows)[:, :width] if width else np.empty((0, 0), np.int64),
+        **columns,
+    )
