@@ -82,7 +82,7 @@ def methods(pair: Pair, settings: Settings) -> dict[str, Side]:
 
 def hit_rate(rounds: Sequence[Round]) -> float:
     """Share of the rounds in which there was anything to verify from the pool, or from the draft."""
-    hits = [round_.found if isinstance(round_, LookaheadRound) else round_.drafted for round_ in rounds]
+    hits = [round_.available if isinstance(round_, LookaheadRound) else round_.drafted for round_ in rounds]
     return sum(hit > 0 for hit in hits) / len(hits)
 
 

@@ -51,7 +51,7 @@ from .latency.host import describe_hardware
 from .latency.measure import measure, measured
 from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
-from .latency.roofline import ModelShape, roofline
+from .latency.roofline import MODEL_SHAPES, ModelShape, roofline
 from .loading.find_model import ModelNotFoundError, load_model
 from .loading.pair import Pair, load_pair, require_draft
 from .loading.presets import PRESETS, UnknownPairError, resolve
@@ -81,6 +81,7 @@ __all__ = [
     "FEATURES",
     "GREEDY",
     "HUB_SETS",
+    "MODEL_SHAPES",
     "PRESETS",
     "RULES",
     "SMALLEST_PREPACKED",

@@ -29,7 +29,7 @@ SessionT = TypeVar("SessionT", bound="Session[Any]")
 
 @dataclass(frozen=True)
 class Round:
-    """What one draft-then-verify cycle did."""
+    """Result of a round of drafting and verifying."""
 
     tokens: tuple[int, ...]
     """Emitted, in order; at least one, unless the session had ended."""
@@ -146,7 +146,7 @@ class Session(ABC, Generic[DecoderT]):
 
     @property
     def finished(self) -> bool:
-        """Whether the text is complete."""
+        """True when the text is complete."""
         return self.finish_reason is not None
 
     @torch.inference_mode()
@@ -174,7 +174,7 @@ class Session(ABC, Generic[DecoderT]):
 
     @property
     def _room(self) -> int:
-        """How many tokens can still be drafted: one place is the target's own."""
+        """Number of tokens that can still be drafted: the last place is for the target's token."""
         return min(self._remaining, self.target.context_limit - len(self.context)) - 1
 
     def _emit(self, tokens: Sequence[int]) -> int:

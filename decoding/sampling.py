@@ -1,4 +1,4 @@
-"""How a token is chosen: warping of logits, distances between distributions, the exact acceptance test.
+"""Choice of tokens: warping of logits, distances between distributions, the exact acceptance test.
 
 Pure functions over tensors. Distributions are float32 rows that sum to one, of shape (..., vocabulary). The acceptance
 test and the residual are those of Leviathan et al. (arXiv 2211.17192) and Chen et al. (arXiv 2302.01318).
@@ -46,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def accepts(p_of_token: Tensor, q_of_token: Tensor | float, uniform: Tensor | fl
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What the target still owes after a rejection: norm(max(p - q, 0)), or p where that is empty.
+    """Distribution that remains after a rejection: norm(max(p - q, 0)), or p where that is empty.
 
     The difference is empty only when p equals q up to rounding, where no rejection should have happened.
     """

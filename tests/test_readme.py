@@ -40,6 +40,7 @@ DOCUMENTED = [
     pytest.param(snippet, id=f"{page.stem}-{number}")
     for page in sorted((ROOT / "docs").glob("*.md"))
     for number, snippet in enumerate(snippets(page))
+    if runs_alone(snippet)
 ]
 
 

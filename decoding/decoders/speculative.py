@@ -28,10 +28,10 @@ USUAL_COST_RATIO = 0.1
 
 
 class Verdict(NamedTuple):
-    """What verification made of a proposal. The first three stay tensors, so that a round waits for the device once."""
+    """Result of verifying a proposal. The first three stay tensors, so that a round waits for the device once."""
 
     kept: Tensor
-    """How many draft tokens stay, 0 to drafted; shape ()."""
+    """Number of draft tokens that stay, 0 to drafted; shape ()."""
     token: Tensor
     """The target's own token that follows them; shape ()."""
     divergences: Tensor
@@ -201,7 +201,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
 
 
 def first_false(flags: Tensor) -> Tensor:
-    """How many of the flags hold before the first that does not; shape (n,) to ()."""
+    """Number of flags that hold before the first that does not; shape (n,) to ()."""
     return flags.to(torch.int64).cumprod(0).sum()
 
 

@@ -1,4 +1,4 @@
-"""When to stop drafting: what is known after every drafted token, and simple rules that decide by it.
+"""Rules that end a draft, and the features of drafted tokens that they decide by.
 
 Live and recorded decoding keep the same features, by the same code, and ask the same rules. A rule may look at the
 last drafted token because that token is verified whatever the rule says, so the text stays the target's.
@@ -149,11 +149,11 @@ class StopRule(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """How tables call the rule, parameters included."""
+        """Name of the rule in tables, with its parameters."""
 
     @abstractmethod
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Whether to stop.
+        """Decide: True to stop.
 
         Args:
             features: shape (environments, 8), columns as in `FEATURES`; not to be changed or kept.

@@ -1,4 +1,4 @@
-"""What proposes tokens, one at a time: the interface of a draft, and a draft that is a model.
+"""Drafts that propose a token at a time: the interface, and drafts that are models.
 
 A drafter that proposes one token with certainty (an n-gram table, the prompt itself) returns no probabilities: its
 distribution is one-hot, and the acceptance test treats it so.
@@ -35,16 +35,16 @@ class DraftStep(Protocol):
 
     @property
     def logits(self) -> Tensor | None:
-        """What the token was chosen from, shape (1, vocabulary), float32; None for a one-hot draft."""
+        """Scores that the token was chosen from, shape (1, vocabulary), float32; None for a one-hot draft."""
         ...
 
     @property
     def probabilities(self) -> Tensor | None:
-        """The same after warping, shape (1, vocabulary); None for a one-hot draft and when greedy."""
+        """Probabilities after warping, shape (1, vocabulary); None for a one-hot draft and when greedy."""
         ...
 
     def confidence(self) -> float:
-        """How sure the draft is of this token, 0 to 1; see the implementations."""
+        """Confidence of the draft in this token, 0 to 1; see the implementations."""
         ...
 
     def entropy(self) -> float:
@@ -104,7 +104,7 @@ class ModelStep:
         return self._confidence
 
     def entropy(self) -> float:
-        """Of the same distribution, in nats; the logarithm of the vocabulary where the logits are NaN or infinite.
+        """Entropy of that distribution in nats; the logarithm of the vocabulary where logits are not finite.
 
         Waits for the device once, for this and the confidence together.
         """

@@ -90,7 +90,7 @@ class NGramDrafter:
 
     @property
     def longest_context(self) -> int:
-        """How many of the last tokens the table looks at."""
+        """Number of last tokens that the table looks at."""
         return len(self._contexts)
 
     def __len__(self) -> int:
@@ -118,10 +118,10 @@ class NGramDrafter:
             number = number * self.vocabulary_size + token
         length = len(recent)
         for _ in range(count):
-            found = self._look_up(number, length)
-            if found is None:
+            looked_up = self._look_up(number, length)
+            if looked_up is None:
                 return
-            token, matched = found
+            token, matched = looked_up
             yield OneHotStep(token, matched / self.longest_context)
             length = min(length + 1, self.longest_context)
             number = number % self._powers[self.longest_context - 1] * self.vocabulary_size + token

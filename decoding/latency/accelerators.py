@@ -1,4 +1,4 @@
-"""What some processors can do, each figure with its source: the numbers that `roofline` computes with.
+"""Figures of some processors with their sources, for `roofline`.
 
 Bandwidths are those of the memory that holds the weights. Peaks are dense, without structured sparsity: 16-bit tensor
 cores on GPUs, float32 on CPUs, so give a CPU a float32 `ModelShape`.

@@ -188,7 +188,7 @@ def _verify(
     if sampling.greedy:
         choices = scores.argmax(-1)
         kept = (choices[:, :-1] == drafted).to(torch.int64).cumprod(-1).sum(-1)
-        own = choices.gather(-1, kept.unsqueeze(-1)).squeeze(-1)
+        next_token = choices.gather(-1, kept.unsqueeze(-1)).squeeze(-1)
     else:
         p = sampling.probabilities(scores)
         column = drafted.unsqueeze(-1)
@@ -202,8 +202,8 @@ def _verify(
             rejected = kept.clamp(max=length - 1)
             owed = residual_of_token(row, drafted[rows, rejected]) if q is None else residual(row, q[rows, rejected])
             row = torch.where((kept < length).unsqueeze(-1), owed, row)
-        own = draw(row, generator)
-    return torch.cat([kept, own]).tolist()  # the only wait for the device, as in a live round
+        next_token = draw(row, generator)
+    return torch.cat([kept, next_token]).tolist()  # the only wait for the device, as in a live round
 
 
 class _BatchedPass:

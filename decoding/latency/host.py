@@ -1,4 +1,4 @@
-"""What a pair runs on, in words that a reader of a measurement needs."""
+"""Description of the host: device, threads, types, versions."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class LatencyProfile:
         return np.array([self.round(drafted) for drafted in range(longest + 1)], dtype=np.float64)
 
     def marginal_cost(self) -> float:
-        """What one more drafted token adds to a round, over the time per token of plain decoding; at least 0.
+        """Cost of another drafted token in a round, over the time per token of plain decoding; at least 0.
 
         It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
         from 1 drafted token to 16, or to as many as were measured. Drafting that is no chain costs nearly the same
@@ -302,17 +302,17 @@ def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
     return max(0.0, table[low] + slope * (tokens - low))
 
 
-def _covers(known: Sequence[int], wanted: int) -> bool:
-    return bool(known) and known[0] <= wanted <= known[-1]
+def _covers(known: Sequence[int], size: int) -> bool:
+    return bool(known) and known[0] <= size <= known[-1]
 
 
-def _neighbours(known: Sequence[int], wanted: int) -> list[tuple[int, float]]:
+def _neighbours(known: Sequence[int], size: int) -> list[tuple[int, float]]:
     """The known numbers on both sides with their shares, which sum to 1; one alone where the number itself is known."""
-    right = bisect_left(known, wanted)
-    if known[right] == wanted:
-        return [(wanted, 1.0)]
+    right = bisect_left(known, size)
+    if known[right] == size:
+        return [(size, 1.0)]
     low, high = known[right - 1], known[right]
-    share = (wanted - low) / (high - low)
+    share = (size - low) / (high - low)
     return [(low, 1 - share), (high, share)]
 
 

@@ -26,15 +26,15 @@ from .accelerators import Hardware, find_hardware
 from .profile import LatencyProfile
 
 BANDWIDTH_SHARE = 0.83
-"""Of the memory's bandwidth on paper what decoding reaches: "about 1700 GB/s" of 2,039 on an A100 (README of
+"""Share of the memory's nominal bandwidth that decoding reaches: "about 1700 GB/s" of 2,039 on an A100 (README of
 github.com/meta-pytorch/gpt-fast)."""
 ARITHMETIC_SHARE = 0.7
-"""Of the peak what large matrix products reach; Pope et al. report up to 0.76 for whole passes."""
+"""Share of the peak that large matrix products reach; Pope et al. report up to 0.76 for whole passes."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """How large a transformer is, as far as its speed goes.
+    """Sizes of a transformer that determine its speed.
 
     Attributes:
         name: how profiles call it.

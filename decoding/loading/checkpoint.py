@@ -38,7 +38,7 @@ class CheckpointError(SpecgymError, RuntimeError):
 
 @dataclass(frozen=True)
 class Link:
-    """What ``specgym.json`` says.
+    """Content of ``specgym.json``.
 
     Attributes:
         tokenizer: folder of the tokeniser, relative to the checkpoint's own, or hub id of a model that has it; None if
@@ -53,7 +53,7 @@ class Link:
 
 
 def is_checkpoint(folder: Path | str) -> bool:
-    """Whether a folder was written by :func:`save_checkpoint`."""
+    """True if a folder was written by :func:`save_checkpoint`."""
     return (Path(folder) / LINK).is_file()
 
 
@@ -94,10 +94,10 @@ def tokenizer_folder(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     link = read_link(folder)
-    found = folder if link.tokenizer is None else (folder / link.tokenizer).resolve()
-    if not any((found / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{found} holds no tokeniser, but {folder / LINK} points there: {_WAY_OUT}")
-    return found
+    holder = folder if link.tokenizer is None else (folder / link.tokenizer).resolve()
+    if not any((holder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{holder} holds no tokeniser, but {folder / LINK} points there: {_WAY_OUT}")
+    return holder
 
 
 def save_checkpoint(
@@ -132,12 +132,12 @@ def save_checkpoint(
     names = dict(shared) if isinstance(shared, Mapping) else {name: name for name in shared}
     if (shared_with is None) != (not names):
         raise ValueError("give both or neither of shared_with and shared")
-    tensors, own = dict[str, torch.Tensor](), dict(model.state_dict(keep_vars=True))
-    if unknown := sorted(set(names) - set(own)):
-        raise ValueError(f"not in the model: {', '.join(unknown)}; its tensors are {', '.join(sorted(own))}")
+    tensors, state = dict[str, torch.Tensor](), dict(model.state_dict(keep_vars=True))
+    if unknown := sorted(set(names) - set(state)):
+        raise ValueError(f"not in the model: {', '.join(unknown)}; its tensors are {', '.join(sorted(state))}")
     # Tied tensors are one parameter under several names: store the first, and none if one of them is shared.
-    seen = {id(own[name]) for name in names}
-    for name, tensor in own.items():
+    seen = {id(state[name]) for name in names}
+    for name, tensor in state.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor.detach().to("cpu").contiguous()
@@ -242,24 +242,25 @@ def _shared(
         held, origin = source.state_dict(keep_vars=True), "the model given to share from"
     if missing := sorted(set(shared.values()) - set(held)):
         raise CheckpointError(f"{origin} has no tensor {missing[0]!r}, which {folder / LINK} shares: {_WAY_OUT}")
-    found = {name: held[there] for name, there in shared.items()}
-    return found if source is not None else {name: tensor.to(dtype) for name, tensor in found.items()}
+    copies = {name: held[there] for name, there in shared.items()}
+    return copies if source is not None else {name: tensor.to(dtype) for name, tensor in copies.items()}
 
 
 def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Make ``tensors`` the parameters and buffers of ``model``; a Parameter among them is used as it is."""
-    wanted = model.state_dict(keep_vars=True)
+    expected = model.state_dict(keep_vars=True)
     groups: dict[int, list[str]] = {}
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         groups.setdefault(id(tensor), []).append(name)
     for names in groups.values():
-        given = next((name for name in names if name in tensors), None)
-        if given is None:
+        stored = next((name for name in names if name in tensors), None)
+        if stored is None:
             raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {names[0]!r}: {_WAY_OUT}")
-        value, old = tensors[given], wanted[given]
+        value, old = tensors[stored], expected[stored]
         if value.shape != old.shape:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {given!r} has shape {tuple(value.shape)}, but the model needs {tuple(old.shape)} "
+                f"{folder / WEIGHTS}: {stored!r} has shape {tuple(value.shape)}, "
+                f"but the model needs {tuple(old.shape)} "
                 f"(does it share tensors with another model than it was made for?): {_WAY_OUT}"
             )
         if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
@@ -297,7 +298,7 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `pack` was given, its matrices in float32 and rounded to what their scales allow.
+    """Undo `pack`: matrices in float32, rounded to what their scales allow.
 
     Args:
         tensors: by name; every one of int8 has its scales beside it, and nothing else has any.
@@ -306,11 +307,11 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: the scales of a matrix are missing, of a wrong shape or type, not finite or negative, or 8 bits or
             scales stand where they do not belong; the message names the tensor.
     """
-    found = dict[str, Tensor]()
+    unpacked = dict[str, Tensor]()
     for name, tensor in tensors.items():
         if tensor.dtype != torch.int8:
             if not (name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors):
-                found[name] = tensor
+                unpacked[name] = tensor
             elif tensors[name.removesuffix(_SCALE)].dtype != torch.int8:
                 raise ValueError(f"{name!r} belongs to a tensor that is not in 8 bits")
             continue
@@ -326,5 +327,5 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         if not bool((scale.isfinite() & (scale >= 0)).all()):
             raise ValueError(f"{name + _SCALE!r} holds a scale that is negative or not finite")
-        found[name] = tensor.to(torch.float32) * scale.to(torch.float32)[:, None]
-    return found
+        unpacked[name] = tensor.to(torch.float32) * scale.to(torch.float32)[:, None]
+    return unpacked

@@ -147,9 +147,9 @@ class _Source:
             other = lender(self.location, read_link(self.location).shared_with)
             if other and shared_from is None:
                 shared_from, _ = load_model(other, dtype=dtype, device="cpu", offline=offline)
-            own = load_checkpoint(self.location, dtype, shared_from=shared_from)
-            torch.nn.Module.to(own, torch.device("cuda" if device == "auto" else device))
-            return own
+            plain = load_checkpoint(self.location, dtype, shared_from=shared_from)
+            torch.nn.Module.to(plain, torch.device("cuda" if device == "auto" else device))
+            return plain
         options: dict[str, Any] = {**self.gguf, **self.hub}
         if self.hub:
             # Where peft is installed transformers looks for adapters, and otherwise in the network.

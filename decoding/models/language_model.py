@@ -26,12 +26,12 @@ _PART = 512
 
 
 class Logits(NamedTuple):
-    """What a forward pass returns, one row a token."""
+    """Result of a forward pass, a row a token."""
 
     scores: Tensor
     """Next-token logits, shape (tokens, vocabulary), float32."""
     hidden: Tensor | None
-    """Of the same tokens what the output layer makes scores of, the last hidden states after the final norm, shape
+    """Last hidden states of the tokens after the final norm, from which the output layer makes scores, shape
     (tokens, hidden size); None if not asked for."""
 
 
@@ -79,7 +79,7 @@ class LanguageModel:
         _try_tree_attention(self)
 
     def fresh(self) -> LanguageModel:
-        """The same weights with an empty cache."""
+        """Share the weights, with an empty cache."""
         other = copy.copy(self)
         other._cache = BranchingCache()
         other._last_start = 0
@@ -163,7 +163,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
-        """Of the last forward's tokens, or its tree's nodes, keep those of `path` (ascending), as if read alone."""
+        """Keep only the tokens (or tree nodes) in `path`, ascending, from the last forward pass; drop the rest."""
         self._cache.gather(self._last_start, list(path))
 
     def truncate(self, length: int) -> None:

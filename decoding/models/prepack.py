@@ -67,12 +67,12 @@ class PrepackedLinear(nn.Module):
         destination[prefix + "weight"] = self.weight.t().contiguous() if self._saved_transposed else self.weight
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
+        """Text of this layer in `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def can_prepack(model: nn.Module) -> bool:
-    """Whether this build and this model's device and type allow prepacking."""
+    """True if this build and this model's device and type allow prepacking."""
     parameter = next(model.parameters(), None)
     return (
         parameter is not None

@@ -38,9 +38,9 @@ class ReducedOutput(nn.Module):
 
     def __init__(self, layer: nn.Module, tokens: Tensor) -> None:
         super().__init__()
-        found: Any = layer
-        self.weight: nn.Parameter = found.weight
-        self.bias: nn.Parameter | None = getattr(found, "bias", None)
+        inner: Any = layer
+        self.weight: nn.Parameter = inner.weight
+        self.bias: nn.Parameter | None = getattr(inner, "bias", None)
         size = len(self.weight)
         if tokens.dtype != torch.int64 or tokens.ndim != 1 or not len(tokens):
             raise ValueError(
@@ -66,7 +66,7 @@ class ReducedOutput(nn.Module):
         return whole.index_copy_(-1, self.tokens, scores)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
+        """Text of this layer in `print(model)`."""
         outputs, inputs = self.weight.shape
         return f"in_features={inputs}, out_features={outputs}, tokens={len(self.tokens)}, bias={self.bias is not None}"
 
@@ -99,9 +99,9 @@ def reduce_output(model: PreTrainedModel, tokens: Tensor) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no output layer to reduce; choose a causal LM with an lm_head"
         )
-    made = ReducedOutput(layer, tokens)
-    model.set_output_embeddings(made)
-    if model.get_output_embeddings() is not made:
+    reduced = ReducedOutput(layer, tokens)
+    model.set_output_embeddings(reduced)
+    if model.get_output_embeddings() is not reduced:
         raise UnsupportedModelError(f"the output layer of {type(model).__name__} cannot be reduced: propose all tokens")
 
 
@@ -112,6 +112,6 @@ def reduced_output(model: nn.Module) -> ReducedOutput | None:
 
 
 def tokens_name(model: PreTrainedModel) -> str | None:
-    """What a checkpoint calls the tokens that a model like this one scores; None if it has no output layer."""
+    """Name in a checkpoint of the tokens that such a model scores; None if it has no output layer."""
     layer = model.get_output_embeddings()
     return next((f"{name}.tokens" for name, module in model.named_modules() if module is layer), None)

@@ -18,7 +18,7 @@ class DatasetError(SpecgymError, RuntimeError):
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a dataset lies on the hub, and which of its columns is the text."""
+    """Place of a dataset on the hub, and its column of text."""
 
     path: str
     config: str
@@ -74,13 +74,13 @@ def _texts(spec: HubSet, split: str, most: int) -> list[str]:
         ) from error
     try:
         rows: Any = load_dataset(spec.path, spec.config, split=split, streaming=spec.streamed)
-        found = list(itertools.islice(rows, most))
+        taken = list(itertools.islice(rows, most))
     except Exception as error:  # network, hub and file-format errors of several libraries come through here
         raise DatasetError(
             f"the dataset {spec.path} ({spec.config}, {split}) cannot be loaded ({type(error).__name__}: {error}); "
             "check the network or HF_ENDPOINT, or save its texts to a .jsonl file and give that"
         ) from error
-    texts = [row.get(spec.column) for row in found]
+    texts = [row.get(spec.column) for row in taken]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DatasetError(
             f"the dataset {spec.path} has no text in a column {spec.column!r} of its split {split!r}: it has changed; "

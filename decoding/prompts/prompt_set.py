@@ -113,12 +113,12 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
         raise ValueError(f"limit={limit} leaves no prompts; give at least 1, or None for all")
     path = Path(name).expanduser()
     if path.suffix.lower() in _SUFFIXES:
-        found = _read(path, name)
+        prompts = _read(path, name)
     elif name in shipped_prompts():
-        found = _read(_SHIPPED / f"{name}.json", name)
+        prompts = _read(_SHIPPED / f"{name}.json", name)
     elif name in HUB_SETS:
         limit = limit or HUB_LIMIT
-        found = _from_hub(name, limit)
+        prompts = _from_hub(name, limit)
     else:
         known = [*shipped_prompts(), *HUB_SETS]
         close = difflib.get_close_matches(name, known, n=1)
@@ -127,12 +127,12 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
             f"no prompt set {name!r}.{hint} Give one of {', '.join(known)}, or a file ending in {', '.join(_SUFFIXES)}"
         )
     return PromptSet(
-        found.name,
-        found.train[:limit],
-        found.test[:limit],
-        found.source,
-        found.licence,
-        found.chat if chat is None else chat,
+        prompts.name,
+        prompts.train[:limit],
+        prompts.test[:limit],
+        prompts.source,
+        prompts.licence,
+        prompts.chat if chat is None else chat,
     )
 
 

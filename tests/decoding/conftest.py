@@ -1,4 +1,4 @@
-"""What `transformers` itself generates, for decoders to be compared with, and a small tokeniser."""
+"""Texts by `transformers` itself, to compare decoders with, and a small tokeniser."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.helpers.counting import counting_model, words
 
 
 def generated(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """What plain greedy `generate` gives; prompts of one length go in one batch, so that nothing is padded."""
+    """Texts of plain greedy `generate`; prompts of equal length share a batch, so that nothing is padded."""
     expected: dict[int, list[int]] = {}
     by_length: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(number)
-    given = model.generation_config.eos_token_id
-    ends = set(given if isinstance(given, list) else [] if given is None else [given])
+    options = model.generation_config.eos_token_id
+    ends = set(options if isinstance(options, list) else [] if options is None else [options])
     for length, numbers in by_length.items():
         batch = torch.tensor([prompts[number] for number in numbers])
         output = cast(Any, model).generate(
@@ -45,7 +45,7 @@ def reference() -> Callable[..., list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Of 300 tokens, trained on `words`."""
+    """Tokenizer of 300 tokens, trained on `words`."""
     return train_tokenizer([words(500)], 300)
 
 

@@ -94,9 +94,9 @@ def test_a_rejection_takes_the_last_rollback_draft_tokens_back(
     target = table_of(counting())
     drafter = ScriptedDrafter(draft)
     session = ThresholdDecoder(Pair(target, drafter), max_draft_length=4).start([0, 1], max_new_tokens=20)
-    cycle = session.step({"fallback": 0.0, "rollback": rollback})
-    assert cycle.tokens == emitted == tuple(session.tokens)
-    assert (cycle.drafted, cycle.accepted, cycle.taken_back) == (len(draft), kept, taken_back)
+    round_ = session.step({"fallback": 0.0, "rollback": rollback})
+    assert round_.tokens == emitted == tuple(session.tokens)
+    assert (round_.drafted, round_.accepted, round_.taken_back) == (len(draft), kept, taken_back)
     assert drafter.truncated == [2 + kept]
     assert session.target.length == 2 + len(emitted) - 1  # all but the last token
     assert session.context == [0, 1, *emitted]
@@ -109,9 +109,9 @@ def test_a_token_put_further_back_is_drawn_from_the_target(table_of: TableOf) ->
     seen = np.zeros(VOCABULARY)
     for seed in range(3000):
         session = decoder.start([0, 1], max_new_tokens=9, sampling=Sampling(), seed=seed)
-        cycle = session.step({"fallback": 0.75, "rollback": 2.0})  # keeps 2 outright (distance 0.72), tests 7 (0.90)
-        if cycle.taken_back == (2, 7):
-            seen[cycle.tokens[0]] += 1
+        round_ = session.step({"fallback": 0.75, "rollback": 2.0})  # keeps 2 outright (distance 0.72), tests 7 (0.90)
+        if round_.taken_back == (2, 7):
+            seen[round_.tokens[0]] += 1
     assert seen.sum() > 2500
     p = Sampling().probabilities(counting()[0, 1] / 12)
     assert np.abs(seen / seen.sum() - p.numpy()).max() < 0.04  # more than four standard errors
@@ -135,11 +135,11 @@ def test_every_round_makes_progress(make_table: MakeTable, temperature: float, r
     )
     while not session.finished:
         before = len(session.tokens)
-        cycle = session.step({"fallback": 0.2, "rollback": rollback})
-        assert len(cycle.tokens) >= 1
-        assert len(session.tokens) == before + len(cycle.tokens)
-        assert 0 <= cycle.accepted <= cycle.drafted <= 6
-        assert cycle.divergence >= 0
+        round_ = session.step({"fallback": 0.2, "rollback": rollback})
+        assert len(round_.tokens) >= 1
+        assert len(session.tokens) == before + len(round_.tokens)
+        assert 0 <= round_.accepted <= round_.drafted <= 6
+        assert round_.divergence >= 0
     assert len(session.tokens) == 60
 
 
@@ -172,7 +172,7 @@ def test_max_new_tokens_is_kept_inside_an_accepted_span(table_of: TableOf, limit
         generation = decoder.generate([0, 1], max_new_tokens=limit)
         assert generation.tokens == [(2 + place) % VOCABULARY for place in range(limit)]
         assert generation.finish_reason == "length"
-        assert sum(len(cycle.tokens) for cycle in generation.rounds) == limit
+        assert sum(len(round_.tokens) for round_ in generation.rounds) == limit
 
 
 def test_the_targets_context_limit_ends_the_text(table_of: TableOf) -> None:
@@ -267,8 +267,8 @@ def test_a_finished_session_gives_empty_rounds(table_of: TableOf) -> None:
         session = decoder.start([1], max_new_tokens=1)
         assert session.step().tokens == (2,)
         assert session.finished
-        cycle = session.step()
-        assert (cycle.tokens, cycle.drafted, cycle.accepted, cycle.divergence) == ((), 0, 0, 0)
+        round_ = session.step()
+        assert (round_.tokens, round_.drafted, round_.accepted, round_.divergence) == ((), 0, 0, 0)
         assert session.tokens == [2]
 
 
@@ -324,7 +324,7 @@ def test_the_metrics_add_up(make_table: MakeTable) -> None:
         [1], max_new_tokens=50, sampling=Sampling(), seed=0, knobs={"fallback": 0.4}
     )
     rounds = generation.rounds
-    assert [token for cycle in rounds for token in cycle.tokens] == generation.tokens
+    assert [token for round_ in rounds for token in round_.tokens] == generation.tokens
     assert generation.draft_acceptance_rate == sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds)
     assert generation.mean_acceptance_length == 50 / len(rounds)
     assert generation.divergence == sum(r.divergence for r in rounds) / 50

@@ -165,9 +165,9 @@ def test_a_token_is_accepted_with_probability_p_over_q(p: float, q: float) -> No
 
 
 def test_acceptance_at_the_edges() -> None:
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    item, zero = torch.tensor(1.0), torch.tensor(0.0)
     almost_one = torch.tensor(1 - 2**-24)
-    assert accepts(one, 1.0, almost_one)  # a sure token is always kept
+    assert accepts(item, 1.0, almost_one)  # a sure token is always kept
     assert not accepts(zero, 0.5, zero)  # an impossible token never, not even at u = 0
     assert accepts(torch.tensor(1e-30), 0.5, zero)
 

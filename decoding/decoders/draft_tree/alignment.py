@@ -70,7 +70,7 @@ class AffineAlignment(nn.Module):
 
 
 def proposals(aligned: Tensor, output: OutputLayer) -> Tensor:
-    """What the target's output layer says of states that an alignment has mapped.
+    """Proposals of the target's output layer from states that an alignment has mapped.
 
     Args:
         aligned: mapped states, shape (n, target_size).
@@ -115,10 +115,12 @@ class RidgeFit:
         Raises:
             ValueError: the shapes do not fit.
         """
-        wanted = (len(draft_states), len(self._draft_sum)), (len(draft_states), len(self._target_sum))
-        given = tuple(draft_states.shape), tuple(target_states.shape)
-        if given != wanted:
-            raise ValueError(f"states must have the shapes {wanted[0]} and {wanted[1]}, got {given[0]} and {given[1]}")
+        expected = (len(draft_states), len(self._draft_sum)), (len(draft_states), len(self._target_sum))
+        actual = tuple(draft_states.shape), tuple(target_states.shape)
+        if actual != expected:
+            raise ValueError(
+                f"states must have the shapes {expected[0]} and {expected[1]}, got {actual[0]} and {actual[1]}"
+            )
         draft, target = draft_states.detach().to("cpu", torch.float64), target_states.detach().to("cpu", torch.float64)
         self.count += len(draft)
         self._draft_sum += draft.sum(0)
@@ -152,8 +154,8 @@ class RidgeFit:
                 "or a larger penalty"
             )
         weight = torch.cholesky_solve(cross, factor).T
-        found = AffineAlignment(len(draft_mean), len(target_mean))
+        alignment = AffineAlignment(len(draft_mean), len(target_mean))
         with torch.no_grad():
-            found.weight.copy_(weight)
-            found.bias.copy_(target_mean - weight @ draft_mean)
-        return found
+            alignment.weight.copy_(weight)
+            alignment.bias.copy_(target_mean - weight @ draft_mean)
+        return alignment

@@ -62,7 +62,7 @@ class DraftedTree:
     cut: int
 
     def __len__(self) -> int:
-        """How many candidates it holds, without the root."""
+        """Number of candidates, without the root."""
         return len(self.tokens) - 1
 
 
@@ -111,7 +111,7 @@ class Candidates:
         return new
 
     def chosen(self, level: Sequence[int]) -> list[int]:
-        """Of the nodes of a new level those that are worth a place, in the order in which they were added."""
+        """Nodes of a new level that are worth a place, in the order in which they were added."""
         able = [place for place in level if self.nodes[place].depth < self._depth] if self._random else level
         contenders = [*self._best, *able]
         # The earlier of two that are as good: a parent before its child.
@@ -120,7 +120,7 @@ class Candidates:
         return [place for place in able if place in kept]
 
     def goes_on(self, place: int) -> bool:
-        """Whether a chosen node may have children."""
+        """True if a chosen node may have children."""
         return self.nodes[place].depth < self._depth and not self.nodes[place].cut
 
     def finished(self) -> DraftedTree:

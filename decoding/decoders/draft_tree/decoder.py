@@ -36,12 +36,12 @@ DRAFT_SAMPLING = Sampling(0.8)
 
 Known = TypeVar("Known")
 Verify = Callable[[int], tuple[int, int]]
-"""Of a node: the place of its accepted child, or -1, and the token that follows it."""
+"""Verdict on a node: the place of its accepted child, or -1, and the token that follows it."""
 
 
 @dataclass(frozen=True)
 class DraftTreeRound(Round):
-    """What one round with a draft tree did. Seconds are parts of those of the round.
+    """Result of a round with a draft tree. Seconds are parts of those of the round.
 
     `drafted` counts the candidates that were verified, `accepted` those of them that were emitted, and `draft_steps`
     the draft's passes, one a level.
@@ -55,7 +55,7 @@ class DraftTreeRound(Round):
     prediction_seconds: float = 0.0
     pruning_seconds: float = 0.0
     forward_seconds: float = 0.0
-    """Of the target's pass; on a GPU what it takes to start it."""
+    """Seconds of the target's pass; on a GPU, of starting it."""
     judge_seconds: float = 0.0
     """Choosing what to accept."""
     cache_seconds: float = 0.0
@@ -98,10 +98,10 @@ class DraftTreeSession(Session["DraftTreeDecoder"]):
         scores = self.target.forward(tokens, tree.tree).scores
         passed = time.perf_counter()
 
-        path, own = self._judge(scores, grown)
+        path, target_token = self._judge(scores, grown)
         judged = time.perf_counter()
         self.target.keep([0, *path])
-        taken = self._emit([*(tree.tokens[node] for node in path), own])
+        taken = self._emit([*(tree.tokens[node] for node in path), target_token])
         self.draft.keep([tree.rows[node] for node in path], len(self.context) - 1)
         ended = time.perf_counter()
         if self._pruner is not None:
@@ -118,7 +118,7 @@ class DraftTreeSession(Session["DraftTreeDecoder"]):
             draft_steps=grown.steps,
             target_tokens=len(tree) + 1,
             pruned=tree.cut,
-            lost=int(bool({own, EVERYTHING} & lost)),
+            lost=int(bool({target_token, EVERYTHING} & lost)),
             alignment_seconds=grown.seconds.alignment,
             prediction_seconds=grown.seconds.prediction,
             pruning_seconds=grown.seconds.pruning,

@@ -1,4 +1,4 @@
-"""What may stand beside the draft's own probabilities while a tree grows: aligned states, and who predicts by them."""
+"""Guidance of a growing tree beside the draft's probabilities: aligned states, and a predictor on them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Aligned(NamedTuple):
     states: Tensor
     """Shape (nodes, the target's hidden size), float32."""
     logits: Tensor | None
-    """What the target's output layer makes of them, shape (nodes, vocabulary), float32; None where nobody asks."""
+    """Scores of the target's output layer for them, shape (nodes, vocabulary), float32; None if not needed."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a decoder was given beside its draft.
+    """Alignment and predictor that a decoder uses beside its draft.
 
     Attributes:
         alignment: of the draft's hidden states to the target's.
@@ -50,7 +50,7 @@ class Guidance:
         weight: float,
         predictor: AcceptancePredictor | None,
     ) -> Guidance:
-        """What a decoder was given, if it fits together.
+        """Check that alignment, predictor and draft fit together.
 
         Raises:
             ValueError: the weight is not in [0, 1], or there is no alignment for what reads aligned states.
@@ -63,14 +63,14 @@ class Guidance:
                 what = "alignment_weight" if weight else "a predictor"
                 raise ValueError(f"{what} needs aligned states: give an alignment, too")
             return cls()
-        for whose, wanted, given in (
+        for whose, expected, actual in (
             (draft, draft.hidden_size, alignment.draft_size),
             (target, target.hidden_size, alignment.target_size),
             (target, target.hidden_size, target.hidden_size if predictor is None else predictor.shape.hidden_size),
         ):
-            if wanted != given:
+            if expected != actual:
                 raise DraftTreeModelError(
-                    f"{whose.name} has states of width {wanted}, and the alignment or predictor given is for {given}; "
+                    f"{whose.name} has states of width {expected}, but the alignment or predictor is for {actual}; "
                     "fit them for this pair: python -m specgym.decoding.fit alignment (then acceptance) --draft ... "
                     "--target ..."
                 )
@@ -85,7 +85,7 @@ class Guidance:
 
     @property
     def needs_states(self) -> bool:
-        """Whether the draft's hidden states are wanted."""
+        """True if the draft's hidden states are needed."""
         return self.weight > 0 or self.predictor is not None
 
     def digest(self) -> str:
@@ -105,7 +105,7 @@ class Guidance:
         return Aligned(mapped, None if self.output is None else proposals(mapped, self.output))
 
     def predict(self, scores: Tensor, aligned: Aligned | None, children: Tensor, depth: int) -> Tensor | None:
-        """How likely each child is to be accepted once its parent was, shape (nodes, children); None if nobody knows.
+        """Predicted acceptance of children after their parent's, shape (nodes, children); None without a predictor.
 
         Args:
             scores: the draft's logits after each node, shape (nodes, vocabulary).

@@ -48,7 +48,7 @@ class Kind:
 
     @property
     def format(self) -> str:
-        """What its description must say."""
+        """Format name in the description."""
         return f"specgym-{self.name}-1"
 
     def fit(self, draft: LanguageModel, target: LanguageModel) -> str:
@@ -92,7 +92,7 @@ def load_alignment(name: str | Path, draft: LanguageModel, target: LanguageModel
     def make(shape: Mapping[str, Any]) -> AffineAlignment:
         return AffineAlignment(int(shape["draft_size"]), int(shape["target_size"]))
 
-    def probes(made: AffineAlignment) -> Mapping[str, Tensor]:
+    def probes(alignment: AffineAlignment) -> Mapping[str, Tensor]:
         return {"draft_probe": probe(draft), "target_probe": probe(target)}
 
     return _load(ALIGNMENT, name, (draft, target), make, probes)
@@ -137,12 +137,13 @@ def load_acceptance(
     """
 
     def make(shape: Mapping[str, Any]) -> AcceptancePredictor:
-        made = AcceptancePredictor(PredictorShape(**shape))
-        if made.shape.hidden_size != alignment.target_size:
-            raise ValueError(f"hidden_size {made.shape.hidden_size} is not the alignment's {alignment.target_size}")
-        return made
+        predictor = AcceptancePredictor(PredictorShape(**shape))
+        width = predictor.shape.hidden_size
+        if width != alignment.target_size:
+            raise ValueError(f"hidden_size {width} is not that of the alignment, {alignment.target_size}")
+        return predictor
 
-    def probes(made: AcceptancePredictor) -> Mapping[str, Tensor]:
+    def probes(predictor: AcceptancePredictor) -> Mapping[str, Tensor]:
         return _aligned_probes(draft, target, alignment)
 
     return _load(ACCEPTANCE, name, (draft, target), make, probes)
@@ -229,8 +230,8 @@ def _load(
     try:
         tensors = {key: value.float() for key, value in load_file(path).items()}
         made_for = {key: tensors.pop(key) for key in ("draft_probe", "target_probe")}
-        made = make(described["shape"])
-        made.load_state_dict(tensors)
+        module = make(described["shape"])
+        module.load_state_dict(tensors)
     except FileNotFoundError:
         raise DraftTreeModelError(f"{path} is missing; {way_out}") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -238,9 +239,9 @@ def _load(
             f"{path} is damaged or does not fit {kind.description} ({' '.join(str(error).split())}); fetch both again, "
             f"or {way_out}"
         ) from error
-    if not all(bool(value.isfinite().all()) for value in made.state_dict().values()):
+    if not all(bool(value.isfinite().all()) for value in module.state_dict().values()):
         raise DraftTreeModelError(f"{folder} holds NaN or infinite weights; fetch it again, or {way_out}")
-    here = probes(made)
+    here = probes(module)
     for key, side, model in (("draft_probe", "draft", draft), ("target_probe", "target", target)):
         if not alike(made_for[key], here[key]):
             of_alignment = " or has another alignment" if kind is ACCEPTANCE and side == "draft" else ""
@@ -248,26 +249,26 @@ def _load(
                 f"the {kind.what} in {folder} was made for the {side} {described[side]}, and {model.name} is another "
                 f"model (or was trained further, or quantised to few bits){of_alignment}; {way_out}"
             )
-    return made.to(draft.device).eval()
+    return module.to(draft.device).eval()
 
 
 def _description(kind: Kind, folder: Path, way_out: str) -> Mapping[str, Any]:
     path = folder / kind.description
     try:
         described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        given = described["format"]
-        if given == kind.format and not (
+        stored = described["format"]
+        if stored == kind.format and not (
             isinstance(described["shape"], dict) and all(isinstance(described[side], str) for side in _SIDES)
         ):
             raise ValueError("shape must be an object, and draft and target names")
     except FileNotFoundError:
-        known = ", ".join(sorted(found.parent.name for found in _SHIPPED.glob(f"*/{kind.description}"))) or "none"
+        known = ", ".join(sorted(file.parent.name for file in _SHIPPED.glob(f"*/{kind.description}"))) or "none"
         raise DraftTreeModelError(
             f"there is no {kind.what} in {folder}: it has no {kind.description}. Give its folder, or the name of one "
             f"that ships ({known}), or {way_out}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftTreeModelError(f"{path} is damaged ({error!r}); fetch it again, or {way_out}") from error
-    if given != kind.format:
-        raise DraftTreeModelError(f"{path} has the format {given!r}, and this version reads {kind.format}")
+    if stored != kind.format:
+        raise DraftTreeModelError(f"{path} has the format {stored!r}, and this version reads {kind.format}")
     return described

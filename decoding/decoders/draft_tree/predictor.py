@@ -23,24 +23,24 @@ _SMALLEST_LOG = -30.0  # of a probability
 
 
 class NodeFeatures(NamedTuple):
-    """What is known of n candidate tokens before the target reads them; one entry a candidate."""
+    """Features of n candidate tokens before the target reads them; an entry a candidate."""
 
     hidden: Tensor
     """The draft's state at the position that proposes the candidate, aligned; shape (n, target width)."""
     log_probability: Tensor
-    """Of the candidate under the draft at temperature 1, in nats, shape (n,)."""
+    """Log-probability of the candidate under the draft at temperature 1, in nats, shape (n,)."""
     entropy: Tensor
-    """Of that distribution, in nats, shape (n,)."""
+    """Entropy of that distribution, in nats, shape (n,)."""
     depth: Tensor
     """1 for a child of the root, 2 for its children, ...; shape (n,), of any number type."""
     aligned_log_probability: Tensor | None = None
-    """Of the candidate by the target's output layer on the aligned state, in nats, shape (n,); None where that is not
+    """Log-probability by the target's output layer on the aligned state, in nats, shape (n,); None where that is not
     computed."""
 
 
 @dataclass(frozen=True)
 class PredictorShape:
-    """What a predictor is made of, and what it predicts.
+    """Layers and inputs of a predictor, and the event that it predicts.
 
     Attributes:
         hidden_size: width of the aligned states, that of the target.
@@ -121,7 +121,7 @@ class AcceptancePredictor(nn.Module):
 
 
 def log_odds(log_probability: Tensor) -> Tensor:
-    """Of probabilities given by their logarithms; finite also at 1. Same shape."""
+    """Log-odds of probabilities from their logarithms, finite also at 1, of equal shape."""
     return log_probability - torch.log((-torch.expm1(log_probability)).clamp(min=_SMALLEST_COMPLEMENT))
 
 
@@ -135,10 +135,12 @@ def calibrating_temperature(odds: Tensor, labels: Tensor) -> float:
     Returns:
         Between 0.05 and 20. The likelihood is convex in the inverse of it, so a search by thirds finds the lowest.
     """
-    values, wanted = odds.double(), labels.double()
+    values, expected = odds.double(), labels.double()
     low, high = 1 / 20, 20.0
     for _ in range(60):
         first, second = low + (high - low) / 3, high - (high - low) / 3
-        losses = [float(functional.binary_cross_entropy_with_logits(values * one, wanted)) for one in (first, second)]
+        losses = [
+            float(functional.binary_cross_entropy_with_logits(values * scale, expected)) for scale in (first, second)
+        ]
         low, high = (low, second) if losses[0] < losses[1] else (first, high)
     return 2 / (low + high)

@@ -53,7 +53,7 @@ class AbsolutePruner(TreePruner):
     name = "absolute"
 
     def cuts(self, scores: Sequence[float], threshold: float) -> list[bool]:
-        """The same threshold on every level."""
+        """Cut by an equal threshold on every level."""
         return [score < threshold for score in scores]
 
 

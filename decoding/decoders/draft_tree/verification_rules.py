@@ -1,4 +1,4 @@
-"""How the children of a node are chosen from the draft and verified, so that the target's distribution is kept.
+"""Rules that choose and verify the children of a node and keep the target's distribution.
 
 There are three sound ways. Children drawn *independently* are verified one after another: x, drawn with probability
 q(x), is accepted with probability min(1, p(x) / q(x)), and where it is not, p becomes norm(max(p - q, 0)) before the
@@ -21,10 +21,10 @@ from ...sampling import draw, draw_distinct, draw_several, residual
 
 
 class Randomness(NamedTuple):
-    """What verification decides by chance with."""
+    """Sources of chance in verification."""
 
     generator: torch.Generator
-    """Of the tokens that are drawn, on the device of their distribution."""
+    """Generator of drawn tokens, on the device of their distribution."""
     uniform: Callable[[], float]
     """A new number in [0, 1) with every call. Thrown on the host, where children are tried one after another."""
 
@@ -111,7 +111,7 @@ class Independent(Rule):
         return -1, int(draw(p, chance.generator))
 
     def _left(self, q: Tensor, token: int) -> Tensor:
-        """What the next child was drawn from, after one that was rejected. All the same: a token may be drawn again."""
+        """Distribution of the next child after a rejection: unchanged, since a token may be drawn again."""
         return q
 
 

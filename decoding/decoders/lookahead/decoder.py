@@ -41,10 +41,10 @@ class LookaheadRound(Round):
     `draft_seconds` is the time of choosing guesses and assembling the pass, `verify_seconds` that of the rest.
     """
 
-    found: int = 0
+    available: int = 0
     """N-grams that the pool had for the current token."""
     guesses: int = 0
-    """How many of them were verified."""
+    """Guesses that were verified."""
     pool_size: int = 0
     """N-grams in the pool afterwards."""
     mask_seconds: float = 0.0
@@ -89,8 +89,8 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         device, window, now = self.target.device, self._window, len(self.context)
         if count:
             self._seed(ngram)
-        found = self.pool.find(self.context[-1], now) if count else []
-        guesses = choose_guesses(found, self._settings, count, min(ngram - 1, self._room))
+        available = self.pool.find(self.context[-1], now) if count else []
+        guesses = choose_guesses(available, self._settings, count, min(ngram - 1, self._room))
         looks_ahead = self._fit(columns, ngram)
         rows = window.rows if looks_ahead else [self.context[-1:]]
         plan = layout(len(rows), len(rows[0]), tuple(len(tokens) for _, tokens in guesses))
@@ -100,12 +100,12 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         synchronise(device)
         prepared = time.perf_counter()
 
-        scores = self.target.forward(tokens, plan.tree, rows=plan.wanted_on(device)).scores
+        scores = self.target.forward(tokens, plan.tree, rows=plan.scored_on(device)).scores
         passed = time.perf_counter()
 
-        accepted, own, new, sureness = self._judge(scores, tokens, plan, chains)
+        accepted, target_token, new, sureness = self._judge(scores, tokens, plan, chains)
         self.target.keep([0, *plan.chains[accepted.guess][: accepted.length]])
-        taken = self._emit([*chains[accepted.guess][: accepted.length], own])
+        taken = self._emit([*chains[accepted.guess][: accepted.length], target_token])
         emitted = self.tokens[-taken:]
         self._learn(guesses, emitted)
         if looks_ahead:
@@ -122,7 +122,7 @@ class LookaheadSession(Session["LookaheadDecoder"]):
             verify_seconds=ended - prepared,
             draft_steps=0,
             target_tokens=len(read),
-            found=len(found),
+            available=len(available),
             guesses=len(guesses),
             pool_size=len(self.pool),
             mask_seconds=self.target.mask_seconds,
@@ -142,7 +142,7 @@ class LookaheadSession(Session["LookaheadDecoder"]):
     def _judge(
         self, scores: Tensor, tokens: Tensor, plan: Layout, chains: Sequence[Sequence[int]]
     ) -> tuple[Accepted, int, list[int], list[float]]:
-        """What was accepted, the target's own token after it, the window's new row, how sure the target is of that."""
+        """Accepted tokens, the target's token after them, the window's new row, and the target's confidence in that."""
         greatest, likeliest = scores.max(-1)
         newest = slice(plan.place[plan.newest[0]], plan.place[plan.newest[-1]] + 1)
         parts = [greatest.sum().reshape(1)]
@@ -158,9 +158,9 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         # vocabulary.)
         values = torch.cat([*parts, likeliest.float()]).tolist()
         self._refuse_broken(values[0])
-        choices = [int(token) for token in values[-len(plan.wanted) :]]
+        choices = [int(token) for token in values[-len(plan.scored) :]]
         sureness = values[1 : 1 + len(plan.newest)] if self._weighs else [1.0] * len(plan.newest)
-        chances = iter(values[-len(plan.wanted) - len(plan.checked) : -len(plan.wanted)])
+        chances = iter(values[-len(plan.scored) - len(plan.checked) : -len(plan.scored)])
         of_chains = [[next(chances) for _ in nodes] for nodes in plan.chains]
         accepted = follow(chains, of_chains, self._rng.random)
         last = plan.place[([0, *plan.chains[accepted.guess]])[accepted.length]]
@@ -178,7 +178,7 @@ class LookaheadSession(Session["LookaheadDecoder"]):
 
     @property
     def _weighs(self) -> bool:
-        """Whether the pool asks how sure the target was of an n-gram."""
+        """True if the pool uses the target's confidence in n-grams."""
         return self._settings.top_share is not None or self._settings.min_acceptance is not None
 
     def _seed(self, ngram: int) -> None:
@@ -204,9 +204,9 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         self, new: Sequence[int], emitted: Sequence[int], ngram: int, sureness: Sequence[float], keeps: bool
     ) -> None:
         """Let the window follow the text, and keep what it has found."""
-        found = self._window.advance(new, emitted, ngram - 1, sureness)
+        runs = self._window.advance(new, emitted, ngram - 1, sureness)
         if keeps:
-            for run in found:
+            for run in runs:
                 self.pool.add(run.key, run.tokens, len(self.context), run.probability)
 
 

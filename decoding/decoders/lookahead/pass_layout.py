@@ -53,7 +53,7 @@ class Layout:
         self._moved: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
-    def wanted(self) -> list[int]:
+    def scored(self) -> list[int]:
         """Nodes whose scores are needed: those that are verified, then the window's last row.
 
         A window of three rows or more has some that are not needed.
@@ -63,8 +63,8 @@ class Layout:
 
     @cached_property
     def place(self) -> dict[int, int]:
-        """Where the scores of a wanted node are in the pass's result."""
-        return {node: place for place, node in enumerate(self.wanted)}
+        """Place of a node's scores in the result of the pass."""
+        return {node: place for place, node in enumerate(self.scored)}
 
     @cached_property
     def chains(self) -> list[range]:
@@ -76,8 +76,8 @@ class Layout:
         """The nodes of all chains."""
         return [node for chain in self.chains for node in chain]
 
-    def wanted_on(self, device: torch.device) -> Tensor:
-        """`wanted` on a device, shape (wanted,), int64."""
+    def scored_on(self, device: torch.device) -> Tensor:
+        """`scored` on a device, shape (scored,), int64."""
         return self._on(device)[0]
 
     def checked_on(self, device: torch.device) -> Tensor:
@@ -85,17 +85,17 @@ class Layout:
         return self._on(device)[1]
 
     def parents_on(self, device: torch.device) -> Tensor:
-        """Where in the pass's result the scores of the checked nodes' parents are, shape (checked,), int64."""
+        """Places of the scores of the checked nodes' parents in the result of the pass, shape (checked,), int64."""
         return self._on(device)[2]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._moved:
             parents = [self.place[self.tree.parents[node]] for node in self.checked]
-            wanted, checked, above = (
+            scored, checked, above = (
                 torch.tensor(numbers, dtype=torch.int64, device=device)
-                for numbers in (self.wanted, self.checked, parents)
+                for numbers in (self.scored, self.checked, parents)
             )
-            self._moved[device] = wanted, checked, above
+            self._moved[device] = scored, checked, above
         return self._moved[device]
 
 
@@ -106,12 +106,12 @@ def layout(rows: int, columns: int, guesses: tuple[int, ...]) -> Layout:
 
 
 class Accepted(NamedTuple):
-    """What verification made of some guesses."""
+    """Result of verifying some guesses."""
 
     guess: int
     """The guess that was followed furthest; 0 if none was followed at all."""
     length: int
-    """How many of its tokens were accepted."""
+    """Number of its tokens that were accepted."""
     rejected: list[int]
     """Tokens that were tried where the guesses ended, and that may therefore not come next."""
 

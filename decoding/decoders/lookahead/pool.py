@@ -14,7 +14,7 @@ Retention = Literal["recency", "frequency", "sliding"]
 _RETENTIONS = ("recency", "frequency", "sliding")
 _SEEDS = ("nothing", "prompt", "text")
 _PRIOR_TRIALS = 2.0
-"""How many trials a guess's recorded probability counts for, beside those that it has really had."""
+"""Weight of a guess's recorded probability, in trials beside the real ones."""
 
 
 class PoolSettingsError(SpecgymError, ValueError):
@@ -23,20 +23,20 @@ class PoolSettingsError(SpecgymError, ValueError):
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """What the pool keeps, and which of its n-grams become guesses. No setting can change the text, only the speed.
+    """Settings of the pool: n-grams kept, and those that become guesses. They change the speed, never the text.
 
     Raises:
         PoolSettingsError: a setting is out of its range.
     """
 
     seeds: Literal["nothing", "prompt", "text"] = "text"
-    """What fills the pool beside the window: nothing; the prompt's own n-grams; or those of the text as it grows, too.
+    """Sources of n-grams beside the window: nothing; the prompt; or the prompt and the text as it grows.
     The paper has the first two."""
     retention: Retention = "recency"
     """Which n-gram of a token gives way to a new one: the one found longest ago; the one found least often (of those,
     longest ago); or as the first, and besides any that was last found more than `horizon` tokens of text ago."""
     horizon: int = 256
-    """Of the sliding retention, in tokens."""
+    """Horizon of the sliding retention, in tokens."""
     max_keys: int = 4096
     """Tokens that n-grams are kept for; the one used longest ago gives way."""
     per_key: int = 16
@@ -98,7 +98,7 @@ class Guess:
         return float(self.probability ** (1 / len(self.tokens)))
 
     def expected_acceptance(self) -> float:
-        """How probably the first token is accepted: the recorded probability, corrected by what happened."""
+        """Expected acceptance of the first token: the recorded probability, corrected by the trials since."""
         return (self.begun + _PRIOR_TRIALS * self.first_probability) / (self.tried + _PRIOR_TRIALS)
 
     def score(self) -> float:
@@ -158,21 +158,21 @@ class NGramPool:
         self._size += 1
 
     def find(self, key: int, now: int) -> list[Guess]:
-        """What is kept for a token, the best by the retention's own order first."""
+        """N-grams kept for a token, the best by the retention's order first."""
         group = self._guesses.get(key)
         if group is None:
             return []
         self._guesses.move_to_end(key)
         if self.settings.retention == "sliding":
-            for old in [one for one in group.values() if now - one.last_seen > self.settings.horizon]:
+            for old in [guess for guess in group.values() if now - guess.last_seen > self.settings.horizon]:
                 del group[old.tokens]
                 self._size -= 1
             if not group:
                 del self._guesses[key]
-        found = list(reversed(group.values()))
+        guesses = list(reversed(group.values()))
         if self.settings.retention == "frequency":
-            found.sort(key=lambda guess: -guess.seen)  # stable: of those found as often, the latest first
-        return found
+            guesses.sort(key=lambda guess: -guess.seen)  # stable: of those found as often, the latest first
+        return guesses
 
     def _least(self, group: OrderedDict[tuple[int, ...], Guess]) -> tuple[int, ...]:
         if self.settings.retention == "frequency":

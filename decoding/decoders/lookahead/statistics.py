@@ -1,4 +1,4 @@
-"""What Lookahead decoding did and what it cost, over some rounds."""
+"""Statistics of Lookahead decoding over some rounds: acceptance, pool and time."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class LookaheadStatistics:
         Raises:
             ValueError: there is no round, or one is of another decoder.
         """
-        made = [cycle for cycle in rounds if cycle.tokens]
-        chosen = [cycle for cycle in made if isinstance(cycle, LookaheadRound)]
-        if not chosen or len(chosen) < len(made):
+        decoded = [round_ for round_ in rounds if round_.tokens]
+        chosen = [round_ for round_ in decoded if isinstance(round_, LookaheadRound)]
+        if not chosen or len(chosen) < len(decoded):
             raise ValueError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
         count = len(chosen)
         return cls(
             rounds=count,
-            step_compression=sum(len(cycle.tokens) for cycle in chosen) / count,
-            tokens_read=sum(cycle.target_tokens for cycle in chosen) / count,
-            hit_rate=sum(cycle.found > 0 for cycle in chosen) / count,
-            guesses=sum(cycle.guesses for cycle in chosen) / count,
-            pool_size=max(cycle.pool_size for cycle in chosen),
-            prepare_seconds=sum(cycle.draft_seconds for cycle in chosen) / count,
-            mask_seconds=sum(cycle.mask_seconds for cycle in chosen) / count,
-            forward_seconds=sum(cycle.forward_seconds for cycle in chosen) / count,
-            judge_seconds=sum(cycle.judge_seconds for cycle in chosen) / count,
+            step_compression=sum(len(round_.tokens) for round_ in chosen) / count,
+            tokens_read=sum(round_.target_tokens for round_ in chosen) / count,
+            hit_rate=sum(round_.available > 0 for round_ in chosen) / count,
+            guesses=sum(round_.guesses for round_ in chosen) / count,
+            pool_size=max(round_.pool_size for round_ in chosen),
+            prepare_seconds=sum(round_.draft_seconds for round_ in chosen) / count,
+            mask_seconds=sum(round_.mask_seconds for round_ in chosen) / count,
+            forward_seconds=sum(round_.forward_seconds for round_ in chosen) / count,
+            judge_seconds=sum(round_.judge_seconds for round_ in chosen) / count,
         )

@@ -15,7 +15,7 @@ class NGram(NamedTuple):
     tokens: tuple[int, ...]
     """Those that followed it."""
     probability: float
-    """Of those, the product over how sure the target was of each."""
+    """Product of the target's confidences in these tokens."""
 
 
 class Window:
@@ -64,9 +64,9 @@ class Window:
         full = len(self.rows) == most_rows
         self.rows.append(list(new))
         self._sure.append(list(sureness))
-        found: list[NGram] = []
+        result: list[NGram] = []
         if full:
-            found = [
+            result = [
                 NGram(run[0], run[1:], math.prod(sure[1:]))
                 for run, sure in zip(zip(*self.rows, strict=True), zip(*self._sure, strict=True), strict=True)
             ]
@@ -75,7 +75,7 @@ class Window:
             self.rows[0][0] = self._filler()  # the current token is no guess, and may be one that ends a text
         # A row that moves up is one place further on already.
         self._pass(len(emitted) - full, emitted[-1])
-        return found
+        return result
 
     def follow(self, emitted: Sequence[int]) -> None:
         """Move on with the text after a pass that did not read the window. Its new tokens as for `advance`."""

@@ -31,7 +31,7 @@ _TIMED_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 40, 48, 56)
 
 @dataclass(frozen=True)
 class MedusaRound(Round):
-    """What one round of Medusa decoding did. Seconds are parts of those of the round."""
+    """Result of a round of Medusa decoding. Seconds are parts of those of the round."""
 
     heads: int = 0
     """Heads that were asked."""
@@ -43,14 +43,14 @@ class MedusaRound(Round):
 
 
 class Verdict(NamedTuple):
-    """What the target made of a tree."""
+    """Result of verifying a tree."""
 
     path: list[int]
     """Accepted nodes below the root, from the top down."""
     tokens: list[int]
-    """Of the path, then the target's own."""
+    """Tokens of the path, then the target's token."""
     divergence: list[float]
-    """Of the path's tokens, as far as it is not 0."""
+    """Divergence of the path's tokens, where it is not 0."""
 
 
 class MedusaSession(Session["MedusaDecoder"]):
@@ -203,10 +203,10 @@ class MedusaDecoder(MedusaTraits, Decoder[MedusaSession]):
             heads, size = self._tree.heads, 0
         else:
             heads, size = int(knobs["heads"]), int(knobs["tree_size"])
-        wanted = (max(min(heads, room), 0), size)
-        if wanted not in self._trees:
-            self._trees[wanted] = self._built(*wanted)
-        return self._trees[wanted]
+        key = (max(min(heads, room), 0), size)
+        if key not in self._trees:
+            self._trees[key] = self._built(*key)
+        return self._trees[key]
 
     def _built(self, heads: int, size: int) -> CandidateTree:
         if self._tree is not None:
@@ -225,7 +225,7 @@ class TypicalMedusaSession(MedusaSession):
             return super()._judge(scores, tokens, plan, knobs)
         p = self.sampling.probabilities(scores)
         passes, chances = typical(p, tokens, plan.parents_on(p.device), knobs["epsilon"], knobs["delta"])
-        (greatest,), read, own, passed, of_nodes = _lists(
+        (greatest,), read, following, passed, of_nodes = _lists(
             scores.amax(-1).sum().reshape(1), tokens, draw(p, self.generator), passes, chances
         )
         self._refuse_broken(greatest)
@@ -233,7 +233,7 @@ class TypicalMedusaSession(MedusaSession):
         path = longest(plan, passed, of_nodes, {node for node, token in enumerate(read) if token in ends})
         # A candidate that passes is emitted for certain; the target would have done so with its probability.
         divergence = [1 - of_nodes[node - 1] for node in path]
-        return Verdict(path, [int(read[node]) for node in path] + [int(own[path[-1] if path else 0])], divergence)
+        return Verdict(path, [int(read[node]) for node in path] + [int(following[path[-1] if path else 0])], divergence)
 
 
 class TypicalMedusaDecoder(TypicalMedusaTraits, MedusaDecoder):

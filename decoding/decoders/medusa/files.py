@@ -153,13 +153,13 @@ def _read(folder: Path, target: LanguageModel, strict: bool) -> MedusaHeads:
 def _description(path: Path) -> Mapping[str, Any]:
     try:
         described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        given = described["format"]
-        if given == FORMAT:
+        stored = described["format"]
+        if stored == FORMAT:
             _check(described)
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise MedusaHeadsError(f"{path} is damaged ({error!r}); fetch it again") from error
-    if given != FORMAT:
-        raise MedusaHeadsError(f"{path} has the format {given!r}, and this version reads {FORMAT}")
+    if stored != FORMAT:
+        raise MedusaHeadsError(f"{path} has the format {stored!r}, and this version reads {FORMAT}")
     return described
 
 

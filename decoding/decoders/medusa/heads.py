@@ -28,7 +28,7 @@ class MedusaHeadsError(SpecgymError, ValueError):
 
 @dataclass(frozen=True)
 class HeadsShape:
-    """What heads are made of.
+    """Sizes of heads.
 
     Attributes:
         heads: how many, K.
@@ -62,7 +62,7 @@ class HeadsShape:
 
     @property
     def outputs(self) -> int:
-        """How many tokens heads can propose."""
+        """Number of tokens that heads can propose."""
         return len(self.vocabulary) or self.vocabulary_size
 
 
@@ -120,12 +120,12 @@ class MedusaHeads(nn.Module):
         """
         weight = output_layer(model).weight
         outputs, hidden = weight.shape
-        made = cls(HeadsShape(heads, hidden, outputs, blocks, own_output, tuple(sorted(set(map(int, vocabulary))))))
-        if made.output is not None:
+        new = cls(HeadsShape(heads, hidden, outputs, blocks, own_output, tuple(sorted(set(map(int, vocabulary))))))
+        if new.output is not None:
             with torch.no_grad():
-                made.output.copy_(made._rows(weight).expand_as(made.output))
-        made.attach(model)
-        return made
+                new.output.copy_(new._rows(weight).expand_as(new.output))
+        new.attach(model)
+        return new
 
     def attach(self, model: PreTrainedModel) -> None:
         """Move to this target's device, and use its output layer where the heads have none of their own.
@@ -138,10 +138,10 @@ class MedusaHeads(nn.Module):
         """
         layer, weight, bias = output_layer(model)
         outputs, hidden = weight.shape
-        wanted = (self.shape.vocabulary_size, self.shape.hidden_size)
-        if (outputs, hidden) != wanted:
+        expected = (self.shape.vocabulary_size, self.shape.hidden_size)
+        if (outputs, hidden) != expected:
             raise MedusaHeadsError(
-                f"these heads are for a target of {wanted[0]} tokens and width {wanted[1]}, but "
+                f"these heads are for a target of {expected[0]} tokens and width {expected[1]}, but "
                 f"{model.name_or_path or type(model).__name__} has {outputs} tokens and width {hidden}; train heads "
                 "for it: python -m specgym.decoding.fit medusa --target ..."
             )
@@ -157,20 +157,20 @@ class MedusaHeads(nn.Module):
 
     def serving(self, model: PreTrainedModel) -> MedusaHeads:
         """These heads, attached to a target; a copy of them if they serve another one. Errors as for `attach`."""
-        found = self
+        new = self
         if any(other is not model for other in self._model):
-            found = MedusaHeads(self.shape).to(self.weight.device, self.weight.dtype)
-            found.load_state_dict(self.state_dict())
-            found.accuracies = self.accuracies
-        found.attach(model)
-        return found
+            new = MedusaHeads(self.shape).to(self.weight.device, self.weight.dtype)
+            new.load_state_dict(self.state_dict())
+            new.accuracies = self.accuracies
+        new.attach(model)
+        return new
 
     def digest(self) -> str:
         """Return a SHA-256 over weights, tokens, and accuracies, by which trees are built; 64 hex digits."""
         return hashlib.sha256(f"{self.shape} {self.accuracies} {weights_digest(self)}".encode()).hexdigest()
 
     def features(self, hidden: Tensor, heads: int | None = None) -> Tensor:
-        """What goes into the output layers.
+        """Inputs of the output layers.
 
         Args:
             hidden: last hidden states of the target, after its final norm, shape (..., h).
@@ -218,16 +218,16 @@ class MedusaHeads(nn.Module):
         Returns:
             Token ids, the likeliest first, shape (heads, ranks), int64.
         """
-        found = self(hidden, heads).topk(ranks, dim=-1).indices
-        return self._tokens[found] if self.shape.vocabulary else found
+        places = self(hidden, heads).topk(ranks, dim=-1).indices
+        return self._tokens[places] if self.shape.vocabulary else places
 
     def places_of(self, tokens: Tensor) -> Tensor:
-        """Where tokens are among the outputs, same shape, int64; -100 (which losses ignore) for what is left out."""
+        """Places of tokens among the outputs, int64, of equal shape; -100 (which losses ignore) for tokens left out."""
         if not self.shape.vocabulary:
             return tokens
         places = torch.searchsorted(self._tokens, tokens).clamp_(max=len(self._tokens) - 1)
         return torch.where(self._tokens[places] == tokens, places, -100)
 
     def _rows(self, values: Tensor) -> Tensor:
-        """Of values for all tokens along the first dimension, those of the tokens that heads can propose."""
+        """Select the rows of the tokens that heads can propose, from values of all tokens along the first dimension."""
         return values[self._tokens.to(values.device)] if self.shape.vocabulary else values

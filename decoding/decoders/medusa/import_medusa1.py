@@ -26,7 +26,7 @@ _WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
 def is_public(folder: Path) -> bool:
-    """Whether a folder has the public layout."""
+    """True if a folder has the public layout."""
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 

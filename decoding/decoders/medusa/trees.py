@@ -61,12 +61,12 @@ class CandidateTree:
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        """How many candidates it holds, without the root."""
+        """Number of candidates, without the root."""
         return len(self.paths)
 
     @cached_property
     def _places(self) -> Tensor:
-        """Where each node's token is among the candidates, flattened; shape (nodes below the root,), int64."""
+        """Places of the nodes' tokens among the candidates, flattened; shape (nodes below the root,), int64."""
         return torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in self.paths], dtype=torch.int64)
 
     def filled(self, root: Tensor, candidates: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class CandidateTree:
         return self._moved[device]
 
     def cut(self, heads: int) -> CandidateTree:
-        """The same tree without what is deeper than so many heads reach; itself where nothing is."""
+        """Cut off nodes deeper than the heads reach; return the tree itself if there are none."""
         if heads >= self.heads:
             return self
         return CandidateTree([path for path in self.paths if len(path) <= heads])
@@ -149,8 +149,8 @@ def sparse(accuracies: Sequence[Sequence[float]], size: int) -> CandidateTree:
         negative, places = heapq.heappop(heap)
         chosen.append(tuple(orders[depth][place] for depth, place in enumerate(places)))
         push(-negative, (*places, 0))
-        own = accuracies[len(places) - 1][orders[len(places) - 1][places[-1]]]
-        push(-negative / own, (*places[:-1], places[-1] + 1))
+        accuracy = accuracies[len(places) - 1][orders[len(places) - 1][places[-1]]]
+        push(-negative / accuracy, (*places[:-1], places[-1] + 1))
     return CandidateTree(chosen)
 
 

@@ -1,4 +1,4 @@
-"""What is sampled follows the target's distribution, and threshold decoding stays within its certificate.
+"""Samples follow the target's distribution, and threshold decoding stays within its certificate.
 
 Two ways, both through the real sessions on toy models whose distribution is known:
 
@@ -159,11 +159,11 @@ def test_speculative_sampling_is_exact_whatever_rule_ends_the_drafts(
         assert distance(joint, expected) < 1e-5
         lengths = [
             [
-                cycle.drafted
+                round_.drafted
                 for seed in range(20)
-                for cycle in each.generate(PROMPT, max_new_tokens=12, sampling=Sampling(), seed=seed).rounds
+                for round_ in item.generate(PROMPT, max_new_tokens=12, sampling=Sampling(), seed=seed).rounds
             ]
-            for each in (decoder, SpeculativeDecoder(decoder.pair, max_draft_length=4))
+            for item in (decoder, SpeculativeDecoder(decoder.pair, max_draft_length=4))
         ]
         assert lengths[0] != lengths[1]  # the rule had its say
 
@@ -302,11 +302,11 @@ def test_greedy_fallback_1_follows_the_draft_and_reports_how_far_it_is(make_tabl
     follows = AutoregressiveDecoder(Pair(draft))
     while session._room >= 4:
         before = list(session.context)
-        cycle = session.step({"fallback": 1.0})
-        assert cycle.accepted == 4
-        assert list(cycle.tokens[:4]) == follows.generate(before, max_new_tokens=4).tokens
+        round_ = session.step({"fallback": 1.0})
+        assert round_.accepted == 4
+        assert list(round_.tokens[:4]) == follows.generate(before, max_new_tokens=4).tokens
         distances = [
             (conditional(target, Sampling(), text) - conditional(draft, Sampling(), text)).abs().sum().item() / 2
-            for text in ([*before, *cycle.tokens[:place]] for place in range(4))
+            for text in ([*before, *round_.tokens[:place]] for place in range(4))
         ]
-        assert cycle.divergence == pytest.approx(sum(distances), abs=1e-5)
+        assert round_.divergence == pytest.approx(sum(distances), abs=1e-5)

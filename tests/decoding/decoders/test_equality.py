@@ -45,8 +45,8 @@ def check(
 
 def acceptance(generations: Sequence[Generation]) -> float:
     """Over all rounds."""
-    accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
-    return accepted / max(1, sum(cycle.drafted for generation in generations for cycle in generation.rounds))
+    accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
+    return accepted / max(1, sum(round_.drafted for generation in generations for round_ in generation.rounds))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,8 +77,8 @@ def test_greedy_output_on_random_models_equals_generate(
         if drafter is draft:
             assert 0.1 < acceptance(generations) < 0.9, pair.name
         else:
-            accepted = sum(cycle.accepted for generation in generations for cycle in generation.rounds)
-            drafted = sum(cycle.drafted for generation in generations for cycle in generation.rounds)
+            accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
+            drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
             assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
     decoder = ThresholdDecoder(Pair(model, draft), max_draft_length=8)
     generations = check(

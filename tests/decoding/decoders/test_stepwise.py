@@ -56,8 +56,8 @@ def start(decoder: SpeculativeDecoder | ThresholdDecoder, **options: Any) -> Spe
     return cast(SpeculativeSession, decoder.start(PROMPT, **{"max_new_tokens": 60, "seed": 5, **options}))
 
 
-def without_times(cycle: Round) -> Round:
-    return replace(cycle, draft_seconds=0.0, verify_seconds=0.0)
+def without_times(round_: Round) -> Round:
+    return replace(round_, draft_seconds=0.0, verify_seconds=0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +89,7 @@ def test_a_rule_of_fixed_length_gives_the_rounds_of_that_draft_length(
     options: dict[str, Any] = {"max_new_tokens": 60, "sampling": Sampling(temperature), "seed": 5}
     ruled = SpeculativeDecoder(pair, stop=FixedLength(4)).generate(PROMPT, **options)
     plain = SpeculativeDecoder(pair).generate(PROMPT, knobs={"draft_length": 4}, **options)
-    assert [without_times(cycle) for cycle in ruled.rounds] == [without_times(cycle) for cycle in plain.rounds]
+    assert [without_times(round_) for round_ in ruled.rounds] == [without_times(round_) for round_ in plain.rounds]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,17 +98,17 @@ def test_greedy_text_is_the_targets_wherever_drafts_end(make_table: MakeTable, k
     expected = AutoregressiveDecoder(pair).generate(PROMPT, max_new_tokens=60).tokens
     drafted = set()
     for seed in range(10):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         session = start(SpeculativeDecoder(pair, max_draft_length=6))
         while not session.finished:
-            if dice.random() < 0.2:
-                cycle = session.step({"draft_length": 2})
+            if rng.random() < 0.2:
+                round_ = session.step({"draft_length": 2})
             else:
-                while dice.random() < 0.7 and session.draft_one() is not None:
+                while rng.random() < 0.7 and session.draft_one() is not None:
                     pass
-                cycle = session.verify()
-            drafted.add(cycle.drafted)
-            assert cycle.tokens
+                round_ = session.verify()
+            drafted.add(round_.drafted)
+            assert round_.tokens
         assert session.tokens == expected
     assert {0, 1, 2, 3} <= drafted <= set(range(7))
 
@@ -122,7 +122,7 @@ def test_rules_leave_the_greedy_text_of_a_real_model_as_it_is(
     expected = AutoregressiveDecoder(pair).generate([5, 6], max_new_tokens=40)
     generation = SpeculativeDecoder(pair, stop=rule).generate([5, 6], max_new_tokens=40, knobs={"draft_length": 8})
     assert generation.tokens == expected.tokens
-    assert len({cycle.drafted for cycle in generation.rounds}) > 1
+    assert len({round_.drafted for round_ in generation.rounds}) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -189,8 +189,8 @@ def test_a_finished_session_drafts_nothing_and_verifies_nothing(make_table: Make
     assert session.draft_one() is None
     assert len(session.verify().tokens) == 1
     assert session.draft_one() is None
-    cycle = session.verify()
-    assert (cycle.tokens, cycle.drafted, cycle.accepted) == ((), 0, 0)
+    round_ = session.verify()
+    assert (round_.tokens, round_.drafted, round_.accepted) == ((), 0, 0)
     with pytest.raises(KnobError, match="no knob 'haste'"):
         session.verify({"haste": 1})
 
@@ -211,9 +211,9 @@ def test_the_tracker_follows_every_round_however_it_was_made(make_table: MakeTab
     for number in range(8):
         for _ in range(number % 4):
             session.draft_one()
-        cycle = session.verify() if number % 4 else session.step()
-        acceptance += 0.2 * (cycle.accepted / cycle.drafted - acceptance)
-        length += 0.2 * (len(cycle.tokens) - length)
+        round_ = session.verify() if number % 4 else session.step()
+        acceptance += 0.2 * (round_.accepted / round_.drafted - acceptance)
+        length += 0.2 * (len(round_.tokens) - length)
         assert session.tracker.features[0, ACCEPTANCE] == pytest.approx(acceptance, rel=1e-5)
         assert session.tracker.features[0, LENGTH] == pytest.approx(length, rel=1e-5)
     assert session.tracker.features[0, -2:].tolist() == [0.25, 2]
@@ -258,37 +258,37 @@ def test_what_a_controller_thinks_is_in_neither_time_of_its_round(
     hasty = rounds(0.0)
     assert hasty == rounds(1000.0)
     # Each token takes one second, and so does putting them together.
-    assert [(cycle.draft_seconds, cycle.verify_seconds) for cycle in hasty] == [(4, 1), (1, 1), (2, 1)]
+    assert [(round_.draft_seconds, round_.verify_seconds) for round_ in hasty] == [(4, 1), (1, 1), (2, 1)]
 
 
 class Learner(StopRule):
-    """Drafts ever longer, by what it is told."""
+    """Drafts ever longer, by the verdicts so far."""
 
     name = "learner"
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, int, float]] = []
+        self.verdicts: list[tuple[int, int, float]] = []
         self.started: list[tuple[int, int | None]] = []
 
     def start(self, environments: int, seed: int | None) -> None:
         self.started.append((environments, seed))
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
-        return features[:, PLACE] > len(self.told)
+        return features[:, PLACE] > len(self.verdicts)
 
     def verified(
         self, rows: Rows, drafted: NDArray[np.int64], emitted: NDArray[np.int64], seconds: NDArray[np.float64]
     ) -> None:
         assert rows is None
-        self.told.append((int(drafted[0]), int(emitted[0]), float(seconds[0])))
+        self.verdicts.append((int(drafted[0]), int(emitted[0]), float(seconds[0])))
 
 
 def test_a_rule_is_told_of_every_round_and_keeps_what_it_learned_from_text_to_text(make_table: MakeTable) -> None:
     rule = Learner()
     decoder = SpeculativeDecoder(pair_of("model", make_table), stop=rule)
     rounds = [start(decoder, max_new_tokens=40).step() for _ in range(4)]
-    assert [cycle.drafted for cycle in rounds] == [1, 2, 3, 4]
-    assert rule.told == [(r.drafted, len(r.tokens), r.draft_seconds + r.verify_seconds) for r in rounds]
+    assert [round_.drafted for round_ in rounds] == [1, 2, 3, 4]
+    assert rule.verdicts == [(r.drafted, len(r.tokens), r.draft_seconds + r.verify_seconds) for r in rounds]
     assert rule.started == [(1, 0)]
 
 
@@ -308,7 +308,7 @@ def test_a_broken_draft_is_not_trusted_by_a_rule(make_table: MakeTable) -> None:
     decoder = SpeculativeDecoder(Pair(pair.target, broken), stop=ConfidenceBelow(0.1))
     generation = decoder.generate(PROMPT, max_new_tokens=20)
     assert generation.tokens == AutoregressiveDecoder(pair).generate(PROMPT, max_new_tokens=20).tokens
-    assert {cycle.drafted for cycle in generation.rounds[:-1]} == {1}
+    assert {round_.drafted for round_ in generation.rounds[:-1]} == {1}
 
 
 def test_an_error_in_verification_is_not_hidden_by_the_next_step(make_table: MakeTable) -> None:

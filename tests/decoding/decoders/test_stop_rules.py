@@ -126,7 +126,7 @@ def test_drafts_side_by_side_have_the_features_that_each_has_alone(
     alone = [DraftTracker(1, costs[number], 2.0**number) for number in range(DRAFTS)]
     for event, mask, values in history:
         if event == "verified":  # drafted, accepted, emitted
-            values = [(k, round(share * k), round(share * k) + one) for k, share, one in values]
+            values = [(k, round(share * k), round(share * k) + item) for k, share, item in values]
         chosen = np.flatnonzero(mask)
         columns = [np.array(column) for column in zip(*(values[number] for number in chosen), strict=True)]
         if len(chosen):

@@ -1,4 +1,4 @@
-"""What the three drafts propose, and what they refuse."""
+"""Proposals and refusals of the three drafts."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specgym.decoding.decoders.speculative import SpeculativeDecoder
 from specgym.decoding.loading import find_model as loading
-from specgym.decoding.loading import smollm2
+from specgym.decoding.loading import presets, smollm2
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.pair import load_pair
 from specgym.decoding.models.reduced_vocabulary import reduced_output
@@ -35,7 +35,7 @@ def test_the_folder_holds_the_layers_in_8_bits_and_the_tokens_that_they_propose(
 ) -> None:
     folder = loading._SHIPPED / f"smollm2-draft-{name}"
     link = read_link(folder)
-    assert link.shared_with == link.tokenizer == smollm2.HUB_ID
+    assert link.shared_with == link.tokenizer == presets.SMOLLM2
     stored = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values() if tensor.ndim == 2} == {torch.int8}
     assert not [name for name, tensor in stored.items() if len(tensor) == 49_152]
@@ -62,8 +62,8 @@ def test_greedy_texts_equal_generate(reference: Callable[..., list[list[int]]], 
     for prompt_set in ("chat", "code", "definitions", "prose"):
         prompts = encode(load_prompts(prompt_set, limit=1), "test", pair.tokenizer, 256)
         for prompt, expected in zip(prompts, reference(pair.target.model, prompts, NEW), strict=True):
-            made = decoder.generate(prompt, max_new_tokens=NEW, knobs={"draft_length": 3})
-            assert made.tokens == expected
-            drafted += sum(cycle.drafted for cycle in made.rounds)
-            accepted += sum(cycle.accepted for cycle in made.rounds)
+            result = decoder.generate(prompt, max_new_tokens=NEW, knobs={"draft_length": 3})
+            assert result.tokens == expected
+            drafted += sum(round_.drafted for round_ in result.rounds)
+            accepted += sum(round_.accepted for round_ in result.rounds)
     assert accepted / drafted > 0.2

@@ -50,11 +50,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_measuring_covers_every_length_up_to_the_longest(pair: Pair, temperature: float) -> None:
-    found = measure(pair, max_draft_length=6, repeats=3, sampling=Sampling(temperature=temperature))
-    assert list(found.draft_seconds) == [0, 1, 2, 4, 6]
-    assert list(found.target_seconds) == [1, 2, 3, 5, 7]
-    assert found.pair == "toy"
-    assert found.hardware == describe_hardware(pair)
+    result = measure(pair, max_draft_length=6, repeats=3, sampling=Sampling(temperature=temperature))
+    assert list(result.draft_seconds) == [0, 1, 2, 4, 6]
+    assert list(result.target_seconds) == [1, 2, 3, 5, 7]
+    assert result.pair == "toy"
+    assert result.hardware == describe_hardware(pair)
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_measuring_covers_every_length_up_to_the_longest(pair: Pair, temperature
     ids=["lookup", "empty table", "full table"],
 )
 def test_drafters_that_fall_short_are_measured_too(pair: Pair, drafter: Drafter) -> None:
-    found = measure(Pair(pair.target, drafter), max_draft_length=8, repeats=4)
-    assert list(found.target_seconds) == [1, 2, 3, 5, 9]
-    assert 0 in found.draft_seconds
+    result = measure(Pair(pair.target, drafter), max_draft_length=8, repeats=4)
+    assert list(result.target_seconds) == [1, 2, 3, 5, 9]
+    assert 0 in result.draft_seconds
 
 
 def test_a_full_context_does_not_stop_measuring(pair: Pair) -> None:
-    found = measure(pair, max_draft_length=8, repeats=3, prompt=list(range(40)))
-    assert set(found.target_seconds) >= {1, 2, 3}
+    result = measure(pair, max_draft_length=8, repeats=3, prompt=list(range(40)))
+    assert set(result.target_seconds) >= {1, 2, 3}
 
 
 def test_measuring_leaves_the_pair_as_it_was(pair: Pair) -> None:
@@ -153,7 +153,7 @@ def test_batches_and_contexts_give_a_full_grid_of_times(
 ) -> None:
     target = make_model(family, layers=1, vocabulary=64, hidden=16, context=64)
     draft = make_model("llama", layers=1, vocabulary=64, hidden=16, context=64, seed=1)
-    found = measure(
+    result = measure(
         Pair(target, draft, name="toy"),
         max_draft_length=4,
         repeats=1,
@@ -162,21 +162,21 @@ def test_batches_and_contexts_give_a_full_grid_of_times(
         batch_sizes=(3, 2),
         contexts=(20,),
     )
-    assert (found.batch_size, found.context) == (1, 5)
-    assert places(found) == {(size, context) for size in (1, 2, 3) for context in (5, 20)}
-    for point in found.points:
+    assert (result.batch_size, result.context) == (1, 5)
+    assert places(result) == {(size, context) for size in (1, 2, 3) for context in (5, 20)}
+    for point in result.points:
         assert list(point.draft_seconds) == [0, 1, 2, 4]
         assert list(point.target_seconds) == [1, 2, 3, 5]
         times = [point.draft(1), *point.target_seconds.values(), point.autoregressive_seconds]
         assert all(math.isfinite(seconds) and seconds > 0 for seconds in times)
-        assert point.hardware == found.hardware
-        assert point.sampling == found.sampling
-    assert found.at(batch_size=2, context=12).context == 12
+        assert point.hardware == result.hardware
+        assert point.sampling == result.sampling
+    assert result.at(batch_size=2, context=12).context == 12
 
 
 def test_a_batch_alone_is_measured_at_the_context_of_the_live_rounds(pair: Pair) -> None:
-    found = measure(pair, max_draft_length=2, repeats=1, batch_sizes=(1, 4), prompt=[1, 2, 3])
-    assert places(found) == {(1, 3), (4, 3)}
+    result = measure(pair, max_draft_length=2, repeats=1, batch_sizes=(1, 4), prompt=[1, 2, 3])
+    assert places(result) == {(1, 3), (4, 3)}
 
 
 def test_without_batches_and_contexts_only_the_live_point_is_measured(pair: Pair) -> None:
@@ -185,10 +185,10 @@ def test_without_batches_and_contexts_only_the_live_point_is_measured(pair: Pair
 
 def test_drafts_on_the_host_cost_their_time_once_a_sequence(pair: Pair) -> None:
     lookup = Pair(pair.target, PromptLookupDrafter(64))
-    found = measure(lookup, max_draft_length=4, repeats=1, batch_sizes=(1, 3), contexts=(30,))
-    for point in found.points:
+    result = measure(lookup, max_draft_length=4, repeats=1, batch_sizes=(1, 3), contexts=(30,))
+    for point in result.points:
         assert point.draft_seconds == {
-            tokens: point.batch_size * seconds for tokens, seconds in found.draft_seconds.items()
+            tokens: point.batch_size * seconds for tokens, seconds in result.draft_seconds.items()
         }
 
 

@@ -33,7 +33,7 @@ PLACES = [(size, context) for size in SIZES for context in CONTEXTS]
 GRID = replace(point(*PLACES[0]), points=tuple(point(*place) for place in PLACES[1:]))
 
 
-def cycle(drafted: int) -> Round:
+def round_of(drafted: int) -> Round:
     return Round((1,), drafted, 0, 0.0, 0.0, 0.0)
 
 
@@ -64,7 +64,7 @@ def test_a_single_measured_number_stands_for_all() -> None:
 @given(st.lists(st.integers(0, 40), max_size=8))
 def test_rounds_are_charged_for_what_they_drafted(drafted: list[int]) -> None:
     expected = sum(PROFILE.draft(count) + PROFILE.target(count + 1) for count in drafted)
-    assert PROFILE.charge([cycle(count) for count in drafted]) == pytest.approx(expected)
+    assert PROFILE.charge([round_of(count) for count in drafted]) == pytest.approx(expected)
 
 
 def test_rounds_that_draft_nothing_are_charged_for_all_that_the_target_read() -> None:
@@ -75,10 +75,10 @@ def test_rounds_that_draft_nothing_are_charged_for_all_that_the_target_read() ->
 
 @pytest.mark.parametrize(("kind", "other"), [("chain", "lookahead"), ("lookahead", "chain")])
 def test_a_profile_of_another_kind_of_rounds_is_refused_with_the_way_out(kind: str, other: str) -> None:
-    found = replace(PROFILE, kind=kind)
-    assert found.require_kind(kind) is found
+    result = replace(PROFILE, kind=kind)
+    assert result.require_kind(kind) is result
     with pytest.raises(LatencyProfileError, match=f"of toy was made for {kind} rounds, and {other} rounds") as caught:
-        found.require_kind(other)
+        result.require_kind(other)
     way_out = "measured(pair), or" if other == "chain" else "measured(pair, decoder), or"
     assert way_out in str(caught.value)
     assert str(caught.value).endswith("WORKLOAD" if other == "chain" else f"--decoder {other}")
@@ -185,12 +185,12 @@ def test_the_context_is_the_profiles_own_unless_it_is_given() -> None:
 
 
 def test_between_batch_sizes_time_is_linear() -> None:
-    found, low, high = GRID.at(batch_size=5, context=50), point(4, 50), point(8, 50)
-    assert (found.batch_size, found.context, found.points) == (5, 50, ())
+    result, low, high = GRID.at(batch_size=5, context=50), point(4, 50), point(8, 50)
+    assert (result.batch_size, result.context, result.points) == (5, 50, ())
     for tokens in range(1, 8):
-        assert found.target(tokens) == pytest.approx(0.75 * low.target(tokens) + 0.25 * high.target(tokens))
-        assert found.draft(tokens) == pytest.approx(0.75 * low.draft(tokens) + 0.25 * high.draft(tokens))
-    assert found.autoregressive_seconds == pytest.approx(
+        assert result.target(tokens) == pytest.approx(0.75 * low.target(tokens) + 0.25 * high.target(tokens))
+        assert result.draft(tokens) == pytest.approx(0.75 * low.draft(tokens) + 0.25 * high.draft(tokens))
+    assert result.autoregressive_seconds == pytest.approx(
         0.75 * low.autoregressive_seconds + 0.25 * high.autoregressive_seconds
     )
 
@@ -249,8 +249,8 @@ def test_grids_that_make_no_sense_are_refused(changes: dict[str, Any], message: 
 
 def test_points_that_were_measured_at_different_lengths_meet_where_both_were() -> None:
     other = point(2, 10, target_seconds={1: 3.0, 3: 5.0, 5: 9.0})
-    found = replace(point(1, 10), points=(point(3, 10), other)).at(batch_size=2)
-    assert found == other
+    result = replace(point(1, 10), points=(point(3, 10), other)).at(batch_size=2)
+    assert result == other
     between = replace(point(1, 10), points=(replace(other, batch_size=3),)).at(batch_size=2)
     assert between.target_seconds == {1: (13.0 + 3.0) / 2, 5: (17.0 + 9.0) / 2}
 

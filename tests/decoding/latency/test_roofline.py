@@ -39,7 +39,7 @@ named_hardware = st.sampled_from(list(HARDWARE))
 
 
 def best_draft_length(profile: LatencyProfile, acceptance: float = 0.8) -> int:
-    """Of the most tokens a second, a drafted token being accepted with the same probability everywhere."""
+    """Draft length of the most tokens a second, where all drafted tokens are equally likely to be accepted."""
     seconds = profile.round_seconds(16)
     tokens = (1 - acceptance ** np.arange(1, 18)) / (1 - acceptance)
     return int((tokens / seconds).argmax())
@@ -141,8 +141,8 @@ def test_a_lookahead_round_is_one_pass_over_all_that_it_reads(batch_size: int) -
 def test_the_profile_covers_every_batch_size_with_every_context(tmp_path: Path) -> None:
     profile = roofline(TARGET, DRAFT, "h100-sxm", batch_sizes=(8, 1, 8), contexts=(300, 20), max_draft_length=5)
     assert (profile.batch_size, profile.context, profile.pair) == (1, 20, "opt-6.7b+opt-125m")
-    found = {(point.batch_size, point.context) for point in (profile, *profile.points)}
-    assert found == {(1, 20), (1, 300), (8, 20), (8, 300)}
+    result = {(point.batch_size, point.context) for point in (profile, *profile.points)}
+    assert result == {(1, 20), (1, 300), (8, 20), (8, 300)}
     assert list(profile.draft_seconds) == list(range(6))
     assert list(profile.target_seconds) == list(range(1, 7))
     assert profile.hardware["name"] == "h100-sxm"

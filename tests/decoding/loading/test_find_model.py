@@ -1,4 +1,4 @@
-"""Where models are looked up, in which order, and what is refused."""
+"""Lookup of models: places, their order, and refusals."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def _hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 class _Response:
-    """As much of an HTTP response as the hub's errors read."""
+    """Part of an HTTP response that the hub's errors read."""
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""How the name of a pair is read."""
+"""Names of pairs."""
 
 import dataclasses
 from pathlib import Path

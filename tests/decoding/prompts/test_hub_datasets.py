@@ -36,33 +36,33 @@ def _rows(column: str, word: str, count: int = 4) -> list[dict[str, Any]]:
 
 def test_wikitexts_own_splits_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     library = _install(monkeypatch, train=_rows("page", "train"), test=_rows("page", "test"))
-    found = load_prompts("wikitext", limit=3)
-    assert found.train == ("train 0", "train 1", "train 2")
-    assert found.test == ("test 0", "test 1", "test 2")
+    result = load_prompts("wikitext", limit=3)
+    assert result.train == ("train 0", "train 1", "train 2")
+    assert result.test == ("test 0", "test 1", "test 2")
     place = ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1")
     assert library.calls == [(*place, "train", False), (*place, "test", False)]
-    assert place[0] in found.source
+    assert place[0] in result.source
 
 
 def test_c4_is_streamed_and_judged_on_its_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
     library = _install(monkeypatch, train=_rows("text", "t", 10_000), validation=_rows("text", "v", 10_000))
-    found = load_prompts("c4")
+    result = load_prompts("c4")
     assert library.calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "en", "validation", True)]
-    assert (len(found.train), len(found.test)) == (HUB_LIMIT, HUB_LIMIT)
+    assert (len(result.train), len(result.test)) == (HUB_LIMIT, HUB_LIMIT)
 
 
 def test_lambada_which_has_one_split_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     library = _install(monkeypatch, test=_rows("text", "passage", 100))
-    found = load_prompts("lambada", limit=20)
+    result = load_prompts("lambada", limit=20)
     assert library.calls == [("EleutherAI/lambada_openai", "default", "test", False)]
-    assert (len(found.train), len(found.test)) == (20, 20)
-    assert not set(found.train) & set(found.test)
+    assert (len(result.train), len(result.test)) == (20, 20)
+    assert not set(result.train) & set(result.test)
 
 
 def test_a_text_in_both_splits_of_a_dataset_is_left_to_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, train=[{"page": "both"}, {"page": "a"}], test=[{"page": "both"}, {"page": " "}])
-    found = load_prompts("wikitext")
-    assert (found.train, found.test) == (("a",), ("both",))
+    result = load_prompts("wikitext")
+    assert (result.train, result.test) == (("a",), ("both",))
 
 
 def test_a_long_document_is_cut_at_the_end_of_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,5 +112,5 @@ def test_the_genuine_library_reads_files_laid_out_like_the_dataset(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    found = load_prompts("wikitext", limit=2)
-    assert (found.train, found.test) == (("train 0", "train 1"), ("test 0", "test 1"))
+    result = load_prompts("wikitext", limit=2)
+    assert (result.train, result.test) == (("train 0", "train 1"), ("test 0", "test 1"))

@@ -100,21 +100,21 @@ def test_the_digest_depends_on_the_contents_only() -> None:
 
 
 def test_a_text_file_has_one_prompt_a_line(write: Write) -> None:
-    found = load_prompts(write("mine.txt", "one\ntwo\n three \nfour\n"))
-    assert {*found.train, *found.test} == {"one", "two", "three", "four"}
-    assert not found.chat
+    result = load_prompts(write("mine.txt", "one\ntwo\n three \nfour\n"))
+    assert {*result.train, *result.test} == {"one", "two", "three", "four"}
+    assert not result.chat
 
 
 def test_a_text_file_with_blank_lines_has_one_prompt_a_paragraph(write: Write) -> None:
-    found = load_prompts(write("mine.txt", "\n\none\nstill one\n \n\ntwo\n"))
-    assert {*found.train, *found.test} == {"one\nstill one", "two"}
+    result = load_prompts(write("mine.txt", "\n\none\nstill one\n \n\ntwo\n"))
+    assert {*result.train, *result.test} == {"one\nstill one", "two"}
 
 
 def test_a_jsonl_file_has_one_object_a_line(write: Write) -> None:
     path = write("mine.jsonl", '{"prompt": "one", "id": 1}\n\n"two"\n{"prompt": "thr\\u00e9e"}\n')
-    found = load_prompts(path, chat=True)
-    assert {*found.train, *found.test} == {"one", "two", "thrée"}
-    assert found.chat
+    result = load_prompts(path, chat=True)
+    assert {*result.train, *result.test} == {"one", "two", "thrée"}
+    assert result.chat
 
 
 def test_a_json_list_and_the_same_jsonl_are_the_same_set(write: Write) -> None:
@@ -126,8 +126,14 @@ def test_a_json_list_and_the_same_jsonl_are_the_same_set(write: Write) -> None:
 
 def test_a_json_file_with_splits_keeps_them(write: Write) -> None:
     value = {"train": ["a", "b"], "test": [{"prompt": "c"}], "chat": True, "source": "me", "licence": "MIT"}
-    found = load_prompts(write("mine.json", json.dumps(value)))
-    assert (found.train, found.test, found.chat, found.source, found.licence) == (("a", "b"), ("c",), True, "me", "MIT")
+    result = load_prompts(write("mine.json", json.dumps(value)))
+    assert (result.train, result.test, result.chat, result.source, result.licence) == (
+        ("a", "b"),
+        ("c",),
+        True,
+        "me",
+        "MIT",
+    )
     assert not load_prompts(write("mine.json", json.dumps(value)), chat=False).chat
 
 

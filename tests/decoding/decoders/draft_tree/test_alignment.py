@@ -27,8 +27,8 @@ def mapped(count: int, noise: float = 0.0, offset: float = 0.0) -> tuple[Tensor,
 
 def fitted(draft: Tensor, target: Tensor, penalty: float, parts: int = 1) -> AffineAlignment:
     fit = RidgeFit(draft.shape[1], target.shape[1])
-    for one, other in zip(draft.tensor_split(parts), target.tensor_split(parts), strict=True):
-        fit.add(one, other)
+    for item, other in zip(draft.tensor_split(parts), target.tensor_split(parts), strict=True):
+        fit.add(item, other)
     assert fit.count == len(draft)
     return fit.solve(penalty)
 
@@ -36,11 +36,11 @@ def fitted(draft: Tensor, target: Tensor, penalty: float, parts: int = 1) -> Aff
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_least_squares_recover_the_map_between_drafts_and_targets_of_other_widths(offset: float) -> None:
     draft, target, weight, bias = mapped(50, offset=offset)
-    found = fitted(draft, target, 0.0)
-    torch.testing.assert_close(found.weight, weight, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(found(draft), target, atol=1e-3, rtol=1e-3)
+    result = fitted(draft, target, 0.0)
+    torch.testing.assert_close(result.weight, weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(result(draft), target, atol=1e-3, rtol=1e-3)
     if not offset:
-        torch.testing.assert_close(found.bias, bias, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(result.bias, bias, atol=1e-4, rtol=1e-4)
 
 
 def test_states_in_parts_give_the_map_of_all_at_once() -> None:
@@ -52,10 +52,10 @@ def test_states_in_parts_give_the_map_of_all_at_once() -> None:
 
 def test_noisy_states_give_what_a_solver_of_least_squares_gives() -> None:
     draft, target, _, _ = mapped(40, noise=1.0)
-    found = fitted(draft, target, 0.0)
+    result = fitted(draft, target, 0.0)
     solved = torch.linalg.lstsq(torch.cat([draft, torch.ones(40, 1)], dim=1), target).solution
-    torch.testing.assert_close(found.weight, solved[:-1].T, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.bias, solved[-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.weight, solved[:-1].T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.bias, solved[-1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_penalty_shrinks_the_weights_and_leaves_the_mean_where_it_is() -> None:
@@ -111,5 +111,5 @@ def test_proposals_of_states_that_are_the_targets_own_are_its_own_logits(
     assert read.hidden is not None
     alignment = AffineAlignment(target.hidden_size, target.hidden_size)
     with torch.no_grad():
-        found = proposals(alignment(read.hidden), output_layer(target.model))
-    torch.testing.assert_close(found, read.scores, atol=1e-4, rtol=1e-4)
+        result = proposals(alignment(read.hidden), output_layer(target.model))
+    torch.testing.assert_close(result, read.scores, atol=1e-4, rtol=1e-4)

@@ -15,13 +15,13 @@ Path = tuple[int, ...]
 
 
 def chances(path: Path, width: int, seed: int) -> list[float]:
-    """Of the children of a node, by its path of tokens: descending, some alike."""
-    dice = random.Random(f"{seed}/{path}")
-    return sorted((dice.choice((0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0)) for _ in range(width)), reverse=True)
+    """Chances of the children of a node, by its path of tokens: descending, some alike."""
+    rng = random.Random(f"{seed}/{path}")
+    return sorted((rng.choice((0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0)) for _ in range(width)), reverse=True)
 
 
 def grow(width: int, depth: int, budget: int, seed: int, random_children: bool, threshold: float = 0.0) -> DraftedTree:
-    """As `TreeDraft` does it; tokens are the places among the children."""
+    """Grow a tree like `TreeDraft`; tokens are the places among the children."""
     tree = Candidates(99, width, depth, budget, random_children)
     level, row = [0], 0
     while level and tree.width:
@@ -44,7 +44,7 @@ def grow(width: int, depth: int, budget: int, seed: int, random_children: bool, 
 
 
 def paths(tree: DraftedTree) -> set[Path]:
-    """Of the nodes below the root, by tokens."""
+    """Paths of the nodes below the root, by tokens."""
     return {tuple(tree.tokens[node] for node in tree.tree.path(number)[1:]) for number in range(1, len(tree) + 1)}
 
 
@@ -52,14 +52,14 @@ def one_at_a_time(width: int, depth: int, budget: int, seed: int) -> list[float]
     """Chances of the nodes that best-first growth adds, best first."""
     heap = [(-chance, (token,)) for token, chance in enumerate(chances((), width, seed))] if depth else []
     heapq.heapify(heap)
-    found: list[float] = []
-    while heap and len(found) < budget:
+    result: list[float] = []
+    while heap and len(result) < budget:
         negative, path = heapq.heappop(heap)
-        found.append(-negative)
+        result.append(-negative)
         if len(path) < depth:
             for token, chance in enumerate(chances(path, width, seed)):
                 heapq.heappush(heap, (negative * chance, (*path, token)))
-    return found
+    return result
 
 
 def chance_of(path: Path, width: int, seed: int) -> float:
@@ -72,12 +72,12 @@ def chance_of(path: Path, width: int, seed: int) -> float:
 @given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 24), st.integers(0, 10_000))
 def test_a_tree_grown_by_levels_is_the_best_one(width: int, depth: int, budget: int, seed: int) -> None:
     tree = grow(width, depth, budget, seed, random_children=False)
-    found = paths(tree)
-    assert len(found) == len(tree) <= budget
+    result = paths(tree)
+    assert len(result) == len(tree) <= budget
     width = min(width, budget)
-    ours = sorted((chance_of(path, width, seed) for path in found), reverse=True)
+    ours = sorted((chance_of(path, width, seed) for path in result), reverse=True)
     assert ours == pytest.approx(one_at_a_time(width, depth, budget, seed))
-    assert all(path[:-1] in found or len(path) == 1 for path in found)
+    assert all(path[:-1] in result or len(path) == 1 for path in result)
     assert tree.cut == 0
     assert not any(tree.lost)
 

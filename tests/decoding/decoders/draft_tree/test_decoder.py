@@ -1,4 +1,4 @@
-"""What `DraftTreeDecoder` refuses, its knobs, and what its rounds say."""
+"""Refusals of `DraftTreeDecoder`, its knobs, and its rounds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_cannot_work_is_refused_by_name(pair: Pair, arguments: dict[str, An
 def test_guidance_of_other_widths_is_refused_by_name(pair: Pair) -> None:
     fitting = AffineAlignment(32, 32)
     for alignment, width in ((AffineAlignment(16, 32), 32), (AffineAlignment(32, 16), 32), (fitting, 16)):
-        with pytest.raises(DraftTreeModelError, match="has states of width 32, and the alignment or predictor given"):
+        with pytest.raises(DraftTreeModelError, match="has states of width 32, but the alignment or predictor is for"):
             DraftTreeDecoder(pair, alignment=alignment, predictor=AcceptancePredictor(PredictorShape(width)))
     with pytest.raises(ValueError, match="a predictor needs aligned states: give an alignment"):
         DraftTreeDecoder(pair, predictor=AcceptancePredictor(PredictorShape(32)))
@@ -57,10 +57,10 @@ def test_what_ships_or_lies_beside_the_draft_is_found(pair: Pair, tmp_path: Path
     draft.name = str(tmp_path / "mine")
     alignment, predictor = AffineAlignment(32, 32), AcceptancePredictor(PredictorShape(32))
     save_alignment(alignment, tmp_path / "mine-alignment", draft, pair.target)
-    found = DraftTreeDecoder.for_pair(pair).guidance
-    assert found.alignment is not None
-    assert found.predictor is None
-    assert not found.needs_states
+    result = DraftTreeDecoder.for_pair(pair).guidance
+    assert result.alignment is not None
+    assert result.predictor is None
+    assert not result.needs_states
     save_acceptance(predictor, tmp_path / "mine-acceptance", draft, pair.target, alignment)
     assert DraftTreeDecoder.for_pair(pair).guidance.predictor is not None
 
@@ -98,18 +98,18 @@ def test_with_a_knob_at_its_least_decoding_goes_on(pair: Pair, name: str, rule: 
     assert len(generation.tokens) == 20
     if least == 0:
         assert len(generation.rounds) == 20
-        assert not any(cycle.drafted or cycle.draft_steps for cycle in generation.rounds)
+        assert not any(round_.drafted or round_.draft_steps for round_ in generation.rounds)
     else:
-        assert max(cycle.drafted for cycle in generation.rounds) <= 4  # a chain
+        assert max(round_.drafted for round_ in generation.rounds) <= 4  # a chain
 
 
 def test_seconds_of_parts_are_within_those_of_the_round(pair: Pair) -> None:
-    for cycle in DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=20).rounds:
-        assert isinstance(cycle, DraftTreeRound)
-        drafting = cycle.alignment_seconds + cycle.prediction_seconds + cycle.pruning_seconds
-        assert 0 <= drafting < cycle.draft_seconds
-        parts = cycle.forward_seconds + cycle.judge_seconds + cycle.cache_seconds
-        assert 0 < parts <= cycle.verify_seconds * (1 + 1e-9)
+    for round_ in DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=20).rounds:
+        assert isinstance(round_, DraftTreeRound)
+        drafting = round_.alignment_seconds + round_.prediction_seconds + round_.pruning_seconds
+        assert 0 <= drafting < round_.draft_seconds
+        parts = round_.forward_seconds + round_.judge_seconds + round_.cache_seconds
+        assert 0 < parts <= round_.verify_seconds * (1 + 1e-9)
 
 
 def test_a_seed_gives_the_same_text_and_the_same_rounds_twice(pair: Pair) -> None:
@@ -119,7 +119,7 @@ def test_a_seed_gives_the_same_text_and_the_same_rounds_twice(pair: Pair) -> Non
             decoder.generate([1, 2, 3], max_new_tokens=40, sampling=Sampling(0.9), seed=seed) for seed in (1, 1, 2)
         )
         assert once.tokens == twice.tokens != other.tokens
-        counts = [[(cycle.drafted, cycle.accepted) for cycle in each.rounds] for each in (once, twice)]
+        counts = [[(round_.drafted, round_.accepted) for round_ in item.rounds] for item in (once, twice)]
         assert counts[0] == counts[1]
 
 
@@ -136,7 +136,7 @@ def test_a_target_that_gives_nan_is_refused_and_a_draft_that_does_costs_only_spe
     for decoder in decoders:
         generation = decoder.generate([1, 2, 3], max_new_tokens=10, sampling=Sampling(temperature), seed=0)
         assert len(generation.tokens) == 10
-        assert not any(cycle.accepted for cycle in generation.rounds)
+        assert not any(round_.accepted for round_ in generation.rounds)
         if not temperature:
             assert generation.tokens == expected.tokens
     with torch.no_grad():
@@ -150,10 +150,10 @@ def test_what_pruning_lost_is_counted(make_model: MakeModel) -> None:
     model = make_model("llama", vocabulary=48)
     pair = Pair(model, model)  # the draft is always right
     whole = DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=40, knobs={"min_acceptance_prob": 0.0})
-    assert not any(cycle.lost for cycle in whole.rounds)  # type: ignore[attr-defined]
+    assert not any(round_.lost for round_ in whole.rounds)  # type: ignore[attr-defined]
     cut = DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=40, knobs={"min_acceptance_prob": 1.0})
     assert cut.tokens == whole.tokens
-    lost = [cycle.lost for cycle in cut.rounds]  # type: ignore[attr-defined]
+    lost = [round_.lost for round_ in cut.rounds]  # type: ignore[attr-defined]
     assert sum(lost) > 10
-    assert all(0 <= each <= 1 for each in lost)
+    assert all(0 <= item <= 1 for item in lost)
     assert len(cut.rounds) > len(whole.rounds)

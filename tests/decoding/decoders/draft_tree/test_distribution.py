@@ -1,4 +1,4 @@
-"""What decoding with draft trees samples follows the target's distribution, by every rule and with pruning on."""
+"""Samples of draft trees follow the target's distribution, by every rule and with pruning on."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def changing(number: int) -> Mapping[str, float]:
 
 def pair_of(vocabulary: int) -> Pair:
     """A draft that knows something of the target, and is often wrong."""
-    target, own = (random_table(vocabulary, seed, 1.2) for seed in (1, 2))
-    return Pair(TableModel(target), TableModel(0.5 * target + 0.7 * own))
+    target, mine = (random_table(vocabulary, seed, 1.2) for seed in (1, 2))
+    return Pair(TableModel(target), TableModel(0.5 * target + 0.7 * mine))
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
@@ -112,7 +112,7 @@ class ForgetsTheRejected(Distinct):
 @pytest.mark.parametrize(
     ("wrong", "knobs", "of_six"),
     [(CutByToken(), pruned, large), (AcceptsTheLast(), small, large), (ForgetsTheRejected(), chain, chain)],
-    ids=lambda each: getattr(each, "name", ""),
+    ids=lambda item: getattr(item, "name", ""),
 )
 def test_unsound_verification_is_found_out_both_ways(
     monkeypatch: pytest.MonkeyPatch, walker: Walker, wrong: rules.Rule, knobs: Knobs, of_six: Knobs

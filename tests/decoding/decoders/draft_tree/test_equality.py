@@ -23,19 +23,19 @@ from specgym.decoding.sampling import Sampling
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]
 Knobs = Callable[[int], Mapping[str, float]]
-"""Of a round, by its number."""
+"""Knobs of a round by its number."""
 
 NEW = 24
 
 
 def changing(seed: int, threshold: bool = True) -> Knobs:
     """Other knobs in every round, from the whole of their ranges; with a threshold for pruning, or without."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     return lambda number: {
-        "max_candidates": dice.randint(1, 8),
-        "max_depth": dice.randint(0, 8),
-        "node_budget": dice.choice((0, 1, 4, 16, 64)),
-        **({"min_acceptance_prob": dice.choice((0.0, 0.001, 0.05, 0.4, 1.0))} if threshold else {}),
+        "max_candidates": rng.randint(1, 8),
+        "max_depth": rng.randint(0, 8),
+        "node_budget": rng.choice((0, 1, 4, 16, 64)),
+        **({"min_acceptance_prob": rng.choice((0.0, 0.001, 0.05, 0.4, 1.0))} if threshold else {}),
     }
 
 
@@ -51,15 +51,15 @@ def decode(decoder: DraftTreeDecoder, prompt: Sequence[int], new: int, knobs: Kn
         asked = decoder.resolve_knobs(knobs(len(rounds)))
         room = session._room
         rounds.append(session.step(asked))
-        cycle = rounds[-1]
-        assert isinstance(cycle, DraftTreeRound)
+        round_ = rounds[-1]
+        assert isinstance(round_, DraftTreeRound)
         assert session.target.length == len(session.context) - 1
-        assert cycle.drafted + (cycle.pruned if not decoder.rule.random else 0) <= asked["node_budget"]
-        assert cycle.accepted <= min(cycle.drafted, asked["max_depth"], max(room, 0))
-        assert cycle.draft_steps <= asked["max_depth"]
-        assert cycle.target_tokens == cycle.drafted + 1
-        assert cycle.divergence == 0
-    assert [token for cycle in rounds for token in cycle.tokens] == session.tokens
+        assert round_.drafted + (round_.pruned if not decoder.rule.random else 0) <= asked["node_budget"]
+        assert round_.accepted <= min(round_.drafted, asked["max_depth"], max(room, 0))
+        assert round_.draft_steps <= asked["max_depth"]
+        assert round_.target_tokens == round_.drafted + 1
+        assert round_.divergence == 0
+    assert [token for round_ in rounds for token in round_.tokens] == session.tokens
     return session, rounds
 
 
@@ -71,15 +71,15 @@ class Tally:
         self.lengths: set[int] = set()
 
     def add(self, rounds: Sequence[Any]) -> None:
-        self.accepted += sum(cycle.accepted for cycle in rounds)
-        self.rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
-        self.pruned += sum(cycle.pruned for cycle in rounds)
-        self.lost += sum(cycle.lost for cycle in rounds)
-        self.lengths |= {cycle.accepted for cycle in rounds}
+        self.accepted += sum(round_.accepted for round_ in rounds)
+        self.rejected += sum(round_.drafted - round_.accepted for round_ in rounds)
+        self.pruned += sum(round_.pruned for round_ in rounds)
+        self.lost += sum(round_.lost for round_ in rounds)
+        self.lengths |= {round_.accepted for round_ in rounds}
 
 
 def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
-    """Of one token, five, nine and thirteen."""
+    """Prompts of one token, five, nine and thirteen."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randint(0, vocabulary, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(count)
@@ -136,7 +136,7 @@ def test_greedy_output_with_guidance_that_knows_nothing_equals_generate(
             decoder = DraftTreeDecoder(Pair(model, draft), list(RULES)[number % 3], **guidance)
             session, rounds = decode(decoder, prompt, NEW, changing(number))
             assert session.tokens == tokens
-            assert any(cycle.prediction_seconds for cycle in rounds)  # type: ignore[attr-defined]
+            assert any(round_.prediction_seconds for round_ in rounds)  # type: ignore[attr-defined]
             tally.add(rounds)
     assert min(tally.rejected, tally.pruned) > 50, vars(tally)
     assert tally.accepted > 0
@@ -168,9 +168,9 @@ def test_a_text_that_ends_at_the_context_limit_equals_generate(make_model: MakeM
                 session, rounds = decode(DraftTreeDecoder(Pair(model, drafter), rule), prompt, 99, changing(number))
                 assert session.tokens == tokens
                 assert session.finish_reason == "context"
-                accepted += sum(cycle.accepted for cycle in rounds)
+                accepted += sum(round_.accepted for round_ in rounds)
                 if drafter is shorter and len(prompt) > 30:
-                    assert not any(cycle.drafted for cycle in rounds)
+                    assert not any(round_.drafted for round_ in rounds)
     assert accepted > 50
 
 
@@ -201,9 +201,9 @@ def test_what_the_draft_keeps_is_what_it_would_have_read_anew(make_model: MakeMo
         session = decoder.start([3, 1, 4, 1, 5], max_new_tokens=60, sampling=Sampling(0.7), seed=2)
         kept = 0
         while not session.finished:
-            cycle = session.step(changing(len(session.tokens))(0))
+            round_ = session.step(changing(len(session.tokens))(0))
             draft = session.draft._model  # type: ignore[attr-defined]
-            kept = max(kept, cycle.accepted)
+            kept = max(kept, round_.accepted)
             if session.finished:
                 break
             unread = torch.tensor(session.context[draft.length :])

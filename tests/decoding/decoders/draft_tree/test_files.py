@@ -61,16 +61,16 @@ def shaken(module: nn.Module, seed: int = 0) -> None:
 
 
 def an_alignment(seed: int = 0) -> AffineAlignment:
-    made = AffineAlignment(16, 32)
-    shaken(made, seed)
-    return made
+    result = AffineAlignment(16, 32)
+    shaken(result, seed)
+    return result
 
 
 def a_predictor() -> AcceptancePredictor:
-    made = AcceptancePredictor(PredictorShape(32, label="probability", deepest=3, width=8, aligned_scores=False))
-    shaken(made)
-    made.temperature.fill_(1.25)
-    return made
+    result = AcceptancePredictor(PredictorShape(32, label="probability", deepest=3, width=8, aligned_scores=False))
+    shaken(result)
+    result.temperature.fill_(1.25)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, draft: LanguageModel, target
 
 @pytest.fixture
 def folders(saved: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
+    """Copies of the folders, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "saved"))
 
 

@@ -47,15 +47,15 @@ def brier(predictions: Tensor, labels: Tensor) -> float:
 
 @pytest.mark.parametrize("aligned_scores", [True, False])
 def test_before_training_it_is_the_drafts_own_probability(aligned_scores: bool) -> None:
-    predictor, given = AcceptancePredictor(PredictorShape(WIDTH, aligned_scores=aligned_scores)), features(20)
-    torch.testing.assert_close(predictor.predict(given), given.log_probability.exp())
+    predictor, options = AcceptancePredictor(PredictorShape(WIDTH, aligned_scores=aligned_scores)), features(20)
+    torch.testing.assert_close(predictor.predict(options), options.log_probability.exp())
 
 
 def test_it_learns_a_rule_on_the_state_and_beats_the_draft_on_examples_it_has_not_seen() -> None:
-    """What is accepted is seen from the state, and for deep candidates it is the other way round."""
+    """The state tells acceptance, and for deep candidates it is the other way round."""
 
-    def rule(given: NodeFeatures) -> Tensor:
-        return ((given.hidden[:, 0] > given.hidden[:, 1]) ^ (given.depth > 2)).float()
+    def rule(options: NodeFeatures) -> Tensor:
+        return ((options.hidden[:, 0] > options.hidden[:, 1]) ^ (options.depth > 2)).float()
 
     seen, unseen = features(2000), features(500, seed=1)
     predictor = trained(seen, rule(seen))
@@ -69,9 +69,9 @@ def test_it_learns_from_the_aligned_probability_only_if_it_reads_that() -> None:
     assert seen.aligned_log_probability is not None
     assert unseen.aligned_log_probability is not None
     labels = (seen.aligned_log_probability > -0.7).float()
-    wanted = (unseen.aligned_log_probability > -0.7).float()
+    expected = (unseen.aligned_log_probability > -0.7).float()
     reads, does_not = (
-        brier(trained(seen, labels, aligned_scores=which).predict(unseen), wanted) for which in (True, False)
+        brier(trained(seen, labels, aligned_scores=which).predict(unseen), expected) for which in (True, False)
     )
     assert reads < 0.05
     assert does_not > 0.2
@@ -81,14 +81,14 @@ def test_a_temperature_repairs_an_overconfident_predictor() -> None:
     generator = torch.Generator().manual_seed(0)
     odds = 1.5 * torch.randn(20_000, generator=generator)
     labels = (torch.rand(20_000, generator=generator) < torch.sigmoid(odds)).float()
-    found = calibrating_temperature(4 * odds, labels)
-    assert found == pytest.approx(4, rel=0.05)
+    result = calibrating_temperature(4 * odds, labels)
+    assert result == pytest.approx(4, rel=0.05)
     assert calibrating_temperature(odds / 2, labels) == pytest.approx(0.5, rel=0.05)
     predictor = AcceptancePredictor(PredictorShape(WIDTH))
-    given = features(20_000)._replace(log_probability=functional.logsigmoid(4 * odds))
-    overconfident = brier(predictor.predict(given), labels)
-    predictor.temperature.fill_(found)
-    assert brier(predictor.predict(given), labels) < overconfident - 0.01
+    options = features(20_000)._replace(log_probability=functional.logsigmoid(4 * odds))
+    overconfident = brier(predictor.predict(options), labels)
+    predictor.temperature.fill_(result)
+    assert brier(predictor.predict(options), labels) < overconfident - 0.01
 
 
 def test_a_temperature_keeps_within_bounds_where_labels_contradict_the_predictor() -> None:
@@ -97,21 +97,21 @@ def test_a_temperature_keeps_within_bounds_where_labels_contradict_the_predictor
 
 
 def test_candidates_deeper_than_any_in_training_count_as_the_deepest() -> None:
-    given = features(8)
-    predictor = trained(given, (given.depth > 2).float())
+    options = features(8)
+    predictor = trained(options, (options.depth > 2).float())
     with torch.no_grad():
-        fourth, ninth = (predictor(given._replace(depth=torch.full((8,), depth))) for depth in (4, 9))
-        first = predictor(given._replace(depth=torch.ones(8)))
+        fourth, ninth = (predictor(options._replace(depth=torch.full((8,), depth))) for depth in (4, 9))
+        first = predictor(options._replace(depth=torch.ones(8)))
     assert torch.equal(fourth, ninth)
     assert not torch.equal(fourth, first)
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-9, -200.0, -float("inf")])
 def test_probabilities_of_zero_and_one_give_finite_odds(value: float) -> None:
-    given = features(3)
+    options = features(3)
     extreme = torch.full((3,), value)
     predictor = AcceptancePredictor(PredictorShape(WIDTH))
-    assert predictor(given._replace(log_probability=extreme, aligned_log_probability=extreme)).isfinite().all()
+    assert predictor(options._replace(log_probability=extreme, aligned_log_probability=extreme)).isfinite().all()
 
 
 def test_log_odds_are_those_of_the_probability() -> None:
@@ -125,12 +125,14 @@ def test_a_predictor_of_aligned_scores_refuses_to_do_without_them() -> None:
 
 
 def test_states_of_any_precision_and_scale_are_taken() -> None:
-    given = features(50)
-    predictor = trained(given, (given.hidden[:, 0] > 0).float())
+    options = features(50)
+    predictor = trained(options, (options.hidden[:, 0] > 0).float())
     with torch.no_grad():
-        plain = predictor(given)
-        torch.testing.assert_close(predictor(given._replace(hidden=100 * given.hidden)), plain, atol=1e-3, rtol=1e-3)
-        half = predictor(given._replace(hidden=given.hidden.bfloat16()))
+        plain = predictor(options)
+        torch.testing.assert_close(
+            predictor(options._replace(hidden=100 * options.hidden)), plain, atol=1e-3, rtol=1e-3
+        )
+        half = predictor(options._replace(hidden=options.hidden.bfloat16()))
     torch.testing.assert_close(half, plain, atol=0.5, rtol=0.1)
 
 

@@ -1,4 +1,4 @@
-"""What pruners cut, and how they adapt."""
+"""Cuts of pruners, and their adaptation."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_with_a_threshold_of_0_nothing_is_cut(kind: type[AbsolutePruner]) -> Non
 @pytest.mark.parametrize("goal", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("start", [0.001, 0.1, 0.8])
 def test_the_share_that_is_cut_comes_near_the_goal(goal: float, start: float) -> None:
-    pruner, dice, cut = RatioPruner(goal), random.Random(1), []
+    pruner, rng, cut = RatioPruner(goal), random.Random(1), []
     for _ in range(400):
-        scores = [dice.random() ** 2 for _ in range(16)]
+        scores = [rng.random() ** 2 for _ in range(16)]
         cut.append(sum(pruner.cuts(scores, start)))
         pruner.observe(drafted=16, cut=cut[-1], tokens=2, seconds=1.0)
     assert sum(cut[100:]) / (300 * 16) == pytest.approx(goal, abs=0.05)
@@ -66,10 +66,10 @@ def test_a_goal_that_is_no_share_is_refused() -> None:
 
 
 def test_a_candidate_is_worth_what_it_saves() -> None:
-    pruner, dice = ThroughputPruner(), random.Random(0)
+    pruner, rng = ThroughputPruner(), random.Random(0)
     assert pruner.cuts([0.05, 0.2], 0.1) == [True, False]  # by the knob, until enough is known
     for _ in range(50):
-        drafted = dice.randint(2, 20)
+        drafted = rng.randint(2, 20)
         # A round takes 10 ms and 1 ms a candidate, and gives two tokens.
         pruner.observe(drafted=drafted, cut=0, tokens=2, seconds=0.010 + 0.001 * drafted)
     # About 21 candidates' time is two tokens: a candidate costs a tenth of a token.

@@ -60,16 +60,16 @@ def test_what_ships_knows_more_of_the_target_than_the_draft_does_where_the_targe
             mixed_right += int((mixed.argmax(-1) == likeliest[:, 0]).sum())
             positions += len(written)
             log_q = read.scores.log_softmax(-1)
-            found = log_q.topk(CHILDREN, dim=-1)
+            result = log_q.topk(CHILDREN, dim=-1)
             features = NodeFeatures(
                 hidden=aligned.repeat_interleave(CHILDREN, dim=0),
-                log_probability=found.values.flatten(),
+                log_probability=result.values.flatten(),
                 entropy=-(log_q.exp() * log_q).sum(-1).repeat_interleave(CHILDREN),
                 depth=torch.ones(CHILDREN * len(written)),
-                aligned_log_probability=guess.gather(1, found.indices).flatten(),
+                aligned_log_probability=guess.gather(1, result.indices).flatten(),
             )
-            accepted = (found.indices == likeliest).flatten().float()
-            for which, forecast in enumerate((found.values.exp().flatten(), predictor.predict(features))):
+            accepted = (result.indices == likeliest).flatten().float()
+            for which, forecast in enumerate((result.values.exp().flatten(), predictor.predict(features))):
                 errors[which] += (forecast - accepted).square().sum()
     assert positions > 500
     assert (aligned_right if alone else mixed_right) > own_right
@@ -86,9 +86,9 @@ def test_pruning_by_the_predictor_spares_thirty_per_cent_of_a_large_tree_for_thr
     for threshold in (0.0, 0.015):
         knobs = {"node_budget": 40, "min_acceptance_prob": threshold}
         rounds = [
-            cycle for prompt in prompts for cycle in decoder.generate(prompt, max_new_tokens=NEW, knobs=knobs).rounds
+            round_ for prompt in prompts for round_ in decoder.generate(prompt, max_new_tokens=NEW, knobs=knobs).rounds
         ]
-        verified.append(sum(cycle.drafted for cycle in rounds) / len(rounds))
-        accepted.append(sum(cycle.accepted for cycle in rounds) / len(rounds))
+        verified.append(sum(round_.drafted for round_ in rounds) / len(rounds))
+        accepted.append(sum(round_.accepted for round_ in rounds) / len(rounds))
     assert verified[1] <= 0.7 * verified[0]
     assert accepted[1] >= 0.97 * accepted[0]

@@ -69,20 +69,20 @@ def trees(pair: Pair, **arguments: Any) -> LatencyProfile:
 def test_every_number_of_levels_and_every_size_of_tree_are_timed_up_to_the_largest(
     pair: Pair, largest: int, sizes: list[int], levels: list[int], temperature: float
 ) -> None:
-    found = trees(pair, max_target_tokens=largest, sampling=Sampling(temperature))
-    assert list(found.target_seconds) == sizes
-    assert list(found.draft_seconds) == levels
-    assert (found.pair, found.kind, found.batch_size, found.context) == ("toy", "draft-tree", 1, 5)
-    assert found.sampling == ("sampled" if temperature else "greedy")
-    assert found.hardware == {**describe_hardware(pair), "draft_tree": UNGUIDED}
+    result = trees(pair, max_target_tokens=largest, sampling=Sampling(temperature))
+    assert list(result.target_seconds) == sizes
+    assert list(result.draft_seconds) == levels
+    assert (result.pair, result.kind, result.batch_size, result.context) == ("toy", "draft-tree", 1, 5)
+    assert result.sampling == ("sampled" if temperature else "greedy")
+    assert result.hardware == {**describe_hardware(pair), "draft_tree": UNGUIDED}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_by_default_all_that_the_knobs_allow_is_covered(make_model: MakeModel, family: str) -> None:
-    found = measure(pair_of(make_model, family), "draft-tree", repeats=1)
+    result = measure(pair_of(make_model, family), "draft-tree", repeats=1)
     knobs = {knob.name: knob.high for knob in DraftTreeDecoder.knobs_without_pair()}
-    assert list(found.draft_seconds) == list(range(int(knobs["max_depth"]) + 1))
-    assert max(found.target_seconds) == knobs["node_budget"] + 1 == DraftTreeDecoder.largest_pass
+    assert list(result.draft_seconds) == list(range(int(knobs["max_depth"]) + 1))
+    assert max(result.target_seconds) == knobs["node_budget"] + 1 == DraftTreeDecoder.largest_pass
 
 
 @pytest.mark.parametrize("rule", ["likeliest", "independent", "distinct"])
@@ -104,17 +104,17 @@ def test_passes_are_of_all_sizes_and_drafting_is_timed_with_levels_of_usual_widt
     of_round = DraftTreeSession._round
 
     def counted(session: Any, knobs: Any) -> Any:
-        found = of_round(session, knobs)
-        rounds.append((found.draft_steps, found.drafted, int(knobs["node_budget"])))
-        return replace(found, draft_seconds=found.drafted, verify_seconds=100 * found.target_tokens)
+        result = of_round(session, knobs)
+        rounds.append((result.draft_steps, result.drafted, int(knobs["node_budget"])))
+        return replace(result, draft_seconds=result.drafted, verify_seconds=100 * result.target_tokens)
 
     monkeypatch.setattr(DraftTreeSession, "_round", counted)
-    found = trees(pair, max_target_tokens=65, decoder=decoder, sampling=Sampling(1.0))
-    assert found.draft_seconds == {levels: 4 * levels for levels in range(9)}  # not of the wider trees
-    assert found.target_seconds == {size: 100 * size for size in found.target_seconds}
-    assert set(found.target_seconds) <= set(read["target"])
+    result = trees(pair, max_target_tokens=65, decoder=decoder, sampling=Sampling(1.0))
+    assert result.draft_seconds == {levels: 4 * levels for levels in range(9)}  # not of the wider trees
+    assert result.target_seconds == {size: 100 * size for size in result.target_seconds}
+    assert set(result.target_seconds) <= set(read["target"])
     assert max(read["target"]) == 65
-    assert all(drafted == wanted for _, drafted, wanted in rounds)  # at the first try
+    assert all(drafted == expected for _, drafted, expected in rounds)  # at the first try
     assert {(steps, drafted) for steps, drafted, _ in rounds if drafted <= 32 and drafted % 4 == 0} == {
         (levels, 4 * levels) for levels in range(9)
     }
@@ -131,11 +131,11 @@ def test_what_stands_beside_the_draft_takes_its_time_and_decides_nothing(
         return torch.zeros(len(features.depth))
 
     monkeypatch.setattr(AcceptancePredictor, "predict", hopeless)
-    found = trees(pair, decoder=guided(pair))
+    result = trees(pair, decoder=guided(pair))
     assert max(asked) > 4
-    assert (max(found.draft_seconds), max(found.target_seconds)) == (3, 12)
-    told = {"alignment": True, "alignment_weight": 0.5, "predictor_width": 8, "aligned_scores": True}
-    assert found.hardware["draft_tree"] == UNGUIDED | told
+    assert (max(result.draft_seconds), max(result.target_seconds)) == (3, 12)
+    messages = {"alignment": True, "alignment_weight": 0.5, "predictor_width": 8, "aligned_scores": True}
+    assert result.hardware["draft_tree"] == UNGUIDED | messages
 
 
 @pytest.mark.parametrize("rule", ["independent", "distinct"])
@@ -157,24 +157,24 @@ def test_children_that_are_drawn_are_drawn_and_verified_by_their_rule(
 
 
 def test_the_profile_charges_real_rounds_by_the_drafts_passes_and_the_tokens_read(pair: Pair) -> None:
-    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 4: 7.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="draft-tree")
+    result = LatencyProfile("t", {0: 0.25, 1: 1.0, 4: 7.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="draft-tree")
     done = DraftTreeDecoder(pair).generate([1, 2, 3], max_new_tokens=12, knobs={"max_depth": 3})
-    charged = sum(found.draft(cycle.draft_steps) + 9 + cycle.target_tokens for cycle in done.rounds)
-    assert found.charge(done.rounds) == pytest.approx(charged)
-    assert max(cycle.draft_steps for cycle in done.rounds) == 3 < max(cycle.drafted for cycle in done.rounds)
+    charged = sum(result.draft(round_.draft_steps) + 9 + round_.target_tokens for round_ in done.rounds)
+    assert result.charge(done.rounds) == pytest.approx(charged)
+    assert max(round_.draft_steps for round_ in done.rounds) == 3 < max(round_.drafted for round_ in done.rounds)
 
 
 def test_a_round_has_no_more_levels_than_were_timed_and_candidates_alone_have_a_marginal_cost() -> None:
-    found = LatencyProfile("t", {0: 0.0, 8: 4.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="draft-tree")
-    assert found.round(2) == pytest.approx(1.0 + 11.0)
-    assert found.round(64) == pytest.approx(4.0 + 42.0)
-    assert found.marginal_cost() == pytest.approx(0.05)
+    result = LatencyProfile("t", {0: 0.0, 8: 4.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="draft-tree")
+    assert result.round(2) == pytest.approx(1.0 + 11.0)
+    assert result.round(64) == pytest.approx(4.0 + 42.0)
+    assert result.marginal_cost() == pytest.approx(0.05)
 
 
 def test_other_contexts_are_timed_behind_texts_of_their_length(pair: Pair) -> None:
-    found = trees(pair, contexts=(40, 5, 80))
-    assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
-    between = found.at(context=60)
+    result = trees(pair, contexts=(40, 5, 80))
+    assert [(point.batch_size, point.context) for point in (result, *result.points)] == [(1, 5), (1, 40), (1, 80)]
+    between = result.at(context=60)
     assert (between.kind, list(between.draft_seconds)) == ("draft-tree", [0, 1, 2, 3])
 
 
@@ -237,9 +237,9 @@ def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
         DraftTreeDecoder(pair, "distinct"),
         DraftTreeDecoder(pair, draft_sampling=Sampling(0.8, top_k=9)),
     ]
-    found = [measured(pair, decoder=other) for other in others]
-    assert len({each.autoregressive_seconds for each in (usual, *found)}) == 7
-    assert measured(pair, decoder=guided(pair)) == found[0]
+    result = [measured(pair, decoder=other) for other in others]
+    assert len({item.autoregressive_seconds for item in (usual, *result)}) == 7
+    assert measured(pair, decoder=guided(pair)) == result[0]
     assert measured(Pair(pair.target, make_model("llama", vocabulary=64)), "draft-tree") != usual
     latency_measure._known.clear()  # as in another process
     assert measured(pair, "draft-tree") == usual

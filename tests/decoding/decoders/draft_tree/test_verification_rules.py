@@ -1,4 +1,4 @@
-"""What follows a node has the target's distribution, by every rule; unsound variants of the rules are found out.
+"""Tokens after a node have the target's distribution, by every rule; unsound variants are detected.
 
 Exactly: by walking every choice of children and every throw of the dice on distributions of three tokens.
 """
@@ -53,7 +53,7 @@ class DistinctAsIndependent(Distinct):
 
 def bias(rule: Rule, p: Sequence[float], q: Sequence[float], count: int, monkeypatch: pytest.MonkeyPatch) -> float:
     """Total variation between the target's distribution and that of what follows a node."""
-    walk, found = Branches(), [0.0] * len(p)
+    walk, result = Branches(), [0.0] * len(p)
     rows = torch.tensor([p, q])
     generator = torch.Generator()
     with monkeypatch.context() as patch:
@@ -63,9 +63,9 @@ def bias(rule: Rule, p: Sequence[float], q: Sequence[float], count: int, monkeyp
             possible = [token for token in children if q[token] > 0]
             place, token = rule.verify(rows[0], rows[1], possible, Randomness(generator, Dice(walk).random))
             assert place == -1 or possible[place] == token
-            found[token] += walk.weight
-    assert sum(found) == pytest.approx(1)
-    return sum(abs(one - two) for one, two in zip(found, p, strict=True)) / 2
+            result[token] += walk.weight
+    assert sum(result) == pytest.approx(1)
+    return sum(abs(item - two) for item, two in zip(result, p, strict=True)) / 2
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -88,14 +88,14 @@ def test_unsound_rules_are_found_out(monkeypatch: pytest.MonkeyPatch, rule: Rule
 @pytest.mark.parametrize("rule", [Likeliest(), Independent(), Distinct()], ids=lambda rule: rule.name)
 def test_more_children_are_accepted_more_often(rule: Rule) -> None:
     generator = torch.Generator().manual_seed(0)
-    dice = random.Random(0)
+    rng = random.Random(0)
     p, q = torch.tensor(P[0]), torch.tensor(Q[0])
     accepted = []
     for count in (1, 3):
         times = 0
         for _ in range(2_000):
             children = rule.children(q[None], count, generator)[0].tolist()
-            times += rule.verify(p, q, children, Randomness(generator, dice.random))[0] >= 0
+            times += rule.verify(p, q, children, Randomness(generator, rng.random))[0] >= 0
         accepted.append(times)
     assert accepted[1] > accepted[0] + 100
 

@@ -123,13 +123,13 @@ def test_a_draft_makes_no_difference(make_table: MakeTable) -> None:
 def test_a_seed_fixes_the_text_and_every_round(make_table: MakeTable, seed: int) -> None:
     decoder = LookaheadDecoder(Pair(make_table(8, seed=1)))
 
-    def told(seed: int | None) -> list[tuple[int, ...]]:
+    def facts(seed: int | None) -> list[tuple[int, ...]]:
         rounds = decoder.generate([1, 2], max_new_tokens=40, sampling=Sampling(), seed=seed).rounds
-        return [(cycle.drafted, cycle.accepted, cycle.target_tokens, *cycle.tokens) for cycle in rounds]
+        return [(round_.drafted, round_.accepted, round_.target_tokens, *round_.tokens) for round_ in rounds]
 
-    assert told(seed) == told(seed)
-    assert told(seed) != told(8)
-    assert told(None) != told(None)
+    assert facts(seed) == facts(seed)
+    assert facts(seed) != facts(8)
+    assert facts(None) != facts(None)
 
 
 def test_a_finished_session_makes_empty_rounds(table_of: TableOf) -> None:
@@ -146,10 +146,10 @@ def test_empty_rounds_count_for_nothing(table_of: TableOf) -> None:
     session = LookaheadDecoder(Pair(table_of(counting(), eos=[4]))).start([1, 2], max_new_tokens=40)
     rounds = [session.step() for _ in range(5)]
     assert rounds[-1].tokens == ()
-    made = [cycle for cycle in rounds if cycle.tokens]
-    assert LookaheadStatistics.of(rounds) == LookaheadStatistics.of(made)
+    result = [round_ for round_ in rounds if round_.tokens]
+    assert LookaheadStatistics.of(rounds) == LookaheadStatistics.of(result)
     profile = LatencyProfile("toy", {0: 0.0}, {1: 1.0, 2: 2.0}, 1.0, {}, kind="lookahead")
-    assert profile.charge(rounds) == profile.charge(made)
+    assert profile.charge(rounds) == profile.charge(result)
 
 
 def test_a_vocabulary_that_ends_texts_all_through_does_not_stop_it(table_of: TableOf) -> None:
@@ -160,19 +160,19 @@ def test_a_vocabulary_that_ends_texts_all_through_does_not_stop_it(table_of: Tab
 def test_rounds_tell_what_they_read(table_of: TableOf) -> None:
     decoder = LookaheadDecoder(Pair(table_of(counting())), pool=PoolSettings(seeds="prompt"))
     session = decoder.start([0, 1, 2, 3, 4, 5, 6, 7, 0, 1], max_new_tokens=30)
-    cycle = session.step({"window": 4, "ngram": 4, "guesses": 2})
-    assert isinstance(cycle, LookaheadRound)
-    assert (cycle.found, cycle.guesses) == (1, 1)
-    assert cycle.tokens == (2, 3, 4, 5)  # the run of the prompt, and the target's own token
-    assert (cycle.draft_steps, cycle.accepted, cycle.divergence) == (0, 3, 0.0)
-    assert cycle.drafted == 3 + 3  # the rest of the window's first row, and the guess
-    assert cycle.target_tokens == 4 + 3
-    parts = cycle.mask_seconds + cycle.forward_seconds + cycle.judge_seconds
-    assert parts == pytest.approx(cycle.verify_seconds, abs=1e-6)
-    assert min(cycle.mask_seconds, cycle.forward_seconds, cycle.judge_seconds, cycle.draft_seconds) >= 0
+    round_ = session.step({"window": 4, "ngram": 4, "guesses": 2})
+    assert isinstance(round_, LookaheadRound)
+    assert (round_.available, round_.guesses) == (1, 1)
+    assert round_.tokens == (2, 3, 4, 5)  # the run of the prompt, and the target's own token
+    assert (round_.draft_steps, round_.accepted, round_.divergence) == (0, 3, 0.0)
+    assert round_.drafted == 3 + 3  # the rest of the window's first row, and the guess
+    assert round_.target_tokens == 4 + 3
+    parts = round_.mask_seconds + round_.forward_seconds + round_.judge_seconds
+    assert parts == pytest.approx(round_.verify_seconds, abs=1e-6)
+    assert min(round_.mask_seconds, round_.forward_seconds, round_.judge_seconds, round_.draft_seconds) >= 0
 
 
-def a_round(tokens: int, found: int, guesses: int, read: int, pool: int, seconds: float) -> LookaheadRound:
+def a_round(tokens: int, available: int, guesses: int, read: int, pool: int, seconds: float) -> LookaheadRound:
     return LookaheadRound(
         tokens=tuple(range(tokens)),
         drafted=read - 1,
@@ -182,7 +182,7 @@ def a_round(tokens: int, found: int, guesses: int, read: int, pool: int, seconds
         verify_seconds=6 * seconds,
         draft_steps=0,
         target_tokens=read,
-        found=found,
+        available=available,
         guesses=guesses,
         pool_size=pool,
         mask_seconds=seconds,

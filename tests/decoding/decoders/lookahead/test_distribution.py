@@ -1,4 +1,4 @@
-"""What Lookahead decoding samples follows the target's distribution, whatever the settings."""
+"""Samples of Lookahead decoding follow the target's distribution, whatever the settings."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from specgym.decoding.prompts.prompt_set import load_prompts
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]
 Knobs = Callable[[int], Mapping[str, float]]
-"""Of a round, by its number."""
+"""Knobs of a round by its number."""
 
 SHAPES = [(1, 2, 0), (16, 6, 16), (5, 3, 5), (15, 5, 15), (1, 6, 16), (16, 2, 1), (4, 4, 0), (3, 4, 2)]
 POOLS = {
@@ -45,18 +45,18 @@ POOLS = {
 
 
 def of_shape(shape: tuple[int, int, int]) -> Knobs:
-    """The same knobs in every round."""
+    """Equal knobs in every round."""
     knobs = dict(zip(("window", "ngram", "guesses"), shape, strict=True))
     return lambda number: knobs
 
 
 def changing(seed: int) -> Knobs:
     """Other knobs in every round, from the whole of their ranges."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     return lambda number: {
-        "window": dice.randint(1, 16),
-        "ngram": dice.randint(2, 6),
-        "guesses": dice.choice((0, 1, 4, 16)),
+        "window": rng.randint(1, 16),
+        "ngram": rng.randint(2, 6),
+        "guesses": rng.choice((0, 1, 4, 16)),
     }
 
 
@@ -66,8 +66,8 @@ def decode(decoder: Decoder, prompt: Sequence[int], new: int, knobs: Knobs, seed
     rounds: list[Round] = []
     while not session.finished:
         rounds.append(session.step(knobs(len(rounds))))
-    assert [token for cycle in rounds for token in cycle.tokens] == session.tokens
-    assert all(0 <= cycle.accepted <= cycle.drafted < cycle.target_tokens for cycle in rounds)
+    assert [token for round_ in rounds for token in round_.tokens] == session.tokens
+    assert all(0 <= round_.accepted <= round_.drafted < round_.target_tokens for round_ in rounds)
     return session, rounds
 
 
@@ -78,8 +78,8 @@ class Tally:
         self.accepted = self.rejected = 0
 
     def add(self, rounds: Sequence[Round]) -> None:
-        self.accepted += sum(cycle.accepted for cycle in rounds)
-        self.rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
+        self.accepted += sum(round_.accepted for round_ in rounds)
+        self.rejected += sum(round_.drafted - round_.accepted for round_ in rounds)
 
 
 def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
@@ -148,8 +148,8 @@ def test_a_text_that_ends_at_the_context_limit_equals_generate(
     for prompt in prompts:
         expected = reference(model, [prompt], 40 - len(prompt))[0]
         knobs = [of_shape(SHAPES[seed]), of_shape(SHAPES[seed + 4]), *(changing(100 * seed + n) for n in range(12))]
-        for one in knobs:
-            session, _ = decode(LookaheadDecoder(pair), prompt, 99, one, seed=seed)
+        for item in knobs:
+            session, _ = decode(LookaheadDecoder(pair), prompt, 99, item, seed=seed)
             assert session.tokens == expected
             assert session.finish_reason == "context"
 
@@ -169,10 +169,10 @@ def test_the_current_token_is_read_after_rounds_without_room_for_the_window(
             knobs: Knobs = lambda number, turn=turn: low if number >= turn else high  # type: ignore[misc]  # noqa: E731
             session, rounds = decode(decoder, prompt, 99, knobs)
             assert session.tokens == expected
-            for place, cycle in enumerate(rounds[:-2]):
-                if cycle.target_tokens == 1 and rounds[place + 1].target_tokens > 1:
+            for place, round_ in enumerate(rounds[:-2]):
+                if round_.target_tokens == 1 and rounds[place + 1].target_tokens > 1:
                     without += 1
-                    different += cycle.tokens[-1] != rounds[place - 1].tokens[-1]  # not the one before once more
+                    different += round_.tokens[-1] != rounds[place - 1].tokens[-1]  # not the one before once more
     assert without > 5
     assert different > 3
 
@@ -187,7 +187,7 @@ def test_texts_of_one_and_two_tokens_equal_generate(make_model: MakeModel, refer
                 session, rounds = decode(LookaheadDecoder(Pair(model)), prompt, new, of_shape(shape))
                 assert session.tokens == tokens
                 assert len(rounds) <= new
-                assert max(cycle.accepted for cycle in rounds) < new  # no more is verified than there is room for
+                assert max(round_.accepted for round_ in rounds) < new  # no more is verified than there is room for
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -200,8 +200,8 @@ def test_a_text_ends_where_generate_ends_it(make_model: MakeModel, reference: Re
         pair = Pair(model)
         assert pair.eos_token_ids == {end, (end + 1) % 12}
         # Prompts hold such tokens, and may end in one.
-        given = [*prompts, [end], [3, end, 4, end], [end, 5, end, 5, end, 5]]
-        for number, (prompt, tokens) in enumerate(zip(given, reference(model, given, 40), strict=True)):
+        options = [*prompts, [end], [3, end, 4, end], [end, 5, end, 5, end, 5]]
+        for number, (prompt, tokens) in enumerate(zip(options, reference(model, options, 40), strict=True)):
             session, rounds = decode(
                 LookaheadDecoder(pair), prompt, 40, (of_shape((5, 3, 5)), changing(number))[number % 2]
             )

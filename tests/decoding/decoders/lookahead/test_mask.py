@@ -58,8 +58,8 @@ def test_every_cell_and_every_guess_sees_what_it_should(make_model: MakeModel, f
                 node += 1
 
         model.truncate(len(cached))
-        wanted = model.forward(torch.tensor(read), plan.tree, rows=plan.wanted_on(torch.device("cpu"))).scores
-        close(wanted, scores[plan.wanted])
+        target_value = model.forward(torch.tensor(read), plan.tree, rows=plan.scored_on(torch.device("cpu"))).scores
+        close(target_value, scores[plan.scored])
 
         for chain, tokens in zip(plan.chains, [window[0][1:], *guesses], strict=True):
             for length in {0, len(chain) // 2, len(chain)}:
@@ -102,12 +102,12 @@ def test_the_places_of_a_layout_fit_together(rows: int, columns: int, lengths: l
     for chain in plan.chains:
         assert all(plan.tree.path(node) == [0, *chain[: place + 1]] for place, node in enumerate(chain))
     # What is asked for is what is verified, and what the window's next row comes from.
-    assert set(plan.wanted) == {0, *plan.checked, *plan.newest}
-    assert plan.wanted[: len(plan.checked) + 1] == [0, *plan.checked]  # in front, where a slice can take them
-    assert [plan.wanted[plan.place[node]] for node in plan.wanted] == plan.wanted
+    assert set(plan.scored) == {0, *plan.checked, *plan.newest}
+    assert plan.scored[: len(plan.checked) + 1] == [0, *plan.checked]  # in front, where a slice can take them
+    assert [plan.scored[plan.place[node]] for node in plan.scored] == plan.scored
     cpu = torch.device("cpu")
     assert plan.checked_on(cpu).tolist() == plan.checked
-    above = [plan.wanted[place] for place in plan.parents_on(cpu).tolist()]
+    above = [plan.scored[place] for place in plan.parents_on(cpu).tolist()]
     assert above == [plan.tree.parents[node] for node in plan.checked]
 
 

@@ -115,37 +115,37 @@ class Plain:
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = settings
-        self.found: list[list[Any]] = []  # key, tokens, how often, when last
+        self.kept: list[list[Any]] = []  # key, tokens, how often, when last
         self.uses: list[int] = []
 
     def _use(self, key: int) -> None:
         self.uses = [other for other in self.uses if other != key] + [key]
 
     def add(self, key: int, tokens: tuple[int, ...], now: int) -> None:
-        known = next((one for one in self.found if one[:2] == [key, tokens]), [key, tokens, 0, 0])
-        group = [one for one in self.found if one[0] == key and one is not known]
+        known = next((item for item in self.kept if item[:2] == [key, tokens]), [key, tokens, 0, 0])
+        group = [item for item in self.kept if item[0] == key and item is not known]
         if not known[2] and len(group) == self.settings.per_key:
-            least = min(group, key=lambda one: one[2]) if self.settings.retention == "frequency" else group[0]
-            self.found.remove(least)
-        if known in self.found:
-            self.found.remove(known)
-        self.found.append([key, tokens, known[2] + 1, max(now, known[3])])
+            least = min(group, key=lambda item: item[2]) if self.settings.retention == "frequency" else group[0]
+            self.kept.remove(least)
+        if known in self.kept:
+            self.kept.remove(known)
+        self.kept.append([key, tokens, known[2] + 1, max(now, known[3])])
         self._use(key)
         while len(self.uses) > self.settings.max_keys:
             gone = self.uses.pop(0)
-            self.found = [one for one in self.found if one[0] != gone]
+            self.kept = [item for item in self.kept if item[0] != gone]
 
     def find(self, key: int, now: int) -> list[tuple[int, ...]]:
         if key in self.uses:
             self._use(key)
         if self.settings.retention == "sliding":
-            self.found = [one for one in self.found if one[0] != key or now - one[3] <= self.settings.horizon]
-        group = [one for one in reversed(self.found) if one[0] == key]
+            self.kept = [item for item in self.kept if item[0] != key or now - item[3] <= self.settings.horizon]
+        group = [item for item in reversed(self.kept) if item[0] == key]
         if not group:
             self.uses = [other for other in self.uses if other != key]
         if self.settings.retention == "frequency":
-            group.sort(key=lambda one: -one[2])
-        return [one[1] for one in group]
+            group.sort(key=lambda item: -item[2])
+        return [item[1] for item in group]
 
 
 steps = st.lists(
@@ -166,7 +166,7 @@ def test_any_use_keeps_to_the_bounds_and_to_the_rules(
             pool.add(key, tuple(tokens), now)
             expected.add(key, tuple(tokens), now)
         size, keys = sized(pool)
-        assert size == len(expected.found)
+        assert size == len(expected.kept)
         assert keys == len(expected.uses) <= max_keys
         assert all(len(group) <= per_key for group in pool._guesses.values())
 
@@ -197,17 +197,17 @@ def test_a_long_text_stays_within_the_bound_and_costs_no_more_at_its_end(
     fullest = accepted = 0
     while not session.finished:
         before = dict(calls)
-        cycle = session.step({"window": 3, "ngram": 3, "guesses": 2})
-        assert isinstance(cycle, LookaheadRound)
+        round_ = session.step({"window": 3, "ngram": 3, "guesses": 2})
+        assert isinstance(round_, LookaheadRound)
         # What a round does is bounded by its knobs: an n-gram a column, and one a token that the round before emitted.
         assert calls["find"] - before["find"] == 1
         assert calls["add"] - before["add"] <= 3 + 3
-        assert cycle.found <= 3
-        assert cycle.target_tokens <= 2 * 3 + 2 * 2
-        assert cycle.pool_size == len(session.pool) <= 24 * 3
+        assert round_.available <= 3
+        assert round_.target_tokens <= 2 * 3 + 2 * 2
+        assert round_.pool_size == len(session.pool) <= 24 * 3
         assert session.pool.keys <= 24
-        fullest = max(fullest, cycle.pool_size)
-        accepted += cycle.accepted
+        fullest = max(fullest, round_.pool_size)
+        accepted += round_.accepted
     assert len(session.tokens) == length
     sized(session.pool)
     assert fullest > 60  # the bound was needed

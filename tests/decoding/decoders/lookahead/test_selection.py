@@ -18,59 +18,59 @@ from specgym.decoding.sampling import Sampling
 
 def guess(tokens: tuple[int, ...], first: float = 1.0, tried: int = 0, begun: int = 0, accepted: int = 0) -> Guess:
     """A guess whose recorded probability is `first` a token."""
-    one = Guess(tokens, first ** len(tokens), 0)
-    one.tried, one.begun, one.accepted = tried, begun, accepted
-    return one
+    item = Guess(tokens, first ** len(tokens), 0)
+    item.tried, item.begun, item.accepted = tried, begun, accepted
+    return item
 
 
-def picked(found: list[Guess], count: int = 9, longest: int = 9, **settings: Any) -> list[tuple[int, ...]]:
-    return [tokens for _, tokens in choose_guesses(found, PoolSettings(**settings), count, longest)]
+def picked(known: list[Guess], count: int = 9, longest: int = 9, **settings: Any) -> list[tuple[int, ...]]:
+    return [tokens for _, tokens in choose_guesses(known, PoolSettings(**settings), count, longest)]
 
 
 def test_without_options_the_first_are_taken() -> None:
-    found = [guess((1, 2)), guess((3, 4)), guess((5, 6))]
-    assert picked(found) == [(1, 2), (3, 4), (5, 6)]
-    assert picked(found, count=2) == [(1, 2), (3, 4)]
-    assert picked(found, count=0) == []
-    assert picked(found, longest=0) == []
+    result = [guess((1, 2)), guess((3, 4)), guess((5, 6))]
+    assert picked(result) == [(1, 2), (3, 4), (5, 6)]
+    assert picked(result, count=2) == [(1, 2), (3, 4)]
+    assert picked(result, count=0) == []
+    assert picked(result, longest=0) == []
     assert picked([]) == []
 
 
-def test_guesses_that_are_the_same_once_cut_are_taken_once() -> None:
-    found = [guess((1, 2, 3)), guess((1, 2, 4)), guess((1, 5)), guess((1, 2))]
-    assert picked(found, longest=2) == [(1, 2), (1, 5)]
-    assert picked(found, longest=1) == [(1,)]
-    assert picked(found, longest=2, count=2) == [(1, 2), (1, 5)]  # the doubles take no place
-    assert [one for one, _ in choose_guesses(found, PoolSettings(), 9, 2)] == [found[0], found[2]]
+def test_knownthat_are_the_same_once_cut_are_taken_once() -> None:
+    result = [guess((1, 2, 3)), guess((1, 2, 4)), guess((1, 5)), guess((1, 2))]
+    assert picked(result, longest=2) == [(1, 2), (1, 5)]
+    assert picked(result, longest=1) == [(1,)]
+    assert picked(result, longest=2, count=2) == [(1, 2), (1, 5)]  # the doubles take no place
+    assert [item for item, _ in choose_guesses(result, PoolSettings(), 9, 2)] == [result[0], result[2]]
 
 
-def test_too_similar_guesses_are_left_out() -> None:
-    found = [guess((1, 2, 3, 4)), guess((1, 2, 3, 9)), guess((1, 2, 8, 9)), guess((4, 3, 2, 1))]
-    assert picked(found, max_overlap=1.0) == [one.tokens for one in found]
-    assert picked(found, max_overlap=0.75) == [one.tokens for one in found]  # as much as that is allowed
-    assert picked(found, max_overlap=0.7) == [(1, 2, 3, 4), (1, 2, 8, 9), (4, 3, 2, 1)]
-    assert picked(found, max_overlap=0.0) == [(1, 2, 3, 4), (4, 3, 2, 1)]
-    assert picked(found, max_overlap=0.7, count=2) == [(1, 2, 3, 4), (1, 2, 8, 9)]
+def test_too_similar_knownare_left_out() -> None:
+    result = [guess((1, 2, 3, 4)), guess((1, 2, 3, 9)), guess((1, 2, 8, 9)), guess((4, 3, 2, 1))]
+    assert picked(result, max_overlap=1.0) == [item.tokens for item in result]
+    assert picked(result, max_overlap=0.75) == [item.tokens for item in result]  # as much as that is allowed
+    assert picked(result, max_overlap=0.7) == [(1, 2, 3, 4), (1, 2, 8, 9), (4, 3, 2, 1)]
+    assert picked(result, max_overlap=0.0) == [(1, 2, 3, 4), (4, 3, 2, 1)]
+    assert picked(result, max_overlap=0.7, count=2) == [(1, 2, 3, 4), (1, 2, 8, 9)]
 
 
-def test_only_guesses_that_are_likely_to_begin_are_taken() -> None:
-    found = [guess((1, 2), 0.3), guess((3, 4), 0.6), guess((5, 6), 0.6, tried=8), guess((7, 8), 0.3, tried=6, begun=6)]
-    assert picked(found, min_acceptance=0.5) == [(3, 4), (7, 8)]
-    assert picked(found, min_acceptance=0.7) == [(7, 8)]
-    assert picked(found, min_acceptance=0.0) == [one.tokens for one in found]
-    assert picked(found, min_acceptance=1.0) == []
+def test_only_knownthat_are_likely_to_begin_are_taken() -> None:
+    result = [guess((1, 2), 0.3), guess((3, 4), 0.6), guess((5, 6), 0.6, tried=8), guess((7, 8), 0.3, tried=6, begun=6)]
+    assert picked(result, min_acceptance=0.5) == [(3, 4), (7, 8)]
+    assert picked(result, min_acceptance=0.7) == [(7, 8)]
+    assert picked(result, min_acceptance=0.0) == [item.tokens for item in result]
+    assert picked(result, min_acceptance=1.0) == []
 
 
-def test_the_fewest_guesses_that_make_up_the_share_of_scores_are_taken_the_best_first() -> None:
+def test_the_fewest_knownthat_make_up_the_share_of_scores_are_taken_the_best_first() -> None:
     # Scores 0.75, 0.2 + 0.04, (4 + 2 * 0.75) / 4: in all 2.365.
-    found = [guess((1, 2), 0.5), guess((3, 4), 0.2), guess((5, 6), 0.5, tried=2, begun=2, accepted=4)]
-    assert [one.score() for one in found] == pytest.approx([0.75, 0.24, 1.375])
-    assert picked(found, top_share=0.0) == [(5, 6)]
-    assert picked(found, top_share=0.58) == [(5, 6)]
-    assert picked(found, top_share=0.59) == [(5, 6), (1, 2)]
-    assert picked(found, top_share=0.9) == [(5, 6), (1, 2), (3, 4)]
-    assert picked(found, top_share=1.0) == [(5, 6), (1, 2), (3, 4)]
-    assert picked(found, top_share=0.9, count=1) == [(5, 6)]
+    result = [guess((1, 2), 0.5), guess((3, 4), 0.2), guess((5, 6), 0.5, tried=2, begun=2, accepted=4)]
+    assert [item.score() for item in result] == pytest.approx([0.75, 0.24, 1.375])
+    assert picked(result, top_share=0.0) == [(5, 6)]
+    assert picked(result, top_share=0.58) == [(5, 6)]
+    assert picked(result, top_share=0.59) == [(5, 6), (1, 2)]
+    assert picked(result, top_share=0.9) == [(5, 6), (1, 2), (3, 4)]
+    assert picked(result, top_share=1.0) == [(5, 6), (1, 2), (3, 4)]
+    assert picked(result, top_share=0.9, count=1) == [(5, 6)]
     assert picked([guess((1,)), guess((2,)), guess((3,))], top_share=0.5) == [(1,), (2,)]  # equals stay in order
 
 
@@ -90,14 +90,14 @@ shares = st.none() | st.floats(0, 1)
 
 @given(guesses, shares, shares, shares, st.integers(0, 9), st.integers(0, 5))
 def test_whatever_the_options_the_choice_is_some_of_what_was_found(
-    found: list[Guess], top: float | None, overlap: float | None, least: float | None, count: int, longest: int
+    known: list[Guess], top: float | None, overlap: float | None, least: float | None, count: int, longest: int
 ) -> None:
     settings = PoolSettings(top_share=top, max_overlap=overlap, min_acceptance=least)
-    result = choose_guesses(found, settings, count, longest)
+    result = choose_guesses(known, settings, count, longest)
     assert len(result) <= count
-    assert all(one in found and tokens == one.tokens[:longest] and tokens for one, tokens in result)
+    assert all(item in known and tokens == item.tokens[:longest] and tokens for item, tokens in result)
     assert len({tokens for _, tokens in result}) == len(result)
-    if least is None and found and count and longest:
+    if least is None and known and count and longest:
         assert result
 
 
@@ -124,18 +124,18 @@ def test_every_option_changes_what_is_verified(
         session = decoder.start([1, 2, 3, 1, 4, 2, 1, 2], max_new_tokens=80, sampling=sampling, seed=0)
         rounds = []
         while not session.finished:
-            cycle = session.step({"window": 3, "ngram": 4, "guesses": 6})
-            assert isinstance(cycle, LookaheadRound)
-            assert cycle.guesses <= min(6, cycle.found)
-            rounds.append((cycle.found, cycle.guesses, cycle.tokens))
+            round_ = session.step({"window": 3, "ngram": 4, "guesses": 6})
+            assert isinstance(round_, LookaheadRound)
+            assert round_.guesses <= min(6, round_.available)
+            rounds.append((round_.available, round_.guesses, round_.tokens))
         return rounds
 
     assert verified(PoolSettings(**option)) != verified(PoolSettings())
 
 
-def test_options_that_select_verify_fewer_guesses_than_were_found(make_table: Callable[..., LanguageModel]) -> None:
+def test_options_that_select_verify_fewer_knownthan_were_found(make_table: Callable[..., LanguageModel]) -> None:
     for option in ("top share", "overlap", "two stages"):
         decoder = LookaheadDecoder(Pair(make_table(6, seed=3, spread=1.5)), pool=PoolSettings(**OPTIONS[option]))
         rounds = decoder.generate([1, 2, 3, 1, 4, 2], max_new_tokens=80, sampling=Sampling(), seed=0).rounds
-        kept = [cycle for cycle in rounds if isinstance(cycle, LookaheadRound)]
-        assert 0 < sum(cycle.guesses for cycle in kept) < sum(min(5, cycle.found) for cycle in kept)
+        kept = [round_ for round_ in rounds if isinstance(round_, LookaheadRound)]
+        assert 0 < sum(round_.guesses for round_ in kept) < sum(min(5, round_.available) for round_ in kept)

@@ -38,11 +38,11 @@ def lookahead(pair: Pair, **arguments: Any) -> LatencyProfile:
 def test_rounds_of_every_size_are_timed_up_to_the_largest(
     alone: Pair, largest: int, sizes: list[int], temperature: float
 ) -> None:
-    found = lookahead(alone, max_target_tokens=largest, sampling=Sampling(temperature=temperature))
-    assert list(found.target_seconds) == sizes
-    assert (found.kind, found.draft_seconds, found.batch_size, found.context) == ("lookahead", {0: 0.0}, 1, 5)
-    assert found.sampling == ("sampled" if temperature else "greedy")
-    assert found.hardware == describe_hardware(alone)
+    result = lookahead(alone, max_target_tokens=largest, sampling=Sampling(temperature=temperature))
+    assert list(result.target_seconds) == sizes
+    assert (result.kind, result.draft_seconds, result.batch_size, result.context) == ("lookahead", {0: 0.0}, 1, 5)
+    assert result.sampling == ("sampled" if temperature else "greedy")
+    assert result.hardware == describe_hardware(alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -50,10 +50,10 @@ def test_by_default_everything_that_the_knobs_allow_is_covered(
     make_model: Callable[..., PreTrainedModel], family: str
 ) -> None:
     target = make_model(family, layers=1, vocabulary=64, hidden=16, context=256)
-    found = measure(Pair(target), "lookahead", repeats=1)
+    result = measure(Pair(target), "lookahead", repeats=1)
     knobs = {knob.name: knob.high for knob in LookaheadDecoder(Pair(target)).knobs}
-    assert max(found.target_seconds) == (knobs["window"] + knobs["guesses"]) * (knobs["ngram"] - 1) == 160
-    assert all(math.isfinite(seconds) and seconds > 0 for seconds in found.target_seconds.values())
+    assert max(result.target_seconds) == (knobs["window"] + knobs["guesses"]) * (knobs["ngram"] - 1) == 160
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in result.target_seconds.values())
 
 
 def test_the_rounds_that_are_timed_read_what_the_profile_says(alone: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +65,8 @@ def test_the_rounds_that_are_timed_read_what_the_profile_says(alone: Pair, monke
         return forward(*arguments, **more)
 
     monkeypatch.setattr(alone.target.model, "forward", watched)
-    found = lookahead(alone, repeats=2, max_target_tokens=32)
-    assert set(found.target_seconds) <= set(read)
+    result = lookahead(alone, repeats=2, max_target_tokens=32)
+    assert set(result.target_seconds) <= set(read)
     assert max(read) == 32
 
 
@@ -86,9 +86,11 @@ def test_timed_rounds_stand_behind_others_of_their_kind(alone: Pair, monkeypatch
 
 
 def test_the_profile_charges_real_rounds_by_what_the_target_read(alone: Pair) -> None:
-    found = lookahead(alone)
+    result = lookahead(alone)
     done = LookaheadDecoder(alone).generate([1, 2, 3], max_new_tokens=12, knobs={"window": 4, "ngram": 3, "guesses": 3})
-    assert found.charge(done.rounds) == pytest.approx(sum(found.target(cycle.target_tokens) for cycle in done.rounds))
+    assert result.charge(done.rounds) == pytest.approx(
+        sum(result.target(round_.target_tokens) for round_ in done.rounds)
+    )
 
 
 def test_other_contexts_are_timed_behind_texts_of_their_length(alone: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +102,11 @@ def test_other_contexts_are_timed_behind_texts_of_their_length(alone: Pair, monk
         start(self, decoder, prompt, sampling, **more)
 
     monkeypatch.setattr(EndlessText, "__init__", watched)
-    found = lookahead(alone, contexts=(40, 5, 80))
+    result = lookahead(alone, contexts=(40, 5, 80))
     assert prompts == {5, 40, 80}
-    assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
-    between = found.at(context=60)
-    assert (between.kind, list(between.target_seconds)) == ("lookahead", list(found.target_seconds))
+    assert [(point.batch_size, point.context) for point in (result, *result.points)] == [(1, 5), (1, 40), (1, 80)]
+    between = result.at(context=60)
+    assert (between.kind, list(between.target_seconds)) == ("lookahead", list(result.target_seconds))
 
 
 def test_a_text_that_has_grown_is_begun_anew(alone: Pair) -> None:
@@ -120,8 +122,10 @@ def test_a_short_context_is_timed_as_far_as_it_has_room_and_says_so(
 ) -> None:
     target = make_model("llama", layers=1, vocabulary=64, hidden=16, context=64)
     with caplog.at_level(logging.WARNING):
-        found = measure(Pair(target, name="short"), "lookahead", repeats=3, prompt=[1, 2, 3, 4])
-    assert max(found.target_seconds) == 80  # two rows of 40 columns, behind 4 tokens and the 16 that a text may grow by
+        result = measure(Pair(target, name="short"), "lookahead", repeats=3, prompt=[1, 2, 3, 4])
+    assert (
+        max(result.target_seconds) == 80
+    )  # two rows of 40 columns, behind 4 tokens and the 16 that a text may grow by
     assert "timed up to 80 tokens, not 160" in caplog.text
 
 

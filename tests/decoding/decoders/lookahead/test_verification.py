@@ -27,9 +27,9 @@ def targets(draw: st.DrawFn) -> Target:
     zeros = draw(st.integers(0, 3))
 
     def target(prefix: tuple[int, ...]) -> list[float]:
-        dice = random.Random(f"{salt} {prefix}")
-        weights = [0.0] * zeros + [dice.random() ** 3 for _ in range(VOCABULARY - zeros)]
-        dice.shuffle(weights)
+        rng = random.Random(f"{salt} {prefix}")
+        weights = [0.0] * zeros + [rng.random() ** 3 for _ in range(VOCABULARY - zeros)]
+        rng.shuffle(weights)
         return [weight / sum(weights) for weight in weights]
 
     return target

@@ -42,22 +42,22 @@ def test_three_rounds_by_hand() -> None:
     assert window.rows == [[11, 91, 92], [12, 13, 11]]
 
     window.resize(3, 2)
-    found = window.advance([21, 22, 23], [12], 2, [0.1, 0.2, 0.3])
-    assert [(one.key, one.tokens) for one in found] == [(11, (12, 21)), (91, (13, 22)), (92, (11, 23))]
-    assert [one.probability for one in found] == pytest.approx([0.6 * 0.1, 0.7 * 0.2, 0.5 * 0.3])
+    result = window.advance([21, 22, 23], [12], 2, [0.1, 0.2, 0.3])
+    assert [(item.key, item.tokens) for item in result] == [(11, (12, 21)), (91, (13, 22)), (92, (11, 23))]
+    assert [item.probability for item in result] == pytest.approx([0.6 * 0.1, 0.7 * 0.2, 0.5 * 0.3])
     assert window.rows == [[12, 13, 11], [21, 22, 23]]  # moved up a row, and on a place: aligned as they are
 
-    found = window.advance([31, 32, 33], [21, 31], 2, SURE)  # two tokens at once
-    assert [(one.key, one.tokens) for one in found] == [(12, (21, 31)), (13, (22, 32)), (11, (23, 33))]
-    assert [one.probability for one in found] == pytest.approx([0.1 * 0.5, 0.2 * 0.6, 0.3 * 0.7])
+    result = window.advance([31, 32, 33], [21, 31], 2, SURE)  # two tokens at once
+    assert [(item.key, item.tokens) for item in result] == [(12, (21, 31)), (13, (22, 32)), (11, (23, 33))]
+    assert [item.probability for item in result] == pytest.approx([0.1 * 0.5, 0.2 * 0.6, 0.3 * 0.7])
     assert window.rows == [[31, 23, 21], [32, 33, 31]]
 
 
 def test_a_window_of_one_row_is_jacobi_iteration() -> None:
     window = Window(7, fillers())
     window.resize(4, 1)
-    found = window.advance([1, 2, 3, 4], [1], 1, [1.0] * 4)
-    assert [(one.key, one.tokens) for one in found] == [(7, (1,)), (90, (2,)), (91, (3,)), (92, (4,))]
+    result = window.advance([1, 2, 3, 4], [1], 1, [1.0] * 4)
+    assert [(item.key, item.tokens) for item in result] == [(7, (1,)), (90, (2,)), (91, (3,)), (92, (4,))]
     assert window.rows == [[1, 2, 3, 4]]
     window.advance([2, 5, 6, 8], [2, 5, 6], 1, [1.0] * 4)
     assert window.rows == [[6, 8, 2, 5]]
@@ -84,9 +84,9 @@ def test_its_size_may_change_at_any_time() -> None:
     window.resize(4, 5)  # wider, but rows come one a round
     assert [row[:2] for row in window.rows] == [row[:2] for row in rows[:2]]
     assert [len(row) for row in window.rows] == [4, 4]
-    found = window.advance([1, 2, 3, 4], [5], 2, [0.9] * 4)
-    assert found[0].probability > 0
-    assert found[3].probability == 0  # through a filler
+    result = window.advance([1, 2, 3, 4], [5], 2, [0.9] * 4)
+    assert result[0].probability > 0
+    assert result[3].probability == 0  # through a filler
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(2, 6), st.integers(1, 8)), min_size=1, max_size=20))
@@ -99,9 +99,9 @@ def test_any_changes_leave_a_rectangle_that_begins_with_the_current_token(change
         assert window.rows[0][0] == current
         assert [len(row) for row in window.rows] == [columns] * rows
         new = [next(tokens) for _ in range(emitted)]
-        found = window.advance([next(tokens) for _ in range(columns)], new, ngram - 1, [1.0] * columns)
-        assert len(found) == (columns if rows == ngram - 1 else 0)
-        assert all(len(one.tokens) == ngram - 1 for one in found)
+        result = window.advance([next(tokens) for _ in range(columns)], new, ngram - 1, [1.0] * columns)
+        assert len(result) == (columns if rows == ngram - 1 else 0)
+        assert all(len(item.tokens) == ngram - 1 for item in result)
         current, rows = new[-1], min(rows + 1, ngram - 1)
 
 
@@ -115,10 +115,10 @@ def test_the_window_fills_up_for_n_less_two_rounds_and_then_harvests_every_round
     decoder = LookaheadDecoder(Pair(table_of(counting(6))), pool=PoolSettings(seeds="nothing"))
     session = decoder.start([0, 1, 2, 3, 4, 5], max_new_tokens=90, seed=0)
     rounds = [session.step({"window": 4, "ngram": ngram, "guesses": 3}) for _ in range(ngram + 6)]
-    for number, cycle in enumerate(rounds):
-        assert isinstance(cycle, LookaheadRound)
-        assert cycle.target_tokens == 4 * min(number + 1, ngram - 1) + cycle.guesses * (ngram - 1)
-        assert (cycle.pool_size > 0) == (number >= ngram - 2)
+    for number, round_ in enumerate(rounds):
+        assert isinstance(round_, LookaheadRound)
+        assert round_.target_tokens == 4 * min(number + 1, ngram - 1) + round_.guesses * (ngram - 1)
+        assert (round_.pool_size > 0) == (number >= ngram - 2)
     assert len(rounds[-1].tokens) >= ngram  # a guess of N - 1 tokens came true, or more
 
 

@@ -1,4 +1,4 @@
-"""What is accepted of a tree: literal transcriptions of the rules, brute force, and the known traps."""
+"""Acceptance of a tree: literal transcriptions of the rules, brute force, and the known traps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TREES = [RAGGED, cartesian([3, 2, 2]), cartesian([1, 1, 1, 1]), sparse(assumed_a
 
 
 def every_path(tree: CandidateTree) -> list[list[int]]:
-    """From below the root to each node, and the empty one."""
+    """Paths from below the root to all nodes, and the empty path."""
     return [tree.tree.path(node)[1:] for node in range(len(tree) + 1)]
 
 
@@ -81,12 +81,12 @@ def test_the_threshold_is_strict_and_epsilon_or_the_entropy_whichever_is_lower()
 
 @pytest.mark.parametrize("tree", TREES)
 def test_the_longest_path_that_passes_wins_and_then_the_most_probable(tree: CandidateTree) -> None:
-    dice = random.Random(len(tree))
+    rng = random.Random(len(tree))
     tied = 0
     for _ in range(100):
-        share = dice.choice([0.3, 0.7, 0.95])
-        passes = [float(dice.random() < share) for _ in range(len(tree))]
-        chances = [dice.random() for _ in range(len(tree))]
+        share = rng.choice([0.3, 0.7, 0.95])
+        passes = [float(rng.random() < share) for _ in range(len(tree))]
+        chances = [rng.random() for _ in range(len(tree))]
         whole = [path for path in every_path(tree) if all(passes[node - 1] for node in path)]
         length = max(map(len, whole))
         among = [path for path in whole if len(path) == length]
@@ -120,17 +120,17 @@ def test_matched_is_the_longest_path_of_the_targets_own_choices(tree: CandidateT
     for seed in range(100):
         _, tokens = random_case(tree, seed, vocabulary=12)
         read = tokens.tolist()
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         # Often one of the children, so that long paths come up.
-        choices = [dice.choice([read[child] for child in children] or [0]) for children in tree.children]
-        choices = [choice if dice.random() < 0.8 else dice.randrange(12) for choice in choices]
-        own = [
+        choices = [rng.choice([read[child] for child in children] or [0]) for children in tree.children]
+        choices = [choice if rng.random() < 0.8 else rng.randrange(12) for choice in choices]
+        mine = [
             path
             for path in every_path(tree)
             if all(read[node] == choices[above] for above, node in itertools.pairwise([0, *path]))
         ]
-        assert matched(tree, read, choices) == max(own, key=len)
-        lengths.add(len(max(own, key=len)))
+        assert matched(tree, read, choices) == max(mine, key=len)
+        lengths.add(len(max(mine, key=len)))
     assert lengths == set(range(tree.heads + 1)) or tree.heads > 3
 
 
@@ -160,9 +160,9 @@ def test_a_text_goes_on_with_the_targets_own_token_after_a_short_leaf(
     target = ReadableTable(TableModel(table))
     decoder = kind(Pair(target), scripted_heads(target, [[3, 4, 6], [0, 2, 1], [0, 2, 1], [0, 2, 1]]), tree=RAGGED)
     session = decoder.start([1, 5], max_new_tokens=20, sampling=sampling, seed=0)
-    cycle = session.step()
-    assert cycle.tokens == (3, 0)
-    assert cycle.accepted == 1
+    round_ = session.step()
+    assert round_.tokens == (3, 0)
+    assert round_.accepted == 1
     while not session.finished:
         session.step()
     assert session.tokens == ([3, 0, 7, 5] * 5)[:20]
@@ -178,7 +178,9 @@ def test_typical_acceptance_at_temperature_0_is_greedy_decoding(make_model: Make
         assert generation.tokens == expected
         assert generation.divergence == 0
         assert (
-            0 < sum(cycle.accepted for cycle in generation.rounds) < sum(cycle.drafted for cycle in generation.rounds)
+            0
+            < sum(round_.accepted for round_ in generation.rounds)
+            < sum(round_.drafted for round_ in generation.rounds)
         )
 
 
@@ -196,17 +198,17 @@ def test_the_reported_divergence_is_what_emitted_candidates_lacked_to_certainty(
         session = decoder.start([1, 2, 7, 8], max_new_tokens=30, sampling=sampling, seed=seed)
         while not session.finished:
             context = list(session.context)
-            cycle = session.step(knobs)
-            assert isinstance(cycle, MedusaRound)
+            round_ = session.step(knobs)
+            assert isinstance(round_, MedusaRound)
             lacking = 0.0
-            for token in cycle.tokens[: cycle.accepted]:
+            for token in round_.tokens[: round_.accepted]:
                 p = conditional(pair.target, sampling, context).tolist()
                 assert transcribed(p, token, knobs["epsilon"], knobs["delta"])
                 lacking += 1 - p[token]
                 context.append(token)
-            assert cycle.divergence == pytest.approx(lacking, abs=1e-4)
-            accepted += cycle.accepted
-            cut += cycle.accepted == len(cycle.tokens)  # by a token that ends the text, within the path
+            assert round_.divergence == pytest.approx(lacking, abs=1e-4)
+            accepted += round_.accepted
+            cut += round_.accepted == len(round_.tokens)  # by a token that ends the text, within the path
     model.generation_config.eos_token_id = None
     assert accepted > 10
     assert cut > 0
@@ -222,9 +224,9 @@ def test_strict_thresholds_accept_only_what_stands_out(make_model: MakeModel) ->
             session = decoder.start([1, 2, 7], max_new_tokens=30, sampling=Sampling(1.2), seed=seed)
             while not session.finished:
                 context = list(session.context)
-                cycle = session.step(knobs)
-                accepted[name] += cycle.accepted
-                for token in cycle.tokens[: cycle.accepted] if name == "strict" else ():
+                round_ = session.step(knobs)
+                accepted[name] += round_.accepted
+                for token in round_.tokens[: round_.accepted] if name == "strict" else ():
                     p = conditional(pair.target, Sampling(1.2), context).tolist()
                     entropy = -sum(share * math.log(share) for share in p if share)
                     # More than twice as probable as a token of as many equally likely ones.
@@ -240,4 +242,4 @@ def test_the_exact_decoder_reports_no_divergence(make_model: MakeModel) -> None:
     for sampling in (*SAMPLINGS.values(), Sampling(0.0)):
         generation = decoder.generate([1, 2, 3], max_new_tokens=40, sampling=sampling, seed=0)
         assert generation.divergence == 0
-        assert sum(cycle.accepted for cycle in generation.rounds) > 0
+        assert sum(round_.accepted for round_ in generation.rounds) > 0

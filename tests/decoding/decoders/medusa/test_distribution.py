@@ -1,4 +1,4 @@
-"""What Medusa decoding samples follows the target's distribution, whatever the tree and the heads."""
+"""Samples of Medusa decoding follow the target's distribution, whatever the tree and the heads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def changing(number: int) -> Mapping[str, float]:
 
 
 class Choices:
-    """What the target chose after each node, each a branch of the walk when it is first looked at.
+    """Choices of the target after the nodes, a branch of the walk when first looked at.
 
     A node that nobody looks at makes no difference to the text, and rows of a draw are independent.
     """
@@ -53,7 +53,7 @@ class Choices:
 
 
 class MedusaWalker(Walker):
-    """What Medusa decoding draws is what the target chose after each node."""
+    """Walker whose draws are the target's choices after the nodes."""
 
     def branch(self, patch: pytest.MonkeyPatch, walk: Branches) -> None:
         """A node is a branch."""
@@ -114,10 +114,10 @@ def accepts_a_sibling(tree: CandidateTree, tokens: Sequence[float], choices: Seq
     """The child that the target chose, and where there is none, the last one: it was nearly chosen."""
     path, node = list[int](), 0
     while tree.children[node]:
-        own = [child for child in tree.children[node] if tokens[child] == choices[node]]
-        node = own[0] if own else tree.children[node][-1]
+        mine = [child for child in tree.children[node] if tokens[child] == choices[node]]
+        node = mine[0] if mine else tree.children[node][-1]
         path.append(node)
-        if not own:
+        if not mine:
             break
     return path
 

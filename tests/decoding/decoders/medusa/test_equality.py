@@ -20,7 +20,7 @@ from tests.helpers.small_medusa_heads import random_heads, taught_heads
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]
 Knobs = Callable[[int], Mapping[str, float]]
-"""Of a round, by its number."""
+"""Knobs of a round by its number."""
 
 NEW = 24
 TREES = {
@@ -35,14 +35,14 @@ SIZES = [(4, 1), (4, 4), (4, 16), (2, 8), (1, 5), (4, 64), (0, 16), (4, 0), (0, 
 
 
 def of_size(heads: int, tree_size: int) -> Knobs:
-    """The same knobs in every round."""
+    """Equal knobs in every round."""
     return lambda number: {"heads": heads, "tree_size": tree_size}
 
 
 def changing(seed: int) -> Knobs:
     """Other knobs in every round, from the whole of their ranges."""
-    dice = random.Random(seed)
-    return lambda number: {"heads": dice.randint(0, 4), "tree_size": dice.choice((0, 1, 3, 9, 27, 64))}
+    rng = random.Random(seed)
+    return lambda number: {"heads": rng.randint(0, 4), "tree_size": rng.choice((0, 1, 3, 9, 27, 64))}
 
 
 def nothing(number: int) -> Mapping[str, float]:
@@ -56,13 +56,13 @@ def decode(decoder: Decoder, prompt: Sequence[int], new: int, knobs: Knobs) -> t
     while not session.finished:
         rounds.append(session.step(knobs(len(rounds))))
         assert session.target.length == len(session.context) - 1
-    assert [token for cycle in rounds for token in cycle.tokens] == session.tokens
-    for cycle in rounds:
-        assert isinstance(cycle, MedusaRound)
-        assert 0 <= cycle.accepted <= min(cycle.drafted, cycle.heads)
-        assert cycle.target_tokens == cycle.drafted + 1
-        assert cycle.draft_steps == cycle.heads
-        assert cycle.divergence == 0
+    assert [token for round_ in rounds for token in round_.tokens] == session.tokens
+    for round_ in rounds:
+        assert isinstance(round_, MedusaRound)
+        assert 0 <= round_.accepted <= min(round_.drafted, round_.heads)
+        assert round_.target_tokens == round_.drafted + 1
+        assert round_.draft_steps == round_.heads
+        assert round_.divergence == 0
     return session, rounds
 
 
@@ -74,13 +74,13 @@ class Tally:
         self.lengths: set[int] = set()
 
     def add(self, rounds: Sequence[Round]) -> None:
-        self.accepted += sum(cycle.accepted for cycle in rounds)
-        self.rejected += sum(cycle.drafted - cycle.accepted for cycle in rounds)
-        self.lengths |= {cycle.accepted for cycle in rounds}
+        self.accepted += sum(round_.accepted for round_ in rounds)
+        self.rejected += sum(round_.drafted - round_.accepted for round_ in rounds)
+        self.lengths |= {round_.accepted for round_ in rounds}
 
 
 def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
-    """Of one token, five, nine and thirteen."""
+    """Prompts of one token, five, nine and thirteen."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randint(0, vocabulary, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(count)
@@ -117,10 +117,10 @@ def test_greedy_output_on_random_models_equals_generate(
     for number, size in enumerate(SIZES):
         cases += [(MedusaDecoder(pair, heads[number % 2 and vocabulary // 96]), of_size(*size))]
     for tree in TREES.values():
-        cases += [(MedusaDecoder(pair, each, tree=tree), nothing) for each in heads[: 1 + vocabulary // 96]]
-    for number, each in enumerate(heads):
+        cases += [(MedusaDecoder(pair, item, tree=tree), nothing) for item in heads[: 1 + vocabulary // 96]]
+    for number, item in enumerate(heads):
         # At temperature 0 the lossy decoder is no other.
-        cases += [((MedusaDecoder, TypicalMedusaDecoder)[number % 2](pair, each), changing(number))]
+        cases += [((MedusaDecoder, TypicalMedusaDecoder)[number % 2](pair, item), changing(number))]
     heads[2].accuracies = ((0.1, 0.2, 0.7), (0.0, 0.6), (0.5,), (0.5, 0.5))  # trees by measured ones, in any order
     cases += [(MedusaDecoder(pair, heads[2]), of_size(4, 16)), (MedusaDecoder(pair, heads[2]), changing(9))]
     tally = Tally()
@@ -143,7 +143,7 @@ def test_the_first_round_after_a_prompt_of_one_token_drafts_nothing(make_model: 
         session = decoder.start([3], max_new_tokens=20)
         rounds = [session.step(), session.step()]
         # There is no hidden state yet that heads could read.
-        assert [cycle.drafted for cycle in rounds] == [0, 16 if decoder.knobs else 30]
+        assert [round_.drafted for round_ in rounds] == [0, 16 if decoder.knobs else 30]
 
 
 def test_texts_of_one_to_three_tokens_equal_generate(make_model: MakeModel, reference: Reference) -> None:
@@ -162,8 +162,8 @@ def test_texts_of_one_to_three_tokens_equal_generate(make_model: MakeModel, refe
                 session, rounds = decode(decoder, prompt, new, knobs)
                 assert session.tokens == tokens
                 # No deeper than there is room for.
-                assert all(isinstance(cycle, MedusaRound) and cycle.heads < new for cycle in rounds)
-                accepted += sum(cycle.accepted for cycle in rounds)
+                assert all(isinstance(round_, MedusaRound) and round_.heads < new for round_ in rounds)
+                accepted += sum(round_.accepted for round_ in rounds)
     assert accepted > 10
 
 
@@ -203,9 +203,9 @@ def test_a_text_that_ends_within_an_accepted_path_ends_where_generate_ends_it(
         pair = Pair(model)
         assert pair.eos_token_ids == {end, (end + 1) % 12}
         # Prompts hold such tokens, and may end in one.
-        given = [*prompts, [end], [3, end, 4, end], [end, 5, end, 5, end, 5]]
+        options = [*prompts, [end], [3, end, 4, end], [end, 5, end, 5, end, 5]]
         decoders = [MedusaDecoder(pair, heads), *(MedusaDecoder(pair, heads, tree=tree) for tree in TREES.values())]
-        for number, (prompt, tokens) in enumerate(zip(given, reference(model, given, NEW), strict=True)):
+        for number, (prompt, tokens) in enumerate(zip(options, reference(model, options, NEW), strict=True)):
             for decoder, knobs in ((decoders[0], changing(number)), (decoders[1 + number % len(TREES)], nothing)):
                 session, rounds = decode(decoder, prompt, NEW, knobs)
                 assert session.tokens == tokens

@@ -62,7 +62,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, target: LanguageModel) -> Pa
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """Of two heads with accuracies; to be damaged."""
+    """Folder of two heads with accuracies; to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "heads"))
 
 

@@ -172,8 +172,8 @@ def test_the_targets_parameters_are_not_among_the_heads(make_model: MakeModel, k
     assert not any(parameter.data_ptr() in storages for parameter in heads.parameters() if parameter.numel())
     hidden, _ = last_states(model)
     heads(hidden).square().sum().backward()
-    own = [name for name, parameter in heads.named_parameters() if parameter.numel() and parameter.grad is None]
-    assert not own
+    mine = [name for name, parameter in heads.named_parameters() if parameter.numel() and parameter.grad is None]
+    assert not mine
     if not kind:
         # The layer that they share sees a gradient, which is why whoever trains heads lists their own parameters only.
         optimiser = torch.optim.SGD(heads.parameters(), lr=0.1)
@@ -233,14 +233,14 @@ def test_a_tree_that_asks_for_more_than_there_is_is_refused(make_model: MakeMode
 
 
 def test_heads_that_serve_two_targets_stay_with_the_first(make_model: MakeModel) -> None:
-    one, other = make_model("llama"), make_model("llama", seed=1)
-    heads = random_heads(one, 2)
+    item, other = make_model("llama"), make_model("llama", seed=1)
+    heads = random_heads(item, 2)
     heads.accuracies = ((0.5, 0.2), (0.4, 0.1))
-    first = MedusaDecoder(Pair(one), heads)
+    first = MedusaDecoder(Pair(item), heads)
     hidden = torch.randn(32, generator=torch.Generator().manual_seed(0))
     before = first.heads.candidates(hidden, 2, 5)
     second = MedusaDecoder(Pair(other), heads)
     assert torch.equal(first.heads.candidates(hidden, 2, 5), before)
     assert not torch.equal(second.heads.candidates(hidden, 2, 5), before)
     assert second.heads.accuracies == heads.accuracies
-    assert MedusaDecoder(Pair(one), heads).heads is heads
+    assert MedusaDecoder(Pair(item), heads).heads is heads

@@ -24,7 +24,7 @@ HIDDEN = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Block(nn.Module):
-    """As the authors have it."""
+    """Block of the authors' code."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

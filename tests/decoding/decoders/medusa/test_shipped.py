@@ -29,9 +29,9 @@ def test_greedy_texts_equal_generate_at_two_tokens_a_pass_or_more(name: str, ref
             (TypicalMedusaDecoder(pair), {"heads": 5, "tree_size": 64}),
         ]
         for number, prompt in enumerate(prompts):
-            made = decoder.generate(prompt, max_new_tokens=NEW, knobs={"tree_size": 32})
-            assert made.tokens == expected[number]
-            tokens, rounds = tokens + len(made.tokens), rounds + len(made.rounds)
+            result = decoder.generate(prompt, max_new_tokens=NEW, knobs={"tree_size": 32})
+            assert result.tokens == expected[number]
+            tokens, rounds = tokens + len(result.tokens), rounds + len(result.rounds)
             other, knobs = others[number % 3]
             assert other.generate(prompt, max_new_tokens=NEW, knobs=knobs).tokens == expected[number]
     assert tokens / rounds >= 2.0

@@ -55,13 +55,13 @@ def medusa(pair: Pair, heads: MedusaHeads | None, **arguments: Any) -> LatencyPr
 def test_every_number_of_heads_and_every_size_of_tree_are_timed_up_to_the_largest(
     alone: Pair, heads: MedusaHeads, largest: int, sizes: list[int], asked: list[int], temperature: float
 ) -> None:
-    found = medusa(alone, heads, max_target_tokens=largest, sampling=Sampling(temperature=temperature))
-    assert list(found.target_seconds) == sizes
-    assert list(found.draft_seconds) == asked
-    assert all(seconds > 0 for seconds in found.draft_seconds.values())
-    assert (found.kind, found.batch_size, found.context) == ("medusa", 1, 5)
-    assert found.sampling == ("sampled" if temperature else "greedy")
-    assert found.hardware == {**describe_hardware(alone), "medusa": {"heads": 3, **SHAPE}}
+    result = medusa(alone, heads, max_target_tokens=largest, sampling=Sampling(temperature=temperature))
+    assert list(result.target_seconds) == sizes
+    assert list(result.draft_seconds) == asked
+    assert all(seconds > 0 for seconds in result.draft_seconds.values())
+    assert (result.kind, result.batch_size, result.context) == ("medusa", 1, 5)
+    assert result.sampling == ("sampled" if temperature else "greedy")
+    assert result.hardware == {**describe_hardware(alone), "medusa": {"heads": 3, **SHAPE}}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -70,9 +70,11 @@ def test_by_default_all_that_the_knobs_allow_is_covered(
 ) -> None:
     pair = Pair(make_model(family, layers=1, vocabulary=64, hidden=16, context=256))
     heads = heads_of(pair, 5)
-    found = measure(pair, MedusaDecoder(pair, heads), repeats=1)
+    result = measure(pair, MedusaDecoder(pair, heads), repeats=1)
     knobs = {knob.name: knob.high for knob in MedusaDecoder(pair, heads).knobs}
-    assert (max(found.draft_seconds), max(found.target_seconds)) == (knobs["heads"], knobs["tree_size"] + 1) == (5, 65)
+    assert (
+        (max(result.draft_seconds), max(result.target_seconds)) == (knobs["heads"], knobs["tree_size"] + 1) == (5, 65)
+    )
 
 
 def test_the_rounds_that_are_timed_ask_and_read_what_the_profile_says(
@@ -91,32 +93,32 @@ def test_the_rounds_that_are_timed_ask_and_read_what_the_profile_says(
 
     monkeypatch.setattr(alone.target.model, "forward", watched)
     monkeypatch.setattr(heads, "candidates", counted)
-    found = medusa(alone, heads, max_target_tokens=40)
-    assert set(found.target_seconds) <= set(read)
+    result = medusa(alone, heads, max_target_tokens=40)
+    assert set(result.target_seconds) <= set(read)
     assert max(read) == 40
-    assert set(asked) | {0} == set(found.draft_seconds)
+    assert set(asked) | {0} == set(result.draft_seconds)
 
 
 def test_trees_and_heads_are_timed_alike_whatever_the_heads_have_learned(alone: Pair, heads: MedusaHeads) -> None:
     heads.accuracies = ((0.9, 0.1), (0.1, 0.0), (0.01, 0.0))  # trees of these would hardly ever ask the last head
-    found = medusa(alone, heads, max_target_tokens=20)
-    assert list(found.draft_seconds) == [0, 1, 2, 3]
-    assert max(found.target_seconds) == 20
+    result = medusa(alone, heads, max_target_tokens=20)
+    assert list(result.draft_seconds) == [0, 1, 2, 3]
+    assert max(result.target_seconds) == 20
 
 
 def test_the_profile_charges_real_rounds_by_heads_asked_and_tokens_read(alone: Pair, heads: MedusaHeads) -> None:
-    found = LatencyProfile("t", {0: 0.25, 1: 1.0, 3: 2.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="medusa")
+    result = LatencyProfile("t", {0: 0.25, 1: 1.0, 3: 2.0}, {1: 10.0, 4: 13.0}, 9.0, {}, kind="medusa")
     done = MedusaDecoder(alone, heads).generate([1, 2, 3], max_new_tokens=9, knobs={"heads": 3, "tree_size": 8})
-    charged = sum(found.draft(cycle.draft_steps) + 9 + cycle.target_tokens for cycle in done.rounds)
-    assert found.charge(done.rounds) == pytest.approx(charged)
-    assert {cycle.target_tokens for cycle in done.rounds[:2]} == {9}
+    charged = sum(result.draft(round_.draft_steps) + 9 + round_.target_tokens for round_ in done.rounds)
+    assert result.charge(done.rounds) == pytest.approx(charged)
+    assert {round_.target_tokens for round_ in done.rounds[:2]} == {9}
 
 
 def test_a_round_has_no_more_heads_than_there_are_and_candidates_alone_have_a_marginal_cost() -> None:
-    found = LatencyProfile("t", {0: 0.0, 5: 5.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="medusa")
-    assert found.round(2) == pytest.approx(2.0 + 11.0)
-    assert found.round(64) == pytest.approx(5.0 + 42.0)
-    assert found.marginal_cost() == pytest.approx(0.05)
+    result = LatencyProfile("t", {0: 0.0, 5: 5.0}, {1: 10.0, 65: 42.0}, 10.0, {}, kind="medusa")
+    assert result.round(2) == pytest.approx(2.0 + 11.0)
+    assert result.round(64) == pytest.approx(5.0 + 42.0)
+    assert result.marginal_cost() == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(("temperature", "named", "judges"), [(0.0, "medusa", False), (1.0, "medusa-typical", True)])
@@ -134,10 +136,10 @@ def test_typical_acceptance_is_timed_as_such_when_sampling_and_greedy_as_the_exa
     sampling = Sampling(temperature)
     medusa(alone, heads, sampling=sampling)
     assert not judged
-    found = medusa(alone, heads, sampling=sampling, decoder=TypicalMedusaDecoder)
-    assert found.kind == named
+    result = medusa(alone, heads, sampling=sampling, decoder=TypicalMedusaDecoder)
+    assert result.kind == named
     assert bool(judged) is judges
-    assert (max(found.draft_seconds), max(found.target_seconds)) == (3, 12)
+    assert (max(result.draft_seconds), max(result.target_seconds)) == (3, 12)
     TypicalMedusaDecoder(alone, heads).generate([1, 2, 3], max_new_tokens=9, sampling=sampling, seed=0)
     assert bool(judged) is judges  # as the decoder does itself
 
@@ -160,9 +162,9 @@ def test_profiles_of_typical_acceptance_are_kept_apart_where_they_differ(
 
 
 def test_other_contexts_are_timed_behind_texts_of_their_length(alone: Pair, heads: MedusaHeads) -> None:
-    found = medusa(alone, heads, contexts=(40, 5, 80))
-    assert [(point.batch_size, point.context) for point in (found, *found.points)] == [(1, 5), (1, 40), (1, 80)]
-    between = found.at(context=60)
+    result = medusa(alone, heads, contexts=(40, 5, 80))
+    assert [(point.batch_size, point.context) for point in (result, *result.points)] == [(1, 5), (1, 40), (1, 80)]
+    between = result.at(context=60)
     assert (between.kind, list(between.draft_seconds)) == ("medusa", [0, 1, 2, 3])
 
 
@@ -171,8 +173,8 @@ def test_heads_whose_candidates_are_few_are_timed_as_far_as_they_go_and_it_is_sa
 ) -> None:
     single = heads_of(alone, 1, vocabulary=range(6))
     with caplog.at_level(logging.WARNING):
-        found = measure(alone, MedusaDecoder(alone, single), repeats=1, prompt=[1, 2])
-    assert max(found.target_seconds) == 6  # of the sizes that are timed; seven tokens would fit
+        result = measure(alone, MedusaDecoder(alone, single), repeats=1, prompt=[1, 2])
+    assert max(result.target_seconds) == 6  # of the sizes that are timed; seven tokens would fit
     assert "cannot read 65 tokens; rounds are timed up to 6" in caplog.text
     with pytest.raises(ValueError, match="cannot read 30 tokens; give a max_target_tokens of at most 6"):
         medusa(alone, single, max_target_tokens=30)

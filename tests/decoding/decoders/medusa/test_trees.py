@@ -41,21 +41,21 @@ def chance(path: Ranks, accuracies: Sequence[Sequence[float]]) -> float:
     return math.prod(accuracies[depth][rank] for depth, rank in enumerate(path))
 
 
-def random_accuracies(dice: random.Random, kind: str) -> list[list[float]]:
-    widths = dice.choice([[3], [3, 3], [2, 2, 2], [4, 2], [1, 3, 2]])
+def random_accuracies(rng: random.Random, kind: str) -> list[list[float]]:
+    widths = rng.choice([[3], [3, 3], [2, 2, 2], [4, 2], [1, 3, 2]])
     if kind == "ties":
-        return [[dice.choice([0.25, 0.5]) for _ in range(width)] for width in widths]
+        return [[rng.choice([0.25, 0.5]) for _ in range(width)] for width in widths]
     if kind == "zeros":
-        return [[dice.choice([0.0, 0.0, dice.random()]) for _ in range(width)] for width in widths]
-    rows = [[dice.random() for _ in range(width)] for width in widths]
+        return [[rng.choice([0.0, 0.0, rng.random()]) for _ in range(width)] for width in widths]
+    rows = [[rng.random() for _ in range(width)] for width in widths]
     return [sorted(row, reverse=True) for row in rows] if kind == "descending" else rows
 
 
 @pytest.mark.parametrize("kind", ["descending", "any order", "zeros", "ties"])
 def test_no_other_tree_expects_more_than_the_sparse_one(kind: str) -> None:
-    dice = random.Random(kind)
+    rng = random.Random(kind)
     for _ in range(12):
-        accuracies = random_accuracies(dice, kind)
+        accuracies = random_accuracies(rng, kind)
         for size in (0, 1, 2, 4):
             tree = sparse(accuracies, size)
             best = max(expected_length(other, accuracies) for other in every_tree(accuracies, size))
@@ -154,9 +154,9 @@ def test_a_node_sees_the_root_its_ancestors_and_itself(tree: CandidateTree) -> N
 
 
 def test_the_order_in_which_paths_are_given_makes_no_difference() -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(10):
-        shuffled = dice.sample(RAGGED, len(RAGGED))
+        shuffled = rng.sample(RAGGED, len(RAGGED))
         assert CandidateTree(shuffled).paths == ((0,), (1,), (3,), (0, 2), (3, 0), (0, 2, 1))
 
 
@@ -190,10 +190,10 @@ def test_the_expected_length_is_the_sum_of_the_chances_of_all_nodes() -> None:
 def test_the_expected_length_is_what_independent_heads_give() -> None:
     accuracies = [[0.5, 0.3], [0.4, 0.2], [0.6, 0.1]]
     tree = sparse(accuracies, 8)
-    dice = random.Random(0)
+    rng = random.Random(0)
     total, runs = 0, 20_000
     for _ in range(runs):
-        right = tuple(dice.choices(range(3), [*row, 1 - sum(row)])[0] for row in accuracies)  # 2: neither
+        right = tuple(rng.choices(range(3), [*row, 1 - sum(row)])[0] for row in accuracies)  # 2: neither
         total += 1 + sum(right[: len(path)] == path for path in tree.paths)
     # The length of a round varies by about 1, so that the mean is known to about 0.01; five of these are allowed.
     assert total / runs == pytest.approx(expected_length(tree, accuracies), abs=0.05)

@@ -37,7 +37,7 @@ def test_bad_actions_are_refused(traces: dict[str, Trace], profile: LatencyProfi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"places": 1}, "unknown reset option \'places\'; there are: prompt"),
+        ({"places": 1}, "unknown reset option 'places'; there are: prompt"),
         ({"prompt": [0, 1]}, r"reset option prompt has shape \(6,\)"),
         ({"prompt": np.full(6, 0.5)}, r"reset option prompt has shape \(6,\), an index for each"),
         ({"prompt": [0, 0, 0, 3, 0, 0]}, "the trace of tiny/code has prompts 0 to 2 .*, got 3"),

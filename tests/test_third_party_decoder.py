@@ -1,0 +1,116 @@
+"""A decoder from outside the package, one file with one knob and no draft, in everything that decoders are for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.outside_package import install
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKLOAD = "tiny-3m/code"
+
+
+class Outside:
+    """Processes that find the outside package on their path, each from the root of this repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        install(folder)
+        self._environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+            "SPECGYM_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start python with these arguments."""
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=self._environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, *arguments: str) -> str:
+        """Run python to its end, which must be a good one, and return what it printed."""
+        process = self.start(*arguments)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed
+        return printed
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    return Outside(tmp_path_factory.mktemp("outside"))
+
+
+@pytest.fixture(scope="module")
+def recordings(outside: Outside) -> Path:
+    """Outcomes of both splits, recorded by the command."""
+    out = outside.folder / "outcomes"
+    outside.run(
+        *("-m", "specgym.envs.record", WORKLOAD, "--decoder", "copy-last", "--out", str(out)),
+        *("--settings", "5", "--prompts", "3", "--tokens", "32", "--threads", "1"),
+    )
+    return out
+
+
+DECODE = """
+import gymnasium, specgym
+from specgym.decoding import AutoregressiveDecoder, build_decoder, load_pair
+
+pair = load_pair("tiny-3m")
+decoder = build_decoder("copy-last", pair)
+plain = AutoregressiveDecoder(pair)
+for prompt in ("And it came to pass", "def __init__(self, name):"):
+    for copies in (0, 3, 8):
+        text = decoder.generate(prompt, max_new_tokens=40, knobs={"copies": copies})
+        assert text.tokens == plain.generate(prompt, max_new_tokens=40).tokens, (prompt, copies)
+assert decoder.generate("one two one two one", max_new_tokens=30, knobs={"copies": 8}).mean_acceptance_length > 1
+
+env = gymnasium.make("specgym/CopyLast-v0", workload="tiny-3m/code", render_mode="ansi", max_new_tokens=16)
+env.reset(seed=0)
+info = env.step(env.action_space.sample())[4]
+assert info["divergence"] == 0 and info["speedup"] > 0 and 0 <= info["knobs/copies"] <= 8, info
+print(env.render())
+"""
+
+
+def test_it_decodes_as_the_target_and_runs_live(outside: Outside) -> None:
+    assert "taken back" in outside.run("-c", DECODE)
+
+
+REPLAY = """
+import sys
+from pathlib import Path
+
+import gymnasium, numpy, specgym
+
+folder = Path(sys.argv[1])
+recording = next(folder.glob("*.train.npz"))
+profile = sys.argv[2]
+env = gymnasium.make("specgym/CopyLast-v0", backend="replay", recording=recording, profile=profile, max_new_tokens=32)
+env.reset(seed=0)
+rewards = [env.step(env.action_space.sample())[1] for _ in range(5)]
+assert len(set(rewards)) > 1, rewards
+many = gymnasium.make_vec(
+    "specgym/CopyLast-v0", num_envs=8, recording=[recording], profile=[profile], max_new_tokens=32
+)
+many.reset(seed=0)
+assert many.step(many.action_space.sample())[1].shape == (8,)
+"""
+
+
+def test_it_is_recorded_timed_and_replayed(outside: Outside, recordings: Path) -> None:
+    latency = outside.folder / "latency"
+    outside.run("-m", "specgym.envs.profiles", WORKLOAD, "--decoder", "copy-last", "--out", str(latency))
+    (profile,) = latency.iterdir()
+    assert len(list(recordings.glob("*.npz"))) == 2
+    outside.run("-c", REPLAY, str(recordings), str(profile))
