@@ -1,60 +1,61 @@
 from .command_line import evaluate_command, train_command
 from .evaluation.comparison import recommendations
 from .evaluation.cross_validation import Training, train_fold
-from .evaluation.live import Row, evaluate, reward_of, whole_numbers
+from .evaluation.live import Contestant, decode_in_turns, judge_live, reward_of, whole_numbers
+from .evaluation.replayed import problems_of
+from .evaluation.results import Column, ResultTable, Row
 from .evaluation.statistics import holm, interval, resampled_means, sign_flip_test
 from .evaluation.transfer_file import read
 from .evaluation.tuner_table import session
 from .evaluation.universal import losses, universal_setting
+from .experiments.experiment import Experiment, load_settings, save_settings
 from .experiments.learned_tuner import LearnedSearcher, LearnedTuner
-from .experiments.settings import EvaluationSettings, LearningSettings, TrainSettings
-from .experiments.stop_drafts_policy import StoppingPolicy
-from .experiments.tune_knobs import (
-    DraftTreeSettings,
-    LookaheadSettings,
-    MedusaSettings,
-    ThresholdEnvironment,
-    ThresholdSettings,
-    load_settings,
-)
-from .experiments.tune_unseen import TunerSettings
+from .experiments.settings import KnobLearning, LearningSettings, RunSettings
+from .experiments.stop_drafts_settings import StopSettings
+from .experiments.stop_policy import StoppingPolicy
+from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
+from .experiments.tune_unseen_settings import TunerSettings
 from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import load_knobs
 from .export.stop_rule import ExportedStopRule
 from .policy import KnobPolicy
-from .training.beginning import this_command
 from .training.console import quieten
 from .training.environments import recording_path, training_environments
-from .training.files import read_json
-from .training.run_folder import RunFolder
-from .training.settings_checks import SettingsError
-from .training.tuner_run import problems_of
+from .training.run import evaluate, train
+from .training.run_folder import RunFolder, read_json, this_command
+from .training.settings_io import SettingsError
 
 __all__ = [
-    "DraftTreeSettings",
+    "Column",
+    "Contestant",
+    "EnvironmentSettings",
     "EvaluationSettings",
+    "Experiment",
     "ExportedPolicy",
     "ExportedStopRule",
+    "KnobLearning",
     "KnobPolicy",
     "KnobRange",
+    "KnobSettings",
     "LearnedSearcher",
     "LearnedTuner",
     "LearningSettings",
-    "LookaheadSettings",
-    "MedusaSettings",
+    "ResultTable",
     "Row",
     "RunFolder",
+    "RunSettings",
     "SettingsError",
+    "StopSettings",
     "StoppingPolicy",
-    "ThresholdEnvironment",
-    "ThresholdSettings",
-    "TrainSettings",
     "Training",
     "TunerSettings",
+    "decode_in_turns",
+    "default_settings",
     "evaluate",
     "evaluate_command",
     "holm",
     "interval",
+    "judge_live",
     "load_knobs",
     "load_settings",
     "losses",
@@ -66,9 +67,11 @@ __all__ = [
     "recording_path",
     "resampled_means",
     "reward_of",
+    "save_settings",
     "session",
     "sign_flip_test",
     "this_command",
+    "train",
     "train_command",
     "train_fold",
     "training_environments",

@@ -65,16 +65,101 @@ class UncheckedGaussian(DiagGaussianDistribution):
         return self
 
 
-class KnobPolicy(ActorCriticPolicy):
+class GuardedPolicy(ActorCriticPolicy):
+    """An actor-critic whose non-finite outputs are counted and not trained on.
+
+    While acting, a broken row becomes the action 0 with a NaN log-probability, by which `FiniteRolloutBuffer`
+    recognises the transition; while training, the NaN reaches the gradient and `FiniteAdam` skips the step.
+
+    Args:
+        observation_space: of the environments.
+        action_space: whose 0 is an action that changes nothing.
+        lr_schedule: learning rate as a function of the remaining progress.
+        patience: broken passes in a row after which the policy gives up.
+        kwargs: as for `ActorCriticPolicy`.
+
+    Attributes:
+        broken_outputs: rows with a non-finite output so far.
+
+    Raises:
+        NumericalError: (when called) more than `patience` passes in a row were broken.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        patience: int = 50,
+        **kwargs: Any,
+    ) -> None:
+        self.patience = patience
+        self.broken_outputs = 0
+        self._broken_in_a_row = 0
+        kwargs.setdefault("optimizer_class", FiniteAdam)
+        kwargs.setdefault("optimizer_kwargs", {"eps": 1e-5})  # as Stable-Baselines3 does for plain Adam
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | {"patience": self.patience}
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Action, value and log-probability for a batch of observations; a broken row acts with 0."""
+        actions, values, log_prob = super().forward(obs, deterministic)
+        broken = ~_finite_rows(actions) | ~log_prob.isfinite()
+        self._note(broken | ~values.flatten().isfinite())
+        return _at_rest(actions, broken), values, torch.where(broken, torch.nan, log_prob)
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Value, log-probability and entropy of given actions; NaN from a broken network goes on into the loss."""
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        self._note(~(values.flatten().isfinite() & log_prob.isfinite()))
+        return values, log_prob, entropy
+
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """Values of a batch of observations."""
+        values = super().predict_values(obs)
+        self._note(~values.flatten().isfinite(), whole=False)
+        return values
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        actions = super()._predict(observation, deterministic)
+        broken = ~_finite_rows(actions)
+        self._note(broken)
+        return _at_rest(actions, broken)
+
+    def _note(self, broken: Tensor, whole: bool = True) -> None:
+        """Count broken rows of a pass; one that looked at only a part of the networks does not clear the series."""
+        rows = int(broken.sum())
+        self.broken_outputs += rows
+        if rows:
+            self._broken_in_a_row += 1
+        elif whole:
+            self._broken_in_a_row = 0
+        if self._broken_in_a_row > self.patience:
+            raise NumericalError(
+                f"the policy gave NaN or infinities in {self._broken_in_a_row} passes in a row ({self.broken_outputs} "
+                "rows in all). Its weights are beyond repair: go back to an earlier checkpoint, or train anew with a "
+                "lower learning rate."
+            )
+
+
+def _finite_rows(actions: Tensor) -> Tensor:
+    return actions.isfinite().reshape(len(actions), -1).all(1)
+
+
+def _at_rest(actions: Tensor, broken: Tensor) -> Tensor:
+    rows = broken.reshape(-1, *(1 for _ in actions.shape[1:]))
+    return torch.where(rows, torch.zeros_like(actions), actions)
+
+
+class KnobPolicy(GuardedPolicy):
     """An actor-critic with separate two-layer networks of 64 tanh units for policy and value.
 
     For every knob the policy network gives a mean in (-1, 1) and a standard deviation between `std_low` and
     `std_high`, both depending on the state. The action is the change of each knob in units of the environment's own
     step, clipped to [-1, 1] by Stable-Baselines3 like any Gaussian action.
-
-    Non-finite outputs are counted. While acting, they become "no change" with a NaN log-probability, by which
-    `FiniteRolloutBuffer` recognises the transition; while training, the NaN reaches the gradient and `FiniteAdam` skips
-    the step.
 
     Args:
         observation_space: a bounded Box.
@@ -118,13 +203,9 @@ class KnobPolicy(ActorCriticPolicy):
         if len(names) != action_space.shape[0]:
             raise ValueError(f"{len(names)} knob names ({', '.join(names)}) for {action_space.shape[0]} actions")
         self.knob_names = names
-        self.std_low, self.std_high, self.std_start, self.patience = std_low, std_high, std_start, patience
-        self.broken_outputs = 0
-        self._broken_in_a_row = 0
+        self.std_low, self.std_high, self.std_start = std_low, std_high, std_start
         kwargs.setdefault("features_extractor_class", BoundsScaler)
-        kwargs.setdefault("optimizer_class", FiniteAdam)
-        kwargs.setdefault("optimizer_kwargs", {"eps": 1e-5})  # as Stable-Baselines3 does for plain Adam
-        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+        super().__init__(observation_space, action_space, lr_schedule, patience=patience, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.action_dist = UncheckedGaussian(len(self.knob_names))
@@ -143,7 +224,6 @@ class KnobPolicy(ActorCriticPolicy):
             "std_low": self.std_low,
             "std_high": self.std_high,
             "std_start": self.std_start,
-            "patience": self.patience,
         }
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
@@ -159,32 +239,6 @@ class KnobPolicy(ActorCriticPolicy):
         log_std = torch.where(raw_spread.isfinite(), low + (high - low) * raw_spread.sigmoid(), torch.nan)
         return mean, log_std
 
-    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Action, value and log-probability for a batch of observations; a broken row acts with "no change"."""
-        actions, values, log_prob = super().forward(obs, deterministic)
-        broken = ~actions.flatten(1).isfinite().all(1) | ~log_prob.isfinite()
-        self._note(broken | ~values.flatten().isfinite())
-        actions = torch.where(broken.unsqueeze(1), 0.0, actions)
-        return actions, values, torch.where(broken, torch.nan, log_prob)
-
-    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Value, log-probability and entropy of given actions; NaN from a broken network goes on into the loss."""
-        values, log_prob, entropy = super().evaluate_actions(obs, actions)
-        self._note(~(values.flatten().isfinite() & log_prob.isfinite()))
-        return values, log_prob, entropy
-
-    def predict_values(self, obs: PyTorchObs) -> Tensor:
-        """Values of a batch of observations."""
-        values = super().predict_values(obs)
-        self._note(~values.flatten().isfinite(), whole=False)
-        return values
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        actions = super()._predict(observation, deterministic)
-        broken = ~actions.flatten(1).isfinite().all(1)
-        self._note(broken)
-        return torch.where(broken.unsqueeze(1), 0.0, actions)
-
     def distribution_parameters(self, obs: Tensor) -> dict[str, Tensor]:
         """``<knob>_mean`` and ``<knob>_std`` for every knob, each of shape (batch,), in units of the action."""
         with torch.no_grad():
@@ -195,18 +249,3 @@ class KnobPolicy(ActorCriticPolicy):
             parameters[f"{name}_mean"] = mean[:, place]
             parameters[f"{name}_std"] = log_std[:, place].exp()
         return parameters
-
-    def _note(self, broken: Tensor, whole: bool = True) -> None:
-        """Count broken rows of a pass; one that looked at only a part of the networks does not clear the series."""
-        rows = int(broken.sum())
-        self.broken_outputs += rows
-        if rows:
-            self._broken_in_a_row += 1
-        elif whole:
-            self._broken_in_a_row = 0
-        if self._broken_in_a_row > self.patience:
-            raise NumericalError(
-                f"the policy gave NaN or infinities in {self._broken_in_a_row} passes in a row ({self.broken_outputs} "
-                "rows in all). Its weights are beyond repair: go back to an earlier checkpoint, or train anew with a "
-                "lower learning rate."
-            )

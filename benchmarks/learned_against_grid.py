@@ -36,9 +36,9 @@ from rich.table import Table
 from benchmarks.knob_grids import Setting, best_apart, settings_of, thinned
 from specgym.agents import (
     ExportedPolicy,
+    KnobSettings,
     RunFolder,
     SettingsError,
-    TrainSettings,
     load_knobs,
     load_settings,
     quieten,
@@ -86,9 +86,9 @@ def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, token
     torch.set_num_threads(1)
     folder = RunFolder(run)
     settings = load_settings(folder.settings)
-    profile = LatencyProfile.load(folder.profile_paths(settings)[settings.workloads.index(name)])
+    profile = LatencyProfile.load(folder.profile_paths(settings.workloads)[settings.workloads.index(name)])
     task = workload(name)
-    decoder = settings.decoder(task.load())
+    decoder = settings.build(task.load())
     held_out = task.prompt_ids("test")[:prompts]
     earned = []
     for knobs in chosen:
@@ -102,14 +102,14 @@ def rewards(run: Path, name: str, chosen: Sequence[Setting], prompts: int, token
     return earned
 
 
-def fastest_recorded(settings: TrainSettings, name: str, profile: LatencyProfile) -> Setting | None:
+def fastest_recorded(settings: KnobSettings, name: str, profile: LatencyProfile) -> Setting | None:
     """The recorded setting that is fastest with a workload's training prompts; None if the run has no outcomes."""
     if not settings.replayed:
         return None
-    outcomes, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
+    outcomes, _ = find_recording(settings.decoder, recording_path(settings, name, "train"), name, "train")
     if not isinstance(outcomes, Outcomes):
         return None
-    seconds = totals(outcomes, profile.at(), settings.environment.tokens_per_step).per_token("seconds")
+    seconds = totals(outcomes, profile.at(), settings.environment.max_new_tokens).per_token("seconds")
     values = outcomes.settings[int(np.argmin(seconds))].tolist()
     return dict(zip((knob.name for knob in outcomes.info.knobs), values, strict=True))
 
@@ -167,7 +167,7 @@ def decoded(
     return [reward for place in chunks for reward in done[place]]
 
 
-def parsed(arguments: Sequence[str] | None) -> tuple[Settings, TrainSettings, dict[str, list[float]]]:
+def parsed(arguments: Sequence[str] | None) -> tuple[Settings, KnobSettings, dict[str, list[float]]]:
     """The options, the run's settings, and the values of its knobs to try.
 
     Raises:
@@ -209,7 +209,7 @@ def finished_before(path: Path, protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    chosen: Settings, settings: TrainSettings, values: Mapping[str, Sequence[float]]
+    chosen: Settings, settings: KnobSettings, values: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, Any], Path]:
     """Decode workload after workload, and store each as soon as it is finished.
 
@@ -226,7 +226,7 @@ def compare(
         "values": {name: list(tried) for name, tried in values.items()},
         "learned": recommended,
         "seeds": list(settings.evaluation.seeds),
-        "profiles": digest(path.read_text(encoding="utf-8") for path in run.profile_paths(settings)),
+        "profiles": digest(path.read_text(encoding="utf-8") for path in run.profile_paths(settings.workloads)),
     }
     stored = run.path / FILE.format(digest([json.dumps(protocol, sort_keys=True)])[:8])
     done = finished_before(stored, protocol)
@@ -236,8 +236,8 @@ def compare(
             if name in done:
                 progress.add_task(name, total=1, completed=1)
                 continue
-            profile = LatencyProfile.load(run.profile_paths(settings)[settings.workloads.index(name)])
-            decoder = settings.decoder(workload(name).load())
+            profile = LatencyProfile.load(run.profile_paths(settings.workloads)[settings.workloads.index(name)])
+            decoder = settings.build(workload(name).load())
             others = {"learned": decoder.resolve_knobs(recommended[name]), "default": decoder.resolve_knobs(None)}
             recorded = fastest_recorded(settings, name, profile)
             if recorded is not None:

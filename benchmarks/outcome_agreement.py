@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents import LookaheadSettings
+from specgym.agents import default_settings
 from specgym.decoding import LatencyProfile, Split, build_decoder, traits_of, write_json
 from specgym.envs import (
     KnobMoves,
@@ -44,7 +44,7 @@ _TRIES = 50
 class Settings:
     """Compare replayed outcomes with live decoding."""
 
-    workloads: tuple[str, ...] = LookaheadSettings.workloads
+    workloads: tuple[str, ...] = default_settings("lookahead").workloads
     """Recorded workloads."""
     decoder: str = "lookahead"
     """Decoder whose outcomes were recorded."""

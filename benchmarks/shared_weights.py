@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from specgym.agents import ThresholdEnvironment, ThresholdSettings, training_environments
+from specgym.agents import default_settings, training_environments
 from specgym.envs import profile_of, workload
 
 
@@ -49,7 +49,7 @@ def measured(pair: str, way: str) -> list[float]:
         multiprocessing.set_forkserver_preload(["specgym.agents.training.environments", "specgym.envs.tuning.env"])
         multiprocessing.forkserver.ensure_running()
     names = tuple(f"{pair}/{prompts}" for prompts in ("prose", "code", "definitions", "chat"))
-    settings = ThresholdSettings(workloads=names, environment=ThresholdEnvironment(tokens_per_step=8))
+    settings = default_settings("threshold", workloads=names, environment={"max_new_tokens": 8})
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "latency.json"
         profile_of(workload(names[0]), None, replayed=True).save(profile)

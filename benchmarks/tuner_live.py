@@ -10,7 +10,6 @@ held-out prompts live, on this machine, beside plain decoding.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +21,16 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents import (
-    EvaluationSettings,
     LearnedTuner,
     Row,
-    ThresholdSettings,
     TunerSettings,
-    evaluate,
+    judge_live,
+    load_settings,
     problems_of,
     read,
     session,
 )
+from specgym.decoding import build_decoder
 from specgym.envs import profile_of, workload
 
 
@@ -51,21 +50,27 @@ class Settings:
 
 def measured(settings: TunerSettings, name: str, knobs: dict[str, float], prompts: int) -> dict[str, Row]:
     """The rows of a workload by method, with some knobs as the learned ones."""
-    judged = ThresholdSettings(
-        workloads=(name,),
-        evaluation=EvaluationSettings(prompts=prompts, tokens=settings.tokens_per_prompt, seeds=(0,)),
+    chosen = workload(name)
+    decoder = build_decoder("threshold", chosen.load(), max_draft_length=settings.max_draft_length)
+    profile = profile_of(chosen, None, replayed=False)
+    rows = judge_live(
+        chosen,
+        decoder,
+        knobs,
+        profile,
+        settings.reward,
+        prompts=prompts,
+        max_new_tokens=settings.max_new_tokens,
+        seeds=(0,),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "latency.json"
-        profile_of(workload(name), None, replayed=False).save(profile)
-        return {row.method: row for row in evaluate(judged, {name: knobs}, [profile])}
+    return {row.method: row for row in rows}
 
 
 def main() -> None:
     """Decode, and print a table."""
     chosen = tyro.cli(Settings, prog="python -m benchmarks.tuner_live", description=__doc__)
     torch.set_num_threads(1)
-    settings = TunerSettings.load(chosen.run / "settings.json")
+    settings = load_settings(chosen.run / "settings.json")
     folds = [fold for fold in read(chosen.run / "transfer.json").folds if fold.kind == "pair"]
     table = Table(title="Held-out prompts, decoded live: default, single setting, learned", title_justify="left")
     for heading in ("workload", "learned", "reward", "speedup, charged", "speedup, by the clock", "divergence"):

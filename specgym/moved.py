@@ -16,7 +16,7 @@ MOVED = {
     "specgym.agents.numerics": "specgym.agents.training.nan_guards",
     "specgym.agents.stopping": "specgym.agents",
     "specgym.agents.stopping.export": "specgym.agents.export.stop_rule",
-    "specgym.agents.stopping.policy": "specgym.agents.experiments.stop_drafts_policy",
+    "specgym.agents.stopping.policy": "specgym.agents.experiments.stop_policy",
     "specgym.agents.vec_adaptor": "specgym.agents.training.sb3_vec_env",
     "specgym.callbacks.prioritised_replay": "specgym.callbacks.replay.prioritised",
     "specgym.decoding.latency_measure": "specgym.decoding.latency.measure",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SPECGYM_TIMING_REPEATS", "3")  # latency profiles that only have to be there
 
 import pytest
 import torch
@@ -30,7 +30,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from specgym.decoding.latency import measure as latency_measure
 from tests.helpers.table_models import TableModel, random_table
 
 transformers_logging.set_verbosity_error()
@@ -46,14 +45,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_repeats() -> Iterator[None]:
-    """Latency profiles time every size thrice, not forty times: these tests only need some profile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency_measure, "measure", partial(latency_measure.measure, repeats=3))
-        yield
 
 
 def random_model(

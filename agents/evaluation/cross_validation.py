@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
+from ..experiments.experiment import load_settings, save_settings
 from ..experiments.learned_tuner import LearnedSearcher, LearnedTuner
-from ..experiments.tune_unseen import TunerSettings
-from ..experiments.tune_unseen_learning import learn
-from ..training.beginning import this_command
+from ..experiments.tune_unseen_settings import TunerSettings
 from ..training.console import quieten
-from ..training.tuner_run import TunerRun, problems_of
+from ..training.run_folder import RunFolder, this_command
 from .comparison import LEARNED, MEASUREMENTS, Fold, Kind, Result, compare, folds
-from .replayed import Problem
+from .replayed import Problem, problems_of
 from .search_baselines import METHODS, NEEDS_UNIVERSAL, Knobs, SearcherFactory, searchers
 from .transfer_file import JudgedFold, Transfer
 from .universal import universal_setting
@@ -47,8 +46,8 @@ class Training:
     @property
     def done(self) -> bool:
         """Whether the folder holds this very training, finished."""
-        run = TunerRun(self.settings.folder)
-        return run.learned and TunerSettings.load(run.settings) == self.settings
+        run = RunFolder(self.settings.folder)
+        return run.learned().complete and load_settings(run.settings) == self.settings
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,8 @@ def protocol(settings: TunerSettings, seeds: Sequence[int]) -> dict[str, object]
     """What a measurement is and how recommendations are judged, for the record."""
     return {
         "prompts_per_measurement": settings.prompts_per_measurement,
-        "tokens_per_prompt": settings.tokens_per_prompt,
-        "draft_length": settings.draft_length,
+        "tokens_per_prompt": settings.max_new_tokens,
+        "draft_length": settings.max_draft_length,
         "measured_on": "training prompts",
         "judged_on": "held-out prompts, as a share of the best setting of a dense grid there",
         "seeds": list(seeds),
@@ -165,12 +164,14 @@ def train_fold(one: Training) -> None:
     """Learn one fold, in a process of its own; one that another version or other settings have begun begins anew."""
     quieten()
     torch.set_num_threads(1)
-    run = TunerRun(one.settings.folder)
-    if run.settings.is_file() and TunerSettings.load(run.settings) != one.settings:
+    from ..experiments.tune_unseen import learn_tuner
+
+    run = RunFolder(one.settings.folder)
+    if run.settings.is_file() and load_settings(run.settings) != one.settings:
         shutil.rmtree(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    one.settings.save(run.settings, this_command())
-    learn(run, one.settings, one.best, progress_bar=False)
+    save_settings(one.settings, run.settings, this_command())
+    learn_tuner(one.settings, run.learned(), one.best)
 
 
 def make_search(one: Search) -> list[Result]:

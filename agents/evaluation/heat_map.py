@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from specgym.envs import TraceError
 
-from ..experiments.tune_knobs import ThresholdSettings
+from ..experiments.settings import RunSettings
+from ..experiments.tune_knobs_settings import KnobSettings
 from ..export.knob_policy import ExportedPolicy
-from ..export.recommend import followed
+from ..export.recommend import followed, load_knobs
 from ..report.data import HeatMap
+from ..report.heat_maps import save_heat_maps
+from ..training.run_folder import RunFolder
 from .replayed import Problem, TuningProblemError
 
 
@@ -35,7 +38,7 @@ def heat_map(problem: Problem, path: Sequence[Mapping[str, float]], recommended:
 
 
 def heat_maps_of(
-    settings: ThresholdSettings, policy: ExportedPolicy, recommended: Mapping[str, Mapping[str, float]]
+    settings: KnobSettings, policy: ExportedPolicy, recommended: Mapping[str, Mapping[str, float]]
 ) -> list[HeatMap]:
     """Heat maps of a run of thresholds, by replay, for those of its workloads whose traces ship.
 
@@ -50,13 +53,25 @@ def heat_maps_of(
             problem = Problem(
                 name,
                 settings.reward,
-                tokens=settings.environment.tokens_per_step,
-                draft_length=settings.environment.draft_length,
+                tokens=settings.environment.max_new_tokens,
+                draft_length=settings.decoder_options["max_draft_length"],
             )
             maps.append(heat_map(problem, [problem.default, *followed(policy, name)], recommended[name]))
         except (TraceError, TuningProblemError):
             continue
     return maps
+
+
+def save_missing_heat_maps(run: RunFolder, settings: RunSettings, command: str) -> None:
+    """Write heat maps into the folder of a run of thresholds that has none, where traces ship for its workloads."""
+    path = run.path / "heat_maps.json"
+    if path.is_file() or not run.knobs.is_file():
+        return
+    if not isinstance(settings, KnobSettings) or settings.decoder != "threshold":
+        return
+    maps = heat_maps_of(settings, ExportedPolicy.load(run.path), load_knobs(run.knobs)["workloads"])
+    if maps:
+        save_heat_maps(path, maps, command)
 
 
 def _point(knobs: Mapping[str, float]) -> tuple[float, float]:

@@ -1,36 +1,24 @@
-"""The table: plain decoding, the decoder's defaults and the learned knobs, on prompts that training never saw.
+"""Live decoding by several decoders in turns, and the rows of a table that come of it.
 
-All methods get the same prompts and seeds, prompt by prompt in turn, so that a slow spell of the machine hits them
-alike. Time is charged by the latency profiles that the run has stored, which makes those columns repeatable to the last
-digit; the columns of the clock are measured anew every time.
+All get the same prompts and seeds, prompt by prompt in turn, so that a slow spell of the machine hits them alike. Time
+is charged by a latency profile, which makes those columns repeatable to the last digit; the columns of the clock are
+measured anew every time.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from specgym.decoding import (
-    AutoregressiveDecoder,
-    Decoder,
-    Generation,
-    Knob,
-    LatencyProfile,
-    describe_hardware,
-    write_json,
-)
-from specgym.envs import RewardSettings, decode_prompts, reward_terms, summarise, workload
+from specgym.decoding import AutoregressiveDecoder, Decoder, Generation, Knob, LatencyProfile, Sampling
+from specgym.envs import RewardSettings, Workload, reward_terms, summarise
 
-from ..experiments.settings import TrainSettings
+from .results import LEARNED, Column, Row, bootstrap
 
-FORMAT = "specgym-table-1"
-METHODS = ("autoregressive", "default", "learned")
+METHODS = ("autoregressive", "default", LEARNED)
 CHARGED = (
     "ms_per_token",
     "speedup",
@@ -40,113 +28,137 @@ CHARGED = (
     "target_tokens_per_token",
     "reward",
 )
-"""Columns that are the same whenever the same run is evaluated on the same machine."""
+"""Columns that are the same whenever the same settings are judged on the same machine."""
 CLOCK = ("wall_ms_per_token", "wall_speedup")
 """Columns that are measured anew."""
-ALL = "all workloads"
-_RESAMPLES = 1000
+_CHARGED_BY_PROFILE = (
+    "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every time. ± "
+    "is half a 95 % interval over prompts."
+)
+_READS = " Tokens read are the target's, for every one emitted: plain decoding reads one."
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method on one workload, or on all.
+class Contestant(NamedTuple):
+    """A decoder with its setting."""
 
-    Attributes:
-        workload: its name, or `ALL` for the mean over the workloads.
-        method: one of `METHODS`.
-        knobs: those in use, in their own units, `int` where they are whole numbers; empty for plain decoding and for
-            the means.
-        values: by column: `ms_per_token` and `wall_ms_per_token` in milliseconds, `speedup` and `wall_speedup` over
-            plain decoding, `draft_acceptance_rate` and `divergence` from 0 to 1, `mean_acceptance_length` in tokens
-            a round, `target_tokens_per_token` in tokens that the target read for one emitted, `reward`.
-        intervals: 95 % bootstrap intervals over the prompts, by column, where there are several prompts.
-    """
-
-    workload: str
-    method: str
-    knobs: dict[str, float]
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    decoder: Decoder
+    knobs: Mapping[str, float] = {}
 
 
-def evaluate(
-    settings: TrainSettings,
-    recommended: Mapping[str, Mapping[str, float]],
-    profiles: Sequence[Path],
-    tell: Callable[[str], None] = lambda message: None,
-) -> list[Row]:
-    """Measure every method on every workload's held-out prompts.
+def decode_in_turns(
+    contestants: Mapping[str, Contestant],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int] = (0,),
+    report: Callable[[str], None] = lambda message: None,
+) -> dict[str, list[list[Generation]]]:
+    """Decode the same prompts by several decoders, which take turns prompt by prompt.
 
     Args:
-        settings: of the run.
-        recommended: the learned knobs by workload.
-        profiles: one stored latency profile a workload.
-        tell: called with each workload's name before it is measured.
+        contestants: by name. The first generation of each, which pays for what is set up once, is not counted.
+        prompts: token ids, at least one sequence.
+        max_new_tokens: after each prompt, at most.
+        sampling: how tokens are chosen.
+        seeds: one pass over the prompts for each; the prompt at place n gets ``seed + n``.
+        report: called with what is being done.
 
     Returns:
-        Three rows a workload, and three with the means over the workloads where there are several.
+        For each contestant the generations of each prompt, one a pass.
     """
-    rows: list[Row] = []
-    for name, path in zip(settings.workloads, profiles, strict=True):
-        tell(name)
-        rows += _evaluate_workload(settings, name, recommended[name], LatencyProfile.load(path))
-    if len(settings.workloads) > 1:
-        for method in METHODS:
-            of_method = [row for row in rows if row.method == method]
-            means = {
-                column: float(np.mean([row.values[column] for row in of_method])) for column in of_method[0].values
-            }
-            rows.append(Row(ALL, method, {}, means, {}))
-    return rows
-
-
-def _evaluate_workload(
-    settings: TrainSettings, name: str, learned: Mapping[str, float], profile: LatencyProfile
-) -> list[Row]:
-    found = workload(name)
-    pair = found.load()
-    prompts = found.prompt_ids("test")[: settings.evaluation.prompts]
-    tuned = settings.decoder(pair)
-    methods: dict[str, tuple[Decoder, dict[str, float]]] = {
-        "autoregressive": (AutoregressiveDecoder(pair), {}),
-        "default": (tuned, whole_numbers(tuned.knobs, tuned.resolve_knobs())),
-        "learned": (tuned, whole_numbers(tuned.knobs, tuned.resolve_knobs(learned))),
-    }
-    made: dict[str, list[list[Generation]]] = {method: [[] for _ in prompts] for method in methods}
-    tokens = settings.evaluation.tokens
-    for decoder, knobs in methods.values():  # the first generation pays for what is set up once
-        decode_prompts(decoder, knobs, prompts[:1], min(tokens, 8), found.sampling, 0)
-    for seed in settings.evaluation.seeds:
+    for decoder, knobs in contestants.values():
+        decoder.generate(prompts[0], max_new_tokens=min(max_new_tokens, 8), sampling=sampling, seed=0, knobs=knobs)
+    generations: dict[str, list[list[Generation]]] = {name: [[] for _ in prompts] for name in contestants}
+    for number, seed in enumerate(seeds):
         for place, prompt in enumerate(prompts):
-            for method, (decoder, knobs) in methods.items():
-                made[method][place] += decode_prompts(
-                    decoder, knobs, [prompt], tokens, found.sampling, seed=10_000 * seed + place
+            report(f"prompt {place + 1} of {len(prompts)}, pass {number + 1} of {len(seeds)}")
+            for name, (decoder, knobs) in contestants.items():
+                generations[name][place].append(
+                    decoder.generate(
+                        prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + place, knobs=knobs
+                    )
                 )
-    sums = {
-        method: [_sums(texts, summarise(decoder, texts, profile)) for texts in made[method]]
-        for method, (decoder, _) in methods.items()
+    return generations
+
+
+def judge_live(
+    workload: Workload,
+    decoder: Decoder,
+    learned: Mapping[str, float],
+    profile: LatencyProfile,
+    reward: RewardSettings,
+    *,
+    prompts: int = 8,
+    max_new_tokens: int = 64,
+    seeds: Sequence[int] = (0, 1),
+    report: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Measure plain decoding, a decoder's defaults and learned knobs on a workload's held-out prompts.
+
+    Args:
+        workload: whose prompts and sampling.
+        decoder: on the workload's pair.
+        learned: the learned knobs.
+        profile: what time is charged by.
+        reward: what a setting is worth.
+        prompts: how many, at most.
+        max_new_tokens: after each prompt, at most.
+        seeds: one pass over the prompts for each.
+        report: called with what is being done.
+
+    Returns:
+        A row for each of `METHODS`, with 95 % bootstrap intervals over the prompts.
+    """
+    chosen = workload.prompt_ids("test")[:prompts]
+    contestants = {
+        "autoregressive": Contestant(AutoregressiveDecoder(workload.load())),
+        "default": Contestant(decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs())),
+        LEARNED: Contestant(decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs(learned))),
     }
-    draws = np.random.default_rng(0).integers(len(prompts), size=(_RESAMPLES, len(prompts)))
-    every = np.arange(len(prompts))
+    generations = decode_in_turns(
+        contestants,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        sampling=workload.sampling,
+        seeds=[10_000 * seed for seed in seeds],
+        report=lambda message: report(f"{workload}: {message}"),
+    )
+    sums = {
+        method: [_sums(contestants[method].decoder, texts, profile) for texts in generations[method]]
+        for method in contestants
+    }
     rows = []
-    for method, (decoder, knobs) in methods.items():
+    for method, (own, knobs) in contestants.items():
 
         def columns(
-            chosen: np.ndarray, method: str = method, decoder: Decoder = decoder, knobs: dict[str, float] = knobs
+            places: NDArray[np.int64], method: str = method, own: Decoder = own, knobs: Mapping[str, float] = knobs
         ) -> dict[str, float]:
-            total = {name: sum(sums[method][place][name] for place in chosen) for name in sums[method][0]}
-            plain = {name: sum(sums["autoregressive"][place][name] for place in chosen) for name in total}
-            return _columns(total, plain, profile, settings.reward, decoder, knobs)
+            total = {name: sum(sums[method][place][name] for place in places) for name in sums[method][0]}
+            plain = {name: sum(sums["autoregressive"][place][name] for place in places) for name in total}
+            return _columns(total, plain, profile, reward, own, knobs)
 
-        values = columns(every)
-        intervals: dict[str, tuple[float, float]] = {}
-        if len(prompts) > 1:
-            resampled = [columns(drawn) for drawn in draws]
-            for column in values:
-                low, high = np.percentile([sample[column] for sample in resampled], [2.5, 97.5])
-                intervals[column] = (float(low), float(high))
-        rows.append(Row(name, method, knobs, values, intervals))
+        values = columns(np.arange(len(chosen)))
+        rows.append(Row(workload.name, method, dict(knobs), values, bootstrap(columns, len(chosen))))
     return rows
+
+
+def live_columns(rows: Sequence[Row]) -> tuple[tuple[Column, ...], str]:
+    """The columns that a table of `judge_live` shows, and the caption that explains them."""
+    strayed = strays(row.values for row in rows)
+    price = Column("divergence", "diver-\ngence", ".3f")
+    if not strayed:
+        price = Column("target_tokens_per_token", "tokens read\n/token")
+    columns = (
+        Column("ms_per_token", "ms/\ntoken"),
+        Column("speedup", "speedup", interval=True),
+        Column("draft_acceptance_rate", "accept.\nrate", ".3f"),
+        Column("mean_acceptance_length", "tokens\n/round"),
+        price,
+        Column("reward", "reward", interval=True),
+        Column("wall_ms_per_token", "clock ms\n/token"),
+    )
+    return columns, _CHARGED_BY_PROFILE + ("" if strayed else _READS)
 
 
 def strays(values: Iterable[Mapping[str, float]]) -> bool:
@@ -164,33 +176,34 @@ def whole_numbers(knobs: Sequence[Knob], values: Mapping[str, float]) -> dict[st
 
 
 def reward_of(
-    reward: RewardSettings, found: Mapping[str, float], decoder: Decoder, values: Mapping[str, float]
+    reward: RewardSettings, metrics: Mapping[str, float], decoder: Decoder, knobs: Mapping[str, float]
 ) -> float:
     """The reward for some decoded texts.
 
     Args:
         reward: weights and ranges.
-        found: `speedup`, `draft_acceptance_rate` and `divergence` of the texts.
+        metrics: `speedup`, `draft_acceptance_rate` and `divergence` of the texts.
         decoder: that decoded them.
-        values: of its knobs.
+        knobs: in use, by name.
     """
     terms = reward_terms(
         reward,
-        speedup=found["speedup"],
-        acceptance_rate=found["draft_acceptance_rate"],
-        divergence=found["divergence"],
+        speedup=metrics["speedup"],
+        acceptance_rate=metrics["draft_acceptance_rate"],
+        divergence=metrics["divergence"],
         knobs=decoder.knobs,
-        values=values,
+        values=knobs,
     )
     return float(sum(terms.values()))
 
 
-def _sums(texts: Sequence[Generation], metrics: Mapping[str, float]) -> dict[str, float]:
+def _sums(decoder: Decoder, texts: Sequence[Generation], profile: LatencyProfile) -> dict[str, float]:
     """What adds up over prompts."""
+    metrics = summarise(decoder, texts, profile)
     names = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
     return {name: metrics[name] for name in names} | {
         "divergence": metrics["divergence"] * metrics["tokens"],
-        "target_tokens": float(sum(cycle.target_tokens for text in texts for cycle in text.rounds)),
+        "target_tokens": float(sum(round_.target_tokens for text in texts for round_ in text.rounds)),
     }
 
 
@@ -200,7 +213,7 @@ def _columns(
     profile: LatencyProfile,
     reward: RewardSettings,
     decoder: Decoder,
-    values: Mapping[str, float],
+    knobs: Mapping[str, float],
 ) -> dict[str, float]:
     """The table's columns from the sums over prompts of a method and of plain decoding."""
     tokens = total["tokens"]
@@ -214,42 +227,5 @@ def _columns(
         "wall_ms_per_token": 1000 * total["wall_seconds"] / tokens,
         "wall_speedup": (plain["wall_seconds"] / plain["tokens"]) / (total["wall_seconds"] / tokens),
     }
-    columns["reward"] = reward_of(reward, columns, decoder, values)
+    columns["reward"] = reward_of(reward, columns, decoder, knobs)
     return {name: float(columns[name]) for name in (*CHARGED, *CLOCK)}
-
-
-def save_rows(path: Path, rows: Sequence[Row], settings: TrainSettings, command: str) -> None:
-    """Write the table as JSON, atomically, with the command and the hardware that made it."""
-    first = workload(settings.workloads[0]).load()
-    write_json(
-        path,
-        {
-            "format": FORMAT,
-            "command": command,
-            "hardware": describe_hardware(first) | machine(),
-            "protocol": {
-                "prompts": settings.evaluation.prompts,
-                "tokens": settings.evaluation.tokens,
-                "seeds": list(settings.evaluation.seeds),
-                "intervals": f"95 %, bootstrap over prompts, {_RESAMPLES} resamples",
-                "charged": list(CHARGED),
-                "clock": list(CLOCK),
-            },
-            "rows": [row_to_json(row) for row in rows],
-        },
-    )
-
-
-def row_to_json(row: Row) -> dict[str, Any]:
-    """A row as plain JSON values."""
-    intervals = {name: list(ends) for name, ends in row.intervals.items()}
-    return {"workload": row.workload, "method": row.method, "knobs": row.knobs, **row.values, "intervals": intervals}
-
-
-def machine() -> dict[str, Any]:
-    """The machine that this runs on, beside what a model says of its device."""
-    return {
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }

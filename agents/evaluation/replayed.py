@@ -23,8 +23,10 @@ from specgym.envs import (
     find_trace,
     replay_backend,
     reward_terms,
+    trace_in,
 )
 
+from ..experiments.tune_unseen_settings import TunerSettings
 from .measurements import Floats, Grid, Measurement, Worth
 
 PASSES = 16
@@ -304,6 +306,22 @@ class Problem:
             if not low - _ROUNDING <= given[knob] <= high + _ROUNDING:  # so NaN is refused too
                 raise KnobError(f"{self.name}: {knob} must be between {low:g} and {high:g}, got {given[knob]!r}")
         return {knob: float(given[knob]) for knob in self.ranges}
+
+
+def problems_of(settings: TunerSettings, names: Sequence[str] | None = None) -> list[Problem]:
+    """The workloads of a run as problems to tune, or some of them. Raises as `Problem` and `trace_of`."""
+    return [
+        Problem(
+            name,
+            settings.reward,
+            prompts_per_measurement=settings.prompts_per_measurement,
+            tokens=settings.max_new_tokens,
+            draft_length=settings.max_draft_length,
+            train=trace_in(settings.recordings, name, "train"),
+            test=trace_in(settings.recordings, name, "test"),
+        )
+        for name in (settings.workloads if names is None else names)
+    ]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,125 +1,308 @@
-"""The evaluation's rows as a table for people, and the comparison with one that was stored."""
+"""The table of an experiment: workloads by methods, how it is shown, stored, read and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from ..training.files import RunFileError, read_json
-from .live import ALL, CHARGED, FORMAT, Row, strays
+from specgym.decoding import write_json
 
-_NOTABLE_DIVERGENCE = 0.05
+from ..training.earlier_formats import TABLE_FORMAT, current_table
+from ..training.run_folder import RunFileError, read_json
 
-
-def rendered(rows: Sequence[Row], title: str) -> Table:
-    """A rich table; half the width of the 95 % interval follows a number after ±."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("workload\n  method", min_width=16, max_width=24, overflow="fold")
-    names = next((",\n".join(row.knobs) for row in rows if row.knobs), "knobs")
-    strayed = strays(row.values for row in rows)
-    price = "diver-\ngence" if strayed else "tokens read\n/token"
-    for heading in (names, "ms/\ntoken", "speedup", "accept.\nrate", "tokens\n/round", price, "reward",
-                    "clock ms\n/token"):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if row.workload != previous:
-            if previous is not None:
-                table.add_section()
-            table.add_row(row.workload)
-        values = row.values
-        table.add_row(
-            f"  {row.method}",
-            ", ".join(str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.knobs.values()) or "-",
-            f"{values['ms_per_token']:.2f}",
-            _with_interval(row, "speedup"),
-            f"{values['draft_acceptance_rate']:.3f}",
-            f"{values['mean_acceptance_length']:.2f}",
-            f"{values['divergence']:.3f}" if strayed else f"{values['target_tokens_per_token']:.2f}",
-            _with_interval(row, "reward"),
-            f"{values['wall_ms_per_token']:.2f}",
-            style="bold" if row.method == "learned" else None,
-        )
-        previous = row.workload
-    table.caption = (
-        "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every "
-        "time. ± is half a 95 % interval over prompts."
-    )
-    if not strayed:
-        table.caption += " Tokens read are the target's, for every one emitted: plain decoding reads one."
-    return table
+ALL = "all workloads"
+"""`Row.workload` of the means over the workloads."""
+LEARNED = "learned"
+"""`Row.method` of what was learned."""
+RESAMPLES = 1000
+_OTHER_KEYS = ("workload", "method", "rule", "knobs", "intervals", "by_seed")
 
 
-def differences(rows: Sequence[Row], path: Path) -> list[str]:
-    """Where the charged columns differ from a stored table's, one line each; none if it is reproduced.
+@dataclass(frozen=True)
+class Row:
+    """One method on one workload, or on all.
 
-    Raises:
-        RunFileError: the stored table is missing or damaged.
+    Attributes:
+        workload: its name, or `ALL` for the mean over the workloads.
+        method: its name, such as `LEARNED`.
+        knobs: settings in use, in their own units, `int` where they are whole numbers; may be empty.
+        values: numbers by column; `ResultTable.columns` names those that are shown.
+        intervals: 95 % intervals (low, high), by column, where there are any.
+        rule: the method's rule in words, where it has no knobs.
+        by_seed: the first column of every learned policy, in the order of the seeds, where there are several.
     """
-    way_out = "write it again with: python train.py --resume <run>"
-    content = read_json(path, way_out)
-    stored = content.get("rows")
-    if content.get("format") != FORMAT or not isinstance(stored, list):
-        raise RunFileError(f"{path} does not hold a table ({FORMAT}); {way_out}")
-    by_name: dict[tuple[Any, Any], Mapping[str, Any]] = {
-        (row.get("workload"), row.get("method")): row for row in stored
-    }
-    found = []
+
+    workload: str
+    method: str
+    knobs: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rule: str = ""
+    by_seed: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the columns stand beside the names."""
+        return {
+            "workload": self.workload,
+            "method": self.method,
+            **({"rule": self.rule} if self.rule else {}),
+            "knobs": dict(self.knobs),
+            **self.values,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            **({"by_seed": list(self.by_seed)} if self.by_seed else {}),
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Row:
+        """Read what `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            str(row["workload"]),
+            str(row["method"]),
+            dict(row["knobs"]),
+            {name: float(value) for name, value in row.items() if name not in _OTHER_KEYS},
+            {name: (float(low), float(high)) for name, (low, high) in row["intervals"].items()},
+            str(row.get("rule", "")),
+            tuple(float(value) for value in row.get("by_seed", ())),
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """One plain value a column, for CSV; the ends of an interval as ``<column>_low`` and ``<column>_high``."""
+        ends = {
+            f"{column}_{end}": value
+            for column, interval in self.intervals.items()
+            for end, value in zip(("low", "high"), interval, strict=True)
+        }
+        rule = {"rule": self.rule} if self.rule else {}
+        return {"workload": self.workload, "method": self.method, **rule, **self.knobs, **self.values, **ends}
+
+
+class Column(NamedTuple):
+    """A column of numbers, as `ResultTable.render` shows it."""
+
+    name: str
+    """Key of `Row.values`."""
+    heading: str
+    form: str = ".2f"
+    """Format specification."""
+    interval: bool = False
+    """Show half the width of the 95 % interval after ±."""
+    methods: tuple[str, ...] = ()
+    """Methods whose numbers stand side by side in the one line of a workload; empty for a line a method."""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Rows by workload and method, with what a reader needs to know about them.
+
+    Attributes:
+        rows: in order; those of a workload stand together.
+        columns: what is shown. Where they name methods, each workload has one line, else each method has one.
+        compared: columns that are the same whenever the run is judged again on the same machine.
+        verdict: what was learned, in a sentence or two.
+        caption: explanation below the table.
+        hardware: the machine that made the numbers.
+        protocol: how they were made.
+        command: the command that made a stored table.
+    """
+
+    rows: Sequence[Row]
+    columns: Sequence[Column] = ()
+    compared: Sequence[str] = ()
+    verdict: str = ""
+    caption: str = ""
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    def by_workload(self) -> dict[str, dict[str, Row]]:
+        """Rows by workload and method, in their order."""
+        groups: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.workload, {})[row.method] = row
+        return groups
+
+    def render(self, title: str) -> Table:
+        """A table for the terminal."""
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        wide = any(column.methods for column in self.columns)
+        table.add_column("workload" if wide else "workload\n  method", min_width=14, max_width=26, overflow="fold")
+        if not wide:
+            names = next((",\n".join(row.knobs) for row in self.rows if row.knobs), "rule")
+            table.add_column(names, justify="right", no_wrap=True)
+        for column in self.columns:
+            table.add_column(column.heading, justify="right", no_wrap=True)
+        for name, methods in self.by_workload().items():
+            if table.rows and (not wide or name == ALL):
+                table.add_section()
+            if wide:
+                table.add_row(name, *(_cell(methods, column) for column in self.columns))
+                continue
+            table.add_row(name)
+            for method, row in methods.items():
+                setting = ", ".join(map(_setting, row.knobs.values())) or row.rule or "-"
+                cells = (_cell({method: row}, column) for column in self.columns)
+                table.add_row(f"  {method}", setting, *cells, style="bold" if method == LEARNED else None)
+        table.caption = self.caption
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "format": TABLE_FORMAT,
+            "command": self.command,
+            "hardware": dict(self.hardware),
+            "protocol": {**self.protocol, "charged": list(self.compared)},
+            "rows": [row.to_json() for row in self.rows],
+            "verdict": self.verdict,
+        }
+
+    def save(self, path: Path, command: str) -> None:
+        """Write the table and the command that made it as JSON, atomically."""
+        write_json(path, replace(self, command=command).to_json())
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ResultTable:
+        """Read what `to_json` gave, in this version or an earlier one. Without `columns`: those are not stored.
+
+        Raises:
+            ValueError: the content is something else.
+        """
+        content = current_table(content)
+        try:
+            protocol = dict(content.get("protocol", {}))
+            return cls(
+                [Row.from_json(row) for row in content["rows"]],
+                compared=tuple(protocol.pop("charged", ())),
+                verdict=str(content.get("verdict", "")),
+                hardware=dict(content["hardware"]),
+                protocol=protocol,
+                command=str(content["command"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def load(cls, path: Path, way_out: str = "write it again with: python train.py --resume <run>") -> ResultTable:
+        """Read a stored table.
+
+        Args:
+            path: the file.
+            way_out: what to do where it is missing or damaged, as the end of a sentence.
+
+        Raises:
+            RunFileError: the file is missing, damaged, or holds something else.
+        """
+        content = read_json(path, way_out)
+        try:
+            return cls.from_json(content)
+        except ValueError as error:
+            raise RunFileError(f"{path} does not hold a table: {error}; {way_out}") from error
+
+    def differences(self, stored: ResultTable) -> list[str]:
+        """Differences of the compared columns from a stored table's, one line each; none if it is reproduced."""
+        before = {(row.workload, row.method): row.values for row in stored.rows}
+        lines = []
+        for row in self.rows:
+            values = before.get((row.workload, row.method))
+            if values is None:
+                lines.append(f"{row.workload}, {row.method}: not in the stored table")
+                continue
+            for column in (name for name in self.compared if name in row.values):
+                old, new = values.get(column), row.values[column]
+                if old is None or abs(old - new) > 1e-9 * max(1.0, abs(new)):
+                    lines.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
+        return lines
+
+    def to_csv(self) -> str:
+        """All rows and columns, nothing rounded."""
+        return to_csv([row.flat() for row in self.rows])
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a head; empty where a row has no value."""
+    buffer = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def mean_rows(rows: Sequence[Row]) -> list[Row]:
+    """A row of means over the workloads for each method; none where there is but one workload."""
+    methods: dict[str, list[Row]] = {}
     for row in rows:
-        before = by_name.get((row.workload, row.method))
-        if before is None:
-            found.append(f"{row.workload}, {row.method}: not in {path}")
-            continue
-        for column in (name for name in CHARGED if name in row.values):
-            old, new = before.get(column), row.values[column]
-            if old is None or abs(old - new) > 1e-9 * max(1.0, abs(new)):
-                found.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
-    return found
+        methods.setdefault(row.method, []).append(row)
+    if len({row.workload for row in rows}) < 2:
+        return []
+    return [
+        Row(ALL, method, values={name: float(np.mean([row.values[name] for row in same])) for name in same[0].values})
+        for method, same in methods.items()
+    ]
 
 
-def verdict(rows: Sequence[Row], learned_what: str = "thresholds", max_divergence: float | None = None) -> str:
-    """What was learned, over all workloads, in a sentence; where it strays from the target, a second one on how far.
+def bootstrap(
+    columns: Callable[[NDArray[np.int64]], Mapping[str, float]], prompts: int
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals over prompts; empty where there is but one.
 
     Args:
-        rows: of the table.
-        learned_what: how the knobs are called together.
-        max_divergence: the bound that was asked for, if there was one.
+        columns: numbers by column from the places of some prompts.
+        prompts: how many there are.
     """
-    chosen = [row for row in rows if row.workload == ALL] or list(rows)
-    by_method = {row.method: row.values for row in chosen}
-    default, learned = by_method["default"], by_method["learned"]
-    sentence = (
-        f"Learned {learned_what} against the defaults: reward {learned['reward']:.3f} against {default['reward']:.3f}, "
-        f"speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain decoding, "
-    )
-    if not strays(row.values for row in rows):
-        return sentence + (
-            f"with {learned['mean_acceptance_length']:.2f} against {default['mean_acceptance_length']:.2f} tokens a "
-            f"round, for {learned['target_tokens_per_token']:.1f} against {default['target_tokens_per_token']:.1f} "
-            "tokens that the target reads for every one emitted. The text is the target's own."
-        )
-    sentence += f"divergence {learned['divergence']:.3f} against {default['divergence']:.3f}."
-    if max_divergence is not None:
-        of_learned = [row for row in rows if row.method == "learned" and row.workload != ALL]
-        broken = [row.workload for row in of_learned if row.values["divergence"] > max_divergence]
-        kept = f"{len(of_learned) - len(broken)} of {len(of_learned)} workloads"
-        sentence += f" The bound of {max_divergence:g} on the divergence is kept on the held-out prompts of {kept}"
-        sentence += f", not on {', '.join(broken)}." if broken else "."
-    elif learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
-        sentence += (
-            " The learned text follows the draft more than the target would; where that matters, train with "
-            "--max-divergence, or --environment.reward.divergence-weight above 0."
-        )
-    return sentence
+    if prompts < 2:
+        return {}
+    draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
+    samples = [columns(drawn) for drawn in draws]
+    return {name: interval([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def _with_interval(row: Row, column: str) -> str:
-    text = f"{row.values[column]:.2f}"
-    if column not in row.intervals:
-        return text
-    low, high = row.intervals[column]
-    return f"{text}±{(high - low) / 2:.2f}"
+def interval(samples: Iterable[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """The ends between which 95 % of some samples lie."""
+    low, high = np.percentile(np.asarray(list(samples)), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def kept_bound(rows: Sequence[Row], bound: float) -> str:
+    """A sentence on which workloads the learned settings keep a bound on the divergence."""
+    learned = [row for row in rows if row.method == LEARNED and row.workload != ALL]
+    broken = [row.workload for row in learned if row.values["divergence"] > bound]
+    kept = f"{len(learned) - len(broken)} of {len(learned)} workloads"
+    sentence = f" The bound of {bound:g} on the divergence is kept on the held-out prompts of {kept}"
+    return sentence + (f", not on {', '.join(broken)}." if broken else ".")
+
+
+def machine() -> dict[str, Any]:
+    """The machine that this runs on, beside what a model says of its device."""
+    return {
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _cell(methods: Mapping[str, Row], column: Column) -> str:
+    texts = []
+    for row in [methods[name] for name in column.methods if name in methods] if column.methods else methods.values():
+        value = row.values.get(column.name)
+        text = "-" if value is None else format(value, column.form)
+        if column.interval and column.name in row.intervals:
+            low, high = row.intervals[column.name]
+            text += f"±{format((high - low) / 2, column.form)}"
+        texts.append(text)
+    return "  ".join(texts)
+
+
+def _setting(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2f}"

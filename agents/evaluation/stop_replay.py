@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from specgym.decoding import LatencyProfile, StopRule
 from specgym.envs import DraftLengthVectorEnv, Trace
 
-from .stop_baselines import Clairvoyant
+from .stop_baselines import Clairvoyant, UpperConfidenceBound, simple_rules
 
 Sums = NDArray[np.float64]
+_ORACLE_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,44 @@ class ReplayedPrompts:
             rows = np.flatnonzero(info["rounds"][part])
             drafted, emitted = (info[name][part][rows] for name in ("drafted", "tokens"))
             rule.verified(rows, drafted, emitted, spent[part][rows])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen on the training prompts of a workload at a batch size.
+
+    Attributes:
+        simple: by method, the best of the simple rules.
+        bandit: having decoded the training prompts once.
+    """
+
+    simple: dict[str, StopRule]
+    bandit: UpperConfidenceBound
+
+
+def choose(prompts: ReplayedPrompts) -> Chosen:
+    """Choose every rule's number by its throughput, and let the bandit learn.
+
+    Args:
+        prompts: for training.
+    """
+    families = simple_rules(prompts.max_draft_length)
+    found = prompts.decode([rule for rules in families.values() for rule in rules])
+    best, place = {}, 0
+    for method, rules in families.items():
+        throughputs = [decoded.throughput for decoded in found[place : place + len(rules)]]
+        best[method] = rules[int(np.argmax(throughputs))]
+        place += len(rules)
+    bandit = UpperConfidenceBound(prompts.max_draft_length)
+    prompts.decode([bandit])
+    return Chosen(best, bandit)
+
+
+def oracle(prompts: ReplayedPrompts) -> tuple[Clairvoyant, Decoded]:
+    """The oracle at the rate of its own throughput, and what it reaches, by Dinkelbach's algorithm."""
+    rate = 1.0
+    for _ in range(_ORACLE_ROUNDS):
+        rule = Clairvoyant(prompts.round_seconds, rate)
+        decoded = prompts.decode([rule])[0]
+        rate = decoded.throughput
+    return rule, decoded

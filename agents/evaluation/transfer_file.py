@@ -9,7 +9,7 @@ from typing import Any
 
 from specgym.decoding import write_json
 
-from ..training.files import RunFileError, read_json
+from ..training.run_folder import RunFileError, read_json
 from .comparison import LEARNED, Kind, Result, paired_tests, summary
 from .search_baselines import Knobs
 

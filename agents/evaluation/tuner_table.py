@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from ..experiments.learned_tuner import LearnedSearcher, LearnedTuner
-from .live import ALL, Row
 from .measurements import Floats, Measurement
 from .replayed import Problem
+from .results import ALL, Column, Row
 
 METHODS = ("default", "universal", "learned", "best")
 """`universal` is the best single setting over the training prompts of all workloads; `best` is the best of a dense grid
@@ -24,6 +22,15 @@ COLUMNS = (
     "divergence",
     "reward",
     "share_of_best",
+)
+TABLE = (
+    Column("speedup", "speedup: default,\nlearned, best", methods=("default", "learned", "best")),
+    Column("divergence", "divergence: de-\nfault, learned", ".3f", methods=("default", "learned")),
+    Column("share_of_best", "share of the best:\ndefault, universal, learned", ".3f", methods=METHODS[:3]),
+)
+CAPTION = (
+    "Held-out prompts, replayed; time is charged by the reference latency profiles. The share is of the reward of the "
+    "best setting of a dense grid on the same prompts."
 )
 _RESAMPLES = 1000
 
@@ -67,37 +74,6 @@ def table_rows(
             means = {name: float(np.mean([values[name] for values in of_method])) for name in COLUMNS}
             rows.append(Row(ALL, method, {}, means, {}))
     return rows
-
-
-def rendered(rows: Sequence[Row], title: str) -> Table:
-    """A rich table with a line a workload, and one for all."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("workload", min_width=16, max_width=28, overflow="fold")
-    for heading in (
-        "learned fall-\nback, rollback",
-        "speedup: default,\nlearned, best",
-        "divergence: de-\nfault, learned",
-        "share of the best:\ndefault, universal, learned",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in dict.fromkeys(row.workload for row in rows):
-        of = {row.method: row for row in rows if row.workload == name}
-        default, learned = of["default"].values, of["learned"].values
-        shares = [of[method].values["share_of_best"] for method in METHODS[:3]]
-        if name == ALL:
-            table.add_section()
-        table.add_row(
-            name,
-            ", ".join(f"{value:.3g}" for value in of["learned"].knobs.values()) or "-",
-            f"{default['speedup']:.2f}  {learned['speedup']:.2f}  {of['best'].values['speedup']:.2f}",
-            f"{default['divergence']:.3f}  {learned['divergence']:.3f}",
-            "  ".join(f"{share:.3f}" for share in shares),
-        )
-    table.caption = (
-        "Held-out prompts, replayed; time is charged by the reference latency profiles. The share is of the reward of "
-        "the best setting of a dense grid on the same prompts."
-    )
-    return table
 
 
 def verdict(rows: Sequence[Row], max_divergence: float | None) -> str:

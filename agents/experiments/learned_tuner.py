@@ -10,7 +10,7 @@ from specgym.envs import ContextLayout
 from ..evaluation.measurements import Measurement
 from ..evaluation.replayed import Problem
 from ..export.knob_policy import ExportedPolicy
-from ..training.files import RunFileError
+from ..training.run_folder import RunFileError
 
 
 class LearnedTuner:

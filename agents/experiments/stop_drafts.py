@@ -1,166 +1,238 @@
-"""Everything that a run of learning to stop is made of: the command line's options, and its ``settings.json``."""
+"""Experiment: learn when to stop a draft by replay, while the price of time follows the throughput that it reaches."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from specgym.decoding import find_hardware
-from specgym.envs import LONGEST, SHIPPED_WORKLOADS
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
-from ..training.settings_checks import (
-    SettingsError,
-    require_above_zero,
-    require_at_least,
-    require_folder_name,
-    require_within,
+from specgym import __version__
+from specgym.callbacks import RateCallback
+from specgym.decoding import (
+    LatencyProfile,
+    ModelDrafter,
+    ModelShape,
+    Pair,
+    Sampling,
+    Split,
+    measure,
+    measured,
+    roofline,
 )
-from ..training.settings_io import StoredSettings, flat, to_json
+from specgym.envs import DraftLengthVectorEnv, DraftTable, Trace, trace_in, workload
 
-FORMAT = "specgym-stopping-settings-1"
+from ..evaluation.results import ResultTable, machine
+from ..evaluation.stop_comparison import (
+    AGREEMENT,
+    CAPTION,
+    LIVE_CAPTION,
+    TABLE,
+    compare,
+    compare_live,
+    live_agreement,
+    stop_verdict,
+)
+from ..export.stop_rule import ExportedStopRule
+from ..training.console import console, quieten
+from ..training.nan_guards import FiniteGuard
+from ..training.run_folder import RunFolder, this_command, torch_threads
+from ..training.sb3_vec_env import VectorEnvAdaptor
+from .experiment import Experiment, Learner, PolicyChoice, load_settings
+from .stop_drafts_settings import StopSettings
+from .stop_policy import RoundEpisodes, StoppingPolicy
 
-
-@dataclass(frozen=True)
-class StoppingLearning:
-    """Proximal policy optimisation, as in Stable-Baselines3. Every round of drafting is an episode."""
-
-    rollout_steps: int = 64
-    """Decisions of every environment between two updates."""
-    batch_size: int = 4096
-    """Decisions in a minibatch."""
-    epochs: int = 4
-    """Passes over a rollout in one update."""
-    learning_rate: float = 4e-3
-    """Of Adam, at the beginning; it falls linearly to 0."""
-    gamma: float = 1.0
-    """Discount. A round is short, and its last token counts as much as its first."""
-    gae_lambda: float = 0.95
-    """Of generalised advantage estimation: 0 trusts the value network, 1 the rewards."""
-    clip_range: float = 0.2
-    """How far an update may move an action's probability ratio from 1."""
-    entropy_coefficient: float = 0.02
-    """Of the bonus for undecided policies."""
-    rate_smoothing: float = 0.5
-    """How far a workload's rate moves to the throughput of a rollout; 1 for all the way."""
-    policy_layers: tuple[int, ...] = (32, 32)
-    """Widths of the policy's tanh layers; live decoding runs them after every drafted token."""
-    value_layers: tuple[int, ...] = (64, 64)
-    """Widths of the value network's, which only training runs."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "rollout_steps", "epochs")
-        require_at_least(self, 2, "batch_size")
-        require_within(self, 0, 1, "gamma", "gae_lambda", "rate_smoothing")
-        require_within(self, 0, math.inf, "entropy_coefficient")
-        require_above_zero(self, "learning_rate", "clip_range", "rate_smoothing")
-        for name in ("policy_layers", "value_layers"):
-            widths = getattr(self, name)
-            if not widths or any(width < 1 for width in widths):
-                raise SettingsError(f"{name} must be one or more widths of at least 1, got {widths}")
+_ROOFLINE_CONTEXT = 512
 
 
-@dataclass(frozen=True)
-class ComparisonSettings:
-    """How the learned policies are judged beside other rules."""
+class StopDrafts(Experiment[StopSettings]):
+    """Learning when to stop a draft, one policy a seed."""
 
-    passes: int = 32
-    """How often every prompt is decoded where tokens are sampled, each time with other dice; greedy decoding is always
-    the same, so once is enough there."""
-    resamples: int = 1000
-    """For the intervals."""
+    FIGURES = "throughputs"
 
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "passes")
-        require_at_least(self, 10, "resamples")
+    @classmethod
+    def check(cls, settings: StopSettings) -> None:
+        """Raise an error unless every workload has its traces, with texts and drafts that are long enough."""
+        for name in settings.workloads:
+            both = [trace_in(settings.recordings, name, split) for split in ("train", "test")]
+            DraftTable(both, settings.max_draft_length, settings.max_new_tokens)
+
+    def prepare(self) -> None:
+        """Keep a latency profile for every workload; loads the pairs of new ones."""
+        kind = "measured once for this hardware, then cached"
+        if self.settings.hardware:
+            kind = f"computed for {self.settings.hardware}"
+        console.print(f"Latency profiles ({kind}):")
+        # Workloads that share a pair share its profile, or noise would tell them apart.
+        profiles: dict[tuple[str, Sampling], LatencyProfile] = {}
+
+        def profile(name: str) -> LatencyProfile:
+            key = str(workload(name).pair), workload(name).sampling
+            if key not in profiles:
+                profiles[key] = self.new_profile(name, refresh=self.settings.refresh_latency)
+            return profiles[key]
+
+        self.run.keep_profiles(
+            self.settings.workloads,
+            profile,
+            lambda made: f"one more drafted token costs {made.marginal_cost():.2f} of that",
+        )
+
+    @property
+    def profiles(self) -> list[LatencyProfile]:
+        """The latency profile of every workload, as it is kept."""
+        return [LatencyProfile.load(path) for path in self.run.profile_paths(self.settings.workloads)]
+
+    def traces(self, split: Split) -> list[Trace]:
+        """The trace of every workload's prompts."""
+        return [trace_in(self.settings.recordings, name, split) for name in self.settings.workloads]
+
+    def learners(self) -> Sequence[Learner]:
+        """A policy for each seed."""
+        return [Learner(seed, self.run.learned(f"seed-{seed}")) for seed in self.settings.seeds]
+
+    def environments(self, learner: Learner) -> VecEnv:
+        """Recorded texts side by side, each round an episode."""
+        settings = self.settings
+        env = DraftLengthVectorEnv(
+            settings.environments,
+            workload=settings.workloads,
+            recording=self.traces("train"),
+            profile=self.profiles,
+            max_draft_length=settings.max_draft_length,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_sizes,
+            decision_seconds=settings.decision_seconds,
+        )
+        return FiniteGuard(RoundEpisodes(VectorEnvAdaptor(env)))
+
+    def policy(self, environments: VecEnv) -> PolicyChoice:
+        """A small network that decides after every drafted token."""
+        learning = self.settings.learning
+        widths = {"pi": list(learning.policy_layers), "vf": list(learning.value_layers)}
+        return PolicyChoice(StoppingPolicy, {"net_arch": widths})
+
+    def callbacks(self, learner: Learner) -> Sequence[BaseCallback]:
+        """The price of time, which follows the throughput."""
+        return [RateCallback(self.settings.learning.rate_smoothing)]
+
+    def export(self, model: PPO, folder: Path) -> None:
+        """Write the policy as a rule to decode with."""
+        assert isinstance(model.policy, StoppingPolicy)
+        ExportedStopRule.of(model.policy).save(folder)
+
+    def rules(self) -> list[ExportedStopRule]:
+        """The learned rule of every seed."""
+        return [ExportedStopRule.load(learner.folder.path) for learner in self.learners()]
+
+    def judge(self, report: Callable[[str], None]) -> ResultTable:
+        """Compare the learned policies with rules chosen on training prompts, on test prompts, by replay."""
+        settings, profiles = self.settings, self.profiles
+        rows = compare(settings, self.rules(), profiles, self.traces("train"), self.traces("test"), report)
+        return ResultTable(
+            rows,
+            *TABLE,
+            verdict=stop_verdict(rows),
+            caption=CAPTION,
+            hardware={
+                "charged": {name: made.hardware for name, made in zip(settings.workloads, profiles, strict=True)},
+                "replayed on": {
+                    **machine(),
+                    "numpy": np.__version__,
+                    "torch": torch.__version__,
+                    "specgym": __version__,
+                },
+            },
+            protocol={
+                "throughput": "all tokens over all seconds, relative to plain decoding, by replay of all test prompts",
+                "chosen": "fixed lengths and thresholds on the training prompts, by throughput; the bandit decoded "
+                "those once before; the oracle knows what will be accepted",
+                "tokens": settings.max_new_tokens,
+                "passes": f"1 where greedy, {settings.comparison.passes} where sampled",
+                "seeds": list(settings.seeds),
+                "intervals": f"95 %, bootstrap with {settings.comparison.resamples} resamples over prompts, and for "
+                "learned policies over seeds",
+            },
+        )
+
+    def judge_live(self, workloads: Sequence[str], report: Callable[[str], None]) -> ResultTable:
+        """Decode the test prompts of some workloads live, by the clock too, beside their replay.
+
+        Args:
+            workloads: names; with the policy of the first seed.
+            report: called with what is being done.
+
+        Raises:
+            WorkloadError, TraceError: a workload is not known, or has no trace. Loading errors as for `load_pair`.
+        """
+        kept = dict(zip(self.settings.workloads, self.profiles, strict=True))
+        learned, rows = self.rules()[0], []
+        for name in workloads:
+            train, test = (trace_in(self.settings.recordings, name, split) for split in ("train", "test"))
+            profile = kept[name] if name in kept else self.new_profile(name)
+            rows += compare_live(self.settings, name, learned, profile, train, test, report)
+        return ResultTable(rows, *AGREEMENT, verdict=live_agreement(rows), caption=LIVE_CAPTION, hardware=machine())
+
+    def hints(self) -> Sequence[str]:
+        """How to compare with live decoding."""
+        return (f"Live: python evaluate.py {self.run.path} --live {self.settings.workloads[0]}.",)
+
+    def new_profile(self, name: str, refresh: bool = False) -> LatencyProfile:
+        """What the time of a workload is charged by, at all of the run's batch sizes.
+
+        Args:
+            name: of the workload.
+            refresh: measure it now, even if the cache has it.
+        """
+        settings, pair = self.settings, workload(name).load()
+        if settings.hardware is not None:
+            return _computed(settings, pair)
+        if settings.batch_sizes == (1,):
+            return measured(pair, refresh=refresh, sampling=workload(name).sampling)
+        return measure(
+            pair,
+            max_draft_length=settings.max_draft_length,
+            sampling=workload(name).sampling,
+            batch_sizes=settings.batch_sizes,
+        )
 
 
-@dataclass(frozen=True)
-class StoppingSettings(StoredSettings):
-    """Learn when to stop a draft, from recorded texts. With no option at all: on the pairs that ship."""
-
-    FORMAT = FORMAT
-    ABOUT = "learning to stop"
-    MADE_BY = "train.py --env specgym/DraftLength-v0"
-
-    workloads: tuple[str, ...] = SHIPPED_WORKLOADS
-    """What to learn on, all together: pair/prompts, or pair/prompts@temperature."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One policy is learned for each, one after another; each seed fixes every random choice."""
-    total_timesteps: int = 2_500_000
-    """Decisions learned from, for each seed, over all environments; rounded up to whole rollouts."""
-    environments: int = 512
-    """Texts decoded side by side, spread evenly over workloads and batch sizes."""
-    batch_sizes: tuple[int, ...] = (1,)
-    """Sequences decoded together. With several, the policy learns what each changes, and the table has rows for each;
-    measuring larger ones on this machine takes up to a minute more for each pair."""
-    hardware: str | None = None
-    """What time is charged by: a name such as h100-sxm (computed from the size of each pair's models, 512 tokens read
-    before; a wrong name lists them all), or nothing for the latency measured on this machine."""
-    max_draft_length: int = 16
-    """Tokens drafted in a round, at most."""
-    tokens: int = 64
-    """Of each text, at most."""
-    decision_seconds: float = 0.0
-    """Charged for every decision, whichever rule takes it, in training and in the table."""
-    traces: Path | None = None
-    """Folder of traces, as `python -m specgym.envs.record` writes them; by default those that ship."""
-    name: str = ""
-    """Of the run; by default the date and time."""
-    runs: Path = Path("runs")
-    """Folder of all runs. This one goes to <runs>/<name>."""
-    threads: int = 1
-    """Torch's threads, for learning and where latency is measured; 0 for torch's own choice."""
-    refresh_latency: bool = False
-    """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
-    learning: StoppingLearning = field(default_factory=StoppingLearning)
-    """How it learns."""
-    comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
-    """How the result is judged."""
-
-    def __post_init__(self) -> None:
-        for name in ("workloads", "seeds", "batch_sizes"):
-            values = getattr(self, name)
-            if not values:
-                raise SettingsError(f"{name} is empty; give at least one")
-            repeated = [value for value in values if values.count(value) > 1]
-            if repeated:
-                raise SettingsError(f"{name} has {repeated[0]!r} twice; give each once")
-        if min(self.seeds) < 0:
-            raise SettingsError(f"seeds must be at least 0, got {self.seeds}")
-        if min(self.batch_sizes) < 1:
-            raise SettingsError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
-        require_at_least(self, 1, "total_timesteps", "tokens")
-        require_at_least(self, 2, "max_draft_length")
-        require_at_least(self, 0, "threads")
-        if self.max_draft_length > LONGEST:
-            raise SettingsError(f"max_draft_length must be at most {LONGEST}, got {self.max_draft_length}")
-        require_within(self, 0, math.inf, "decision_seconds")
-        if self.hardware is not None:
-            find_hardware(self.hardware)
-        points = len(self.workloads) * len(self.batch_sizes)
-        if self.environments < points:
-            raise SettingsError(
-                f"environments must be at least {points}, one for each workload with each batch size, got "
-                f"{self.environments}"
-            )
-        require_folder_name(self.name)
+def _computed(settings: StopSettings, pair: Pair) -> LatencyProfile:
+    assert settings.hardware is not None
+    draft = ModelShape.of(pair.draft.model.model, name="draft") if isinstance(pair.draft, ModelDrafter) else None
+    return roofline(
+        ModelShape.of(pair.target.model, name="target"),
+        draft,
+        settings.hardware,
+        max_draft_length=settings.max_draft_length,
+        batch_sizes=settings.batch_sizes,
+        contexts=(_ROOFLINE_CONTEXT,),
+        pair=pair.name,
+    )
 
 
-def continued(saved: StoppingSettings, given: StoppingSettings) -> StoppingSettings:
-    """The settings with which a saved run goes on: its own, or those given if they only add seeds.
+def evaluate_live(folder: Path, workloads: Sequence[str]) -> None:
+    """Judge a run by live decoding, print the table, and write it to ``live.json``.
+
+    Args:
+        folder: of a finished run.
+        workloads: names.
 
     Raises:
-        SettingsError: a given setting contradicts the run's.
+        RunFileError: the folder is not that of a finished run, or a file in it is damaged. Others as for
+            `StopDrafts.judge_live`.
     """
-    if not set(saved.seeds) <= set(given.seeds):
-        raise SettingsError(f"the run has the seeds {saved.seeds}; seeds can only be added, got {given.seeds}")
-    theirs, ours = flat(to_json(replace(given, seeds=saved.seeds))), flat(to_json(saved))
-    conflicts = sorted(name for name, value in theirs.items() if value != ours[name])
-    if conflicts:
-        name = conflicts[0]
-        raise SettingsError(
-            f"the run was started with {name} = {ours[name]}, and cannot go on with {theirs[name]}. Leave the option "
-            "out, or start a new run without --resume; only --seeds may be added."
-        )
-    return given
+    quieten()
+    run = RunFolder.existing(folder)
+    experiment = StopDrafts(load_settings(run.settings), run)
+    with torch_threads(experiment.settings.threads), console.status("Decoding test prompts live") as status:
+        table = experiment.judge_live(workloads, status.update)
+    table.save(run.path / "live.json", this_command())
+    seed = experiment.settings.seeds[0]
+    console.print(table.render(f"Test prompts, {run.path}, the policy of seed {seed}"))
+    console.print(table.verdict, highlight=False)
+    console.print(f"The table is in {run.path / 'live.json'}.", soft_wrap=True)

@@ -1,243 +1,221 @@
-"""What can be tuned: for every decoder the settings of its training, which differ from another's in little.
-
-A further decoder is one more subclass of `TrainSettings` here, and its place in `TUNABLE`.
-"""
+"""Experiment: learn the knobs of a registered decoder, one network for all workloads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from specgym.envs import SHIPPED_WORKLOADS, RewardSettings, workload
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.vec_env import VecEnv
 
-from ..training.files import RunFileError, read_json
-from ..training.settings_checks import SettingsError, require_at_least, require_one_bound, require_one_of
-from .settings import EnvironmentSettings, LearningSettings, TrainSettings
+from specgym.callbacks import DivergenceBoundCallback
+from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured
+from specgym.envs import workload
 
+from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns, strays
+from ..evaluation.results import ALL, LEARNED, RESAMPLES, ResultTable, Row, kept_bound, machine, mean_rows
+from ..export.knob_policy import ExportedPolicy, KnobRange
+from ..export.recommend import load_knobs, recommend, save_knobs
+from ..export.snap_to_recorded import best_nearby
+from ..policy import KnobPolicy
+from ..training.console import console
+from ..training.environments import (
+    held_out_environments,
+    make_env,
+    require_recordings,
+    state_names,
+    training_environments,
+)
+from ..training.settings_io import SettingsError
+from .experiment import Experiment, Learner, PolicyChoice
+from .settings import KnobLearning
+from .tune_knobs_settings import KnobSettings, check_workloads
 
-@dataclass(frozen=True)
-class BoundedSettings(TrainSettings):
-    """How the knobs of a decoder are learned whose text may stray from the target's, and how far it may."""
-
-    max_divergence: float | None = None
-    """Ask for the fastest setting whose mean divergence from the target stays under this bound, above 0, instead of the
-    reward's weights and ranges. The price of going beyond is learned along, one for each workload."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
-
-    @property
-    def reward(self) -> RewardSettings:
-        """Of the environments, with the bound."""
-        return replace(self.environment.reward, max_divergence=self.max_divergence)
-
-
-@dataclass(frozen=True)
-class ThresholdEnvironment(EnvironmentSettings):
-    """What the agent practises on."""
-
-    draft_length: int = 16
-    """Tokens drafted every round (K), and the upper end of the rollback threshold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "draft_length")
+_NOTABLE_DIVERGENCE = 0.05
 
 
-@dataclass(frozen=True)
-class ThresholdSettings(BoundedSettings):
-    """Learn decoding thresholds by reinforcement learning. With no option at all: on the pairs that ship."""
+class TuneKnobs(Experiment[KnobSettings]):
+    """Learning the knobs of a decoder on some workloads."""
 
-    FORMAT = "specgym-settings-1"
-    ABOUT = "a run of thresholds"
-    ENV = "specgym/Thresholds-v0"
-    DECODER = "threshold"
-    KNOBS = "thresholds"
+    RESULTS = ("knobs.json", "heat_maps.json")
 
-    workloads: tuple[str, ...] = SHIPPED_WORKLOADS
-    """What to tune for: pair/prompts, or pair/prompts@temperature, for instance tiny/prose or gpt2-xl+gpt2/code@1.0."""
-    environment: ThresholdEnvironment = field(default_factory=ThresholdEnvironment)
-    """What the agent practises on."""
+    @classmethod
+    def check(cls, settings: KnobSettings) -> None:
+        """Raise an error unless all workloads, recordings and models are there and suit the decoder."""
+        check_workloads(settings)
+        require_recordings(settings)
+        for name in settings.workloads:  # loaded once a process, so this takes no time that would not be taken later
+            try:
+                settings.build(workload(name).load())
+            except SpecgymError:
+                raise
+            except ValueError as error:
+                raise SettingsError(f"{name} cannot be decoded so: {error}") from error
 
-    @property
-    def decoder_options(self) -> Mapping[str, Any]:
-        """The draft length."""
-        return {"max_draft_length": self.environment.draft_length}
+    def prepare(self) -> None:
+        """Keep a latency profile for every workload, measured once for this hardware. Loads every pair."""
+        refreshed: set[tuple[int, Sampling]] = set()
 
+        def profile(name: str) -> LatencyProfile:
+            chosen = workload(name)
+            pair = chosen.load()
+            chosen.prompt_ids("train"), chosen.prompt_ids("test")  # what is wrong with them shows here, in one process
+            key = id(pair), chosen.sampling
+            refresh = self.settings.refresh_latency and key not in refreshed
+            refreshed.add(key)
+            return self._measured(pair, chosen.sampling, refresh)
 
-def _speed_alone() -> RewardSettings:
-    return RewardSettings(acceptance_weight=0.0, range_weight=0.0, ranges={})
+        console.print("Latency profiles (measured once for this hardware, then read from the cache):")
+        self.profiles = self.run.keep_profiles(self.settings.workloads, profile, _rounds)
 
+    def _measured(self, pair: Pair, sampling: Sampling, refresh: bool) -> LatencyProfile:
+        return measured(pair, self.settings.build(pair), refresh, sampling=sampling)
 
-@dataclass(frozen=True)
-class ReplayedEnvironment(EnvironmentSettings):
-    """What the agent practises on, with a decoder that is replayed by its outcomes. Where its text is the target's own,
-    speed is all there is to gain."""
+    def learners(self) -> Sequence[Learner]:
+        """One policy."""
+        return [Learner(self.settings.seed, self.run.learned())]
 
-    tokens_per_step: int = 64
-    """Tokens generated for one prompt in one environment step: as many as the table's. What pays depends on it where a
-    decoder learns from the text as it grows, as Lookahead's pool does."""
-    backend: Literal["live", "replay"] = "replay"
-    """Replay the recordings that ship, or run the models: some thousand times slower, so that --total-timesteps,
-    --checkpoint-every and --learning.batch-size should be small, and free of the recordings' small errors. The table is
-    live in any case."""
-    reward: RewardSettings = field(default_factory=_speed_alone)
-    """Weights and ranges of the reward's terms; by default the speedup is the reward. What is not accepted costs what
-    the latency profile charges for it."""
+    def environments(self, learner: Learner) -> VecEnv:
+        """One environment a workload or more, on training prompts."""
+        console.print("Starting the environments ...")
+        return training_environments(self.settings, self.profiles)
 
+    def policy(self, environments: VecEnv) -> PolicyChoice:
+        """A Gaussian over moves of the knobs."""
+        return knob_policy(self.settings.learning, environments)
 
-def _replay_learning() -> LearningSettings:
-    return LearningSettings(batch_size=1024, epochs=5, learning_rate=1e-3, plateau_patience=8, gamma=0.9)
-
-
-@dataclass(frozen=True)
-class ReplayedSettings(TrainSettings):
-    """How the knobs of a decoder are learned that is replayed by its outcomes.
-
-    Attributes:
-        STRAYING: how else to ask for a decoder whose text strays from the target's, if there is one.
-    """
-
-    REPLAYED = 32
-    STRAYING: ClassVar[str] = ""
-
-    total_timesteps: int = 300_000
-    """Environment steps over all workloads; rounded up to whole rollouts."""
-    checkpoint_every: int = 20_000
-    """Environment steps between two checkpoints, which --resume continues from."""
-    environment: ReplayedEnvironment = field(default_factory=ReplayedEnvironment)
-    """What the agent practises on."""
-    learning: LearningSettings = field(default_factory=_replay_learning)
-    """How it learns."""
-
-    def __post_init__(self) -> None:
-        reward = self.environment.reward
-        bounded = self.max_divergence is not None or reward.max_divergence is not None
-        if self.lossless and (bounded or reward.divergence_weight):
-            raise SettingsError(
-                "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
-                f"leave out max-divergence and --environment.reward.divergence-weight{self.STRAYING}"
+    def callbacks(self, learner: Learner) -> Sequence[BaseCallback]:
+        """The bound on the divergence, and short evaluations on held-out prompts, where they are asked for."""
+        settings, callbacks = self.settings, list[BaseCallback]()
+        if settings.bound is not None:
+            callbacks.append(DivergenceBoundCallback(settings.bound))
+        if settings.evaluation.during_training:
+            every = settings.total_timesteps // settings.practising // settings.evaluation.during_training
+            held_out = held_out_environments(settings, self.profiles)
+            callbacks.append(
+                EvalCallback(held_out, n_eval_episodes=len(settings.workloads), eval_freq=max(every, 1), verbose=0)
             )
-        super().__post_init__()
+        return callbacks
 
-    @property
-    def lossless(self) -> bool:
-        """Whether the text is the target's own."""
-        return True
+    def export(self, model: PPO, folder: Path) -> None:
+        """Write the policy with the ranges and steps of its knobs."""
+        assert isinstance(model.policy, KnobPolicy)
+        knobs = _knob_ranges(make_env(self.settings, 0, self.profiles[0]))
+        names = state_names(self.settings, [knob.name for knob in knobs])
+        ExportedPolicy.of(model.policy, knobs, names).save(folder)
+
+    def conclude(self) -> None:
+        """Recommend knobs: where the policy settles, or the best recorded setting around there."""
+        if self.run.knobs.is_file():
+            return
+        policy = ExportedPolicy.load(self.run.path)
+        charged = dict(zip(self.settings.workloads, self.profiles, strict=True))
+
+        def improve(name: str, rest: Mapping[str, float]) -> dict[str, float]:
+            return best_nearby(self.settings, name, rest, policy.knobs, LatencyProfile.load(charged[name]).at())
+
+        save_knobs(self.run.knobs, recommend(policy, self.settings.workloads, improve))
+
+    def judge(self, report: Callable[[str], None]) -> ResultTable:
+        """Decode held-out prompts plainly, with the decoder's defaults and with the recommended knobs."""
+        settings, evaluation = self.settings, self.settings.evaluation
+        recommended = load_knobs(self.run.knobs)["workloads"]
+        rows: list[Row] = []
+        for name, path in zip(settings.workloads, self.profiles, strict=True):
+            chosen = workload(name)
+            rows += judge_live(
+                chosen,
+                settings.build(chosen.load()),
+                recommended[name],
+                LatencyProfile.load(path),
+                settings.reward,
+                prompts=evaluation.prompts,
+                max_new_tokens=evaluation.max_new_tokens,
+                seeds=evaluation.seeds,
+                report=report,
+            )
+        rows += mean_rows(rows)
+        columns, caption = live_columns(rows)
+        return ResultTable(
+            rows,
+            columns,
+            CHARGED,
+            knob_verdict(rows, settings.knobs_together, settings.bound),
+            caption,
+            describe_hardware(workload(settings.workloads[0]).load()) | machine(),
+            {
+                "prompts": evaluation.prompts,
+                "tokens": evaluation.max_new_tokens,
+                "seeds": list(evaluation.seeds),
+                "intervals": f"95 %, bootstrap over prompts, {RESAMPLES} resamples",
+                "clock": list(CLOCK),
+            },
+        )
+
+    def hints(self) -> Sequence[str]:
+        """Where the recommended knobs are."""
+        return (f"Recommended {self.settings.knobs_together}: {self.run.knobs}.",)
 
 
-@dataclass(frozen=True)
-class LookaheadSettings(ReplayedSettings):
-    """Learn window, n-gram size and guesses of Lookahead decoding. With no option at all: from recordings that ship."""
+def knob_policy(learning: KnobLearning, environments: VecEnv) -> PolicyChoice:
+    """The policy that moves the knobs of some tuning environments."""
+    kwargs = {
+        "knob_names": tuple(knob.name for knob in environments.get_attr("knobs", 0)[0]),
+        "std_low": learning.std_low,
+        "std_high": learning.std_high,
+        "std_start": (learning.std_low * learning.std_high**2) ** (1 / 3),
+    }
+    return PolicyChoice(KnobPolicy, kwargs)
 
-    FORMAT = "specgym-lookahead-settings-1"
-    ABOUT = "a run of Lookahead decoding"
-    ENV = "specgym/Lookahead-v0"
-    DECODER = "lookahead"
-    KNOBS = "Lookahead knobs"
 
-    workloads: tuple[str, ...] = (
-        "tiny-10m/prose",
-        "tiny-10m/code",
-        "tiny-10m/definitions",
-        "tiny-3m/prose",
-        "tiny-3m/code",
-        "tiny-3m/chat",
-        "tiny-3m/prose@1.0",
+def knob_verdict(rows: Sequence[Row], knobs_together: str = "knobs", max_divergence: float | None = None) -> str:
+    """What was learned, over all workloads, in a sentence; where it strays from the target, a second one on how far.
+
+    Args:
+        rows: of `judge_live`, with their means.
+        knobs_together: what the knobs are called together.
+        max_divergence: the bound that was asked for, if there was one.
+    """
+    overall = {row.method: row.values for row in [row for row in rows if row.workload == ALL] or rows}
+    default, learned = overall["default"], overall[LEARNED]
+    sentence = (
+        f"Learned {knobs_together} against the defaults: reward {learned['reward']:.3f} against "
+        f"{default['reward']:.3f}, speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain "
+        "decoding, "
     )
-    """What to tune for: target/prompts, or target/prompts@temperature; no draft is needed. Each needs a recording
-    unless --environment.backend is live."""
+    if not strays(row.values for row in rows):
+        return sentence + (
+            f"with {learned['mean_acceptance_length']:.2f} against {default['mean_acceptance_length']:.2f} tokens a "
+            f"round, for {learned['target_tokens_per_token']:.1f} against {default['target_tokens_per_token']:.1f} "
+            "tokens that the target reads for every one emitted. The text is the target's own."
+        )
+    sentence += f"divergence {learned['divergence']:.3f} against {default['divergence']:.3f}."
+    if max_divergence is not None:
+        sentence += kept_bound(rows, max_divergence)
+    elif learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
+        sentence += (
+            " The learned text follows the draft more than the target would; where that matters, train with "
+            "--max-divergence, or --environment.reward.divergence-weight above 0."
+        )
+    return sentence
 
 
-@dataclass(frozen=True)
-class MedusaSettings(ReplayedSettings, BoundedSettings):
-    """Learn how many heads and how large a tree Medusa decoding uses, and, with typical acceptance, what it accepts.
-
-    With no option at all: from recordings that ship, with exact acceptance.
-    The heads are those in the folder <target>-medusa beside the target's own, or those that ship for it.
-    """
-
-    FORMAT = "specgym-medusa-settings-1"
-    ABOUT = "a run of Medusa decoding"
-    ENV = "specgym/Medusa-v0"
-    DECODER = "medusa"
-    KNOBS = "Medusa knobs"
-    STRAYING = ", or give --acceptance typical"
-
-    workloads: tuple[str, ...] = ("tiny-10m/prose", "tiny-10m/code", "tiny-3m/prose", "tiny-3m/code")
-    """What to tune for: target/prompts, or target/prompts@temperature; the target needs heads. Each needs a recording
-    unless --environment.backend is live."""
-    acceptance: Literal["exact", "typical"] = "exact"
-    """Exact: the text is the target's own. Typical: whatever candidate is probable enough under the target is accepted,
-    and how probable that is, epsilon and delta, is learned too. Sampled texts then come faster and stray from the
-    target, so that --max-divergence should say how far they may; greedy ones stay as they are, and for epsilon and
-    delta to matter a workload must sample, as tiny-3m/prose@1.0 does."""
-    max_divergence: float | None = None
-    """With --acceptance typical, ask for the fastest setting whose mean divergence from the target stays under this
-    bound, above 0, instead of the reward's weights. The price of going beyond is learned along, one for each
-    workload."""
-
-    def __post_init__(self) -> None:
-        require_one_of(self, "acceptance", ("exact", "typical"))
-        super().__post_init__()
-
-    @property
-    def lossless(self) -> bool:
-        """Whether acceptance is exact."""
-        return self.acceptance == "exact"
-
-    @property
-    def decoder_name(self) -> str:
-        """That of the decoder with this acceptance."""
-        return self.DECODER if self.lossless else "medusa-typical"
-
-    def check_workloads(self) -> None:
-        """As for any decoder; and with typical acceptance a workload must sample."""
-        super().check_workloads()
-        if not self.lossless and all(workload(name).sampling.greedy for name in self.workloads):
-            raise SettingsError(
-                "typical acceptance changes sampled texts alone, and every workload is greedy, so epsilon and delta "
-                "would do nothing; name a workload that samples, for instance tiny-3m/prose@1.0, or leave out "
-                "--acceptance typical"
-            )
+def _rounds(profile: LatencyProfile) -> str:
+    """What two rounds cost, in words."""
+    if profile.kind == "chain":
+        return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
+    return (
+        f"a {profile.kind} round that reads 16 tokens {1000 * profile.target(16):.2f} ms, 64 "
+        f"{1000 * profile.target(64):.2f} ms"
+    )
 
 
-@dataclass(frozen=True)
-class DraftTreeSettings(ReplayedSettings):
-    """Learn how wide, deep and large a draft's tree of candidates grows, and how hopeless a branch is that is cut.
-
-    With no option at all: from recordings that ship. The draft must be a model.
-    """
-
-    FORMAT = "specgym-draft-tree-settings-1"
-    ABOUT = "a run of draft trees"
-    ENV = "specgym/DraftTree-v0"
-    DECODER = "draft-tree"
-    KNOBS = "draft tree knobs"
-
-    workloads: tuple[str, ...] = ("tiny/prose", "tiny/code", "tiny-3m-1l/prose", "tiny-3m-1l/code")
-    """What to tune for: pair/prompts, or pair/prompts@temperature. Each needs a recording unless --environment.backend
-    is live."""
-
-
-TUNABLE: dict[str, type[TrainSettings]] = {
-    kind.ENV: kind for kind in (ThresholdSettings, LookaheadSettings, MedusaSettings, DraftTreeSettings)
-}
-"""The settings of every decoder that can be tuned, by the id of its environment."""
-
-
-def load_settings(path: Path) -> TrainSettings:
-    """The settings of a run that tunes a decoder, whichever it is.
-
-    Raises:
-        RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-    """
-    found = read_json(path, f"is {path.parent} the folder of a run that train.py wrote?").get("format")
-    for kind in TUNABLE.values():
-        if found == kind.FORMAT:
-            return kind.load(path)
-    known = ", ".join(kind.FORMAT for kind in TUNABLE.values())
-    raise RunFileError(f"{path} does not hold the settings of a run that tunes a decoder ({known}), but of {found!r}")
+def _knob_ranges(env: Any) -> list[KnobRange]:
+    knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
+    ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
+    return [
+        KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer, knob.logarithmic)
+        for knob in knobs
+    ]

@@ -27,11 +27,9 @@ from specgym.decoding import replacing, write_json
 from specgym.envs import doublings, from_doublings
 
 from ..policy import BoundsScaler, KnobPolicy
-from ..training.files import RunFileError, read_json
+from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
 
 FORMAT = "specgym-policy-1"
-WEIGHTS_FILE = "policy.safetensors"
-DESCRIPTION_FILE = "policy.json"
 _WAY_OUT = "export the policy again: python train.py --resume <run>"
 
 

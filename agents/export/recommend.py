@@ -13,7 +13,7 @@ from typing import Any
 from specgym.decoding import write_json
 from specgym.envs import workload
 
-from ..training.files import RunFileError, read_json
+from ..training.run_folder import RunFileError, read_json
 from .knob_policy import ExportedPolicy, KnobRange
 
 FORMAT = "specgym-knobs-1"

@@ -11,7 +11,7 @@ import gymnasium
 from rich import box
 from rich.table import Table
 
-from specgym.decoding import write_json
+from specgym.decoding import build_decoder, write_json
 from specgym.envs import (
     ObserveContext,
     Trace,
@@ -24,13 +24,12 @@ from specgym.envs import (
     workload,
 )
 
-from ..evaluation.live import Row, evaluate
+from ..evaluation.live import judge_live
 from ..evaluation.measurements import Measurement
+from ..evaluation.results import Row
 from ..experiments.learned_tuner import LearnedTuner
-from ..experiments.settings import EvaluationSettings
-from ..experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
-from ..experiments.tune_unseen import TunerSettings
-from ..training.settings_checks import SettingsError
+from ..experiments.tune_unseen_settings import TunerSettings
+from ..training.settings_io import SettingsError
 from .knob_policy import ExportedPolicy
 
 FORMAT = "specgym-recommendation-1"
@@ -104,14 +103,14 @@ def recommend(
     trace = None if live else _trace(settings, found)
     inner = TuningEnv(
         workload=found,
-        max_new_tokens=settings.tokens_per_prompt,
+        max_new_tokens=settings.max_new_tokens,
         prompts_per_step=settings.prompts_per_measurement,
         reward=settings.reward,
         start="default",
         action="place",
         split="train",
         backend="live" if trace is None else "replay",
-        max_draft_length=settings.draft_length,
+        max_draft_length=settings.max_draft_length,
         recording=trace,
     )
     env: gymnasium.Env[Any, Any] = ObserveContext(inner, tuner.layout.history)
@@ -137,17 +136,12 @@ def confirm(settings: TunerSettings, found: Workload, knobs: dict[str, float], f
         folder: where the latency profile is kept.
 
     Returns:
-        The rows of `evaluation.evaluate`, where the method ``learned`` is what was recommended.
+        The rows of `judge_live`, where the method ``learned`` is what was recommended.
     """
-    profile = folder / "latency.json"
-    profile_of(found, None, replayed=False).save(profile)
-    judged = ThresholdSettings(
-        workloads=(found.name,),
-        environment=ThresholdEnvironment(draft_length=settings.draft_length, reward=settings.reward),
-        evaluation=EvaluationSettings(tokens=settings.tokens_per_prompt),
-        max_divergence=settings.max_divergence,
-    )
-    return evaluate(judged, {found.name: knobs}, [profile])
+    profile = profile_of(found, None, replayed=False)
+    profile.save(folder / "latency.json")
+    decoder = build_decoder("threshold", found.load(), max_draft_length=settings.max_draft_length)
+    return judge_live(found, decoder, knobs, profile, settings.reward, max_new_tokens=settings.max_new_tokens)
 
 
 def rendered(found: Recommendation) -> Table:
@@ -177,8 +171,8 @@ def rendered(found: Recommendation) -> Table:
 def _trace(settings: TunerSettings, found: Workload) -> Trace | None:
     """The trace of the workload's training prompts, if there is one that holds what the run's measurements need."""
     try:
-        trace = trace_in(settings.traces, found.name, "train")
-        require_replayable(trace, "threshold", settings.tokens_per_prompt, settings.draft_length)
+        trace = trace_in(settings.recordings, found.name, "train")
+        require_replayable(trace, "threshold", settings.max_new_tokens, settings.max_draft_length)
     except TraceError:
         return None
     return trace

@@ -15,7 +15,7 @@ import numpy as np
 from specgym.decoding import LatencyProfile
 from specgym.envs import Outcomes, doublings, find_recording, reward_terms, totals, workload
 
-from ..experiments.settings import TrainSettings
+from ..experiments.tune_knobs_settings import KnobSettings
 from ..training.environments import recording_path
 from .knob_policy import KnobRange
 
@@ -27,7 +27,7 @@ are, the fewer are."""
 
 
 def best_nearby(
-    settings: TrainSettings,
+    settings: KnobSettings,
     name: str,
     rest: Mapping[str, float],
     knobs: Sequence[KnobRange],
@@ -49,14 +49,14 @@ def best_nearby(
     own = dict(rest)
     if not settings.replayed:
         return own
-    found, _ = find_recording(settings.decoder_name, recording_path(settings, name, "train"), name, "train")
+    found, _ = find_recording(settings.decoder, recording_path(settings, name, "train"), name, "train")
     if not isinstance(found, Outcomes):
         return own
     names = [knob.name for knob in found.info.knobs]
     place = np.array([rest[knob] for knob in names], np.float64)
     away = _moves(found.settings, place, names, knobs)
     near = away <= max(REACH, np.sort(away)[:FEWEST][-1])
-    tried, sums = found.settings[near], totals(found, profile, settings.environment.tokens_per_step)
+    tried, sums = found.settings[near], totals(found, profile, settings.environment.max_new_tokens)
     seconds, accepted, drafted, divergence = (
         sums.per_token(name)[near] for name in ("seconds", "accepted", "drafted", "total_variation")
     )
@@ -66,7 +66,7 @@ def best_nearby(
         speedup=profile.autoregressive_seconds / seconds,
         acceptance_rate=accepted / np.maximum(drafted, 1e-9),
         divergence=divergence,
-        knobs=settings.decoder(workload(name).load()).knobs,
+        knobs=settings.build(workload(name).load()).knobs,
         values=dict(zip(names, tried.T, strict=True)),
     )
     earned = np.asarray(sum(terms.values()))

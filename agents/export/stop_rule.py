@@ -23,9 +23,8 @@ from torch import nn
 
 from specgym.decoding import FEATURES, StopRule, replacing, write_json
 
-from ..experiments.stop_drafts_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
-from ..training.files import RunFileError, read_json
-from .knob_policy import DESCRIPTION_FILE, WEIGHTS_FILE
+from ..experiments.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
+from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
 
 FORMAT = "specgym-stop-rule-1"
 _WAY_OUT = "remove its folder, and python train.py --resume <run> learns it again"

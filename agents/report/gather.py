@@ -11,13 +11,10 @@ from typing import Any
 
 from specgym import __version__
 
-from ..evaluation.live import FORMAT as TABLE_FORMAT
-from ..experiments.stop_drafts import FORMAT as STOPPING_FORMAT
-from ..experiments.tune_knobs import TUNABLE, ThresholdSettings
-from ..experiments.tune_unseen import FORMAT as TUNER_FORMAT
+from ..evaluation.results import ResultTable
+from ..experiments.experiment import load_settings
 from ..export.recommend import load_knobs
-from ..training.files import RunFileError, read_json
-from ..training.run_folder import RunFolder
+from ..training.run_folder import RunFileError, RunFolder, read_json
 from .data import CURVES, HARDWARE, HEAT_MAPS, PATTERNS, TABLE, TRANSFER, HeatMap, Report, TableRow
 from .events import read_curves
 from .heat_maps import load_heat_maps
@@ -69,17 +66,13 @@ def gather(run_folder: Path, command: str) -> Report:
     """
     run = RunFolder.existing(run_folder)
     stored = read_json(run.settings, "copy it from a backup, or train anew")
-    kinds = {kind.FORMAT: kind for kind in TUNABLE.values()}
-    kind = kinds.get(str(stored.get("format")), ThresholdSettings)
-    chosen = THRESHOLDS_WAYS if kind is ThresholdSettings else TUNED_WAYS
-    if stored.get("format") == TUNER_FORMAT:
-        chosen = TUNER_WAYS
+    settings = load_settings(run.settings)
+    subject, chosen = "stopping of drafts", TUNED_WAYS
+    if settings.EXPERIMENT == "tune-knobs":
+        subject, chosen = settings.knobs_together, THRESHOLDS_WAYS if settings.decoder == "threshold" else TUNED_WAYS
+    elif settings.EXPERIMENT == "tune-unseen":
+        subject, chosen = "thresholds", TUNER_WAYS
     ways = {section: way.format(run=shlex.quote(run_folder.as_posix())) for section, way in chosen.items()}
-    if stored.get("format") == STOPPING_FORMAT:
-        raise RunFileError(
-            f"{run_folder} is a run of --env specgym/DraftLength-v0, and a report is for runs of --env "
-            f"{' or '.join(TUNABLE)}; see its table with: python evaluate.py {shlex.quote(run_folder.as_posix())}"
-        )
     if not isinstance(stored.get("settings"), dict):
         raise RunFileError(f"{run.settings} does not hold the settings of a run; copy it from a backup, or train anew")
     made_by = {"the run": str(stored.get("command", ""))}
@@ -108,10 +101,10 @@ def gather(run_folder: Path, command: str) -> Report:
         if not content and section in ways:
             missing[section] = ways[section]
     return Report(
-        title=f"{kind.KNOBS[0].upper()}{kind.KNOBS[1:]} learned in {run.path.resolve().name}",
+        title=f"{subject[0].upper()}{subject[1:]} learned in {run.path.resolve().name}",
         command=command,
         created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        summary=summarise(table, maps, transfer, kind.KNOBS),
+        summary=summarise(table, maps, transfer, subject),
         table=table,
         heat_maps=maps,
         curves=curves,
@@ -133,25 +126,9 @@ def _write_again(way: str) -> str:
 
 
 def _read_table(path: Path, way_out: str) -> tuple[list[TableRow], dict[str, Any], str]:
-    content = read_json(path, way_out)
-    if content.get("format") != TABLE_FORMAT or not isinstance(content.get("rows"), list):
-        raise RunFileError(f"{path} does not hold a table ({TABLE_FORMAT}); {way_out}")
-    try:
-        rows = [_row(dict(row)) for row in content["rows"]]
-        return rows, dict(content["hardware"]), str(content["command"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunFileError(f"{path} is damaged ({type(error).__name__}: {error}); {way_out}") from error
-
-
-def _row(row: dict[str, Any]) -> TableRow:
-    workload, method, knobs, intervals = (row.pop(name) for name in ("workload", "method", "knobs", "intervals"))
-    return TableRow(
-        workload=str(workload),
-        method=str(method),
-        knobs=dict(knobs),
-        values={name: float(value) for name, value in row.items()},
-        intervals={name: (float(low), float(high)) for name, (low, high) in intervals.items()},
-    )
+    table = ResultTable.load(path, way_out)
+    rows = [TableRow(row.workload, row.method, row.knobs, row.values, row.intervals) for row in table.rows]
+    return rows, dict(table.hardware), table.command
 
 
 def _read_transfer(path: Path, way_out: str) -> dict[str, Any]:

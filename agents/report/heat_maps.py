@@ -11,7 +11,7 @@ import numpy as np
 
 from specgym.decoding import write_json
 
-from ..training.files import RunFileError, read_json
+from ..training.run_folder import RunFileError, read_json
 from .data import HeatMap, Point
 
 FORMAT = "specgym-heat-maps-1"

@@ -13,8 +13,13 @@ from markupsafe import Markup
 
 from specgym.decoding import write_text
 
+from ..evaluation.heat_map import save_missing_heat_maps
+from ..experiments.experiment import load_settings
+from ..training.console import console, quieten
+from ..training.run_folder import RunFolder, this_command
 from .curve_figures import curve_figures
 from .data import Report
+from .gather import gather
 from .heat_figures import describe, heat_legend, heat_map
 from .regret_figures import duels, method_curves, overview
 from .summary import KINDS
@@ -23,6 +28,24 @@ from .views import generic_view, kinds, nested_view, recommended_view, results_v
 
 FORMAT = "specgym-report-1"
 PAGE, TABLES, CONTENT = "report.html", "report", "report.json"
+
+
+def report_run(folder: Path) -> Path:
+    """Write the report of a run, and say where it is.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunFileError: the folder is not that of a run, or a file in it is damaged.
+    """
+    quieten()
+    run, command = RunFolder.existing(folder), this_command()
+    with console.status("Drawing"):
+        save_missing_heat_maps(run, load_settings(run.settings), command)
+        path = write_report(gather(folder, command), folder)
+    console.print(f"The report is in {path}, its tables in {path.parent / 'report'}.", soft_wrap=True)
+    return path
 
 
 def write_report(report: Report, folder: Path) -> Path:

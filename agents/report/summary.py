@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.live import ALL, strays
+from ..evaluation.live import strays
+from ..evaluation.results import ALL
 from .data import HeatMap, TableRow
 
 LEARNED, DEFAULT, PLAIN, BEST = "learned", "default", "autoregressive", "best"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.live import ALL
+from ..evaluation.results import ALL
 from .data import Report, TableRow
 from .summary import BEST, KINDS, LEARNED, SIGNIFICANT
 from .tables import columns, flattened

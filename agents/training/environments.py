@@ -15,12 +15,13 @@ import gymnasium
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from specgym.decoding import Split, traits_of
+from specgym.decoding import Split
 from specgym.envs import (
     Outcomes,
     TraceError,
     VectorWorkloadMark,
     WorkloadMark,
+    environment_id,
     find_recording,
     outcome_command,
     outcomes_name,
@@ -30,18 +31,18 @@ from specgym.envs import (
     trace_name,
 )
 
-from ..experiments.settings import TrainSettings
+from ..experiments.tune_knobs_settings import KnobSettings
 from .console import quieten
 from .nan_guards import FiniteGuard
 from .sb3_vec_env import VectorEnvAdaptor
-from .settings_checks import SettingsError
+from .settings_io import SettingsError
 
 PRELOADED = "SPECGYM_PRELOADED_WORKLOADS"
 """The environment variable that tells a fork server which workloads' pairs to load, a JSON list of their names."""
 
 
 def make_env(
-    settings: TrainSettings, place: int, profile: Path, *, held_out: bool = False, threads: int | None = None
+    settings: KnobSettings, place: int, profile: Path, *, held_out: bool = False, threads: int | None = None
 ) -> gymnasium.Env[Any, Any]:
     """The environment of one workload.
 
@@ -57,7 +58,7 @@ def make_env(
         quieten()
     split: Split = "test" if held_out else "train"
     env: gymnasium.Env[Any, Any] = gymnasium.make(
-        f"specgym:{settings.ENV}",
+        f"specgym:{environment_id(settings.decoder)}",
         workload=settings.workloads[place],
         timing=settings.environment.timing,
         profile=str(profile),
@@ -73,29 +74,29 @@ def make_env(
     return env
 
 
-def require_recordings(settings: TrainSettings) -> None:
+def require_recordings(settings: KnobSettings) -> None:
     """Raise SettingsError unless all that is to be replayed is there."""
     for name in settings.workloads if settings.replayed else ():
         splits: tuple[Split, ...] = ("train", "test") if settings.evaluation.during_training else ("train",)
         for split in splits:
             path = recording_path(settings, name, split)
             if path is not None and not path.is_file():
-                traced = traits_of(settings.decoder_name).recorded_by == "trace"
-                command = record_command(name) if traced else outcome_command(name, settings.decoder_name)
+                traced = settings.traits.recorded_by == "trace"
+                command = record_command(name) if traced else outcome_command(name, settings.decoder)
                 raise SettingsError(
                     f"{path.parent} has no {path.name}; make it: {command}, or give another --environment.recordings"
                 )
             try:
-                found, _ = find_recording(settings.decoder_name, path, name, split)
+                found, _ = find_recording(settings.decoder, path, name, split)
                 if isinstance(found, Outcomes):
-                    require_tokens(found, settings.environment.tokens_per_step)
+                    require_tokens(found, settings.environment.max_new_tokens)
             except TraceError as error:
                 raise SettingsError(
                     f"{error}. Their folder goes to --environment.recordings; --environment.backend live needs none"
                 ) from error
 
 
-def training_environments(settings: TrainSettings, profiles: Sequence[Path]) -> VecNormalize:
+def training_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
     """One environment a workload or more, on training prompts: guarded, monitored, rewards normalised.
 
     Those that replay step together, as one vector environment. Live ones have, with `settings.subprocesses`, each its
@@ -119,7 +120,7 @@ def training_environments(settings: TrainSettings, profiles: Sequence[Path]) -> 
     return _wrapped(venv, settings, training=True)
 
 
-def held_out_environments(settings: TrainSettings, profiles: Sequence[Path]) -> VecNormalize:
+def held_out_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
     """The same on held-out prompts, in this process; rewards are left as they are."""
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
         partial(make_env, settings, place, profile, held_out=True) for place, profile in enumerate(profiles)
@@ -127,14 +128,14 @@ def held_out_environments(settings: TrainSettings, profiles: Sequence[Path]) -> 
     return _wrapped(DummyVecEnv(makers), settings, training=False)
 
 
-def state_names(settings: TrainSettings, knobs: Sequence[str]) -> list[str]:
+def state_names(settings: KnobSettings, knobs: Sequence[str]) -> list[str]:
     """What each entry of an observation is."""
     return [*knobs, *(f"workload/{name}" for name in settings.workloads if _marked(settings))]
 
 
-def _replays(settings: TrainSettings, profiles: Sequence[Path]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+def _replays(settings: KnobSettings, profiles: Sequence[Path]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
     env = gymnasium.make_vec(
-        f"specgym:{settings.ENV}",
+        f"specgym:{environment_id(settings.decoder)}",
         num_envs=settings.practising,
         workload=settings.workloads,
         weights=settings.weights or None,
@@ -146,32 +147,35 @@ def _replays(settings: TrainSettings, profiles: Sequence[Path]) -> gymnasium.vec
     return VectorWorkloadMark(env) if _marked(settings) else env
 
 
-def _training_recordings(settings: TrainSettings) -> dict[str, Path]:
+def _training_recordings(settings: KnobSettings) -> dict[str, Path]:
     paths = ((name, recording_path(settings, name, "train")) for name in settings.workloads)
     return {name: path for name, path in paths if path is not None}
 
 
-def recording_path(settings: TrainSettings, name: str, split: Split) -> Path | None:
+def recording_path(settings: KnobSettings, name: str, split: Split) -> Path | None:
     """The file that a workload is replayed from; None for that which ships, or where nothing is replayed."""
     folder = settings.environment.recordings
     if folder is None:
         return None
-    traced = traits_of(settings.decoder_name).recorded_by == "trace"
-    return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.decoder_name, split))
+    traced = settings.traits.recorded_by == "trace"
+    return folder / (trace_name(name, split) if traced else outcomes_name(name, settings.decoder, split))
 
 
-def _shared_options(settings: TrainSettings) -> dict[str, Any]:
-    """What single environments and those that step together are told alike."""
+def _shared_options(settings: KnobSettings) -> dict[str, Any]:
+    """Arguments that single environments and those that step together have in common."""
+    further = dict(settings.decoder_options)
+    longest = further.pop("max_draft_length", None)  # an argument of its own, since traces depend on it
     return {
-        "decoder": settings.decoder_name,
-        "max_new_tokens": settings.environment.tokens_per_step,
+        "decoder": settings.decoder,
+        "max_new_tokens": settings.environment.max_new_tokens,
         "backend": settings.environment.backend,
         "reward": settings.reward,
-        **settings.decoder_options,
+        "decoder_options": further,
+        **({} if longest is None else {"max_draft_length": longest}),
     }
 
 
-def _marked(settings: TrainSettings) -> bool:
+def _marked(settings: KnobSettings) -> bool:
     """Whether the policy is shown which workload it tunes."""
     return settings.identify_workloads and len(settings.workloads) > 1
 
@@ -197,6 +201,6 @@ def _preloaded(workloads: Sequence[str]) -> Iterator[None]:
         os.environ.pop(PRELOADED, None)
 
 
-def _wrapped(venv: VecEnv, settings: TrainSettings, training: bool) -> VecNormalize:
+def _wrapped(venv: VecEnv, settings: KnobSettings, training: bool) -> VecNormalize:
     guarded = VecMonitor(FiniteGuard(venv))
     return VecNormalize(guarded, training=training, norm_obs=False, norm_reward=training, gamma=settings.learning.gamma)

@@ -1,156 +1,187 @@
-"""One training run from its settings to its folder, and its continuation after any kind of end."""
+"""One run of an experiment from its settings to its folder, its continuation after any kind of end, its judgement."""
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
-from specgym.callbacks import Checkpoint, intact_checkpoints
-from specgym.decoding import LatencyProfile, SpecgymError, replacing
-from specgym.envs import workload
+from specgym.callbacks import intact_checkpoints
+from specgym.decoding import replacing
 
-from ..evaluation.live import evaluate, save_rows
-from ..evaluation.results import rendered, verdict
-from ..experiments.settings import TrainSettings
-from ..experiments.tune_knobs import ThresholdSettings, load_settings
-from ..export.knob_policy import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
-from ..export.recommend import load_knobs, recommend, save_knobs
-from ..export.snap_to_recorded import best_nearby
-from ..policy import KnobPolicy
-from ..report.gather import HEAT_MAPS_FILE
-from .beginning import begin, this_command
-from .console import console, quieten
-from .environments import held_out_environments, make_env, require_recordings, state_names, training_environments
-from .ppo import learn
-from .run_folder import RunFolder, torch_threads
-from .settings_checks import SettingsError
-from .settings_io import prolonged
+from ..evaluation.results import ResultTable
+from ..experiments.experiment import Experiment, Learner, experiment_of, load_settings, save_settings
+from ..experiments.settings import RunSettings
+from ..experiments.tune_knobs_settings import default_settings
+from .console import console, quieten, tell_differences
+from .ppo import TrainingInterruptedError, learn, way_on
+from .run_folder import RunFolder, this_command, torch_threads
+from .settings_io import SettingsError, prolonged
 
 
-def train(settings: TrainSettings | None = None, resume: Path | None = None) -> Path:
-    """Learn a decoder's knobs, judge them on held-out prompts, and write ``runs/<name>/`` (see `RunFolder`).
+def train(settings: RunSettings | None = None, resume: Path | None = None) -> Path:
+    """Learn, judge what was learned on held-out prompts, and write ``runs/<name>/`` (see `RunFolder`).
 
     Args:
-        settings: what to do; by default thresholds with their defaults, or the run's own when resuming.
+        settings: what to learn; by default thresholds with their defaults, or the run's own when resuming.
         resume: folder of a run to go on with, from its newest intact checkpoint. Of a finished run only what is missing
-            is made, unless `settings` asks for more steps.
+            is made, unless `settings` asks for more.
 
     Returns:
         The folder of the run.
 
     Raises:
-        WorkloadError: a workload is not known.
         SettingsError: the folder is taken, a workload does not suit the decoder, or `settings` contradict those of the
             run to resume.
-        MedusaHeadsError: a target has no Medusa heads where they are tuned. Loading errors as for `load_pair`.
         RunFileError: `resume` is not the folder of a run, or a file in it is damaged.
         TrainingInterruptedError: interrupted by the user, or by the end of an environment's process.
+        SpecgymError: a workload, a recording or a model is not there, or does not fit.
     """
     quieten()
-    if resume is not None:
-        run = RunFolder.existing(resume)
-        saved = load_settings(run.settings)
-        settings = prolonged(saved, settings or saved)
-        if settings != saved:
-            settings.save(run.settings, this_command())
-            for stale in (run.table, run.knobs, run.policy, run.path / HEAT_MAPS_FILE):
-                stale.unlink(missing_ok=True)
-    else:
-        settings = settings or ThresholdSettings()
-        settings = begin(settings, re.sub(r".*/|-v\d+$", "", settings.ENV).lower(), _check)
+    if resume is None:
+        settings = _begin(settings or default_settings())
         run = RunFolder(settings.folder)
-    with torch_threads(settings.threads):
-        _train(settings, run, going_on=resume is not None)
+        experiment = experiment_of(settings)(settings, run)
+    else:
+        run = RunFolder.existing(resume)
+        experiment = _going_on(run, settings)
+    started = time.perf_counter()
+    with torch_threads(experiment.settings.threads):
+        try:
+            _run(experiment, resumed=resume is not None)
+        except KeyboardInterrupt:
+            raise TrainingInterruptedError(f"interrupted. {way_on(run.path)}") from None
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.", highlight=False)
     return run.path
 
 
-def _train(settings: TrainSettings, run: RunFolder, going_on: bool) -> None:
-    console.print(f"[bold]{run.path}[/]: {len(settings.workloads)} workloads, {settings.total_timesteps} steps")
-    console.print("Latency profiles (measured once for this hardware, then read from the cache):")
-    profiles = run.measure_profiles(settings)
-    checkpoint = next(intact_checkpoints(run.checkpoints), None)
+def evaluate(folder: Path) -> list[str]:
+    """Make a run's table again, print it, and write it to ``evaluation.json`` beside the stored one.
+
+    Returns:
+        Differences of the compared columns from the stored table; normally none.
+
+    Raises:
+        RunFileError: the folder is not that of a finished run.
+    """
+    quieten()
+    experiment = open_run(folder)
+    run = experiment.run
+    for learner in experiment.learners():
+        learner.folder.require_complete()
+    stored = ResultTable.load(run.table)
+    with torch_threads(experiment.settings.threads):
+        experiment.prepare()
+        with console.status("Judging on held-out prompts") as status:
+            table = experiment.judge(status.update)
+    table.save(run.path / "evaluation.json", this_command())
+    show(table, run.path)
+    lines = table.differences(stored)
+    tell_differences(lines, run.table, experiment.FIGURES)
+    return lines
+
+
+def open_run(folder: Path) -> Experiment[Any]:
+    """The experiment of a run that has been started.
+
+    Raises:
+        RunFileError: the folder is not that of a run, or its settings are damaged.
+    """
+    run = RunFolder.existing(folder)
+    settings = load_settings(run.settings)
+    return experiment_of(settings)(settings, run)
+
+
+def show(table: ResultTable, run: Path) -> None:
+    """Print a table and its verdict."""
+    console.print(table.render(f"Held-out prompts, {run}"))
+    console.print(table.verdict, highlight=False)
+
+
+def _begin(settings: RunSettings) -> RunSettings:
+    """Make the folder of a new run with its settings, which get a name if they have none."""
+    if not settings.name:
+        settings = replace(settings, name=time.strftime(f"{settings.stem}-%Y%m%d-%H%M%S"))
+    run = RunFolder(settings.folder)
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
+        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+    with torch_threads(settings.threads):
+        experiment_of(settings).check(settings)
+    run.path.mkdir(parents=True, exist_ok=True)
+    save_settings(settings, run.settings, this_command())
+    return settings
+
+
+def _going_on(run: RunFolder, asked: RunSettings | None) -> Experiment[Any]:
+    """The experiment of a run to resume; what more steps or seeds make out of date is removed."""
+    saved: RunSettings = load_settings(run.settings)
+    settings = prolonged(saved, asked or saved)
+    experiment = experiment_of(settings)(settings, run)
+    if settings != saved:
+        save_settings(settings, run.settings, this_command())
+        stale = [run.table, *(run.path / name for name in experiment.RESULTS)]
+        if settings.total_timesteps != saved.total_timesteps:
+            stale += [learner.folder.policy for learner in experiment.learners()]
+        for path in stale:
+            path.unlink(missing_ok=True)
+    return experiment
+
+
+def _run(experiment: Experiment[Any], resumed: bool) -> None:
+    settings, run, learners = experiment.settings, experiment.run, experiment.learners()
+    each = f"{len(learners)} policies, each with " if len(learners) > 1 else ""
+    console.print(f"[bold]{run.path}[/]: {len(settings.workloads)} workloads, {each}{settings.total_timesteps} steps")
+    experiment.prepare()
+    for number, learner in enumerate(learners):
+        if len(learners) > 1:
+            console.print(f"Seed {learner.seed} ({number + 1} of {len(learners)}):")
+        _learn(experiment, learner, resumed)
+    experiment.conclude()
+    if run.table.is_file():
+        console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.", soft_wrap=True)
+        return
+    with console.status("Judging on held-out prompts") as status:
+        table = experiment.judge(status.update)
+    table.save(run.table, this_command())
+    show(table, run.path)
+    hints: Sequence[str] = (*experiment.hints(), f"TensorBoard: tensorboard --logdir {run.tensorboard}")
+    console.print(" ".join(hints), highlight=False, soft_wrap=True)
+
+
+def _learn(experiment: Experiment[Any], learner: Learner, resumed: bool) -> None:
+    """Learn a policy unless its steps are done, and make whatever of its files is missing."""
+    folder, total = learner.folder, experiment.settings.total_timesteps
+    checkpoint = next(intact_checkpoints(folder.checkpoints), None)
+    done = checkpoint is not None and checkpoint.steps >= total
     # A run that has stopped early has a policy, and fewer steps than it was allowed.
-    if checkpoint is None or (checkpoint.steps < settings.total_timesteps and not run.policy.is_file()):
-        if going_on:
+    if done or folder.complete or (checkpoint is not None and folder.policy.is_file()):
+        console.print(f"All {checkpoint.steps if checkpoint else total} steps are done.")
+    else:
+        if resumed:
             began = f"step {checkpoint.steps}" if checkpoint else "the beginning, having no checkpoint"
             console.print(f"Going on from {began}.")
-        _learn(settings, run, profiles, checkpoint)
-        checkpoint = next(intact_checkpoints(run.checkpoints))
-    else:
-        console.print(f"All {checkpoint.steps} steps are done.")
-    _finish(settings, run, profiles, checkpoint)
-
-
-def _check(settings: TrainSettings) -> None:
-    """Raise what would end the run, so that a misspelt name, or heads that are not there, leave no folder behind."""
-    settings.check_workloads()
-    require_recordings(settings)
-    with torch_threads(settings.threads):
-        for name in settings.workloads:  # loaded once a process, so this takes no time that would not be taken later
-            try:
-                settings.decoder(workload(name).load())
-            except SpecgymError:
-                raise
-            except ValueError as error:
-                raise SettingsError(f"{name} cannot be decoded so: {error}") from error
-
-
-def _learn(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint | None) -> None:
-    console.print("Starting the environments ...")
-    learn(
-        settings, run, lambda: training_environments(settings, profiles), checkpoint, _evaluations(settings, profiles)
-    )
-
-
-def _evaluations(settings: TrainSettings, profiles: Sequence[Path]) -> list[BaseCallback]:
-    if not settings.evaluation.during_training:
-        return []
-    count = len(settings.workloads)
-    every = max(settings.total_timesteps // settings.practising // settings.evaluation.during_training, 1)
-    held_out = held_out_environments(settings, profiles)
-    return [EvalCallback(held_out, n_eval_episodes=count, eval_freq=every, verbose=0)]
-
-
-def _finish(settings: TrainSettings, run: RunFolder, profiles: Sequence[Path], checkpoint: Checkpoint) -> None:
-    """Make whatever of the results is missing."""
-    if not (run.policy.is_file() and (run.path / WEIGHTS_FILE).is_file() and (run.path / DESCRIPTION_FILE).is_file()):
-        model: PPO = PPO.load(checkpoint.policy, device="cpu")
-        assert isinstance(model.policy, KnobPolicy)
-        knobs = _knob_ranges(make_env(settings, 0, profiles[0]))
-        names = state_names(settings, [knob.name for knob in knobs])
-        ExportedPolicy.of(model.policy, knobs, names).save(run.path)
-        for source, target in ((checkpoint.vecnormalize, run.vecnormalize), (checkpoint.policy, run.policy)):
+        learn(
+            experiment.settings,
+            folder,
+            learner.seed,
+            lambda: experiment.environments(learner),
+            experiment.policy,
+            experiment.callbacks(learner),
+            progress_bar=console.is_terminal,
+        )
+        for path in [experiment.run.table, *(experiment.run.path / name for name in experiment.RESULTS)]:
+            path.unlink(missing_ok=True)  # they were of another policy
+        checkpoint = next(intact_checkpoints(folder.checkpoints))
+    if folder.complete or checkpoint is None:
+        return
+    experiment.export(PPO.load(checkpoint.policy, device="cpu"), folder.path)
+    for source, target in ((checkpoint.vecnormalize, folder.vecnormalize), (checkpoint.policy, folder.policy)):
+        if source.is_file():
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
-    if not run.knobs.is_file():
-        policy, charged = ExportedPolicy.load(run.path), dict(zip(settings.workloads, profiles, strict=True))
-
-        def improve(name: str, rest: Mapping[str, float]) -> dict[str, float]:
-            return best_nearby(settings, name, rest, policy.knobs, LatencyProfile.load(charged[name]).at())
-
-        save_knobs(run.knobs, recommend(policy, settings.workloads, improve))
-    if run.table.is_file():
-        console.print(f"The table is in {run.table}; python evaluate.py {run.path} makes it again.")
-        return
-    learned = load_knobs(run.knobs)["workloads"]
-    with console.status("Evaluating on held-out prompts") as status:
-        rows = evaluate(settings, learned, profiles, lambda name: status.update(f"Evaluating {name}"))
-    save_rows(run.table, rows, settings, this_command())
-    console.print(rendered(rows, f"Held-out prompts, {run.path}"))
-    console.print(verdict(rows, settings.KNOBS, settings.max_divergence), highlight=False)
-    console.print(f"Recommended {settings.KNOBS}: {run.knobs}. TensorBoard: tensorboard --logdir {run.path.parent}")
-
-
-def _knob_ranges(env: Any) -> list[KnobRange]:
-    knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
-    ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
-    return [
-        KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer, knob.logarithmic)
-        for knob in knobs
-    ]

@@ -1,33 +1,64 @@
-"""The folder of a run: what lies where, and which latency profiles its times are charged by."""
+"""The folder of a run: what lies where, and how a run begins, is found and is read."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from specgym.decoding import SpecgymError
 
-from specgym.decoding import LatencyProfile, Sampling, measured
-from specgym.envs import workload
+if TYPE_CHECKING:
+    from specgym.decoding import LatencyProfile
 
-from ..experiments.settings import TrainSettings
-from .console import console
-from .files import RunFileError
+WEIGHTS_FILE = "policy.safetensors"
+DESCRIPTION_FILE = "policy.json"
 
 
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads, and put the number back afterwards; 0 leaves it alone."""
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class RunFileError(SpecgymError, ValueError):
+    """A file of a run that is missing, damaged, or of another kind; the message names it and the way out."""
+
+
+class LearnedFolder:
+    """The files of one learned policy.
+
+    ==========================================  ============================================================
+    ``policy.zip``, ``vecnormalize.pkl``        the policy for Stable-Baselines3
+    ``policy.safetensors``, ``policy.json``     the same policy without any framework (`specgym.agents.export`)
+    ``checkpoints/``                            what ``--resume`` continues from
+    ==========================================  ============================================================
+
+    Args:
+        path: the folder.
+        tensorboard: where its event files go.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path) -> None:
+        self.path, self.tensorboard = path, tensorboard
+        self.policy = path / "policy.zip"
+        self.vecnormalize = path / "vecnormalize.pkl"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """What is there once the policy is learned."""
+        return self.policy, self.path / WEIGHTS_FILE, self.path / DESCRIPTION_FILE
+
+    @property
+    def complete(self) -> bool:
+        """Whether the policy is learned and exported."""
+        return all(file.is_file() for file in self.files)
+
+    def require_complete(self) -> None:
+        """Raise RunFileError unless the policy is learned and exported."""
+        if not self.complete:
+            raise RunFileError(f"{self.path} holds no finished policy; go on with: python train.py --resume <run>")
 
 
 class RunFolder:
@@ -35,24 +66,20 @@ class RunFolder:
 
     ==========================================  ============================================================
     ``settings.json``                           the exact configuration
-    ``policy.zip``, ``vecnormalize.pkl``        the learned policy for Stable-Baselines3
-    ``policy.safetensors``, ``policy.json``     the same policy without any framework (`export.ExportedPolicy`)
-    ``knobs.json``                              the recommended knobs
+    ``knobs.json``                              the recommended knobs, where knobs are learned
     ``table.json``                              the table on held-out prompts
     ``latency/``                                the latency profile that each workload's time is charged by
-    ``checkpoints/``                            what ``--resume`` continues from
     ``tensorboard/``                            event files
     ==========================================  ============================================================
+
+    The files of a `LearnedFolder` lie here too, or, where several policies are learned, in a folder for each.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = path / "settings.json"
-        self.policy = path / "policy.zip"
-        self.vecnormalize = path / "vecnormalize.pkl"
         self.knobs = path / "knobs.json"
         self.table = path / "table.json"
-        self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -64,44 +91,54 @@ class RunFolder:
         """
         run = cls(path)
         if not run.settings.is_file():
-            others = sorted(found.parent.as_posix() for found in path.parent.glob("*/settings.json"))
+            others = sorted(settings.parent.as_posix() for settings in path.parent.glob("*/settings.json"))
             hint = f"; there are: {', '.join(others[:8])}" if others else ""
             raise RunFileError(f"{path} is not the folder of a run (it has no settings.json){hint}")
         return run
 
-    def profile_paths(self, settings: TrainSettings) -> list[Path]:
+    def learned(self, name: str = "") -> LearnedFolder:
+        """The folder of a policy: the run's own, or one in it."""
+        return LearnedFolder(self.path / name, self.tensorboard / name)
+
+    def profile_paths(self, workloads: Sequence[str]) -> list[Path]:
         """Where the latency profile of every workload is kept."""
-        return [
-            self.path / "latency" / f"{place}-{re.sub(r'[^A-Za-z0-9.@-]+', '_', name)}.json"
-            for place, name in enumerate(settings.workloads)
-        ]
+        paths = []
+        for place, name in enumerate(workloads):
+            kept = sorted((self.path / "latency").glob(f"{place}-*.json"))  # earlier versions wrote other names
+            name = re.sub(r"[^A-Za-z0-9.@-]+", "_", name)[-80:]
+            paths.append(kept[0] if kept else self.path / "latency" / f"{place}-{name}.json")
+        return paths
 
-    def measure_profiles(self, settings: TrainSettings) -> list[Path]:
-        """Keep a latency profile for every workload that has none yet, measured once for this hardware.
+    def keep_profiles(
+        self,
+        workloads: Sequence[str],
+        profile: Callable[[str], LatencyProfile],
+        describe: Callable[[LatencyProfile], str],
+    ) -> list[Path]:
+        """Keep a latency profile for every workload that has none yet.
 
-        Loads every pair into this process; errors as for `load_pair`, `load_prompts` and `LatencyProfile.load`.
+        Args:
+            workloads: names.
+            profile: makes the profile of a workload.
+            describe: says in words what is notable about it.
+
+        Raises:
+            LatencyProfileError: a profile that is kept is damaged.
         """
-        paths = self.profile_paths(settings)
-        refreshed: set[tuple[int, Sampling]] = set()
-        for name, path in zip(settings.workloads, paths, strict=True):
-            found = workload(name)
-            pair = found.load()
-            found.prompt_ids("train"), found.prompt_ids("test")  # what is wrong with them shows here, in one process
+        from specgym.decoding import LatencyProfile
+
+        from .console import console
+
+        paths = self.profile_paths(workloads)
+        for name, path in zip(workloads, paths, strict=True):
             if path.is_file():
                 LatencyProfile.load(path)
                 continue
             started = time.perf_counter()
-            key = id(pair), found.sampling
-            profile = measured(
-                pair,
-                settings.decoder_name,
-                settings.refresh_latency and key not in refreshed,
-                sampling=found.sampling,
-            )
-            refreshed.add(key)
-            profile.save(path)
+            made = profile(name)
+            made.save(path)
             console.print(
-                f"  {name}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, {_rounds(profile)} "
+                f"  {name}: {1000 * made.autoregressive_seconds:.2f} ms/token plain, {describe(made)} "
                 f"({time.perf_counter() - started:.0f} s)",
                 highlight=False,
                 soft_wrap=True,
@@ -109,11 +146,41 @@ class RunFolder:
         return paths
 
 
-def _rounds(profile: LatencyProfile) -> str:
-    """What two rounds cost, in words."""
-    if profile.kind == "chain":
-        return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
-    return (
-        f"a {profile.kind} round that reads 16 tokens {1000 * profile.target(16):.2f} ms, 64 "
-        f"{1000 * profile.target(64):.2f} ms"
-    )
+def read_json(path: Path, way_out: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        way_out: what to do where it is missing or damaged, as the end of a sentence.
+
+    Raises:
+        RunFileError: it is missing, cannot be read, or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFileError(f"there is no {path}; {way_out}") from None
+    except (OSError, ValueError) as error:
+        raise RunFileError(f"{path} cannot be read ({error}); {way_out}") from error
+    if not isinstance(content, dict):
+        raise RunFileError(f"{path} holds a {type(content).__name__} where an object was expected; {way_out}")
+    return content
+
+
+def this_command() -> str:
+    """The command line that runs, as a user would type it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use a number of threads, and restore the number afterwards; 0 leaves it alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,83 +1,21 @@
-"""Settings, which are dataclasses, as JSON files, and how those of a saved run may be changed."""
+"""Settings, which are dataclasses: as JSON, checked, and as a saved run may change them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from specgym.decoding import SpecgymError, write_json
-
-from .files import RunFileError, read_json
-from .settings_checks import SettingsError
+from specgym.decoding import SpecgymError
 
 _T = TypeVar("_T")
 
 
-class StoredSettings:
-    """What the settings of every run have, which are frozen dataclasses: a place, and a file.
-
-    Attributes:
-        name: of the run; by default the date and time.
-        runs: folder of all runs.
-    """
-
-    FORMAT: ClassVar[str]
-    ABOUT: ClassVar[str]
-    """Whose settings they are, for messages."""
-    MADE_BY: ClassVar[str]
-    """The command that writes such runs, for messages."""
-    name: str
-    runs: Path
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is written."""
-        return self.runs / self.name
-
-    def save(self, path: Path, command: str) -> None:
-        """Write the settings with the command that made them, atomically."""
-        write_json(path, {"format": self.FORMAT, "command": command, "settings": to_json(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
-        """
-        way_out = f"is {path.parent} the folder of a run that {cls.MADE_BY} wrote?"
-        content = read_json(path, way_out)
-        if content.get("format") != cls.FORMAT:
-            raise RunFileError(f"{path} does not hold the settings of {cls.ABOUT} ({cls.FORMAT}); {way_out}")
-        try:
-            return from_json(cls, content.get("settings"), "settings")
-        except (SpecgymError, ValueError) as error:
-            raise RunFileError(f"{path}: {error}") from error
-
-
-def prolonged(saved: _T, given: _T) -> _T:
-    """The settings with which a saved run goes on: its own, or those given if they only ask for more steps.
-
-    Raises:
-        SettingsError: a given setting contradicts the run's.
-    """
-    ours, theirs = flat(to_json(saved)), flat(to_json(given))
-    conflicts = sorted(name for name in theirs if theirs[name] != ours.get(name) and name != "total_timesteps")
-    if conflicts:
-        name = conflicts[0]
-        raise SettingsError(
-            f"the run was started with {name} = {ours.get(name)}, and cannot go on with {theirs[name]}. Leave the "
-            "option out, or start a new run without --resume; only --total-timesteps may be raised."
-        )
-    if theirs["total_timesteps"] < ours["total_timesteps"]:
-        raise SettingsError(
-            f"the run is planned for {ours['total_timesteps']} steps; total_timesteps can only be raised, and "
-            f"{theirs['total_timesteps']} would shorten it"
-        )
-    return given
+class SettingsError(SpecgymError, ValueError):
+    """A setting that makes no sense or contradicts another; the message names it."""
 
 
 def to_json(value: Any) -> Any:
@@ -91,20 +29,40 @@ def to_json(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
 
 
-def from_json(kind: type[_T], value: Any, where: str) -> _T:
-    """A dataclass from what `to_json` made of it; fields left out take their defaults.
+def from_json(default: _T, value: Any, where: str) -> _T:
+    """A dataclass from what `to_json` made of it.
+
+    Args:
+        default: an instance with the values of fields left out. A field that holds a dataclass is read as that class,
+            which may be narrower than the annotation.
+        value: plain JSON values.
+        where: what to call it in messages.
 
     Raises:
         SettingsError: a name is unknown, or a value has the wrong type; the message says where.
     """
-    decoded: _T = _decoded(kind, value, where)
-    return decoded
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where} must be an object, got {value!r}")
+    kind: Any = type(default)
+    names = [entry.name for entry in fields(kind)]
+    unknown = sorted(set(value) - set(names))
+    if unknown:
+        raise SettingsError(f"{where} has no {unknown[0]!r}; it has: {', '.join(names)}")
+    types, read = get_type_hints(kind), {}
+    for name in names:
+        before = getattr(default, name)
+        if name not in value:
+            read[name] = before
+        elif is_dataclass(before) and not isinstance(before, type):
+            read[name] = from_json(before, value[name], f"{where}.{name}")
+        else:
+            read[name] = _decoded(types[name], value[name], f"{where}.{name}")
+    settings: _T = kind(**read)
+    return settings
 
 
 def _decoded(kind: Any, value: Any, where: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return _decoded_dataclass(kind, value, where)
     if origin is Literal:
         if value in parts:
             return value
@@ -127,28 +85,113 @@ def _decoded(kind: Any, value: Any, where: str) -> Any:
     raise SettingsError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
-def _decoded_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise SettingsError(f"{where} must be an object, got {value!r}")
-    known = {entry.name: entry for entry in fields(kind)}
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise SettingsError(f"{where} has no {unknown[0]!r}; it has: {', '.join(known)}")
-    missing = [
-        name for name, entry in known.items()
-        if name not in value and entry.default is MISSING and entry.default_factory is MISSING
-    ]  # fmt: skip
-    if missing:
-        raise SettingsError(f"{where} lacks {missing[0]!r}")
-    types = get_type_hints(kind)
-    return kind(**{name: _decoded(types[name], entry, f"{where}.{name}") for name, entry in value.items()})
+def replaced(settings: _T, changes: Mapping[str, Any]) -> _T:
+    """Settings with some changes by name; a mapping changes a dataclass in them in the same way."""
+    values = {
+        name: replaced(getattr(settings, name), value)
+        if isinstance(value, Mapping) and is_dataclass(getattr(settings, name))
+        else value
+        for name, value in changes.items()
+    }
+    changed: Any = settings
+    return replace(changed, **values)  # type: ignore[no-any-return]
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """What `to_json` made of settings, by dotted names."""
+    """Nested objects of `to_json` in one level, by dotted names."""
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, entry in value.items():
-        found |= flat(entry, f"{prefix}.{name}" if prefix else name)
-    return found
+        entries |= flat(entry, f"{prefix}.{name}" if prefix else name)
+    return entries
+
+
+def prolonged(saved: _T, asked: _T) -> _T:
+    """The settings with which a saved run goes on: its own, or those asked for if they only ask for more.
+
+    Raises:
+        SettingsError: something else than `total_timesteps` or `seeds` differs, or would become less.
+    """
+    ours, theirs = flat(to_json(saved)), flat(to_json(asked))
+    conflicts = sorted(name for name in theirs if theirs[name] != ours.get(name))
+    for name in conflicts:
+        if name == "total_timesteps":
+            if theirs[name] < ours[name]:
+                raise SettingsError(
+                    f"the run is planned for {ours[name]} steps; total_timesteps can only be raised, and "
+                    f"{theirs[name]} would shorten it"
+                )
+        elif name == "seeds":
+            if not set(ours[name]) <= set(theirs[name]):
+                raise SettingsError(f"the run has the seeds {ours[name]}; seeds can only be added, got {theirs[name]}")
+        else:
+            more = "--total-timesteps may be raised" + (" and --seeds added" if "seeds" in ours else "")
+            raise SettingsError(
+                f"the run was started with {name} = {ours.get(name)}, and cannot go on with {theirs[name]}. Leave the "
+                f"option out, or start a new run without --resume; only {more}."
+            )
+    return asked
+
+
+def require_folder_name(name: str) -> None:
+    """Raise SettingsError unless the name of a run is that of a folder, or empty."""
+    if name in (".", "..") or any(letter in name for letter in "/\\"):
+        raise SettingsError(f"name must be a plain folder name, got {name!r}; --runs says where it goes")
+
+
+def require_distinct(settings: Any, *names: str) -> None:
+    """Raise SettingsError unless some settings have one value or more, none of them twice."""
+    for name in names:
+        values = getattr(settings, name)
+        if not values:
+            raise SettingsError(f"{name} is empty; give at least one")
+        repeated = [value for value in values if values.count(value) > 1]
+        if repeated:
+            raise SettingsError(f"{name} has {repeated[0]!r} twice; give each once")
+
+
+def require_weights(weights: Sequence[float], workloads: Sequence[str]) -> None:
+    """Raise SettingsError unless there is no weight, or a positive one for every workload."""
+    if weights and (len(weights) != len(workloads) or not all(math.isfinite(w) and w > 0 for w in weights)):
+        raise SettingsError(f"weights must be {len(workloads)} positive numbers, one a workload, got {weights}")
+
+
+def require_one_bound(bound: float | None, of_reward: float | None) -> None:
+    """Raise SettingsError unless a bound on the divergence is within its range, and the reward has no other one."""
+    if bound is not None and not 0 < bound <= 1:
+        raise SettingsError(f"max_divergence must be above 0 and at most 1, got {bound}; for 0 use a lossless decoder")
+    if of_reward not in (None, bound):
+        raise SettingsError(
+            f"the reward's own max_divergence is {of_reward}; give --max-divergence {of_reward} instead, which also "
+            "lets the price of going beyond be learned"
+        )
+
+
+def require_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise SettingsError unless some settings are whole numbers of at least `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingsError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def require_within(settings: Any, low: float, high: float, *names: str) -> None:
+    """Raise SettingsError unless some settings lie between two numbers."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise SettingsError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+def require_above_zero(settings: Any, *names: str) -> None:
+    """Raise SettingsError unless some settings are finite and positive."""
+    for name in names:
+        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
+            raise SettingsError(f"{name} must be a finite number above 0, got {getattr(settings, name)}")
+
+
+def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless a setting is one of its choices."""
+    if getattr(settings, name) not in choices:
+        raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..decoder import Decoder, Generation
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..errors import FitError
-from ..models.reduced_vocabulary import reduced_output
+from ..models.output_head import reduced_output
 
 
 @dataclass(frozen=True)

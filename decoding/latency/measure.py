@@ -6,6 +6,7 @@ The profile is measured through the same rounds that decode text, once, and kept
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -33,7 +34,7 @@ from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
 
 LONGEST_DRAFT = 16
 """Longest chain that is timed by default, in tokens."""
-REPEATS = 40
+REPEATS = int(os.environ.get("SPECGYM_TIMING_REPEATS", "40"))
 """Times that every size is timed by default."""
 _LOG = logging.getLogger(__name__)
 _known: dict[Path, LatencyProfile] = {}

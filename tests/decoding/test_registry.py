@@ -122,7 +122,7 @@ def test_a_registered_decoder_has_a_name_and_an_environment() -> None:
 def test_what_cannot_be_registered_is_refused_with_the_way_out() -> None:
     class Knobless(RepeatDecoder):
         name = "knobless"
-        knobs = ()
+        knobs = ()  # type: ignore[assignment]  # the mistake
 
     class Nameless(Decoder[RepeatSession]):
         lossless = True

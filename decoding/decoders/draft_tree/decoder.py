@@ -20,10 +20,9 @@ from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
 from ...sampling import Sampling, draw
 from .alignment import AffineAlignment
-from .candidates import EVERYTHING, DraftedTree
 from .draft_guidance import Guidance
 from .files import usual_acceptance, usual_alignment
-from .grow_tree import GrownTree, TreeDraft
+from .grow_tree import EVERYTHING, DraftedTree, GrownTree, TreeDraft
 from .predictor import AcceptancePredictor
 from .pruning import PRUNERS, AbsolutePruner
 from .traits import DEEPEST, LARGEST, MOST_CHILDREN, DraftTreeTraits

@@ -20,11 +20,10 @@ from ...decoder import Decoder, Round, Session, synchronise
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...sampling import draw
-from .acceptance import longest, matched, typical
 from .files import heads_for
 from .heads import MedusaHeads
 from .traits import LARGEST_TREE, MedusaTraits, TypicalMedusaTraits
-from .trees import CandidateTree, assumed_accuracies, sparse
+from .trees import CandidateTree, assumed_accuracies, longest, matched, sparse, typical
 
 _TIMED_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 32, 40, 48, 56)
 

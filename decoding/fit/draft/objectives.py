@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...models.output_head import output_layer
-from ...models.reduced_vocabulary import ReducedOutput, reduced_output
+from ...models.output_head import ReducedOutput, output_layer, reduced_output
 from ..measure import Quality, measure_continuations, measure_domains
 from ..settings import LoopSettings
 from ..text.batches import TEXTS, Batches, PositionBatches, Windows

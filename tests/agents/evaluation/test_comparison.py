@@ -19,7 +19,7 @@ from specgym.agents.evaluation.search_baselines import FixedSetting, Knobs, sear
 from specgym.agents.evaluation.threshold_patterns import AIMS, patterns, verdict
 from specgym.agents.evaluation.threshold_patterns import save as save_patterns
 from specgym.agents.evaluation.transfer_file import JudgedFold, Transfer, read, save
-from specgym.agents.training.files import RunFileError
+from specgym.agents.training.run_folder import RunFileError
 from specgym.envs.tuning.reward import RewardSettings
 
 PLAIN = RewardSettings(acceptance_weight=0, range_weight=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from specgym.agents import default_settings
 from specgym.agents.evaluation.heat_map import heat_maps_of
-from specgym.agents.experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
 from specgym.agents.export.knob_policy import ExportedPolicy, KnobRange
 
 
@@ -22,7 +22,7 @@ def upward() -> ExportedPolicy:
 
 
 def test_a_map_shows_the_way_of_the_policy_over_the_grid(upward: ExportedPolicy) -> None:
-    settings = ThresholdSettings(workloads=("tiny-3m-ngram/prose",))
+    settings = default_settings("threshold", workloads=("tiny-3m-ngram/prose",))
     (found,) = heat_maps_of(settings, upward, {"tiny-3m-ngram/prose": {"fallback": 0.95, "rollback": 1.0}})
     assert found.reward.shape == (19, 16)
     assert found.default == (0.5, 1.0)
@@ -33,7 +33,7 @@ def test_a_map_shows_the_way_of_the_policy_over_the_grid(upward: ExportedPolicy)
 
 
 def test_workloads_without_a_fitting_trace_have_no_map(upward: ExportedPolicy) -> None:
-    settings = ThresholdSettings(
-        workloads=("tiny-3m-ngram/prose",), environment=ThresholdEnvironment(draft_length=4)
+    settings = default_settings(
+        "threshold", workloads=("tiny-3m-ngram/prose",), environment={"decoder_options": {"max_draft_length": 4}}
     )  # traces of thresholds serve the draft length that was recorded
     assert heat_maps_of(settings, upward, {"tiny-3m-ngram/prose": {"fallback": 0.5, "rollback": 1.0}}) == []

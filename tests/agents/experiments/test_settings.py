@@ -1,4 +1,4 @@
-"""Settings: what is refused, and that they survive being written and read."""
+"""Settings of every experiment: written and read, generated from the registry, refused, and changed by a resume."""
 
 from __future__ import annotations
 
@@ -9,33 +9,55 @@ from typing import Any
 
 import pytest
 
-from specgym.agents.experiments.settings import EvaluationSettings, LearningSettings
-from specgym.agents.experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
-from specgym.agents.training.files import RunFileError
-from specgym.agents.training.settings_checks import SettingsError
+from specgym.agents import (
+    KnobSettings,
+    RunSettings,
+    SettingsError,
+    StopSettings,
+    TunerSettings,
+    default_settings,
+    load_settings,
+    save_settings,
+)
+from specgym.agents.command_line import learnable
+from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import prolonged
-from specgym.envs.tuning.reward import RewardSettings
+from specgym.decoding import decoder_names
+from specgym.envs import RewardSettings
+
+LOSSLESS = [name for name in decoder_names() if type(default_settings(name)) is KnobSettings]
+LOSSY = [name for name in decoder_names() if name not in LOSSLESS]
 
 
-def test_written_and_read_they_are_the_same(tmp_path: Path) -> None:
-    settings = ThresholdSettings(
-        workloads=("tiny/prose", "tiny/code@1.0"),
-        total_timesteps=77,
-        name="mine",
-        runs=tmp_path / "runs",
-        environment=ThresholdEnvironment(
-            timing="wall", reward=RewardSettings(divergence_weight=2.0, ranges={"fallback": (0.1, 0.2)})
-        ),
-        learning=LearningSettings(batch_size=20, gamma=1.0),
-        evaluation=EvaluationSettings(seeds=(3, 4, 5)),
-    )
-    settings.save(tmp_path / "settings.json", "python train.py --name mine")
-    assert ThresholdSettings.load(tmp_path / "settings.json") == settings
+@pytest.mark.parametrize("kind", [*learnable().values(), TunerSettings])
+def test_written_and_read_they_are_the_same(kind: Any, tmp_path: Path) -> None:
+    settings: RunSettings = replace(kind(), name="mine", total_timesteps=77, runs=tmp_path / "runs")
+    save_settings(settings, tmp_path / "settings.json", "python train.py --name mine")
+    stored = load_settings(tmp_path / "settings.json")
+    assert type(stored) is type(settings)
+    assert stored == settings
     assert json.loads((tmp_path / "settings.json").read_text())["command"] == "python train.py --name mine"
 
 
+def test_what_is_nested_survives_being_written_and_read(tmp_path: Path) -> None:
+    settings = default_settings(
+        "threshold",
+        workloads=("tiny/prose", "tiny/code@1.0"),
+        environment={
+            "timing": "wall",
+            "reward": RewardSettings(divergence_weight=2.0, ranges={"fallback": (0.1, 0.2)}),
+            "decoder_options": {"max_draft_length": 7},
+        },
+        learning={"batch_size": 20, "gamma": 1.0},
+        evaluation={"seeds": (3, 4, 5)},
+    )
+    save_settings(settings, tmp_path / "settings.json", "")
+    assert load_settings(tmp_path / "settings.json") == settings
+    assert settings.decoder_options == {"max_draft_length": 7}
+
+
 def broken(path: Path, change: dict[str, Any]) -> Path:
-    ThresholdSettings(name="x").save(path, "")
+    save_settings(default_settings("threshold", name="x"), path, "")
     content = json.loads(path.read_text())
     for place, value in change.items():
         *folders, last = place.split(".")
@@ -56,15 +78,18 @@ def broken(path: Path, change: dict[str, Any]) -> Path:
         ({"settings.learning.gamma": 1.5}, "gamma must be between 0 and 1"),
         ({"settings.environment.timing": "sundial"}, "sundial"),
         ({"settings.environment.reward.speed_weight": -1.0}, "speed_weight"),
+        ({"settings.environment.decoder_options": {"length": 3}}, "decoder_options has no 'length'"),
         ({"settings.workloads": []}, "workloads is empty"),
+        ({"settings.decoder": "oracle"}, "no decoder 'oracle'"),
         ({"settings": [1]}, "settings must be an object"),
         ({"format": "somebody else's"}, "does not hold the settings of a run"),
+        ({"experiment": "boil-eggs"}, "is of no known experiment"),
     ],
 )
 def test_a_file_with_something_wrong_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = broken(tmp_path / "settings.json", change)
     with pytest.raises(RunFileError, match=r"settings\.json") as caught:
-        ThresholdSettings.load(path)
+        load_settings(path)
     assert message in str(caught.value)
 
 
@@ -73,39 +98,79 @@ def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path: Path, content: 
     path = tmp_path / "settings.json"
     path.write_text(content)
     with pytest.raises(RunFileError, match=r"settings\.json"):
-        ThresholdSettings.load(path)
+        load_settings(path)
     with pytest.raises(RunFileError, match="there is no"):
-        ThresholdSettings.load(tmp_path / "nothing.json")
+        load_settings(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
-        ({"workloads": ("tiny/prose", "tiny/prose")}, "given twice"),
+        ({"workloads": ("tiny/prose", "tiny/prose")}, "workloads has 'tiny/prose' twice"),
         ({"total_timesteps": 0}, "total_timesteps must be a whole number of at least 1"),
         ({"name": "a/b"}, "plain folder name"),
         ({"seed": -1}, "seed"),
+        ({"evaluation": {"seeds": ()}}, "at least one seed"),
+        ({"learning": {"std_low": 2.0}}, "std_low must be below"),
+        ({"learning": {"learning_rate_end": 0.0, "plateau_patience": 3}}, "give one of them, not both"),
+        ({"learning": {"workload_priorities": True}}, "it is for train.py --tuner"),
+        ({"environment": {"recordings": Path("outcomes")}}, "recordings are for"),
+        ({"environment": {"backend": "replay", "timing": "wall"}}, "a replay has no clock"),
+        ({"max_divergence": 0.0}, "for 0 use a lossless decoder"),
+        ({"environment": {"reward": RewardSettings(max_divergence=0.1)}}, r"give --max-divergence 0\.1 instead"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        ThresholdSettings(**settings)
-    with pytest.raises(SettingsError, match="at least one seed"):
-        EvaluationSettings(seeds=())
-    with pytest.raises(SettingsError, match="std_low must be below"):
-        LearningSettings(std_low=2.0)
+        default_settings("threshold", **changes)
 
 
-def test_a_bound_is_said_once() -> None:
-    with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
-        ThresholdSettings(environment=ThresholdEnvironment(reward=RewardSettings(max_divergence=0.1)))
-    assert ThresholdSettings(max_divergence=0.1).reward.max_divergence == 0.1
+def test_a_decoder_without_knobs_or_name_has_no_settings() -> None:
+    with pytest.raises(SettingsError, match="no decoder 'oracle'"):
+        default_settings("oracle")
 
 
 def test_a_resumed_run_may_be_prolonged_and_nothing_else() -> None:
-    saved = ThresholdSettings(name="x", total_timesteps=100)
+    saved = default_settings("threshold", name="x", total_timesteps=100)
     assert prolonged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200
     with pytest.raises(SettingsError, match="would shorten it"):
         prolonged(saved, replace(saved, total_timesteps=50))
     with pytest.raises(SettingsError, match=r"learning\.gamma = 0\.95, and cannot go on with 0\.5"):
-        prolonged(saved, replace(saved, learning=LearningSettings(gamma=0.5)))
+        prolonged(saved, replace(saved, learning=replace(saved.learning, gamma=0.5)))
+    stopping = StopSettings(seeds=(0, 1))
+    assert prolonged(stopping, replace(stopping, seeds=(2, 0, 1))).seeds == (2, 0, 1)
+    with pytest.raises(SettingsError, match="seeds can only be added"):
+        prolonged(stopping, replace(stopping, seeds=(0,)))
+
+
+@pytest.mark.parametrize("decoder", LOSSLESS)
+@pytest.mark.parametrize("reward", [RewardSettings(max_divergence=0.1), RewardSettings(divergence_weight=1.0)])
+def test_a_lossless_decoder_has_no_divergence_to_weigh(decoder: str, reward: RewardSettings) -> None:
+    with pytest.raises(SettingsError, match="the target's own"):
+        default_settings(decoder, environment={"reward": reward})
+    with pytest.raises(TypeError, match="max_divergence"):
+        default_settings(decoder, max_divergence=0.1)
+
+
+@pytest.mark.parametrize("decoder", LOSSY)
+def test_a_lossy_decoder_may_have_a_bound(decoder: str) -> None:
+    settings = default_settings(decoder, max_divergence=0.1)
+    assert (settings.reward.max_divergence, settings.reward.speed_weight, settings.bound) == (0.1, 1, 0.1)
+
+
+@pytest.mark.parametrize("decoder", LOSSLESS)
+def test_by_default_speed_is_all_that_a_lossless_decoder_is_rewarded_for(decoder: str) -> None:
+    settings = default_settings(decoder)
+    reward = settings.reward
+    assert reward.speed_weight == 1
+    assert reward.acceptance_weight == reward.range_weight == reward.divergence_weight == 0
+    assert settings.replayed
+    # Texts as long in practice as in the table.
+    assert settings.environment.max_new_tokens == settings.evaluation.max_new_tokens
+
+
+def test_many_practise_on_replay_and_one_a_workload_live() -> None:
+    settings = default_settings("lookahead", workloads=("tiny-3m/prose", "tiny-3m/code"))
+    assert settings.practising == 64
+    assert replace(settings, environments=5).practising == 5
+    assert replace(settings, environment=replace(settings.environment, backend="live")).practising == 2

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from specgym.agents import StopSettings, default_settings, load_settings, save_settings
 from specgym.agents.command_line import evaluate_command, train_command
-from specgym.agents.experiments.stop_drafts import StoppingSettings
-from specgym.envs.record import RecordSettings, record
-from specgym.envs.recordings.trace import trace_name
+from tests.helpers.small_runs import record_traces
 
 DRAFT_LENGTH = ["--env", "specgym/DraftLength-v0"]
 Train = Callable[..., int]
@@ -20,20 +19,15 @@ Train = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def traces(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("traces")
-    settings = RecordSettings(draft_length=4, prompts=3, tokens=12, detour_prompts=0)
-    for name in small_workloads:
-        for split in ("train", "test"):
-            record(name, split, folder / trace_name(name, split), settings)
-    return folder
+    return record_traces(small_workloads, tmp_path_factory.mktemp("traces"))
 
 
 @pytest.fixture
 def options(small_workloads: tuple[str, str], traces: Path, tmp_path: Path) -> list[str]:
     """Of a run that takes seconds; time is charged as computed for a GPU, which measures nothing."""
     chosen = {
-        "--traces": traces, "--runs": tmp_path / "runs", "--name": "mine", "--hardware": "h100-sxm",
-        "--max-draft-length": 4, "--tokens": 12, "--environments": 16, "--total-timesteps": 1024,
+        "--recordings": traces, "--runs": tmp_path / "runs", "--name": "mine", "--hardware": "h100-sxm",
+        "--max-draft-length": 4, "--max-new-tokens": 12, "--environments": 16, "--total-timesteps": 1024,
         "--learning.rollout-steps": 16, "--learning.batch-size": 64, "--comparison.passes": 2,
         "--comparison.resamples": 20,
     }  # fmt: skip
@@ -48,7 +42,7 @@ def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
 
     run = tmp_path / "runs" / "mine"
     assert train_command(options) == 0, capsys.readouterr().err
-    settings = StoppingSettings.load(run / "settings.json")
+    settings = load_settings(run / "settings.json")
     assert settings.workloads == small_workloads
     assert settings.hardware == "h100-sxm"
     for seed in (0, 1):
@@ -67,8 +61,7 @@ def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
     capsys.readouterr()
     assert train_command(["--resume", str(run)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Seed 0 is learned already." in shown
-    assert "Seed 1 (2 of 2)" in shown
+    assert "Seed 0 (1 of 2): All 1024 steps are done. Seed 1 (2 of 2): Going on from the beginning" in shown
     assert (run / "seed-0" / "policy.zip").stat().st_mtime_ns == kept
     assert json.loads((run / "table.json").read_text())["rows"] == table["rows"]
 
@@ -96,10 +89,10 @@ def test_a_resume_that_contradicts_the_run_is_refused(
 ) -> None:
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
-    StoppingSettings(name="mine", runs=tmp_path / "runs").save(run / "settings.json", "")
+    save_settings(StopSettings(name="mine", runs=tmp_path / "runs"), run / "settings.json", "")
     resume = ["--resume", str(run)]
     for changed, message in (
-        (["--total-timesteps", "7"], "started with total_timesteps = 2500000, and cannot go on with 7"),
+        (["--total-timesteps", "7"], "planned for 2500000 steps; total_timesteps can only be raised, and 7 would"),
         (["--learning.gamma", "0.5"], "started with learning.gamma = 1.0"),
         (["--seeds", "5"], "seeds can only be added"),
     ):
@@ -128,8 +121,8 @@ def test_a_damaged_policy_is_refused_by_name(
     ("changed", "message"),
     [
         (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
-        (["--workloads", "tiny-10m-xs/prose", "--traces", "nowhere"], "there is no trace"),
-        (["--tokens", "13"], "has texts of 12 tokens, and tokens is 13"),
+        (["--workloads", "tiny-10m-xs/prose", "--recordings", "nowhere"], "there is no trace"),
+        (["--max-new-tokens", "13"], "has texts of 12 tokens, and max_new_tokens is 13"),
         (["--hardware", "h100"], "'h100' is no known hardware. Did you mean 'h100-sxm'"),
         (["--environments", "1"], "environments must be at least 2, one for each workload"),
         (["--seeds", "1", "1"], "seeds has 1 twice"),
@@ -152,9 +145,7 @@ def test_bad_options_leave_one_message_and_no_folder(
 
 
 def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from specgym.agents.experiments.tune_knobs import ThresholdSettings
-
-    ThresholdSettings(name="other").save(tmp_path / "settings.json", "")
+    save_settings(default_settings("threshold", name="other"), tmp_path / "settings.json", "")
     assert evaluate_command([str(tmp_path), "--live", "tiny/prose"]) == 2
     assert "--live is for runs of --env specgym/DraftLength-v0" in capsys.readouterr().err
 
@@ -164,7 +155,7 @@ def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.
     [
         ([], "--environment.reward.speed-weight", "--batch-sizes"),
         (DRAFT_LENGTH, "--batch-sizes", "--environment.reward.speed-weight"),
-        (["--env=specgym/DraftLength-v0"], "--learning.rate-smoothing", "--checkpoint-every"),
+        (["--env=specgym/DraftLength-v0"], "--learning.rate-smoothing", "--subprocesses"),
     ],
 )
 def test_help_lists_both_environments_and_the_options_of_the_chosen_one(

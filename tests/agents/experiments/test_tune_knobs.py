@@ -1,130 +1,217 @@
-"""The settings of each decoder that can be tuned: what is kept, what is refused, and that commands know them all."""
+"""`train.py --env <id>` for every registered decoder, from the command line to the files, on small recordings."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple
 
 import pytest
 
-from specgym.agents.command_line import EnvName
-from specgym.agents.experiments.settings import TrainSettings
-from specgym.agents.experiments.tune_knobs import (
-    TUNABLE,
-    DraftTreeSettings,
-    LookaheadSettings,
-    MedusaSettings,
-    ReplayedEnvironment,
-    ThresholdSettings,
-    load_settings,
-)
-from specgym.agents.training.files import RunFileError
-from specgym.agents.training.run import train
-from specgym.agents.training.settings_checks import SettingsError
-from specgym.agents.training.settings_io import prolonged
-from specgym.decoding import decoder_names
-from specgym.envs.tuning.reward import RewardSettings
+from specgym.agents import ExportedPolicy, ResultTable, default_settings, load_settings
+from specgym.agents.command_line import evaluate_command, train_command
+from specgym.decoding import decoder_names, load_pair, traits_of
+from specgym.decoding.decoders.medusa.files import save_heads
+from specgym.envs import environment_id
+from tests.helpers.small_medusa_heads import random_heads
+from tests.helpers.small_runs import options, record_little, record_traces, target_alone
+
+BOUND = 0.02
+Shown = Callable[[], str]
 
 
-@pytest.mark.parametrize("kind", TUNABLE.values())
-def test_written_and_read_by_their_format_they_are_the_same(kind: type[TrainSettings], tmp_path: Path) -> None:
-    settings = kind(name="mine", total_timesteps=77, workloads=("tiny/prose",))
-    settings.save(tmp_path / "settings.json", "python train.py")
-    found = load_settings(tmp_path / "settings.json")
-    assert type(found) is kind
-    assert found == settings
+class Run(NamedTuple):
+    """A finished run of a decoder."""
+
+    decoder: str
+    workloads: tuple[str, ...]
+    recordings: Path
+    folder: Path
 
 
-def test_formats_decoders_and_environments_are_told_apart() -> None:
-    assert len({kind.FORMAT for kind in TUNABLE.values()}) == len(TUNABLE)
-    assert {kind.DECODER for kind in TUNABLE.values()} <= set(decoder_names())
-    assert set(TUNABLE) <= set(get_args(EnvName))
+@pytest.fixture(scope="module")
+def workloads(small_workloads: tuple[str, str]) -> dict[str, tuple[str, ...]]:
+    """The small workloads by decoder: with a draft or without, with Medusa heads beside the target."""
+    alone = target_alone(small_workloads)
+    folder = Path(alone[0].rpartition("/target/")[0]) / "target"
+    target = load_pair(str(folder)).target
+    save_heads(random_heads(target.model, 3, spread=0.05), folder.with_name("target-medusa"), target)
+    chosen = {name: small_workloads if traits_of(name).needs_draft else alone for name in decoder_names()}
+    return chosen | {"medusa-typical": alone[1:]}  # greedy texts do not depend on its thresholds
 
 
-def test_settings_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "settings.json"
-    path.write_text('{"format": "specgym-tuner-settings-1", "settings": {}}')
-    with pytest.raises(RunFileError, match="of 'specgym-tuner-settings-1'"):
-        load_settings(path)
-    ThresholdSettings().save(path, "")
-    with pytest.raises(RunFileError, match="a run of Lookahead decoding"):
-        LookaheadSettings.load(path)
+@pytest.fixture(scope="module", params=decoder_names())
+def finished(
+    request: pytest.FixtureRequest, workloads: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    """A run of a few hundred steps, for every decoder."""
+    decoder, runs = request.param, tmp_path_factory.mktemp("runs")
+    traits, chosen, folder = traits_of(decoder), workloads[decoder], tmp_path_factory.mktemp("recordings")
+    more: dict[str, object] = {"--environment.backend": "replay"}
+    if traits.recorded_by == "trace":
+        recordings = record_traces(chosen, folder)
+        more["--environment.max-draft-length"] = 4
+    else:
+        recordings = record_little(decoder, chosen, folder)
+    if not traits.lossless:
+        more["--max-divergence"] = BOUND
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECGYM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert train_command(options(environment_id(decoder), runs, chosen, recordings, **more)) == 0
+        yield Run(decoder, chosen, recordings, runs / "mine")
 
 
-@pytest.mark.parametrize("kind", [LookaheadSettings, DraftTreeSettings])
-@pytest.mark.parametrize("name", ["max_divergence", "draft_length"])
-def test_what_means_nothing_without_chains_is_not_offered(kind: type[TrainSettings], name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        kind(**{name: 4})
-    with pytest.raises(TypeError, match=name):
-        ReplayedEnvironment(**{name: 4})
+def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
+    traits = traits_of(finished.decoder)
+    knobs = [knob.name for knob in traits.knobs_without_pair()]
+    settings = load_settings(finished.folder / "settings.json")
+    assert (settings.decoder, settings.workloads) == (finished.decoder, finished.workloads)
+    policy = ExportedPolicy.load(finished.folder)
+    # A workload alone needs no mark.
+    marks = [f"workload/{name}" for name in finished.workloads] if len(finished.workloads) > 1 else []
+    assert policy.state == (*knobs, *marks)
+    stored = json.loads((finished.folder / "knobs.json").read_text())
+    assert list(stored["workloads"]) == list(finished.workloads)
+    for values in (*stored["workloads"].values(), *stored["pairs"].values()):
+        assert list(values) == knobs
+        for knob in policy.knobs:
+            assert knob.low <= values[knob.name] <= knob.high
+            assert type(values[knob.name]) is (int if knob.integer else float)
+    table = ResultTable.load(finished.folder / "table.json")
+    workloads = len(finished.workloads)
+    assert [row.method for row in table.rows] == ["autoregressive", "default", "learned"] * (
+        workloads + (workloads > 1)
+    )
+    plain, _, learned = table.rows[:3]
+    assert plain.values["target_tokens_per_token"] == 1
+    assert learned.knobs == pytest.approx(stored["workloads"][finished.workloads[0]])
+    if traits.lossless:
+        assert {row.values["divergence"] for row in table.rows} == {0}
 
 
-@pytest.mark.parametrize("reward", [RewardSettings(max_divergence=0.1), RewardSettings(divergence_weight=1.0)])
-def test_a_lossless_decoder_has_no_divergence_to_weigh(reward: RewardSettings) -> None:
-    for kind in (LookaheadSettings, MedusaSettings, DraftTreeSettings):
-        with pytest.raises(SettingsError, match="the target's own"):
-            kind(environment=ReplayedEnvironment(reward=reward))
+def test_what_was_done_is_logged_by_knob_and_workload(finished: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = set(EventAccumulator(str(finished.folder / "tensorboard")).Reload().Tags()["scalars"])
+    last = finished.workloads[-1]
+    for knob in traits_of(finished.decoder).knobs_without_pair():
+        assert {f"knobs/{knob.name}", f"policy/{knob.name}_std", f"workload/{last}/knobs/{knob.name}"} <= tags
+    assert {"eval/mean_reward", "numerics/observations"} <= tags
+    assert (f"bound/multiplier/{last}" in tags) == (not traits_of(finished.decoder).lossless)
 
 
-def test_a_bound_is_for_typical_acceptance_alone(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"leave out max-divergence .*, or give --acceptance typical"):
-        MedusaSettings(max_divergence=0.1)
-    with pytest.raises(SettingsError, match=r"give --max-divergence 0\.1 instead"):
-        MedusaSettings(acceptance="typical", environment=ReplayedEnvironment(reward=RewardSettings(max_divergence=0.1)))
-    with pytest.raises(SettingsError, match="acceptance must be one of exact, typical, got 'lax'"):
-        MedusaSettings(acceptance="lax")  # type: ignore[arg-type]
-    settings = MedusaSettings(acceptance="typical", max_divergence=0.1)
-    assert (settings.reward.max_divergence, settings.reward.speed_weight) == (0.1, 1)
-    assert (settings.decoder_name, MedusaSettings().decoder_name) == ("medusa-typical", "medusa")
-    settings.save(tmp_path / "settings.json", "")
-    assert load_settings(tmp_path / "settings.json") == settings
+def test_evaluated_again_the_charged_numbers_are_the_same(finished: Run, shown: Shown) -> None:
+    assert evaluate_command([str(finished.folder)]) == 0
+    text = shown()
+    assert "All charged numbers equal" in text
+    assert f"Learned {finished.decoder} knobs against the defaults" in text
+    if not traits_of(finished.decoder).lossless:
+        assert f"The bound of {BOUND} on the divergence is kept" in text
+    else:
+        assert "The text is the target's own." in text
 
 
-def test_typical_acceptance_needs_a_workload_that_samples() -> None:
-    greedy, both = ("tiny-3m/prose",), ("tiny-3m/prose", "tiny-3m/prose@1.0")
-    with pytest.raises(SettingsError, match="epsilon and delta would do nothing; name a workload that samples"):
-        MedusaSettings(workloads=greedy, acceptance="typical").check_workloads()
-    MedusaSettings(workloads=greedy).check_workloads()
-    MedusaSettings(workloads=both, acceptance="typical").check_workloads()
+def test_the_report_is_about_the_decoder_s_knobs(finished: Run) -> None:
+    assert evaluate_command([str(finished.folder), "--report"]) == 0
+    page = (finished.folder / "report.html").read_text()
+    assert f"{finished.decoder} knobs learned in mine".lower() in page.lower()
+    for knob in traits_of(finished.decoder).knobs_without_pair():
+        assert knob.name.replace("_", " ").capitalize() in page
+    assert (finished.folder / "report" / "recommended.csv").is_file()
 
 
-def test_a_pair_that_does_not_suit_the_decoder_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"tiny-3m/prose cannot be decoded so: .* draft"):
-        train(ThresholdSettings(workloads=("tiny-3m/prose",), runs=tmp_path / "runs"))
+def test_a_finished_run_can_be_prolonged_and_nothing_else(finished: Run, shown: Shown, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished.folder, run)
+    assert train_command(["--resume", str(run)]) == 0
+    assert "All 320 steps are done" in shown()
+    assert train_command(["--resume", str(run), "--total-timesteps", "400"]) == 0
+    assert "Going on from step 320." in shown()
+    commands = [json.loads((run / name).read_text())["command"] for name in ("table.json", "settings.json")]
+    assert commands[0] == commands[1]
+    assert train_command(["--resume", str(run), "--environment.max-new-tokens", "4"]) == 2
+    assert "cannot go on with 4" in shown()
+    assert train_command(["--env", "specgym/DraftLength-v0", "--resume", str(run)]) == 2
+    ids = environment_id(finished.decoder)
+    assert f"is a run of --env {ids}, not of --env specgym/DraftLength-v0; leave that out" in shown()
+
+
+def test_what_does_not_apply_is_one_message_and_leaves_no_folder(finished: Run, tmp_path: Path, shown: Shown) -> None:
+    traits = traits_of(finished.decoder)
+    words = options(environment_id(finished.decoder), tmp_path / "runs", finished.workloads, finished.recordings)
+    words += ["--environment.backend", "replay"]
+    wrong = [(["--environment.recordings", "nowhere"], "nowhere has no")]
+    if traits.lossless:
+        wrong += [
+            (["--max-divergence", "0.1"], "Unrecognized options: --max-divergence"),
+            (["--environment.reward.max-divergence", "0.1"], "no divergence to weigh or to bound"),
+        ]
+    if traits.recorded_by == "outcomes":
+        wrong += [
+            (["--environment.max-draft-length", "4"], "Unrecognized options: --environment.max-draft-length"),
+            (["--environment.max-new-tokens", "13"], "have texts of 12 tokens; ask for fewer, or record longer ones"),
+        ]
+    for more, message in wrong:
+        try:
+            code = train_command([*words, *more])
+        except SystemExit as ended:  # what the parser itself refuses
+            code = int(str(ended.code))
+        assert code == 2
+        assert message in shown()
     assert not (tmp_path / "runs").exists()
 
 
-def test_recordings_are_for_replay_and_the_clock_for_live_decoding() -> None:
-    with pytest.raises(SettingsError, match="recordings are for"):
-        ReplayedEnvironment(backend="live", recordings=Path("outcomes"))
-    with pytest.raises(SettingsError, match="a replay has no clock"):
-        ReplayedEnvironment(timing="wall")
+def test_workloads_may_have_weights(workloads: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+    recordings = record_little("lookahead", workloads["lookahead"], tmp_path / "outcomes")
+    words = options(environment_id("lookahead"), tmp_path, workloads["lookahead"], recordings)
+    assert train_command([*words, "--weights", "3", "1", "--evaluation.during-training", "0"]) == 0
 
 
-def test_by_default_speed_is_all_that_a_lossless_decoder_is_rewarded_for() -> None:
-    for kind in (LookaheadSettings, DraftTreeSettings):
-        reward = kind().reward
-        assert reward.speed_weight == 1
-        assert reward.acceptance_weight == reward.range_weight == reward.divergence_weight == 0
+@pytest.mark.parametrize(
+    ("env", "workload", "message"),
+    [
+        ("specgym/DraftTree-v0", "tiny-3m/prose", "cannot be decoded so: "),
+        ("specgym/Thresholds-v0", "tiny-3m/prose", "cannot be decoded so: "),
+        ("specgym/Lookahead-v0", "tiny/prosa", "Did you mean 'prose'"),
+    ],
+)
+def test_a_pair_that_does_not_suit_the_decoder_is_refused_before_there_is_a_folder(
+    env: str, workload: str, message: str, tmp_path: Path, shown: Shown
+) -> None:
+    words = ["--env", env, "--runs", str(tmp_path / "runs"), "--workloads", workload]
+    assert train_command([*words, "--environment.backend", "live"]) == 2
+    assert message in shown()
+    assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("kind", [LookaheadSettings, MedusaSettings, DraftTreeSettings])
-def test_texts_are_as_long_in_practice_as_in_the_table(kind: type[TrainSettings]) -> None:
-    settings = kind()
-    assert settings.environment.tokens_per_step == settings.evaluation.tokens
+def test_a_target_without_heads_is_one_message_that_says_how_to_train_some_and_leaves_no_folder(
+    workloads: dict[str, tuple[str, ...]], tmp_path: Path, shown: Shown
+) -> None:
+    folder, _, prompts = workloads["medusa"][0].rpartition("/target/")
+    shutil.copytree(Path(folder, "target"), tmp_path / "bare")
+    words = options(environment_id("medusa"), tmp_path / "runs", [f"{tmp_path / 'bare'}/{prompts}"], None)
+    assert train_command([*words, "--environment.backend", "live"]) == 2
+    assert f"no Medusa heads ship for {tmp_path / 'bare'}" in shown()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_many_practise_on_replay_and_one_a_workload_live() -> None:
-    settings = LookaheadSettings(workloads=("tiny-3m/prose", "tiny-3m/code"))
-    assert settings.practising == 64
-    assert replace(settings, environments=5).practising == 5
-    assert replace(settings, environment=ReplayedEnvironment(backend="live")).practising == 2
+def test_without_recordings_one_message_says_how_to_make_them_and_there_is_no_folder(
+    small_workloads: tuple[str, str], tmp_path: Path, shown: Shown
+) -> None:
+    words = options(environment_id("draft-tree"), tmp_path / "runs", small_workloads[:1], tmp_path)
+    assert train_command(words) == 2
+    assert ".draft-tree.train.npz; make it: `python -m specgym.envs.record" in shown()
+    assert train_command(["--env", environment_id("draft-tree"), "--workloads", "tiny-3m-ngram/prose",
+                          "--runs", str(tmp_path / "runs")]) == 2  # fmt: skip
+    assert "--environment.recordings" in shown()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_goes_on_with_its_own_settings_alone() -> None:
-    saved = LookaheadSettings(name="x")
-    assert prolonged(saved, replace(saved, total_timesteps=400_000)).total_timesteps == 400_000
-    with pytest.raises(SettingsError, match="tokens_per_step = 64, and cannot go on with 8"):
-        prolonged(saved, replace(saved, environment=ReplayedEnvironment(tokens_per_step=8)))
+def test_greedy_texts_alone_are_refused_where_only_sampled_ones_change(tmp_path: Path, shown: Shown) -> None:
+    assert default_settings("medusa-typical").workloads
+    words = ["--env", environment_id("medusa-typical"), "--workloads", "tiny-3m/prose", "--runs", str(tmp_path / "r")]
+    assert train_command([*words, "--environment.backend", "live"]) == 2
+    assert "every workload is greedy" in shown()
+    assert not (tmp_path / "r").exists()

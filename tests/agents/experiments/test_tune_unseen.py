@@ -13,12 +13,12 @@ import pytest
 
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.evaluation.replayed import Problem
+from specgym.agents.experiments.experiment import load_settings
 from specgym.agents.experiments.learned_tuner import LearnedSearcher, LearnedTuner
-from specgym.agents.experiments.tune_unseen import TunerSettings
-from specgym.agents.experiments.tune_unseen_learning import practice
+from specgym.agents.experiments.tune_unseen import practice
 from specgym.agents.experiments.tune_unseen_sessions import TuningSessions
 from specgym.agents.export.knob_policy import ExportedPolicy
-from specgym.agents.training.files import RunFileError
+from specgym.agents.training.run_folder import RunFileError
 from specgym.envs.tuning.reward import RewardSettings
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 
@@ -38,13 +38,13 @@ def options(runs: Path, **changed: object) -> list[str]:
     chosen = {
         "--runs": runs, "--name": "mine", "--total-timesteps": 288, "--environments": 8, "--measurements": 2,
         "--prompts-per-measurement": 2, "--learning.rollout-steps": 6, "--learning.batch-size": 48,
-        "--learning.epochs": 2, "--checkpoint-every": 48, "--tokens-per-prompt": 16, **changed,
+        "--learning.epochs": 2, "--checkpoint-every": 48, "--max-new-tokens": 16, **changed,
     }  # fmt: skip
     return ["--tuner", "--workloads", *WORKLOADS, *(str(word) for pair in chosen.items() for word in pair)]
 
 
 def test_a_run_leaves_everything_that_its_folder_promises(finished: Path) -> None:
-    assert TunerSettings.load(finished / "settings.json").workloads == WORKLOADS
+    assert load_settings(finished / "settings.json").workloads == WORKLOADS
     for name in ("policy.zip", "policy.safetensors", "policy.json", "heat_maps.json", "patterns.json", "patterns.csv"):
         assert (finished / name).stat().st_size > 0
     rows = json.loads((finished / "table.json").read_text())["rows"]
@@ -157,7 +157,7 @@ def test_cross_validation_goes_on_where_it_was_interrupted(
     transfer = json.loads((run / "transfer.json").read_text())
     assert {fold["left_out"] for fold in transfer["folds"]} == {"tiny-3m-ngram", "tiny-3m-1l"}
     for fold in transfer["folds"]:
-        trained = TunerSettings.load(run / "folds" / f"without-pair-{fold['left_out']}" / "seed-0" / "settings.json")
+        trained = load_settings(run / "folds" / f"without-pair-{fold['left_out']}" / "seed-0" / "settings.json")
         assert trained.workloads
         assert not set(trained.workloads) & set(fold["workloads"])
     methods = {row["method"] for row in transfer["summary"]}
@@ -261,7 +261,7 @@ def test_sessions_end_by_themselves_and_rewards_are_shares_of_each_workload_s_be
 
 def test_the_tuner_sees_a_problem_as_it_saw_its_practice(finished: Path) -> None:
     """The first observation, and the place that an action puts the knobs at, are those of the environments."""
-    settings = TunerSettings.load(finished / "settings.json")
+    settings = load_settings(finished / "settings.json")
     policy = ExportedPolicy.load(finished)
     environments = practice(settings, dict.fromkeys(WORKLOADS, 1.0))
     environments.seed(0)

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from specgym.agents.export.knob_policy import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
 from specgym.agents.export.recommend import load_knobs, recommend, save_knobs, settle
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.training.files import RunFileError
+from specgym.agents.training.run_folder import RunFileError
 
 KNOBS = (KnobRange("fallback", 0.05, 0.95, 0.5, 0.2), KnobRange("rollback", 1, 16, 1, 1.5))
 WORKLOADS = ("tiny/prose", "tiny/code", "tiny-10m-ngram/code")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specgym.agents.experiments.tune_knobs import LookaheadSettings
+from specgym.agents import KnobSettings, default_settings
 from specgym.agents.export import snap_to_recorded as nearby
 from specgym.agents.export.knob_policy import KnobRange
 from specgym.agents.export.snap_to_recorded import FEWEST, REACH, best_nearby
@@ -28,10 +28,10 @@ def name(small_workloads: tuple[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> LookaheadSettings:
+def settings(name: str, tmp_path_factory: pytest.TempPathFactory) -> KnobSettings:
     folder = record_little("lookahead", [name], tmp_path_factory.mktemp("outcomes"), settings=18)
-    usual = LookaheadSettings(workloads=(name,))
-    return replace(usual, environment=replace(usual.environment, recordings=folder, tokens_per_step=TOKENS))
+    usual = default_settings("lookahead", workloads=(name,))
+    return replace(usual, environment=replace(usual.environment, recordings=folder, max_new_tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def profile() -> LatencyProfile:
 
 
 @pytest.fixture(scope="module")
-def recorded(settings: LookaheadSettings, name: str) -> Outcomes:
+def recorded(settings: KnobSettings, name: str) -> Outcomes:
     assert settings.environment.recordings is not None
     return Outcomes.load(settings.environment.recordings / outcomes_name(name, "lookahead", "train"))
 
@@ -64,7 +64,7 @@ def moves(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_dozen_is_found(
-    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
+    settings: KnobSettings, name: str, profile: LatencyProfile, recorded: Outcomes
 ) -> None:
     seconds = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
     settings_recorded = recorded.settings.tolist()
@@ -87,7 +87,7 @@ def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_
 
 
 def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
-    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes
+    settings: KnobSettings, name: str, profile: LatencyProfile, recorded: Outcomes
 ) -> None:
     rest = {"window": 7, "ngram": 3, "guesses": 9}
     assert list(rest.values()) not in recorded.settings.tolist()
@@ -96,7 +96,7 @@ def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
 
 
 def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
-    settings: LookaheadSettings, name: str, profile: LatencyProfile
+    settings: KnobSettings, name: str, profile: LatencyProfile
 ) -> None:
     live = replace(settings, environment=replace(settings.environment, backend="live", recordings=None))
     rest = {"window": 16, "ngram": 6, "guesses": 16}
@@ -105,7 +105,7 @@ def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
 
 
 def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
-    settings: LookaheadSettings, name: str, profile: LatencyProfile, recorded: Outcomes, monkeypatch: pytest.MonkeyPatch
+    settings: KnobSettings, name: str, profile: LatencyProfile, recorded: Outcomes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nearby, "REACH", 100.0)
     astray = 0.01
@@ -121,9 +121,10 @@ def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
     for bound in (0.1, 0.3):
         bounded = SimpleNamespace(
             replayed=True,
-            decoder_name=settings.decoder_name,
-            environment=settings.environment,
             decoder=settings.decoder,
+            environment=settings.environment,
+            build=settings.build,
+            traits=settings.traits,
             reward=replace(settings.reward, max_divergence=bound),
         )
         rest = {"window": 16, "ngram": 6, "guesses": 16}  # it does not keep the bound itself

@@ -12,9 +12,9 @@ import torch
 from gymnasium import spaces
 from safetensors.numpy import load_file, save_file
 
-from specgym.agents.experiments.stop_drafts_policy import StoppingPolicy
+from specgym.agents.experiments.stop_policy import StoppingPolicy
 from specgym.agents.export.stop_rule import ExportedStopRule
-from specgym.agents.training.files import RunFileError
+from specgym.agents.training.run_folder import RunFileError
 from specgym.decoding.decoders.stop_rules import FEATURES
 
 LOW = np.array([feature.low for feature in FEATURES], np.float32)

@@ -16,7 +16,7 @@ from specgym.agents.report.events import read_curves, shortened
 from specgym.agents.report.gather import gather
 from specgym.agents.report.heat_maps import load_heat_maps, save_heat_maps
 from specgym.agents.report.summary import summarise
-from specgym.agents.training.files import RunFileError
+from specgym.agents.training.run_folder import RunFileError
 
 
 def row(workload: str, method: str, reward: float, width: float = 0.125) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_the_summary_says_where_something_simpler_is_better(run: Path) -> None:
     told = " ".join(gather(run, "c").summary)
     assert "Against default, the learned reward is higher on 1 of 2 workloads; on 1 of these" in told
     assert "A simpler setting, default, is better on b/code." in told
-    assert "Plain decoding is faster than the learned thresholds on b/code." in told
+    assert "Plain decoding is faster than the learned threshold knobs on b/code." in told
 
 
 @pytest.mark.parametrize("divergence", [0.0, 0.01])
@@ -128,7 +128,7 @@ def test_learned_is_named_the_best_only_where_it_is(make_transfer: Callable[...,
     ("name", "content"),
     [
         ("table.json", '{"format": "specgym-table-1", "rows": [{"workload": "a"}]}'),
-        ("table.json", '{"format": "specgym-stopping-table-1", "rows": []}'),
+        ("table.json", '{"format": "specgym-another-1", "rows": []}'),
         ("heat_maps.json", '{"format": "specgym-heat-maps-1", "maps": [{"workload": "a"}]}'),
         ("transfer.json", '{"format": "specgym-transfer-1", "folds": [], "results"'),
         ("transfer.json", '{"format": "specgym-transfer-1", "folds": [], "results": [], "summary": [{}], "tests": []}'),
@@ -143,10 +143,9 @@ def test_a_damaged_file_is_named_with_the_way_out(run: Path, name: str, content:
         gather(run, "c")
 
 
-def test_a_run_of_another_kind_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_run_of_stopping_drafts_has_a_report_and_another_folder_none(run: Path, tmp_path: Path) -> None:
     (run / "settings.json").write_text('{"format": "specgym-stopping-settings-1", "settings": {}}')
-    with pytest.raises(RunFileError, match="DraftLength-v0, and a report is for runs of"):
-        gather(run, "c")
+    assert gather(run, "c").title == "Stopping of drafts learned in mine"
     with pytest.raises(RunFileError, match="not the folder of a run"):
         gather(tmp_path / "none", "c")
 

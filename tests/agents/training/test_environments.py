@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specgym.agents.experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
+from specgym.agents import default_settings
 from specgym.agents.training.environments import make_env, training_environments
-from specgym.agents.training.settings_checks import SettingsError
+from specgym.agents.training.settings_io import SettingsError
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs.workloads import Workload
 
@@ -31,7 +31,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: Path) -> None:
-    settings = ThresholdSettings(workloads=("tiny/prose",), environment=ThresholdEnvironment(backend="replay"))
+    settings = default_settings("threshold", workloads=("tiny/prose",), environment={"backend": "replay"})
     env = make_env(settings, 0, profile)
     env.reset(seed=0)
     _, reward, _, _, info = env.step(np.zeros(2, np.float32))
@@ -41,17 +41,18 @@ def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: P
 
 def test_a_replay_by_the_clock_is_refused() -> None:
     with pytest.raises(SettingsError, match="a replay has no clock"):
-        ThresholdEnvironment(backend="replay", timing="wall")
+        default_settings("threshold", environment={"backend": "replay", "timing": "wall"})
 
 
 @pytest.mark.usefixtures("no_models")
 def test_environments_are_shared_out_by_weight(profile: Path) -> None:
-    settings = ThresholdSettings(
+    settings = default_settings(
+        "threshold",
         workloads=("tiny-3m-ngram/prose", "tiny-3m-ngram/code"),
         environments=6,
         weights=(2.0, 1.0),
         subprocesses=False,
-        environment=ThresholdEnvironment(backend="replay"),
+        environment={"backend": "replay"},
     )
     environments = training_environments(settings, [profile, profile])
     (replays, *_) = environments.get_attr("unwrapped")
@@ -61,8 +62,8 @@ def test_environments_are_shared_out_by_weight(profile: Path) -> None:
 
 @pytest.mark.usefixtures("no_models")
 def test_a_bound_on_the_divergence_replaces_the_reward_s_own_terms(profile: Path) -> None:
-    settings = ThresholdSettings(
-        workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment=ThresholdEnvironment(backend="replay")
+    settings = default_settings(
+        "threshold", workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment={"backend": "replay"}
     )
     env = make_env(settings, 0, profile)
     env.reset(seed=0, options={"knobs": {"fallback": 0.95}})

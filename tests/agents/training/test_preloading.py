@@ -24,7 +24,7 @@ import gymnasium
 import numpy as np
 
 from specgym.agents.training import environments
-from specgym.agents.experiments.tune_knobs import ThresholdEnvironment, ThresholdSettings
+from specgym.agents import default_settings
 from specgym.decoding import LatencyProfile
 
 
@@ -42,10 +42,11 @@ def made(*arguments, **options):
 
 
 def rollout(subprocesses):
-    chosen = ThresholdSettings(
+    chosen = default_settings(
+        "threshold",
         workloads=workloads,
         subprocesses=subprocesses,
-        environment=ThresholdEnvironment(backend="live", tokens_per_step=8),
+        environment={"backend": "live", "max_new_tokens": 8},
     )
     venv = environments.training_environments(chosen, [profile] * len(workloads))
     venv.seed(3)

@@ -53,8 +53,8 @@ def test_killed_resumed_finished_and_reproduced(
         command(
             "train.py", "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
             "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
-            "--learning.batch-size", 10, "--environment.tokens-per-step", 8, "--environment.draft-length", 4,
-            "--evaluation.prompts", 2, "--evaluation.tokens", 8, "--evaluation.during-training", 2,
+            "--learning.batch-size", 10, "--environment.max-new-tokens", 8, "--environment.max-draft-length", 4,
+            "--evaluation.prompts", 2, "--evaluation.max-new-tokens", 8, "--evaluation.during-training", 2,
         ),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_interrupted_it_saves_and_says_how_to_go_on(
         command(
             "train.py", "--workloads", small_workloads[0], "--runs", run.parent, "--name", run.name,
             "--total-timesteps", 100_000, "--checkpoint-every", 100_000, "--evaluation.during-training", 0,
-            "--environment.tokens-per-step", 4, "--environment.draft-length", 2,
+            "--environment.max-new-tokens", 4, "--environment.max-draft-length", 2,
         ),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         # Where the tests run in the background of a script, they and their children ignore the signal.

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def pair_of(kind: str, make_table: MakeTable, **target: Any) -> Pair:
 
 
 def start(decoder: SpeculativeDecoder | ThresholdDecoder, **options: Any) -> SpeculativeSession:
-    return cast(SpeculativeSession, decoder.start(PROMPT, **{"max_new_tokens": 60, "seed": 5, **options}))
+    return decoder.start(PROMPT, **{"max_new_tokens": 60, "seed": 5, **options})
 
 
 def without_times(round_: Round) -> Round:

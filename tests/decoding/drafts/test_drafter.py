@@ -66,6 +66,7 @@ def test_an_ngram_table_gives_a_commonest_continuation_of_the_longest_known_cont
             followers = [text[i + length] for i in range(len(text) - length) if text[i : i + length] == end]
             if followers:
                 guess = table.next_token(context)
+                assert guess is not None
                 assert followers.count(guess) == max(map(followers.count, followers))
                 break
 

@@ -14,7 +14,7 @@ from specgym.decoding.loading import find_model as loading
 from specgym.decoding.loading import presets, smollm2
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.pair import load_pair
-from specgym.decoding.models.reduced_vocabulary import reduced_output
+from specgym.decoding.models.output_head import reduced_output
 from specgym.decoding.prompts.prompt_set import encode, load_prompts
 
 NEW = 24

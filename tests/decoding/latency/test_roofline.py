@@ -14,7 +14,7 @@ from specgym.decoding.decoder import Round
 from specgym.decoding.latency.accelerators import HARDWARE, Hardware, UnknownHardwareError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, ModelShape, pass_seconds, roofline
-from specgym.decoding.models.reduced_vocabulary import reduce_output
+from specgym.decoding.models.output_head import reduce_output
 
 A100 = HARDWARE["a100-80gb-sxm"]
 TARGET, DRAFT = MODEL_SHAPES["opt-6.7b"], MODEL_SHAPES["opt-125m"]
@@ -185,14 +185,14 @@ def test_unknown_hardware_is_refused_with_the_names_that_are_known(name: str, me
 def test_hardware_that_makes_no_sense_is_refused(field: str) -> None:
     for value in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"{field} of simple must be finite"):
-            replace(SIMPLE, **{field: value})
+            replace(SIMPLE, **dict[str, Any]({field: value}))
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(ModelShape) if field.type != "str"])
 def test_shapes_that_make_no_sense_are_refused(field: str) -> None:
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"{field} of small must be finite and positive"):
-            replace(SMALL, **{field: value})
+            replace(SMALL, **dict[str, Any]({field: value}))
 
 
 def test_every_named_figure_says_where_it_is_from() -> None:
@@ -202,8 +202,8 @@ def test_every_named_figure_says_where_it_is_from() -> None:
         assert 10 < hardware.peak_arithmetic / hardware.memory_bandwidth < 1000  # operations a byte
 
 
-OPT = {"vocab_size": 50272, "max_position_embeddings": 2048}
-LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+OPT: dict[str, Any] = {"vocab_size": 50272, "max_position_embeddings": 2048}
+LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,9 @@ def test_the_shape_of_a_model_counts_what_a_pass_reads(make_model: Callable[...,
         for name, weight in model.named_parameters()
         if name.split(".")[-2] not in ("wpe", "embed_positions")
     )
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        read -= model.get_input_embeddings().weight.numel()
+    embeddings = model.get_input_embeddings().get_parameter("weight")
+    if embeddings is not model.get_output_embeddings().get_parameter("weight"):
+        read -= embeddings.numel()
     assert shape.parameters == read
     assert (shape.layers, shape.hidden_size, shape.bytes_per_parameter) == (3, 32, 4)
     cache = model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values

@@ -160,7 +160,9 @@ def test_asking_for_hidden_states_leaves_nothing_behind_in_the_model(make_model:
     with torch.inference_mode():
         expected = make_model("llama")(some_tokens(5)[None], output_hidden_states=True).hidden_states[-1][0]
     stock = make_model("llama")
-    close(LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True).hidden, expected)
+    hidden = LanguageModel(stock, prepack=False).forward(some_tokens(5), hidden=True).hidden
+    assert hidden is not None
+    close(hidden, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in stock.modules())
     pickle.dumps(stock)
     part = LanguageModel(stock, prepack=False).forward(some_tokens(5), last=2, hidden=True)
@@ -355,7 +357,7 @@ def test_a_long_text_is_read_in_parts_as_if_at_once(make_model: MakeModel, monke
 
 
 def test_a_prepacked_model_refuses_to_leave_its_device_or_type(make_model: MakeModel) -> None:
-    model = make_model("llama", hidden=32)
+    model: Any = make_model("llama", hidden=32)
     prepack_linears(model, smallest=1)
     with pytest.raises(RuntimeError, match="load it again with prepack=False"):
         model.to(torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.identity import weights_digest
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.reduced_vocabulary import ReducedOutput, reduce_output, reduced_output
+from specgym.decoding.models.output_head import ReducedOutput, reduce_output, reduced_output
 from specgym.decoding.sampling import Sampling
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
@@ -139,7 +140,8 @@ def test_a_draft_comes_back_with_its_tokens_and_the_embeddings_of_the_target(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_rule_sees_of_such_a_draft_is_finite(make_model: MakeModel, dtype: torch.dtype) -> None:
-    draft = make_model("llama").to(dtype)
+    draft: Any = make_model("llama")
+    draft.to(dtype)
     reduce_output(draft, TOKENS)
     for sampling in (Sampling(0.0), Sampling(), Sampling(0.01), Sampling(0.8, top_k=3)):
         drafter = ModelDrafter(LanguageModel(draft))

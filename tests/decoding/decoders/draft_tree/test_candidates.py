@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.decoding.decoders.draft_tree.candidates import EVERYTHING, Candidates, DraftedTree
+from specgym.decoding.decoders.draft_tree.grow_tree import EVERYTHING, Candidates, DraftedTree
 
 Path = tuple[int, ...]
 
@@ -50,7 +50,9 @@ def paths(tree: DraftedTree) -> set[Path]:
 
 def one_at_a_time(width: int, depth: int, budget: int, seed: int) -> list[float]:
     """Chances of the nodes that best-first growth adds, best first."""
-    heap = [(-chance, (token,)) for token, chance in enumerate(chances((), width, seed))] if depth else []
+    heap: list[tuple[float, Path]] = (
+        [(-chance, (token,)) for token, chance in enumerate(chances((), width, seed))] if depth else []
+    )
     heapq.heapify(heap)
     result: list[float] = []
     while heap and len(result) < budget:

@@ -132,7 +132,7 @@ def test_a_target_that_gives_nan_is_refused_and_a_draft_that_does_costs_only_spe
     decoders = [DraftTreeDecoder(pair, rule) for rule in ("likeliest", "independent", "distinct")]
     expected = decoders[0].generate([1, 2, 3], max_new_tokens=10)
     with torch.no_grad():
-        draft.get_input_embeddings().weight.fill_(float("nan"))
+        draft.get_input_embeddings().get_parameter("weight").fill_(float("nan"))
     for decoder in decoders:
         generation = decoder.generate([1, 2, 3], max_new_tokens=10, sampling=Sampling(temperature), seed=0)
         assert len(generation.tokens) == 10
@@ -140,7 +140,7 @@ def test_a_target_that_gives_nan_is_refused_and_a_draft_that_does_costs_only_spe
         if not temperature:
             assert generation.tokens == expected.tokens
     with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(float("nan"))
+        model.get_input_embeddings().get_parameter("weight").fill_(float("nan"))
     for decoder in decoders:
         with pytest.raises(NumericalError, match="NaN or infinite logits"):
             decoder.generate([1, 2, 3], max_new_tokens=10, sampling=Sampling(temperature), seed=0)

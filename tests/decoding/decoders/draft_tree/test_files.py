@@ -140,7 +140,7 @@ def test_a_predictor_refuses_another_alignment_than_it_was_trained_with(
 ) -> None:
     with pytest.raises(DraftTreeModelError, match="or has another alignment"):
         load_acceptance(saved / "acceptance", draft, target, an_alignment(seed=1))
-    with pytest.raises(DraftTreeModelError, match="hidden_size 32 is not the alignment's 16"):
+    with pytest.raises(DraftTreeModelError, match="hidden_size 32 is not that of the alignment, 16"):
         load_acceptance(saved / "acceptance", draft, target, AffineAlignment(16, 16))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def features(count: int, seed: int = 0, deepest: int = 4) -> NodeFeatures:
     )
 
 
-def trained(examples: NodeFeatures, labels: Tensor, **more: bool) -> AcceptancePredictor:
+def trained(examples: NodeFeatures, labels: Tensor, **more: Any) -> AcceptancePredictor:
     torch.manual_seed(0)
     predictor = AcceptancePredictor(PredictorShape(WIDTH, width=32, **more))
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=1e-2)

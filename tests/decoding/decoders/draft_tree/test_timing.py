@@ -57,7 +57,7 @@ def guided(pair: Pair, weight: float = 0.5, width: int = 8, **more: Any) -> Draf
 
 
 def trees(pair: Pair, **arguments: Any) -> LatencyProfile:
-    usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
+    usual: dict[str, Any] = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
     return measure(pair, arguments.pop("decoder", "draft-tree"), **(usual | arguments))
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_timed_is_refused_before_anything_is(
     pair: Pair, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        measure(pair, "draft-tree", **({"repeats": 10**9, "prompt": [1, 2, 3]} | arguments))
+        measure(pair, "draft-tree", **dict[str, Any]({"repeats": 10**9, "prompt": [1, 2, 3]} | arguments))
 
 
 def test_a_draft_that_is_a_model_is_needed(pair: Pair) -> None:
@@ -228,7 +228,7 @@ def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
     learned = guided(pair)
     with torch.no_grad():
         assert learned.guidance.alignment is not None
-        learned.guidance.alignment.bias += 1  # as fast as before
+        learned.guidance.alignment.bias.add_(1)  # as fast as before
     others = [
         learned,
         guided(pair, weight=0.25),

@@ -75,6 +75,8 @@ def test_every_cell_and_every_guess_sees_what_it_should(make_model: MakeModel, f
                 for kept, expected in zip(model._cache._own_layers, reader._cache._own_layers, strict=True):
                     assert kept._stored_keys is not None
                     assert kept._stored_values is not None
+                    assert expected.keys is not None
+                    assert expected.values is not None
                     assert kept.length == expected.length == len(text)
                     close(kept._stored_keys[..., : len(text), :], expected.keys)
                     close(kept._stored_values[..., : len(text), :], expected.values)

@@ -122,7 +122,7 @@ class Plain:
         self.uses = [other for other in self.uses if other != key] + [key]
 
     def add(self, key: int, tokens: tuple[int, ...], now: int) -> None:
-        known = next((item for item in self.kept if item[:2] == [key, tokens]), [key, tokens, 0, 0])
+        known = next((item for item in self.kept if item[:2] == [key, tokens]), list[Any]([key, tokens, 0, 0]))
         group = [item for item in self.kept if item[0] == key and item is not known]
         if not known[2] and len(group) == self.settings.per_key:
             least = min(group, key=lambda item: item[2]) if self.settings.retention == "frequency" else group[0]

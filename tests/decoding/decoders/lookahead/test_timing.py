@@ -29,7 +29,7 @@ def alone(make_model: Callable[..., PreTrainedModel]) -> Pair:
 
 
 def lookahead(pair: Pair, **arguments: Any) -> LatencyProfile:
-    usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
+    usual: dict[str, Any] = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
     return measure(pair, "lookahead", **(usual | arguments))
 
 

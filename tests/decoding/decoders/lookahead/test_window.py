@@ -163,7 +163,7 @@ def test_no_token_that_ends_a_text_is_guessed(table_of: TableOf, temperature: fl
             ended += sum(ends)
             return judged
 
-        session._judge = watch  # type: ignore[method-assign, assignment]
+        session._judge = watch  # type: ignore[method-assign]
         rounds = 0
         while not session.finished:
             session.step({"window": 1 + (rounds + 2) % 7, "ngram": 2 + (rounds + 2) % 5, "guesses": 4})

@@ -14,9 +14,16 @@ from transformers import PreTrainedModel
 
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.medusa.acceptance import longest, matched, typical
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, MedusaRound, TypicalMedusaDecoder
-from specgym.decoding.decoders.medusa.trees import CandidateTree, assumed_accuracies, cartesian, sparse
+from specgym.decoding.decoders.medusa.trees import (
+    CandidateTree,
+    assumed_accuracies,
+    cartesian,
+    longest,
+    matched,
+    sparse,
+    typical,
+)
 from tests.helpers.known_distributions import SAMPLINGS, conditional
 from tests.helpers.small_medusa_heads import random_heads, scripted_heads
 from tests.helpers.table_models import ReadableTable, TableModel

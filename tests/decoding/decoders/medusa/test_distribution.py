@@ -145,7 +145,8 @@ def test_a_wrong_acceptance_is_found_out_both_ways(
         target = readable_table(vocabulary, seed=1, spread=1.2)
         heads = random_heads(target.model, heads=3, spread=0.5)
         wrong_ones.append(MedusaDecoder(Pair(target), heads, tree=tree))
-    assert_found_out(walker, *wrong_ones, texts=500)
+    first, second = wrong_ones
+    assert_found_out(walker, first, second, texts=500)
 
 
 def test_typical_acceptance_is_found_out_as_lossy(walker: Walker) -> None:

@@ -108,7 +108,7 @@ def test_heads_whose_shapes_do_not_fit_are_refused_by_name(
 
 @pytest.mark.parametrize("config", [{"medusa_num_heads": 4}, {"medusa_num_layers": 2}], ids=str)
 def test_a_configuration_that_promises_more_than_there_is_is_refused(
-    tmp_path: Path, target: LanguageModel, config: dict[str, int]
+    tmp_path: Path, target: LanguageModel, config: dict[str, Any]
 ) -> None:
     publish(tmp_path, authors_heads(), "pt", **config)
     with pytest.raises(MedusaHeadsError, match=r"medusa_lm_head.pt lacks the tensor '|has shape"):

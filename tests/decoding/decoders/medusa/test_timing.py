@@ -42,7 +42,7 @@ def heads_of(pair: Pair, count: int, **more: Any) -> MedusaHeads:
 
 
 def medusa(pair: Pair, heads: MedusaHeads | None, **arguments: Any) -> LatencyProfile:
-    usual = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
+    usual: dict[str, Any] = {"repeats": 3, "max_target_tokens": 12, "prompt": [1, 2, 3, 4, 5]}
     decoder = arguments.pop("decoder", MedusaDecoder)
     return measure(pair, decoder(pair, heads), **(usual | arguments))
 
@@ -192,7 +192,7 @@ def test_heads_whose_candidates_are_few_are_timed_as_far_as_they_go_and_it_is_sa
 def test_what_cannot_be_timed_is_refused_before_anything_is(
     alone: Pair, heads: MedusaHeads, arguments: dict[str, Any], message: str
 ) -> None:
-    usual = {"repeats": 10**9, "prompt": [1, 2, 3]}
+    usual: dict[str, Any] = {"repeats": 10**9, "prompt": [1, 2, 3]}
     with pytest.raises(ValueError, match=message):
         measure(alone, MedusaDecoder(alone, heads), **(usual | arguments))
 

@@ -9,30 +9,57 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specgym.agents.evaluation.stop_results import ALL, GAP, METHODS, RATIO, Row, compare
-from specgym.agents.evaluation.stop_tables import differences, grouped, rendered, save_rows, verdict
-from specgym.agents.experiments.stop_drafts import ComparisonSettings, StoppingLearning, StoppingSettings
-from specgym.agents.experiments.stop_drafts_learning import learn
-from specgym.agents.training.files import RunFileError
-from specgym.agents.training.stop_run import StoppingRun
+from specgym.agents import ResultTable, Row, RunFolder
+from specgym.agents.evaluation.results import ALL
+from specgym.agents.evaluation.stop_comparison import GAP, METHODS, RATIO, TABLE, compare, stop_verdict
+from specgym.agents.experiments.stop_drafts import StopDrafts
+from specgym.agents.experiments.stop_drafts_settings import ComparisonSettings, StopLearning, StopSettings
+from specgym.agents.export.stop_rule import ExportedStopRule
+from specgym.agents.training.ppo import learn
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, FixedLength, StopRule
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs.recordings.trace import Trace
 
-SETTINGS = StoppingSettings(
+SETTINGS = StopSettings(
     workloads=("tiny/prose",),
     seeds=(0,),
     max_draft_length=8,
-    tokens=48,
+    max_new_tokens=48,
     environments=64,
     total_timesteps=60_000,
+    checkpoint_every=60_000,
     comparison=ComparisonSettings(passes=2, resamples=50),
-    learning=StoppingLearning(rollout_steps=32, batch_size=512, policy_layers=(16,), value_layers=(32,)),
+    learning=StopLearning(rollout_steps=32, batch_size=512, policy_layers=(16,), value_layers=(32,)),
 )
 
 
 def compared(learned: list[StopRule], profile: LatencyProfile, train: Trace, test: Trace) -> dict[str, Row]:
-    return grouped(compare(SETTINGS, learned, [profile], [train], [test]))[0]
+    rows = compare(SETTINGS, learned, [profile], [train], [test])
+    return ResultTable(rows).by_workload()["tiny/prose"]
+
+
+def learned_rule(settings: StopSettings, folder: Path, trace: Trace, profile: LatencyProfile) -> ExportedStopRule:
+    """A rule learned from a trace that nobody recorded."""
+
+    class FromTrace(StopDrafts):
+        profiles = [profile]  # noqa: RUF012
+
+        def traces(self, split: str) -> list[Trace]:
+            return [trace]
+
+    experiment = FromTrace(settings, RunFolder(folder))
+    (learner,) = experiment.learners()
+    model = learn(
+        settings,
+        learner.folder,
+        learner.seed,
+        lambda: experiment.environments(learner),
+        experiment.policy,
+        experiment.callbacks(learner),
+        progress_bar=False,
+    )
+    experiment.export(model, learner.folder.path)
+    return experiment.rules()[0]
 
 
 def test_the_best_fixed_length_is_found_on_training_prompts_and_judged_on_test_prompts(
@@ -81,7 +108,7 @@ def test_learning_finds_that_the_confidence_tells(
     telling_trace: Callable[..., Trace], cheap_drafts: LatencyProfile, tmp_path: Path
 ) -> None:
     train, test = telling_trace(0, prompts=16), telling_trace(1, prompts=16, split="test")
-    rule = learn(StoppingRun(tmp_path), SETTINGS, 0, [train], [cheap_drafts], progress_bar=False)
+    rule = learned_rule(SETTINGS, tmp_path, train, cheap_drafts)
     learned = compared([rule], cheap_drafts, train, test)["learned"]
     assert learned.values[RATIO] > 1.1
     assert learned.values[GAP] > 0.5
@@ -94,9 +121,10 @@ def test_one_policy_learns_several_batch_sizes(
     profile = replace(cheap_drafts, context=8, points=(dear,))
     settings = replace(SETTINGS, batch_sizes=(1, 64), total_timesteps=2048)
     trace = telling_trace(0)
-    rule = learn(StoppingRun(tmp_path), settings, 0, [trace], [profile], progress_bar=False)
-    *points, mean = grouped(compare(settings, [rule], [profile], [trace], [trace]))
-    assert [point["fixed"].batch_size for point in points] == [1, 64]
+    rule = learned_rule(settings, tmp_path, trace, profile)
+    groups = ResultTable(compare(settings, [rule], [profile], [trace], [trace])).by_workload()
+    assert list(groups) == ["tiny/prose x 1", "tiny/prose x 64", ALL]
+    *points, mean = groups.values()
     assert points[1]["fixed"].rule == "length 1"
     assert points[0]["fixed"].rule != "length 1"
     assert mean["fixed"].values["throughput"] == pytest.approx(
@@ -114,36 +142,34 @@ def hand_made(**throughputs: float) -> list[Row]:
             if method == "learned":
                 values |= {RATIO: throughput / 1.5, GAP: (throughput - 1.5) / 0.5}
             intervals = dict.fromkeys(("throughput", RATIO, GAP), (1.0, 1.2))
-            rows.append(Row(name, 0 if name == ALL else 1, method, f"{method} rule", values, intervals))
+            rows.append(Row(name, method, {}, values, intervals, f"{method} rule"))
     return rows
 
 
 def test_the_verdict_says_what_holds_and_what_does_not() -> None:
-    assert "All targets are met." in verdict(hand_made(learned=1.7))
-    short = verdict(hand_made(learned=1.52))
+    assert "All targets are met." in stop_verdict(hand_made(learned=1.7))
+    short = stop_verdict(hand_made(learned=1.52))
     assert "the mean is 0.017 below 1.03" in short
     assert "of the gap to the oracle 30% was wanted" in short
-    assert "below 0.99: tiny/prose (0.933)" in verdict(hand_made(learned=1.4))
+    assert "below 0.99: tiny/prose (0.933)" in stop_verdict(hand_made(learned=1.4))
 
 
 def test_the_verdict_says_where_a_simple_rule_is_better() -> None:
-    better = verdict(hand_made(learned=1.7, product=1.8))
+    better = stop_verdict(hand_made(learned=1.7, product=1.8))
     assert "A simple rule is better on average: product, 1.800 against 1.700." in better
     assert "tiny/prose (product rule, 1.800)" in better
-    assert "better" not in verdict(hand_made(learned=1.7, product=1.69))
+    assert "better" not in stop_verdict(hand_made(learned=1.7, product=1.69))
 
 
-def test_a_stored_table_is_compared_number_by_number(cheap_drafts: LatencyProfile, tmp_path: Path) -> None:
-    rows = hand_made(learned=1.7)
-    save_rows(tmp_path / "table.json", rows, SETTINGS, [cheap_drafts], "python train.py")
-    assert differences(rows, tmp_path / "table.json") == []
-    assert differences(hand_made(learned=1.71), tmp_path / "table.json") == [
+def test_a_stored_table_is_compared_number_by_number(tmp_path: Path) -> None:
+    table = ResultTable(hand_made(learned=1.7), *TABLE)
+    table.save(tmp_path / "table.json", "python train.py")
+    stored = ResultTable.load(tmp_path / "table.json")
+    assert table.differences(stored) == []
+    assert ResultTable(hand_made(learned=1.71), *TABLE).differences(stored) == [
         f"{name}, learned: throughput was 1.7, is 1.71" for name in ("tiny/prose", ALL)
     ]
-    (tmp_path / "table.json").write_text('{"format": "specgym-table-1", "rows": []}')
-    with pytest.raises(RunFileError, match="does not hold a table of stop rules"):
-        differences(rows, tmp_path / "table.json")
 
 
 def test_the_table_has_a_line_for_each_workload_and_the_mean() -> None:
-    assert rendered(hand_made(learned=1.7), "title").row_count == 2
+    assert ResultTable(hand_made(learned=1.7), *TABLE).render("title").row_count == 2

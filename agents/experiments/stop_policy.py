@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from specgym.decoding import FEATURES
 from specgym.envs import LONGEST
 
+from ..policy import GuardedPolicy
 from ..training.sb3_vec_env import VectorEnvAdaptor
 
 USUAL = {
@@ -85,7 +87,22 @@ class OneSidedNetworks(nn.Module):
         return found
 
 
-class StoppingPolicy(ActorCriticPolicy):
+class UncheckedCategorical(CategoricalDistribution):
+    """A categorical distribution that gives broken rows a NaN log-probability, where torch's own would raise."""
+
+    def proba_distribution(self, action_logits: Tensor) -> UncheckedCategorical:
+        """The distribution for a batch of logits, shape (batch, actions)."""
+        self.broken = ~action_logits.isfinite().all(1)
+        logits = torch.where(self.broken.unsqueeze(1), 0.0, action_logits)
+        self.distribution = Categorical(logits=logits, validate_args=False)
+        return self
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log-probability of actions, shape (batch,)."""
+        return torch.where(self.broken, torch.nan, super().log_prob(actions))
+
+
+class StoppingPolicy(GuardedPolicy):
     """Stop or go on, judged in training by a critic that knows what the replay knows.
 
     How many drafted tokens the target will accept is settled before the policy decides. A critic that is told removes
@@ -105,6 +122,10 @@ class StoppingPolicy(ActorCriticPolicy):
     ) -> None:
         kwargs.setdefault("features_extractor_class", UsualScaler)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.action_dist = UncheckedCategorical(2)
+        super()._build(lr_schedule)
 
     def _build_mlp_extractor(self) -> None:
         assert isinstance(self.net_arch, dict)

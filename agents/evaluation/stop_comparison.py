@@ -1,0 +1,325 @@
+"""The comparison of stop rules: chosen on training prompts, judged on test prompts, by replay and live.
+
+Throughput is relative to plain decoding: all tokens over all seconds, in units of plain decoding's seconds per token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, SpeculativeDecoder, StopRule
+from specgym.envs import Trace, workload
+
+from .live import Contestant, decode_in_turns
+from .results import ALL, LEARNED, Column, Row, interval
+from .stop_baselines import UpperConfidenceBound
+from .stop_replay import Decoded, ReplayedPrompts, choose, oracle
+
+if TYPE_CHECKING:
+    from ..experiments.stop_drafts_settings import StopSettings
+
+METHODS = ("autoregressive", "fixed", "confidence", "entropy", "product", "bandit", LEARNED, "oracle")
+SIMPLE = ("fixed", "confidence", "entropy", "product")
+RATIO, GAP = "learned / fixed", "gap closed"
+LEAST_RATIO, LEAST_RATIO_EACH, LEAST_GAP = 1.03, 0.99, 0.30
+"""What learning is meant to reach: over the best fixed length on average and on every workload, and of the gap."""
+REPEATS = 3
+"""How often every prompt is timed by the clock with each method; the median counts."""
+
+Samples = NDArray[np.float64]
+
+_HEADINGS = ("plain", "fixed", "confi-\ndence", "en-\ntropy", "pro-\nduct", "bandit", "learned", "oracle")
+TABLE = (
+    (
+        *(
+            Column("throughput", heading, ".3f", method == LEARNED, (method,))
+            for method, heading in zip(METHODS, _HEADINGS, strict=True)
+        ),
+        Column(RATIO, "learned\n/ fixed", ".3f", True, (LEARNED,)),
+        Column(GAP, "gap\nclosed", ".0%", False, (LEARNED,)),
+    ),
+    ("throughput",),
+)
+"""Columns of the replayed comparison, and those that are compared with a stored one."""
+AGREEMENT = (
+    (
+        Column("replayed", "replayed,\ncharged", ".3f"),
+        Column("charged", "live,\ncharged", ".3f"),
+        Column("clock", "live,\nclock", ".3f"),
+        Column("clock_ms_per_token", "clock ms\n/token"),
+    ),
+    ("replayed", "charged"),
+)
+"""The same of the live comparison."""
+CAPTION = (
+    "Tokens over seconds, relative to plain decoding, by replay of the test prompts. Fixed lengths and thresholds are "
+    "the best ones on the training prompts; the bandit has decoded those once. Learned is the mean over the seeds. ± "
+    "is half a 95 % interval over prompts and seeds."
+)
+LIVE_CAPTION = (
+    "Throughput relative to plain decoding on the test prompts. Charged by the run's latency profile, or by the clock: "
+    f"medians of {REPEATS}, all methods in turn."
+)
+
+
+def compare(
+    settings: StopSettings,
+    learned: Sequence[StopRule],
+    profiles: Sequence[LatencyProfile],
+    train: Sequence[Trace],
+    test: Sequence[Trace],
+    report: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Judge every method on the test prompts of every workload.
+
+    Args:
+        settings: of the run.
+        learned: one rule a seed.
+        profiles: of each workload.
+        train: traces of the training prompts of each workload, on which rules are chosen.
+        test: traces of the test prompts of each workload.
+        report: called with what is being done.
+
+    Returns:
+        A row for each workload, at each batch size, and method; then one for each method with the means over them.
+        Values are `throughput` relative to plain decoding, `draft_acceptance_rate` (0 to 1) and `draft_length` in
+        drafted tokens a round; of the learned policies also `RATIO`, the throughput over that of the best fixed length,
+        and `GAP`, what share of the way from the best fixed length to the oracle it goes.
+    """
+    rng = np.random.default_rng(0)
+    resamples = settings.comparison.resamples
+    # The same policies decode every workload, so which of them a resample has is drawn once for all.
+    seeds = rng.integers(len(learned), size=(resamples, len(learned)))
+    rows: list[Row] = []
+    samples: list[dict[str, Samples]] = []
+    for name, profile, train_trace, test_trace in zip(settings.workloads, profiles, train, test, strict=True):
+        prompts = rng.integers(test_trace.prompts, size=(resamples, test_trace.prompts))
+        for batch_size in settings.batch_sizes:
+            place = f"{name} x {batch_size}" if len(settings.batch_sizes) > 1 else name
+            report(f"Comparing on test prompts: {place}")
+            training, testing = (replayed(settings, trace, profile, batch_size) for trace in (train_trace, test_trace))
+            chosen = choose(training)
+            rules: dict[str, StopRule] = {**chosen.simple}
+            # One at a time, so that the draws of one rule do not depend on which others there are.
+            methods = {method: testing.decode([rule]) for method, rule in rules.items()}
+            methods["bandit"] = testing.decode([chosen.bandit], afresh=False)
+            methods[LEARNED] = [testing.decode([rule])[0] for rule in learned]
+            knowing, decoded = oracle(testing)
+            methods["oracle"] = [decoded]
+            rules |= {"bandit": chosen.bandit, LEARNED: learned[0], "oracle": knowing}
+            drawn = {
+                method: _resampled(many, prompts, seeds if method == LEARNED else None)
+                for method, many in methods.items()
+            }
+            samples.append(_with_ratios(drawn))
+            rows += _rows(place, rules, methods, samples[-1])
+    return [*rows, *_means(rows, samples)]
+
+
+def compare_live(
+    settings: StopSettings,
+    name: str,
+    learned: StopRule,
+    profile: LatencyProfile,
+    train: Trace,
+    test: Trace,
+    report: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Decode a workload's test prompts live with every method but the oracle, at batch size 1, beside their replay.
+
+    The bandit begins anew, live and in its replay here, and learns from text to text, in replay from all side by side.
+    Loads the pair; loading errors as for `load_pair`.
+
+    Args:
+        settings: of the run.
+        name: of the workload.
+        learned: the policy to decode with.
+        profile: what the charged columns are charged by.
+        train: trace of the training prompts, on which rules are chosen.
+        test: trace of the test prompts, which are decoded.
+        report: called with what is being done.
+
+    Returns:
+        A row a method, whose values are throughputs relative to plain decoding: `replayed` and `charged` (live), both
+        charged by the profile, and `clock`, by the clock; and `clock_ms_per_token`.
+    """
+    chosen = workload(name)
+    pair, prompts, point = chosen.load(), chosen.prompt_ids("test")[: test.prompts], profile.at(batch_size=1)
+    rules: dict[str, StopRule] = {
+        **choose(replayed(settings, train, profile, 1)).simple,
+        "bandit": UpperConfidenceBound(settings.max_draft_length),
+        LEARNED: learned,
+    }
+    replays = replayed(settings, test, profile, 1).decode(list(rules.values()))
+    contestants = {"autoregressive": Contestant(AutoregressiveDecoder(pair))} | {
+        method: Contestant(
+            SpeculativeDecoder(pair, settings.max_draft_length, stop=rule, cost_ratio=point.marginal_cost())
+        )
+        for method, rule in rules.items()
+    }
+    generations = decode_in_turns(
+        contestants,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=chosen.sampling,
+        seeds=[test.info.seed + 10_000 * repeat for repeat in range(REPEATS)],
+        report=lambda message: report(f"{name}: {message}"),
+    )
+    plain = _clock(generations["autoregressive"])
+    values = {"replayed": 1.0, "charged": 1.0, "clock": 1.0, "clock_ms_per_token": 1000 * plain}
+    rows = [Row(name, "autoregressive", values=values, rule="no draft")]
+    for (method, rule), replay in zip(rules.items(), replays, strict=True):
+        seconds = _clock(generations[method])
+        values = {
+            "replayed": replay.throughput,
+            "charged": _charged(generations[method], point),
+            "clock": plain / seconds,
+            "clock_ms_per_token": 1000 * seconds,
+        }
+        rows.append(Row(name, method, values=values, rule=rule.name))
+    return rows
+
+
+def replayed(settings: StopSettings, trace: Trace, profile: LatencyProfile, batch_size: int) -> ReplayedPrompts:
+    """The prompts of a trace, decoded as a run's settings say."""
+    return ReplayedPrompts(
+        trace,
+        profile,
+        batch_size,
+        settings.max_draft_length,
+        settings.max_new_tokens,
+        settings.decision_seconds,
+        settings.comparison.passes,
+    )
+
+
+def stop_verdict(rows: Sequence[Row]) -> str:
+    """Whether learning reaches what it is meant to, where and by how much it falls short, and what does better."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.workload, {})[row.method] = row
+    mean = groups.pop(ALL)
+    learned = mean[LEARNED].values
+    worst = min((point[LEARNED] for point in groups.values()), key=lambda row: row.values[RATIO])
+    short = []
+    if learned[RATIO] < LEAST_RATIO:
+        short.append(f"the mean is {LEAST_RATIO - learned[RATIO]:.3f} below {LEAST_RATIO:.2f}")
+    low = sorted(
+        (point[LEARNED].values[RATIO], name)
+        for name, point in groups.items()
+        if point[LEARNED].values[RATIO] < LEAST_RATIO_EACH
+    )
+    if low:
+        short.append(f"below {LEAST_RATIO_EACH:.2f}: " + ", ".join(f"{name} ({ratio:.3f})" for ratio, name in low))
+    if learned[GAP] < LEAST_GAP:
+        short.append(f"of the gap to the oracle {LEAST_GAP:.0%} was wanted")
+    sentence = (
+        f"Learned stopping has {learned[RATIO]:.3f} times the throughput of the best fixed length on average, at least "
+        f"{worst.values[RATIO]:.3f} times ({worst.workload}), and closes {learned[GAP]:.0%} of the gap to the oracle. "
+    )
+    sentence += f"It falls short: {'; '.join(short)}." if short else "All targets are met."
+    best = max(SIMPLE[1:], key=lambda method: mean[method].values["throughput"])
+    if round(mean[best].values["throughput"] - learned["throughput"], 3) > 0:
+        sentence += (
+            f" A simple rule is better on average: {best}, {mean[best].values['throughput']:.3f} against "
+            f"{learned['throughput']:.3f}."
+        )
+    beaten = []
+    for name, point in groups.items():
+        ahead, method = max((point[simple].values["throughput"], simple) for simple in SIMPLE)
+        if round(ahead - point[LEARNED].values["throughput"], 3) > 0:
+            beaten.append(f"{name} ({point[method].rule}, {ahead:.3f})")
+    if beaten:
+        sentence += f" A rule chosen for the workload beats the learned policy on {', '.join(beaten)}."
+    return sentence
+
+
+def live_agreement(rows: Sequence[Row]) -> str:
+    """How far replay is from live decoding, in a sentence; without the bandit, which has learned from other texts."""
+    drafted = [row for row in rows if row.method not in ("autoregressive", "bandit")]
+    distance, off = max(
+        ((abs(row.values["charged"] / row.values["replayed"] - 1), row) for row in drafted), key=lambda pair: pair[0]
+    )
+    return (
+        f"Charged the same way, live decoding differs from its replay by at most {distance:.1%} ({off.method} on "
+        f"{off.workload})."
+    )
+
+
+def gap_closed(fixed: Samples, learned: Samples, best: Samples) -> Samples:
+    """What share of the way from the best fixed length to the oracle the learned policy goes; 0 where there is none."""
+    gap = best - fixed
+    return np.divide(learned - fixed, gap, out=np.zeros_like(gap), where=gap > 0)
+
+
+def _resampled(many: Sequence[Decoded], prompts: NDArray[np.int64], seeds: NDArray[np.int64] | None) -> Samples:
+    """Throughput in every resample, shape (resamples,): of one rule, or the mean over drawn policies."""
+    rates = np.stack([rule.tokens[prompts].sum(1) / rule.seconds[prompts].sum(1) for rule in many], axis=1)
+    return rates[:, 0] if seeds is None else np.take_along_axis(rates, seeds, axis=1).mean(1)
+
+
+def _with_ratios(throughput: Mapping[str, Samples]) -> dict[str, Samples]:
+    fixed, learned, best = (throughput[method] for method in ("fixed", LEARNED, "oracle"))
+    return {**throughput, RATIO: learned / fixed, GAP: gap_closed(fixed, learned, best)}
+
+
+def _rows(
+    name: str,
+    rules: Mapping[str, StopRule],
+    methods: Mapping[str, Sequence[Decoded]],
+    samples: Mapping[str, Samples],
+) -> list[Row]:
+    reached = {method: [rule.throughput for rule in many] for method, many in methods.items()}
+    rows = [Row(name, "autoregressive", values={"throughput": 1.0}, rule="no draft")]
+    for method in METHODS[1:]:
+        many = methods[method]
+        values = {
+            "throughput": float(np.mean(reached[method])),
+            "draft_acceptance_rate": float(np.mean([rule.draft_acceptance_rate for rule in many])),
+            "draft_length": float(np.mean([rule.draft_length for rule in many])),
+        }
+        intervals = {"throughput": interval(samples[method])}
+        if method == LEARNED:
+            fixed, learned, best = (np.array([np.mean(reached[other])]) for other in ("fixed", LEARNED, "oracle"))
+            values |= {RATIO: float((learned / fixed)[0]), GAP: float(gap_closed(fixed, learned, best)[0])}
+            intervals |= {column: interval(samples[column]) for column in (RATIO, GAP)}
+        by_seed = tuple(reached[method]) if method == LEARNED else ()
+        rows.append(Row(name, method, {}, values, intervals, rules[method].name, by_seed))
+    return rows
+
+
+def _means(rows: Sequence[Row], samples: Sequence[Mapping[str, Samples]]) -> list[Row]:
+    """The mean over the workloads of each column; the gap is the one between the means, as some have next to none."""
+    drawn = {name: np.mean([sample[name] for sample in samples], axis=0) for name in samples[0]}
+    drawn[GAP] = gap_closed(drawn["fixed"], drawn[LEARNED], drawn["oracle"])
+    same = {method: [row for row in rows if row.method == method] for method in METHODS}
+    values = {
+        method: {name: float(np.mean([row.values[name] for row in group])) for name in group[0].values}
+        for method, group in same.items()
+    }
+    ends = (np.array([values[method]["throughput"]]) for method in ("fixed", LEARNED, "oracle"))
+    values[LEARNED][GAP] = float(gap_closed(*ends)[0])
+    means = []
+    for method, group in same.items():
+        intervals = {name: interval(drawn[method if name == "throughput" else name]) for name in group[0].intervals}
+        by_seed = tuple(np.mean([row.by_seed for row in group], axis=0).tolist()) if group[0].by_seed else ()
+        means.append(Row(ALL, method, {}, values[method], intervals, by_seed=by_seed))
+    return means
+
+
+def _charged(generations: Sequence[Sequence[Generation]], point: LatencyProfile) -> float:
+    texts = [text for repeats in generations for text in repeats]
+    tokens = sum(len(text.tokens) for text in texts)
+    return tokens * point.autoregressive_seconds / sum(point.charge(text.rounds) for text in texts)
+
+
+def _clock(generations: Sequence[Sequence[Generation]]) -> float:
+    """Seconds per token by the clock: the median over repeats of each prompt, then all prompts together."""
+    medians = [statistics.median(text.seconds / len(text.tokens) for text in repeats) for repeats in generations]
+    lengths = [statistics.mean(len(text.tokens) for text in repeats) for repeats in generations]
+    return sum(median * length for median, length in zip(medians, lengths, strict=True)) / sum(lengths)

@@ -1,0 +1,140 @@
+"""Settings for learning when to stop a draft."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from specgym.decoding import find_hardware
+from specgym.envs import LONGEST, SHIPPED_WORKLOADS
+
+from ..training.settings_io import (
+    SettingsError,
+    require_above_zero,
+    require_at_least,
+    require_distinct,
+    require_within,
+)
+from .settings import LearningSettings, RunSettings
+
+ENV = "specgym/DraftLength-v0"
+
+
+@dataclass(frozen=True)
+class StopLearning(LearningSettings):
+    """Proximal policy optimisation, as in Stable-Baselines3. Every round of drafting is an episode."""
+
+    rollout_steps: int = 64
+    """Decisions of every environment between two updates."""
+    batch_size: int = 4096
+    """Decisions in a minibatch."""
+    epochs: int = 4
+    """Passes over a rollout in one update."""
+    learning_rate: float = 4e-3
+    """Adam learning rate."""
+    learning_rate_end: float | None = 0.0
+    """Adam learning rate at the end of training, approached linearly; None for a constant rate."""
+    gamma: float = 1.0
+    """Discount. A round is short, and its last token counts as much as its first."""
+    entropy_coefficient: float = 0.02
+    """Weight of the entropy bonus, which keeps the policy undecided."""
+    rate_smoothing: float = 0.5
+    """Share of the way that a workload's rate moves to the throughput of a rollout, above 0; 1 for all the way."""
+    policy_layers: tuple[int, ...] = (32, 32)
+    """Widths of the policy's tanh layers; live decoding runs them after every drafted token."""
+    value_layers: tuple[int, ...] = (64, 64)
+    """Widths of the value network's tanh layers, which only training runs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(self, 0, 1, "rate_smoothing")
+        require_above_zero(self, "rate_smoothing")
+        for name in ("policy_layers", "value_layers"):
+            widths = getattr(self, name)
+            if not widths or any(width < 1 for width in widths):
+                raise SettingsError(f"{name} must be one or more widths of at least 1, got {widths}")
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Judgement of the learned policies beside other rules."""
+
+    passes: int = 32
+    """Passes over every prompt where tokens are sampled, each with other random choices; greedy decoding is always the
+    same, so once is enough there."""
+    resamples: int = 1000
+    """Bootstrap samples for the intervals."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "passes")
+        require_at_least(self, 10, "resamples")
+
+
+@dataclass(frozen=True)
+class StopSettings(RunSettings):
+    """Learn when to stop a draft, from recorded texts. With no option at all: on the pairs that ship."""
+
+    EXPERIMENT = "stop-drafts"
+
+    workloads: tuple[str, ...] = SHIPPED_WORKLOADS
+    """Workloads to learn on, all together: pair/prompts, or pair/prompts@temperature."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Random seeds; one policy is learned with each, one after another."""
+    total_timesteps: int = 2_500_000
+    """Decisions learned from, for each seed, over all environments; rounded up to whole rollouts."""
+    checkpoint_every: int = 250_000
+    """Decisions between two checkpoints, which --resume continues from."""
+    environments: int = 512
+    """Texts decoded side by side, spread evenly over workloads and batch sizes."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Sequences decoded together. With several, the policy learns what each changes, and the table has rows for each;
+    measuring larger ones on this machine takes up to a minute more for each pair."""
+    hardware: str | None = None
+    """Hardware that time is charged for, such as h100-sxm (computed from the size of each pair's models, 512 tokens
+    read before; a wrong name lists them all). Defaults to the latency measured on this machine."""
+    max_draft_length: int = 16
+    """Tokens drafted in a round, at most."""
+    max_new_tokens: int = 64
+    """Tokens of each text, at most."""
+    decision_seconds: float = 0.0
+    """Seconds charged for every decision, whichever rule takes it, in training and in the table."""
+    recordings: Path | None = None
+    """Folder of traces, as `python -m specgym.envs.record` writes them. Defaults to those that ship."""
+    refresh_latency: bool = False
+    """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
+    learning: StopLearning = field(default_factory=StopLearning)
+    """Learning algorithm."""
+    comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
+    """Judgement of the result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_distinct(self, "seeds", "batch_sizes")
+        if min(self.seeds) < 0:
+            raise SettingsError(f"seeds must be at least 0, got {self.seeds}")
+        if min(self.batch_sizes) < 1:
+            raise SettingsError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
+        require_at_least(self, 1, "max_new_tokens")
+        require_at_least(self, 2, "max_draft_length")
+        if self.max_draft_length > LONGEST:
+            raise SettingsError(f"max_draft_length must be at most {LONGEST}, got {self.max_draft_length}")
+        require_within(self, 0, math.inf, "decision_seconds")
+        if self.hardware is not None:
+            find_hardware(self.hardware)
+        points = len(self.workloads) * len(self.batch_sizes)
+        if self.environments < points:
+            raise SettingsError(
+                f"environments must be at least {points}, one for each workload with each batch size, got "
+                f"{self.environments}"
+            )
+
+    @property
+    def option(self) -> str:
+        """The option of train.py that learns this."""
+        return f"--env {ENV}"
+
+    @property
+    def stem(self) -> str:
+        """What the default name of a run begins with."""
+        return "draftlength"

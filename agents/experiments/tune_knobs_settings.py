@@ -1,0 +1,267 @@
+"""Settings for tuning the knobs of a decoder, generated from what the registry knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from specgym.decoding import DecoderTraits, NoOptions, build_decoder, traits_of
+from specgym.envs import RewardSettings, environment_id, workload
+
+from ..training.settings_io import (
+    SettingsError,
+    replaced,
+    require_at_least,
+    require_one_bound,
+    require_one_of,
+    require_weights,
+)
+from .settings import KnobLearning, RunSettings
+
+if TYPE_CHECKING:
+    from specgym.decoding import Decoder, Pair
+
+PRACTISING_REPLAYS = 32
+"""Environments for each workload that practise on replay by default."""
+
+
+@dataclass(frozen=True)
+class EnvironmentSettings:
+    """Environments that the agent practises on."""
+
+    max_new_tokens: int = 32
+    """Tokens generated for one prompt in one environment step. What pays depends on it where a decoder learns from the
+    text as it grows."""
+    backend: Literal["live", "replay"] = "live"
+    """Run the models, or replay recordings: some thousand times faster, and a little different from what the models
+    would do. Live learning needs small --total-timesteps, --checkpoint-every and --learning.batch-size. The table is
+    live in any case."""
+    recordings: Path | None = None
+    """Folder of recordings that `python -m specgym.envs.record` wrote, for --environment.backend replay. Defaults to
+    the recordings that ship with the package."""
+    timing: Literal["profile", "wall"] = "profile"
+    """Charge each round the time of the pair's latency profile (repeatable), or the clock's (noisy, and then all
+    environments run one after another)."""
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    """Weights and ranges of the reward's terms."""
+    decoder_options: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=NoOptions)
+    """Options of the decoder."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "max_new_tokens")
+        require_one_of(self, "backend", ("live", "replay"))
+        require_one_of(self, "timing", ("profile", "wall"))
+        if self.backend == "replay" and self.timing == "wall":
+            raise SettingsError(
+                "a replay has no clock; leave out --environment.timing, or give --environment.backend live"
+            )
+        if self.backend == "live" and self.recordings is not None:
+            raise SettingsError("recordings are for --environment.backend replay; live environments run the models")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Judgement of the result, on prompts that training never sees."""
+
+    prompts: int = 8
+    """Held-out prompts of every workload, at most; they are the same for all methods."""
+    max_new_tokens: int = 64
+    """Tokens generated for each prompt, at most."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Random seeds; every prompt is decoded once with each."""
+    during_training: int = 4
+    """Short evaluations spread over training (TensorBoard: eval/mean_reward); 0 for none."""
+    episode_steps: int = 5
+    """Steps of an episode in those; they start from the decoder's defaults."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "prompts", "max_new_tokens", "episode_steps")
+        require_at_least(self, 0, "during_training")
+        if not self.seeds:
+            raise SettingsError("evaluation needs at least one seed")
+        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
+            raise SettingsError(f"evaluation seeds must be at least 0, got {self.seeds}")
+
+
+@dataclass(frozen=True)
+class KnobSettings(RunSettings):
+    """Learn the knobs of a decoder by reinforcement learning. `default_settings` gives those of any decoder."""
+
+    EXPERIMENT = "tune-knobs"
+
+    decoder: tyro.conf.Suppress[str] = ""
+    """Registered name of the decoder."""
+    environments: int = 0
+    """Environments that practise side by side, shared out among the workloads; 0 for one a workload, or 32 a workload
+    on replay."""
+    seed: int = 0
+    """Random seed of everything that is drawn."""
+    weights: tuple[float, ...] = ()
+    """Practice of each workload, in proportion, one number each in their order; by default all alike. Without effect
+    where there are only as many environments as workloads."""
+    subprocesses: bool = True
+    """Step every live environment in a process of its own, with one torch thread each, instead of one after another
+    here. A replay needs no process but this one."""
+    refresh_latency: bool = False
+    """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
+    identify_workloads: bool = True
+    """Show the policy which workload it tunes, so that it can learn different knobs for each."""
+    environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
+    """Environments that the agent practises on."""
+    learning: KnobLearning = field(default_factory=KnobLearning)
+    """Learning algorithm."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Judgement of the result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 0, "seed")
+        if self.environments and self.environments < len(self.workloads):
+            raise SettingsError(
+                f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
+            )
+        require_weights(self.weights, self.workloads)
+        if self.learning.workload_priorities:
+            raise SettingsError(
+                "workload_priorities needs environments that can change their workload; it is for train.py --tuner"
+            )
+        if self.learning.rollout_steps * self.practising < 2:
+            raise SettingsError("a rollout must have at least 2 transitions; raise rollout_steps")
+        reward = self.environment.reward
+        if self.traits.lossless and (reward.divergence_weight or reward.max_divergence is not None):
+            raise SettingsError(
+                "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
+                "leave out --environment.reward.divergence-weight and --environment.reward.max-divergence"
+            )
+
+    @property
+    def traits(self) -> type[DecoderTraits]:
+        """What is known of the decoder without its models."""
+        return traits_of(self.decoder)
+
+    @property
+    def option(self) -> str:
+        """The option of train.py that learns this."""
+        return f"--env {environment_id(self.decoder)}"
+
+    @property
+    def stem(self) -> str:
+        """What the default name of a run begins with."""
+        return self.traits.env_name.lower()
+
+    @property
+    def knobs_together(self) -> str:
+        """What the knobs are called together, in messages."""
+        return f"{self.decoder} knobs"
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it learns from recordings."""
+        return self.environment.backend == "replay"
+
+    @property
+    def practising(self) -> int:
+        """How many environments practise side by side."""
+        return self.environments or len(self.workloads) * (PRACTISING_REPLAYS if self.replayed else 1)
+
+    @property
+    def reward(self) -> RewardSettings:
+        """Reward of the environments."""
+        return self.environment.reward
+
+    @property
+    def bound(self) -> float | None:
+        """Bound on the divergence, where one is asked for."""
+        return None
+
+    @property
+    def decoder_options(self) -> Mapping[str, Any]:
+        """Options of the decoder, by name."""
+        return asdict(self.environment.decoder_options)
+
+    def build(self, pair: Pair) -> Decoder:
+        """The decoder that is tuned. Errors as for `build_decoder`."""
+        return build_decoder(self.decoder, pair, **self.decoder_options)
+
+
+@dataclass(frozen=True)
+class LossyKnobSettings(KnobSettings):
+    """Learn the knobs of a decoder whose text may stray from the target's, and how far it may."""
+
+    max_divergence: float | None = None
+    """Bound on the mean divergence from the target, above 0: ask for the fastest setting under it, instead of the
+    reward's weights and ranges. A Lagrange multiplier per workload is learned during training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
+
+    @property
+    def reward(self) -> RewardSettings:
+        """Reward of the environments, with the bound."""
+        return replace(self.environment.reward, max_divergence=self.max_divergence)
+
+    @property
+    def bound(self) -> float | None:
+        """Bound on the divergence, where one is asked for."""
+        return self.max_divergence
+
+
+def default_settings(decoder: str = "threshold", **changes: Any) -> KnobSettings:
+    """Settings for tuning a decoder.
+
+    A decoder that is lossless, or replayed by the outcomes of whole settings, learns from recordings by default; any
+    other one live, since a replay of a text that strays only approximates it. The range bonus of the reward is for
+    decoders that name preferred ranges; for others speed is the reward.
+
+    Args:
+        decoder: a registered name.
+        changes: settings that differ from the defaults, by name; of a dataclass in them also a mapping of what
+            differs in it.
+
+    Raises:
+        SettingsError: the decoder is unknown or has no knobs, or a setting makes no sense.
+    """
+    try:
+        traits = traits_of(decoder)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    knobs = traits.knobs_without_pair()
+    if not knobs:
+        raise SettingsError(f"{decoder} decoding has no knobs, so there is nothing to tune")
+    reward = RewardSettings()
+    if not any(knob.preferred for knob in knobs):
+        reward = RewardSettings(acceptance_weight=0.0, range_weight=0.0, ranges={})
+    environment = EnvironmentSettings(reward=reward, decoder_options=traits.Options())
+    settings: dict[str, Any] = {"decoder": decoder, "workloads": traits.workloads, "environment": environment}
+    if traits.lossless or traits.recorded_by == "outcomes":
+        settings |= {
+            "total_timesteps": 300_000,
+            "checkpoint_every": 20_000,
+            # As long as the table's texts: what pays may depend on it.
+            "environment": replace(environment, max_new_tokens=64, backend="replay"),
+            "learning": KnobLearning(batch_size=1024, epochs=5, learning_rate=1e-3, plateau_patience=8, gamma=0.9),
+        }
+    kind = KnobSettings if traits.lossless else LossyKnobSettings
+    return replaced(kind(**settings), changes)
+
+
+def check_workloads(settings: KnobSettings) -> None:
+    """Raise an error unless all workloads are known and suit the decoder, as far as can be told without models.
+
+    Raises:
+        WorkloadError: a workload is not known.
+        SettingsError: the decoder's rounds are those of a lossless one wherever tokens are not drawn, and no workload
+            draws any.
+    """
+    greedy = [workload(name).sampling.greedy for name in settings.workloads]
+    traits = settings.traits
+    if not traits.lossless and all(greedy) and traits.cost_kind(greedy=True) != traits.cost_kind(greedy=False):
+        raise SettingsError(
+            f"{settings.decoder} changes sampled texts alone, and every workload is greedy, so some of its knobs would "
+            "do nothing; name a workload that samples, for instance tiny-3m/prose@1.0"
+        )
