@@ -1,20 +1,18 @@
 from .command_line import evaluate_command, train_command
-from .evaluation.comparison import recommendations
-from .evaluation.cross_validation import Training, train_fold
+from .evaluation.grids import losses, universal_setting
 from .evaluation.live import Contestant, decode_in_turns, judge_live, reward_of, whole_numbers
-from .evaluation.replayed import problems_of
 from .evaluation.results import Column, ResultTable, Row
-from .evaluation.statistics import holm, interval, resampled_means, sign_flip_test
-from .evaluation.transfer_file import read
-from .evaluation.tuner_table import session
-from .evaluation.universal import losses, universal_setting
+from .evaluation.unseen.comparison import recommendations
+from .evaluation.unseen.cross_validation import Training, train_fold
+from .evaluation.unseen.statistics import holm, interval, resampled_means, sign_flip_test
+from .evaluation.unseen.transfer import Transfer
 from .experiments.experiment import Experiment, load_settings, save_settings
-from .experiments.learned_tuner import LearnedSearcher, LearnedTuner
+from .experiments.learned_tuner import LearnedSearcher, LearnedTuner, tasks_of
 from .experiments.settings import KnobLearning, LearningSettings, RunSettings
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.stop_policy import StoppingPolicy
 from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
-from .experiments.tune_unseen_settings import TunerSettings
+from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
 from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import load_knobs
 from .export.stop_rule import ExportedStopRule
@@ -48,6 +46,7 @@ __all__ = [
     "StopSettings",
     "StoppingPolicy",
     "Training",
+    "Transfer",
     "TunerSettings",
     "decode_in_turns",
     "default_settings",
@@ -59,22 +58,21 @@ __all__ = [
     "load_knobs",
     "load_settings",
     "losses",
-    "problems_of",
     "quieten",
-    "read",
     "read_json",
     "recommendations",
     "recording_path",
     "resampled_means",
     "reward_of",
     "save_settings",
-    "session",
     "sign_flip_test",
+    "tasks_of",
     "this_command",
     "train",
     "train_command",
     "train_fold",
     "training_environments",
+    "tuner_settings",
     "universal_setting",
     "whole_numbers",
 ]

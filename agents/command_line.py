@@ -20,7 +20,7 @@ from .experiments.settings import RunSettings
 from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.tune_knobs_settings import default_settings
-from .experiments.tune_unseen_settings import TunerSettings
+from .experiments.tune_unseen_settings import tuner_settings
 from .training.run_folder import RunFolder
 from .training.settings_io import SettingsError
 
@@ -89,20 +89,21 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     return _guarded(lambda: _evaluate(tyro.cli(EvaluateCommand, args=arguments)))
 
 
-def learnable() -> dict[str, Callable[[], RunSettings]]:
-    """Default settings for everything that `train.py --env` offers, by the id of the environment."""
-    tuned = {environment_id(name): partial(default_settings, name) for name in decoder_names()}
-    return {**tuned, DRAFT_LENGTH: StopSettings}
+def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
+    """Default settings for everything that `train.py --env` offers, with or without --tuner, by environment id."""
+    make = tuner_settings if tuner else default_settings
+    tuned = {environment_id(name): partial(make, name) for name in decoder_names()}
+    return {**tuned} if tuner else {**tuned, DRAFT_LENGTH: StopSettings}
 
 
 def _train(arguments: list[str]) -> None:
     env, tuner, resume = _value_of("--env", arguments), "--tuner" in arguments, _value_of("--resume", arguments)
     # An unknown id is left for the parser to refuse.
-    chosen = env if env in learnable() else environment_id(DEFAULT_DECODER)
-    default = _defaults(chosen, tuner)
+    chosen = env if env in learnable(tuner) else environment_id(DEFAULT_DECODER)
+    default = learnable(tuner)[chosen]()
     if resume is not None:
         saved: RunSettings = load_settings(RunFolder.existing(Path(resume)).settings)
-        if (env is not None or tuner) and saved.option != default.option:
+        if saved.option != default.option if env else tuner and saved.EXPERIMENT != default.EXPERIMENT:
             raise SettingsError(
                 f"{resume} is a run of {saved.option}, not of {default.option}; leave that out to go on with it"
             )
@@ -113,15 +114,8 @@ def _train(arguments: list[str]) -> None:
     train(command.settings, command.resume)
 
 
-def _defaults(env: str, tuner: bool) -> RunSettings:
-    """The settings whose options are offered."""
-    if tuner:
-        return TunerSettings()
-    return learnable()[env]()
-
-
 def _parsed(arguments: list[str], default: TrainCommand[Any, Any]) -> TrainCommand[RunSettings, str]:
-    names = tuple(learnable())
+    names = tuple(learnable(default.tuner))
     description = inspect.getdoc(type(default.settings)) or ""
     if not default.tuner:
         description += (

@@ -1,4 +1,4 @@
-"""What each part of learning a tuner does: replay, priorities, schedules, beside plain PPO and a matched control.
+"""Ablation of learning a tuner: replay, priorities and schedules beside plain PPO and a matched control.
 
     python -m benchmarks.tuner_ablation                       # about 20 minutes on two cores
     python -m benchmarks.tuner_ablation --steps 300000
@@ -25,18 +25,18 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents import (
+    KnobLearning,
     LearnedSearcher,
     LearnedTuner,
-    LearningSettings,
     Training,
-    TunerSettings,
     holm,
     interval,
-    problems_of,
     recommendations,
     resampled_means,
     sign_flip_test,
+    tasks_of,
     train_fold,
+    tuner_settings,
 )
 from specgym.callbacks import ReplaySettings
 from specgym.decoding import write_json
@@ -53,7 +53,7 @@ class Settings:
     left_out: tuple[str, ...] = ("tiny", "tiny-10m-2l", "tiny-10m-xs")
     """Pairs, one at a time; by default those where a single setting for all loses most."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of training."""
+    """Random seeds of training."""
     steps: int = 150_000
     """Measurements in training."""
     jobs: int = 2
@@ -71,7 +71,7 @@ class Job:
     training: Training
 
 
-def variants(learning: LearningSettings, environments: int) -> dict[str, LearningSettings]:
+def variants(learning: KnobLearning, environments: int) -> dict[str, KnobLearning]:
     """The ways to learn, the plain one first."""
     plain = replace(
         learning, workload_priorities=False, entropy_coefficient=0.0, entropy_end=None, replay=ReplaySettings(updates=0)
@@ -101,21 +101,21 @@ def judged(job: Job) -> list[float]:
     train_fold(job.training)
     settings = job.training.settings
     tuner = LearnedTuner.load(settings.folder)
-    names = [name for name in TunerSettings().workloads if name.startswith(f"{job.left_out}/")]
-    found = []
-    for problem in problems_of(settings, names):
+    names = [name for name in tuner_settings().workloads if name.startswith(f"{job.left_out}/")]
+    fractions = []
+    for task in tasks_of(settings, names):
         for seed in range(SEARCHES):
-            settings_by_count = recommendations(problem, lambda p, _: LearnedSearcher(tuner, p), seed, (0, 2, 8))
-            found.append(problem.worth(list(settings_by_count.values())).fraction)
-    shares: list[float] = np.mean(found, axis=0).tolist()
+            settings_by_count = recommendations(task, lambda t, _: LearnedSearcher(tuner, t), seed, (0, 2, 8))
+            fractions.append(task.worth(list(settings_by_count.values())).fraction)
+    shares: list[float] = np.mean(fractions, axis=0).tolist()
     return shares
 
 
 def main() -> None:
     """Run the comparison, and print a table."""
     chosen = tyro.cli(Settings, prog="python -m benchmarks.tuner_ablation", description=__doc__)
-    base = TunerSettings(total_timesteps=chosen.steps, checkpoint_every=chosen.steps)
-    best = {problem.name: problem.train_grid().best_reward for problem in track(problems_of(base), "Grids")}
+    base = tuner_settings(total_timesteps=chosen.steps, checkpoint_every=chosen.steps)
+    best = {task.name: task.grid("train").best_reward for task in track(tasks_of(base), "Grids")}
     ways = variants(base.learning, base.environments)
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
@@ -125,7 +125,7 @@ def main() -> None:
                 for variant, learning in ways.items():
                     name = f"{variant}-{pair}-{seed}".replace(" ", "-")
                     settings = replace(base, workloads=kept, learning=learning, seed=seed, name=name, runs=Path(folder))
-                    jobs.append(Job(variant, pair, Training(settings, {each: best[each] for each in kept})))
+                    jobs.append(Job(variant, pair, Training(settings, {w: best[w] for w in kept})))
         with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             shares = list(track(pool.map(judged, jobs), "Learning and tuning", total=len(jobs)))
     results = {
@@ -135,22 +135,22 @@ def main() -> None:
     Console(width=120).print(_table(results, [job.left_out for job in jobs if job.variant == "plain PPO"]))
     if chosen.json:
         rows = [
-            {"variant": job.variant, "left_out": job.left_out, "seed": job.training.settings.seed, "shares": found}
-            for job, found in zip(jobs, shares, strict=True)
+            {"variant": job.variant, "left_out": job.left_out, "seed": job.training.settings.seed, "shares": scores}
+            for job, scores in zip(jobs, shares, strict=True)
         ]
         write_json(chosen.json, {"steps": chosen.steps, "measurements": [0, 2, 8], "rows": rows})
 
 
 def _table(results: dict[str, np.ndarray], pairs: list[str]) -> Table:
     plain = results["plain PPO"]
-    differences = {variant: found[:, 2] - plain[:, 2] for variant, found in results.items() if variant != "plain PPO"}
-    corrected = dict(zip(differences, holm([sign_flip_test(each) for each in differences.values()]), strict=True))
+    differences = {variant: scores[:, 2] - plain[:, 2] for variant, scores in results.items() if variant != "plain PPO"}
+    corrected = dict(zip(differences, holm([sign_flip_test(values) for values in differences.values()]), strict=True))
     table = Table(title="Share of the best on pairs left out", title_justify="left")
     table.add_column("variant")
     for heading in ("0 measurements", "2", "8", "8, against plain PPO", "p, corrected"):
         table.add_column(heading, justify="right")
-    for variant, found in results.items():
-        means = [f"{value:.3f}" for value in found.mean(0)]
+    for variant, scores in results.items():
+        means = [f"{value:.3f}" for value in scores.mean(0)]
         if variant in differences:
             low, high = interval(resampled_means(differences[variant], pairs))
             means += [f"{differences[variant].mean():+.3f} ({low:+.3f} to {high:+.3f})", f"{corrected[variant]:.2f}"]

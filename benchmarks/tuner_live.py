@@ -1,4 +1,4 @@
-"""Whether what a tuner recommends for pairs it never saw holds when they are decoded live.
+"""Recommendations of a tuner for pairs it never saw, decoded live.
 
     python train.py --tuner --name tuner && python evaluate.py runs/tuner --transfer
     python -m benchmarks.tuner_live runs/tuner
@@ -21,14 +21,14 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents import (
+    LearnedSearcher,
     LearnedTuner,
     Row,
+    Transfer,
     TunerSettings,
     judge_live,
     load_settings,
-    problems_of,
-    read,
-    session,
+    tasks_of,
 )
 from specgym.decoding import build_decoder
 from specgym.envs import profile_of, workload
@@ -41,9 +41,9 @@ class Settings:
     run: tyro.conf.Positional[Path]
     """Folder of a run of train.py --tuner that was cross-validated with --transfer."""
     prompt_sets: tuple[str, ...] = ("prose", "code")
-    """Of each pair."""
+    """Prompt sets of each pair."""
     seed: int = 0
-    """Of the trainings and the measurements."""
+    """Random seed of the trainings and the measurements."""
     prompts: int = 8
     """Held-out prompts of each workload, at most."""
 
@@ -51,18 +51,12 @@ class Settings:
 def measured(settings: TunerSettings, name: str, knobs: dict[str, float], prompts: int) -> dict[str, Row]:
     """The rows of a workload by method, with some knobs as the learned ones."""
     chosen = workload(name)
-    decoder = build_decoder("threshold", chosen.load(), max_draft_length=settings.max_draft_length)
-    profile = profile_of(chosen, None, replayed=False)
+    decoder = build_decoder(settings.decoder, chosen.load(), **settings.options)
+    profile = profile_of(chosen, None, replayed=False, decoder=decoder)
     rows = judge_live(
-        chosen,
-        decoder,
-        knobs,
-        profile,
-        settings.reward,
-        prompts=prompts,
-        max_new_tokens=settings.max_new_tokens,
+        chosen, decoder, knobs, profile, settings.reward, prompts=prompts, max_new_tokens=settings.max_new_tokens,
         seeds=(0,),
-    )
+    )  # fmt: skip
     return {row.method: row for row in rows}
 
 
@@ -71,7 +65,7 @@ def main() -> None:
     chosen = tyro.cli(Settings, prog="python -m benchmarks.tuner_live", description=__doc__)
     torch.set_num_threads(1)
     settings = load_settings(chosen.run / "settings.json")
-    folds = [fold for fold in read(chosen.run / "transfer.json").folds if fold.kind == "pair"]
+    folds = [fold for fold in Transfer.load(chosen.run / "transfer.json").folds if fold.kind == "pair"]
     table = Table(title="Held-out prompts, decoded live: default, single setting, learned", title_justify="left")
     for heading in ("workload", "learned", "reward", "speedup, charged", "speedup, by the clock", "divergence"):
         table.add_column(heading, justify="left" if heading == "workload" else "right")
@@ -84,8 +78,8 @@ def main() -> None:
     ]
     for fold, name in track(cases, "Decoding"):
         tuner = LearnedTuner.load(chosen.run / "folds" / f"without-pair-{fold.left_out}" / f"seed-{chosen.seed}")
-        (problem,) = problems_of(settings, [name])
-        knobs = session(tuner, problem, settings.measurements, chosen.seed)[-1]
+        (task,) = tasks_of(settings, [name])
+        knobs = LearnedSearcher(tuner, task).session(settings.measurements, chosen.seed)[-1]
         learned = measured(settings, name, knobs, chosen.prompts)
         single = measured(settings, name, fold.universal, chosen.prompts)
         rows = learned["default"], single["learned"], learned["learned"]

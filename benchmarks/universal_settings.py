@@ -1,53 +1,33 @@
 """The best single setting of each decoder over all shipped workloads, and what it loses on each pair.
 
     python -m benchmarks.universal_settings
+    python -m benchmarks.universal_settings lookahead
 
-The setting is chosen on training prompts and judged on held-out ones, by replay: of threshold decoding by the default
-reward, of exact speculative decoding by its speedup alone, since its text is the target's whatever the draft length.
-*Each one's own best* are the thresholds that are best on all training prompts of a workload: what no search on those
-prompts can expect to beat.
+The setting is chosen on training prompts and judged on held-out ones, by replay: of a decoder with preferred ranges by
+the default reward, of others, such as exact speculative decoding, by their speedup alone. *Best of each workload* are
+the settings that are best on all training prompts of a workload: what no search on those prompts can expect to beat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specgym.agents import TunerSettings, losses, problems_of, universal_setting
-from specgym.decoding import Split
-from specgym.envs import replay_backend
+from specgym.agents import losses, tasks_of, tuner_settings, universal_setting
 
 
 @dataclass
 class Settings:
-    """Compare single settings with the best of every workload."""
+    """Find the best single setting of decoders."""
 
-    workloads: tuple[str, ...] = TunerSettings.workloads
-    """Recorded workloads."""
-
-
-LENGTHS = np.arange(1, 17)
-PASSES = 16
-
-
-def speedups(name: str, split: Split, tokens: int = 48) -> NDArray[np.float64]:
-    """Of exact speculative decoding over plain decoding, by draft length, shape (16,)."""
-    replay = replay_backend("speculative", name, None, split=split, max_new_tokens=tokens)
-    prompts = np.tile(replay.prompts[0], PASSES if "@" in name else 1)
-    workloads = np.zeros(len(prompts), np.int64)
-    speeds = []
-    for length in LENGTHS:
-        knobs = {"draft_length": np.full(len(prompts), float(length))}
-        texts = replay.decode(prompts, workloads, knobs, np.random.default_rng(0))
-        speeds.append(texts.pooled(len(prompts)).speedup[0])
-    return np.array(speeds)
+    decoders: tyro.conf.Positional[tuple[str, ...]] = ("threshold", "speculative")
+    """Registered names."""
 
 
 def by_pair(loss: Mapping[str, float]) -> dict[str, float]:
@@ -58,34 +38,29 @@ def by_pair(loss: Mapping[str, float]) -> dict[str, float]:
     return {pair: float(np.mean(values)) for pair, values in members.items()}
 
 
-def universal_length(names: Sequence[str]) -> tuple[int, dict[str, float]]:
-    """The best single draft length on training prompts, and what it loses on the held-out ones of each workload."""
-    train = {name: speedups(name, "train") for name in names}
-    place = int(np.argmax(np.mean([values / values.max() for values in train.values()], axis=0)))
-    test = {name: speedups(name, "test") for name in track(names, "Draft lengths")}
-    return int(LENGTHS[place]), {name: float(1 - values[place] / values.max()) for name, values in test.items()}
+def loss_columns(decoder: str) -> dict[str, dict[str, float]]:
+    """Losses on every workload's held-out prompts, by the heading of a column and by workload."""
+    tasks = tasks_of(tuner_settings(decoder))
+    for task in track(tasks, f"Grids of {decoder}"):
+        task.grid("train")
+    setting = universal_setting(tasks)
+    values = ", ".join(f"{name} {value:.3g}" for name, value in setting.items())
+    best = {task.name: 1 - float(task.worth([task.grid("train").best]).fraction[0]) for task in tasks}
+    return {f"{decoder}: {values}": losses(tasks, setting), f"{decoder}: best of each workload": best}
 
 
 def main() -> None:
     """Print the settings and a table."""
-    chosen = tyro.cli(Settings, description=__doc__)
-    settings = replace(TunerSettings(), workloads=chosen.workloads)
-    problems = problems_of(settings)
-    thresholds = universal_setting(problems)
-    of_thresholds = losses(problems, thresholds)
-    own = {problem.name: 1 - float(problem.worth([problem.train_grid().best]).fraction[0]) for problem in problems}
-    length, of_length = universal_length(settings.workloads)
-    setting = ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items())
+    chosen = tyro.cli(Settings, prog="python -m benchmarks.universal_settings", description=__doc__)
+    columns = {heading: loss for decoder in chosen.decoders for heading, loss in loss_columns(decoder).items()}
+    pairs = {heading: by_pair(loss) for heading, loss in columns.items()}
     table = Table(title="Mean loss on held-out prompts, as a share of the best setting", title_justify="left")
-    for heading in ("pair", f"thresholds: {setting}", "each one's own best", f"exact: draft length {length}"):
+    for heading in ("pair", *columns):
         table.add_column(heading, justify="left" if heading == "pair" else "right")
-    columns = by_pair(of_thresholds), by_pair(own), by_pair(of_length)
-    for pair in columns[0]:
-        table.add_row(pair, *(f"{100 * column[pair]:.1f} %" for column in columns))
-    table.add_row(
-        "all workloads", *(f"{100 * np.mean(list(o.values())):.1f} %" for o in (of_thresholds, own, of_length))
-    )
-    Console(width=120).print(table)
+    for pair in dict.fromkeys(pair for losses_of in pairs.values() for pair in losses_of):
+        table.add_row(pair, *(f"{100 * pairs[h][pair]:.1f} %" if pair in pairs[h] else "-" for h in columns))
+    table.add_row("all workloads", *(f"{100 * np.mean(list(loss.values())):.1f} %" for loss in columns.values()))
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

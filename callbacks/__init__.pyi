@@ -3,7 +3,8 @@ from .divergence_bound import DivergenceBoundCallback
 from .metrics import LEFT_OUT, DecodingMetricsCallback
 from .numerics import NumericsCallback
 from .rate import RateCallback
-from .replay.prioritised import PrioritisedReplayCallback, ReplaySettings
+from .replay.prioritised import PrioritisedReplayCallback
+from .replay.settings import ReplaySettings
 from .schedules import EarlyStopCallback, EntropyScheduleCallback, PlateauCallback
 from .workload_priorities import WorkloadPriorities
 

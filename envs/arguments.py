@@ -61,7 +61,7 @@ def constructor(**earlier: str) -> Callable[[Callable[Concatenate[Any, P], None]
             present = renamed(kwargs, earlier)
             if isinstance(self, EzPickle):
                 EzPickle.__init__(self, *args, **present)
-            init(self, *args, **present)  # type: ignore[arg-type]  # the same keywords by their present names
+            init(self, *args, **present)
 
         return wrapper
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,30 @@ def test_it_is_recorded_timed_and_replayed(outside: Outside, recordings: Path) -
     (profile,) = latency.iterdir()
     assert len(list(recordings.glob("*.npz"))) == 2
     outside.run("-c", REPLAY, str(recordings), str(profile))
+
+
+def test_it_is_learned_killed_resumed_judged_and_reported(outside: Outside, recordings: Path) -> None:
+    run = outside.folder / "runs" / "mine"
+    words = {
+        "--env": "specgym/CopyLast-v0", "--workloads": WORKLOAD, "--runs": run.parent, "--name": run.name,
+        "--environment.recordings": recordings, "--environment.max-new-tokens": 32, "--environments": 4,
+        "--total-timesteps": 4000, "--checkpoint-every": 200, "--learning.rollout-steps": 10,
+        "--learning.batch-size": 40, "--evaluation.prompts": 2, "--evaluation.max-new-tokens": 8,
+        "--evaluation.during-training": 0,
+    }  # fmt: skip
+    training = outside.start("train.py", *(str(word) for pair in words.items() for word in pair))
+    deadline = time.monotonic() + 300
+    while not any(run.glob("checkpoints/step_*/state.json")):
+        assert training.poll() is None, training.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    training.kill()
+    training.communicate()
+    assert not (run / "table.json").exists()
+    assert "Going on from step" in outside.run("train.py", "--resume", str(run))
+    printed = " ".join(outside.run("evaluate.py", str(run)).split())
+    assert "All charged numbers equal" in printed
+    assert "Learned copy-last knobs against the defaults" in printed
+    outside.run("evaluate.py", str(run), "--report")
+    assert "opy-last knobs learned in mine" in (run / "report.html").read_text(encoding="utf-8")
+    assert "specgym/CopyLast-v0" in outside.run("train.py", "--help")

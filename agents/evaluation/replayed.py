@@ -1,60 +1,93 @@
-"""A workload to tune by replay: training prompts to measure on, held-out prompts to be judged on.
+"""Tuning tasks by replay: settings of a decoder measured on training prompts, and judged on held-out prompts.
 
-A recommended setting is worth its share of what the best setting of a dense grid reaches on the same held-out prompts.
+A recommended setting is judged by its share of what the best setting of a dense grid reaches on the same held-out
+prompts.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specgym.decoding import KnobError, LatencyProfile, SpecgymError, Split
 from specgym.envs import (
-    Backend,
     KnobMoves,
     Metrics,
     RewardSettings,
-    Trace,
     Workload,
-    find_trace,
+    find_recording,
     replay_backend,
     reward_terms,
-    trace_in,
 )
 
-from ..experiments.tune_unseen_settings import TunerSettings
-from .measurements import Floats, Grid, Measurement, Worth
+from .grids import Floats, Grid, grid_axes, settings_of
+
+Flags = NDArray[np.bool_]
 
 PASSES = 16
-"""How often every prompt is decoded to judge a setting: sampling throws dice, and so does a replay for its path."""
+"""Passes over the prompts that judge a setting: sampling draws at random, and so does a replay for its path."""
 PENALTY = 1000.0
-"""What a divergence of 1 beyond the bound takes from the objective. So steep that no speed makes up for it: an exact
-penalty, which asks for the fastest setting within the bound and needs no weight to be chosen."""
-FALLBACK_STEP = 0.05
-"""Between the grid's fallbacks."""
+"""Objective lost per unit of divergence beyond the bound. So steep that no speed makes up for it: an exact penalty,
+which asks for the fastest setting within the bound and needs no weight to be chosen."""
 _ROUNDING = 1e-9
 
 
-class TuningProblemError(SpecgymError, ValueError):
+class TuningTaskError(SpecgymError, ValueError):
     """A workload that cannot be tuned by these rewards; the message names it and the way out."""
 
 
-class Problem:
+@dataclass(frozen=True)
+class Measurement:
+    """A setting, measured on a few training prompts.
+
+    Attributes:
+        knobs: values by name, in their own units.
+        values: metrics by name (`Metrics.entries`).
+        reward: the objective (`TuningTask.objective`).
+    """
+
+    knobs: dict[str, float]
+    values: dict[str, float]
+    reward: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Settings judged on all prompts of a split; arrays of shape (settings,).
+
+    Attributes:
+        values: metrics by name.
+        reward: the objective.
+        fraction: share of the best reward of the split's grid. It may be slightly above 1, as a grid has gaps; with a
+            bound on the divergence it is at most 1.
+        kept: whether the divergence stays within the bound; true where there is none.
+    """
+
+    values: dict[str, Floats]
+    reward: Floats
+    fraction: Floats
+    kept: Flags
+
+
+class TuningTask:
     """One workload to tune by replay: train prompts to measure on, test prompts to be judged on.
 
     Args:
-        name: the workload's, or a workload.
+        name: a workload or its name.
         reward: what a setting is worth. With `max_divergence` set: the speedup, as long as the mean divergence stays
             within that bound.
+        decoder: registered name of the decoder that is tuned.
+        options: build options of the decoder, by name.
         prompts_per_measurement: training prompts that a measurement decodes, at least 1.
-        tokens: generated of each prompt.
-        draft_length: K.
-        train: the trace of the training prompts; by default the one that ships.
-        test: the trace of the held-out prompts; by default the one that ships.
+        max_new_tokens: generated for each prompt.
+        train: the recording of the training prompts, or its file; by default the one that ships.
+        test: the recording of the held-out prompts, or its file; by default the one that ships.
         profile: what time is charged by; by default the pair's reference profile.
 
     Attributes:
@@ -65,55 +98,60 @@ class Problem:
         temperature: of sampling; 0 when greedy.
         cost_ratio: what one more drafted token adds to a round, over the time per token of plain decoding.
         reward: as given.
-        knobs: of the threshold decoder.
+        knobs: of the decoder.
         ranges: (low, high) of every knob, by name.
         default: the decoder's default setting, by knob.
 
     Raises:
-        TraceError: a trace is missing, or holds shorter texts or other drafts than asked for.
+        TraceError: a recording is missing, or holds shorter texts or other drafts than asked for.
         WorkloadError: the workload is not known.
-        ValueError: `prompts_per_measurement` is not positive.
+        ValueError: `prompts_per_measurement` is not positive, or the decoder cannot be replayed.
     """
 
     def __init__(
         self,
         name: str | Workload,
         reward: RewardSettings,
+        decoder: str = "threshold",
         *,
+        options: Mapping[str, Any] | None = None,
         prompts_per_measurement: int = 4,
-        tokens: int = 32,
-        draft_length: int = 16,
-        train: Trace | None = None,
-        test: Trace | None = None,
+        max_new_tokens: int = 32,
+        train: Any = None,
+        test: Any = None,
         profile: LatencyProfile | str | Path | None = None,
     ) -> None:
         if prompts_per_measurement < 1:
             raise ValueError(f"prompts_per_measurement must be at least 1, got {prompts_per_measurement}")
-        trace, workload = find_trace(train, name, "train")
-        held_out, _ = find_trace(test, name, "test")
+        recording, workload = find_recording(decoder, train, name, "train")
+        sources: dict[Split, Any] = {"train": recording, "test": test}
+        self._backends = {
+            split: replay_backend(
+                decoder,
+                workload.with_split(split),
+                source,
+                split=split,
+                profile=profile,
+                max_new_tokens=max_new_tokens,
+                **split_options(options or {}, "options"),
+            )
+            for split, source in sources.items()
+        }
+        backend = self._backends["train"]
+        self._profile = backend.profiles[0]
         self.name = workload.name
         self.pair = workload.pair if isinstance(workload.pair, str) else workload.pair.name
         self.prompts = workload.prompts if isinstance(workload.prompts, str) else workload.prompts.name
-        self.family = trace.info.target
-        self.temperature = trace.info.temperature
-        self.reward = reward
-        self._prompts_per_measurement = prompts_per_measurement
-        self._replays: dict[Split, Backend] = {}
-        self._grids: dict[Split, Grid] = {}
-        traces: dict[Split, Trace] = {"train": trace, "test": held_out}
-        for split, recording in traces.items():
-            self._replays[split] = replay_backend(
-                "threshold",
-                workload.with_split(split),
-                recording,
-                profile=profile,
-                max_new_tokens=tokens,
-                max_draft_length=draft_length,
-            )
-        self.knobs = self._replays["train"].knobs
-        self._profile = self._replays["train"].profiles[0]
+        self.family = recording.info.target
+        self.temperature = recording.info.temperature
         self.cost_ratio = self._profile.marginal_cost()
+        self.reward = reward
+        self.knobs = backend.knobs
+        self._prompts_per_measurement = prompts_per_measurement
+        self._grids: dict[Split, Grid] = {}
         moves = KnobMoves(self.knobs, None, None)
+        for replay in self._backends.values():
+            replay.check_ranges(moves.ranges)
         self.ranges = dict(moves.ranges)
         self.default = moves.values(moves.defaults())
 
@@ -126,43 +164,40 @@ class Problem:
     def measure(self, knobs: Mapping[str, float], number: int, seed: int) -> Measurement:
         """Decode a few training prompts with one setting.
 
-        Which prompts, and the dice, depend on the seed and the number alone, so that every method gets the same. The
+        Which prompts, and all draws, depend on the seed and the number alone, so that every method gets the same. The
         prompts of a seed go through all training prompts before any comes again.
 
         Args:
             knobs: a value for every knob, in its own units.
             number: of the measurement, from 0.
-            seed: fixes the order of the prompts, and the dice.
+            seed: fixes the order of the prompts, and the draws.
 
         Raises:
             KnobError: a knob is missing, unknown or out of range.
         """
         setting = self._checked(knobs)
-        replay = self._replays["train"]
-        alone, texts = np.zeros(1, np.int64), []
-        columns = {name: np.array([value]) for name, value in setting.items()}
-        for place, prompt in enumerate(self.measured_prompts(number, seed)):
-            rng = np.random.default_rng([seed, number, place])
-            texts.append(replay.decode(np.array([prompt]), alone, columns, rng).single())
-        values = Metrics(*np.sum(texts, axis=0).tolist()).entries()
-        arrays = {name: np.array([value]) for name, value in values.items()}
-        reward = self.objective({name: np.array([value]) for name, value in setting.items()}, arrays)
-        return Measurement(setting, values, float(reward[0]))
+        arrays = {name: np.array([value]) for name, value in setting.items()}
+        texts = [
+            self._backends["train"].decode(
+                np.array([prompt]), np.zeros(1, np.int64), arrays, np.random.default_rng([seed, number, place])
+            )
+            for place, prompt in enumerate(self.measured_prompts(number, seed))
+        ]
+        metrics = Metrics(*(np.sum(values, axis=0) for values in zip(*texts, strict=True)))
+        reward = self.objective(arrays, metrics.entries())
+        return Measurement(setting, metrics.single().entries(), float(reward[0]))
 
     def measured_prompts(self, number: int, seed: int) -> list[int]:
-        """The training prompts of a measurement, as the trace counts them; arguments as for `measure`."""
-        known = self._replays["train"].prompts[0]
+        """The training prompts of a measurement, as the recording counts them; arguments as for `measure`."""
+        known = self._backends["train"].prompts[0]
         first = number * self._prompts_per_measurement
-        chosen = []
-        for place in range(first, first + self._prompts_per_measurement):
-            turn, within = divmod(place, len(known))
-            chosen.append(int(_order(seed, turn, len(known))[within]))
-        return known[chosen].tolist()
+        turns = (divmod(place, len(known)) for place in range(first, first + self._prompts_per_measurement))
+        return known[[int(_order(seed, turn, len(known))[within]) for turn, within in turns]].tolist()
 
     def worth(self, knobs: Sequence[Mapping[str, float]], *, split: Split = "test", passes: int = PASSES) -> Worth:
         """Judge settings on all prompts of a split.
 
-        Every setting gets the same dice, so a setting's worth does not depend on which others are asked for.
+        Every setting gets the same draws, so a setting's worth does not depend on which others are asked for.
 
         Args:
             knobs: settings, each with a value for every knob.
@@ -171,35 +206,32 @@ class Problem:
 
         Raises:
             KnobError: a knob is missing, unknown or out of range.
-            TuningProblemError: a reward of the split's grid is not positive.
+            TuningTaskError: a reward of the split's grid is not positive.
         """
         values, reward = self._judged(knobs, split, passes)
-        bound = self.reward.max_divergence
-        kept = np.ones(len(reward), np.bool_) if bound is None else values["divergence"] <= bound
-        return Worth(values, reward, self.share_of_best(values, reward, split=split), kept)
+        return Worth(values, reward, self.share_of_best(values, reward, split=split), self._kept(values))
 
     def share_of_best(self, values: Mapping[str, Floats], reward: Floats, *, split: Split = "test") -> Floats:
-        """Of the best reward of the split's grid; with a bound on the divergence, of the best speedup: at most 1, and 0
-        where the bound is broken.
+        """Share of the best reward of the split's grid; with a bound on the divergence, of the best speedup: at most 1,
+        and 0 where the bound is broken.
 
         Args:
             values: metrics.
             reward: of the same settings and shape.
             split: whose grid.
         """
-        best = self._grid(split).best_reward
+        best = self.grid(split).best_reward
         if self.reward.max_divergence is None:
             return reward / best
         share: Floats = np.minimum(values["speedup"], best) / best
-        return np.where(values["divergence"] <= self.reward.max_divergence, share, 0.0)
+        return np.where(self._kept(values), share, 0.0)
 
-    def grid(self) -> Grid:
-        """A dense grid on the test prompts; computed once. Raises as `worth`."""
-        return self._grid("test")
-
-    def train_grid(self) -> Grid:
-        """The same on the training prompts: for methods that learn from other workloads. Raises as `worth`."""
-        return self._grid("train")
+    def grid(self, split: Split = "test") -> Grid:
+        """A dense grid on the prompts of a split, computed once: on training prompts for methods that learn from other
+        workloads. Raises as `worth`."""
+        if split not in self._grids:
+            self._grids[split] = self._new_grid(split)
+        return self._grids[split]
 
     def objective(self, knobs: Mapping[str, Floats], values: Mapping[str, Floats]) -> Floats:
         """The reward of settings; with a bound on the divergence the speedup minus `PENALTY` times what is beyond it.
@@ -222,106 +254,89 @@ class Problem:
         total: Floats = sum(terms.values(), np.zeros(1))  # the term of the range knows nothing of ways
         return total
 
-    def _grid(self, split: Split) -> Grid:
-        if split not in self._grids:
-            self._grids[split] = self._new_grid(split)
-        return self._grids[split]
-
-    def _new_grid(self, split: Split) -> Grid:
-        low, high = self.ranges["fallback"]
-        fallback = np.linspace(low, high, round((high - low) / FALLBACK_STEP) + 1).round(9)
-        rollback = np.arange(self.ranges["rollback"][0], self.ranges["rollback"][1] + 1)
-        shape = len(fallback), len(rollback)
-        empty = Grid(fallback, rollback, np.empty(shape), {}, {}, 0.0)
-        values, reward = self._judged(empty.settings(), split, PASSES)
-        bound = self.reward.max_divergence
-        if bound is None and reward.min() <= 0:
-            raise TuningProblemError(
-                f"{self.name}: a reward of {reward.min():.3g} on the {split} prompts is not positive, so a share of "
-                "the best means nothing; take a smaller divergence_weight, or none and max_divergence instead"
-            )
-        kept = np.ones(len(reward), np.bool_) if bound is None else values["divergence"] <= bound
-        place = int(np.argmax(np.where(kept, reward, -np.inf) if kept.any() else reward))
-        return Grid(
-            fallback,
-            rollback,
-            reward.reshape(shape),
-            {name: value.reshape(shape) for name, value in values.items()},
-            empty.settings()[place],
-            float((reward if kept.any() else values["speedup"])[place]),
-        )
-
-    def _judged(
-        self, knobs: Sequence[Mapping[str, float]], split: Split, passes: int
-    ) -> tuple[dict[str, Floats], Floats]:
-        """Metrics and rewards of settings, all arrays of shape (settings,)."""
-        sums = self.sums(knobs, split=split, passes=passes)
-        return self.valued(knobs, {name: value.sum(1, keepdims=True) for name, value in sums.items()})
-
     def sums(
         self, knobs: Sequence[Mapping[str, float]], *, split: Split = "test", passes: int = PASSES
-    ) -> dict[str, Floats]:
-        """What decoding every prompt of a split with some settings adds up to; arrays of shape (settings, prompts).
+    ) -> Metrics[Floats]:
+        """Sums over decoding every prompt of a split with some settings; arrays of shape (settings, prompts).
 
-        Arguments and errors as for `worth`; the sums are those of `Metrics`.
+        Arguments and errors as for `worth`.
         """
-        replay = self._replays[split]
-        prompts = np.tile(replay.prompts[0], passes)
+        backend = self._backends[split]
+        prompts = np.tile(backend.prompts[0], passes)
         workloads = np.zeros(len(prompts), np.int64)
-        sums: dict[str, list[Floats]] = {}
-        for setting in [self._checked(item) for item in knobs]:
-            # A call for every setting, for all prompts and passes: a larger one is no faster, and draws stay the same.
-            columns = {name: np.full(len(prompts), value) for name, value in setting.items()}
-            texts = replay.decode(prompts, workloads, columns, np.random.default_rng(0))
-            for name, value in texts._asdict().items():
-                sums.setdefault(name, []).append(value.reshape(passes, -1).sum(0))
-        return {name: np.stack(rows) for name, rows in sums.items()}
+        rows = []
+        for setting in [self._checked(values) for values in knobs]:
+            # One call a setting, for all prompts and passes: a larger one is no faster, and the draws stay the same.
+            arrays = {name: np.full(len(prompts), value) for name, value in setting.items()}
+            metrics = backend.decode(prompts, workloads, arrays, np.random.default_rng(0))
+            rows.append([values.reshape(passes, -1).sum(0) for values in metrics])
+        return Metrics(*(np.stack(columns) for columns in zip(*rows, strict=True)))
 
-    def valued(
-        self, knobs: Sequence[Mapping[str, float]], totals: Mapping[str, Floats]
-    ) -> tuple[dict[str, Floats], Floats]:
+    def valued(self, knobs: Sequence[Mapping[str, float]], totals: Metrics[Floats]) -> tuple[dict[str, Floats], Floats]:
         """Metrics and rewards of settings from sums over prompts.
 
         Args:
             knobs: settings.
-            totals: sums as `sums` gives them, over some prompts in several ways, shape (settings, ways).
+            totals: sums over some prompts in several ways, arrays of shape (settings, ways).
 
         Returns:
             Arrays of shape (settings, ways); of shape (settings,) where there is but one way.
         """
-        values = Metrics(**totals).entries()
+        values = totals.entries()
         columns = {name: np.array([[setting[name]] for setting in knobs]) for name in self.ranges}
         reward = self.objective(columns, values)
         if reward.shape[1] > 1:
             return values, reward
         return {name: value[:, 0] for name, value in values.items()}, reward[:, 0]
 
-    def _checked(self, given: Mapping[str, float]) -> dict[str, float]:
-        if set(given) != set(self.ranges):
+    def _new_grid(self, split: Split) -> Grid:
+        axes = grid_axes(self.knobs, self.ranges)
+        settings, shape = settings_of(axes), tuple(map(len, axes.values()))
+        values, reward = self._judged(settings, split, PASSES)
+        if self.reward.max_divergence is None and reward.min() <= 0:
+            raise TuningTaskError(
+                f"{self.name}: a reward of {reward.min():.3g} on the {split} prompts is not positive, so a share of "
+                "the best means nothing; take a smaller divergence_weight, or none and max_divergence instead"
+            )
+        kept = self._kept(values)
+        place = int(np.argmax(np.where(kept, reward, -np.inf) if kept.any() else reward))
+        return Grid(
+            axes,
+            reward.reshape(shape),
+            {name: value.reshape(shape) for name, value in values.items()},
+            settings[place],
+            float((reward if kept.any() else values["speedup"])[place]),
+        )
+
+    def _kept(self, values: Mapping[str, Floats]) -> Flags:
+        bound = np.inf if self.reward.max_divergence is None else self.reward.max_divergence
+        kept: Flags = values["divergence"] <= bound
+        return kept
+
+    def _judged(
+        self, knobs: Sequence[Mapping[str, float]], split: Split, passes: int
+    ) -> tuple[dict[str, Floats], Floats]:
+        """Metrics and rewards of settings, all arrays of shape (settings,)."""
+        sums = self.sums(knobs, split=split, passes=passes)
+        return self.valued(knobs, Metrics(*(values.sum(1, keepdims=True) for values in sums)))
+
+    def _checked(self, knobs: Mapping[str, float]) -> dict[str, float]:
+        if set(knobs) != set(self.ranges):
             raise KnobError(
                 f"{self.name}: a setting has a value for each of {', '.join(self.ranges)}, got "
-                f"{', '.join(given) or 'none'}"
+                f"{', '.join(knobs) or 'none'}"
             )
         for knob, (low, high) in self.ranges.items():
-            if not low - _ROUNDING <= given[knob] <= high + _ROUNDING:  # so NaN is refused too
-                raise KnobError(f"{self.name}: {knob} must be between {low:g} and {high:g}, got {given[knob]!r}")
-        return {knob: float(given[knob]) for knob in self.ranges}
+            if not low - _ROUNDING <= knobs[knob] <= high + _ROUNDING:  # so NaN is refused too
+                raise KnobError(f"{self.name}: {knob} must be between {low:g} and {high:g}, got {knobs[knob]!r}")
+        return {knob: float(knobs[knob]) for knob in self.ranges}
 
 
-def problems_of(settings: TunerSettings, names: Sequence[str] | None = None) -> list[Problem]:
-    """The workloads of a run as problems to tune, or some of them. Raises as `Problem` and `trace_of`."""
-    return [
-        Problem(
-            name,
-            settings.reward,
-            prompts_per_measurement=settings.prompts_per_measurement,
-            tokens=settings.max_new_tokens,
-            draft_length=settings.max_draft_length,
-            train=trace_in(settings.recordings, name, "train"),
-            test=trace_in(settings.recordings, name, "test"),
-        )
-        for name in (settings.workloads if names is None else names)
-    ]
+def split_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The longest draft, if there is one, and a decoder's other options under a name, as environments take them."""
+    others = dict(options)
+    longest = {"max_draft_length": others.pop("max_draft_length")} if "max_draft_length" in others else {}
+    return {**longest, name: others or None}
 
 
 @functools.lru_cache(maxsize=4096)

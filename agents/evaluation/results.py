@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from specgym.decoding import write_json
 
 from ..training.earlier_formats import TABLE_FORMAT, current_table
 from ..training.run_folder import RunFileError, read_json
+from .unseen.statistics import interval
 
 ALL = "all workloads"
 """`Row.workload` of the means over the workloads."""
@@ -137,22 +138,22 @@ class ResultTable:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         wide = any(column.methods for column in self.columns)
         table.add_column("workload" if wide else "workload\n  method", min_width=14, max_width=26, overflow="fold")
-        if not wide:
-            names = next((",\n".join(row.knobs) for row in self.rows if row.knobs), "rule")
-            table.add_column(names, justify="right", no_wrap=True)
+        names = next((",\n".join(row.knobs) for row in self.rows if row.knobs), "")
+        if names or not wide:
+            table.add_column(f"{LEARNED}\n{names}" if wide else names or "rule", justify="right", no_wrap=True)
         for column in self.columns:
             table.add_column(column.heading, justify="right", no_wrap=True)
         for name, methods in self.by_workload().items():
             if table.rows and (not wide or name == ALL):
                 table.add_section()
             if wide:
-                table.add_row(name, *(_cell(methods, column) for column in self.columns))
+                cells = (_cell(methods, column) for column in self.columns)
+                table.add_row(name, *([_setting_of(methods.get(LEARNED))] if names else []), *cells)
                 continue
             table.add_row(name)
             for method, row in methods.items():
-                setting = ", ".join(map(_setting, row.knobs.values())) or row.rule or "-"
                 cells = (_cell({method: row}, column) for column in self.columns)
-                table.add_row(f"  {method}", setting, *cells, style="bold" if method == LEARNED else None)
+                table.add_row(f"  {method}", _setting_of(row), *cells, style="bold" if method == LEARNED else None)
         table.caption = self.caption
         return table
 
@@ -265,13 +266,7 @@ def bootstrap(
         return {}
     draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
     samples = [columns(drawn) for drawn in draws]
-    return {name: interval([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def interval(samples: Iterable[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """The ends between which 95 % of some samples lie."""
-    low, high = np.percentile(np.asarray(list(samples)), [2.5, 97.5])
-    return float(low), float(high)
+    return {name: interval(np.array([sample[name] for sample in samples])) for name in samples[0]}
 
 
 def kept_bound(rows: Sequence[Row], bound: float) -> str:
@@ -304,5 +299,9 @@ def _cell(methods: Mapping[str, Row], column: Column) -> str:
     return "  ".join(texts)
 
 
-def _setting(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
+def _setting_of(row: Row | None) -> str:
+    """Knobs, or the rule, of a row in one cell."""
+    if row is None:
+        return "-"
+    values = (str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.knobs.values())
+    return ", ".join(values) or row.rule or "-"

@@ -29,7 +29,7 @@ _S = TypeVar("_S", bound=RunSettings)
 EXPERIMENTS: Final[Mapping[str, tuple[str, str]]] = {
     "tune-knobs": ("tune_knobs_settings:default_settings", "tune_knobs:TuneKnobs"),
     "stop-drafts": ("stop_drafts_settings:StopSettings", "stop_drafts:StopDrafts"),
-    "tune-unseen": ("tune_unseen_settings:TunerSettings", "tune_unseen:TuneUnseen"),
+    "tune-unseen": ("tune_unseen_settings:tuner_settings", "tune_unseen:TuneUnseen"),
 }
 """By `RunSettings.EXPERIMENT`: what makes default settings, given the decoder's name if there is one, and the class of
 the experiment. Named by strings, so that settings can be read without importing what learns."""

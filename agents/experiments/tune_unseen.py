@@ -6,46 +6,58 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
-from specgym.callbacks import DivergenceBoundCallback, WorkloadPriorities
-from specgym.decoding import file_name, traits_of
-from specgym.envs import ContextLayout, KnobMoves, TuningVectorEnv, VectorObserveContext, trace_in
+from specgym.decoding import file_name
 
-from ..evaluation.comparison import Kind, summary
-from ..evaluation.cross_validation import cross_validate
-from ..evaluation.heat_map import heat_map
+from ..evaluation.grids import Floats, losses, universal_setting
+from ..evaluation.heat_map import heat_map, save_heat_maps
+from ..evaluation.knob_patterns import save_patterns
 from ..evaluation.live import live_columns
-from ..evaluation.replayed import Problem, problems_of
-from ..evaluation.results import ResultTable, machine
-from ..evaluation.threshold_patterns import patterns
-from ..evaluation.threshold_patterns import save as save_patterns
-from ..evaluation.transfer_file import save as save_transfer
-from ..evaluation.transfer_tables import rendered_summary, rendered_tests, transfer_verdict
-from ..evaluation.tuner_table import CAPTION, COLUMNS, TABLE, session, table_rows, verdict
-from ..evaluation.universal import losses, universal_setting
-from ..export.knob_policy import ExportedPolicy, KnobRange
+from ..evaluation.replayed import TuningTask
+from ..evaluation.results import LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
+from ..evaluation.unseen.comparison import Kind
+from ..evaluation.unseen.cross_validation import cross_validate
+from ..evaluation.unseen.statistics import interval
+from ..export.knob_policy import ExportedPolicy
 from ..export.recommend import by_pair, save_knobs
-from ..export.recommend_pair import confirm, recommend, rendered, workload_of
-from ..policy import KnobPolicy
-from ..report.heat_maps import save_heat_maps
+from ..export.recommend_pair import confirm, recommend_pair, workload_of
 from ..training.console import console, quieten
-from ..training.nan_guards import FiniteGuard
-from ..training.ppo import learn
-from ..training.run_folder import LearnedFolder, RunFolder, this_command, torch_threads
-from ..training.sb3_vec_env import VectorEnvAdaptor
+from ..training.run_folder import RunFolder, this_command, torch_threads
 from ..training.settings_io import SettingsError
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
-from .learned_tuner import LearnedTuner
+from .learned_tuner import LearnedSearcher, LearnedTuner, exported, practice, tasks_of, tuner_callbacks
 from .tune_knobs import knob_policy, knob_verdict
-from .tune_unseen_sessions import TuningSessions
 from .tune_unseen_settings import TunerSettings
+
+METHODS = ("default", "universal", LEARNED, "best")
+"""`universal` is the best single setting over the training prompts of all workloads; `best` is the best of a dense grid
+on the very prompts that the others are judged on, which none of them could know."""
+COLUMNS = (
+    "ms_per_token",
+    "speedup",
+    "draft_acceptance_rate",
+    "mean_acceptance_length",
+    "divergence",
+    "reward",
+    "share_of_best",
+)
+SHOWN = (
+    Column("speedup", "speedup: default,\nlearned, best", methods=("default", LEARNED, "best")),
+    Column("divergence", "divergence: de-\nfault, learned", ".3f", methods=("default", LEARNED)),
+    Column("share_of_best", "share of the best:\ndefault, universal, learned", ".3f", methods=METHODS[:3]),
+)
+_CAPTION = (
+    "Held-out prompts, replayed; time is charged by the reference latency profiles. The share is of the reward of the "
+    "best setting of a dense grid on the same prompts."
+)
 
 
 class TuneUnseen(Experiment[TunerSettings]):
-    """Learning to tune on recorded workloads."""
+    """Learning to tune a decoder on recorded workloads."""
 
     RESULTS = ("knobs.json", "heat_maps.json", "patterns.json", "transfer.json")
     FIGURES = "numbers"
@@ -53,20 +65,25 @@ class TuneUnseen(Experiment[TunerSettings]):
     @classmethod
     def check(cls, settings: TunerSettings) -> None:
         """Raise an error unless every workload has its recordings."""
-        problems_of(settings)
+        tasks_of(settings)
 
     @cached_property
-    def problems(self) -> list[Problem]:
-        """The workloads as problems to tune."""
-        return problems_of(self.settings)
+    def tasks(self) -> list[TuningTask]:
+        """The workloads as tasks to tune."""
+        return tasks_of(self.settings)
 
     @cached_property
     def paths(self) -> dict[str, list[dict[str, float]]]:
         """The settings that the learned tuner tries on each workload, the recommended one last."""
         settings, tuner = self.settings, LearnedTuner.load(self.run.path)
         return {
-            problem.name: session(tuner, problem, settings.measurements, settings.seed) for problem in self.problems
+            task.name: LearnedSearcher(tuner, task).session(settings.measurements, settings.seed) for task in self.tasks
         }
+
+    @property
+    def recommended(self) -> dict[str, dict[str, float]]:
+        """The recommended setting of each workload."""
+        return {name: path[-1] for name, path in self.paths.items()}
 
     def learners(self) -> Sequence[Learner]:
         """One policy."""
@@ -76,9 +93,9 @@ class TuneUnseen(Experiment[TunerSettings]):
         """Sessions of tuning on training prompts."""
         best = {}
         with console.status("The best settings on training prompts") as status:
-            for problem in self.problems:
-                status.update(f"The best settings on training prompts: {problem.name}")
-                best[problem.name] = problem.train_grid().best_reward
+            for task in self.tasks:
+                status.update(f"The best settings on training prompts: {task.name}")
+                best[task.name] = task.grid("train").best_reward
         return practice(self.settings, best)
 
     def policy(self, environments: VecEnv) -> PolicyChoice:
@@ -98,123 +115,69 @@ class TuneUnseen(Experiment[TunerSettings]):
         run = self.run
         if all((run.path / name).is_file() for name in self.RESULTS[:3]):
             return
-        recommended = {name: path[-1] for name, path in self.paths.items()}
-        universal = universal_setting(self.problems)
+        universal = universal_setting(self.tasks)
         save_knobs(
             run.knobs,
             {
-                "pairs": by_pair(recommended, LearnedTuner.load(run.path).policy.knobs),
-                "workloads": recommended,
+                "pairs": by_pair(self.recommended, LearnedTuner.load(run.path).policy.knobs),
+                "workloads": self.recommended,
                 "universal": universal,
-                "loss": losses(self.problems, universal),
+                "loss": losses(self.tasks, universal),
             },
         )
         maps = [
-            heat_map(problem, [problem.default, *self.paths[problem.name]], recommended[problem.name])
-            for problem in self.problems
+            heat_map(task, [task.default, *self.paths[task.name]], self.recommended[task.name]) for task in self.tasks
         ]
         save_heat_maps(run.path / "heat_maps.json", maps, this_command())
-        save_patterns(run.path, patterns(self.problems))
+        save_patterns(run.path, self.tasks)
 
     def judge(self, report: Callable[[str], None]) -> ResultTable:
         """Replay held-out prompts with the recommended settings, and with those that need no measurement."""
-        settings, problems = self.settings, self.problems
-        recommended = {name: path[-1] for name, path in self.paths.items()}
-        rows = table_rows(problems, recommended, universal_setting(problems))
-        return ResultTable(
-            rows,
-            TABLE,
-            COLUMNS,
-            verdict(rows, settings.max_divergence),
-            CAPTION,
-            {
-                **machine(),
-                "time is charged by profiles of": sorted({problem.profiled_on for problem in problems}),
-            },
-            {
-                "measurements": settings.measurements,
-                "prompts_per_measurement": settings.prompts_per_measurement,
-                "tokens": settings.max_new_tokens,
-                "intervals": "95 %, bootstrap over held-out prompts",
-            },
-        )
+        settings, tasks, universal = self.settings, self.tasks, universal_setting(self.tasks)
+        rows: list[Row] = []
+        for task in tasks:
+            report(task.name)
+            rows += judged_rows(task, universal, self.recommended[task.name])
+        rows += mean_rows(rows)
+        hardware = machine() | {"time is charged by profiles of": sorted({task.profiled_on for task in tasks})}
+        protocol = {
+            "measurements": settings.measurements,
+            "prompts_per_measurement": settings.prompts_per_measurement,
+            "tokens": settings.max_new_tokens,
+            "intervals": "95 %, bootstrap over held-out prompts",
+        }
+        verdict = tuner_verdict(rows, settings.max_divergence)
+        return ResultTable(rows, SHOWN, COLUMNS, verdict, _CAPTION, hardware, protocol)
 
     def hints(self) -> Sequence[str]:
-        """How to use the tuner."""
+        """Commands that use the tuner."""
         return (
             f"For a pair of your own: python evaluate.py {self.run.path} --pair <target>+<draft>.",
             f"On pairs never seen: python evaluate.py {self.run.path} --transfer.",
         )
 
 
-def practice(settings: TunerSettings, best: Mapping[str, float]) -> VecNormalize:
-    """The environments to practise in: training prompts, the decoder's defaults at first, absolute thresholds.
+def judged_rows(task: TuningTask, universal: Mapping[str, float], learned: Mapping[str, float]) -> list[Row]:
+    """The rows of a workload, one for each of `METHODS`, with 95 % bootstrap intervals over its held-out prompts."""
+    settings = [task.default, dict(universal), dict(learned), task.grid().best]
+    columns = _columns(task, settings)
+    rows = []
+    for place, (method, knobs) in enumerate(zip(METHODS, settings, strict=True)):
+        # The first way takes every prompt once, the others are resamples.
+        values = {name: float(column[place, 0]) for name, column in columns.items()}
+        rows.append(Row(task.name, method, knobs, values, {n: interval(c[place, 1:]) for n, c in columns.items()}))
+    return rows
 
-    Args:
-        settings: of the run.
-        best: the best reward of every workload on its training prompts, by name.
-    """
-    env = TuningVectorEnv(
-        settings.environments,
-        workload=settings.workloads,
-        weights=settings.weights or None,
-        max_new_tokens=settings.max_new_tokens,
-        prompts_per_step=settings.prompts_per_measurement,
-        reward=settings.reward,
-        start="default",
-        action="place",
-        max_draft_length=settings.max_draft_length,
-        recording=[trace_in(settings.recordings, name, "train") for name in settings.workloads],
-        max_episode_steps=settings.measurements + 1,  # the last is what the measurements were for
+
+def tuner_verdict(rows: Sequence[Row], max_divergence: float | None) -> str:
+    """Result in a sentence or two."""
+    share = {row.method: row.values["share_of_best"] for row in rows}  # the means stand last
+    sentence = (
+        f"Share of the best that the grid has: learned {share[LEARNED]:.3f}, one setting for all "
+        f"{share['universal']:.3f}, default {share['default']:.3f}. These workloads were practised on; for others see "
+        "--transfer."
     )
-    observed = VectorObserveContext(env, settings.measurements)
-    adapted = VectorEnvAdaptor(TuningSessions(observed, best))
-    return VecNormalize(VecMonitor(FiniteGuard(adapted)), norm_obs=False, gamma=settings.learning.gamma)
-
-
-def tuner_callbacks(settings: TunerSettings) -> list[BaseCallback]:
-    """Callbacks that the settings ask for beside the schedules."""
-    callbacks: list[BaseCallback] = []
-    if settings.max_divergence is not None:
-        callbacks.append(DivergenceBoundCallback(settings.max_divergence))
-    if settings.learning.workload_priorities:
-        callbacks.append(WorkloadPriorities())
-    return callbacks
-
-
-def learn_tuner(settings: TunerSettings, folder: LearnedFolder, best: Mapping[str, float]) -> None:
-    """Learn a tuner without a run around it, going on from the newest intact checkpoint, and export it.
-
-    Args:
-        settings: how.
-        folder: where to.
-        best: the best reward of every workload on its training prompts, by name.
-
-    Raises:
-        TrainingInterruptedError: interrupted by the user.
-    """
-    model = learn(
-        settings,
-        folder,
-        settings.seed,
-        lambda: practice(settings, best),
-        lambda environments: knob_policy(settings.learning, environments),
-        tuner_callbacks(settings),
-        progress_bar=False,
-    )
-    exported(model, settings).save(folder.path)
-    model.save(folder.policy)
-
-
-def exported(model: PPO, settings: TunerSettings) -> ExportedPolicy:
-    """The policy of a trained model, for the knobs that it was trained on."""
-    assert isinstance(model.policy, KnobPolicy)
-    moves = KnobMoves(traits_of("threshold").knobs_without_pair(max_draft_length=settings.max_draft_length), None, None)
-    knobs = []
-    for knob in moves.knobs:
-        low, high = moves.ranges[knob.name]
-        knobs.append(KnobRange(knob.name, low, high, knob.default, high - low, knob.integer))
-    return ExportedPolicy.of(model.policy, knobs, ContextLayout(moves.ranges, settings.measurements).names)
+    return sentence if max_divergence is None else sentence + kept_bound(rows, max_divergence)
 
 
 def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jobs: int) -> None:
@@ -239,22 +202,16 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
     run = RunFolder.existing(folder)
     settings = load_settings(run.settings)
     with torch_threads(settings.threads), console.status("Cross-validation") as status:
-        found = cross_validate(
-            settings,
-            run.path / "folds",
-            this_command(),
-            kinds,
-            seeds,
-            jobs=jobs,
-            tell=lambda message: status.update(message),
+        transfer = cross_validate(
+            settings, run.path / "folds", this_command(), kinds, seeds, jobs=jobs, report=status.update
         )
-    transfer_path = run.path / "transfer.json"
-    save_transfer(transfer_path, found)
-    for kind in found.kinds():
-        console.print(rendered_summary(summary(found.results(kind)), kind))
-        console.print(rendered_tests(found.results(kind), kind))
-    console.print(transfer_verdict(found), highlight=False)
-    console.print(f"Everything is in {transfer_path}; python evaluate.py {run.path} --report shows it.", soft_wrap=True)
+    path = run.path / "transfer.json"
+    transfer.save(path)
+    for kind in transfer.kinds():
+        for table in transfer.tables(kind):
+            console.print(table)
+    console.print(transfer.verdict(), highlight=False)
+    console.print(f"Everything is in {path}; python evaluate.py {run.path} --report shows it.", soft_wrap=True)
 
 
 def recommend_for_pair(
@@ -268,47 +225,52 @@ def recommend_for_pair(
         prompts: as `load_prompts` takes it.
         temperature: of sampling; 0 for greedy decoding.
         measurements: before the recommendation; by default as many as the tuner has learned with.
-        live: measure and confirm by decoding, with the clock beside, even where the pair has a shipped trace.
+        live: measure and confirm by decoding, with the clock beside, even where the pair has a shipped recording.
 
     Raises:
         RunFileError: the run is not finished. Loading errors as for `load_pair` and `load_prompts`.
     """
     quieten()
     run = RunFolder.existing(folder)
-    settings = load_settings(run.settings)
+    settings: TunerSettings = load_settings(run.settings)
     run.learned().require_complete()
-    found = workload_of(pair, prompts, temperature)
-    place = run.path / "recommendations" / file_name(found.name)
-    with torch_threads(settings.threads), console.status(f"Tuning {found}") as status:
-        recommendation = recommend(
-            settings,
-            ExportedPolicy.load(run.path),
-            found,
-            settings.measurements if measurements is None else measurements,
-            live,
-            lambda message: status.update(message),
+    workload = workload_of(pair, prompts, temperature)
+    place = run.path / "recommendations" / file_name(workload.name)
+    with torch_threads(settings.threads), console.status(f"Tuning {workload}") as status:
+        recommendation = recommend_pair(
+            settings, ExportedPolicy.load(run.path), workload, measurements, live, status.update
         )
         recommendation.save(place / "recommendation.json", this_command())
-        console.print(rendered(recommendation))
+        console.print(recommendation.render())
         if live:
-            status.update(f"Confirming on held-out prompts of {found}")
-            rows = confirm(settings, found, recommendation.knobs, place)
+            status.update(f"Confirming on held-out prompts of {workload}")
+            rows = confirm(settings, workload, recommendation.knobs, place)
             columns, caption = live_columns(rows)
-            console.print(
-                ResultTable(rows, columns, caption=caption).render(f"Held-out prompts of {found}, decoded live")
-            )
+            table = ResultTable(rows, columns, caption=caption)
+            console.print(table.render(f"Held-out prompts of {workload}, decoded live"))
             console.print(knob_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
     knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
     expected = recommendation.expected.values
     console.print(
-        f"Recommended for {found}: {knobs}. Expected: {expected['speedup']:.2f} times plain decoding, divergence "
+        f"Recommended for {workload}: {knobs}. Expected: {expected['speedup']:.2f} times plain decoding, divergence "
         f"{expected['divergence']:.3f}. Stored in {place / 'recommendation.json'}.",
         highlight=False,
         soft_wrap=True,
     )
     if expected["speedup"] < 1:
         console.print(
-            "That is slower than plain decoding: with thresholds this pair does not pay. Try a shorter draft, or "
-            "SpeculativeDecoder with a small draft_length.",
+            f"That is slower than plain decoding: with {settings.decoder} decoding this pair does not pay. Try another "
+            "draft, a shorter one, or a decoder without a draft.",
             highlight=False,
         )
+
+
+def _columns(task: TuningTask, settings: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
+    """Every column on all held-out prompts and on resamples of them, shape (settings, 1 + resamples)."""
+    sums = task.sums(settings)
+    prompts = sums.tokens.shape[1]
+    drawn = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
+    ways = np.concatenate([np.arange(prompts)[None], drawn])
+    values, reward = task.valued(settings, type(sums)(*(column[:, ways].sum(2) for column in sums)))
+    columns = {**values, "reward": reward, "share_of_best": task.share_of_best(values, reward)}
+    return {name: columns[name] for name in COLUMNS}

@@ -1,31 +1,19 @@
-"""Settings for learning to tune workloads never seen."""
+"""Settings for learning to tune workloads never seen, with any decoder that replays."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
-from specgym.envs import RewardSettings
+import tyro
 
-from ..training.settings_io import require_at_least, require_one_bound, require_weights
+from specgym.decoding import DecoderTraits, NoOptions, traits_of
+from specgym.envs import RewardSettings, environment_id, recorded_workloads, recording_name
+
+from ..training.settings_io import SettingsError, require_at_least, require_one_bound, require_weights
 from .settings import KnobLearning, RunSettings
-
-_PAIRS = (
-    "tiny",
-    "tiny-10m-2l",
-    "tiny-10m-xs",
-    "tiny-10m-3m",
-    "tiny-10m-ngram",
-    "tiny-10m-lookup",
-    "tiny-3m-1l",
-    "tiny-3m-ngram",
-    "tiny-3m-lookup",
-    "smollm2-ngram",
-    "smollm2-lookup",
-)
-_SETS = ("prose", "code", "definitions", "chat")
-RECORDED_WORKLOADS = (*(f"{pair}/{prompts}" for pair in _PAIRS for prompts in _SETS), "tiny/prose@1.0")
-"""Every workload whose traces ship with the package."""
 
 
 def _tuner_learning() -> KnobLearning:
@@ -43,20 +31,22 @@ def _tuner_learning() -> KnobLearning:
 
 @dataclass(frozen=True)
 class TunerSettings(RunSettings):
-    """Learn to tune thresholds on recorded workloads, so that a few measurements suffice on one never seen.
+    """Learn to tune a decoder on recorded workloads, so that a few measurements suffice on one never seen.
 
     Then tune pairs never seen: python evaluate.py <run> --pair <target>+<draft>.
     """
 
     EXPERIMENT = "tune-unseen"
 
-    workloads: tuple[str, ...] = RECORDED_WORKLOADS
-    """Workloads to practise on: pair/prompts, or pair/prompts@temperature. Each needs a trace of its training prompts
-    and of its test prompts."""
+    decoder: tyro.conf.Suppress[str] = ""
+    """Registered name of the decoder."""
+    workloads: tuple[str, ...] = ()
+    """Workloads to practise on: pair/prompts, or pair/prompts@temperature. Each needs a recording of its training
+    prompts and of its test prompts."""
     weights: tuple[float, ...] = ()
     """Practice of each workload, in proportion, one number each in their order; by default all alike."""
     recordings: Path | None = None
-    """Folder of traces that `python -m specgym.envs.record` wrote. Defaults to those that ship with the package."""
+    """Folder of recordings that `python -m specgym.envs.record` wrote. Defaults to those that ship with the package."""
     total_timesteps: int = 300_000
     """Measurements over all environments; rounded up to whole rollouts."""
     environments: int = 360
@@ -67,8 +57,8 @@ class TunerSettings(RunSettings):
     """Training prompts that a measurement decodes."""
     max_new_tokens: int = 32
     """Tokens generated for each prompt."""
-    max_draft_length: int = 16
-    """Tokens drafted every round, and the upper end of the rollback threshold."""
+    decoder_options: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=NoOptions)
+    """Options of the decoder."""
     seed: int = 0
     """Random seed of everything that is drawn."""
     checkpoint_every: int = 50_000
@@ -83,19 +73,67 @@ class TunerSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "measurements", "prompts_per_measurement", "max_new_tokens", "max_draft_length")
+        require_at_least(self, 1, "measurements", "prompts_per_measurement", "max_new_tokens")
         require_at_least(self, 0, "seed")
         require_at_least(self, len(self.workloads), "environments")
         require_weights(self.weights, self.workloads)
         require_one_bound(self.max_divergence, self.reward.max_divergence)
+        if self.traits.lossless and (self.reward.divergence_weight or self.max_divergence is not None):
+            raise SettingsError(
+                "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
+                "leave out --reward.divergence-weight and --max-divergence"
+            )
         object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
+
+    @property
+    def traits(self) -> type[DecoderTraits]:
+        """Description of the decoder without its models."""
+        return traits_of(self.decoder)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the decoder, by name."""
+        return asdict(self.decoder_options)
 
     @property
     def option(self) -> str:
         """The option of train.py that learns this."""
-        return "--tuner"
+        return f"--tuner --env {environment_id(self.decoder)}"
 
     @property
     def stem(self) -> str:
-        """What the default name of a run begins with."""
+        """Beginning of a run's default name."""
         return "tuner"
+
+    def recording(self, workload: str, split: str) -> Path | None:
+        """The file that a workload's prompts of a split are replayed from; None for the one that ships."""
+        if self.recordings is None:
+            return None
+        return self.recordings / recording_name(workload, self.decoder, split)
+
+
+def tuner_settings(decoder: str = "threshold", **changes: Any) -> TunerSettings:
+    """Settings for learning to tune a decoder, by default on all workloads whose recordings ship.
+
+    The range bonus of the reward is for decoders that name preferred ranges; for others speed is the reward.
+
+    Args:
+        decoder: a registered name.
+        changes: settings that differ from the defaults, by name.
+
+    Raises:
+        SettingsError: the decoder is unknown, no recording of it ships and no workload is named, or a setting makes no
+            sense.
+    """
+    try:
+        traits = traits_of(decoder)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    settings: dict[str, Any] = {
+        "decoder": decoder,
+        "workloads": recorded_workloads(decoder) or traits.workloads,
+        "decoder_options": traits.Options(),
+    }
+    if not any(knob.preferred for knob in traits.knobs_without_pair()):
+        settings["reward"] = RewardSettings(acceptance_weight=0.0, range_weight=0.0, ranges={})
+    return TunerSettings(**{**settings, **changes})

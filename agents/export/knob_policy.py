@@ -58,6 +58,14 @@ class KnobRange:
             value += self.step * action
         return min(max(value, self.low), self.high)
 
+    def placed(self, action: float) -> float:
+        """The value where an action puts the knob: -1 at the low end, 1 at the high end; what is beyond is clipped."""
+        share = (min(max(action, -1.0), 1.0) + 1) / 2
+        if self.logarithmic:
+            value = float(from_doublings(share * doublings(self.high, self.low), self.low))
+            return min(max(value, self.low), self.high)
+        return self.low + share * (self.high - self.low)
+
     def mean(self, values: Sequence[float]) -> float:
         """The mean of some values, of a logarithmic knob in doublings; an `int` where the knob takes whole numbers."""
         mean = sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""From a policy that moves knobs to knobs: follow it from the defaults until it stays.
+"""Recommended knobs of a policy that moves them: follow it from the defaults until it stays.
 
 Where it stays is what it recommends, or what is better nearby (`nearby`). The state is the knobs and the workload
 alone, so no text need be decoded for it.
@@ -24,7 +24,7 @@ LAST = 40
 
 
 def followed(policy: ExportedPolicy, name: str | None = None) -> list[dict[str, float]]:
-    """Where the deterministic policy moves the knobs for a workload, from their defaults, in their own units."""
+    """Path of the deterministic policy over the knobs for a workload, from their defaults, in their own units."""
     values = {knob.name: min(max(knob.default, knob.low), knob.high) for knob in policy.knobs}
     path = []
     for _ in range(STEPS):

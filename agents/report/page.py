@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from specgym.decoding import write_text
 
 from ..evaluation.heat_map import save_missing_heat_maps
+from ..evaluation.results import to_csv
 from ..experiments.experiment import load_settings
 from ..training.console import console, quieten
 from ..training.run_folder import RunFolder, this_command
-from .curve_figures import curve_figures
-from .data import Report
-from .gather import gather
-from .heat_figures import describe, heat_legend, heat_map
-from .regret_figures import duels, method_curves, overview
+from .content import Report, gather
+from .figures import curve_figures, describe, heat_figures, heat_legend, regret_figure
+from .html_tables import generic_view, nested_view, recommended_view, results_view, transfer_views
 from .summary import KINDS
-from .tables import NAMES, flat_tables, to_csv
-from .views import generic_view, kinds, nested_view, recommended_view, results_view, transfer_views
 
 FORMAT = "specgym-report-1"
 PAGE, TABLES, CONTENT = "report.html", "report", "report.json"
@@ -44,7 +39,7 @@ def report_run(folder: Path) -> Path:
     with console.status("Drawing"):
         save_missing_heat_maps(run, load_settings(run.settings), command)
         path = write_report(gather(folder, command), folder)
-    console.print(f"The report is in {path}, its tables in {path.parent / 'report'}.", soft_wrap=True)
+    console.print(f"The report is in {path}, its tables in {path.parent / TABLES}.", soft_wrap=True)
     return path
 
 
@@ -61,12 +56,11 @@ def write_report(report: Report, folder: Path) -> Path:
     Returns:
         The path of the page.
     """
-    page = rendered(report)
-    tables = flat_tables(report)
-    for name in NAMES:
+    page, tables = rendered(report), report.flat_tables()
+    for name, rows in tables.items():
         path = folder / TABLES / f"{name}.csv"
-        if name in tables:
-            write_text(path, to_csv(tables[name]))
+        if rows:
+            write_text(path, to_csv(rows))
         else:
             path.unlink(missing_ok=True)
     content = {
@@ -78,11 +72,11 @@ def write_report(report: Report, folder: Path) -> Path:
         "summary": list(report.summary),
         "pattern_verdict": report.pattern_verdict,
         "settings": report.settings,
-        "hardware": report.hardware,
+        "hardware": report.table.hardware,
         "versions": dict(report.versions),
         "missing": dict(report.missing),
         "protocol": (report.transfer or {}).get("protocol", {}),
-        "tables": tables,
+        "tables": {name: rows for name, rows in tables.items() if rows},
     }
     write_text(folder / TABLES / CONTENT, json.dumps(content, ensure_ascii=False) + "\n")
     write_text(folder / PAGE, page)
@@ -94,41 +88,39 @@ def rendered(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["bound"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    transfer, hardware = report.transfer or {}, report.table.hardware
     return template.render(
         report=report,
-        results=results_view(report.table) if report.table else None,
+        results=results_view(report.table.rows) if report.table.rows else None,
         recommended=recommended_view(report.recommended) if report.recommended else None,
         heat_legend=Markup(heat_legend("heat-legend")),
         heat_maps=[
-            {"title": found.workload, "words": describe(found), "svg": Markup(heat_map(found, f"heat-{place}"))}
-            for place, found in enumerate(report.heat_maps)
+            {"title": title, "words": describe(drawn), "svg": Markup(svg)}
+            for place, drawn in enumerate(report.heat_maps)
+            for title, svg in heat_figures(drawn, f"heat-{place}")
         ],
-        curves=[{"title": drawn.title, "svg": Markup(drawn.svg)} for drawn in curve_figures(report.curves)],
-        transfer=[_transfer(report.transfer, kind, place) for place, kind in enumerate(kinds(report))]
-        if report.transfer
-        else [],
-        protocol=nested_view(report.transfer["protocol"], "How the methods were compared.")
-        if report.transfer and report.transfer.get("protocol")
+        curves=[{"title": title, "svg": Markup(svg)} for title, svg in curve_figures(report.curves)],
+        transfer=[_transfer(report, kind, place) for place, kind in enumerate(report.kinds())],
+        protocol=nested_view(transfer["protocol"], "How the methods were compared.")
+        if transfer.get("protocol")
         else None,
         patterns=generic_view(report.patterns, "Where the best settings lie.") if report.patterns else None,
         correlations=generic_view(report.correlations, "Rank correlations of the best settings with the workload.")
         if report.correlations
         else None,
         settings=nested_view(report.settings, "Settings of the run."),
-        hardware=nested_view(report.hardware, "Hardware on which the table was measured.") if report.hardware else None,
+        hardware=nested_view(hardware, "Hardware on which the table was measured.") if hardware else None,
         versions=nested_view(report.versions, "Versions of what wrote this report."),
     )
 
 
-def _transfer(transfer: Mapping[str, Any], kind: str, place: int) -> dict[str, Any]:
-    """What the page shows of one kind of cross-validation."""
-    curves = method_curves(transfer["summary"], kind)
-    name = f"regret-{place}"
-    several = len({number for curve in curves for number in np.unique(curve.measurements)}) > 1
+def _transfer(report: Report, kind: str, place: int) -> dict[str, Any]:
+    """The page's part on one kind of cross-validation."""
+    assert report.transfer is not None
+    summary = [row for row in report.transfer["summary"] if row["kind"] == kind]
+    several = len({row["measurements"] for row in summary}) > 1
     return {
         "words": KINDS.get(kind, kind),
-        "first": curves[0].method,
-        "overview": Markup(overview(curves, name)) if several else None,
-        "duels": [{"title": other, "svg": Markup(svg)} for other, svg in duels(curves, name)] if several else [],
-        "views": transfer_views(transfer, kind),
+        "overview": Markup(regret_figure(summary, f"regret-{place}")) if several else None,
+        "views": transfer_views(report.transfer, kind),
     }

@@ -1,48 +1,54 @@
-"""What a run has shown, in sentences that are computed from its tables; also where something simpler is better."""
+"""Summary of a run in sentences that are computed from its tables; also where something simpler is better."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.heat_map import HeatMap
 from ..evaluation.live import strays
-from ..evaluation.results import ALL
-from .data import HeatMap, TableRow
+from ..evaluation.results import ALL, LEARNED, ResultTable, Row
+from ..evaluation.unseen.comparison import WITHIN
+from ..evaluation.unseen.transfer import LEVEL
 
-LEARNED, DEFAULT, PLAIN, BEST = "learned", "default", "autoregressive", "best"
+DEFAULT, PLAIN, BEST = "default", "autoregressive", "best"
 """Methods in tables; the last is the best setting of the grid, which is known only afterwards."""
 SHARE = "share_of_best"
 KINDS = {"pair": "pair of models", "dataset": "dataset", "family": "family of target models"}
-"""What is left out of training, in words."""
-SIGNIFICANT = 0.05
-"""Of p values that are corrected for the number of comparisons."""
+"""Kinds of things left out of training, in words."""
 _NAMED = 6
 
 
 def summarise(
-    table: Sequence[TableRow], maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None, what: str = "thresholds"
+    table: ResultTable, maps: Sequence[HeatMap], transfer: Mapping[str, Any] | None, subject: str = "knobs"
 ) -> list[str]:
-    """Sentences on each part that there is, the held-out prompts first; `what` is how the knobs are called together."""
-    sentences = [*_of_table(table, what), *_of_maps(maps)]
+    """Sentences on each part that there is, the held-out prompts first.
+
+    Args:
+        table: on held-out prompts; may have no rows.
+        maps: heat maps of the workloads.
+        transfer: the content of ``transfer.json``, if there is one.
+        subject: what was learned.
+    """
+    sentences = _of_table(table, subject) or ([table.verdict] if table.verdict else [])
+    sentences += _of_maps(maps)
     if transfer is not None:
         for kind in dict.fromkeys(row["kind"] for row in transfer["summary"]):
             sentences += _of_transfer(transfer, kind)
     return sentences or ["The run holds no results yet."]
 
 
-def _of_table(table: Sequence[TableRow], what: str) -> list[str]:
-    by_workload: dict[str, dict[str, TableRow]] = {}
-    for row in table:
-        by_workload.setdefault(row.workload, {})[row.method] = row
+def _of_table(table: ResultTable, subject: str) -> list[str]:
+    by_workload = table.by_workload()
     over_all = by_workload.pop(ALL, None) or next(iter(by_workload.values()), {})
-    if not over_all.keys() >= {LEARNED, DEFAULT} or not by_workload:
+    if not over_all.keys() >= {LEARNED, DEFAULT} or not by_workload or "reward" not in over_all[LEARNED].values:
         return []
     learned, default = over_all[LEARNED].values, over_all[DEFAULT].values
     sentences = [
-        f"On the held-out prompts of {_count(len(by_workload), 'workload')} the learned {what} reach a mean reward "
+        f"On the held-out prompts of {_count(len(by_workload), 'workload')} the learned {subject} reach a mean reward "
         f"of {learned['reward']:.3f}, against {default['reward']:.3f} with the decoder's defaults. They decode "
         f"{learned['speedup']:.2f} times as fast as plain decoding (the defaults: {default['speedup']:.2f}), "
-        f"{_price(learned, default, strays(row.values for row in table))}"
+        f"{_price(learned, default, strays(row.values for row in table.rows))}"
     ]
     shares = [
         f"{method} {_percent(row.values[SHARE])}"
@@ -54,14 +60,16 @@ def _of_table(table: Sequence[TableRow], what: str) -> list[str]:
     for rival in over_all:
         if rival not in (LEARNED, PLAIN, BEST):
             sentences += _against(by_workload, rival)
-    slower = [name for name, of in by_workload.items() if LEARNED in of and of[LEARNED].values["speedup"] < 1]
+    slower = [
+        name for name, methods in by_workload.items() if LEARNED in methods and methods[LEARNED].values["speedup"] < 1
+    ]
     if slower:
-        sentences.append(f"Plain decoding is faster than the learned {what} on {_listed(slower)}.")
+        sentences.append(f"Plain decoding is faster than the learned {subject} on {_listed(slower)}.")
     return sentences
 
 
 def _price(learned: Mapping[str, float], default: Mapping[str, float], strayed: bool) -> str:
-    """What the speed is paid with: another text, or more tokens that the target reads, where they were counted."""
+    """The price of speed: another text, or more tokens that the target reads, where they were counted."""
     if not strayed and "target_tokens_per_token" in learned:
         return (
             f"and the target reads {learned['target_tokens_per_token']:.1f} tokens for every one emitted (the "
@@ -72,10 +80,12 @@ def _price(learned: Mapping[str, float], default: Mapping[str, float], strayed: 
     )
 
 
-def _against(by_workload: Mapping[str, Mapping[str, TableRow]], rival: str) -> list[str]:
-    """Where the learned thresholds have the higher reward, and where the rival has it."""
-    both = {name: of for name, of in by_workload.items() if {LEARNED, rival} <= of.keys()}
-    gains = {name: of[LEARNED].values["reward"] - of[rival].values["reward"] for name, of in both.items()}
+def _against(by_workload: Mapping[str, Mapping[str, Row]], rival: str) -> list[str]:
+    """Workloads where the learned setting has the higher reward, and where the rival has it."""
+    both = {name: methods for name, methods in by_workload.items() if {LEARNED, rival} <= methods.keys()}
+    gains = {
+        name: methods[LEARNED].values["reward"] - methods[rival].values["reward"] for name, methods in both.items()
+    }
     better = [name for name, gain in gains.items() if gain > 0]
     clear = [
         name
@@ -95,14 +105,14 @@ def _against(by_workload: Mapping[str, Mapping[str, TableRow]], rival: str) -> l
 
 def _of_maps(maps: Sequence[HeatMap]) -> list[str]:
     shares = {
-        found.workload: found.reward_at(found.recommended) / found.reward_at(found.best)
-        for found in maps
-        if found.recommended is not None and found.reward_at(found.best) > 0
+        drawn.workload: drawn.reward_at(drawn.recommended) / drawn.reward_at(drawn.best)
+        for drawn in maps
+        if drawn.recommended is not None and drawn.reward_at(drawn.best) > 0
     }
     if not shares:
         return []
     least = min(shares, key=lambda name: shares[name])
-    close = sum(share >= 0.97 for share in shares.values())
+    close = sum(share >= WITHIN for share in shares.values())
     return [
         f"On the grids the recommended settings reach {_percent(sum(shares.values()) / len(shares))} of the best "
         f"reward on average, at least {_percent(shares[least])} ({least}), and are within 3 % of the best on {close} "
@@ -148,8 +158,8 @@ def _of_tests(transfer: Mapping[str, Any], kind: str, measurements: int) -> list
     ]  # fmt: skip
     if not tests:
         return []
-    better = [test["against"] for test in tests if test["p_adjusted"] < SIGNIFICANT and test["difference"] > 0]
-    worse = [test["against"] for test in tests if test["p_adjusted"] < SIGNIFICANT and test["difference"] < 0]
+    better = [test["against"] for test in tests if test["p_adjusted"] < LEVEL and test["difference"] > 0]
+    worse = [test["against"] for test in tests if test["p_adjusted"] < LEVEL and test["difference"] < 0]
     open_ = [test["against"] for test in tests if test["against"] not in (*better, *worse)]
     parts = [
         f"{words} {_listed(names, len(names))}"

@@ -39,7 +39,10 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         experiment, settings = "tune-knobs", _knob_settings(_DECODERS[known], settings)
     elif known == _TUNER:
         experiment = "tune-unseen"
-        _rename(settings, tokens_per_prompt="max_new_tokens", traces="recordings", draft_length="max_draft_length")
+        settings["decoder"] = "threshold"
+        _rename(settings, tokens_per_prompt="max_new_tokens", traces="recordings")
+        if "draft_length" in settings:
+            settings["decoder_options"] = {"max_draft_length": settings.pop("draft_length")}
     else:
         experiment = "stop-drafts"
         _rename(settings, tokens="max_new_tokens", traces="recordings")

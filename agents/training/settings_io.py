@@ -94,7 +94,7 @@ def replaced(settings: _T, changes: Mapping[str, Any]) -> _T:
         for name, value in changes.items()
     }
     changed: Any = settings
-    return replace(changed, **values)  # type: ignore[no-any-return]
+    return replace(changed, **values)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

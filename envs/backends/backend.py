@@ -19,53 +19,56 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Number = TypeVar("Number", float, NDArray[np.float64])
-"""A number, or an array with one number a text or environment."""
+"""A float, or an array with a number a text or environment."""
+Values = TypeVar("Values", bound=Any)
+"""Stand-in for `Number`: mypy takes no constrained variable in a generic `NamedTuple`."""
 
 
-class Metrics(NamedTuple, Generic[Number]):
+class Metrics(NamedTuple, Generic[Values]):
     """Sums over the rounds of n texts, arrays of shape (n,); or of a single text, floats. Rates are properties."""
 
-    tokens: Number
+    tokens: Values
     """Tokens emitted."""
-    rounds: Number
+    rounds: Values
     """Rounds of drafting and verifying."""
-    drafted: Number
+    drafted: Values
     """Draft tokens that were verified."""
-    accepted: Number
+    accepted: Values
     """Draft tokens among those emitted."""
-    total_variation: Number
+    total_variation: Values
     """Sum of `Round.divergence`."""
-    seconds: Number
+    seconds: Values
     """Time charged for the rounds."""
-    plain_seconds: Number
+    plain_seconds: Values
     """Time charged for as many tokens of the target's own autoregressive decoding."""
 
     @property
-    def speedup(self) -> Number:
+    def speedup(self) -> Values:
         """Charged time of plain decoding over this one's."""
         return self.plain_seconds / self.seconds
 
     @property
-    def ms_per_token(self) -> Number:
+    def ms_per_token(self) -> Values:
         """Milliseconds charged per token."""
         return 1000 * self.seconds / self.tokens
 
     @property
-    def draft_acceptance_rate(self) -> Number:
+    def draft_acceptance_rate(self) -> Values:
         """Accepted draft tokens over verified ones, 0 to 1; 0 where nothing was drafted."""
-        return self.accepted / (self.drafted + (self.drafted == 0))
+        accepted: Any = self.accepted
+        return accepted / (self.drafted + (self.drafted == 0))
 
     @property
-    def mean_acceptance_length(self) -> Number:
+    def mean_acceptance_length(self) -> Values:
         """Tokens emitted per round."""
         return self.tokens / self.rounds
 
     @property
-    def divergence(self) -> Number:
+    def divergence(self) -> Values:
         """Mean total variation from the target per emitted token, 0 to 1."""
         return self.total_variation / self.tokens
 
-    def pooled(self, count: int) -> Metrics[Number]:
+    def pooled(self, count: int) -> Metrics[Values]:
         """Return the metrics of every `count` texts together, shape (n / count,); a long text counts for more."""
         if count == 1:
             return self
@@ -75,7 +78,7 @@ class Metrics(NamedTuple, Generic[Number]):
         """Return the metrics of the only text, as floats, which are several times faster than arrays of one number."""
         return Metrics(*(values.item() for values in self))
 
-    def entries(self) -> dict[str, Number]:
+    def entries(self) -> dict[str, Values]:
         """Return what environments put into `info`: the rates, then the sums."""
         return {
             "speedup": self.speedup,
@@ -102,11 +105,20 @@ class Backend(Protocol):
         decoder: at work; None in a replay.
     """
 
-    workloads: Sequence[Workload]
-    profiles: Sequence[LatencyProfile]
-    knobs: tuple[Knob, ...]
-    prompts: Sequence[Integers]
-    decoder: Decoder[Any] | None
+    @property
+    def workloads(self) -> Sequence[Workload]: ...
+
+    @property
+    def profiles(self) -> Sequence[LatencyProfile]: ...
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]: ...
+
+    @property
+    def prompts(self) -> Sequence[Integers]: ...
+
+    @property
+    def decoder(self) -> Decoder[Any] | None: ...
 
     def choose(self, prompt: Any, workload: int = 0) -> int:
         """Return the number of a prompt that a user chose for a workload.
@@ -232,7 +244,8 @@ class DraftBackend(Protocol):
         prompts: numbers of the prompts of every workload, one array a workload.
     """
 
-    prompts: Sequence[Integers]
+    @property
+    def prompts(self) -> Sequence[Integers]: ...
 
     @property
     def features(self) -> NDArray[np.float32]:

@@ -158,7 +158,7 @@ class _Texts:
             tokens, successor, drafted, match, distance = (columns[name][known[tuple(text)]] for name in _ALL_ROWS)
             count = min(int(drafted), budget - len(text) - 1)
             agreed = (tolerances_needed(match[:count], distance[:count]) <= np.float32(tolerance)).sum()
-            kept = int(tokens_kept(agreed, np.int64(count), np.int64(taken_back - 1)))
+            kept = int(tokens_kept(np.asarray(agreed), np.asarray(count), np.asarray(taken_back - 1)))
             for token in (*tokens[:kept].tolist(), int(successor[kept])):
                 text.append(token)
                 if token in self._eos:

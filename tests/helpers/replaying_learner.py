@@ -11,7 +11,8 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, ReplaySettings
+from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback
+from specgym.callbacks.replay.settings import ReplaySettings
 
 ENVIRONMENTS, STEPS = 4, 16
 

@@ -14,7 +14,6 @@ from specgym.agents import (
     RunSettings,
     SettingsError,
     StopSettings,
-    TunerSettings,
     default_settings,
     load_settings,
     save_settings,
@@ -29,7 +28,7 @@ LOSSLESS = [name for name in decoder_names() if type(default_settings(name)) is 
 LOSSY = [name for name in decoder_names() if name not in LOSSLESS]
 
 
-@pytest.mark.parametrize("kind", [*learnable().values(), TunerSettings])
+@pytest.mark.parametrize("kind", [*learnable().values(), *learnable(tuner=True).values()])
 def test_written_and_read_they_are_the_same(kind: Any, tmp_path: Path) -> None:
     settings: RunSettings = replace(kind(), name="mine", total_timesteps=77, runs=tmp_path / "runs")
     save_settings(settings, tmp_path / "settings.json", "python train.py --name mine")

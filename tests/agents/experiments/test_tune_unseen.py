@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -12,11 +13,9 @@ import numpy as np
 import pytest
 
 from specgym.agents.command_line import evaluate_command, train_command
-from specgym.agents.evaluation.replayed import Problem
+from specgym.agents.evaluation.replayed import TuningTask
 from specgym.agents.experiments.experiment import load_settings
-from specgym.agents.experiments.learned_tuner import LearnedSearcher, LearnedTuner
-from specgym.agents.experiments.tune_unseen import practice
-from specgym.agents.experiments.tune_unseen_sessions import TuningSessions
+from specgym.agents.experiments.learned_tuner import LearnedSearcher, LearnedTuner, TuningSessions, practice
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.agents.training.run_folder import RunFileError
 from specgym.envs.tuning.reward import RewardSettings
@@ -110,14 +109,14 @@ def test_a_tuner_with_every_option_learns_logs_and_resumes(tmp_path: Path) -> No
     assert train_command([*every, "--learning.workload-priorities"]) == 0
     run = tmp_path / "mine"
     tags = set(EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"])
-    wanted = {"replay/ratio_mean", "replay/effective_sample_size", "plateau/learning_rate", "entropy/coefficient"}
-    wanted |= {
+    expected = {"replay/ratio_mean", "replay/effective_sample_size", "plateau/learning_rate", "entropy/coefficient"}
+    expected |= {
         f"bound/multiplier/{WORKLOADS[0]}",
         "bound/kept",
         f"workload_priority/score/{WORKLOADS[0]}",
         "reward/total",
     }
-    assert wanted <= tags, wanted - tags
+    assert expected <= tags, expected - tags
     newest = max((run / "checkpoints").iterdir())
     assert {"prioritised_replay.npz", "plateau.json", "early_stop.json"} <= {file.name for file in newest.iterdir()}
     assert train_command(["--resume", str(run), "--total-timesteps", "336"]) == 0
@@ -186,7 +185,7 @@ def test_what_stands_in_the_way_of_a_cross_validation_is_named_before_anything_i
     ("words", "message"),
     [
         (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
-        (["--workloads", "tiny/prose", "--traces", "nowhere"], "nowhere"),
+        (["--workloads", "tiny/prose", "--recordings", "nowhere"], "nowhere"),
         (["--environments", "2"], "environments must be a whole number of at least"),
         (["--weights", "1", "2"], "weights must be"),
         (["--max-divergence", "2"], "max_divergence must be above 0 and at most 1"),
@@ -259,16 +258,16 @@ def test_sessions_end_by_themselves_and_rewards_are_shares_of_each_workload_s_be
         TuningSessions(shared, {names[0]: 2.0})
 
 
-def test_the_tuner_sees_a_problem_as_it_saw_its_practice(finished: Path) -> None:
+def test_the_tuner_sees_a_task_as_it_saw_its_practice(finished: Path) -> None:
     """The first observation, and the place that an action puts the knobs at, are those of the environments."""
     settings = load_settings(finished / "settings.json")
     policy = ExportedPolicy.load(finished)
     environments = practice(settings, dict.fromkeys(WORKLOADS, 1.0))
     environments.seed(0)
     observations = np.asarray(environments.reset())
-    problem = Problem(WORKLOADS[0], RewardSettings(), tokens=16)
+    task = TuningTask(WORKLOADS[0], RewardSettings(), max_new_tokens=16)
     place = int(np.flatnonzero(environments.get_attr("workload_of")[0] == 0)[0])
-    proposed = LearnedSearcher(LearnedTuner(policy), problem).propose([])
+    proposed = LearnedSearcher(LearnedTuner(policy), task).propose([])
     observed = environments.step(np.stack([policy(row) for row in observations]))[0]
     assert list(proposed.values()) == pytest.approx(np.asarray(observed)[place, :2].tolist(), abs=1e-5)
 
@@ -281,3 +280,56 @@ def test_a_policy_that_sees_no_measurements_is_refused(finished: Path) -> None:
     blind = ExportedPolicy(policy.knobs, policy.state[:2], policy.std_low, policy.std_high, weights)
     with pytest.raises(RunFileError, match="sees no measurements"):
         LearnedTuner(blind)
+
+
+@pytest.mark.parametrize(
+    ("env", "workloads", "knobs"),
+    [
+        ("specgym/Speculative-v0", ("tiny-3m-1l/prose", "tiny-3m-ngram/prose"), ["draft_length"]),
+        ("specgym/Lookahead-v0", ("tiny-3m/prose", "tiny-10m/prose"), ["window", "ngram", "guesses"]),
+    ],
+)
+def test_a_tuner_learns_the_knobs_of_any_decoder_that_replays(
+    env: str, workloads: tuple[str, ...], knobs: list[str], tmp_path: Path, shown: Shown
+) -> None:
+    words = options(tmp_path)
+    words[2 : 2 + len(WORKLOADS)] = workloads
+    assert train_command([*words, "--env", env, "--total-timesteps", "96"]) == 0
+    run = tmp_path / "mine"
+    (drawn, *_) = json.loads((run / "heat_maps.json").read_text())["maps"]
+    assert list(drawn["axes"]) == knobs
+    assert len(drawn["path"]) == 4  # the default, two measurements and the recommendation
+    stored = json.loads((run / "knobs.json").read_text())
+    assert list(stored["universal"]) == knobs
+    rows = json.loads((run / "patterns.json").read_text())["rows"]
+    assert {row["aim"] for row in rows} == {"reward", "speed"}
+    assert set(knobs) <= set(rows[0])
+    assert train_command(["--resume", str(run)]) == 0
+    assert evaluate_command([str(run)]) == 0
+    assert "All numbers equal those in" in shown()
+    assert evaluate_command([str(run), "--pair", workloads[0].partition("/")[0], "--measurements", "1"]) == 0
+    assert f"{knobs[-1]}=" in shown()
+    command = [str(run), "--transfer", "--leave-out", "pair", "--seeds", "0", "--jobs", "1"]
+    assert evaluate_command(command) == 0
+    assert evaluate_command([str(run), "--report"]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") > 3
+    assert f"Reward at ({', '.join(knobs)})" in page
+
+
+def test_settings_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    earlier = {
+        "workloads": ["tiny/prose"], "traces": "mine", "tokens_per_prompt": 24, "draft_length": 8, "measurements": 3
+    }  # fmt: skip
+    content = {"format": "specgym-tuner-settings-1", "command": "", "settings": earlier}
+    (tmp_path / "settings.json").write_text(json.dumps(content))
+    settings = load_settings(tmp_path / "settings.json")
+    assert (settings.decoder, settings.max_new_tokens, settings.recordings) == ("threshold", 24, Path("mine"))
+    assert dict(settings.options) == {"max_draft_length": 8}
+
+
+def test_a_lossless_decoder_has_no_divergence_to_bound(tmp_path: Path, shown: Shown) -> None:
+    words = ["--tuner", "--env", "specgym/Speculative-v0", "--runs", str(tmp_path), "--max-divergence", "0.1"]
+    with contextlib.suppress(SystemExit):  # tyro's own way
+        assert train_command(words) == 2
+    assert "no divergence to weigh or to bound" in shown()

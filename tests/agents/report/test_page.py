@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.agents.report.data import HeatMap, Report, TableRow
+from specgym.agents.evaluation.heat_map import HeatMap
+from specgym.agents.evaluation.results import ResultTable, Row
+from specgym.agents.report.content import Report
+from specgym.agents.report.figures import heat_figures, regret_figure
 from specgym.agents.report.page import rendered, write_report
-from specgym.agents.report.regret_figures import method_curves, overview
-from specgym.agents.report.tables import flat_tables
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 ODD = 'a<b>&"c$/d'
@@ -52,15 +53,14 @@ class Page(HTMLParser):
         return " ".join(words.split()) in " ".join("".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
 
     def values(self, attribute: str) -> list[str]:
-        return [found[attribute] or "" for _, found in self.attributes if attribute in found]
+        return [attributes[attribute] or "" for _, attributes in self.attributes if attribute in attributes]
 
 
 @pytest.fixture
 def bare_report() -> Report:
     return Report(
         title="Nothing yet", command="python evaluate.py runs/x --report", created="2026-01-01", summary=["Nothing."],
-        table=[], heat_maps=[], curves={}, transfer=None, patterns=None, pattern_verdict="", settings={"seed": 0},
-        hardware={}, versions={"specgym": "1"},
+        settings={"seed": 0}, versions={"specgym": "1"},
         missing={name: f"make {name}" for name in ("table", "heat_maps", "curves", "transfer", "patterns", "hardware")},
     )  # fmt: skip
 
@@ -69,17 +69,17 @@ def bare_report() -> Report:
 def full_report(bare_report: Report, make_transfer: Callable[..., dict[str, Any]]) -> Report:
     values = {"ms_per_token": 4.0, "speedup": 1.25, "divergence": 0.125, "reward": 1.5}
     rows = [
-        TableRow(
-            ODD, method, {"fallback": 0.5}, values | {"reward": reward}, {"reward": (reward - 0.25, reward + 0.25)}
-        )
+        Row(ODD, method, {"fallback": 0.5}, values | {"reward": reward}, {"reward": (reward - 0.25, reward + 0.25)})
         for method, reward in (("default", 1.5), ("learned", 1.75))
     ]
     reward = np.arange(12.0).reshape(3, 4)
     reward[0, 0] = np.nan
-    heat_map = HeatMap(
-        ODD, np.array([0.2, 0.5, 0.8]), np.array([1.0, 4, 8, 16]), reward, [(0.5, 16), (0.75, 9)], (0.5, 16), (0.8, 8),
-        (0.8, 16),
-    )  # fmt: skip
+    start, end, recommended, best = (
+        {"fallback": x, "rollback": y} for x, y in ((0.5, 16), (0.75, 9), (0.8, 8), (0.8, 16))
+    )
+    axes = {"fallback": np.array([0.2, 0.5, 0.8]), "rollback": np.array([1.0, 4, 8, 16])}
+    heat_map = HeatMap(ODD, axes, reward, [start, end], start, recommended, best)
+    table = ResultTable(rows, hardware={"name": "an imaginary processor"})
     steps = np.array([10.0, 20, 30])
     curves = {
         "reward/total": (steps, np.array([1.0, 2.0, 2.5])),
@@ -87,9 +87,10 @@ def full_report(bare_report: Report, make_transfer: Callable[..., dict[str, Any]
         "workload/other/reward/total": (steps[:2], np.array([2.0, 3.0])),
     }
     return replace(
-        bare_report, title=f"About {ODD}", table=rows, heat_maps=[heat_map], curves=curves, transfer=make_transfer(ODD),
+        bare_report, title=f"About {ODD}", table=table, heat_maps=[heat_map], curves=curves,
+        transfer=make_transfer(ODD),
         patterns=[{"workload": ODD, "inside": True, "loss": {"reward": 0.25}}], pattern_verdict="They lie low.",
-        settings={"learning": {"rate": 0.001}, "workloads": [ODD]}, hardware={"name": "an imaginary processor"},
+        settings={"learning": {"rate": 0.001}, "workloads": [ODD]},
         missing={}, recommended={"pairs": {ODD: {"fallback": 0.4}}, "workloads": {}},
         made_by={"the run": f"python train.py --workloads '{ODD}'"},
     )  # fmt: skip
@@ -101,9 +102,9 @@ def test_the_page_holds_every_section_in_words_and_figures(full_report: Report) 
         "Nothing.",
         "1.750",
         "1.500 to 2.000",
-        "grid's best (0.80, 16.0)",
+        "grid's best (0.8, 16)",
         "Leaving one pair of models out",
-        "learned against tpe",
+        "against",
         "They lie low.",
         "learning.rate",
         "an imaginary processor",
@@ -111,7 +112,7 @@ def test_the_page_holds_every_section_in_words_and_figures(full_report: Report) 
         "python evaluate.py runs/x --report",
     ):
         assert page.has(words), words
-    labels = [found["aria-label"] or "" for tag, found in page.attributes if tag == "svg"]
+    labels = [attributes["aria-label"] or "" for tag, attributes in page.attributes if tag == "svg"]
     for begin in ("Legend", "Reward at", "Reward by environment steps", "Regret of every method"):
         assert any(label.startswith(begin) for label in labels), begin
     assert not page.has("This run has no")
@@ -155,7 +156,7 @@ def test_names_from_files_are_shown_as_they_are(full_report: Report) -> None:
 def test_csv_and_json_hold_the_same_unrounded_tables(full_report: Report, tmp_path: Path) -> None:
     write_report(full_report, tmp_path)
     stored = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["tables"]
-    assert stored == flat_tables(full_report)
+    assert stored == {name: rows for name, rows in full_report.flat_tables().items() if rows}
     assert {path.stem for path in (tmp_path / "report").glob("*.csv")} == set(stored)
     assert set(stored) >= {
         "table",
@@ -200,12 +201,28 @@ def test_two_writings_of_one_report_are_equal(full_report: Report) -> None:
 
 def test_regret_is_drawn_where_a_method_beats_the_grid(make_transfer: Callable[..., dict[str, Any]]) -> None:
     summary = make_transfer("x")["summary"]
-    curves = method_curves([row | {"fraction": 1.01, "high": 1.02} for row in summary], "pair")
-    assert curves[0].method == "learned"
-    np.testing.assert_allclose(curves[0].regret, -1.0)
-    Page(overview(curves, "regret-0"))
+    drawing = regret_figure([row | {"fraction": 1.01, "high": 1.02} for row in summary], "regret-0")
+    assert "learned -1 % to -1 %" in drawing
+    Page(drawing)
 
 
 def test_a_heat_map_whose_shapes_do_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 2\)"):
-        HeatMap("x", np.array([1.0, 2, 3]), np.array([1.0, 2]), np.ones((2, 2)), [], (1, 1), None, (1, 1))
+        HeatMap("x", {"a": np.array([1.0, 2, 3]), "b": np.array([1.0, 2])}, np.ones((2, 2)), [], {}, None, {})
+
+
+@pytest.mark.parametrize(("knobs", "figures"), [(1, 1), (2, 1), (3, 3), (4, 6)])
+def test_one_knob_is_drawn_as_a_curve_two_as_a_map_and_more_as_maps_of_pairs(knobs: int, figures: int) -> None:
+    axes = {name: np.arange(1.0, 4.0) for name in "abcd"[:knobs]}
+    reward = np.random.default_rng(0).random((3,) * knobs)
+    places = [dict.fromkeys(axes, value) for value in (1.0, 2.0, 3.0)]
+    drawn = HeatMap("x", axes, reward, places, places[0], places[1], places[2])
+    svgs = heat_figures(drawn, "heat-0")
+    assert len(svgs) == figures
+    for title, svg in svgs:
+        Page(svg)
+        assert title.startswith("x")
+        assert ("pcolormesh" in svg or "image/png" in svg) == (knobs > 1)
+    if knobs == 3:
+        np.testing.assert_array_equal(drawn.over("a", "c"), reward.max(1))
+        assert drawn.reward_at(places[1]) == reward[1, 1, 1]

@@ -13,7 +13,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from specgym.callbacks.checkpoints import CheckpointError
-from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, ReplaySettings
+from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback
+from specgym.callbacks.replay.settings import ReplaySettings
 from tests.helpers.replaying_learner import ENVIRONMENTS, STEPS, Seek, collect, learner, parameters, replayed
 
 

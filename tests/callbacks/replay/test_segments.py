@@ -8,7 +8,8 @@ import torch
 
 from specgym.agents.training.nan_guards import FiniteRolloutBuffer
 from specgym.callbacks.replay.phase import ReplayPhase
-from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, ReplaySettings, importance_weights
+from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, importance_weights
+from specgym.callbacks.replay.settings import ReplaySettings
 from tests.helpers.replaying_learner import ENVIRONMENTS, STEPS, collect, learner, parameters, replayed
 
 

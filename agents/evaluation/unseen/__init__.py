@@ -1,0 +1,1 @@
+"""Judging tuners on workloads that they never saw, beside searches that know no other workload."""

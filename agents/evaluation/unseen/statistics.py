@@ -1,0 +1,124 @@
+"""Statistics of a comparison: intervals, paired tests, and the correction for their number.
+
+Pure functions of arrays. The resamples of a bootstrap and of a permutation test come from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 2000
+EXACT = 12
+"""Up to how many pairs a permutation test goes through all 2^n assignments of signs."""
+FLIPS = 20_000
+"""Assignments that it draws beyond that."""
+_TOLERANCE = 1e-12  # sums of the same numbers in another order differ by rounding
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number: the chance of any false alarm is at most the level (Holm, 1979).
+
+    Args:
+        p_values: 0 to 1, in any order.
+
+    Returns:
+        In the order given, at most 1; never below the p value given.
+    """
+    raw = np.asarray(p_values, np.float64)
+    order = np.argsort(raw, kind="stable")
+    factors = len(raw) - np.arange(len(raw))
+    adjusted = np.empty_like(raw)
+    adjusted[order] = np.minimum(np.maximum.accumulate(raw[order] * factors), 1.0)
+    return adjusted.tolist()
+
+
+def sign_flip_test(differences: ArrayLike, *, draws: int = FLIPS, seed: int = 0) -> float:
+    """Two-sided p value of a mean difference: how often it is as far from 0 when every sign is drawn anew.
+
+    Exact for up to `EXACT` differences. Otherwise signs are drawn, and the observed ones count as one of the draws, so
+    that the p value is valid and never 0 (Phipson and Smyth, 2010).
+
+    Args:
+        differences: one for each independent unit, shape (units,).
+        draws: of signs, where there are too many for all.
+        seed: fixes them.
+
+    Raises:
+        ValueError: there is no difference.
+    """
+    values = np.asarray(differences, np.float64)
+    if not len(values):
+        raise ValueError("a sign-flip test needs at least one difference")
+    observed = abs(values.sum()) - _TOLERANCE
+    if len(values) <= EXACT:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
+        return float((np.abs(signs @ values) >= observed).mean())
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, len(values)))
+    return float((1 + (np.abs(signs @ values) >= observed).sum()) / (1 + draws))
+
+
+def resampled_means(values: ArrayLike, clusters: Sequence[str], *, draws: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Means of a two-stage bootstrap: clusters are drawn with replacement, then members within each.
+
+    Values of one cluster have much in common, so that drawing them one by one would make intervals too narrow.
+
+    Args:
+        values: shape (members,).
+        clusters: which cluster each belongs to.
+        draws: resamples.
+        seed: fixes them.
+
+    Returns:
+        Means over all members drawn, shape (draws,).
+
+    Raises:
+        ValueError: there is no value, or not one cluster for each.
+    """
+    members_values = np.asarray(values, np.float64)
+    if not len(members_values) or len(members_values) != len(clusters):
+        raise ValueError(
+            f"a bootstrap needs values and a cluster for each, got {len(members_values)} and {len(clusters)}"
+        )
+    groups = [[place for place, name in enumerate(clusters) if name == cluster] for cluster in dict.fromkeys(clusters)]
+    sizes = np.array([len(group) for group in groups])
+    members = np.zeros((len(groups), sizes.max()), np.int64)
+    for row, group in enumerate(groups):
+        members[row, : len(group)] = group
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(groups), size=(draws, len(groups)))
+    within = (rng.random((*drawn.shape, members.shape[1])) * sizes[drawn][..., None]).astype(np.int64)
+    there = np.arange(members.shape[1]) < sizes[drawn][..., None]  # as many members as the cluster has
+    sampled = members_values[np.take_along_axis(members[drawn], within, axis=2)]
+    means: Floats = (sampled * there).sum((1, 2)) / there.sum((1, 2))
+    return means
+
+
+def interval(samples: Floats) -> tuple[float, float]:
+    """The middle 95 % of some resamples."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation, -1 to 1; ties share their mean rank, and 0 where either never changes.
+
+    Args:
+        first: shape (observations,).
+        second: the same.
+    """
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    centred = [values - values.mean() for values in ranks]
+    scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    return float(centred[0] @ centred[1]) / scale if scale > 0 else 0.0
+
+
+def _ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
