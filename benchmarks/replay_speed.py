@@ -40,15 +40,15 @@ class Settings:
     """Measure the speed of replay."""
 
     workload: str = "tiny/prose"
-    """What is decoded."""
+    """Workload to decode."""
     trace: Path | None = None
     """Its trace; by default the one that ships."""
     seconds: float = 2.0
     """For which each is repeated; 5 times, and the median counts."""
     live_steps: int = 40
-    """Of the live environment; 0 leaves it out."""
+    """Steps of the live environment; 0 leaves it out."""
     json: Path | None = None
-    """Where to write the figures, too."""
+    """File to write the figures to, too."""
 
 
 def steps_per_second(step: Callable[[int], None], environments: int, seconds: float) -> float:
@@ -92,7 +92,7 @@ def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
     known: dict[str, Any] = {"workload": settings.workload, "profile": profile}
     replay = {**known, "recording": settings.trace}
     draws = np.random.default_rng(0)
-    found = {}
+    result = {}
     if settings.live_steps:
         live = gymnasium.make("specgym/Thresholds-v0", **known)
         step = single(live)
@@ -100,19 +100,19 @@ def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
         started = time.perf_counter()
         for number in range(settings.live_steps):
             step(number)
-        found["tuning, live"] = settings.live_steps / (time.perf_counter() - started)
+        result["tuning, live"] = settings.live_steps / (time.perf_counter() - started)
 
-    one = gymnasium.make("specgym/Thresholds-v0", backend="replay", disable_env_checker=True, **replay)
-    found["tuning, one"] = steps_per_second(single(one), 1, settings.seconds)
+    item = gymnasium.make("specgym/Thresholds-v0", backend="replay", disable_env_checker=True, **replay)
+    result["tuning, one"] = steps_per_second(single(item), 1, settings.seconds)
 
     many = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=1024, **replay)
     moves = [draws.uniform(-1, 1, many.action_space.shape or ()).astype(np.float32) for _ in range(_KEPT)]
-    found["tuning, 1,024 together"] = steps_per_second(together(many, moves), 1024, settings.seconds)
+    result["tuning, 1,024 together"] = steps_per_second(together(many, moves), 1024, settings.seconds)
 
     control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, recording=settings.trace, **known)
     stops = [(draws.random(4096) < 0.3).astype(np.int64) for _ in range(_KEPT)]
-    found["control, 4,096 together"] = steps_per_second(together(control, stops), 4096, settings.seconds)
-    return found
+    result["control, 4,096 together"] = steps_per_second(together(control, stops), 4096, settings.seconds)
+    return result
 
 
 def main() -> None:
@@ -120,20 +120,20 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     torch.set_num_threads(1)
     _, workload = find_trace(settings.trace, settings.workload)
-    found = rates(settings, measured(workload.load(), sampling=workload.sampling))
-    live = found.get("tuning, live")
+    result = rates(settings, measured(workload.load(), sampling=workload.sampling))
+    live = result.get("tuning, live")
     table = Table(title=f"environment steps a second, {settings.workload}, one core")
     table.add_column("environments")
     for column in ("steps/s", "claimed, at least", "x live"):
         table.add_column(column, justify="right")
-    for name, rate in found.items():
+    for name, rate in result.items():
         claim = f"{_CLAIMS[name]:,}" if name in _CLAIMS else "-"
         ratio = f"{rate / live:,.0f}" if live and name.startswith("tuning") else "-"
         table.add_row(name, f"{rate:,.0f}", claim, ratio)
     Console().print(table)
     if settings.json:
         settings.json.write_text(
-            json.dumps({"settings": asdict(settings), "steps_per_second": found}, indent=2, default=str)
+            json.dumps({"settings": asdict(settings), "steps_per_second": result}, indent=2, default=str)
         )
 
 

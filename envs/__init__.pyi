@@ -2,7 +2,7 @@ from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
-from .backends.replay import replay_backend, require_replayable
+from .backends.replay import replay_backend
 from .backends.replay_table import ReplayTable
 from .backends.trace_replay import TraceReplay, TraceWalk
 from .control.env import LONGEST, DraftLengthEnv
@@ -17,7 +17,6 @@ from .recordings.find import (
     outcome_command,
     record_command,
     recorded_workloads,
-    recording_command,
     recording_name,
     trace_in,
 )
@@ -74,12 +73,10 @@ __all__ = [
     "prompts_at",
     "record_command",
     "recorded_workloads",
-    "recording_command",
     "recording_name",
     "register",
     "register_environments",
     "replay_backend",
-    "require_replayable",
     "require_tokens",
     "reward_terms",
     "shared_out",

@@ -27,11 +27,13 @@ class PromptOrder:
         # Back to front, so that the number of those left says where an order stands.
         self._orders = np.zeros((count, max(map(len, prompts))), np.int64)
         self._left = np.zeros(count, np.int64)
+        self._fewest = 0  # left of any order
         self._readers = np.arange(count)
 
     def restart(self, readers: NDArray[np.bool_] | slice = slice(None)) -> None:
         """Let some readers, by default all, begin a new order with their next prompt."""
         self._left[readers] = 0
+        self._fewest = int(self._left.min())
 
     def take(self, workload_of: Integers, count: int, rng: np.random.Generator) -> Integers:
         """Return the next prompts of every reader.
@@ -44,13 +46,14 @@ class PromptOrder:
         Returns:
             Prompt numbers, shape (readers, count).
         """
-        chosen = np.empty((len(self._readers), count), np.int64)
-        for column in range(count):
-            if not self._left.all():
+        columns = []
+        for _ in range(count):
+            if self._fewest == 0:
                 self._draw(workload_of, rng)
             self._left -= 1
-            chosen[:, column] = self._orders[self._readers, self._left]
-        return chosen
+            self._fewest -= 1
+            columns.append(self._orders[self._readers, self._left])
+        return columns[0][:, None] if count == 1 else np.stack(columns, 1)
 
     def take_shared(self, workload_of: Integers, rng: np.random.Generator) -> Integers:
         """Return one prompt for every environment, from the orders of their workloads.
@@ -87,6 +90,7 @@ class PromptOrder:
             orders = prompts[rng.random((len(members), len(prompts))).argsort(1)]
             self._orders[members, : len(prompts)] = orders[:, ::-1]
             self._left[members] = len(prompts)
+        self._fewest = int(self._left.min())
 
 
 def prompts_at(first: int, count: int, prompts: int, seed: int) -> list[int]:

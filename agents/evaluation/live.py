@@ -129,14 +129,17 @@ def judge_live(
         for method in contestants
     }
     rows = []
-    for method, (own, knobs) in contestants.items():
+    for method, (contestant, knobs) in contestants.items():
 
         def columns(
-            places: NDArray[np.int64], method: str = method, own: Decoder = own, knobs: Mapping[str, float] = knobs
+            places: NDArray[np.int64],
+            method: str = method,
+            contestant: Decoder = contestant,
+            knobs: Mapping[str, float] = knobs,
         ) -> dict[str, float]:
             total = {name: sum(sums[method][place][name] for place in places) for name in sums[method][0]}
             plain = {name: sum(sums["autoregressive"][place][name] for place in places) for name in total}
-            return _columns(total, plain, profile, reward, own, knobs)
+            return _columns(total, plain, profile, reward, contestant, knobs)
 
         values = columns(np.arange(len(chosen)))
         rows.append(Row(workload.name, method, dict(knobs), values, bootstrap(columns, len(chosen))))
@@ -162,7 +165,7 @@ def live_columns(rows: Sequence[Row]) -> tuple[tuple[Column, ...], str]:
 
 
 def strays(values: Iterable[Mapping[str, float]]) -> bool:
-    """Whether any text is not the target's own; then the divergence is the price of speed, and else what is read.
+    """True if any text is not the target's; then the divergence is the price of speed, and else what is read.
 
     Args:
         values: of the rows of a table, by column.
@@ -198,7 +201,7 @@ def reward_of(
 
 
 def _sums(decoder: Decoder, texts: Sequence[Generation], profile: LatencyProfile) -> dict[str, float]:
-    """What adds up over prompts."""
+    """Sums over prompts."""
     metrics = summarise(decoder, texts, profile)
     names = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
     return {name: metrics[name] for name in names} | {

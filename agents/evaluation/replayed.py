@@ -6,7 +6,6 @@ prompts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from specgym.envs import (
     RewardSettings,
     Workload,
     find_recording,
+    prompts_at,
     replay_backend,
     reward_terms,
 )
@@ -190,9 +190,8 @@ class TuningTask:
     def measured_prompts(self, number: int, seed: int) -> list[int]:
         """The training prompts of a measurement, as the recording counts them; arguments as for `measure`."""
         known = self._backends["train"].prompts[0]
-        first = number * self._prompts_per_measurement
-        turns = (divmod(place, len(known)) for place in range(first, first + self._prompts_per_measurement))
-        return known[[int(_order(seed, turn, len(known))[within]) for turn, within in turns]].tolist()
+        count = self._prompts_per_measurement
+        return known[prompts_at(number * count, count, len(known), seed)].tolist()
 
     def worth(self, knobs: Sequence[Mapping[str, float]], *, split: Split = "test", passes: int = PASSES) -> Worth:
         """Judge settings on all prompts of a split.
@@ -337,9 +336,3 @@ def split_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     others = dict(options)
     longest = {"max_draft_length": others.pop("max_draft_length")} if "max_draft_length" in others else {}
     return {**longest, name: others or None}
-
-
-@functools.lru_cache(maxsize=4096)
-def _order(seed: int, turn: int, prompts: int) -> NDArray[np.int64]:
-    """In which order a seed's measurements take the prompts in a turn through all of them."""
-    return np.random.default_rng([seed, turn]).permutation(prompts)

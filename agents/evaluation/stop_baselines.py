@@ -71,7 +71,7 @@ class UpperConfidenceBound(StopRule):
         self._attend(environments)
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Whether to stop; where a draft has its first token, a length is chosen for it."""
+        """Decide whether to stop; where a draft has its first token, a length is chosen for it."""
         if len(features) != len(self._arm):
             self._attend(len(features))
         for row in np.flatnonzero((features[:, _PLACE] == 1) & ~self._open).tolist():
@@ -157,7 +157,7 @@ class Clairvoyant(StopRule):
         self._remaining = remaining_acceptable
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Whether to stop.
+        """Decide: True to stop.
 
         Raises:
             ValueError: `foresee` was told of another number of drafts.

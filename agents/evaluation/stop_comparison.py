@@ -27,9 +27,9 @@ METHODS = ("autoregressive", "fixed", "confidence", "entropy", "product", "bandi
 SIMPLE = ("fixed", "confidence", "entropy", "product")
 RATIO, GAP = "learned / fixed", "gap closed"
 LEAST_RATIO, LEAST_RATIO_EACH, LEAST_GAP = 1.03, 0.99, 0.30
-"""What learning is meant to reach: over the best fixed length on average and on every workload, and of the gap."""
+"""Goals of learning: over the best fixed length on average and on every workload, and of the gap."""
 REPEATS = 3
-"""How often every prompt is timed by the clock with each method; the median counts."""
+"""Times that every prompt is timed by the clock with a method; the median counts."""
 
 Samples = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ AGREEMENT = (
     ),
     ("replayed", "charged"),
 )
-"""The same of the live comparison."""
+"""Goal of the live comparison."""
 CAPTION = (
     "Tokens over seconds, relative to plain decoding, by replay of the test prompts. Fixed lengths and thresholds are "
     "the best ones on the training prompts; the bandit has decoded those once. Learned is the mean over the seeds. ± "
@@ -199,7 +199,7 @@ def replayed(settings: StopSettings, trace: Trace, profile: LatencyProfile, batc
 
 
 def stop_verdict(rows: Sequence[Row]) -> str:
-    """Whether learning reaches what it is meant to, where and by how much it falls short, and what does better."""
+    """Verdict: goals reached, where and by how much learning falls short, and what does better."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row.workload, {})[row.method] = row
@@ -240,7 +240,7 @@ def stop_verdict(rows: Sequence[Row]) -> str:
 
 
 def live_agreement(rows: Sequence[Row]) -> str:
-    """How far replay is from live decoding, in a sentence; without the bandit, which has learned from other texts."""
+    """Agreement of replay with live decoding, in a sentence; without the bandit, which has learned from other texts."""
     drafted = [row for row in rows if row.method not in ("autoregressive", "bandit")]
     distance, off = max(
         ((abs(row.values["charged"] / row.values["replayed"] - 1), row) for row in drafted), key=lambda pair: pair[0]
@@ -252,7 +252,7 @@ def live_agreement(rows: Sequence[Row]) -> str:
 
 
 def gap_closed(fixed: Samples, learned: Samples, best: Samples) -> Samples:
-    """What share of the way from the best fixed length to the oracle the learned policy goes; 0 where there is none."""
+    """Share of the way from the best fixed length to the oracle that the policy goes; 0 where there is none."""
     gap = best - fixed
     return np.divide(learned - fixed, gap, out=np.zeros_like(gap), where=gap > 0)
 

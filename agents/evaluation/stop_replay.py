@@ -20,7 +20,7 @@ _ORACLE_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding some prompts came to: sums for each prompt, over all its passes, shape (prompts,)."""
+    """Sums of decoding some prompts, over all passes of a prompt, shape (prompts,)."""
 
     tokens: Sums
     """Emitted."""
@@ -73,7 +73,7 @@ class ReplayedPrompts:
 
     @property
     def round_seconds(self) -> NDArray[np.float64]:
-        """Of a round by drafted tokens, over those of a plain token, shape (max_draft_length + 1,)."""
+        """Seconds of a round by drafted tokens, over those of a plain token, shape (max_draft_length + 1,)."""
         point = self.profile.at(batch_size=self.batch_size)
         return point.round_seconds(self.max_draft_length) / point.autoregressive_seconds
 
@@ -139,7 +139,7 @@ class ReplayedPrompts:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen on the training prompts of a workload at a batch size.
+    """Rules chosen on the training prompts of a workload at a batch size.
 
     Attributes:
         simple: by method, the best of the simple rules.
@@ -157,10 +157,10 @@ def choose(prompts: ReplayedPrompts) -> Chosen:
         prompts: for training.
     """
     families = simple_rules(prompts.max_draft_length)
-    found = prompts.decode([rule for rules in families.values() for rule in rules])
+    replays = prompts.decode([rule for rules in families.values() for rule in rules])
     best, place = {}, 0
     for method, rules in families.items():
-        throughputs = [decoded.throughput for decoded in found[place : place + len(rules)]]
+        throughputs = [decoded.throughput for decoded in replays[place : place + len(rules)]]
         best[method] = rules[int(np.argmax(throughputs))]
         place += len(rules)
     bandit = UpperConfidenceBound(prompts.max_draft_length)

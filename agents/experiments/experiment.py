@@ -50,7 +50,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """What PPO learns: arguments of `stable_baselines3.PPO`."""
+    """Policy that PPO learns: arguments of `stable_baselines3.PPO`."""
 
     policy: type[ActorCriticPolicy]
     kwargs: Mapping[str, Any] = field(default_factory=dict)

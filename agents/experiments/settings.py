@@ -129,7 +129,7 @@ class RunSettings:
 
     @property
     def folder(self) -> Path:
-        """Where the run is written."""
+        """Folder of the run."""
         return self.runs / self.name
 
     @property
@@ -139,5 +139,5 @@ class RunSettings:
 
     @property
     def stem(self) -> str:
-        """What the default name of a run begins with."""
+        """Start of a run's default name."""
         raise NotImplementedError

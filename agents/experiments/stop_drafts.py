@@ -79,7 +79,7 @@ class StopDrafts(Experiment[StopSettings]):
         self.run.keep_profiles(
             self.settings.workloads,
             profile,
-            lambda made: f"one more drafted token costs {made.marginal_cost():.2f} of that",
+            lambda latency: f"one more drafted token costs {latency.marginal_cost():.2f} of that",
         )
 
     @property
@@ -139,7 +139,7 @@ class StopDrafts(Experiment[StopSettings]):
             verdict=stop_verdict(rows),
             caption=CAPTION,
             hardware={
-                "charged": {name: made.hardware for name, made in zip(settings.workloads, profiles, strict=True)},
+                "charged": {name: result.hardware for name, result in zip(settings.workloads, profiles, strict=True)},
                 "replayed on": {
                     **machine(),
                     "numpy": np.__version__,
@@ -178,11 +178,11 @@ class StopDrafts(Experiment[StopSettings]):
         return ResultTable(rows, *AGREEMENT, verdict=live_agreement(rows), caption=LIVE_CAPTION, hardware=machine())
 
     def hints(self) -> Sequence[str]:
-        """How to compare with live decoding."""
+        """Hints: how to compare with live decoding."""
         return (f"Live: python evaluate.py {self.run.path} --live {self.settings.workloads[0]}.",)
 
     def new_profile(self, name: str, refresh: bool = False) -> LatencyProfile:
-        """What the time of a workload is charged by, at all of the run's batch sizes.
+        """Latency profile of a workload at all of the run's batch sizes.
 
         Args:
             name: of the workload.

@@ -136,5 +136,5 @@ class StopSettings(RunSettings):
 
     @property
     def stem(self) -> str:
-        """What the default name of a run begins with."""
+        """Start of a run's default name."""
         return "draftlength"

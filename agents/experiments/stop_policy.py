@@ -32,7 +32,7 @@ USUAL = {
     "cost_ratio": (0.25, 0.2),
     "batch_size": (2.0, 2.0),
 }
-"""Where each feature usually lies: its middle, and how far from there. The bounds are too wide to scale by: a pair's
+"""Usual middle and spread of the features. The bounds are too wide to scale by: a pair's
 cost ratio is seldom above 0.5, of at most 4."""
 _USUAL_REMAINING = (0.0, 4.0)
 
@@ -73,18 +73,18 @@ class OneSidedNetworks(nn.Module):
         self.latent_dim_pi, self.latent_dim_vf = actor[-1], critic[-1]
 
     def forward(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """What the actor and the critic make of scaled observations, shape (batch, 9)."""
+        """Compute features for the actor and the critic from scaled observations, shape (batch, 9)."""
         return self.forward_actor(scaled), self.forward_critic(scaled)
 
     def forward_actor(self, scaled: Tensor) -> Tensor:
         """Shape (batch, `latent_dim_pi`)."""
-        found: Tensor = self.policy_net(scaled[:, : len(FEATURES)])
-        return found
+        result: Tensor = self.policy_net(scaled[:, : len(FEATURES)])
+        return result
 
     def forward_critic(self, scaled: Tensor) -> Tensor:
         """Shape (batch, `latent_dim_vf`)."""
-        found: Tensor = self.value_net(scaled)
-        return found
+        result: Tensor = self.value_net(scaled)
+        return result
 
 
 class UncheckedCategorical(CategoricalDistribution):
@@ -92,14 +92,15 @@ class UncheckedCategorical(CategoricalDistribution):
 
     def proba_distribution(self, action_logits: Tensor) -> UncheckedCategorical:
         """The distribution for a batch of logits, shape (batch, actions)."""
-        self.broken = ~action_logits.isfinite().all(1)
+        self.logits, self.broken = action_logits, ~action_logits.isfinite().all(1)
         logits = torch.where(self.broken.unsqueeze(1), 0.0, action_logits)
         self.distribution = Categorical(logits=logits, validate_args=False)
         return self
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability of actions, shape (batch,)."""
-        return torch.where(self.broken, torch.nan, super().log_prob(actions))
+        # The sum is not finite there, and unlike a constant it takes the loss's NaN on to the gradient.
+        return torch.where(self.broken, self.logits.sum(1) + torch.nan, super().log_prob(actions))
 
 
 class StoppingPolicy(GuardedPolicy):
@@ -147,8 +148,9 @@ class RoundEpisodes(VecEnvWrapper):
     def __init__(self, venv: VectorEnvAdaptor) -> None:
         features = venv.observation_space
         assert isinstance(features, spaces.Box)
-        told = spaces.Box(np.append(features.low, np.float32(-LONGEST)), np.append(features.high, np.float32(LONGEST)))
-        super().__init__(venv, observation_space=told)
+        low, high = np.append(features.low, np.float32(-LONGEST)), np.append(features.high, np.float32(LONGEST))
+        observed = spaces.Box(low, high)
+        super().__init__(venv, observation_space=observed)
         self._adaptor = venv
 
     def reset(self) -> NDArray[np.float32]:

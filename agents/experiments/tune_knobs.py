@@ -17,8 +17,7 @@ from specgym.envs import workload
 from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns, strays
 from ..evaluation.results import ALL, LEARNED, RESAMPLES, ResultTable, Row, kept_bound, machine, mean_rows
 from ..export.knob_policy import ExportedPolicy, KnobRange
-from ..export.recommend import load_knobs, recommend, save_knobs
-from ..export.snap_to_recorded import best_nearby
+from ..export.recommend import best_nearby, load_knobs, recommend, save_knobs
 from ..policy import KnobPolicy
 from ..training.console import console
 from ..training.environments import (
@@ -155,7 +154,7 @@ class TuneKnobs(Experiment[KnobSettings]):
         )
 
     def hints(self) -> Sequence[str]:
-        """Where the recommended knobs are."""
+        """Hints: where the recommended knobs are."""
         return (f"Recommended {self.settings.knobs_together}: {self.run.knobs}.",)
 
 
@@ -171,7 +170,7 @@ def knob_policy(learning: KnobLearning, environments: VecEnv) -> PolicyChoice:
 
 
 def knob_verdict(rows: Sequence[Row], knobs_together: str = "knobs", max_divergence: float | None = None) -> str:
-    """What was learned, over all workloads, in a sentence; where it strays from the target, a second one on how far.
+    """Verdict over all workloads in a sentence; where texts stray from the target, a second one on how far.
 
     Args:
         rows: of `judge_live`, with their means.
@@ -203,7 +202,7 @@ def knob_verdict(rows: Sequence[Row], knobs_together: str = "knobs", max_diverge
 
 
 def _rounds(profile: LatencyProfile) -> str:
-    """What two rounds cost, in words."""
+    """Costs of two rounds, in words."""
     if profile.kind == "chain":
         return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
     return (

@@ -140,7 +140,7 @@ class KnobSettings(RunSettings):
 
     @property
     def traits(self) -> type[DecoderTraits]:
-        """What is known of the decoder without its models."""
+        """Traits of the decoder."""
         return traits_of(self.decoder)
 
     @property
@@ -150,22 +150,22 @@ class KnobSettings(RunSettings):
 
     @property
     def stem(self) -> str:
-        """What the default name of a run begins with."""
+        """Start of a run's default name."""
         return self.traits.env_name.lower()
 
     @property
     def knobs_together(self) -> str:
-        """What the knobs are called together, in messages."""
+        """Name of the knobs together, in messages."""
         return f"{self.decoder} knobs"
 
     @property
     def replayed(self) -> bool:
-        """Whether it learns from recordings."""
+        """True if it learns from recordings."""
         return self.environment.backend == "replay"
 
     @property
     def practising(self) -> int:
-        """How many environments practise side by side."""
+        """Number of environments that practise side by side."""
         return self.environments or len(self.workloads) * (PRACTISING_REPLAYS if self.replayed else 1)
 
     @property

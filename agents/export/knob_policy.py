@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from torch import nn
 
-from specgym.decoding import replacing, write_json
 from specgym.envs import doublings, from_doublings
 
 from ..policy import BoundsScaler, KnobPolicy
-from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
+from ..training.run_folder import RunFileError
+from .mlp import as_arrays, layer_tensors, load_description, load_weights, save_network
 
 FORMAT = "specgym-policy-1"
 _WAY_OUT = "export the policy again: python train.py --resume <run>"
@@ -35,7 +33,7 @@ _WAY_OUT = "export the policy again: python train.py --resume <run>"
 
 @dataclass(frozen=True)
 class KnobRange:
-    """How one knob moves: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high].
+    """Range of a knob: it starts at `default`, an action of 1 adds `step`, and it stays in [low, high].
 
     The step is one of log2(1 + knob - low) where the knob is `logarithmic`. The decoder gets the nearest whole number
     of one that is an `integer`.
@@ -115,11 +113,8 @@ class ExportedPolicy:
         named = {f"hidden.{number}": layer for number, layer in enumerate(layers)}
         assert isinstance(policy.action_net, nn.Linear)
         named |= {"mean": policy.action_net, "std": policy.spread_net}
-        weights = {"low": scaler.low, "high": scaler.high}
-        for name, layer in named.items():
-            weights[f"{name}.weight"], weights[f"{name}.bias"] = layer.weight, layer.bias
-        arrays = {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in weights.items()}
-        return cls(knobs, state, policy.std_low, policy.std_high, arrays)
+        weights = as_arrays({"low": scaler.low, "high": scaler.high} | layer_tensors(named))
+        return cls(knobs, state, policy.std_low, policy.std_high, weights)
 
     def __call__(self, state: Sequence[float] | np.ndarray) -> np.ndarray:
         """The deterministic action: the mean, in [-1, 1], for a state (or a batch of them along the first axis)."""
@@ -157,8 +152,6 @@ class ExportedPolicy:
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
-        with replacing(folder / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(save(self.weights))
         description = {
             "format": FORMAT,
             "about": (__doc__ or "").strip(),
@@ -167,7 +160,7 @@ class ExportedPolicy:
             "std_low": self.std_low,
             "std_high": self.std_high,
         }
-        write_json(folder / DESCRIPTION_FILE, description)
+        save_network(folder, self.weights, description)
 
     @classmethod
     def load(cls, folder: str | Path) -> ExportedPolicy:
@@ -176,20 +169,13 @@ class ExportedPolicy:
         Raises:
             RunFileError: a file is missing, damaged, or of another format.
         """
-        described = Path(folder) / DESCRIPTION_FILE
-        content = read_json(described, _WAY_OUT)
-        if content.get("format") != FORMAT:
-            raise RunFileError(f"{described} is not an exported policy of this version ({FORMAT}); {_WAY_OUT}")
-        weights_path = Path(folder) / WEIGHTS_FILE
-        try:
-            weights = load_file(weights_path)
-        except (OSError, SafetensorError) as error:
-            raise RunFileError(f"{weights_path} is missing or damaged ({error}); {_WAY_OUT}") from error
+        content = load_description(Path(folder), FORMAT, "policy", _WAY_OUT)
+        weights = load_weights(Path(folder), _WAY_OUT)
         try:
             knobs = [KnobRange(**knob) for knob in content["knobs"]]
             return cls(knobs, content["state"], content["std_low"], content["std_high"], weights)
         except (KeyError, TypeError, ValueError) as error:
-            raise RunFileError(f"{described} does not fit {weights_path} ({error!r}); {_WAY_OUT}") from error
+            raise RunFileError(f"the files of {folder} do not fit each other ({error!r}); {_WAY_OUT}") from error
 
     def _linear(self, name: str, values: np.ndarray) -> np.ndarray:
         return values @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]

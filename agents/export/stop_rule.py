@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from torch import nn
 
-from specgym.decoding import FEATURES, StopRule, replacing, write_json
+from specgym.decoding import FEATURES, StopRule
 
 from ..experiments.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
-from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
+from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
+from .mlp import as_arrays, layer_tensors, load_description, load_weights, save_network
 
 FORMAT = "specgym-stop-rule-1"
 _WAY_OUT = "remove its folder, and python train.py --resume <run> learns it again"
@@ -33,7 +32,7 @@ Array = NDArray[np.float32]
 
 
 class ExportedStopRule(StopRule):
-    """What a learned policy would rather do, stop or go on.
+    """Learned policy that ends drafts.
 
     A call for one draft takes 3 to 8 microseconds with two layers of 32, depending on how busy the machine is, where a
     token of the shipped one-layer drafts takes 800: at most 1 %. A draft that is no model may cost as little as the
@@ -69,12 +68,11 @@ class ExportedStopRule(StopRule):
         columns = len(FEATURES)
         weights = {"middle": scaler.middle[:columns], "spread": scaler.spread[:columns]}
         layers = [layer for layer in networks.policy_net if isinstance(layer, nn.Linear)]
-        for number, layer in enumerate(layers):
-            weights |= {f"hidden.{number}.weight": layer.weight, f"hidden.{number}.bias": layer.bias}
+        weights |= layer_tensors({f"hidden.{number}": layer for number, layer in enumerate(layers)})
         # Of two actions the likelier has the larger logit, so their difference says all.
         weights["stop.weight"] = head.weight[1:] - head.weight[:1]
         weights["stop.bias"] = head.bias[1:] - head.bias[:1]
-        return cls({name: tensor.detach().cpu().numpy().copy() for name, tensor in weights.items()})
+        return cls(as_arrays(weights))
 
     @property
     def name(self) -> str:
@@ -82,7 +80,7 @@ class ExportedStopRule(StopRule):
         return "learned"
 
     def __call__(self, features: Array) -> NDArray[np.bool_]:
-        """Whether to stop; as for any rule."""
+        """Decide whether to stop, like any rule."""
         return self._hidden(features).dot(self._stop_weight) > self._threshold
 
     def preference(self, features: Array) -> Array:
@@ -102,15 +100,13 @@ class ExportedStopRule(StopRule):
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
-        with replacing(folder / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(save(self.weights))
         description = {
             "format": FORMAT,
             "about": (__doc__ or "").strip(),
             "features": [asdict(feature) for feature in FEATURES],
             "hidden": [len(bias) for _, bias in self._layers],
         }
-        write_json(folder / DESCRIPTION_FILE, description)
+        save_network(folder, self.weights, description)
 
     @classmethod
     def load(cls, folder: str | Path) -> ExportedStopRule:
@@ -120,9 +116,7 @@ class ExportedStopRule(StopRule):
             RunFileError: a file is missing, damaged, of another format, or for other features.
         """
         described, weights_path = Path(folder) / DESCRIPTION_FILE, Path(folder) / WEIGHTS_FILE
-        content = read_json(described, _WAY_OUT)
-        if content.get("format") != FORMAT:
-            raise RunFileError(f"{described} is not an exported stop rule of this version ({FORMAT}); {_WAY_OUT}")
+        content = load_description(Path(folder), FORMAT, "stop rule", _WAY_OUT)
         try:
             known = [(feature["name"], feature["low"], feature["high"]) for feature in content["features"]]
         except (KeyError, TypeError) as error:
@@ -130,9 +124,9 @@ class ExportedStopRule(StopRule):
         if known != [(feature.name, feature.low, feature.high) for feature in FEATURES]:
             raise RunFileError(f"{described} is for other features than this version's; {_WAY_OUT}")
         try:
-            rule = cls(load_file(weights_path))
-        except (OSError, SafetensorError) as error:
-            raise RunFileError(f"{weights_path} is missing or damaged ({error}); {_WAY_OUT}") from error
+            rule = cls(load_weights(Path(folder), _WAY_OUT))
+        except RunFileError:
+            raise
         except ValueError as error:
             raise RunFileError(f"{weights_path} holds no stop rule ({error}); {_WAY_OUT}") from error
         if content.get("hidden") != [len(bias) for _, bias in rule._layers]:

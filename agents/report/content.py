@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import re
 import shlex
@@ -221,6 +222,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     policies, which have a folder each, have the folder's name before their tag.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a run that was resumed is told of as out of order
 
     curves = {}
     for file in sorted({path.parent for path in folder.glob("**/events.out.tfevents.*")}):

@@ -1,4 +1,4 @@
-"""What a user sees on the terminal, and what other libraries must not add to it."""
+"""Shared rich console; silences third-party warnings and progress bars."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if not console.is_terminal:
     console.width = 120  # a file or a pipe has no width, and the usual 80 would break lines for nothing
 
 
-def tell_differences(found: Sequence[str], path: Path, what: str) -> None:
+def tell_differences(differences: Sequence[str], path: Path, what: str) -> None:
     """Say where figures that were made again differ from those in a file, or that none does."""
-    if not found:
+    if not differences:
         console.print(f"All {what} equal those in {path}.", soft_wrap=True)
         return
-    console.print(f"{len(found)} {what} differ from {path} (another machine or version?):")
-    for line in found[:10]:
+    console.print(f"{len(differences)} {what} differ from {path} (another machine or version?):")
+    for line in differences[:10]:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 

@@ -87,9 +87,9 @@ def require_recordings(settings: KnobSettings) -> None:
                     f"{path.parent} has no {path.name}; make it: {command}, or give another --environment.recordings"
                 )
             try:
-                found, _ = find_recording(settings.decoder, path, name, split)
-                if isinstance(found, Outcomes):
-                    require_tokens(found, settings.environment.max_new_tokens)
+                recording, _ = find_recording(settings.decoder, path, name, split)
+                if isinstance(recording, Outcomes):
+                    require_tokens(recording, settings.environment.max_new_tokens)
             except TraceError as error:
                 raise SettingsError(
                     f"{error}. Their folder goes to --environment.recordings; --environment.backend live needs none"
@@ -121,7 +121,7 @@ def training_environments(settings: KnobSettings, profiles: Sequence[Path]) -> V
 
 
 def held_out_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
-    """The same on held-out prompts, in this process; rewards are left as they are."""
+    """Environments on held-out prompts, in this process; rewards are left as they are."""
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
         partial(make_env, settings, place, profile, held_out=True) for place, profile in enumerate(profiles)
     ]
@@ -129,7 +129,7 @@ def held_out_environments(settings: KnobSettings, profiles: Sequence[Path]) -> V
 
 
 def state_names(settings: KnobSettings, knobs: Sequence[str]) -> list[str]:
-    """What each entry of an observation is."""
+    """Names of an observation's entries."""
     return [*knobs, *(f"workload/{name}" for name in settings.workloads if _marked(settings))]
 
 
@@ -176,7 +176,7 @@ def _shared_options(settings: KnobSettings) -> dict[str, Any]:
 
 
 def _marked(settings: KnobSettings) -> bool:
-    """Whether the policy is shown which workload it tunes."""
+    """True if the policy is shown which workload it tunes."""
     return settings.identify_workloads and len(settings.workloads) > 1
 
 

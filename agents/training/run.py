@@ -135,8 +135,10 @@ def _going_on(run: RunFolder, asked: RunSettings | None) -> Experiment[Any]:
 
 def _run(experiment: Experiment[Any], resumed: bool) -> None:
     settings, run, learners = experiment.settings, experiment.run, experiment.learners()
-    each = f"{len(learners)} policies, each with " if len(learners) > 1 else ""
-    console.print(f"[bold]{run.path}[/]: {len(settings.workloads)} workloads, {each}{settings.total_timesteps} steps")
+    each_of = f"{len(learners)} policies, each with " if len(learners) > 1 else ""
+    console.print(
+        f"[bold]{run.path}[/]: {len(settings.workloads)} workloads, {each_of}{settings.total_timesteps} steps"
+    )
     experiment.prepare()
     for number, learner in enumerate(learners):
         if len(learners) > 1:

@@ -47,12 +47,12 @@ class LearnedFolder:
 
     @property
     def files(self) -> tuple[Path, Path, Path]:
-        """What is there once the policy is learned."""
+        """Files of a finished run."""
         return self.policy, self.path / WEIGHTS_FILE, self.path / DESCRIPTION_FILE
 
     @property
     def complete(self) -> bool:
-        """Whether the policy is learned and exported."""
+        """True if the policy is learned and exported."""
         return all(file.is_file() for file in self.files)
 
     def require_complete(self) -> None:
@@ -101,7 +101,7 @@ class RunFolder:
         return LearnedFolder(self.path / name, self.tensorboard / name)
 
     def profile_paths(self, workloads: Sequence[str]) -> list[Path]:
-        """Where the latency profile of every workload is kept."""
+        """Paths of the workloads' latency profiles."""
         paths = []
         for place, name in enumerate(workloads):
             kept = sorted((self.path / "latency").glob(f"{place}-*.json"))  # earlier versions wrote other names
@@ -135,10 +135,10 @@ class RunFolder:
                 LatencyProfile.load(path)
                 continue
             started = time.perf_counter()
-            made = profile(name)
-            made.save(path)
+            latency = profile(name)
+            latency.save(path)
             console.print(
-                f"  {name}: {1000 * made.autoregressive_seconds:.2f} ms/token plain, {describe(made)} "
+                f"  {name}: {1000 * latency.autoregressive_seconds:.2f} ms/token plain, {describe(latency)} "
                 f"({time.perf_counter() - started:.0f} s)",
                 highlight=False,
                 soft_wrap=True,

@@ -50,13 +50,13 @@ class Metrics(NamedTuple, Generic[Values]):
     @property
     def ms_per_token(self) -> Values:
         """Milliseconds charged per token."""
-        return 1000 * self.seconds / self.tokens
+        return self.seconds * 1000 / self.tokens
 
     @property
     def draft_acceptance_rate(self) -> Values:
         """Accepted draft tokens over verified ones, 0 to 1; 0 where nothing was drafted."""
-        accepted: Any = self.accepted
-        return accepted / (self.drafted + (self.drafted == 0))
+        rate: Any = self.accepted / (self.drafted + (self.drafted == 0))
+        return rate
 
     @property
     def mean_acceptance_length(self) -> Values:
@@ -259,7 +259,7 @@ class DraftBackend(Protocol):
 
     @property
     def remaining_acceptable(self) -> Integers:
-        """How many more tokens of each draft would lengthen what is emitted, shape (n,); negative ones were in vain."""
+        """Number of further tokens that would lengthen what each draft emits, shape (n,); negative if in vain."""
         ...
 
     def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:

@@ -158,7 +158,7 @@ class DraftReplay:
 
     @property
     def remaining_acceptable(self) -> NDArray[np.int64]:
-        """How many more tokens of each draft would still lengthen what is emitted, shape (texts,).
+        """Number of further tokens of each draft that would lengthen what is emitted, shape (texts,).
 
         Negative where tokens already drafted bring nothing: minus their number. 0 for a text that is over.
         """

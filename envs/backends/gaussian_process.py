@@ -30,7 +30,7 @@ _FLAT = 1e-12  # values that differ by less, relatively, are one value
 
 @dataclass(frozen=True)
 class Scale:
-    """How the settings of some knobs become points.
+    """Map from the settings of some knobs to points.
 
     Attributes:
         low: of each knob's range, shape (knobs,), like the rest.
@@ -53,11 +53,11 @@ class Scale:
         """Distances in length scales between settings, shape (ones, others)."""
         ones, others = self.unit(ones) / self.lengths, self.unit(others) / self.lengths
         squares = (ones**2).sum(1)[:, None] + (others**2).sum(1) - 2 * ones @ others.T
-        found: Floats = np.sqrt(np.maximum(squares, 0.0))
-        return found
+        result: Floats = np.sqrt(np.maximum(squares, 0.0))
+        return result
 
     def covariance(self, ones: Floats, others: Floats) -> Floats:
-        """Of settings of shape (ones, knobs) and (others, knobs): shape (ones, others)."""
+        """Return the covariance of settings, shapes (ones, knobs) and (others, knobs) to (ones, others)."""
         plane = _PLANE * (1 + (self.unit(ones) - 0.5) @ (self.unit(others) - 0.5).T)
         return plane + matern(self.distances(ones, others))
 
@@ -110,8 +110,8 @@ class Surface:
         return self._shown(self.scale.covariance(settings, self._settings) @ self._weights)
 
     def _shown(self, standard: Floats) -> Floats:
-        found = self._mean + self._spread * standard
-        shown: Floats = np.exp(found) if self._logarithmic else np.maximum(found, self._lowest)
+        result = self._mean + self._spread * standard
+        shown: Floats = np.exp(result) if self._logarithmic else np.maximum(result, self._lowest)
         return shown
 
 
@@ -143,7 +143,7 @@ def _error(scale: Scale, settings: Floats, noise: float, values: Floats) -> floa
 
 def _best(scale: Scale, integer: NDArray[np.bool_], settings: Floats, values: Floats) -> tuple[Scale, float]:
     """The scale and noise of the smallest leave-one-out error: one of them changed after another, from a few starts."""
-    found: list[tuple[float, Scale, float]] = []
+    result: list[tuple[float, Scale, float]] = []
     for start in _STARTS:
         noise = 0.01
         best = Scale(scale.low, scale.high, integer, np.full(len(integer), start))
@@ -161,8 +161,8 @@ def _best(scale: Scale, integer: NDArray[np.bool_], settings: Floats, values: Fl
                     noise, least = other, error
             if least == before:
                 break
-        found.append((least, best, noise))
-    return min(found, key=lambda each: each[0])[1:]
+        result.append((least, best, noise))
+    return min(result, key=lambda item: item[0])[1:]
 
 
 def _changed(scale: Scale, knob: int, logarithmic: bool, length: float) -> Scale:

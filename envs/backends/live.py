@@ -153,7 +153,7 @@ class LiveDrafts:
 
     @property
     def over(self) -> NDArray[np.bool_]:
-        """Whether the text has ended, or not begun, shape (1,)."""
+        """True where the text has ended, or not begun, shape (1,)."""
         return np.array([self._session is None or self._session.finished])
 
     @property

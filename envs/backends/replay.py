@@ -10,12 +10,12 @@ from specgym.decoding import Split, traits_of
 from ..arguments import per_workload
 from ..profiles import Profiles, profile_of
 from ..recordings.archive import TraceError
-from ..recordings.find import Recording, Recordings, find_recording, outcome_command, record_command
+from ..recordings.find import Recordings, find_recording, outcome_command, record_command
 from ..recordings.outcomes import OutcomeError, Outcomes
 from ..recordings.trace import Trace
 from ..workloads import Workload
 from .backend import ReplayBackend
-from .outcome_replay import OutcomeReplay, require_tokens
+from .outcome_replay import OutcomeReplay
 from .trace_replay import TraceReplay
 
 Workloads = str | Workload | Sequence[str | Workload] | None
@@ -104,14 +104,6 @@ def asked(workload: Workloads, recordings: Any) -> list[str | Workload | None]:
         several = isinstance(recordings, Sequence) and not isinstance(recordings, str)
         return [None] * (len(recordings) if several else 1)
     return [workload] if isinstance(workload, str | Workload) else list(workload)
-
-
-def require_replayable(recording: Recording, decoder: str, max_new_tokens: int, max_draft_length: int) -> None:
-    """Raise TraceError unless a recording holds texts and drafts as long as asked for."""
-    if isinstance(recording, Trace):
-        _check_trace(recording, traits_of(decoder).lossless, max_new_tokens, max_draft_length)
-    else:
-        require_tokens(recording, max_new_tokens)
 
 
 def _check_trace(trace: Trace, exact: bool, max_new_tokens: int, max_draft_length: int) -> None:

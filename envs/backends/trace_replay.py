@@ -126,25 +126,29 @@ class TraceWalk:
         end = int(self._ends[path])
         further = taken_back - 1  # tokens taken back beyond the one that was rejected
         fractional = further % 1 > 0
-        row, count = self._routes[path * width], 0
+        needed, jump, routes, drafted_at, places = self._needed, self._jump, self._routes, self._drafted, self._places
+        sampled, draw, first = table.sampled, rng.random, path * width
+        row, count, room = routes[first], 0, tokens - 1
         while True:
-            drafted = min(self._drafted[row], tokens - 1 - count, longest)
-            place = self._places[row]
-            if table.sampled:
-                place += int(rng.random() * copies)
-            start = place * reach
-            kept = bisect_right(self._needed, tolerance, start, start + drafted) - start
-            back = int(further + rng.random() if fractional else further)
+            drafted = drafted_at[row]
+            if drafted > room:
+                drafted = room
+            if drafted > longest:
+                drafted = longest
+            start = (places[row] + int(draw() * copies) if sampled else places[row]) * reach
+            kept = bisect_right(needed, tolerance, start, start + drafted) - start
+            back = int(further + draw() if fractional else further)
             if kept < drafted:
-                kept = max(kept - back, 0)
-            taken = min(kept + 1, end - count)
-            yield row, drafted, min(kept, taken), taken
+                kept = kept - back if kept > back else 0
+            taken = kept + 1 if kept < end - count else end - count
+            yield row, drafted, kept if kept < taken else taken, taken
             count += taken
             if count >= end:
                 return
-            row = self._jump[row * columns + kept]
+            room -= taken
+            row = jump[row * columns + kept]
             if row < 0:
-                row = self._routes[path * width + count]
+                row = routes[first + count]
 
     def choose_path(
         self, prompt: int, trace: int, tolerance: float, taken_back: float, rng: np.random.Generator

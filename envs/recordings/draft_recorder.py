@@ -98,7 +98,7 @@ class Recorder:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def distribution(self, scores: Tensor) -> Tensor:
-        """What tokens are chosen from; at temperature 1 when greedy, where the distribution itself would be one-hot."""
+        """Return the distribution of tokens; at temperature 1 when greedy, where it would be one-hot."""
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
     def _check_room(self, length: int) -> None:
@@ -163,7 +163,7 @@ PER_TOKEN = {
     "distance": np.float32,
     "target_entropy": np.float32,
 }
-"""What is recorded of every drafted token, as `traces.Trace` describes it, and as what type."""
+"""Columns of every drafted token, as `Trace` describes them, and their types."""
 
 
 def entropy(distribution: Tensor) -> Tensor:

@@ -154,11 +154,6 @@ def outcome_command(name: str, decoder: str) -> str:
     )
 
 
-def recording_command(name: str, decoder: str) -> str:
-    """Return the command that records what replays a decoder on a workload."""
-    return record_command(name) if is_traced(decoder) else outcome_command(name, decoder)
-
-
 def recording_name(name: str, decoder: str, split: str) -> str:
     """Return the file name of what replays a decoder on a workload."""
     return trace_name(name, split) if is_traced(decoder) else outcomes_name(name, decoder, split)

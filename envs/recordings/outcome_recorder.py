@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from ..backends.outcome_replay import OutcomeReplay
 from ..profiles import profile_of
 from ..tuning.knob_space import env_ranges
 from ..workloads import Workload, workload
+from .archive import claim_parts, parts_of, provenance_of, write_part
+from .find import is_traced
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
-from .resumable_parts import claim_parts, parts_of, provenance_of, write_part
 
 Floats = NDArray[np.float64]
 _REFINED_AT_A_TIME = 6
@@ -55,8 +56,8 @@ class OutcomeSettings:
         OutcomeError: a number is out of range, or the decoder is not known by name.
     """
 
-    decoder: str = "lookahead"
-    """Registered name of the decoder."""
+    decoder: str = field(default_factory=lambda: next(name for name in decoder_names() if not is_traced(name)))
+    """Registered name of the decoder; by default the first that traces cannot replay."""
     settings: int = 48
     """Settings of the knobs; fewer where there are not as many. The decoder's default and its presets come first."""
     refine: int = 0

@@ -16,9 +16,8 @@ from specgym.decoding import AutoregressiveDecoder, SpeculativeDecoder, Split, T
 
 from ..backends.replay_table import tokens_kept, tolerances_needed
 from ..workloads import Workload, workload
-from .archive import TraceError
+from .archive import TraceError, claim_parts, parts_of, provenance_of, write_part
 from .draft_recorder import PER_TOKEN, Recorder, Rows
-from .resumable_parts import claim_parts, parts_of, provenance_of, write_part
 from .trace import Trace, TraceInfo
 
 _ALL_ROWS = ("tokens", "successor", "drafted", "match", "distance")

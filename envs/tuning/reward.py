@@ -101,13 +101,12 @@ def range_bonus(settings: RewardSettings, knobs: Sequence[Knob], values: Mapping
         knobs: the decoder's; their upper ends are the unit of the ranges.
         values: of the knobs, by name, in their own units.
     """
-    ranges = preferred_ranges(settings, knobs)
-    bonuses = [
-        closeness(values[knob.name] / knob.high, *ranges[knob.name], settings.falloff)
-        for knob in knobs
-        if knob.name in ranges
-    ]
-    nothing = [0.0 * value for value in values.values()]  # an array if the values are arrays
+    bonuses = []
+    for knob in knobs:
+        ends = knob.preferred if settings.ranges is None else settings.ranges.get(knob.name)
+        if ends is not None:
+            bonuses.append(closeness(values[knob.name] / knob.high, *ends, settings.falloff))
+    nothing: list[Any] = [0.0 * value for value in values.values()]  # arrays if the values are arrays
     total: Any = sum(bonuses or nothing)
     return total / max(len(bonuses), 1)
 

@@ -68,7 +68,7 @@ def fake_tuning() -> Callable[..., FakeTuning]:
 
 @pytest.fixture
 def shown(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """What was printed since the last call, without line breaks and frames."""
+    """Text printed since the last call, without line breaks and frames."""
     return lambda: " ".join("".join(capsys.readouterr()).replace("│", " ").split())
 
 
@@ -146,9 +146,9 @@ def telling_trace(make_drafted_trace: Callable[..., Trace]) -> Callable[..., Tra
     """Traces whose drafts know themselves: by seed and prompts. A token is right about as often as its confidence."""
 
     def make(seed: int, prompts: int = 8, tokens: int = 48, **more: Any) -> Trace:
-        dice = np.random.default_rng(seed)
-        sure = dice.choice([0.05, 0.95], size=(prompts * tokens, 8), p=[0.3, 0.7])
-        return make_drafted_trace(dice.random(sure.shape) < sure, sure, prompts=prompts, **more)
+        rng = np.random.default_rng(seed)
+        sure = rng.choice([0.05, 0.95], size=(prompts * tokens, 8), p=[0.3, 0.7])
+        return make_drafted_trace(rng.random(sure.shape) < sure, sure, prompts=prompts, **more)
 
     return make
 

@@ -46,7 +46,13 @@ def test_help_lists_every_environment_and_the_options_of_all(
         train_command([*words, "--help"])
     assert not ended.value.code
     text = capsys.readouterr().out
-    for expected in ("--resume", "--workloads", "--learning.gae-lambda", "--checkpoint-every", *learnable()):
+    for expected in (
+        "--resume",
+        "--workloads",
+        "--learning.gae-lambda",
+        "--checkpoint-every",
+        *learnable("--tuner" in words),
+    ):
         assert expected in text
 
 

@@ -35,10 +35,10 @@ def test_two_separate_networks_of_two_layers_with_64_units() -> None:
 
 
 def test_names_a_mean_and_a_std_for_every_knob() -> None:
-    given = make_policy().distribution_parameters(torch.tensor([[0.5, 4.0], [0.1, 16.0]]))
-    assert set(given) == {"fallback_mean", "fallback_std", "rollback_mean", "rollback_std"}
-    assert all(values.shape == (2,) for values in given.values())
-    torch.testing.assert_close(given["fallback_std"], torch.full((2,), 0.5), atol=0.02, rtol=0)
+    options = make_policy().distribution_parameters(torch.tensor([[0.5, 4.0], [0.1, 16.0]]))
+    assert set(options) == {"fallback_mean", "fallback_std", "rollback_mean", "rollback_std"}
+    assert all(values.shape == (2,) for values in options.values())
+    torch.testing.assert_close(options["fallback_std"], torch.full((2,), 0.5), atol=0.02, rtol=0)
 
 
 def test_spread_depends_on_the_state_and_stays_within_its_bounds() -> None:

@@ -57,7 +57,7 @@ def pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., P
 
 @pytest.fixture(scope="session")
 def speaking_pair(pair: Pair) -> Pair:
-    """The same models with a tokenizer of whole words."""
+    """Models of the toy pair with a tokenizer of whole words."""
     return Pair(pair.target, pair.draft, word_tokenizer(), name="speaking")
 
 
@@ -68,14 +68,14 @@ def toy_workload(pair: Pair) -> Workload:
 
 @pytest.fixture(scope="session")
 def toy_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """What `toy_workload` does on its training prompts; the first three have detours."""
+    """Trace of `toy_workload` on its training prompts; the first three have detours."""
     settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=3, detour_tokens=12)
     return record(Workload(pair, PROMPTS), "train", tmp_path_factory.mktemp("toy") / "toy.npz", settings)
 
 
 @pytest.fixture(scope="session")
 def sampled_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Of the same pair and prompts, sampled; the first two have detours."""
+    """Trace of that pair and its prompts, sampled; the first two have detours."""
     settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=2, detour_tokens=12)
     work = Workload(pair, PROMPTS, Sampling(1.0))
     return record(work, "train", tmp_path_factory.mktemp("sampled") / "toy.npz", settings)
@@ -89,8 +89,8 @@ def profile() -> LatencyProfile:
 
 @pytest.fixture
 def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
-    def make(**changes: object) -> gymnasium.Env:
-        arguments: dict[str, object] = {
+    def make(**changes: Any) -> gymnasium.Env:
+        arguments: dict[str, Any] = {
             "workload": toy_workload,
             "profile": profile,
             "max_draft_length": DRAFT_LENGTH,
@@ -103,7 +103,7 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every step of an environment decodes."""
+    """Texts decoded by every step of an environment."""
     calls: list[dict[str, Any]] = []
     real = live.decode_prompts
 
@@ -151,7 +151,7 @@ def alone(make_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def alone_work(alone: Pair) -> Workload:
-    """Of the target alone."""
+    """Workload of the target alone."""
     return Workload(alone, PROMPTS)
 
 
@@ -220,5 +220,5 @@ def trees(tree_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Recorded
 @pytest.fixture(params=["lookahead", "medusa", "typical_medusa", "trees"])
 def recorded(request: pytest.FixtureRequest) -> Recorded:
     """Each decoder that is replayed by its outcomes."""
-    found: Recorded = request.getfixturevalue(request.param)
-    return found
+    result: Recorded = request.getfixturevalue(request.param)
+    return result

@@ -1,4 +1,4 @@
-"""What is particular to the environment of draft trees: a draft, what guides it, and its profiles."""
+"""Environment of draft trees: a draft, its guidance, and its profiles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def guided(pair: Pair, weight: float = 0.5, seed: int = 0, **shape: Any) -> Draf
 def test_a_recorded_setting_is_replayed_prompt_by_prompt_as_it_is_live(
     trees: Recorded,
 ) -> None:
-    live, replayed = trees.live(), trees.one()
+    live, replayed = trees.live(), trees.single()
     speedups = set()
     for setting in trees.outcomes.settings[:5]:
         knobs = dict(zip(trees.names, setting.tolist(), strict=True))
@@ -89,11 +89,11 @@ def test_the_command_records_with_the_draft_and_has_no_draft_length(
     with pytest.raises(TraceError, match="--draft-length: draft-tree drafts no tokens one after another; leave it out"):
         record.main([*asked, "--draft-length", "4"])
     record.main(asked)
-    found = Outcomes.load(tmp_path / "toy_ids.draft-tree.train.npz")
+    result = Outcomes.load(tmp_path / "toy_ids.draft-tree.train.npz")
     assert isinstance(work.pair, Pair)
     assert work.pair.draft is not None
-    assert found.info.draft == work.pair.draft.name
-    assert trees.one(recording=found, max_new_tokens=4).reset(seed=0)[1]["workload"] == "toy/ids"
+    assert result.info.draft == work.pair.draft.name
+    assert trees.single(recording=result, max_new_tokens=4).reset(seed=0)[1]["workload"] == "toy/ids"
 
 
 def test_a_recording_names_what_stood_beside_the_draft_and_its_parts_are_not_added_to_with_another(
@@ -129,7 +129,7 @@ def test_guidance_is_told_apart_by_all_that_decides_what_is_drafted(tree_pair: P
     calibrated = guided(tree_pair)
     assert calibrated.guidance.predictor is not None
     calibrated.guidance.predictor.temperature.fill_(2.0)
-    made = [
+    built = [
         guided(tree_pair),
         guided(tree_pair, weight=0.25),
         guided(tree_pair, seed=1),
@@ -137,7 +137,7 @@ def test_guidance_is_told_apart_by_all_that_decides_what_is_drafted(tree_pair: P
         bare,
         calibrated,
     ]
-    digests = [each.guidance.digest() for each in (*made, DraftTreeDecoder(tree_pair))]
+    digests = [item.guidance.digest() for item in (*built, DraftTreeDecoder(tree_pair))]
     assert len(set(digests)) == 7
     assert digests[-1] == ""
     assert guided(tree_pair).guidance.digest() == digests[0] != weights_digest(tree_pair.target.model)
@@ -166,7 +166,7 @@ def test_the_decoder_is_known_by_name(tree_pair: Pair) -> None:
 
 
 def test_an_action_moves_the_budget_in_doublings_and_the_others_by_a_tenth_of_their_ranges(trees: Recorded) -> None:
-    assert trees.one().unwrapped.scales == pytest.approx(  # type: ignore[attr-defined]
+    assert trees.single().unwrapped.scales == pytest.approx(  # type: ignore[attr-defined]
         {"max_candidates": 0.7, "max_depth": 0.8, "node_budget": 0.602, "min_acceptance_prob": 0.03}, abs=1e-3
     )
 
@@ -176,19 +176,19 @@ def test_the_profile_is_that_of_trees_by_default_timed_with_the_decoder_itself_a
 ) -> None:
     timed: list[DraftTreeDecoder | str | None] = []
 
-    def found(pair: Pair, decoder: DraftTreeDecoder | str | None, *, sampling: Sampling) -> LatencyProfile:
+    def result(pair: Pair, decoder: DraftTreeDecoder | str | None, *, sampling: Sampling) -> LatencyProfile:
         timed.append(decoder)
         return trees.profile
 
-    monkeypatch.setattr("specgym.decoding.measured", found)
-    monkeypatch.setattr(live_backend, "measured", found)
-    assert trees.one(workload=trees.workload, profile=None).unwrapped.profile == trees.profile  # type: ignore[attr-defined]
+    monkeypatch.setattr("specgym.decoding.measured", result)
+    monkeypatch.setattr(live_backend, "measured", result)
+    assert trees.single(workload=trees.workload, profile=None).unwrapped.profile == trees.profile  # type: ignore[attr-defined]
     decoder = guided(tree_pair)
     trees.live(profile=None, decoder=lambda pair: decoder)
     measure_setting(decoder, None, [[1, 2]], 4)
     assert timed == ["draft-tree", decoder, decoder]
     with pytest.raises(LatencyProfileError, match="made for chain rounds, and draft-tree rounds are to be charged"):
-        trees.one(profile=profile)
+        trees.single(profile=profile)
 
 
 def test_profiles_of_trees_are_named_after_the_pair(trees: Recorded) -> None:
@@ -204,7 +204,7 @@ def test_the_command_measures_the_pair_with_all_that_belongs_to_it(
     profiles.main(["toy/ids", "--decoder", "draft-tree", "--out", str(tmp_path), "--max-target-tokens", "7"])
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(work, "draft-tree")
-    found = profile_of(work, path, replayed=True, decoder="draft-tree")
-    assert (max(found.draft_seconds), max(found.target_seconds)) == (2, 7)
-    assert found.hardware["draft_tree"]["rule"] == "likeliest"
+    result = profile_of(work, path, replayed=True, decoder="draft-tree")
+    assert (max(result.draft_seconds), max(result.target_seconds)) == (2, 7)
+    assert result.hardware["draft_tree"]["rule"] == "likeliest"
     assert "one more token read adds" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What is particular to the environment of Medusa decoding: its heads, its profiles, and typical acceptance."""
+"""Environment of Medusa decoding: its heads, its profiles, and typical acceptance."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_typical_acceptance_is_recorded_with_its_divergence_and_kept_below_a_bou
     strict = {"heads": 5.0, "tree_size": 60.0, "epsilon": 1.0, "delta": 2.0}
     bounded = RewardSettings(max_divergence=0.01)
     many = typical_medusa.many(400, reward=bounded)
-    found = {}
+    result = {}
     for name, knobs in (("loose", loose), ("strict", strict)):
         many.reset(seed=0, options={"knobs": knobs})
-        found[name] = many.step(typical_medusa.still(400))[4]
-    divergence = found["loose"]["divergence"]
-    assert divergence.mean() > max(0.02, found["strict"]["divergence"].mean())
-    assert found["loose"]["reward/divergence"] == pytest.approx(-np.maximum(divergence - 0.01, 0))
+        result[name] = many.step(typical_medusa.still(400))[4]
+    divergence = result["loose"]["divergence"]
+    assert divergence.mean() > max(0.02, result["strict"]["divergence"].mean())
+    assert result["loose"]["reward/divergence"] == pytest.approx(-np.maximum(divergence - 0.01, 0))
     infos = []
-    for env in (typical_medusa.one(reward=bounded), typical_medusa.many(1, reward=bounded)):
+    for env in (typical_medusa.single(reward=bounded), typical_medusa.many(1, reward=bounded)):
         env.reset(seed=0, options={"knobs": loose})
-        infos.append(env.step(np.zeros(env.action_space.shape, np.float32))[4])
+        infos.append(env.step(np.zeros(env.action_space.shape or (), np.float32))[4])
     assert infos[0]["divergence"] > 0.02
     assert infos[0]["reward/divergence"] == pytest.approx(0.01 - infos[0]["divergence"])
     assert infos[0]["reward/divergence"] == pytest.approx(infos[1]["reward/divergence"][0])
@@ -84,7 +84,7 @@ def test_a_target_with_another_number_of_heads_is_recorded_and_replayed_with_tha
     assert few.info.knobs[0] == RecordedKnob("heads", 0, count, True)
     assert set(few.settings[:, 0]) == set(range(count + 1))
     live = gymnasium.make("specgym/Medusa-v0", workload=alone_work, decoder="medusa-typical", profile=cheap_heads)
-    replayed = typical_medusa.one(recording=few, profile=cheap_heads, max_new_tokens=4)
+    replayed = typical_medusa.single(recording=few, profile=cheap_heads, max_new_tokens=4)
     assert replayed.unwrapped.knobs == live.unwrapped.knobs  # type: ignore[attr-defined]
     assert replayed.observation_space == live.observation_space
     replayed.reset(seed=0, options={"knobs": {"heads": count}})
@@ -118,13 +118,12 @@ def test_parts_that_were_recorded_with_other_heads_are_not_added_to(
 
 
 def test_heads_are_told_apart_by_all_that_decides_what_they_propose(alone: Pair) -> None:
-    made = [
-        random_heads(alone.target.model, 3, seed=seed, **more)
-        for seed, more in ((0, {}), (1, {}), (0, {"vocabulary": range(9)}), (0, {"vocabulary": range(1, 10)}))
-    ]
+    kinds: list[tuple[int, dict[str, Any]]] = [(0, {}), (1, {})]
+    kinds += [(0, {"vocabulary": range(9)}), (0, {"vocabulary": range(1, 10)})]
+    built = [random_heads(alone.target.model, 3, seed=seed, **more) for seed, more in kinds]
     measured_ones = random_heads(alone.target.model, 3)
     measured_ones.accuracies = ((0.5,), (0.25,), (0.125,))
-    digests = [heads.digest() for heads in (*made, measured_ones)]
+    digests = [heads.digest() for heads in (*built, measured_ones)]
     assert len(set(digests)) == 5
     assert random_heads(alone.target.model, 3).digest() == digests[0]
 
@@ -143,14 +142,14 @@ def test_the_profile_is_that_of_medusa_rounds_by_default_and_no_other_is_taken(
 ) -> None:
     kinds: list[str] = []
 
-    def found(pair: Pair, decoder: Any, *, sampling: Sampling) -> LatencyProfile:
+    def result(pair: Pair, decoder: Any, *, sampling: Sampling) -> LatencyProfile:
         kinds.append(traits_of(decoder).cost_kind(sampling.greedy))
         return cheap_heads
 
-    monkeypatch.setattr("specgym.decoding.measured", found)
-    assert medusa.one(workload=medusa.workload, profile=None).unwrapped.profile == cheap_heads  # type: ignore[attr-defined]
+    monkeypatch.setattr("specgym.decoding.measured", result)
+    assert medusa.single(workload=medusa.workload, profile=None).unwrapped.profile == cheap_heads  # type: ignore[attr-defined]
     live = gymnasium.make("specgym/Medusa-v0", workload=medusa.workload, decoder="medusa-typical")
     assert live.unwrapped.profile == cheap_heads  # type: ignore[attr-defined]
     assert kinds == ["medusa", "medusa"]
     with pytest.raises(LatencyProfileError, match="made for chain rounds, and medusa rounds are to be charged"):
-        medusa.one(profile=profile)
+        medusa.single(profile=profile)

@@ -1,4 +1,4 @@
-"""What Medusa's rounds are charged by: their kind, how the profile is called, and with which heads it is measured."""
+"""Charges of Medusa's rounds: their kind, the profile's name, and the heads it is measured with."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_live_rounds_are_charged_by_the_decoders_own_heads_whichever_lie_beside_
         save_heads(random_heads(alone.target.model, usual), tmp_path / "toy-medusa", alone.target)
     heads, timed = random_heads(alone.target.model, 3), list[MedusaHeads | None]()
 
-    def found(pair: Pair, decoder: MedusaDecoder, *, sampling: Sampling) -> LatencyProfile:
+    def result(pair: Pair, decoder: MedusaDecoder, *, sampling: Sampling) -> LatencyProfile:
         timed.append(decoder.heads)
         return cheap_heads
 
-    monkeypatch.setattr("specgym.decoding.measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", result)
     gymnasium.make("specgym/Medusa-v0", workload=alone_work, decoder=lambda pair: MedusaDecoder(pair, heads))
     assert timed == [heads]
 
@@ -83,8 +83,8 @@ def test_the_command_measures_with_the_heads_beside_the_target(
     profiles.main(arguments)
     (path,) = tmp_path.glob("*.json")
     assert path.name == profile_name(alone_work, "medusa")
-    found = profile_of(alone_work, path, replayed=True, decoder="medusa")
-    assert (max(found.draft_seconds), max(found.target_seconds)) == (5, 7)
-    assert found.hardware["medusa"]["heads"] == 5
+    result = profile_of(alone_work, path, replayed=True, decoder="medusa")
+    assert (max(result.draft_seconds), max(result.target_seconds)) == (5, 7)
+    assert result.hardware["medusa"]["heads"] == 5
     assert "one more token read adds" in capsys.readouterr().out
-    assert measured(alone, "medusa").hardware["medusa"] == found.hardware["medusa"]
+    assert measured(alone, "medusa").hardware["medusa"] == result.hardware["medusa"]

@@ -29,26 +29,26 @@ def test_a_replay_of_a_shipped_workload_needs_no_model() -> None:
     assert "tiny_prose" in names
     for name in names:
         pair, _, prompts = name.rpartition("_")
-        found = workload(f"{pair}/{prompts}")
-        profile = profile_of(found, None, replayed=True)
+        result = workload(f"{pair}/{prompts}")
+        profile = profile_of(result, None, replayed=True)
         assert profile.pair == pair
-        assert profile.sampling == ("greedy" if found.sampling.greedy else "sampled")
+        assert profile.sampling == ("greedy" if result.sampling.greedy else "sampled")
         assert profile.at(batch_size=4).round(4) > 0
 
 
 @pytest.mark.usefixtures("no_measuring")
 def test_what_is_given_comes_first(profile: LatencyProfile, tmp_path: Path) -> None:
     profile.save(tmp_path / "own.json")
-    found = workload("tiny/prose")
+    result = workload("tiny/prose")
     for replayed in (True, False):
-        assert profile_of(found, profile, replayed=replayed) is profile
-        assert profile_of(found, tmp_path / "own.json", replayed=replayed) == profile
+        assert profile_of(result, profile, replayed=replayed) is profile
+        assert profile_of(result, tmp_path / "own.json", replayed=replayed) == profile
         with pytest.raises(LatencyProfileError, match="made for chain rounds, and lookahead rounds are to be charged"):
-            profile_of(found, tmp_path / "own.json", replayed=replayed, decoder="lookahead")
+            profile_of(result, tmp_path / "own.json", replayed=replayed, decoder="lookahead")
         with pytest.raises(LatencyProfileError, match="made for lookahead rounds, and chain rounds"):
-            profile_of(found, replace(profile, kind="lookahead"), replayed=replayed)
+            profile_of(result, replace(profile, kind="lookahead"), replayed=replayed)
     with pytest.raises(LatencyProfileError, match=r"there is no latency profile .*missing\.json"):
-        profile_of(found, tmp_path / "missing.json", replayed=True)
+        profile_of(result, tmp_path / "missing.json", replayed=True)
 
 
 def test_live_decoding_and_pairs_of_ones_own_are_measured(
@@ -56,11 +56,11 @@ def test_live_decoding_and_pairs_of_ones_own_are_measured(
 ) -> None:
     kinds: list[str | None] = []
 
-    def found(pair: Pair, decoder: str | None, *, sampling: Sampling) -> LatencyProfile:
+    def result(pair: Pair, decoder: str | None, *, sampling: Sampling) -> LatencyProfile:
         kinds.append(decoder)
         return profile
 
-    monkeypatch.setattr("specgym.decoding.measured", found)
+    monkeypatch.setattr("specgym.decoding.measured", result)
     assert profile_of(toy_workload, None, replayed=True) is profile
     assert profile_of(workload("tiny-3m-ngram/prose"), None, replayed=False) is profile
     assert profile_of(toy_workload, None, replayed=True, decoder="lookahead") is profile
@@ -75,12 +75,12 @@ def test_greedy_workloads_of_a_pair_share_a_profile() -> None:
 @pytest.mark.usefixtures("no_measuring")
 @pytest.mark.parametrize("name", ["tiny-10m/prose", "tiny/code", "tiny-3m-1l/chat", "tiny-10m/prose@1.0"])
 def test_a_replay_of_lookahead_is_charged_by_the_reference_of_the_target_alone(name: str) -> None:
-    found = profile_of(workload(name), None, replayed=True, decoder="lookahead")
-    assert found.kind == "lookahead"
-    assert found.pair == ("tiny-3m" if "3m" in name else "tiny-10m")
-    assert found.sampling == ("sampled" if "@" in name else "greedy")
-    assert found.draft_seconds == {0: 0.0}
-    assert found.at().target(120) > found.at().target(20)
+    result = profile_of(workload(name), None, replayed=True, decoder="lookahead")
+    assert result.kind == "lookahead"
+    assert result.pair == ("tiny-3m" if "3m" in name else "tiny-10m")
+    assert result.sampling == ("sampled" if "@" in name else "greedy")
+    assert result.draft_seconds == {0: 0.0}
+    assert result.at().target(120) > result.at().target(20)
 
 
 def test_lookaheads_profiles_are_named_after_the_target(toy_workload: Workload, pair: Pair) -> None:
@@ -105,10 +105,10 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
     main(["alone/ids", *arguments])
     main(["toy/ids", *arguments])  # the same target: nothing left to do
     (path,) = tmp_path.iterdir()
-    found = LatencyProfile.load(path)
-    assert (path.name, found.kind) == (f"{pair.target.name}.lookahead.greedy.json", "lookahead")
-    assert list(found.target_seconds) == [1, 2, 4, 6]
-    assert found.at(context=9).context == 9
+    result = LatencyProfile.load(path)
+    assert (path.name, result.kind) == (f"{pair.target.name}.lookahead.greedy.json", "lookahead")
+    assert list(result.target_seconds) == [1, 2, 4, 6]
+    assert result.at(context=9).context == 9
     with pytest.raises(SpecgymError, match=r"alone/ids cannot be measured: .*batch size 1 alone"):
         main(["alone/ids", "--decoder", "lookahead", "--out", str(tmp_path / "other"), "--batch-sizes", "1", "4"])
 

@@ -50,8 +50,8 @@ def test_own_texts_are_the_targets(work: Workload, trace: Trace) -> None:
     assert trace.prompts == 3
     for place, prompt in enumerate(work.prompt_ids("train")[:3]):
         generation = decoder.generate(prompt, max_new_tokens=20)
-        own = slice(int(trace.starts[place]), int(trace.starts[place + 1]))
-        assert trace.text[own].tolist() == generation.tokens
+        local = slice(int(trace.starts[place]), int(trace.starts[place + 1]))
+        assert trace.text[local].tolist() == generation.tokens
         assert trace.ended[place] == (generation.finish_reason == "eos")
         assert trace.prompt_lengths[place] == len(prompt)
     assert trace.match[: len(trace.text)].any()
@@ -90,14 +90,14 @@ def test_detours_are_the_texts_of_threshold_decoding(work: Workload, trace: Trac
             seed=prompt,
         )
         assert (rows >= 0).sum() == len(generation.tokens)
-        own = np.arange(trace.starts[prompt], trace.starts[prompt + 1])[: len(generation.tokens)]
-        text = trace.text[own].tolist()
+        local = np.arange(trace.starts[prompt], trace.starts[prompt + 1])[: len(generation.tokens)]
+        text = trace.text[local].tolist()
         shared = next(
             (place for place, pair in enumerate(zip(text, generation.tokens, strict=False)) if pair[0] != pair[1]),
             len(text),
         )
         # Row t is about the text before token t, so the first row of a new text comes after the first new token.
-        assert rows[: min(shared + 1, len(own))].tolist() == own[: shared + 1].tolist()
+        assert rows[: min(shared + 1, len(local))].tolist() == local[: shared + 1].tolist()
         strayed |= bool((rows >= len(trace.text)).any())
     assert strayed
 

@@ -16,7 +16,7 @@ from specgym.envs import Workload
 IDS = sorted(name for name in gymnasium.registry if name.startswith(f"{specgym.__name__}/"))
 
 
-def made(name: str) -> gymnasium.Env:
+def built(name: str) -> gymnasium.Env:
     return gymnasium.make(name, backend="replay")
 
 
@@ -33,7 +33,7 @@ def shipped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_passes_both_checkers_without_a_warning(shipped: str) -> None:
-    env = made(shipped)
+    env = built(shipped)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env.unwrapped)
@@ -41,7 +41,7 @@ def test_passes_both_checkers_without_a_warning(shipped: str) -> None:
 
 
 def test_an_episode_ends_within_what_the_registry_says_and_earns_something(shipped: str) -> None:
-    env = made(shipped)
+    env = built(shipped)
     env.action_space.seed(0)
     env.reset(seed=0)
     rewards, over = list[float](), False

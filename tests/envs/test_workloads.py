@@ -18,26 +18,26 @@ TEXTS = PromptSet("words", train=("seek find", "knock"), test=("find",), source=
 
 
 def test_a_name_is_pair_slash_prompts_and_means_greedy() -> None:
-    found = workload("tiny/prose")
-    assert (found.pair, found.prompts, found.sampling.greedy, str(found)) == ("tiny", "prose", True, "tiny/prose")
+    result = workload("tiny/prose")
+    assert (result.pair, result.prompts, result.sampling.greedy, str(result)) == ("tiny", "prose", True, "tiny/prose")
 
 
 def test_a_temperature_follows_an_at_sign() -> None:
-    found = workload("tiny/code@0.7")
-    assert found.sampling == Sampling(temperature=0.7)
-    assert found.name == "tiny/code@0.7"
+    result = workload("tiny/code@0.7")
+    assert result.sampling == Sampling(temperature=0.7)
+    assert result.name == "tiny/code@0.7"
 
 
 def test_hub_ids_keep_their_slashes() -> None:
-    found = workload("some-lab/large+some-lab/small/lambada")
-    assert (found.pair, found.prompts) == ("some-lab/large+some-lab/small", "lambada")
+    result = workload("some-lab/large+some-lab/small/lambada")
+    assert (result.pair, result.prompts) == ("some-lab/large+some-lab/small", "lambada")
 
 
 def test_prompts_may_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(["one", "two"]))
-    found = workload(f"tiny/{file}")
-    assert (found.pair, found.prompts) == ("tiny", str(file))
+    result = workload(f"tiny/{file}")
+    assert (result.pair, result.prompts) == ("tiny", str(file))
 
 
 @pytest.mark.parametrize("name", SHIPPED_WORKLOADS)
@@ -84,10 +84,10 @@ def test_empty_token_prompts_are_refused(train: list[list[int]], test: list[list
 
 
 def test_texts_are_encoded_by_the_pairs_tokenizer(speaking_pair: Pair) -> None:
-    found = Workload(speaking_pair, TEXTS)
-    assert found.prompt_ids() == ((2, 3), (1,))
-    assert found.with_split("test").prompt_ids() == ((3,),)
-    assert found.prompt_ids() is found.prompt_ids()
+    result = Workload(speaking_pair, TEXTS)
+    assert result.prompt_ids() == ((2, 3), (1,))
+    assert result.with_split("test").prompt_ids() == ((3,),)
+    assert result.prompt_ids() is result.prompt_ids()
 
 
 def test_texts_without_a_tokenizer_are_refused(pair: Pair) -> None:
@@ -96,18 +96,23 @@ def test_texts_without_a_tokenizer_are_refused(pair: Pair) -> None:
 
 
 def test_long_prompts_lose_their_beginning(pair: Pair) -> None:
-    found = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]), max_prompt_tokens=3)
-    assert found.prompt_ids() == ((57, 58, 59),)
+    result = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]), max_prompt_tokens=3)
+    assert result.prompt_ids() == ((57, 58, 59),)
 
 
 def test_prompts_fill_at_most_half_the_context(pair: Pair) -> None:
-    found = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]))
-    assert len(found.prompt_ids()[0]) == pair.target.context_limit // 2
+    result = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]))
+    assert len(result.prompt_ids()[0]) == pair.target.context_limit // 2
 
 
 def test_a_pair_is_loaded_once_a_process(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    monkeypatch.setattr("specgym.decoding.load_pair", lambda name: loaded.append(name) or pair)
+
+    def load(name: str) -> Pair:
+        loaded.append(name)
+        return pair
+
+    monkeypatch.setattr("specgym.decoding.load_pair", load)
     module._shared_pair.cache_clear()
     assert Workload("tiny", "prose").load() is Workload("tiny", "code").load()
     assert loaded == ["tiny"]

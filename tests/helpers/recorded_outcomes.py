@@ -56,7 +56,7 @@ class Recorded:
         usual = {"workload": self.workload, "profile": self.profile, "max_new_tokens": TOKENS, **self.more}
         return gymnasium.make(self.env, **{**usual, **changes})
 
-    def one(self, **changes: Any) -> gymnasium.Env:
+    def single(self, **changes: Any) -> gymnasium.Env:
         """A single environment that replays the outcomes."""
         return gymnasium.make(self.env, backend="replay", **{**self._replayed, **changes})
 

@@ -42,6 +42,7 @@ def test_patterns_say_what_staying_in_the_preferred_ranges_loses(task: TuningTas
     save_patterns(tmp_path, [task])
     content = json.loads((tmp_path / "patterns.json").read_text())
     assert content["verdict"] == verdict(rows, preferred_ranges(task))
+    assert speed.inside_loss is not None
     assert f"loses {100 * speed.inside_loss:.1f} % on average" in content["verdict"]
     assert len(content["rows"]) == len(rows) == len((tmp_path / "patterns.csv").read_text().splitlines()) - 1
     stored = content["rows"][0]

@@ -27,7 +27,7 @@ def wrong_drafts(make_drafted_trace: Callable[..., Trace], cheap_drafts: Latency
     """Drafts that are never right, and lie at a distance of 0.6: thresholds from there on keep all of them."""
 
     def make(reward: RewardSettings = SPEED, distance: float = 0.6, **more: Any) -> TuningTask:
-        traces = {}
+        traces: dict[str, Any] = {}
         for split in ("train", "test"):
             trace = make_drafted_trace(np.zeros((4 * TOKENS, K)), 0.5, split=split)
             traces[split] = replace(trace, distance=np.full_like(trace.distance, distance))

@@ -134,10 +134,10 @@ def test_one_policy_learns_several_batch_sizes(
 
 def hand_made(**throughputs: float) -> list[Row]:
     """A table of one workload: plain 1, fixed 1.5, oracle 2, and what is given."""
-    given = dict.fromkeys(METHODS, 1.4) | {"autoregressive": 1.0, "fixed": 1.5, "oracle": 2.0} | throughputs
+    options = dict.fromkeys(METHODS, 1.4) | {"autoregressive": 1.0, "fixed": 1.5, "oracle": 2.0} | throughputs
     rows = []
     for name in ("tiny/prose", ALL):
-        for method, throughput in given.items():
+        for method, throughput in options.items():
             values = {"throughput": throughput, "draft_acceptance_rate": 0.5, "draft_length": 2.0}
             if method == "learned":
                 values |= {RATIO: throughput / 1.5, GAP: (throughput - 1.5) / 0.5}

@@ -28,13 +28,13 @@ def features(*places: int) -> np.ndarray:
 
 def play(rule: StopRule, rounds: int, chance: float, seed: int = 0) -> None:
     """One draft after another, of which each token is kept with the same chance."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     for _ in range(rounds):
         place = 1
         while not rule(features(place))[0]:
             place += 1
-        kept = (dice.random(place) < chance).cumprod().sum()
-        rule.verified(np.array([0]), np.array([place]), np.array([kept + 1]), ROUND[[place]])
+        kept = (rng.random(place) < chance).cumprod().sum()
+        rule.verified(np.array([0]), np.array([place]), np.array([kept + 1]), ROUND[[place]].astype(np.float64))
 
 
 def best_length(chance: float) -> int:

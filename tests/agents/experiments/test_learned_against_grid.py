@@ -13,8 +13,7 @@ from benchmarks import learned_against_grid as benchmark
 from specgym.agents import ExportedPolicy, RunFolder, load_settings
 from specgym.agents.command_line import train_command
 from specgym.decoding.latency.profile import LatencyProfile
-from specgym.envs.backends.outcome_totals import totals
-from specgym.envs.recordings.outcomes import Outcomes, outcomes_name
+from specgym.envs.recordings.outcomes import Outcomes, outcomes_name, totals
 from tests.helpers.small_runs import options, record_little, target_alone
 
 ENV = "specgym/Lookahead-v0"
@@ -64,19 +63,20 @@ def test_the_grid_is_compared_once_with_what_was_learned(
         (row["workload"], row["method"]): row["reward"]
         for row in json.loads((finished / "table.json").read_text())["rows"]
     }
-    for name, found in stored.items():
-        assert len(found["grid"]) == 4
-        best_two = grids.best_apart([entry["reward"] for entry in found["grid"]], 2)
-        assert [entry["knobs"] for entry in found["finalists"]] == [found["grid"][place]["knobs"] for place in best_two]
-        assert found["best"]["reward"] == max(entry["reward"] for entry in found["finalists"])
-        assert found["learned"]["knobs"] == learned[name]
+    for name, result in stored.items():
+        assert len(result["grid"]) == 4
+        best_two = grids.best_apart([entry["reward"] for entry in result["grid"]], 2)
+        finalists = [entry["knobs"] for entry in result["finalists"]]
+        assert finalists == [result["grid"][place]["knobs"] for place in best_two]
+        assert result["best"]["reward"] == max(entry["reward"] for entry in result["finalists"])
+        assert result["learned"]["knobs"] == learned[name]
         # The same prompts, tokens and seeds as the table's, and the same profile.
         for method in ("learned", "default"):
-            assert found[method]["reward"] == pytest.approx(table[name, method])
+            assert result[method]["reward"] == pytest.approx(table[name, method])
         recording = Outcomes.load(recordings / outcomes_name(name, "lookahead", "train"))
         profile = LatencyProfile.load(profiles[name])
         seconds = totals(recording, profile.at(), settings.environment.max_new_tokens).per_token("seconds").tolist()
-        assert list(found["recorded"]["knobs"].values()) == recording.settings[seconds.index(min(seconds))].tolist()
+        assert list(result["recorded"]["knobs"].values()) == recording.settings[seconds.index(min(seconds))].tolist()
 
     def refuse(*arguments: object) -> list[float]:
         raise AssertionError("it was decoded before")
@@ -105,9 +105,9 @@ def test_the_default_grid_is_thinned_evenly_and_what_is_given_stays(finished: Pa
         assert (values[knob.name][0], values[knob.name][-1]) == (knob.low, knob.high)
         steps = [after - before for before, after in zip(values[knob.name], values[knob.name][1:], strict=False)]
         assert max(steps) - min(steps) <= 1
-    given = grids.thinned(knobs, {"window": [3.0, 1.0, 3.0]})
-    assert given["window"] == [1, 3]
-    assert given["guesses"] == list(range(17))
+    arguments = grids.thinned(knobs, {"window": [3.0, 1.0, 3.0]})
+    assert arguments["window"] == [1, 3]
+    assert arguments["guesses"] == list(range(17))
 
 
 def test_of_settings_that_earn_the_very_same_one_is_a_finalist() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from specgym.agents import StopSettings, default_settings, load_settings, save_settings
 from specgym.agents.command_line import evaluate_command, train_command
+from specgym.callbacks import RateCallback
 from tests.helpers.small_runs import record_traces
 
 DRAFT_LENGTH = ["--env", "specgym/DraftLength-v0"]
@@ -24,7 +25,7 @@ def traces(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def options(small_workloads: tuple[str, str], traces: Path, tmp_path: Path) -> list[str]:
-    """Of a run that takes seconds; time is charged as computed for a GPU, which measures nothing."""
+    """Options of a run of seconds; time is charged as computed for a GPU, which measures nothing."""
     chosen = {
         "--recordings": traces, "--runs": tmp_path / "runs", "--name": "mine", "--hardware": "h100-sxm",
         "--max-draft-length": 4, "--max-new-tokens": 12, "--environments": 16, "--total-timesteps": 1024,
@@ -99,8 +100,8 @@ def test_a_resume_that_contradicts_the_run_is_refused(
         assert train_command([*resume, *changed]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert train_command([*resume, "--env", "specgym/Thresholds-v0"]) == 2
-    told = capsys.readouterr().err
-    assert "is a run of --env specgym/DraftLength-v0, not of --env specgym/Thresholds-v0" in told
+    messages = capsys.readouterr().err
+    assert "is a run of --env specgym/DraftLength-v0, not of --env specgym/Thresholds-v0" in messages
     assert train_command(options) == 2
     assert "exists already; go on with --resume" in capsys.readouterr().err
 
@@ -159,13 +160,13 @@ def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.
     ],
 )
 def test_help_lists_both_environments_and_the_options_of_the_chosen_one(
-    env: list[str], own: str, others: str, capsys: pytest.CaptureFixture[str]
+    env: list[str], mine: str, others: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as shown:
         train_command([*env, "--help"])
     assert not shown.value.code
     text = capsys.readouterr().out
-    for expected in ("specgym/Thresholds-v0", "specgym/DraftLength-v0", "--resume", own):
+    for expected in ("specgym/Thresholds-v0", "specgym/DraftLength-v0", "--resume", mine):
         assert expected in text
     assert others not in text
 
@@ -175,3 +176,32 @@ def test_an_unknown_environment_is_refused(capsys: pytest.CaptureFixture[str]) -
         train_command(["--env", "specgym/Lookahead-v7"])
     assert refused.value.code == 2
     assert "specgym/DraftLength-v0" in capsys.readouterr().err
+
+
+def test_interrupted_inside_a_seed_it_goes_on_from_its_checkpoint_and_may_replay_and_schedule(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    words = [*options, "--checkpoint-every", "256", "--learning.replay.updates", "1", "--learning.replay.warm-up", "1",
+             "--learning.entropy-end", "0.0"]  # fmt: skip
+    rollouts = []
+
+    def interrupted(callback: RateCallback) -> None:
+        rollouts.append(1)
+        if len(rollouts) == 7:  # of seed 1, since a seed has four
+            raise KeyboardInterrupt
+        real(callback)
+
+    real = RateCallback._on_rollout_end
+    with monkeypatch.context() as patch:
+        patch.setattr(RateCallback, "_on_rollout_end", interrupted)
+        assert train_command(words) == 2
+    assert f"--resume {run}" in capsys.readouterr().err
+    assert (run / "seed-0" / "policy.zip").is_file()
+    assert not (run / "seed-1" / "policy.zip").exists()
+    assert train_command(["--resume", str(run)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Seed 0 (1 of 2): All 1024 steps are done. Seed 1 (2 of 2): Going on from step 512." in shown
+    assert json.loads((run / "seed-1" / "checkpoints" / "step_000001024" / "rate.json").read_text())
+    assert evaluate_command([str(run), "--report"]) == 0
+    assert "Stopping of drafts learned in mine" in (run / "report.html").read_text()

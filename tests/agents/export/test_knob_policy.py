@@ -10,10 +10,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from specgym.agents.export.knob_policy import DESCRIPTION_FILE, WEIGHTS_FILE, ExportedPolicy, KnobRange
+from specgym.agents.export.knob_policy import ExportedPolicy, KnobRange
 from specgym.agents.export.recommend import load_knobs, recommend, save_knobs, settle
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.training.run_folder import RunFileError
+from specgym.agents.training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
 
 KNOBS = (KnobRange("fallback", 0.05, 0.95, 0.5, 0.2), KnobRange("rollback", 1, 16, 1, 1.5))
 WORKLOADS = ("tiny/prose", "tiny/code", "tiny-10m-ngram/code")
@@ -24,11 +24,11 @@ STATE = ("fallback", "rollback", *(f"workload/{name}" for name in WORKLOADS))
 def policy() -> KnobPolicy:
     torch.manual_seed(0)
     space = spaces.Box(np.array([0.05, 1, 0, 0, 0], np.float32), np.array([0.95, 16, 1, 1, 1], np.float32))
-    made = KnobPolicy(space, spaces.Box(-1, 1, (2,)), lambda _: 1e-3, knob_names=("fallback", "rollback"))
+    result = KnobPolicy(space, spaces.Box(-1, 1, (2,)), lambda _: 1e-3, knob_names=("fallback", "rollback"))
     with torch.no_grad():  # as if it had learned something
-        made.action_net.weight.mul_(200)
-        made.spread_net.weight.mul_(200)
-    return made
+        result.action_net.get_parameter("weight").mul_(200)
+        result.spread_net.get_parameter("weight").mul_(200)
+    return result
 
 
 def test_it_is_the_same_function_after_a_round_trip(policy: KnobPolicy, tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_recommends_where_the_policy_stays(policy: KnobPolicy, tmp_path: Path) -
     weights["mean.bias"] = np.array([-3.0, 3.0], np.float32)  # always down, always up
     assert settle(ExportedPolicy(KNOBS, STATE, 0.05, 1.0, weights)) == {"fallback": 0.05, "rollback": 16}
 
-    found = recommend(exported, WORKLOADS)
-    assert list(found["workloads"]) == list(WORKLOADS)
-    assert found["pairs"]["tiny-10m-ngram"] == found["workloads"]["tiny-10m-ngram/code"]
-    both = [found["workloads"][name]["rollback"] for name in WORKLOADS[:2]]
-    assert found["pairs"]["tiny"]["rollback"] == pytest.approx(sum(both) / 2, abs=1e-4)
-    save_knobs(tmp_path / "knobs.json", found)
-    assert load_knobs(tmp_path / "knobs.json")["pairs"] == found["pairs"]
+    result = recommend(exported, WORKLOADS)
+    assert list(result["workloads"]) == list(WORKLOADS)
+    assert result["pairs"]["tiny-10m-ngram"] == result["workloads"]["tiny-10m-ngram/code"]
+    both = [result["workloads"][name]["rollback"] for name in WORKLOADS[:2]]
+    assert result["pairs"]["tiny"]["rollback"] == pytest.approx(sum(both) / 2, abs=1e-4)
+    save_knobs(tmp_path / "knobs.json", result)
+    assert load_knobs(tmp_path / "knobs.json")["pairs"] == result["pairs"]
 
 
 def test_a_state_of_the_wrong_length_or_with_nan_is_refused(policy: KnobPolicy) -> None:
@@ -87,8 +87,8 @@ def test_damaged_files_are_refused_by_name(policy: KnobPolicy, tmp_path: Path) -
     description = json.loads((tmp_path / DESCRIPTION_FILE).read_text())
     for change, message in (
         ({"format": "other"}, "not an exported policy"),
-        ({"state": ["fallback"]}, "does not fit"),
-        ({"knobs": [{"name": "x"}]}, "does not fit"),
+        ({"state": ["fallback"]}, "do not fit each other"),
+        ({"knobs": [{"name": "x"}]}, "do not fit each other"),
     ):
         (tmp_path / DESCRIPTION_FILE).write_text(json.dumps(description | change))
         with pytest.raises(RunFileError, match=message):

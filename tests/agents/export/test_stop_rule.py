@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +27,12 @@ def policy() -> StoppingPolicy:
     """Untrained, but decided: both actions come up."""
     torch.manual_seed(0)
     space = spaces.Box(np.append(LOW, np.float32(-32)), np.append(HIGH, np.float32(32)))
-    made = StoppingPolicy(space, spaces.Discrete(2), lambda _: 1e-3, net_arch={"pi": [16, 8], "vf": [8]})
+    result = StoppingPolicy(space, spaces.Discrete(2), lambda _: 1e-3, net_arch={"pi": [16, 8], "vf": [8]})
     with torch.no_grad():
-        for parameter in made.mlp_extractor.policy_net.parameters():
+        for parameter in result.mlp_extractor.policy_net.parameters():
             parameter.normal_(0, 0.7)
-        made.action_net.weight.normal_()
-    return made
+        result.action_net.get_parameter("weight").normal_()
+    return result
 
 
 @pytest.fixture
@@ -41,13 +42,14 @@ def seen() -> np.ndarray:
 
 def test_it_decides_as_the_policy_does(policy: StoppingPolicy, seen: np.ndarray) -> None:
     rule = ExportedStopRule.of(policy)
-    told = np.concatenate([seen, np.random.default_rng(1).integers(-9, 9, (500, 1))], axis=1).astype(np.float32)
-    actions, _ = policy.predict(told, deterministic=True)
+    messages = np.concatenate([seen, np.random.default_rng(1).integers(-9, 9, (500, 1))], axis=1).astype(np.float32)
+    actions, _ = policy.predict(messages, deterministic=True)
     stops = rule(seen)
     assert 50 < stops.sum() < 450
     assert stops.tolist() == actions.astype(bool).tolist()
     with torch.no_grad():
-        logits = policy.get_distribution(torch.as_tensor(told)).distribution.logits
+        distribution: Any = policy.get_distribution(torch.as_tensor(messages)).distribution
+        logits = distribution.logits
     assert rule.preference(seen) == pytest.approx((logits[:, 1] - logits[:, 0]).numpy(), abs=1e-4)
 
 
@@ -129,3 +131,21 @@ def test_damaged_and_foreign_files_are_refused_by_name(
     with pytest.raises(RunFileError, match=message) as refused:
         ExportedStopRule.load(tmp_path)
     assert "--resume" in str(refused.value)
+
+
+def test_broken_outputs_go_on_drafting_are_counted_and_reach_the_gradient(policy: StoppingPolicy) -> None:
+    low = torch.as_tensor(np.append(LOW, np.float32(0)))[None].repeat(3, 1)
+    with torch.no_grad():
+        policy.action_net.bias.fill_(torch.nan)
+    actions, _, log_prob = policy(low)
+    assert actions.tolist() == [0, 0, 0]
+    assert torch.isnan(log_prob).all()
+    assert policy.broken_outputs == 3
+    _, log_prob, _ = policy.evaluate_actions(low, actions)
+    assert log_prob is not None
+    log_prob.exp().sum().backward()  # as PPO's ratio
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    policy.optimizer.step()
+    assert policy.optimizer.skipped == 1  # type: ignore[attr-defined]
+    for parameter, kept in zip(policy.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept) or torch.isnan(kept).any()

@@ -29,7 +29,7 @@ def run(guard: FiniteGuard, steps: int) -> list[dict[str, Any]]:
     seen = []
     for _ in range(steps):
         observations, rewards, _, infos = guard.step(np.zeros((guard.num_envs, 2), np.float32))
-        assert np.isfinite(observations).all()
+        assert np.isfinite(np.asarray(observations)).all()
         assert np.isfinite(rewards).all()
         seen.append(infos[0])
     return seen
@@ -68,7 +68,7 @@ def test_guard_mends_the_final_observation_of_an_episode(fake_tuning: Callable[.
 
 def test_guard_marks_the_first_step_after_a_broken_reset(fake_tuning: Callable[..., Any]) -> None:
     guard = FiniteGuard(DummyVecEnv([lambda: fake_tuning({"reset": {0}})]))
-    assert np.isfinite(guard.reset()).all()
+    assert np.isfinite(np.asarray(guard.reset())).all()
     infos = run(guard, 21)
     assert [step for step, info in enumerate(infos) if info.get(LEFT_OUT)] == [0, 20]
     assert guard.caught["observations"] == 2
@@ -178,8 +178,8 @@ def test_broken_policy_outputs_reach_no_weight(fake_tuning: Callable[..., Any]) 
     model = learner(fake_tuning, policy_kwargs={"patience": 1000})
     before = [p.detach().clone() for p in model.policy.parameters()]
     calls = iter(range(10_000))
-    model.policy.action_net.register_forward_hook(  # type: ignore[union-attr]
-        lambda layer, given, out: out * (float("nan") if next(calls) >= 40 else 1.0)
+    model.policy.action_net.register_forward_hook(
+        lambda layer, options, out: out * (float("nan") if next(calls) >= 40 else 1.0)
     )
     callback = NumericsCallback()
     model.learn(80, callback=callback)

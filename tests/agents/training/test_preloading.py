@@ -80,16 +80,16 @@ def run(tmp_path: Path, *workloads: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=False)
 
 
-def told(tmp_path: Path, *workloads: str) -> dict[str, Any]:
+def printed(tmp_path: Path, *workloads: str) -> dict[str, Any]:
     done = run(tmp_path, *workloads)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def test_processes_find_the_pairs_loaded_and_step_as_one_process_does(tmp_path: Path) -> None:
     names = ["tiny/prose", "tiny/code@1.0"]
-    assert told(tmp_path, *names) == {"same": True, "found": [names] * 2, "alone": [None] * 2, "left": False}
+    assert printed(tmp_path, *names) == {"same": True, "found": [names] * 2, "alone": [None] * 2, "left": False}
 
 
 def test_a_pair_that_cannot_be_loaded_is_reported_by_the_process_that_needs_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,7 @@ def test_interrupted_it_saves_and_says_how_to_go_on(
 def test_bad_options_are_one_message_and_exit_code_2(
     options: list[str], message: str, tmp_path: Path, shown: Callable[[], str]
 ) -> None:
+    code: Any
     try:
         code = train_command(["--runs", str(tmp_path / "runs"), *options])
     except SystemExit as refused:  # by tyro

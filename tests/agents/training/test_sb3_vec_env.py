@@ -64,10 +64,10 @@ class Counting(VectorEnv[Any, Any, Any]):
 
 def test_final_observations_and_cut_offs_are_passed_on() -> None:
     env = VectorEnvAdaptor(Counting())
-    assert env.reset().tolist() == [[0], [0], [0]]
+    assert np.asarray(env.reset()).tolist() == [[0], [0], [0]]
     env.step(np.zeros((3, 1), np.float32))
     observations, rewards, dones, infos = env.step(np.zeros((3, 1), np.float32))
-    assert observations.tolist() == [[0], [2], [2]]
+    assert np.asarray(observations).tolist() == [[0], [2], [2]]
     assert (rewards.tolist(), rewards.dtype) == ([2, 2, 2], np.float32)
     assert (dones.tolist(), dones.dtype) == ([True, False, False], np.bool_)
     assert infos[0]["terminal_observation"].tolist() == [2]
@@ -146,8 +146,8 @@ def test_it_steps_as_stable_baselines_own_vector_environments_do() -> None:
     for _ in range(60):
         actions = draws.integers(0, 2, 3)
         mine, other = ours.step(actions), theirs.step(actions)
-        for one, two in zip(mine[:3], other[:3], strict=True):
-            assert np.array_equal(np.asarray(one), np.asarray(two))
+        for item, two in zip(mine[:3], other[:3], strict=True):
+            assert np.array_equal(np.asarray(item), np.asarray(two))
         for place in np.flatnonzero(mine[2]):
             ends += 1
             for name in ("terminal_observation", "TimeLimit.truncated"):

@@ -26,9 +26,9 @@ def test_metrics_are_ratios_of_sums(pair: Pair, profile: LatencyProfile) -> None
 
 
 def test_plain_decoding_has_a_speedup_of_exactly_one(pair: Pair, profile: LatencyProfile) -> None:
-    found = measure_setting(AutoregressiveDecoder(pair), None, [[1, 2]], 8, seed=0, profile=profile)
-    assert found["speedup"] == 1.0
-    assert found["mean_acceptance_length"] == 1.0
+    result = measure_setting(AutoregressiveDecoder(pair), None, [[1, 2]], 8, seed=0, profile=profile)
+    assert result["speedup"] == 1.0
+    assert result["mean_acceptance_length"] == 1.0
 
 
 def test_measuring_nothing_is_refused(pair: Pair, profile: LatencyProfile) -> None:

@@ -28,7 +28,7 @@ LIMITS = {
 
 
 def test_passes_both_checkers_without_a_warning(recorded: Recorded) -> None:
-    env = recorded.one()
+    env = recorded.single()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(env.unwrapped)
@@ -36,7 +36,7 @@ def test_passes_both_checkers_without_a_warning(recorded: Recorded) -> None:
 
 
 def test_live_and_replayed_have_the_same_spaces_and_infos(recorded: Recorded) -> None:
-    live, replayed = recorded.live(), recorded.one()
+    live, replayed = recorded.live(), recorded.single()
     space = replayed.observation_space
     assert space == live.observation_space
     assert replayed.action_space == live.action_space
@@ -57,7 +57,7 @@ def test_live_and_replayed_have_the_same_spaces_and_infos(recorded: Recorded) ->
 def test_recorded_settings_cost_what_they_cost_live(recorded: Recorded) -> None:
     decoder = recorded.build(recorded.workload.load())
     prompts = recorded.workload.prompt_ids()
-    env = recorded.one(prompts_per_step=len(prompts))  # each once
+    env = recorded.single(prompts_per_step=len(prompts))  # each once
     for number, setting in enumerate(recorded.outcomes.settings):
         knobs = dict(zip(recorded.names, setting.tolist(), strict=True))
         env.reset(seed=0, options={"knobs": knobs})
@@ -78,7 +78,7 @@ def test_one_environment_and_many_agree_in_distribution(recorded: Recorded) -> N
     many = recorded.many(2000)
     many.reset(seed=0, options={"knobs": recorded.middle})
     together = many.step(recorded.still(2000))[4]
-    env = recorded.one()
+    env = recorded.single()
     alone = []
     for number in range(400):
         env.reset(seed=number, options={"knobs": recorded.middle})
@@ -89,20 +89,20 @@ def test_one_environment_and_many_agree_in_distribution(recorded: Recorded) -> N
 
 
 def test_one_environment_of_many_steps_as_one_alone(recorded: Recorded) -> None:
-    one, many = recorded.one(), recorded.many(1)
-    observation, _ = one.reset(seed=5)
+    single, many = recorded.single(), recorded.many(1)
+    observation, _ = single.reset(seed=5)
     assert many.reset(seed=5)[0][0].tolist() == observation.tolist()
-    one.action_space.seed(0)
+    single.action_space.seed(0)
     for _ in range(8):
-        action = one.action_space.sample()
-        ours, theirs = one.step(action), many.step(action[None])
+        action = single.action_space.sample()
+        ours, theirs = single.step(action), many.step(action[None])
         assert theirs[1][0] == pytest.approx(ours[1])
         assert theirs[4]["seconds"][0] == pytest.approx(ours[4]["seconds"])
 
 
 def test_a_seed_fixes_everything(recorded: Recorded) -> None:
     def rollout(seed: int) -> list[float]:
-        env = recorded.one()
+        env = recorded.single()
         env.reset(seed=seed)
         return [float(env.step(recorded.still())[1]) for _ in range(6)]
 
@@ -112,7 +112,7 @@ def test_a_seed_fixes_everything(recorded: Recorded) -> None:
 
 def test_no_model_is_loaded(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workload, "load", lambda self: pytest.fail("a pair was loaded"))
-    env = recorded.one(workload=recorded.workload)
+    env = recorded.single(workload=recorded.workload)
     env.reset(seed=0)
     env.step(recorded.still())
 
@@ -124,7 +124,7 @@ def test_outcomes_may_be_a_file_and_may_replay_what_a_trace_replays(
     settings = OutcomeSettings("speculative", prompts=2, tokens=8, draft_length=4)
     record_outcomes(work, "train", tmp_path / "toy.npz", settings)
     changes = {"recording": str(tmp_path / "toy.npz"), "max_new_tokens": 8, "max_draft_length": 4, "profile": profile}
-    env = lookahead.one(decoder="speculative", **changes).unwrapped
+    env = lookahead.single(decoder="speculative", **changes).unwrapped
     assert isinstance(env, TuningEnv)
     assert (env.workload.name, env.workload.split) == ("toy/ids", "train")
     env.reset(seed=0)
@@ -139,9 +139,9 @@ def test_shipped_outcomes_are_found_by_workload_decoder_and_split(
     work, name = recorded.workload, recorded.decoder
     message = rf"no {name} outcomes of {work.name} \(train prompts\).*shipped: none.*--decoder {name}"
     with pytest.raises(ValueError, match=message):
-        recorded.one(recording=None, workload=work)
+        recorded.single(recording=None, workload=work)
     stem = f"{work.name.replace('/', '_')}.{name}.train"
     recorded.outcomes.save(tmp_path / f"{stem}.npz")
-    assert recorded.one(recording=None, workload=work).reset(seed=0)[1]["workload"] == work.name
+    assert recorded.single(recording=None, workload=work).reset(seed=0)[1]["workload"] == work.name
     with pytest.raises(ValueError, match=rf"\(test prompts\).*\(shipped: {stem}\)"):
-        recorded.one(recording=None, workload=work, split="test")
+        recorded.single(recording=None, workload=work, split="test")

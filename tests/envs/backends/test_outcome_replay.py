@@ -38,12 +38,12 @@ def smooth(settings: Floats) -> Floats:
     return 0.01 * (1 + 0.01 * (ngram - 1) * (window + guesses)) / gain
 
 
-def made(decoder: str, knobs: tuple[RecordedKnob, ...], settings: Floats, texts: Sequence[Text]) -> Outcomes:
+def built(decoder: str, knobs: tuple[RecordedKnob, ...], settings: Floats, texts: Sequence[Text]) -> Outcomes:
     about = dict.fromkeys(("target", "target_sha256", "draft", "draft_sha256", "prompts_sha256"), "")
     about |= dict.fromkeys(("specgym", "torch", "transformers"), "")
     numbers = {"draft_length": 16, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "tokens": 32, "seed": 0}
     info = OutcomeInfo(workload="made/up", split="train", decoder=decoder, knobs=knobs, **about, **numbers)  # type: ignore[arg-type]
-    emitted, drafted, accepted = np.array([cycle for text in texts for cycle in text]).T
+    emitted, drafted, accepted = np.array([round_ for text in texts for round_ in text]).T
     lossless = np.zeros(len(emitted), np.float32)
     starts = np.cumsum([0, *map(len, texts)])
     return Outcomes(info, settings, starts, emitted, drafted, accepted, drafted, drafted + 1, lossless)
@@ -57,7 +57,7 @@ def from_trace(replay: TraceWalk, lengths: Sequence[int]) -> Outcomes:
         for length in lengths
         for path in paths
     ]
-    return made("speculative", LENGTH, np.array(lengths, np.float64)[:, None], texts)
+    return built("speculative", LENGTH, np.array(lengths, np.float64)[:, None], texts)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def exact(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def test_texts_cut_shorter_cost_what_decoding_fewer_tokens_costs(
     exact: Outcomes, pair: Pair, profile: LatencyProfile, tokens: int
 ) -> None:
-    found = totals(exact, profile, tokens)
+    result = totals(exact, profile, tokens)
     decoder = SpeculativeDecoder(pair, 4)
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
     for number, (length,) in enumerate(exact.settings):
@@ -80,7 +80,7 @@ def test_texts_cut_shorter_cost_what_decoding_fewer_tokens_costs(
             text = decoder.generate(prompt, max_new_tokens=tokens, knobs={"draft_length": length})
             live = summarise(decoder, [text], profile)
             for name in ("tokens", "rounds", "drafted", "accepted", "seconds"):
-                assert getattr(found, name)[number, place] == pytest.approx(live[name]), name
+                assert getattr(result, name)[number, place] == pytest.approx(live[name]), name
 
 
 def test_a_recorded_setting_is_replayed_text_by_text(exact: Outcomes, profile: LatencyProfile) -> None:
@@ -88,35 +88,35 @@ def test_a_recorded_setting_is_replayed_text_by_text(exact: Outcomes, profile: L
     random, prompts = np.random.default_rng(0), np.tile(np.arange(4), 10)
     for number, (length,) in enumerate(exact.settings):
         values = {"draft_length": np.full(len(prompts), length)}
-        found = replay.sums(prompts, np.zeros_like(prompts), values, random)
-        assert set(found["tokens"]) == {20.0}
+        result = replay.sums(prompts, np.zeros_like(prompts), values, random)
+        assert set(result["tokens"]) == {20.0}
         means = replay.means(0, exact.settings[[number]])
         for name in QUANTITIES:
             recorded = getattr(replay.recorded[0], name)[number]
-            assert found[name] == pytest.approx(recorded[prompts]), name
+            assert result[name] == pytest.approx(recorded[prompts]), name
             assert means[name][0] == pytest.approx(recorded.sum() / 80), name
 
 
 def test_a_recorded_setting_is_replayed_as_it_was_recorded_however_rough(profile: LatencyProfile) -> None:
-    """As tiny-3m/code with (1, 2, 0), where live decoding always emits one token a round."""
+    """A setting like (1, 2, 0) of tiny-3m/code, where live decoding always emits one token a round."""
     settings = np.array([[1.0, 2.0, 0.0], [1.0, 3.0, 2.0], [4.0, 3.0, 2.0], [16.0, 6.0, 16.0]])
     texts: list[Text] = []
     for rounds_of_both in ((32, 32), (20, 12), (16, 11), (8, 16)):
         for count in rounds_of_both:
             texts.append([(1, 5, 0)] * (count - 1) + [(33 - count, 40, 32 - count)])
-    replay = OutcomeReplay([made("lookahead", LOOKAHEAD, settings, texts)], [profile], max_new_tokens=32)
+    replay = OutcomeReplay([built("lookahead", LOOKAHEAD, settings, texts)], [profile], max_new_tokens=32)
     prompts, workloads = np.tile([0, 1], 100), np.zeros(200, np.int64)
     for number, setting in enumerate(settings):
         values = {knob.name: np.full(200, value) for knob, value in zip(LOOKAHEAD, setting, strict=True)}
-        found = replay.sums(prompts, workloads, values, np.random.default_rng(0))
-        assert found["rounds"] == pytest.approx(replay.recorded[0].rounds[number][prompts]), setting
+        result = replay.sums(prompts, workloads, values, np.random.default_rng(0))
+        assert result["rounds"] == pytest.approx(replay.recorded[0].rounds[number][prompts]), setting
 
 
 def test_whatever_is_replayed_could_have_been_decoded() -> None:
     """Lookahead emits what it accepts and one token more each round; the shipped recordings are of it."""
-    outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
+    outcomes, result = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
-    charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
+    charged = profile_of(result, None, replayed=True, decoder="lookahead").at()
     replay, random = OutcomeReplay([outcomes], [charged], max_new_tokens=64), np.random.default_rng(0)
     moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
     values = moves.values(moves.drawn(random, (4_000,)))
@@ -132,9 +132,9 @@ def test_whatever_is_replayed_could_have_been_decoded() -> None:
 
 
 def test_over_all_prompts_the_mean_is_the_surface() -> None:
-    outcomes, found = find_recording("lookahead", None, "tiny-3m/code", "train")
+    outcomes, result = find_recording("lookahead", None, "tiny-3m/code", "train")
     assert isinstance(outcomes, Outcomes)
-    charged = profile_of(found, None, replayed=True, decoder="lookahead").at()
+    charged = profile_of(result, None, replayed=True, decoder="lookahead").at()
     replay, random = OutcomeReplay([outcomes], [charged], max_new_tokens=64), np.random.default_rng(0)
     prompts = np.tile(np.arange(outcomes.prompts), 200)
     for setting in ([1, 4, 1], [2, 2, 0], [7, 3, 9], [16, 6, 16]):
@@ -185,7 +185,7 @@ def prompts_apart() -> Outcomes:
     texts: list[Text] = []
     for count in (16, 8, 8, 4, 4, 2):
         texts += [[(32 // count, 40, 32 // count - 1)] * count, [(64 // count, 40, 64 // count - 1)] * (count // 2)]
-    return made("lookahead", LOOKAHEAD, settings, texts)
+    return built("lookahead", LOOKAHEAD, settings, texts)
 
 
 def test_prompts_stay_as_different_as_they_were(profile: LatencyProfile) -> None:
@@ -215,11 +215,11 @@ def test_workloads_together_are_each_as_alone(exact: Outcomes, profile: LatencyP
     alone = OutcomeReplay([fewer], [slow], max_new_tokens=20)
     assert together.first_prompts.tolist() == [0, 4]
     values = {"draft_length": np.tile([1.0, 2.0, 3.0, 4.0], 10)}
-    own, second = np.tile(np.arange(4), 10), np.ones(40, np.int64)
-    ours = together.sums(own + 4, second, values, np.random.default_rng(1))
-    theirs = alone.sums(own, second - 1, values, np.random.default_rng(1))
-    for name, each in theirs.items():
-        assert ours[name] == pytest.approx(each), name
+    local, second = np.tile(np.arange(4), 10), np.ones(40, np.int64)
+    ours = together.sums(local + 4, second, values, np.random.default_rng(1))
+    theirs = alone.sums(local, second - 1, values, np.random.default_rng(1))
+    for name, item in theirs.items():
+        assert ours[name] == pytest.approx(item), name
 
 
 @pytest.mark.parametrize("workload", ["tiny/prose", "tiny-10m-ngram/code"])
@@ -248,7 +248,7 @@ def test_thresholds_are_replayed_nearly_as_a_trace_replays_them(profile: Latency
                 path = truth.choose_path(int(prompt), 0, fallback, rollback, random)
                 walk = truth.walk(path, 0, float(np.float32(fallback)), rollback, 16, random)
                 texts.append([(taken, drafted, kept) for _, drafted, kept, taken in walk])
-        return made("threshold", knobs, settings, texts)
+        return built("threshold", knobs, settings, texts)
 
     replay = OutcomeReplay([outcomes(design(knobs, 48, [], seed=0))], [profile], max_new_tokens=32)
     elsewhere = design(knobs, 20, [], seed=5)
@@ -257,8 +257,8 @@ def test_thresholds_are_replayed_nearly_as_a_trace_replays_them(profile: Latency
     assert error.mean() < 0.06
     assert error.mean() < 1.5 * replay.leave_one_out[0].mean
     values = {"fallback": elsewhere[:, 0], "rollback": elsewhere[:, 1]}
-    found = replay.sums(np.zeros(20, np.int64), np.zeros(20, np.int64), values, random)
-    assert all(np.isfinite(each).all() for each in found.values())
+    result = replay.sums(np.zeros(20, np.int64), np.zeros(20, np.int64), values, random)
+    assert all(np.isfinite(item).all() for item in result.values())
 
 
 def test_what_was_not_recorded_is_refused(exact: Outcomes, profile: LatencyProfile) -> None:
@@ -273,7 +273,7 @@ def test_what_was_not_recorded_is_refused(exact: Outcomes, profile: LatencyProfi
 
 def test_a_file_is_read_back_into_the_same_replay(exact: Outcomes, profile: LatencyProfile, tmp_path: Path) -> None:
     exact.save(tmp_path / "toy.npz")
-    ours, theirs = (OutcomeReplay([one], [profile], 20) for one in (exact, Outcomes.load(tmp_path / "toy.npz")))
+    ours, theirs = (OutcomeReplay([single], [profile], 20) for single in (exact, Outcomes.load(tmp_path / "toy.npz")))
     assert ours.leave_one_out == theirs.leave_one_out
 
 
@@ -284,14 +284,14 @@ def test_all_settings_at_an_end_where_nothing_is_drafted_are_one() -> None:
     drafted: Text = [(2, 4, 1)] * 16
     texts = [plain if not depth or not budget else drafted for depth, budget, _ in settings for _ in range(2)]
     profile = LatencyProfile("made", {0: 0.0, 8: 0.001}, {1: 0.010, 17: 0.011}, 0.010, {}, kind="draft-tree")
-    replay = OutcomeReplay([made("draft-tree", knobs, settings, texts)], [profile], 32)
+    replay = OutcomeReplay([built("draft-tree", knobs, settings, texts)], [profile], 32)
     asked = np.array([[0, 5, 0.9], [0, 0, 0.0], [0, 8, 0.5], [1, 5, 0.0]])
     seconds = replay.means(0, asked)["seconds"]
     assert seconds[:3].tolist() == [pytest.approx(0.010)] * 3
     assert seconds[3] < 0.009
     values = {knob.name: np.repeat(asked[:2, place], 2) for place, knob in enumerate(knobs)}
-    one = replay.sums(np.array([0, 1, 0, 1]), np.zeros(4, np.int64), values, np.random.default_rng(0))
-    assert one["rounds"].tolist() == one["tokens"].tolist() == [32.0] * 4
-    assert not one["drafted"].any()
+    single = replay.sums(np.array([0, 1, 0, 1]), np.zeros(4, np.int64), values, np.random.default_rng(0))
+    assert single["rounds"].tolist() == single["tokens"].tolist() == [32.0] * 4
+    assert not single["drafted"].any()
     # A single setting at the budget's end may draft nothing for another reason.
     assert replay.means(0, np.array([[4, 0, 0.2]]))["seconds"] != pytest.approx(0.010, rel=1e-6)

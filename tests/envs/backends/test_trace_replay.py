@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,15 @@ def recorded(
     make_noisy: Callable[..., PreTrainedModel],
 ) -> Recorded:
     """Pairs with every kind of draft, with texts that end early and without, and their traces with detours."""
-    found: Recorded = {}
+    result: Recorded = {}
     for kind in KINDS:
         draft, _, option = kind.partition(" ")
         target = make_model("llama", layers=1, vocabulary=24, hidden=32, context=128, spread=0.6)
         plain = AutoregressiveDecoder(Pair(target))
         texts = [plain.generate(prompt, max_new_tokens=TOKENS).tokens for prompt in PROMPTS]
-        drafters = {
-            "model": lambda target=target: make_noisy(target, 0.1),
-            "ngram": lambda texts=texts: NGramDrafter.fit([text[:15] for text in texts], 24, order=3),
+        drafters: dict[str, Callable[[], Any]] = {
+            "model": partial(make_noisy, target, 0.1),
+            "ngram": partial(NGramDrafter.fit, [text[:15] for text in texts], 24, order=3),
             "lookup": lambda: PromptLookupDrafter(24, longest=2),
         }
         pair = Pair(target, drafters[draft](), name=kind)
@@ -74,8 +75,8 @@ def recorded(
         sampling = Sampling(1.0) if option == "sampled" else Sampling(0.0)
         work = Workload(pair, TokenPrompts(PROMPTS, PROMPTS), sampling)
         how = RecordSettings(K, prompts=4, tokens=TOKENS, detour_prompts=3, detour_tokens=DETOUR_TOKENS)
-        found[kind] = pair, record(work, "train", tmp_path_factory.mktemp("trace") / "trace.npz", how)
-    return found
+        result[kind] = pair, record(work, "train", tmp_path_factory.mktemp("trace") / "trace.npz", how)
+    return result
 
 
 def replay_of(trace: Trace, tokens: int, detours: bool = True) -> TraceWalk:
@@ -89,7 +90,7 @@ def decode(replay: TraceWalk, prompt: int, *rule: Any) -> dict[str, float]:
 
 def live_rounds(decoder: Decoder, prompt: list[int], tokens: int, **knobs: float) -> list[tuple[int, int, int]]:
     rounds = decoder.generate(prompt, max_new_tokens=tokens, knobs=knobs).rounds
-    return [(cycle.drafted, cycle.accepted, len(cycle.tokens)) for cycle in rounds]
+    return [(round_.drafted, round_.accepted, len(round_.tokens)) for round_ in rounds]
 
 
 def replayed_rounds(
@@ -98,7 +99,7 @@ def replayed_rounds(
     draws = np.random.default_rng(0)
     limit = float(np.float32(fallback))
     path = replay.choose_path(prompt, 0, limit, rollback, draws)
-    return [cycle[1:] for cycle in replay.walk(path, 0, limit, rollback, longest, draws)]
+    return [round_[1:] for round_ in replay.walk(path, 0, limit, rollback, longest, draws)]
 
 
 # Exactness.
@@ -149,9 +150,9 @@ def test_recorded_thresholds_are_replayed_exactly(recorded: Recorded, kind: str,
         live = live_rounds(decoder, PROMPTS[number], tokens, **knobs)
         assert replayed_rounds(replay, number, fallback, rollback) == live
         generation = decoder.generate(PROMPTS[number], max_new_tokens=tokens, knobs=knobs)
-        found = decode(replay, number, fallback, rollback, K, np.random.default_rng(0))
-        divergence = sum(cycle.divergence for cycle in generation.rounds)
-        assert found["total_variation"] == pytest.approx(divergence, rel=0.005, abs=1e-6)
+        result = decode(replay, number, fallback, rollback, K, np.random.default_rng(0))
+        divergence = sum(round_.divergence for round_ in generation.rounds)
+        assert result["total_variation"] == pytest.approx(divergence, rel=0.005, abs=1e-6)
         compared += 1
     assert compared >= 15  # of 54
 
@@ -168,8 +169,8 @@ def test_some_recorded_texts_end_early(recorded: Recorded) -> None:
 def test_sums_charge_every_round_by_its_draft(recorded: Recorded) -> None:
     pair, trace = recorded["lookup"]
     rounds = live_rounds(SpeculativeDecoder(pair, K), PROMPTS[0], TOKENS, draft_length=K)
-    found = decode(replay_of(trace, TOKENS, detours=False), 0, LOSSLESS, 1, K, np.random.default_rng(0))
-    assert found == pytest.approx(
+    result = decode(replay_of(trace, TOKENS, detours=False), 0, LOSSLESS, 1, K, np.random.default_rng(0))
+    assert result == pytest.approx(
         {
             "tokens": sum(taken for _, _, taken in rounds),
             "rounds": len(rounds),
@@ -229,9 +230,9 @@ def test_one_text_is_decoded_as_it_is_among_many_given_the_same_generator(
 ) -> None:
     replay = replay_of(recorded[kind][1], tokens, detours=fallback != LOSSLESS)
     one_draws, many_draws = np.random.default_rng(seed), np.random.default_rng(seed)
-    one = decode(replay, prompt, fallback, rollback, longest, one_draws)
-    found = many(replay, [prompt], [fallback], [rollback], [longest], many_draws)
-    assert {name: values.item() for name, values in found.items()} == pytest.approx(one, rel=1e-6)
+    single = decode(replay, prompt, fallback, rollback, longest, one_draws)
+    result = many(replay, [prompt], [fallback], [rollback], [longest], many_draws)
+    assert {name: values.item() for name, values in result.items()} == pytest.approx(single, rel=1e-6)
     assert one_draws.random() == many_draws.random()  # and as much was drawn
 
 
@@ -245,10 +246,10 @@ def test_many_texts_are_decoded_as_each_is_alone_given_the_same_draws(
     grid = np.random.default_rng(0)
     prompts, fallback, rollback = grid.integers(3, size=60), grid.uniform(0, 1, 60), grid.uniform(1, K, 60)
     longest = grid.integers(1, K + 1, 60)
-    found = many(replay, prompts, fallback, rollback, longest, draws)
+    result = many(replay, prompts, fallback, rollback, longest, draws)
     for place in range(60):
         alone = decode(replay, int(prompts[place]), fallback[place], rollback[place], int(longest[place]), draws)
-        assert {name: values[place] for name, values in found.items()} == pytest.approx(alone, rel=1e-6)
+        assert {name: values[place] for name, values in result.items()} == pytest.approx(alone, rel=1e-6)
 
 
 def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorded) -> None:
@@ -267,10 +268,10 @@ def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorde
     prompts = np.array([prompt for prompt, _ in texts]) + together.table.first_prompts[[trace for _, trace in texts]]
     numbers = np.array([trace for _, trace in texts])
     fallback, rollback = np.full(9, 0.45), np.full(9, 2.5)
-    found = together.decode_many(prompts, numbers, fallback, rollback, np.full(9, K), draws)
+    result = together.decode_many(prompts, numbers, fallback, rollback, np.full(9, K), draws)
     for place, (prompt, trace) in enumerate(texts):
         alone = decode(apart[trace], prompt, 0.45, 2.5, K, draws)
-        assert {name: values[place] for name, values in found.items()} == pytest.approx(alone, rel=1e-6)
+        assert {name: values[place] for name, values in result.items()} == pytest.approx(alone, rel=1e-6)
 
 
 # Chance.
@@ -280,18 +281,18 @@ def test_dice_accept_as_often_as_the_exact_test_would(recorded: Recorded) -> Non
     trace = recorded["model sampled"][1]
     table = ReplayTable([trace], detours=True)
     first = (table.needed[:, 0].reshape(-1, COPIES) == LOSSLESS).mean(1)
-    own = len(trace.text)
+    local = len(trace.text)
     expected = np.minimum(1, trace.p[:, 0] / trace.q[:, 0])
     # 16 throws for each of 96 rows: the mean's standard deviation is at most 0.013
-    assert first[:own].mean() == pytest.approx(expected.mean(), abs=0.05)
-    assert np.corrcoef(first[:own], expected)[0, 1] > 0.8
-    assert first[own:].mean() == pytest.approx(1 - trace.distance[own:, 0].mean(), abs=0.05)
+    assert first[:local].mean() == pytest.approx(expected.mean(), abs=0.05)
+    assert np.corrcoef(first[:local], expected)[0, 1] > 0.8
+    assert first[local:].mean() == pytest.approx(1 - trace.distance[local:, 0].mean(), abs=0.05)
 
 
 def test_sampled_decoding_is_replayed_in_distribution(recorded: Recorded) -> None:
     pair, trace = recorded["model sampled"]
     replay = replay_of(trace, TOKENS, detours=False)
-    found = many(replay, np.tile(range(4), 500), *np.full((2, 2000), [[LOSSLESS], [1.0]]), np.full(2000, 3),
+    result = many(replay, np.tile(range(4), 500), np.full(2000, LOSSLESS), np.ones(2000), np.full(2000, 3),
                  np.random.default_rng(0))  # fmt: skip
     decoder = SpeculativeDecoder(pair, 3)
     lives = [
@@ -301,7 +302,7 @@ def test_sampled_decoding_is_replayed_in_distribution(recorded: Recorded) -> Non
     ]
     live = sum(len(text.rounds) for text in lives) / len(lives)
     # The four recorded texts are as many draws from the many there are, so this is a coarse comparison.
-    assert found["rounds"].mean() == pytest.approx(live, rel=0.15)
+    assert result["rounds"].mean() == pytest.approx(live, rel=0.15)
 
 
 def test_a_path_is_drawn_by_how_near_its_thresholds_are(recorded: Recorded) -> None:

@@ -38,11 +38,11 @@ def test_every_prompt_comes_before_any_comes_again(
 @pytest.mark.parametrize("kind", ["model", "model sampled"])
 def test_a_seed_fixes_everything(make_env: MakeEnv, backend: str, kind: str) -> None:
     def rollout(env: DraftLengthEnv, seed: int) -> list[Any]:
-        dice = np.random.default_rng(0)
+        draws = np.random.default_rng(0)
         observation, info = env.reset(seed=seed)
         seen: list[Any] = [observation.tolist(), info]
         for _ in range(60):
-            observation, reward, ended, _, info = env.step(int(dice.random() < 0.3))
+            observation, reward, ended, _, info = env.step(int(draws.random() < 0.3))
             seen += [observation.tolist(), reward, ended, info]
             if ended:
                 env.reset()
@@ -76,7 +76,7 @@ def test_a_pickled_environment_comes_back_with_its_arguments(make_env: MakeEnv, 
     again = pickle.loads(pickle.dumps(env))
     assert again.rate == 1.5
     assert again.charges.cost_ratio == env.charges.cost_ratio
-    infos = [[info for *_, info in play(one, 1, np.random.default_rng(2))] for one in (env, again)]
+    infos = [[info for *_, info in play(single, 1, np.random.default_rng(2))] for single in (env, again)]
     assert infos[0] == infos[1]
 
 

@@ -86,7 +86,7 @@ def test_a_rate_can_be_changed_while_a_text_is_decoded(make_env: MakeEnv) -> Non
 
 def test_what_more_is_acceptable_is_what_verification_finds(make_env: MakeEnv) -> None:
     env = make_env("replay")
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     signs = set()
     for prompt in range(4):
         for _ in range(5):
@@ -94,7 +94,7 @@ def test_what_more_is_acceptable_is_what_verification_finds(make_env: MakeEnv) -
             ended = False
             while not ended:
                 promised = info["remaining_acceptable"]
-                action = int(dice.random() < 0.3)
+                action = int(rng.random() < 0.3)
                 _, _, ended, _, info = env.step(action)
                 if info["rounds"]:
                     assert info["accepted"] == info["drafted"] + min(promised, 0)

@@ -86,20 +86,20 @@ def test_the_rounds_are_those_of_the_decoder(
     work: Workload, tmp_path: Path, name: str, make: Callable[[Pair], Any]
 ) -> None:
     settings = OutcomeSettings(name, settings=4, prompts=3, tokens=12, draft_length=4)
-    found = record_outcomes(work, "train", tmp_path / "toy.npz", settings)
-    assert found.prompts == 3
-    assert len(found.settings) == 4
+    result = record_outcomes(work, "train", tmp_path / "toy.npz", settings)
+    assert result.prompts == 3
+    assert len(result.settings) == 4
     decoder, ours = make(work.load()), []
-    for number, setting in enumerate(found.settings):
+    for number, setting in enumerate(result.settings):
         knobs = dict(zip((knob.name for knob in decoder.knobs), setting.tolist(), strict=True))
         for place, prompt in enumerate(work.prompt_ids("train")):
             seed = int(np.random.SeedSequence((0, number, place)).generate_state(1)[0])
             ours += decoder.generate(prompt, max_new_tokens=12, seed=seed, knobs=knobs).rounds
-    assert [len(cycle.tokens) for cycle in ours] == found.emitted.tolist()
+    assert [len(round_.tokens) for round_ in ours] == result.emitted.tolist()
     for count in COUNTS[1:]:
-        assert [getattr(cycle, count) for cycle in ours] == getattr(found, count).tolist()
-    assert found.divergence.tolist() == pytest.approx([cycle.divergence for cycle in ours])
-    assert found.divergence.any() == (name == "threshold")
+        assert [getattr(round_, count) for round_ in ours] == getattr(result, count).tolist()
+    assert result.divergence.tolist() == pytest.approx([round_.divergence for round_ in ours])
+    assert result.divergence.any() == (name == "threshold")
 
 
 def test_a_lossless_decoders_divergence_takes_no_room(path: Path) -> None:
@@ -170,8 +170,8 @@ def test_refining_adds_the_settings_that_would_be_fastest_and_goes_on_where_it_s
 def test_nothing_is_refined_where_all_settings_are_recorded(work: Workload, tmp_path: Path) -> None:
     profile = LatencyProfile("toy", {0: 0.0, 1: 0.1}, {1: 1.0, 2: 1.1}, 1.0, {})
     settings = OutcomeSettings("speculative", settings=4, refine=3, prompts=2, tokens=8, draft_length=4)
-    found = record_outcomes(work, "train", tmp_path / "all.npz", settings, profile=profile)
-    assert sorted(found.settings[:, 0]) == [1, 2, 3, 4]
+    result = record_outcomes(work, "train", tmp_path / "all.npz", settings, profile=profile)
+    assert sorted(result.settings[:, 0]) == [1, 2, 3, 4]
 
 
 def test_parts_of_another_recording_are_refused(work: Workload, tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def test_an_end_of_text_makes_a_step_shorter(
 
 def test_options_set_knobs_and_leave_the_others_random(make_env: MakeEnv) -> None:
     env = make_env()
-    found = [env.reset(seed=seed, options={"knobs": {"fallback": 0.25}})[0].tolist() for seed in range(3)]
-    assert [fallback for fallback, _ in found] == [0.25] * 3
-    assert len({rollback for _, rollback in found}) == 3
+    outcome = [env.reset(seed=seed, options={"knobs": {"fallback": 0.25}})[0].tolist() for seed in range(3)]
+    assert [fallback for fallback, _ in outcome] == [0.25] * 3
+    assert len({rollback for _, rollback in outcome}) == 3
 
 
 def test_knobs_may_start_at_the_decoders_defaults(make_env: MakeEnv) -> None:
@@ -166,7 +166,8 @@ def test_it_shows_its_knobs_ranges_workload_and_decoder(make_env: MakeEnv, toy_w
 
 def test_any_callable_may_make_the_decoder(make_env: MakeEnv) -> None:
     env = make_env(decoder=lambda pair: SpeculativeDecoder(pair, 3)).unwrapped
-    assert env.observation_space.high.tolist() == [3.0]
+    space: Any = env.observation_space
+    assert space.high.tolist() == [3.0]
 
 
 def test_a_profile_may_be_a_file(make_env: MakeEnv, profile: LatencyProfile, tmp_path: Path) -> None:
@@ -208,9 +209,9 @@ def test_the_environment_reports_what_measuring_reports(
     info = env.step(STILL)[4]
     call = decoded[0]
     decoder = env.unwrapped.decoder  # type: ignore[attr-defined]
-    found = measure_setting(decoder, call["knobs"], [call["prompt"]], 8, seed=call["seed"], profile=profile)
-    assert {name: info[name] for name in found if name in info} == {
-        name: value for name, value in found.items() if "wall" not in name
+    outcome = measure_setting(decoder, call["knobs"], [call["prompt"]], 8, seed=call["seed"], profile=profile)
+    assert {name: info[name] for name in outcome if name in info} == {
+        name: value for name, value in outcome.items() if "wall" not in name
     }
     assert summarise(decoder, [decoder.generate([1], max_new_tokens=2)], profile)["tokens"] == 2
 

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -71,7 +72,8 @@ def test_an_id_with_its_module_is_found(toy_workload: Workload, profile: Latency
 def test_vector_environments_see_what_single_ones_see(
     mode: str, make_env: MakeEnv, toy_workload: Workload, profile: LatencyProfile
 ) -> None:
-    arguments = {"workload": toy_workload, "profile": profile, "max_draft_length": 4, "max_new_tokens": 8}
+    arguments: dict[str, Any] = {"workload": toy_workload, "profile": profile}
+    arguments |= {"max_draft_length": 4, "max_new_tokens": 8}
     vector = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=2, vectorization_mode=mode, **arguments)
     vector.reset(seed=5)
     _, rewards, _, _, info = vector.step(np.zeros((2, 2), np.float32))
@@ -109,6 +111,7 @@ def test_works_under_wrappers(make_env: MakeEnv) -> None:
 def test_a_pickled_environment_comes_back_with_its_arguments(make_env: MakeEnv) -> None:
     env = make_env(scales={"fallback": 0.3}).unwrapped
     again = pickle.loads(pickle.dumps(env))
+    assert isinstance(env, TuningEnv)
     assert isinstance(again, TuningEnv)
     assert again.scales == env.scales
     assert rollout(again, seed=3) == rollout(env, seed=3)

@@ -89,13 +89,13 @@ def test_an_exported_knob_moves_as_the_environments_does(knobs: tuple[Knob, ...]
     for state in moves.drawn(random, (100,)):
         action = random.uniform(-1, 1, len(knobs)).astype(np.float32)
         one_by_one = [
-            knob.moved(float(value), float(each)) for knob, value, each in zip(exported, state, action, strict=True)
+            knob.moved(float(value), float(item)) for knob, value, item in zip(exported, state, action, strict=True)
         ]
         np.testing.assert_allclose(moves.moved(state, action), one_by_one, rtol=1e-12, atol=1e-12)
 
 
 def test_window_and_guesses_of_lookahead_are_logarithmic() -> None:
-    """Whether a pass guesses once or not at all matters most; a linear scale gives that a seventeenth of the range."""
+    """One guess or none matters most; a linear scale gives that a seventeenth of the range."""
     moves = KnobMoves(traits_of("lookahead").knobs_without_pair(), None, None)
     drawn = moves.values(moves.drawn(np.random.default_rng(3), (4_000,)))
     assert (drawn["guesses"] <= 1).mean() > 0.25

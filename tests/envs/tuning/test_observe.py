@@ -130,16 +130,16 @@ def test_an_observation_can_be_made_from_a_list_of_measurements(make_single: Mak
         observation, *_, info = env.step(action[0])
         knobs = inner.knob_values()  # type: ignore[attr-defined]
         past.append((knobs, info["speedup"], info["draft_acceptance_rate"], info["divergence"]))
-        made = env.layout.observation(knobs, 0.0, inner.profile.marginal_cost(), past)  # type: ignore[attr-defined]
-        assert made == pytest.approx(observation)
+        built = env.layout.observation(knobs, 0.0, inner.profile.marginal_cost(), past)  # type: ignore[attr-defined]
+        assert built == pytest.approx(observation)
 
 
 def test_values_beyond_their_bounds_are_clipped() -> None:
     layout = ContextLayout(RANGES, history=1)
     past = [({"fallback": 0.0, "rollback": 9.0}, 50.0, 0.5, 0.5)]
-    made = layout.observation({"fallback": 1.0, "rollback": 2.0}, 5.0, 3.0, past * 4)
-    assert made == pytest.approx([0.95, 2, 2, 2, 1, 0.05, 4, 8, 0.5, 0.5])
-    assert layout.space.contains(made)
+    built = layout.observation({"fallback": 1.0, "rollback": 2.0}, 5.0, 3.0, past * 4)
+    assert built == pytest.approx([0.95, 2, 2, 2, 1, 0.05, 4, 8, 0.5, 0.5])
+    assert layout.space.contains(built)
 
 
 def test_the_wrapper_survives_its_spec(make_single: MakeEnv, toy_trace: Trace, profile: LatencyProfile) -> None:
@@ -153,7 +153,7 @@ def test_other_environments_are_refused(make_vector: MakeVector) -> None:
     with pytest.raises(TypeError, match="ObserveContext is for a TuningEnv"):
         ObserveContext(gymnasium.make("CartPole-v1"))
     with pytest.raises(TypeError, match="VectorObserveContext is for a TuningVectorEnv"):
-        VectorObserveContext(gymnasium.make_vec("CartPole-v1", num_envs=1))  # type: ignore[arg-type]
+        VectorObserveContext(gymnasium.make_vec("CartPole-v1", num_envs=1))
 
 
 @pytest.mark.parametrize("history", [0, 1.5])

@@ -39,19 +39,19 @@ def test_metrics_are_of_all_prompts_together(make_env: MakeEnv, make_single: Mak
     # Exact greedy decoding draws nothing, so the order of the prompts does not matter.
     changes: dict[str, Any] = {"decoder": "speculative", "max_new_tokens": 7, "start": "default"}
     still = np.zeros(1, np.float32)
-    one, many = make(**changes), make(**changes, prompts_per_step=4)
+    item, many = make(**changes), make(**changes, prompts_per_step=4)
     infos = []
     for prompt in range(4):
-        one.reset(seed=0, options={"prompt": prompt})
-        infos.append(one.step(still)[4])
+        item.reset(seed=0, options={"prompt": prompt})
+        infos.append(item.step(still)[4])
     many.reset(seed=1)
-    found = many.step(still)[4]
-    assert {name: found[name] for name in pooled(infos)} == pytest.approx(pooled(infos))
-    assert found["reward/speed"] == pytest.approx(found["speedup"])
+    result = many.step(still)[4]
+    assert {name: result[name] for name in pooled(infos)} == pytest.approx(pooled(infos))
+    assert result["reward/speed"] == pytest.approx(result["speedup"])
 
 
 def test_thresholds_are_pooled_too(make_single: MakeEnv, toy_trace: Trace) -> None:
-    one, many = make_single(), make_single(prompts_per_step=3)
+    item, many = make_single(), make_single(prompts_per_step=3)
     # At settings that were recorded for every prompt, and take back whole tokens, a replay draws nothing either.
     recorded = [setting for setting in toy_trace.detour_knobs.tolist() if setting[0] < 0.95 and setting[1] % 1 == 0]
     straying = 0.0
@@ -59,12 +59,12 @@ def test_thresholds_are_pooled_too(make_single: MakeEnv, toy_trace: Trace) -> No
         knobs = {"fallback": fallback, "rollback": rollback}
         infos = []
         for prompt in range(3):
-            one.reset(seed=0, options={"prompt": prompt, "knobs": knobs})
-            infos.append(one.step(STILL)[4])
+            item.reset(seed=0, options={"prompt": prompt, "knobs": knobs})
+            infos.append(item.step(STILL)[4])
         many.reset(seed=1, options={"knobs": knobs})
-        found = many.step(STILL)[4]
-        assert {name: found[name] for name in pooled(infos)} == pytest.approx(pooled(infos))
-        straying += found["divergence"]
+        result = many.step(STILL)[4]
+        assert {name: result[name] for name in pooled(infos)} == pytest.approx(pooled(infos))
+        straying += result["divergence"]
     assert straying > 0
 
 
@@ -142,8 +142,8 @@ def test_many_environments_get_every_prompt_before_any_comes_again(
     env.reset(seed=0)
     for _ in range(3):
         env.step(np.zeros((4, 2), np.float32))
-    for one in np.concatenate(seen, 1).tolist():
-        assert sorted(one[:3]) == sorted(one[3:]) == [0, 1, 2]
+    for item in np.concatenate(seen, 1).tolist():
+        assert sorted(item[:3]) == sorted(item[3:]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("bad", [0, 1.5, -2])

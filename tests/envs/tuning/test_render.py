@@ -17,8 +17,8 @@ def spans(text: object) -> list[tuple[str, str]]:
 
 
 def test_each_kind_of_token_has_its_colour(speaking_pair: Pair) -> None:
-    found = spans(render_rounds(speaking_pair, [6], ROUNDS))
-    assert found == [
+    result = spans(render_rounds(speaking_pair, [6], ROUNDS))
+    assert result == [
         ("w6", "dim"),
         ("knock", ACCEPTED),
         ("w4 w5", TAKEN_BACK),
@@ -28,7 +28,7 @@ def test_each_kind_of_token_has_its_colour(speaking_pair: Pair) -> None:
 
 
 def test_spaces_between_words_survive(speaking_pair: Pair) -> None:
-    kept = [cycle for cycle in ROUNDS if not cycle.taken_back]
+    kept = [round_ for round_ in ROUNDS if not round_.taken_back]
     assert render_rounds(speaking_pair, [6, 7], kept).plain == "w6 w7 find"
 
 

@@ -233,9 +233,9 @@ def test_a_trace_may_be_a_file(make_single: MakeEnv, toy_trace: Trace, tmp_path:
 
 def test_the_workload_of_a_foreign_trace_has_its_parts(toy_trace: Trace) -> None:
     info = replace(toy_trace.info, workload="some/model+other/model/news@0.7", temperature=0.7)
-    found = find.find_trace(replace(toy_trace, info=info), None)[1]
-    assert (found.pair, found.prompts) == ("some/model+other/model", "news")
-    assert (found.name, found.sampling.temperature) == (info.workload, 0.7)
+    result = find.find_trace(replace(toy_trace, info=info), None)[1]
+    assert (result.pair, result.prompts) == ("some/model+other/model", "news")
+    assert (result.name, result.sampling.temperature) == (info.workload, 0.7)
 
 
 def test_the_spec_of_a_replayed_environment_survives_json() -> None:

@@ -30,10 +30,10 @@ def test_divergence_costs_nothing_by_default() -> None:
 
 @given(value=st.floats(-10, 10), low=fractions, width=fractions, falloff=positive)
 def test_closeness_is_one_exactly_inside_the_range(value: float, low: float, width: float, falloff: float) -> None:
-    found = closeness(value, low, low + width, falloff)
-    assert 0 <= found <= 1
+    result = closeness(value, low, low + width, falloff)
+    assert 0 <= result <= 1
     if low <= value <= low + width:
-        assert found == 1
+        assert result == 1
 
 
 @given(near=st.floats(0, 3), further=st.floats(0, 3), falloff=positive)
@@ -126,7 +126,7 @@ def test_the_best_setting_is_at_the_bound_even_where_speed_is_convex_in_divergen
     settings = RewardSettings(max_divergence=bound)
     # As steep as the chord from the bound to the far end, and a little more.
     multiplier = 1.01 * (speedup[-1] - math.exp(steepness * bound)) / (1 - bound) + 0.01
-    found = reward_terms(
+    result = reward_terms(
         settings,
         speedup=speedup,
         acceptance_rate=np.zeros(102),
@@ -135,7 +135,7 @@ def test_the_best_setting_is_at_the_bound_even_where_speed_is_convex_in_divergen
         values=values,
         multiplier=multiplier,
     )
-    assert divergence[np.argmax(sum(found.values()))] == pytest.approx(bound, abs=0.011)
+    assert divergence[np.argmax(sum(result.values()))] == pytest.approx(bound, abs=0.011)
 
 
 @given(
@@ -155,7 +155,7 @@ def test_arrays_give_what_their_numbers_give(
     bound: float | None,
 ) -> None:
     settings = RewardSettings(divergence_weight=3.0, max_divergence=bound)
-    multipliers = np.arange(len(speedups)) + 0.5
+    multipliers = np.arange(len(speedups), dtype=np.float64) + 0.5
     many = reward_terms(
         settings,
         speedup=np.array(speedups),
@@ -166,7 +166,7 @@ def test_arrays_give_what_their_numbers_give(
         multiplier=multipliers,
     )
     for place, speedup in enumerate(speedups):
-        one = reward_terms(
+        single = reward_terms(
             settings,
             speedup=speedup,
             acceptance_rate=acceptance,
@@ -175,8 +175,8 @@ def test_arrays_give_what_their_numbers_give(
             values={"fallback": fallback, "rollback": rollback},
             multiplier=float(multipliers[place]),
         )
-        assert all(type(term) is float for term in one.values())
-        assert {name: term[place] for name, term in many.items()} == pytest.approx(one)
+        assert all(type(term) is float for term in single.values())
+        assert {name: term[place] for name, term in many.items()} == pytest.approx(single)
 
 
 def test_a_decoder_without_knobs_earns_no_bonus() -> None:

@@ -45,7 +45,8 @@ def test_one_environment_steps_as_a_single_one_does(
 ) -> None:
     changes = {"decoder": decoder} | ({"recording": sampled_trace} if kind == "sampled" else {})
     vector, single = make_vector(num_envs=1, **changes), make_single(**changes)
-    ours, theirs = vector.reset(seed=5), single.reset(seed=5)
+    ours: tuple[Any, ...] = vector.reset(seed=5)
+    theirs: tuple[Any, ...] = single.reset(seed=5)
     for action in actions(vector, 1, 45):
         assert ours[0][0].tolist() == theirs[0].tolist()
         ours, theirs = vector.step(action), single.step(action[0])
@@ -148,9 +149,9 @@ def test_every_environment_gets_every_prompt_before_any_comes_again(
     env.reset(seed=0)
     for action in actions(env, 0, 6):
         env.step(action)
-    for one in np.array(seen).T.tolist():
-        assert sorted(one[:3]) == sorted(one[3:]) == [0, 1, 2]
-    assert len({tuple(one) for one in np.array(seen).T.tolist()}) > 1
+    for item in np.array(seen).T.tolist():
+        assert sorted(item[:3]) == sorted(item[3:]) == [0, 1, 2]
+    assert len({tuple(item) for item in np.array(seen).T.tolist()}) > 1
 
 
 def test_options_set_knobs_and_prompts_for_one_episode(
@@ -201,8 +202,8 @@ def test_each_workload_is_charged_by_its_own_profile(
 ) -> None:
     slow = replace(profile, target_seconds={1: 0.1, 2: 0.11}, autoregressive_seconds=0.1)
     names = [toy_trace.info.workload, sampled_trace.info.workload]
-    given = {names[1]: slow, names[0]: profile} if named else [profile, slow]
-    env = make_vector(num_envs=4, recording=[toy_trace, sampled_trace], profile=given)
+    chosen = {names[1]: slow, names[0]: profile} if named else [profile, slow]
+    env = make_vector(num_envs=4, recording=[toy_trace, sampled_trace], profile=chosen)
     env.reset(seed=0)
     infos = env.step(np.zeros((4, 2), np.float32))[4]
     for place, (target, token) in enumerate([(0.01, 0.002), (0.1, 0.011)] * 2):

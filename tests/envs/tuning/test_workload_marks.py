@@ -22,12 +22,12 @@ def test_marks_of_many_are_those_of_one(inner: TuningVectorEnv) -> None:
     marked = VectorWorkloadMark(inner)
     observations, _ = marked.reset(seed=0)
     for place, name in enumerate(WORKLOADS):
-        one = WorkloadMark(
+        single = WorkloadMark(
             gymnasium.make("specgym/Thresholds-v0", workload=name, backend="replay", max_new_tokens=8), place, 2
         )
-        assert one.observation_space == marked.single_observation_space
+        assert single.observation_space == marked.single_observation_space
         row = inner.workload_of.tolist().index(place)
-        assert one.reset(options={"knobs": {}})[0][2:].tolist() == observations[row, 2:].tolist()
+        assert single.reset(options={"knobs": {}})[0][2:].tolist() == observations[row, 2:].tolist()
     assert observations[:, 2:].argmax(1).tolist() == inner.workload_of.tolist()
 
 

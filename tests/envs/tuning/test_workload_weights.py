@@ -97,8 +97,8 @@ def test_time_and_prompts_follow_the_workload(
         prompts, traces = asked[-1]
         assert traces.tolist() == of.tolist()
         assert infos["workload"].tolist() == [env.workload_names[place] for place in of]
-        own = prompts - firsts[of]
-        assert ((own >= 0) & (own < np.where(of == 0, 3, 2))).all()
+        local = prompts - firsts[of]
+        assert ((local >= 0) & (local < np.where(of == 0, 3, 2))).all()
         target, token = np.where(of == 0, 0.01, 0.1), np.where(of == 0, 0.002, 0.011)
         seconds = target * infos["rounds"] + token * infos["drafted"]
         assert infos["seconds"] == pytest.approx(seconds)
@@ -123,10 +123,10 @@ def test_who_keeps_a_workload_goes_on_in_its_order(
     for _ in range(3):
         of.append(env.workload_of.tolist())
         env.step(still(env))
-    stayed = [place for place in range(40) if {one[place] for one in of} == {0}]
+    stayed = [place for place in range(40) if {single[place] for single in of} == {0}]
     assert stayed
     for place in stayed:
-        assert sorted(one[place] for one in asked) == [0, 1, 2]
+        assert sorted(single[place] for single in asked) == [0, 1, 2]
 
 
 def test_a_seed_fixes_the_workloads_drawn(make_two: Callable[..., TuningVectorEnv]) -> None:

@@ -74,7 +74,7 @@ class Recorder:
 def test_recommendations_are_judged_after_so_many_measurements_on_held_out_prompts(task: TuningTask) -> None:
     shown: list[list[Measurement]] = []
     messages: list[str] = []
-    methods = {
+    methods: dict[str, Any] = {
         "recorder": lambda task, seed: Recorder("recorder", shown),
         "fixed": lambda task, seed: FixedSetting("fixed", {"fallback": 0.1, "rollback": 2.0}),
     }
@@ -129,7 +129,7 @@ def test_a_summary_averages_seeds_within_workloads_and_counts_pairs_served() -> 
 
 def test_a_method_that_is_better_on_all_pairs_is_significantly_so_after_correction() -> None:
     rng = np.random.default_rng(0)
-    base = rng.uniform(0.7, 0.9, size=9)
+    base: Any = rng.uniform(0.7, 0.9, size=9)
     rows = over("learned", base + 0.05) + over("tpe", base + rng.uniform(0, 0.02, size=9))
     rows += over("random", base + 0.05 + rng.permutation([0.01, -0.01, 0.02, -0.02, 0.03, -0.03, 0.04, -0.04, 0]))
     rows += over("tpe", base, measurements=4)

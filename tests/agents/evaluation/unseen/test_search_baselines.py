@@ -173,7 +173,8 @@ SHORT = Knob("heads", 0, 2, 1, integer=True)
 def test_any_knobs_are_searched_in_their_own_units(method: str, knobs: tuple[Knob, ...]) -> None:
     ranges = {knob.name: (float(knob.low), float(knob.high)) for knob in knobs}
     middle = {knob.name: float(knob.default) for knob in knobs}
-    search, history = searcher(method, SearchSpace(knobs, ranges, middle, 0, middle)), []
+    search = searcher(method, SearchSpace(knobs, ranges, middle, 0, middle))
+    history: list[Any] = []
     for _ in range(6):
         setting = search.propose(history)
         assert list(setting) == list(ranges)
@@ -186,7 +187,8 @@ def test_any_knobs_are_searched_in_their_own_units(method: str, knobs: tuple[Kno
 
 def test_small_values_of_a_logarithmic_knob_are_searched_as_often_as_large_ones() -> None:
     space = SearchSpace((WINDOW,), {"window": (1.0, 16.0)}, {"window": 5.0}, 0)
-    search, history = searcher("sobol", space), []
+    search = searcher("sobol", space)
+    history: list[Any] = []
     for _ in range(64):
         history.append(Measurement(search.propose(history), {}, 0.0))
     assert sum(trial.knobs["window"] <= 3 for trial in history) >= 20

@@ -46,9 +46,9 @@ def test_all_prompts_of_a_workload_come_before_any_comes_again(
 
     monkeypatch.setattr(env._drafts, "begin", spy)
     env.reset(seed=3)
-    dice = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     while len(begun[0]) < 10 or len(begun[1]) < 6:
-        env.step(actions_of(dice, 2))
+        env.step(actions_of(draws, 2))
     assert sorted(begun[0][:5]) == sorted(begun[0][5:10]) == [0, 1, 2, 3, 4]
     assert sorted(begun[1][:3]) == sorted(begun[1][3:6]) == [0, 1, 2]
 
@@ -57,11 +57,11 @@ def test_a_seed_fixes_everything(profile: LatencyProfile) -> None:
     traces = {PROSE: random_trace(PROSE, 5, seed=1), SAMPLED: random_trace(SAMPLED, 5, seed=2)}
 
     def rollout(env: DraftLengthVectorEnv, seed: int) -> list[Any]:
-        dice = np.random.default_rng(0)
+        draws = np.random.default_rng(0)
         observations, infos = env.reset(seed=seed)
         seen = [observations.tolist(), infos["remaining_acceptable"].tolist()]
         for _ in range(30):
-            observations, rewards, *_, infos = env.step(actions_of(dice, 6))
+            observations, rewards, *_, infos = env.step(actions_of(draws, 6))
             seen += [observations.tolist(), rewards.tolist(), *(infos[name].tolist() for name in COUNTS)]
         return seen
 
@@ -74,15 +74,15 @@ def test_a_seed_fixes_everything(profile: LatencyProfile) -> None:
 
 def test_arrays_that_were_handed_out_do_not_change_any_more(traces: dict[str, Trace], profile: LatencyProfile) -> None:
     env = make(traces, profile)
-    dice = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     kept, copies = [], []
     results: list[Any] = [env.reset(seed=0)]
-    results += [env.step(actions_of(dice, 6)) for _ in range(4)]
+    results += [env.step(actions_of(draws, 6)) for _ in range(4)]
     for result in results:
         arrays = [part for part in result if isinstance(part, np.ndarray)] + [result[-1][name] for name in COUNTS]
         kept += arrays
         copies += [array.copy() for array in arrays]
-        env.step(actions_of(dice, 6))
+        env.step(actions_of(draws, 6))
     assert all(np.array_equal(array, copy) for array, copy in zip(kept, copies, strict=True))
     assert len({id(array) for array in kept}) == len(kept)
 
@@ -92,12 +92,12 @@ def test_totals_are_sums_since_the_last_call_in_units_of_plain_decoding(
 ) -> None:
     env = make(traces, profile, num_envs=9, batch_size=[1, 8])
     env.reset(seed=0)
-    dice = np.random.default_rng(0)
-    env.step(actions_of(dice, 9))
+    draws = np.random.default_rng(0)
+    env.step(actions_of(draws, 9))
     env.totals()
     sums = {name: np.zeros(4) for name in COUNTS}
     for _ in range(25):
-        *_, infos = env.step(actions_of(dice, 9))
+        *_, infos = env.step(actions_of(draws, 9))
         for name in COUNTS:
             np.add.at(sums[name], env.point_of, infos[name])
     totals = env.totals()
@@ -128,9 +128,9 @@ def test_chosen_prompts_are_decoded_once(traces: dict[str, Trace], profile: Late
     env.reset(seed=0, options={"prompt": prompts})
     assert np.flatnonzero(env.resting).tolist() == [7, 9]
     ended = np.zeros(10, np.int64)
-    dice = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     for _ in range(100):
-        _, rewards, terminated, truncated, infos = env.step(actions_of(dice, 10))
+        _, rewards, terminated, truncated, infos = env.step(actions_of(draws, 10))
         assert not truncated.any()
         assert not rewards[ended > 0].any()
         assert not infos["seconds"][ended > 0].any()
@@ -150,10 +150,10 @@ def test_a_time_limit_cuts_texts_in_the_middle(profile: LatencyProfile) -> None:
     cut.reset(seed=0, options={"prompt": np.array([0, 1])})
     for step in (1, 2, 3):
         expected = long.step(np.zeros(2, np.int64))
-        found = cut.step(np.zeros(2, np.int64))
+        outcome = cut.step(np.zeros(2, np.int64))
         assert not expected[2].any()
-        assert found[3].tolist() == [step == 3] * 2
-    assert [list(row) for row in found[4]["final_obs"]] == expected[0].tolist()
+        assert outcome[3].tolist() == [step == 3] * 2
+    assert [list(row) for row in outcome[4]["final_obs"]] == expected[0].tolist()
     assert cut.resting.all()
     cut.reset(seed=0)
     flags = [cut.step(np.ones(2, np.int64))[3].tolist() for _ in range(6)]

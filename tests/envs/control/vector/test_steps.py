@@ -38,12 +38,12 @@ def test_many_texts_are_as_many_single_ones(traces: dict[str, Trace], profile: L
     for number, (_, observation, info) in enumerate(singles):
         assert np.array_equal(observations[number], observation)
         assert all(infos[name][number] == info[name] for name in COUNTS)
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     running = np.ones(20, np.bool_)
     steps = 0
     while running.any():
         steps += 1
-        actions = actions_of(dice, 20)
+        actions = actions_of(rng, 20)
         observations, rewards, terminated, truncated, infos = env.step(actions)
         assert not truncated.any()
         for number, (single, *_) in enumerate(singles):
@@ -72,11 +72,11 @@ def test_a_text_that_ends_is_followed_by_another_in_the_same_step(
     env = make(traces, profile, num_envs=4)
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     env.reset(seed=0)
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     seen = 0
     tokens, seconds = np.zeros(4), np.zeros(4)
     for _ in range(60):
-        observations, _, terminated, _, infos = env.step(actions_of(dice, 4))
+        observations, _, terminated, _, infos = env.step(actions_of(rng, 4))
         tokens += infos["tokens"]
         seconds += infos["seconds"]
         for number in np.flatnonzero(terminated):

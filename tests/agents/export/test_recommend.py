@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from specgym.agents import KnobSettings, default_settings
-from specgym.agents.export import snap_to_recorded as nearby
+from specgym.agents.export import recommend as nearby
 from specgym.agents.export.knob_policy import KnobRange
-from specgym.agents.export.snap_to_recorded import FEWEST, REACH, best_nearby
+from specgym.agents.export.recommend import FEWEST, REACH, best_nearby
 from specgym.decoding import traits_of
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs.recordings.outcomes import Outcomes, OutcomeTotals, outcomes_name, totals
@@ -56,11 +56,11 @@ def ranges() -> list[KnobRange]:
     ]
 
 
-def moves(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of the agent from one setting to another, in the knob that takes most."""
-    window = abs(math.log2(one[0] / other[0])) / 0.4
-    guesses = abs(math.log2((1 + one[2]) / (1 + other[2]))) / (math.log2(17) / 10)
-    return max(window, abs(one[1] - other[1]) / 0.4, guesses)
+def moves(item: Sequence[float], other: Sequence[float]) -> float:
+    """Moves of the agent from a setting to another, in the knob that takes most."""
+    window = abs(math.log2(item[0] / other[0])) / 0.4
+    guesses = abs(math.log2((1 + item[2]) / (1 + other[2]))) / (math.log2(17) / 10)
+    return max(window, abs(item[1] - other[1]) / 0.4, guesses)
 
 
 def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_dozen_is_found(
@@ -69,17 +69,17 @@ def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_
     seconds = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
     settings_recorded = recorded.settings.tolist()
     moved = stayed = beyond = 0
-    for place, own in zip(settings_recorded, seconds, strict=True):
+    for place, mine in zip(settings_recorded, seconds, strict=True):
         away = [moves(place, other) for other in settings_recorded]
         reach = max(REACH, sorted(away)[FEWEST - 1]) + 1e-6
         least = min(spent for distance, spent in zip(away, seconds, strict=True) if distance <= reach)
         rest = dict(zip(("window", "ngram", "guesses"), place, strict=True))
-        found = best_nearby(settings, name, rest, ranges(), profile)
-        values = list(found.values())
+        result = best_nearby(settings, name, rest, ranges(), profile)
+        values = list(result.values())
         assert moves(place, values) <= reach
         assert seconds[settings_recorded.index(values)] == pytest.approx(least)  # several may be as fast
         assert all(type(value) is int for value in values)
-        moved += least < own
+        moved += least < mine
         stayed += values == place
         beyond += moves(place, values) > REACH + 1e-6
     assert min(moved, beyond) > 2
@@ -91,8 +91,8 @@ def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
 ) -> None:
     rest = {"window": 7, "ngram": 3, "guesses": 9}
     assert list(rest.values()) not in recorded.settings.tolist()
-    found = best_nearby(settings, name, rest, ranges(), profile)
-    assert list(map(float, found.values())) in recorded.settings.tolist()
+    result = best_nearby(settings, name, rest, ranges(), profile)
+    assert list(map(float, result.values())) in recorded.settings.tolist()
 
 
 def test_where_no_outcomes_were_replayed_the_policy_has_the_last_word(
@@ -110,10 +110,10 @@ def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
     monkeypatch.setattr(nearby, "REACH", 100.0)
     astray = 0.01
 
-    def straying(found: Outcomes, charged: LatencyProfile, tokens: int) -> OutcomeTotals:
+    def straying(result: Outcomes, charged: LatencyProfile, tokens: int) -> OutcomeTotals:
         """The more guesses, the further from the target."""
-        sums = totals(found, charged, tokens)
-        return replace(sums, total_variation=sums.tokens * (astray + found.settings[:, 2:] / 16))
+        sums = totals(result, charged, tokens)
+        return replace(sums, total_variation=sums.tokens * (astray + result.settings[:, 2:] / 16))
 
     monkeypatch.setattr(nearby, "totals", straying)
     spent = totals(recorded, profile, TOKENS).per_token("seconds").tolist()
@@ -128,9 +128,9 @@ def test_with_a_bound_on_the_divergence_only_what_keeps_it_is_recommended(
             reward=replace(settings.reward, max_divergence=bound),
         )
         rest = {"window": 16, "ngram": 6, "guesses": 16}  # it does not keep the bound itself
-        found = best_nearby(bounded, name, rest, ranges(), profile)  # type: ignore[arg-type]
+        result = best_nearby(bounded, name, rest, ranges(), profile)  # type: ignore[arg-type]
         keeping = [spent for setting, spent in seconds.items() if astray + setting[2] / 16 <= bound]
-        assert astray + found["guesses"] / 16 <= bound
-        assert seconds[tuple(map(float, found.values()))] == pytest.approx(min(keeping))
+        assert astray + result["guesses"] / 16 <= bound
+        assert seconds[tuple(map(float, result.values()))] == pytest.approx(min(keeping))
     bounded.reward = replace(settings.reward, max_divergence=0.0)  # nothing keeps it: the policy has the last word
     assert best_nearby(bounded, name, rest, ranges(), profile) == rest  # type: ignore[arg-type]
