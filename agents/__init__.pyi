@@ -1,14 +1,19 @@
 from .command_line import evaluate_command, train_command
-from .evaluation.grids import losses, universal_setting
 from .evaluation.live import Contestant, decode_in_turns, judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
+from .evaluation.statistics import holm, interval, losses, resampled_means, sign_flip_test, universal_setting
 from .evaluation.unseen.comparison import recommendations
 from .evaluation.unseen.cross_validation import Training, train_fold
-from .evaluation.unseen.statistics import holm, interval, resampled_means, sign_flip_test
 from .evaluation.unseen.transfer import Transfer
-from .experiments.experiment import Experiment, load_settings, save_settings
+from .experiments.experiment import (
+    Experiment,
+    KnobLearning,
+    LearningSettings,
+    RunSettings,
+    load_settings,
+    save_settings,
+)
 from .experiments.learned_tuner import LearnedSearcher, LearnedTuner, tasks_of
-from .experiments.settings import KnobLearning, LearningSettings, RunSettings
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.stop_policy import StoppingPolicy
 from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
@@ -17,10 +22,9 @@ from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import load_knobs
 from .export.stop_rule import ExportedStopRule
 from .policy import KnobPolicy
-from .training.console import quieten
 from .training.environments import recording_path, training_environments
 from .training.run import evaluate, train
-from .training.run_folder import RunFolder, read_json, this_command
+from .training.run_folder import RunFolder, quieten, read_json, this_command
 from .training.settings_io import SettingsError
 
 __all__ = [

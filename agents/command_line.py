@@ -15,8 +15,7 @@ import tyro
 from specgym.decoding import SpecgymError, decoder_names
 from specgym.envs import environment_id
 
-from .experiments.experiment import load_settings
-from .experiments.settings import RunSettings
+from .experiments.experiment import RunSettings, load_settings
 from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.tune_knobs_settings import default_settings

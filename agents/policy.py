@@ -23,7 +23,7 @@ from torch.distributions import Normal
 
 from specgym.decoding import NumericalError
 
-from .training.nan_guards import FiniteAdam
+from .training.sb3_vec_env import FiniteAdam
 
 
 class BoundsScaler(BaseFeaturesExtractor):

@@ -1,18 +1,16 @@
 from .decoder import Decoder, Generation, Round, Session
-from .decoders.autoregressive import AutoregressiveDecoder
+from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
+from .decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDecoder
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
-from .decoders.draft_tree.verification_rules import RULES
-from .decoders.in_turns import Side, decode_in_turns
-from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound
+from .decoders.draft_tree.pruning import RULES
+from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound, LookaheadStatistics
 from .decoders.lookahead.pool import PoolSettings, Retention
-from .decoders.lookahead.statistics import LookaheadStatistics
 from .decoders.lookahead.traits import Preset
 from .decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
 from .decoders.medusa.files import heads_for, load_heads
 from .decoders.medusa.heads import MedusaHeads
 from .decoders.medusa.traits import DELTA, EPSILON
-from .decoders.speculative import SpeculativeDecoder, SpeculativeSession
 from .decoders.stop_rules import (
     FEATURES,
     ConfidenceBelow,
@@ -23,7 +21,6 @@ from .decoders.stop_rules import (
     Rows,
     StopRule,
 )
-from .decoders.threshold import ThresholdDecoder
 from .drafts.drafter import (
     Drafter,
     DraftSession,
@@ -34,8 +31,7 @@ from .drafts.drafter import (
     Proposal,
     draft_digest,
 )
-from .drafts.ngram import NGramDrafter
-from .drafts.prompt_lookup import PromptLookupDrafter
+from .drafts.ngram import NGramDrafter, PromptLookupDrafter
 from .errors import (
     KnobError,
     NumericalError,
@@ -47,7 +43,7 @@ from .errors import (
 )
 from .files import cache_folder, digest, file_name, replacing, write_json, write_text
 from .latency.accelerators import find_hardware
-from .latency.host import describe_hardware
+from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
 from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
@@ -55,12 +51,10 @@ from .latency.roofline import MODEL_SHAPES, ModelShape, roofline
 from .loading.find_model import ModelNotFoundError, load_model
 from .loading.pair import Pair, load_pair, require_draft
 from .loading.presets import PRESETS, UnknownPairError, resolve
-from .models.identity import weights_digest
-from .models.language_model import LanguageModel, Logits
-from .models.prepack import SMALLEST_PREPACKED, prepack_linears
-from .models.token_tree import TokenTree
-from .prompts.hub_datasets import HUB_SETS
-from .prompts.prompt_set import PromptSet, Split, encode, load_prompts, shipped_prompts
+from .models.kv_cache import TokenTree
+from .models.language_model import LanguageModel, Logits, weights_digest
+from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
+from .prompts import HUB_SETS, PromptSet, Split, encode, load_prompts, shipped_prompts
 from .registry import (
     DecoderRegistryError,
     build_decoder,

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "specgym.agents.numerics": "specgym.agents.training.nan_guards",
+    "specgym.agents.numerics": "specgym.agents.training.sb3_vec_env",
     "specgym.agents.stopping": "specgym.agents",
     "specgym.agents.stopping.export": "specgym.agents.export.stop_rule",
     "specgym.agents.stopping.policy": "specgym.agents.experiments.stop_policy",

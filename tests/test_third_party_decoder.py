@@ -90,6 +90,7 @@ def test_it_decodes_as_the_target_and_runs_live(outside: Outside) -> None:
 
 REPLAY = """
 import sys
+import time
 from pathlib import Path
 
 import gymnasium, numpy, specgym
@@ -142,3 +143,13 @@ def test_it_is_learned_killed_resumed_judged_and_reported(outside: Outside, reco
     outside.run("evaluate.py", str(run), "--report")
     assert "opy-last knobs learned in mine" in (run / "report.html").read_text(encoding="utf-8")
     assert "specgym/CopyLast-v0" in outside.run("train.py", "--help")
+
+
+def test_a_tuner_practises_on_it(outside: Outside, recordings: Path) -> None:
+    runs = outside.folder / "runs"
+    outside.run(
+        *("train.py", "--env", "specgym/CopyLast-v0", "--tuner", "--workloads", WORKLOAD, "--runs", str(runs)),
+        *("--name", "tuner", "--recordings", str(recordings), "--total-timesteps", "600", "--environments", "16"),
+        *("--max-new-tokens", "32", "--prompts-per-measurement", "2", "--measurements", "2"),
+    )
+    assert "copies" in (runs / "tuner" / "knobs.json").read_text(encoding="utf-8")

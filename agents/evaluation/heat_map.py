@@ -13,14 +13,14 @@ import numpy as np
 from specgym.decoding import write_json
 from specgym.envs import TraceError
 
-from ..experiments.settings import RunSettings
+from ..experiments.experiment import RunSettings
 from ..experiments.tune_knobs_settings import KnobSettings
 from ..export.knob_policy import ExportedPolicy
 from ..export.recommend import followed, load_knobs
 from ..training.environments import recording_path
 from ..training.run_folder import RunFileError, RunFolder, read_json
-from .grids import Floats, settings_of
 from .replayed import TuningTask, TuningTaskError
+from .statistics import Floats, settings_of
 
 FORMAT = "specgym-heat-maps-2"
 _EARLIER = "specgym-heat-maps-1"

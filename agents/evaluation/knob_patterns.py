@@ -15,10 +15,9 @@ import numpy as np
 
 from specgym.decoding import write_json, write_text
 
-from .grids import Floats, Grid, settings_of
 from .replayed import Flags, TuningTask
 from .results import to_csv
-from .unseen.statistics import rank_correlation
+from .statistics import Floats, Grid, rank_correlation, settings_of
 
 BOUNDS = (0.05, 0.1, 0.2)
 """On the mean divergence, for the aims that ask for the fastest setting under one."""

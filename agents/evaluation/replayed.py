@@ -26,7 +26,7 @@ from specgym.envs import (
     reward_terms,
 )
 
-from .grids import Floats, Grid, grid_axes, settings_of
+from .statistics import Floats, Grid, grid_axes, settings_of
 
 Flags = NDArray[np.bool_]
 

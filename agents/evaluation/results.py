@@ -18,9 +18,9 @@ from rich.table import Table
 
 from specgym.decoding import write_json
 
-from ..training.earlier_formats import TABLE_FORMAT, current_table
 from ..training.run_folder import RunFileError, read_json
-from .unseen.statistics import interval
+from ..training.settings_io import TABLE_FORMAT, current_table
+from .statistics import interval
 
 ALL = "all workloads"
 """`Row.workload` of the means over the workloads."""

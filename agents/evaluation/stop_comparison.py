@@ -17,8 +17,7 @@ from specgym.envs import Trace, workload
 
 from .live import Contestant, decode_in_turns
 from .results import ALL, LEARNED, Column, Row, interval
-from .stop_baselines import UpperConfidenceBound
-from .stop_replay import Decoded, ReplayedPrompts, choose, oracle
+from .stop_baselines import Decoded, ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
 if TYPE_CHECKING:
     from ..experiments.stop_drafts_settings import StopSettings

@@ -20,10 +20,9 @@ from specgym.envs import ContextLayout, KnobMoves, TuningVectorEnv, VectorObserv
 from ..evaluation.replayed import Measurement, TuningTask, split_options
 from ..export.knob_policy import ExportedPolicy, KnobRange
 from ..policy import KnobPolicy
-from ..training.nan_guards import FiniteGuard
 from ..training.ppo import learn
 from ..training.run_folder import LearnedFolder, RunFileError
-from ..training.sb3_vec_env import VectorEnvAdaptor
+from ..training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 from .tune_knobs import knob_policy
 from .tune_unseen_settings import TunerSettings
 

@@ -38,10 +38,8 @@ from ..evaluation.stop_comparison import (
     stop_verdict,
 )
 from ..export.stop_rule import ExportedStopRule
-from ..training.console import console, quieten
-from ..training.nan_guards import FiniteGuard
-from ..training.run_folder import RunFolder, this_command, torch_threads
-from ..training.sb3_vec_env import VectorEnvAdaptor
+from ..training.run_folder import RunFolder, console, quieten, this_command, torch_threads
+from ..training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
 from .stop_drafts_settings import StopSettings
 from .stop_policy import RoundEpisodes, StoppingPolicy

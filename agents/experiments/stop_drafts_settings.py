@@ -16,7 +16,7 @@ from ..training.settings_io import (
     require_distinct,
     require_within,
 )
-from .settings import LearningSettings, RunSettings
+from .experiment import LearningSettings, RunSettings
 
 ENV = "specgym/DraftLength-v0"
 

@@ -19,7 +19,6 @@ from ..evaluation.results import ALL, LEARNED, RESAMPLES, ResultTable, Row, kept
 from ..export.knob_policy import ExportedPolicy, KnobRange
 from ..export.recommend import best_nearby, load_knobs, recommend, save_knobs
 from ..policy import KnobPolicy
-from ..training.console import console
 from ..training.environments import (
     held_out_environments,
     make_env,
@@ -27,9 +26,9 @@ from ..training.environments import (
     state_names,
     training_environments,
 )
+from ..training.run_folder import console
 from ..training.settings_io import SettingsError
-from .experiment import Experiment, Learner, PolicyChoice
-from .settings import KnobLearning
+from .experiment import Experiment, KnobLearning, Learner, PolicyChoice
 from .tune_knobs_settings import KnobSettings, check_workloads
 
 _NOTABLE_DIVERGENCE = 0.05

@@ -20,7 +20,7 @@ from ..training.settings_io import (
     require_one_of,
     require_weights,
 )
-from .settings import KnobLearning, RunSettings
+from .experiment import KnobLearning, RunSettings
 
 if TYPE_CHECKING:
     from specgym.decoding import Decoder, Pair

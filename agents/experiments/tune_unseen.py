@@ -13,20 +13,18 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.decoding import file_name
 
-from ..evaluation.grids import Floats, losses, universal_setting
 from ..evaluation.heat_map import heat_map, save_heat_maps
 from ..evaluation.knob_patterns import save_patterns
 from ..evaluation.live import live_columns
 from ..evaluation.replayed import TuningTask
 from ..evaluation.results import LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
+from ..evaluation.statistics import Floats, interval, losses, universal_setting
 from ..evaluation.unseen.comparison import Kind
 from ..evaluation.unseen.cross_validation import cross_validate
-from ..evaluation.unseen.statistics import interval
 from ..export.knob_policy import ExportedPolicy
 from ..export.recommend import by_pair, save_knobs
 from ..export.recommend_pair import confirm, recommend_pair, workload_of
-from ..training.console import console, quieten
-from ..training.run_folder import RunFolder, this_command, torch_threads
+from ..training.run_folder import RunFolder, console, quieten, this_command, torch_threads
 from ..training.settings_io import SettingsError
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
 from .learned_tuner import LearnedSearcher, LearnedTuner, exported, practice, tasks_of, tuner_callbacks

@@ -13,7 +13,7 @@ from specgym.decoding import DecoderTraits, NoOptions, traits_of
 from specgym.envs import RewardSettings, environment_id, recorded_workloads, recording_name
 
 from ..training.settings_io import SettingsError, require_at_least, require_one_bound, require_weights
-from .settings import KnobLearning, RunSettings
+from .experiment import KnobLearning, RunSettings
 
 
 def _tuner_learning() -> KnobLearning:

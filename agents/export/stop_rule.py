@@ -23,7 +23,7 @@ from specgym.decoding import FEATURES, StopRule
 
 from ..experiments.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
-from .mlp import as_arrays, layer_tensors, load_description, load_weights, save_network
+from .knob_policy import as_arrays, layer_tensors, load_description, load_weights, save_network
 
 FORMAT = "specgym-stop-rule-1"
 _WAY_OUT = "remove its folder, and python train.py --resume <run> learns it again"

@@ -32,9 +32,8 @@ from specgym.envs import (
 )
 
 from ..experiments.tune_knobs_settings import KnobSettings
-from .console import quieten
-from .nan_guards import FiniteGuard
-from .sb3_vec_env import VectorEnvAdaptor
+from .run_folder import quieten
+from .sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 from .settings_io import SettingsError
 
 PRELOADED = "SPECGYM_PRELOADED_WORKLOADS"

@@ -29,13 +29,11 @@ from specgym.callbacks import (
 )
 from specgym.decoding import SpecgymError
 
-from .console import console
-from .nan_guards import FiniteRolloutBuffer
-from .run_folder import LearnedFolder
+from .run_folder import LearnedFolder, console
+from .sb3_vec_env import FiniteRolloutBuffer
 
 if TYPE_CHECKING:
-    from ..experiments.experiment import PolicyChoice
-    from ..experiments.settings import LearningSettings, RunSettings
+    from ..experiments.experiment import LearningSettings, PolicyChoice, RunSettings
 
 
 class TrainingInterruptedError(SpecgymError, RuntimeError):

@@ -15,12 +15,10 @@ from specgym.callbacks import intact_checkpoints
 from specgym.decoding import replacing
 
 from ..evaluation.results import ResultTable
-from ..experiments.experiment import Experiment, Learner, experiment_of, load_settings, save_settings
-from ..experiments.settings import RunSettings
+from ..experiments.experiment import Experiment, Learner, RunSettings, experiment_of, load_settings, save_settings
 from ..experiments.tune_knobs_settings import default_settings
-from .console import console, quieten, tell_differences
 from .ppo import TrainingInterruptedError, learn, way_on
-from .run_folder import RunFolder, this_command, torch_threads
+from .run_folder import RunFolder, console, quieten, tell_differences, this_command, torch_threads
 from .settings_io import SettingsError, prolonged
 
 

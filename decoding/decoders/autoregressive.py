@@ -1,14 +1,18 @@
-"""Plain decoding, one token a pass: the baseline of every speedup."""
+"""Plain decoding, one token a pass: the baseline of every speedup.
+
+Side-by-side decoding: several decoders take turns on the same prompts, so that all meet the same machine.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
-from ..decoder import Decoder, Round, Session
-from ..sampling import draw
+from ..decoder import GREEDY, Decoder, Generation, Round, Session
+from ..sampling import Sampling, draw
 
 
 class AutoregressiveSession(Session["AutoregressiveDecoder"]):
@@ -35,3 +39,59 @@ class AutoregressiveDecoder(Decoder[AutoregressiveSession]):
     lossless = True
     needs_draft = False
     session_class = AutoregressiveSession
+
+
+class Generates(Protocol):
+    """Anything that generates text as a `Decoder` does."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+        knobs: Mapping[str, float] | None,
+    ) -> Generation:
+        """Generate to the end."""
+        ...
+
+
+class Side(NamedTuple):
+    """A decoder with its knobs; None for their defaults."""
+
+    decoder: Generates
+    knobs: Mapping[str, float] | None = None
+
+
+def decode_in_turns(
+    sides: Mapping[str, Side],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    warm_up: int = 16,
+) -> Iterator[dict[str, Generation]]:
+    """Decode every prompt by all sides before the next prompt.
+
+    Args:
+        sides: decoders by name, in the order of their turns.
+        prompts: token ids.
+        max_new_tokens: most tokens generated for a prompt.
+        sampling: how tokens are drawn.
+        seeds: seed of each prompt, the same for all sides; by default 0, 1, 2, ...
+        warm_up: tokens that all sides generate from the first prompt beforehand, since a first generation pays for
+            what is set up once; 0 for none.
+
+    Yields:
+        Generations of a prompt by the names of the sides.
+    """
+    for decoder, knobs in sides.values() if warm_up and prompts else ():
+        tokens = min(warm_up, max_new_tokens)
+        decoder.generate(prompts[0], max_new_tokens=tokens, sampling=sampling, seed=0, knobs=knobs)
+    for seed, prompt in zip(seeds or range(len(prompts)), prompts, strict=True):
+        yield {
+            name: decoder.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, knobs=knobs)
+            for name, (decoder, knobs) in sides.items()
+        }

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.identity import weights_digest
-from ..models.language_model import LanguageModel
+from ..models.language_model import LanguageModel, weights_digest
 from ..sampling import Sampling, draw
 
 _SMALLEST_LOG = (

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..errors import FitError, TrainingError
 from ..files import replacing
 from .settings import LoopSettings, OwnTextSettings
-from .text.batches import Batches, PositionBatches
+from .text.corpus_text import Batches, PositionBatches
 from .text.prompts import JUDGING, TRAINING
 
 _MOST_JUDGED = 4096

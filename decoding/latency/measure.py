@@ -19,7 +19,7 @@ import torch
 
 from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
-from ..decoders.threshold import ThresholdDecoder
+from ..decoders.chain import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
 from ..errors import require_positive
 from ..files import cache_folder, file_name
@@ -28,8 +28,16 @@ from ..registry import build_decoder
 from ..sampling import GREEDY, Sampling
 from ..traits import CHAIN
 from .batch_grid import measure_points, plan_grid
-from .host import describe_hardware, fingerprint
-from .interleaved import EndlessText, medians, repeating_prompt, rotated, time_rounds, turns
+from .interleaved import (
+    EndlessText,
+    describe_hardware,
+    fingerprint,
+    medians,
+    repeating_prompt,
+    rotated,
+    time_rounds,
+    turns,
+)
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
 
 LONGEST_DRAFT = 16

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import require_positive
-from ..models.output_head import reduced_output
+from ..models.linear_layers import reduced_output
 from ..registry import traits_of
 from ..traits import CHAIN
 from .accelerators import Hardware, find_hardware

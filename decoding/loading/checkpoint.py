@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..errors import SpecgymError
 from ..files import replacing, write_json, write_text
-from ..models.output_head import reduce_output, tokens_name
+from ..models.linear_layers import reduce_output, tokens_name
 
 LINK = "specgym.json"
 WEIGHTS = "model.safetensors"

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.drafter import Drafter, ModelDrafter
-from ..drafts.ngram import NGramDrafter
-from ..drafts.prompt_lookup import PromptLookupDrafter
+from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from . import presets

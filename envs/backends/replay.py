@@ -7,13 +7,12 @@ from typing import Any
 
 from specgym.decoding import Split, traits_of
 
-from ..arguments import per_workload
 from ..profiles import Profiles, profile_of
 from ..recordings.archive import TraceError
 from ..recordings.find import Recordings, find_recording, outcome_command, record_command
 from ..recordings.outcomes import OutcomeError, Outcomes
 from ..recordings.trace import Trace
-from ..workloads import Workload
+from ..workloads import Workload, per_workload
 from .backend import ReplayBackend
 from .outcome_replay import OutcomeReplay
 from .trace_replay import TraceReplay

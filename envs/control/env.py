@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from specgym.decoding import FEATURES, LatencyProfile, Split
 
-from ..arguments import constructor, one_of, reset_options
 from ..backends.backend import DraftBackend, DraftSteps
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
 from ..profiles import profile_of
 from ..prompt_order import PromptOrder
 from ..recordings.find import find_trace
 from ..recordings.trace import Trace
-from ..workloads import DEFAULT_WORKLOAD, Workload
+from ..workloads import DEFAULT_WORKLOAD, Workload, constructor, one_of, reset_options
 from ..workloads import workload as named_workload
 from .throughput import checked_rate, linear_reward, relative_throughput
 

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from specgym.decoding import Split
 
-from ..arguments import per_workload
 from ..backends.chain_replay import DraftCharges
 from ..backends.replay import Workloads, asked
 from ..profiles import Profiles, profile_of
 from ..recordings.find import Recordings, find_trace
 from ..recordings.trace import Trace
+from ..workloads import per_workload
 
 Array = NDArray[np.float64]
 

@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from specgym.decoding import Split
 
-from ..arguments import constructor, reset_options
 from ..backends.backend import DraftSteps
 from ..backends.chain_replay import DraftReplay, DraftTable, Indices
 from ..backends.replay import Workloads
 from ..profiles import Profiles
 from ..prompt_order import PromptOrder
 from ..recordings.find import Recordings
+from ..workloads import constructor, reset_options
 from .env import check_lengths, observation_space
 from .throughput import ControlTotals, OperatingPoints, checked_rate, linear_reward
 

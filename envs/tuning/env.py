@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from specgym.decoding import LatencyProfile, Split, traits_of
 
-from ..arguments import constructor, one_of, reset_options, whole_number
 from ..backends.backend import Backend
 from ..backends.replay import replay_backend
 from ..recordings.find import Recording
-from ..workloads import Workload
-from .knob_space import ActionKind
-from .knob_tuning import OPTIONS, KnobTuning, Start, knob_entries
+from ..workloads import Workload, constructor, one_of, reset_options, whole_number
+from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries
 from .reward import RewardSettings, checked_multiplier
 
 if TYPE_CHECKING:

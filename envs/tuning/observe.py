@@ -17,8 +17,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..arguments import whole_number
-from .knob_tuning import KnobTuning
+from ..workloads import whole_number
+from .knob_space import KnobTuning
 
 Flags = NDArray[np.bool_]
 Array = NDArray[np.float32]

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from specgym.decoding import Split
 
-from ..arguments import constructor, per_workload, reset_options, whole_number
 from ..backends.replay import Workloads, replay_backend
 from ..profiles import Profiles
 from ..recordings.find import Recordings
-from ..workloads import probabilities, shared_out
-from .knob_space import ActionKind, per_environment
-from .knob_tuning import OPTIONS, KnobTuning, Start, knob_entries
+from ..workloads import constructor, per_workload, probabilities, reset_options, shared_out, whole_number
+from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries, per_environment
 from .reward import RewardSettings, checked_multiplier
 
 Array = NDArray[np.float32]

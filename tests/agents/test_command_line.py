@@ -19,7 +19,7 @@ BEGINNINGS = r"(What|How|Of|As|The same|Whether|Where|When|From|Under what|For|B
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "agents/command_line.py",
-    "agents/experiments/settings.py",
+    "agents/experiments/experiment.py",
     "agents/experiments/stop_drafts_settings.py",
     "agents/experiments/tune_knobs_settings.py",
     "agents/experiments/tune_unseen_settings.py",

@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from torch import nn
 
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.training.nan_guards import FiniteAdam
+from specgym.agents.training.sb3_vec_env import FiniteAdam
 from specgym.decoding import NumericalError
 
 NAMES = ("fallback", "rollback")

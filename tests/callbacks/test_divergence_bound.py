@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 
 from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
 from specgym.callbacks import DivergenceBoundCallback
-from specgym.callbacks.divergence_bound import next_multiplier
+from specgym.callbacks.workloads import next_multiplier
 
 
 def learn(venv: VecEnv, callback: DivergenceBoundCallback, rollouts: int) -> dict[str, Any]:

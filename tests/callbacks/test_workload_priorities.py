@@ -15,10 +15,9 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
-from specgym.agents.training.nan_guards import FiniteGuard, FiniteRolloutBuffer
-from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import FiniteGuard, FiniteRolloutBuffer, VectorEnvAdaptor
 from specgym.callbacks import NumericsCallback, WorkloadPriorities
-from specgym.callbacks.workload_priorities import workload_probabilities
+from specgym.callbacks.workloads import workload_probabilities
 
 
 class KeepAdvantages(BaseCallback):

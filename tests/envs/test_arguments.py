@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from specgym.envs.arguments import renamed
+from specgym.envs.workloads import renamed
 
 THRESHOLDS, CONTROL = "specgym/Thresholds-v0", "specgym/DraftLength-v0"
 

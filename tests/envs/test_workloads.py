@@ -8,7 +8,7 @@ import pytest
 
 from specgym.decoding.errors import PromptError
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.prompts.prompt_set import PromptSet
+from specgym.decoding.prompts import PromptSet
 from specgym.decoding.sampling import Sampling
 from specgym.envs import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
 from specgym.envs import workloads as module

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specgym.decoding.models.kv_cache import TokenTree
 from specgym.decoding.models.language_model import LanguageModel, Logits
-from specgym.decoding.models.token_tree import TokenTree
 
 
 class TableModel(LanguageModel):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specgym.decoding.decoders.draft_tree import decoder
-from specgym.decoding.decoders.draft_tree import verification_rules as rules
+from specgym.decoding.decoders.draft_tree import pruning as rules
 from tests.helpers.known_distributions import Branches
 
 

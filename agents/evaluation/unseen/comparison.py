@@ -11,8 +11,8 @@ import numpy as np
 from specgym.decoding import SpecgymError
 
 from ..replayed import Measurement, TuningTask
+from ..statistics import holm, interval, resampled_means, sign_flip_test
 from .search_baselines import Knobs, SearcherFactory
-from .statistics import holm, interval, resampled_means, sign_flip_test
 
 MEASUREMENTS = (0, 1, 2, 4, 8)
 """After how many measurements a recommendation is judged."""

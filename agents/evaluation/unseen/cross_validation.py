@@ -20,10 +20,9 @@ import torch
 from ...experiments.experiment import load_settings, save_settings
 from ...experiments.learned_tuner import LearnedSearcher, LearnedTuner, learn_tuner, tasks_of
 from ...experiments.tune_unseen_settings import TunerSettings
-from ...training.console import quieten
-from ...training.run_folder import RunFolder, this_command
-from ..grids import universal_setting
+from ...training.run_folder import RunFolder, quieten, this_command
 from ..replayed import TuningTask
+from ..statistics import universal_setting
 from .comparison import LEARNED, MEASUREMENTS, Fold, Kind, Result, compare, folds
 from .search_baselines import METHODS, NEEDS_UNIVERSAL, SearcherFactory, searchers
 from .transfer import JudgedFold, Transfer

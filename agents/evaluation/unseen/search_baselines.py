@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from specgym.decoding import Knob, SpecgymError
 from specgym.envs import doublings, from_doublings
 
-from ..grids import whole_units
 from ..replayed import Measurement, TuningTask
+from ..statistics import whole_units
 
 NEEDS_UNIVERSAL = ("universal", "tpe from universal", "gp from universal")
 METHODS = ("default", "universal", "random", "sobol", "tpe", "cma-es", "gp", "tpe from universal", "gp from universal")

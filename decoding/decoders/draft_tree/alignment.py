@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import SpecgymError
-from ...models.output_head import OutputLayer
+from ...models.linear_layers import OutputLayer
 
 
 class DraftTreeModelError(SpecgymError, ValueError):

@@ -20,13 +20,11 @@ from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
 from ...sampling import Sampling, draw
 from .alignment import AffineAlignment
-from .draft_guidance import Guidance
 from .files import usual_acceptance, usual_alignment
 from .grow_tree import EVERYTHING, DraftedTree, GrownTree, TreeDraft
-from .predictor import AcceptancePredictor
-from .pruning import PRUNERS, AbsolutePruner
+from .predictor import AcceptancePredictor, Guidance
+from .pruning import PRUNERS, RULES, AbsolutePruner, Likeliest, Randomness
 from .traits import DEEPEST, LARGEST, MOST_CHILDREN, DraftTreeTraits
-from .verification_rules import RULES, Likeliest, Randomness
 
 if TYPE_CHECKING:
     from ...latency.probe import CostProbe

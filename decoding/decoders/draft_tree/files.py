@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...files import replacing, write_json, write_text
-from ...models.identity import alike, probe
-from ...models.language_model import LanguageModel
+from ...models.language_model import LanguageModel, alike, probe
 from .alignment import AffineAlignment, DraftTreeModelError, OtherModelsError
 from .predictor import AcceptancePredictor, PredictorShape
 

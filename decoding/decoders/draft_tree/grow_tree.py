@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...models.kv_cache import TokenTree
 from ...models.language_model import LanguageModel
-from ...models.token_tree import TokenTree
 from ...sampling import Sampling
-from .draft_guidance import Guidance
-from .pruning import TreePruner
-from .verification_rules import Rule
+from .predictor import Guidance
+from .pruning import Rule, TreePruner
 
 EVERYTHING = -1
 """Stands among the tokens that were cut where all were, whatever they would have been."""

@@ -18,9 +18,9 @@ from ...latency.probe import CostProbe
 from ...latency.profile import arithmetic_of
 from ...loading.pair import Pair
 from .decoder import DraftTreeDecoder
-from .draft_guidance import Aligned, Guidance
+from .predictor import Aligned, Guidance
+from .pruning import Randomness, Rule
 from .traits import DEEPEST, DraftTreeTraits
-from .verification_rules import Randomness, Rule
 
 _WIDTH = 4
 _EVEN = 0.5

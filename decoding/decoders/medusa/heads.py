@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...errors import SpecgymError
-from ...models.identity import weights_digest
-from ...models.output_head import output_layer
+from ...models.language_model import weights_digest
+from ...models.linear_layers import output_layer
 
 
 class MedusaHeadsError(SpecgymError, ValueError):

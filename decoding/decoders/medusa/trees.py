@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...models.token_tree import TokenTree
+from ...models.kv_cache import TokenTree
 from .traits import LARGEST_TREE
 
 Ranks = tuple[int, ...]

@@ -17,13 +17,12 @@ from ...errors import FitError
 from ...loading.checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.find_model import load_model
 from ...loading.pair import Pair
-from ...models.output_head import output_layer, reduce_output
+from ...models.linear_layers import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of
 from ..settings import LoopSettings, TextSettings, place_of, require_least
-from ..text.batches import TEXTS, require_batch
-from ..text.corpus_text import load_tokens
+from ..text.corpus_text import TEXTS, load_tokens, require_batch
 from ..text.prompts import TRAINING, cut_prompts, set_prompts
 from ..text.states import hidden_states, join_states, whole_states
 from ..text.target_text import check_text_settings, describe_text, frequent_tokens, generate_text, plain_windows

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...models.output_head import ReducedOutput, output_layer, reduced_output
+from ...models.linear_layers import ReducedOutput, output_layer, reduced_output
 from ..measure import Quality, measure_continuations, measure_domains
 from ..settings import LoopSettings
-from ..text.batches import TEXTS, Batches, PositionBatches, Windows
-from ..text.corpus_text import CorpusTokens
+from ..text.corpus_text import TEXTS, Batches, CorpusTokens, PositionBatches, Windows
 from ..text.prompts import TRAINING
 from ..text.states import HiddenStates
 from ..text.target_text import TargetText

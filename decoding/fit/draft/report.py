@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decoder import Generation
-from ...decoders.speculative import SpeculativeDecoder
+from ...decoders.chain import SpeculativeDecoder
 from ...files import write_text
 from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
 from ...loading.pair import Pair
-from ...prompts.prompt_set import encode, load_prompts, shipped_prompts
+from ...prompts import encode, load_prompts, shipped_prompts
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
 from ..measure import SPEED_NOTE, Quality, Speed, compare, measure_continuations, quality_rows, speed_rows

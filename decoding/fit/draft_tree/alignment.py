@@ -18,14 +18,14 @@ from tqdm import tqdm
 from ...decoders.draft_tree.alignment import AffineAlignment, RidgeFit, proposals
 from ...decoders.draft_tree.files import load_alignment, save_alignment
 from ...errors import FitError
-from ...models.identity import weights_digest
-from ...models.output_head import OutputLayer, output_layer
+from ...models.language_model import weights_digest
+from ...models.linear_layers import OutputLayer, output_layer
 from ..cards import Facts, Rows, Section, device_words, show, size_of, training_lines, write_card
 from ..loop import Outcome, mean_loss, spread_over, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import PairedStates
-from .pair_text import REPORTED, open_pair, read_text
+from .verifications import REPORTED, open_pair, read_text
 
 DRAFT, LEAST_SQUARES, KEPT, MIXED = "the draft itself", "least squares", "this alignment", "half draft, half aligned"
 _FIRST = 5

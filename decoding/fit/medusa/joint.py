@@ -31,7 +31,7 @@ from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, train
 from ..measure import measure_domains
 from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of
-from ..text.batches import TEXTS, PositionBatches
+from ..text.corpus_text import TEXTS, PositionBatches
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import hidden_states, labels_of
 from ..text.target_text import TargetText, own_text

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import FitError
-from ...prompts.prompt_set import PromptSet, encode, load_prompts
+from ...prompts import PromptSet, encode, load_prompts
 from .corpus_text import load_tokens
 
 TRAINING, JUDGING, SPEED = 0, 1, 2

@@ -19,10 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from ...errors import FitError
 from ...files import replacing
 from ...loading.pair import Pair
-from ...models.identity import weights_digest
+from ...models.language_model import weights_digest
 from ..measure import context_of
 from ..settings import OwnTextSettings, TextSettings, require_least
-from .batches import POSITIONS, TEXTS, require_batch
+from .corpus_text import POSITIONS, TEXTS, require_batch
 from .prompts import TRAINING, Prompts, cut_prompts
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.agents.evaluation.grids import grid_axes, losses, settings_of, universal_setting
 from specgym.agents.evaluation.replayed import TuningTask, TuningTaskError
+from specgym.agents.evaluation.statistics import grid_axes, losses, settings_of, universal_setting
 from specgym.decoding import Knob
 from specgym.decoding.errors import KnobError
 from specgym.decoding.latency.profile import LatencyProfile

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specgym.agents.evaluation.stop_baselines import Clairvoyant, UpperConfidenceBound, simple_rules
-from specgym.agents.evaluation.stop_replay import ReplayedPrompts, oracle
+from specgym.agents.evaluation.stop_baselines import (
+    Clairvoyant,
+    ReplayedPrompts,
+    UpperConfidenceBound,
+    oracle,
+    simple_rules,
+)
 from specgym.decoding.decoders.stop_rules import DraftTracker, FixedLength, Rows, StopRule
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs.recordings.trace import Trace

@@ -152,7 +152,7 @@ def test_live_is_refused_for_a_run_of_thresholds(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("env", "own", "others"),
+    ("env", "mine", "others"),
     [
         ([], "--environment.reward.speed-weight", "--batch-sizes"),
         (DRAFT_LENGTH, "--batch-sizes", "--environment.reward.speed-weight"),

@@ -136,7 +136,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(
 def test_broken_outputs_go_on_drafting_are_counted_and_reach_the_gradient(policy: StoppingPolicy) -> None:
     low = torch.as_tensor(np.append(LOW, np.float32(0)))[None].repeat(3, 1)
     with torch.no_grad():
-        policy.action_net.bias.fill_(torch.nan)
+        policy.action_net.get_parameter("bias").fill_(torch.nan)
     actions, _, log_prob = policy(low)
     assert actions.tolist() == [0, 0, 0]
     assert torch.isnan(log_prob).all()

@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from specgym.agents.policy import KnobPolicy
-from specgym.agents.training.nan_guards import FiniteAdam, FiniteGuard, FiniteRolloutBuffer
+from specgym.agents.training.sb3_vec_env import FiniteAdam, FiniteGuard, FiniteRolloutBuffer
 from specgym.callbacks import LEFT_OUT, NumericsCallback
 from specgym.decoding import NumericalError
 

@@ -12,8 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
-from specgym.agents.training.nan_guards import FiniteGuard
-from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
+from specgym.agents.training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 
 
 class Counting(VectorEnv[Any, Any, Any]):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from specgym.agents.training.nan_guards import FiniteRolloutBuffer
+from specgym.agents.training.sb3_vec_env import FiniteRolloutBuffer
 from specgym.callbacks.replay.phase import ReplayPhase
 from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback, importance_weights
 from specgym.callbacks.replay.settings import ReplaySettings

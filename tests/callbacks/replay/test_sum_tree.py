@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from specgym.callbacks.replay.sum_tree import SumTree
+from specgym.callbacks.replay.segments import SumTree
 
 
 def unlikeliness(drawn: np.ndarray, priorities: np.ndarray) -> float:

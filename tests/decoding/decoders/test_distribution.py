@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from specgym.decoding.decoder import Decoder
-from specgym.decoding.decoders import autoregressive, speculative, threshold
+from specgym.decoding.decoders import autoregressive
+from specgym.decoding.decoders import chain as speculative
+from specgym.decoding.decoders import chain as threshold
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, EntropyAbove, ProductBelow, StopRule
-from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts import drafter as drafters
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
-from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import SAMPLINGS, Branches, conditional, distance, exact_joint, p_value_of

@@ -11,14 +11,12 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoder import Decoder, Generation
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
-from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.loading.presets import PRESETS
-from specgym.decoding.prompts.prompt_set import load_prompts
+from specgym.decoding.prompts import load_prompts
 
 PROMPTS, NEW = 64, 64
 FAMILIES = ("llama", "opt", "gpt2", "qwen2")

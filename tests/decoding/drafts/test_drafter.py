@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from specgym.decoding.drafts.drafter import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal, propose
-from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.loading import find_model as loading
 from specgym.decoding.loading import presets, smollm2
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.pair import load_pair
-from specgym.decoding.models.output_head import reduced_output
-from specgym.decoding.prompts.prompt_set import encode, load_prompts
+from specgym.decoding.models.linear_layers import reduced_output
+from specgym.decoding.prompts import encode, load_prompts
 
 NEW = 24
 

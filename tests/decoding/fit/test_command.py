@@ -38,8 +38,7 @@ from specgym.decoding.fit.draft.init_from_target import fresh, spread, take_laye
 from specgym.decoding.fit.loop import learning_rate, train
 from specgym.decoding.fit.measure import measure
 from specgym.decoding.fit.settings import LoopSettings
-from specgym.decoding.fit.text.batches import Windows
-from specgym.decoding.fit.text.corpus_text import read_plain
+from specgym.decoding.fit.text.corpus_text import Windows, read_plain
 from specgym.decoding.loading.checkpoint import load_checkpoint
 from tests.helpers.counting import words
 

@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.latency import measure as latency_measure
-from specgym.decoding.latency.host import describe_hardware, fingerprint
+from specgym.decoding.latency.interleaved import describe_hardware, fingerprint
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from specgym.decoding.errors import NumericalError, PromptError, UnsupportedModelError
+from specgym.decoding.models.kv_cache import TokenTree
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.prepack import PrepackedLinear, prepack_linears
-from specgym.decoding.models.token_tree import TokenTree
+from specgym.decoding.models.linear_layers import PrepackedLinear, prepack_linears
 
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gpt_neox", "phi", "mistral")
 KINDS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]

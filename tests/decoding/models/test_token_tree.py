@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from specgym.decoding.models.token_tree import TokenTree
+from specgym.decoding.models.kv_cache import TokenTree
 
 
 @st.composite

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from specgym.decoding.prompts.hub_datasets import HUB_LIMIT, HUB_SETS, DatasetError
-from specgym.decoding.prompts.prompt_set import load_prompts
+from specgym.decoding.prompts import HUB_LIMIT, HUB_SETS, DatasetError, load_prompts
 
 
 class _Library(ModuleType):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from specgym.decoding import prompts as prompts_module
 from specgym.decoding.errors import PromptError
-from specgym.decoding.prompts import prompt_set as prompts_module
-from specgym.decoding.prompts.prompt_set import PromptFileError, PromptSet, encode, load_prompts, shipped_prompts
+from specgym.decoding.prompts import PromptFileError, PromptSet, encode, load_prompts, shipped_prompts
 
 Write = Callable[[str, str], str]
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.drafts.prompt_lookup import PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import Workload

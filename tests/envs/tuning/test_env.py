@@ -11,8 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
-from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.find_model import shipped_models
 from specgym.decoding.loading.pair import Pair

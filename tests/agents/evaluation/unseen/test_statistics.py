@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from specgym.agents.evaluation.unseen.statistics import (
-    holm,
-    interval,
-    rank_correlation,
-    resampled_means,
-    sign_flip_test,
-)
+from specgym.agents.evaluation.statistics import holm, interval, rank_correlation, resampled_means, sign_flip_test
 
 
 def test_holm_by_hand_and_in_the_order_given() -> None:

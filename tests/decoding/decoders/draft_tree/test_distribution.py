@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from specgym.decoding.decoder import Session
-from specgym.decoding.decoders.draft_tree import verification_rules as rules
+from specgym.decoding.decoders.draft_tree import pruning as rules
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
-from specgym.decoding.decoders.draft_tree.verification_rules import Distinct, Independent, Likeliest
+from specgym.decoding.decoders.draft_tree.pruning import Distinct, Independent, Likeliest
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.branching_dice import Dice

@@ -16,8 +16,7 @@ from specgym.decoding.decoder import Round, Session
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeRound
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
-from specgym.decoding.decoders.draft_tree.pruning import PRUNERS
-from specgym.decoding.decoders.draft_tree.verification_rules import RULES
+from specgym.decoding.decoders.draft_tree.pruning import PRUNERS, RULES
 from specgym.decoding.sampling import Sampling
 
 MakeModel = Callable[..., PreTrainedModel]

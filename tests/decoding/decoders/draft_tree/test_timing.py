@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgym.decoding import PromptLookupDrafter
-from specgym.decoding.decoders.draft_tree import verification_rules as rules
+from specgym.decoding.decoders.draft_tree import pruning as rules
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeSession
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, NodeFeatures, PredictorShape
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
-from specgym.decoding.latency.host import describe_hardware
+from specgym.decoding.latency.interleaved import describe_hardware
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, roofline

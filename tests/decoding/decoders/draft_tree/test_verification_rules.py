@@ -12,14 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specgym.decoding.decoders.draft_tree.verification_rules import (
-    RULES,
-    Distinct,
-    Independent,
-    Likeliest,
-    Randomness,
-    Rule,
-)
+from specgym.decoding.decoders.draft_tree.pruning import RULES, Distinct, Independent, Likeliest, Randomness, Rule
 from specgym.decoding.sampling import draw_distinct, draw_several
 from tests.helpers.branching_dice import Dice
 from tests.helpers.known_distributions import Branches

@@ -12,8 +12,8 @@ from torch import Tensor
 from specgym.decoding.decoder import Session
 from specgym.decoding.decoders.lookahead import decoder as module
 from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
-from specgym.decoding.decoders.lookahead.pass_layout import Accepted, follow
 from specgym.decoding.decoders.lookahead.pool import PoolSettings
+from specgym.decoding.decoders.lookahead.window import Accepted, follow
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling

@@ -13,7 +13,7 @@ from specgym.decoding.decoder import Decoder, Round, Session
 from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
 from specgym.decoding.decoders.lookahead.pool import PoolSettings
 from specgym.decoding.loading.pair import Pair, load_pair
-from specgym.decoding.prompts.prompt_set import load_prompts
+from specgym.decoding.prompts import load_prompts
 
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]

@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.lookahead.pass_layout import Layout, layout
+from specgym.decoding.decoders.lookahead.window import Layout, layout
 from specgym.decoding.models.language_model import LanguageModel
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.errors import PromptError
 from specgym.decoding.latency import measure as latency_measure
-from specgym.decoding.latency.host import describe_hardware
-from specgym.decoding.latency.interleaved import EndlessText
+from specgym.decoding.latency.interleaved import EndlessText, describe_hardware
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair

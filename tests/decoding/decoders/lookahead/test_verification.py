@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from specgym.decoding.decoders.lookahead.pass_layout import Accepted, follow
+from specgym.decoding.decoders.lookahead.window import Accepted, follow
 from tests.helpers.branching_dice import Throw
 from tests.helpers.known_distributions import Branches
 

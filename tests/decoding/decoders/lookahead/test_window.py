@@ -13,9 +13,8 @@ from hypothesis import given
 from torch import Tensor
 
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder, LookaheadRound, LookaheadSession
-from specgym.decoding.decoders.lookahead.pass_layout import Layout
 from specgym.decoding.decoders.lookahead.pool import PoolSettings
-from specgym.decoding.decoders.lookahead.window import Window
+from specgym.decoding.decoders.lookahead.window import Layout, Window
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling

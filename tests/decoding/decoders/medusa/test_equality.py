@@ -14,7 +14,7 @@ from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, MedusaRound,
 from specgym.decoding.decoders.medusa.trees import CandidateTree, cartesian
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.prepack import PrepackedLinear
+from specgym.decoding.models.linear_layers import PrepackedLinear
 from tests.helpers.small_medusa_heads import random_heads, taught_heads
 
 MakeModel = Callable[..., PreTrainedModel]

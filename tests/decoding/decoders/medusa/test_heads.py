@@ -17,7 +17,7 @@ from specgym.decoding.decoders.medusa.trees import cartesian
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.prepack import PrepackedLinear, prepack_linears
+from specgym.decoding.models.linear_layers import PrepackedLinear, prepack_linears
 from tests.helpers.small_medusa_heads import random_heads
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -9,7 +9,7 @@ import pytest
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
 from specgym.decoding.decoders.medusa.trees import cartesian
 from specgym.decoding.loading.pair import load_pair
-from specgym.decoding.prompts.prompt_set import load_prompts
+from specgym.decoding.prompts import load_prompts
 
 Reference = Callable[..., list[list[int]]]
 NEW = 32

@@ -16,7 +16,7 @@ from specgym.decoding.decoders.medusa.files import save_heads
 from specgym.decoding.decoders.medusa.heads import MedusaHeads, MedusaHeadsError
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
-from specgym.decoding.latency.host import describe_hardware
+from specgym.decoding.latency.interleaved import describe_hardware
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, roofline

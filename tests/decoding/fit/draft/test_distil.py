@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.speculative import SpeculativeDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.errors import FitError
 from specgym.decoding.fit.draft import distil
 from specgym.decoding.fit.draft.distil import DraftSettings, make_draft
@@ -31,7 +31,7 @@ from specgym.decoding.fit.text.target_text import TargetText
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.find_model import load_model
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.models.output_head import ReducedOutput, output_layer, reduce_output, reduced_output
+from specgym.decoding.models.linear_layers import ReducedOutput, output_layer, reduce_output, reduced_output
 from tests.helpers.counting import CIRCLE, counting_model
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")

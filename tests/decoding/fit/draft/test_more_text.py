@@ -20,7 +20,7 @@ from specgym.decoding.fit.settings import LoopSettings, TextSettings
 from specgym.decoding.fit.text.prompts import JUDGING, TRAINING, Prompts, set_prompts
 from specgym.decoding.fit.text.states import hidden_states, join_states, whole_states
 from specgym.decoding.fit.text.target_text import join_texts, plain_windows
-from specgym.decoding.prompts.prompt_set import PromptFileError, load_prompts
+from specgym.decoding.prompts import PromptFileError, load_prompts
 
 MakeModel = Callable[..., PreTrainedModel]
 TEMPLATE = "{% for message in messages %}<u>{{ message['content'] }}</u>{% endfor %}"

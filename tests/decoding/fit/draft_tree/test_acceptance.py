@@ -13,9 +13,15 @@ from specgym.decoding.decoders.draft_tree.files import load_acceptance, load_ali
 from specgym.decoding.errors import FitError, TrainingError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.draft_tree import acceptance as module
-from specgym.decoding.fit.draft_tree.acceptance import AcceptanceSettings, make_acceptance
+from specgym.decoding.fit.draft_tree.acceptance import (
+    CALIBRATED,
+    RAW,
+    SCALED,
+    SHARPENED,
+    AcceptanceSettings,
+    make_acceptance,
+)
 from specgym.decoding.fit.draft_tree.alignment import AlignmentSettings, make_alignment
-from specgym.decoding.fit.draft_tree.calibration import CALIBRATED, RAW, SCALED, SHARPENED
 from specgym.decoding.fit.text import target_text
 from specgym.decoding.loading.pair import load_pair
 from tests.helpers.killed_runs import assert_resumed_as_if_never_killed

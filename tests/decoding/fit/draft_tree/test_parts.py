@@ -13,15 +13,14 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, proposals
 from specgym.decoding.errors import FitError
-from specgym.decoding.fit.draft_tree.acceptance import enough
+from specgym.decoding.fit.draft_tree.acceptance import best_temperature, enough, reliability, sharpened
 from specgym.decoding.fit.draft_tree.alignment import agreement, r_squared
-from specgym.decoding.fit.draft_tree.calibration import best_temperature, reliability, sharpened
 from specgym.decoding.fit.draft_tree.verifications import Verifications, met, verifications
 from specgym.decoding.fit.text.prompts import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.text.states import PairedStates, paired_states
 from specgym.decoding.fit.text.target_text import TargetText
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.output_head import output_layer
+from specgym.decoding.models.linear_layers import output_layer
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS: Any = ("match", "probability", "ratio")

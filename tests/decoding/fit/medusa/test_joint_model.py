@@ -18,7 +18,7 @@ from specgym.decoding.fit.loop import train
 from specgym.decoding.fit.medusa.heads import heads_loss
 from specgym.decoding.fit.medusa.joint import JointModel
 from specgym.decoding.fit.settings import LoopSettings
-from specgym.decoding.fit.text.batches import PositionBatches
+from specgym.decoding.fit.text.corpus_text import PositionBatches
 from specgym.decoding.fit.text.states import IGNORED
 
 MakeModel = Callable[..., PreTrainedModel]

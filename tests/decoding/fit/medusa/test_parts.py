@@ -15,7 +15,7 @@ from specgym.decoding.errors import FitError
 from specgym.decoding.fit.measure import measure_domains
 from specgym.decoding.fit.medusa.heads import heads_loss
 from specgym.decoding.fit.medusa.report import accuracies, measure_speed
-from specgym.decoding.fit.text.batches import PositionBatches
+from specgym.decoding.fit.text.corpus_text import PositionBatches
 from specgym.decoding.fit.text.prompts import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.text.states import IGNORED, hidden_states
 from specgym.decoding.fit.text.target_text import TargetText, frequent_tokens

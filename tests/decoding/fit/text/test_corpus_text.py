@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from specgym.decoding.errors import FitError
-from specgym.decoding.fit.text.batches import Windows
-from specgym.decoding.fit.text.corpus_text import held_out, shuffled, tokenise
+from specgym.decoding.fit.text.corpus_text import Windows, held_out, shuffled, tokenise
 
 
 def test_the_split_of_a_document_never_changes() -> None:

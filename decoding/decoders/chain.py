@@ -1,7 +1,21 @@
-"""Exact speculative sampling: the draft's tokens, the target's distribution.
+"""Decoders of chains of drafted tokens: exact speculative sampling, and threshold decoding.
+
+Exact speculative sampling: the draft's tokens, the target's distribution.
 
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192); Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (arXiv 2302.01318).
+
+Threshold decoding: a draft token is kept where the two models are close enough, whatever the dice would say.
+
+At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
+keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
+`rollback` draft tokens back, itself included, and the target emits the token that follows those kept.
+
+Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
+certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
+judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
+`Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
+target's own text whatever the rollback.
 """
 
 from __future__ import annotations
@@ -20,9 +34,9 @@ from torch import Tensor
 from ..decoder import Decoder, Round, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
 from ..loading.pair import Pair, require_draft
-from ..sampling import accepts, draw, residual, residual_of_token
+from ..sampling import accepts, draw, residual, residual_of_token, total_variation
 from .stop_rules import DraftTracker, StopRule
-from .traits import SpeculativeTraits
+from .traits import SpeculativeTraits, ThresholdTraits
 
 USUAL_COST_RATIO = 0.1
 
@@ -273,3 +287,62 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the knob of this name."""
         return int(knobs["draft_length"])
+
+
+class ThresholdSession(SpeculativeSession):
+    """One prompt being generated with the fallback and rollback thresholds."""
+
+    def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
+        p = self.sampling.probabilities(scores)
+        drafted = proposal.tokens.shape[0]
+        distance = self._distances(p, scores, proposal)
+        outright = distance <= knobs["fallback"]
+        agreed = first_false(outright | self._passes(p, proposal))
+        rollback = self._whole_rollback(knobs["rollback"])
+        kept = torch.where(agreed < drafted, (agreed + 1 - rollback).clamp(min=0), agreed)
+        # The residual belongs to the rejected position alone; a token put further back comes from the target there.
+        successor = self._successor(p, proposal, agreed)
+        if rollback > 1:
+            further_back = p[kept].argmax(-1) if self.sampling.greedy else draw(p[kept], self.generator)
+            successor = torch.where(kept < agreed, further_back, successor)
+        return Verdict(kept, successor, torch.where(outright, distance, 0.0))
+
+    def _distances(self, p: Tensor, scores: Tensor, proposal: Proposal) -> Tensor:
+        """Total variation between draft and target at every drafted position, shape (drafted,)."""
+        # One-hot distributions make the distance useless, so greedy decoding compares the models at temperature 1.
+        p = scores[:-1].softmax(-1) if self.sampling.greedy else p[:-1]
+        if proposal.logits is None:  # a one-hot draft
+            return 1 - p.gather(-1, proposal.tokens.unsqueeze(-1)).squeeze(-1)
+        q = proposal.logits.softmax(-1) if proposal.probabilities is None else proposal.probabilities
+        return total_variation(p, q)
+
+    def _whole_rollback(self, rollback: float) -> int:
+        """A neighbouring whole number, at random by the fraction, so that the mean moves smoothly with the knob."""
+        whole = int(rollback)
+        if rollback > whole:
+            whole += int(self._rng.random() < rollback - whole)
+        return whole
+
+
+class ThresholdDecoder(ThresholdTraits, ChainDecoder):
+    """Speculative decoding with a `fallback` and a `rollback` threshold; lossy unless `fallback` is 0 (and
+    `rollback` 1, when sampling).
+
+    Args:
+        pair: a target with a draft.
+        max_draft_length: tokens drafted every round, and the upper end of the `rollback` knob.
+
+    Raises:
+        ValueError: the pair has no draft, or `max_draft_length` is not positive.
+    """
+
+    session_class = ThresholdSession
+
+    def __init__(self, pair: Pair, max_draft_length: int = 16) -> None:
+        super().__init__(pair)
+        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length)
+        self.max_draft_length = max_draft_length
+
+    def draft_length(self, knobs: Mapping[str, float]) -> int:
+        """Return the longest draft, whatever the knobs."""
+        return self.max_draft_length

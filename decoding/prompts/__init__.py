@@ -1,1 +1,0 @@
-"""Prompt sets, shipped, from files or from the hub."""
