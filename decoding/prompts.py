@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -20,9 +21,6 @@ from .errors import PromptError, SpecgymError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-import itertools
 
 Split = Literal["train", "test"]
 

@@ -15,7 +15,8 @@ Files of an exported network: weights as safetensors, everything else as JSON, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
-
-from specgym.decoding import replacing, write_json
-
-from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-
 from torch import nn
 
+from specgym.decoding import replacing, write_json
 from specgym.envs import doublings, from_doublings
 
 from ..policy import BoundsScaler, KnobPolicy
+from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weights = Mapping[str, NDArray[Any]]
 

@@ -6,27 +6,25 @@ Shared rich console; silences third-party warnings and progress bars.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.logging import RichHandler
+
 from specgym.decoding import SpecgymError
 
 if TYPE_CHECKING:
     from specgym.decoding import LatencyProfile
-
-
-import logging
-import os
-import warnings
-
-from rich.console import Console
-from rich.logging import RichHandler
 
 WEIGHTS_FILE = "policy.safetensors"
 DESCRIPTION_FILE = "policy.json"
