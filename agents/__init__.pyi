@@ -1,5 +1,5 @@
 from .command_line import evaluate_command, train_command
-from .evaluation.live import Contestant, decode_in_turns, judge_live, reward_of, whole_numbers
+from .evaluation.live import judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
 from .evaluation.statistics import holm, interval, losses, resampled_means, sign_flip_test, universal_setting
 from .evaluation.unseen.comparison import recommendations
@@ -29,7 +29,6 @@ from .training.settings_io import SettingsError
 
 __all__ = [
     "Column",
-    "Contestant",
     "EnvironmentSettings",
     "EvaluationSettings",
     "Experiment",
@@ -52,7 +51,6 @@ __all__ = [
     "Training",
     "Transfer",
     "TunerSettings",
-    "decode_in_turns",
     "default_settings",
     "evaluate",
     "evaluate_command",

@@ -8,12 +8,20 @@ measured anew every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import AutoregressiveDecoder, Decoder, Generation, Knob, LatencyProfile, Sampling
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    Decoder,
+    Generation,
+    Knob,
+    LatencyProfile,
+    Sampling,
+    Side,
+    decode_in_turns,
+)
 from specgym.envs import RewardSettings, Workload, reward_terms, summarise
 
 from .results import LEARNED, Column, Row, bootstrap
@@ -38,15 +46,8 @@ _CHARGED_BY_PROFILE = (
 _READS = " Tokens read are the target's, for every one emitted: plain decoding reads one."
 
 
-class Contestant(NamedTuple):
-    """A decoder with its setting."""
-
-    decoder: Decoder
-    knobs: Mapping[str, float] = {}
-
-
-def decode_in_turns(
-    contestants: Mapping[str, Contestant],
+def decode_repeatedly(
+    sides: Mapping[str, Side],
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -54,10 +55,10 @@ def decode_in_turns(
     seeds: Sequence[int] = (0,),
     report: Callable[[str], None] = lambda message: None,
 ) -> dict[str, list[list[Generation]]]:
-    """Decode the same prompts by several decoders, which take turns prompt by prompt.
+    """Decode the same prompts by several decoders in turns, once for each seed.
 
     Args:
-        contestants: by name. The first generation of each, which pays for what is set up once, is not counted.
+        sides: decoders with their settings, by name.
         prompts: token ids, at least one sequence.
         max_new_tokens: after each prompt, at most.
         sampling: how tokens are chosen.
@@ -65,20 +66,22 @@ def decode_in_turns(
         report: called with what is being done.
 
     Returns:
-        For each contestant the generations of each prompt, one a pass.
+        For each side the generations of each prompt, one a pass.
     """
-    for decoder, knobs in contestants.values():
-        decoder.generate(prompts[0], max_new_tokens=min(max_new_tokens, 8), sampling=sampling, seed=0, knobs=knobs)
-    generations: dict[str, list[list[Generation]]] = {name: [[] for _ in prompts] for name in contestants}
+    generations: dict[str, list[list[Generation]]] = {name: [[] for _ in prompts] for name in sides}
     for number, seed in enumerate(seeds):
-        for place, prompt in enumerate(prompts):
+        turns = decode_in_turns(
+            sides,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=range(seed, seed + len(prompts)),
+            warm_up=0 if number else 8,
+        )
+        for place, turn in enumerate(turns):
             report(f"prompt {place + 1} of {len(prompts)}, pass {number + 1} of {len(seeds)}")
-            for name, (decoder, knobs) in contestants.items():
-                generations[name][place].append(
-                    decoder.generate(
-                        prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + place, knobs=knobs
-                    )
-                )
+            for name, generation in turn.items():
+                generations[name][place].append(generation)
     return generations
 
 
@@ -111,13 +114,13 @@ def judge_live(
         A row for each of `METHODS`, with 95 % bootstrap intervals over the prompts.
     """
     chosen = workload.prompt_ids("test")[:prompts]
-    contestants = {
-        "autoregressive": Contestant(AutoregressiveDecoder(workload.load())),
-        "default": Contestant(decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs())),
-        LEARNED: Contestant(decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs(learned))),
+    methods: dict[str, tuple[Decoder, Mapping[str, float]]] = {
+        "autoregressive": (AutoregressiveDecoder(workload.load()), {}),
+        "default": (decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs())),
+        LEARNED: (decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs(learned))),
     }
-    generations = decode_in_turns(
-        contestants,
+    generations = decode_repeatedly(
+        {method: Side(*side) for method, side in methods.items()},
         chosen,
         max_new_tokens=max_new_tokens,
         sampling=workload.sampling,
@@ -125,21 +128,20 @@ def judge_live(
         report=lambda message: report(f"{workload}: {message}"),
     )
     sums = {
-        method: [_sums(contestants[method].decoder, texts, profile) for texts in generations[method]]
-        for method in contestants
+        method: [_sums(side, texts, profile) for texts in generations[method]] for method, (side, _) in methods.items()
     }
     rows = []
-    for method, (contestant, knobs) in contestants.items():
+    for method, (side, knobs) in methods.items():
 
         def columns(
             places: NDArray[np.int64],
             method: str = method,
-            contestant: Decoder = contestant,
+            side: Decoder = side,
             knobs: Mapping[str, float] = knobs,
         ) -> dict[str, float]:
             total = {name: sum(sums[method][place][name] for place in places) for name in sums[method][0]}
             plain = {name: sum(sums["autoregressive"][place][name] for place in places) for name in total}
-            return _columns(total, plain, profile, reward, contestant, knobs)
+            return _columns(total, plain, profile, reward, side, knobs)
 
         values = columns(np.arange(len(chosen)))
         rows.append(Row(workload.name, method, dict(knobs), values, bootstrap(columns, len(chosen))))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, SpeculativeDecoder, StopRule
+from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, Side, SpeculativeDecoder, StopRule
 from specgym.envs import Trace, workload
 
-from .live import Contestant, decode_in_turns
+from .live import decode_repeatedly
 from .results import ALL, LEARNED, Column, Row, interval
 from .stop_baselines import Decoded, ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
@@ -155,14 +155,12 @@ def compare_live(
         LEARNED: learned,
     }
     replays = replayed(settings, test, profile, 1).decode(list(rules.values()))
-    contestants = {"autoregressive": Contestant(AutoregressiveDecoder(pair))} | {
-        method: Contestant(
-            SpeculativeDecoder(pair, settings.max_draft_length, stop=rule, cost_ratio=point.marginal_cost())
-        )
+    sides = {"autoregressive": Side(AutoregressiveDecoder(pair))} | {
+        method: Side(SpeculativeDecoder(pair, settings.max_draft_length, stop=rule, cost_ratio=point.marginal_cost()))
         for method, rule in rules.items()
     }
-    generations = decode_in_turns(
-        contestants,
+    generations = decode_repeatedly(
+        sides,
         prompts,
         max_new_tokens=settings.max_new_tokens,
         sampling=chosen.sampling,
