@@ -27,6 +27,9 @@ ALL = "all workloads"
 LEARNED = "learned"
 """`Row.method` of what was learned."""
 RESAMPLES = 1000
+SAME = 1e-6
+"""Relative difference below which a figure counts as reproduced. Divergences are sums of float32 numbers, whose last
+digits depend on where tensors lie in memory; seen were differences of 6e-9."""
 _OTHER_KEYS = ("workload", "method", "rule", "knobs", "intervals", "by_seed")
 
 
@@ -221,7 +224,7 @@ class ResultTable:
                 continue
             for column in (name for name in self.compared if name in row.values):
                 old, new = values.get(column), row.values[column]
-                if old is None or abs(old - new) > 1e-9 * max(1.0, abs(new)):
+                if old is None or abs(old - new) > SAME * max(1.0, abs(new)):
                     lines.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
         return lines
 
