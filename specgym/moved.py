@@ -38,6 +38,10 @@ class _MovedModule(ModuleType):
             raise AttributeError(name)
         return getattr(importlib.import_module(MOVED[self.__name__]), name)
 
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call what has the module's own name: importing `specgym.decoding.roofline` hides the function behind it."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*arguments, **options)
+
 
 class _Finder:
     """Import finder (`sys.meta_path`) for the names in `MOVED`."""
