@@ -165,6 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         except ValueError as error:  # the arguments do not fit the pair or one another
             raise LatencyProfileError(f"{name} cannot be measured: {error}") from error
+        if profile.doubts:
+            raise LatencyProfileError(
+                f"{path} is not written, as what was measured cannot be right: {'; '.join(profile.doubts)}. Give the "
+                "same command again when the machine does nothing else"
+            )
         profile.save(path)
         token = "drafted token" if profile.kind == CHAIN else "token read"
         print(

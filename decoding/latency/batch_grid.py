@@ -26,6 +26,7 @@ from ..models.kv_cache import BranchingCache, PreallocatedLayer
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, accepts, draw, residual, residual_of_token
 from .profile import LatencyProfile
+from .trust import Uncertainty
 
 _WARM_UP = 2
 _FEWEST_REPEATS = 3
@@ -281,4 +282,5 @@ def _profile(live: LatencyProfile, place: Place, times: _Times, live_times: _Tim
         batch_size=batch_size,
         context=context,
         points=(),
+        uncertainty=Uncertainty.of(times.draft, times.target, times.plain),
     )

@@ -30,6 +30,7 @@ from ..models.linear_layers import PrepackedLinear
 from ..sampling import Sampling
 from .probe import CostProbe
 from .profile import LatencyProfile, arithmetic_of
+from .trust import Uncertainty
 
 
 def describe_hardware(pair: Pair) -> dict[str, Any]:
@@ -232,6 +233,7 @@ def time_rounds(
             batch_size=1,
             context=context,
             overlaps=probe.overlaps,
+            uncertainty=Uncertainty.of(times.draft, times.target, times.plain),
         )
         for times, context in zip(samples, lengths, strict=True)
     ]

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from .interleaved import (
     turns,
 )
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
+from .trust import TRIES, Uncertainty, contradictions, measured_with_care, smoothed, warn_of_spread
 
 LONGEST_DRAFT = 16
 """Longest chain that is timed by default, in tokens."""
@@ -60,6 +62,7 @@ def measure(
     time_limit: float = 40.0,
     batch_sizes: Sequence[int] = (1,),
     contexts: Sequence[int] | None = None,
+    tries: int = TRIES,
 ) -> LatencyProfile:
     """Time live rounds of several sizes, and plain decoding, all interleaved.
 
@@ -72,6 +75,10 @@ def measure(
     the profile's `points`; the grid always contains the live point. For chains they are timed by passes over batches
     (`batch_grid.measure_points`); all other rounds are timed live at other contexts, and at no other batch size.
 
+    A machine that is busy shows in the spread of the times, and in times that contradict each other. It is then
+    measured again, and the best measurement returned, with a warning if that is still a bad one. Within their
+    uncertainty times are smoothed, so that none falls with size and drafting nothing never beats plain decoding.
+
     Args:
         pair: a target, with a draft where the decoder needs one.
         decoder: whose rounds are timed: a decoder of this pair, or the name of one that is built with its default
@@ -83,9 +90,10 @@ def measure(
         prompt: token ids to continue; by default ids that repeat themselves, so that prompt lookup has matches.
         sampling: drawing tokens costs more than taking the likeliest.
         time_limit: seconds after which fewer repeats have to do, but at least 3; for the live rounds, and once more
-            for the other points of chains together.
+            for the other points of chains together, in every try.
         batch_sizes: sequences decoded together, each 1 or more.
         contexts: tokens of each sequence that were read before, each 1 or more; by default the prompt's length alone.
+        tries: measurements at most, where the machine is busy.
 
     Raises:
         ValueError: the pair does not suit the decoder, a number is not positive or does not belong to this kind of
@@ -93,6 +101,7 @@ def measure(
     """
     repeats = REPEATS if repeats is None else repeats
     require_positive("repeats", repeats)
+    require_positive("tries", tries)
     if isinstance(decoder, str):
         decoder = build_decoder(decoder, pair)
     kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
@@ -104,7 +113,8 @@ def measure(
         require_positive(right, largest)
     if decoder is None or kind == CHAIN:
         _require_draft(pair)
-        return _measure_chains(
+        measure_chains = partial(
+            _measure_chains,
             pair,
             LONGEST_DRAFT if max_draft_length is None else max_draft_length,
             repeats=repeats,
@@ -114,6 +124,7 @@ def measure(
             batch_sizes=batch_sizes,
             contexts=contexts or (),
         )
+        return measured_with_care(measure_chains, tries=tries)
     if set(batch_sizes) - {1}:
         raise ValueError(
             f"{kind} rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}"
@@ -124,9 +135,11 @@ def measure(
                 else "; leave them out"
             )
         )
-    return time_rounds(
+    probe = decoder.cost_probe() if max_target_tokens is None else decoder.cost_probe(max_target_tokens)
+    measure_rounds = partial(
+        time_rounds,
         _timed_pair(pair, decoder),
-        decoder.cost_probe() if max_target_tokens is None else decoder.cost_probe(max_target_tokens),
+        probe,
         kind,
         max_target_tokens=max_target_tokens,
         repeats=repeats,
@@ -135,12 +148,16 @@ def measure(
         time_limit=time_limit,
         contexts=contexts or (),
     )
+    return measured_with_care(measure_rounds, ordered=probe.fixed, tries=tries)
 
 
 def measured(
     pair: Pair, decoder: Decoder[Any] | str | None = None, refresh: bool = False, *, sampling: Sampling = GREEDY
 ) -> LatencyProfile:
     """Return the profile of a pair on this hardware: measured at the first call, then read from the cache folder.
+
+    A profile that contradicts itself, as `contradictions` finds, is never kept there: it is returned with a warning,
+    and the next process measures again. One that an earlier version has kept is measured anew.
 
     Args:
         pair: a target, with a draft where the decoder needs one; for decoders that need none, pairs of one target share
@@ -156,33 +173,55 @@ def measured(
     if isinstance(decoder, str):
         decoder = build_decoder(decoder, pair)
     kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
-    label = ""
+    label, ordered = "", True
     if decoder is None or kind == CHAIN:
         _require_draft(pair)
         decoder = None
     else:
         pair = _timed_pair(pair, decoder)
-        sections = decoder.cost_probe().detail.values()
+        probe = decoder.cost_probe()
+        ordered = probe.fixed
+        sections = probe.detail.values()
         label = f"{kind}-" + "".join(f"{name}_{value}-" for section in sections for name, value in section.items())
     arithmetic = arithmetic_of(sampling)
     path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{label}{arithmetic}-{fingerprint(pair)}.json"
     if not refresh and path in _known:
         return _known[path]
-    if not refresh and path.exists():
-        try:
-            _known[path] = LatencyProfile.load(path)
-            return _known[path]
-        except LatencyProfileError as error:
-            _LOG.warning("%s; doing so now", error)
-    _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, kind, arithmetic)
-    profile = measure(pair, decoder, sampling=sampling)
+    kept = None if refresh else _kept(path, ordered)
+    if kept is None:
+        _LOG.info("measuring the latency of %s (%s rounds, %s), once for this hardware", pair.name, kind, arithmetic)
+        kept = measure(pair, decoder, sampling=sampling)
+        _keep(kept, path, ordered)
+    _known[path] = kept
+    return kept
+
+
+def _kept(path: Path, ordered: bool) -> LatencyProfile | None:
+    """The profile in a file of the cache, if there is one to be trusted."""
+    if not path.exists():
+        return None
+    try:
+        profile = LatencyProfile.load(path)
+    except LatencyProfileError as error:
+        _LOG.warning("%s; doing so now", error)
+        return None
+    if clauses := contradictions(profile, ordered=ordered):
+        _LOG.warning("the latency profile %s cannot be right (%s); measuring again now", path, "; ".join(clauses))
+        return None
+    warn_of_spread(profile)
+    return smoothed(profile, ordered=ordered)
+
+
+def _keep(profile: LatencyProfile, path: Path, ordered: bool) -> None:
+    """Write a profile to the cache, unless it contradicts itself."""
+    if contradictions(profile, ordered=ordered):
+        _LOG.warning("the latency profile of %s is used now but not kept, as it contradicts itself", profile.pair)
+        return
     try:
         profile.save(path)
-        _LOG.info("latency profile of %s kept in %s", pair.name, path)
+        _LOG.info("latency profile of %s kept in %s", profile.pair, path)
     except OSError as error:
         _LOG.warning("cannot keep the latency profile in %s (%s); set SPECGYM_CACHE to a folder you own", path, error)
-    _known[path] = profile
-    return profile
 
 
 def _timed_pair(pair: Pair, decoder: Decoder[Any]) -> Pair:
@@ -241,6 +280,7 @@ def _measure_chains(
         sampling=arithmetic_of(sampling),
         batch_size=1,
         context=len(prompt),
+        uncertainty=Uncertainty.of(draft, target, autoregressive),
     )
     points = measure_points(pair, profile, places, lengths, sampling=sampling, repeats=repeats, time_limit=time_limit)
     return replace(profile, points=points)

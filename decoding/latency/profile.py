@@ -23,6 +23,7 @@ from ..errors import SpecgymError
 from ..files import write_json
 from ..sampling import Sampling
 from ..traits import CHAIN
+from .trust import Uncertainty
 
 if TYPE_CHECKING:
     from ..decoder import Round
@@ -64,6 +65,8 @@ class LatencyProfile:
             full grid, every batch size with every context.
         overlaps: whether drafting goes on while the target verifies: a round then takes the longer of the two times
             instead of their sum.
+        uncertainty: how sure the numbers are; None where they were computed, interpolated, or measured by an earlier
+            version.
 
     Raises:
         LatencyProfileError: an empty table, seconds that are negative, infinite or NaN (0 is for drafting alone), an
@@ -81,6 +84,7 @@ class LatencyProfile:
     context: int | None = None
     points: tuple[LatencyProfile, ...] = ()
     overlaps: bool = False
+    uncertainty: Uncertainty | None = None
 
     def __post_init__(self) -> None:
         for name, fewest in zip(_TABLES, (0, 1), strict=True):
@@ -105,6 +109,12 @@ class LatencyProfile:
         object.__setattr__(self, "points", tuple(self.points))
         if self.points:
             self._check_grid()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Clauses on what contradicted itself when it was measured; none for a profile to be trusted."""
+        known = (point.uncertainty for point in (self, *self.points))
+        return tuple(dict.fromkeys(doubt for uncertainty in known if uncertainty for doubt in uncertainty.doubts))
 
     def draft(self, tokens: int) -> float:
         """Seconds of this many drafting steps, 0 or more: linear between measured numbers, and beyond the last two."""
@@ -214,6 +224,7 @@ class LatencyProfile:
             batch_size=batch_size,
             context=context,
             points=(),
+            uncertainty=None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -254,7 +265,7 @@ class LatencyProfile:
         content = {name: getattr(self, name) for name in names}
         for table in _TABLES:  # JSON would make strings of the numbers of tokens
             content[table] = list(content[table].items())
-        return content
+        return content if self.uncertainty is None else {**content, "uncertainty": self.uncertainty.stored()}
 
     def _grid(self) -> dict[tuple[int, int | None], LatencyProfile]:
         return {(point.batch_size, point.context): point for point in (self, *self.points)}
@@ -285,7 +296,8 @@ def arithmetic_of(sampling: Sampling) -> str:
 
 
 def _restored(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {**point, **{table: dict(point[table]) for table in _TABLES}}
+    known = {"uncertainty": Uncertainty.restored(point["uncertainty"])} if "uncertainty" in point else {}
+    return {**point, **{table: dict(point[table]) for table in _TABLES}, **known}
 
 
 def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:

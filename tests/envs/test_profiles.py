@@ -10,8 +10,9 @@ import pytest
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.errors import SpecgymError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
+from specgym.decoding.latency.trust import Uncertainty, contradictions
 from specgym.envs import Workload, profiles, workload
-from specgym.envs.profiles import main, profile_name, profile_of
+from specgym.envs.profiles import REFERENCES, main, profile_name, profile_of
 from specgym.envs.recordings.find import TRACES
 
 
@@ -93,6 +94,13 @@ def test_lookaheads_profiles_are_named_after_the_target(toy_workload: Workload, 
     assert profile_name(toy_workload, "lookahead") == f"{pair.target.name}.lookahead.greedy.json"
 
 
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the first measurement as it is, whatever else the machine does."""
+    monkeypatch.setattr("specgym.decoding.latency.measure.measured_with_care", lambda measure, **_: measure())
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_the_command_measures_lookahead_where_it_is_asked_to(
     toy_workload: Workload, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +121,7 @@ def test_the_command_measures_lookahead_where_it_is_asked_to(
         main(["alone/ids", "--decoder", "lookahead", "--out", str(tmp_path / "other"), "--batch-sizes", "1", "4"])
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_the_command_measures_once(
     toy_workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,3 +135,21 @@ def test_the_command_measures_once(
     assert "ms/token plain" in capsys.readouterr().out
     main(arguments)
     assert capsys.readouterr().out.count("is there already") == 2
+
+
+def test_the_command_writes_no_profile_that_contradicts_itself(
+    toy_workload: Workload, profile: LatencyProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubtful = replace(profile, uncertainty=Uncertainty({}, {}, 0.0, 0.5, ("a larger pass is cheaper",)))
+    monkeypatch.setattr(profiles, "workload", {"toy/ids": toy_workload}.get)
+    monkeypatch.setattr("specgym.decoding.measure", lambda *_, **__: doubtful)
+    with pytest.raises(LatencyProfileError, match=r"not written.*a larger pass is cheaper.*the same command again"):
+        main(["toy/ids", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_profiles_that_ship_do_not_contradict_themselves(path: Path) -> None:
+    reference = LatencyProfile.load(path)
+    assert contradictions(reference) == []
+    assert reference.round(0) >= reference.autoregressive_seconds * (1 - 1e-9)

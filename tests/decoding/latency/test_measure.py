@@ -41,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def quick(pair: Pair, decoder: None, *, sampling: Sampling) -> LatencyProfile:
         pairs.append(pair.name)
-        return replace(PROFILE, autoregressive_seconds=float(len(pairs)))
+        return replace(PROFILE, autoregressive_seconds=0.9 / len(pairs))
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     return pairs
@@ -54,6 +54,11 @@ def test_measuring_covers_every_length_up_to_the_longest(pair: Pair, temperature
     assert list(result.target_seconds) == [1, 2, 3, 5, 7]
     assert result.pair == "toy"
     assert result.hardware == describe_hardware(pair)
+    assert result.uncertainty is not None
+    assert list(result.uncertainty.target) == [1, 2, 3, 5, 7]
+    assert result.autoregressive_seconds <= result.round(0) * (1 + 1e-9)
+    seconds = list(result.target_seconds.values())
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,44 @@ def test_a_cache_that_cannot_be_written_is_survived(
     first = measured(pair)
     assert measured(pair) is first
     assert "SPECGYM_CACHE" in caplog.text
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_profile_that_contradicts_itself_is_used_and_not_kept(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    impossible = replace(PROFILE, autoregressive_seconds=1.11)
+    monkeypatch.setattr(latency_measure, "measure", lambda *_, **__: impossible)
+    assert measured(pair) is impossible
+    assert measured(pair) is impossible  # one process charges everything by one profile
+    assert "not kept" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_cached_profile_that_contradicts_itself_is_measured_anew(
+    pair: Pair, counted: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured(pair)
+    latency_measure._known.clear()
+    (file,) = (tmp_path / "cache" / "latency").iterdir()
+    replace(PROFILE, autoregressive_seconds=1.11).save(file)  # as an earlier version has kept it
+    assert measured(pair).autoregressive_seconds < 1
+    assert counted == ["toy", "toy"]
+    assert "a round that drafts nothing takes 1e+03 ms" in caplog.text
+    latency_measure._known.clear()
+    assert measured(pair).autoregressive_seconds < 1
+    assert counted == ["toy", "toy"]
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_cached_profile_is_smoothed_within_the_noise(pair: Pair, counted: list[str], tmp_path: Path) -> None:
+    measured(pair)
+    latency_measure._known.clear()
+    (file,) = (tmp_path / "cache" / "latency").iterdir()
+    replace(PROFILE, autoregressive_seconds=1.01).save(file)
+    assert measured(pair).round(0) == pytest.approx(1.01)
+    assert counted == ["toy"]
 
 
 def test_models_of_another_size_have_another_fingerprint(
