@@ -10,8 +10,9 @@ its largest magnitude over 127, so that no weight moves by more than half a scal
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,11 +240,21 @@ def _shared(
                     "there, or pass the target that this draft was distilled from"
                 ) from error
     else:
-        held, origin = source.state_dict(keep_vars=True), "the model given to share from"
+        held, origin = _held_by(source, shared.values()), "the model given to share from"
     if missing := sorted(set(shared.values()) - set(held)):
         raise CheckpointError(f"{origin} has no tensor {missing[0]!r}, which {folder / LINK} shares: {_WAY_OUT}")
     copies = {name: held[there] for name, there in shared.items()}
     return copies if source is not None else {name: tensor.to(dtype) for name, tensor in copies.items()}
+
+
+def _held_by(source: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of the tensors that a model has, by name; its `state_dict` would make all prepacked weights anew."""
+    held = {}
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            held[name] = getattr(source.get_submodule(owner), attribute)
+    return held
 
 
 def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -7,7 +7,7 @@ index where there is no hub (`smollm2.py`). A name that only the package knows n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import SpecgymError, UnsupportedModelError
 from . import smollm2
 from .checkpoint import LINK, is_checkpoint, lender, load_checkpoint, read_link, tokenizer_folder
-from .presets import SMOLLM2
+from .presets import SMOLLM2, path_exists
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 _ALIASES = {"smollm2": SMOLLM2}
@@ -82,11 +82,7 @@ def load_model(
         UnsupportedModelError: an encoder-decoder, a model that is no causal language model, or one that needs code
             from the hub.
     """
-    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    if where == "auto" and not torch.cuda.is_available():
-        where = "cpu"
-    if dtype is None:
-        dtype = torch.float32 if where == "cpu" else torch.bfloat16
+    dtype, where = placement(dtype, device)
     missing: list[str] = []
     for source in _sources(name, revision, offline, missing):
         try:
@@ -99,6 +95,27 @@ def load_model(
             model.name_or_path = _ALIASES.get(name, name)
             return model, tokenizer
     raise _not_found(name, missing)
+
+
+def placement(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, str]:
+    """The type and the device that `load_model` gives weights, which by default depend on the machine."""
+    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if where == "auto" and not torch.cuda.is_available():
+        where = "cpu"
+    return dtype or (torch.float32 if where == "cpu" else torch.bfloat16), where
+
+
+def identity(name: str) -> tuple[Hashable, ...]:
+    """Identity of a model among others of its name: where its files lie, how long and how old they are.
+
+    Of a model in the hub only the name is known.
+    """
+    place = Path(name).expanduser()
+    if not path_exists(name):
+        place = _SHIPPED / name
+    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    stats = ((file.name, file.stat()) for file in files if file.is_file())
+    return _ALIASES.get(name, name), *((str(place.resolve()), f, s.st_size, s.st_mtime_ns) for f, s in stats)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, offline: bool = False) -> PreTrainedTokenizerBase:

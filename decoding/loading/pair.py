@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +16,7 @@ from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from . import presets
-from .find_model import load_model
+from .find_model import identity, load_model, placement
 
 _TABLES = Path(__file__).parents[1] / "data" / "ngrams"
 _SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", presets.SMOLLM2: "smollm2", "smollm2": "smollm2"}
@@ -106,8 +108,13 @@ def load_pair(
     device: str | torch.device | None = None,
     prepack: bool | None = None,
     offline: bool = False,
+    shared: bool = True,
 ) -> Pair:
     """Load a target and its draft by name.
+
+    A model that a pair in this process has already is not loaded again: pairs of one target share its weights, those
+    that were prepacked included, and so do pairs of one name their draft's. Texts are decoded independently, as every
+    session has a cache of its own. When no pair has a model any more, its memory is freed.
 
     Args:
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
@@ -117,6 +124,7 @@ def load_pair(
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
         offline: make no network attempt.
+        shared: False for models that no other pair has, for instance to train them.
 
     Raises:
         UnknownPairError: the name is neither a preset, nor ``target+draft``, nor a target.
@@ -126,7 +134,11 @@ def load_pair(
         ValueError: no n-gram table ships for this target.
     """
     preset = presets.resolve(name)
-    model, tokenizer = load_model(preset.target, dtype=dtype, device=device, offline=offline)
+    dtype, place = placement(dtype, device)
+    models = _models if shared else WeakValueDictionary()
+    load = partial(load_model, dtype=dtype, device=place, offline=offline)
+    key = (*identity(preset.target), dtype, place, prepack)
+    model, tokenizer = _loaded(models, key, partial(load, preset.target))
     vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
     draft: PreTrainedModel | Drafter | None = None
     if preset.draft is None:
@@ -138,8 +150,10 @@ def load_pair(
     elif preset.draft.endswith(".safetensors"):
         draft = NGramDrafter.load(preset.draft)
     else:
-        # Loaded before anything is prepacked, so that a draft can still take the target's plain embeddings.
-        draft, vocabulary = load_model(preset.draft, dtype=dtype, device=device, offline=offline, shared_from=model)
+        # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
+        draft, vocabulary = _loaded(
+            models, (*identity(preset.draft), *key), partial(load, preset.draft, shared_from=model)
+        )
         if vocabulary.get_vocab() != tokenizer.get_vocab():
             raise VocabularyMismatchError(
                 f"target {preset.target} and draft {preset.draft} do not number the same tokens in the same way, so "
@@ -147,6 +161,23 @@ def load_pair(
                 "or prompt-lookup."
             )
     return Pair(model, draft, tokenizer, name=preset.name, prepack=prepack)
+
+
+_models: WeakValueDictionary[tuple[Hashable, ...], PreTrainedModel] = WeakValueDictionary()
+_tokenizers: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakKeyDictionary()
+
+
+def _loaded(
+    models: WeakValueDictionary[tuple[Hashable, ...], PreTrainedModel],
+    key: tuple[Hashable, ...],
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with its tokenizer: the one that is held under a key, or else loaded now and held weakly."""
+    model = models.get(key)
+    if model is None:
+        model, tokenizer = load()
+        models[key], _tokenizers[model] = model, tokenizer
+    return model, _tokenizers[model]
 
 
 def _shipped_table(target: str) -> Path:

@@ -100,14 +100,14 @@ def resolve(name: str) -> PairPreset:
 
 
 def _may_be_model(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) or _exists(name)
+    return bool(_HUB_ID.fullmatch(name)) or path_exists(name)
 
 
 def _may_be_folder(name: str) -> bool:
-    return _exists(name) and Path(name).expanduser().is_dir()
+    return path_exists(name) and Path(name).expanduser().is_dir()
 
 
-def _exists(name: str) -> bool:
+def path_exists(name: str) -> bool:
     """True if there is a file or folder of this name; an empty name would be the working directory."""
     try:
         return bool(name) and Path(name).expanduser().exists()
