@@ -1,5 +1,6 @@
 from .command_line import evaluate_command, train_command
-from .evaluation.live import judge_live, reward_of, whole_numbers
+from .evaluation.contenders import contenders
+from .evaluation.live import Contender, judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
 from .evaluation.statistics import holm, interval, losses, resampled_means, sign_flip_test, universal_setting
 from .evaluation.unseen.comparison import recommendations
@@ -29,6 +30,7 @@ from .training.settings_io import SettingsError
 
 __all__ = [
     "Column",
+    "Contender",
     "EnvironmentSettings",
     "EvaluationSettings",
     "Experiment",
@@ -51,6 +53,7 @@ __all__ = [
     "Training",
     "Transfer",
     "TunerSettings",
+    "contenders",
     "default_settings",
     "evaluate",
     "evaluate_command",

@@ -26,6 +26,7 @@ from specgym.agents import (
     Row,
     Transfer,
     TunerSettings,
+    contenders,
     judge_live,
     load_settings,
     tasks_of,
@@ -54,8 +55,8 @@ def measured(settings: TunerSettings, name: str, knobs: dict[str, float], prompt
     decoder = build_decoder(settings.decoder, chosen.load(), **settings.options)
     profile = profile_of(chosen, None, replayed=False, decoder=decoder)
     rows = judge_live(
-        chosen, decoder, knobs, profile, settings.reward, prompts=prompts, max_new_tokens=settings.max_new_tokens,
-        seeds=(0,),
+        chosen, contenders(decoder, knobs), profile, settings.reward, prompts=prompts,
+        max_new_tokens=settings.max_new_tokens, seeds=(0,),
     )  # fmt: skip
     return {row.method: row for row in rows}
 

@@ -8,8 +8,11 @@ measured anew every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from specgym.decoding import (
@@ -17,6 +20,7 @@ from specgym.decoding import (
     Decoder,
     Generation,
     Knob,
+    LanguageModel,
     LatencyProfile,
     Sampling,
     Side,
@@ -24,9 +28,9 @@ from specgym.decoding import (
 )
 from specgym.envs import RewardSettings, Workload, reward_terms, summarise
 
-from .results import LEARNED, Column, Row, bootstrap
+from .results import PLAIN, Column, Row, resampled, with_intervals
+from .statistics import whole_units
 
-METHODS = ("autoregressive", "default", LEARNED)
 CHARGED = (
     "ms_per_token",
     "speedup",
@@ -35,15 +39,42 @@ CHARGED = (
     "divergence",
     "target_tokens_per_token",
     "reward",
+    "perplexity",
+    "equal_texts",
 )
-"""Columns that are the same whenever the same settings are judged on the same machine."""
+"""Columns that are the same whenever the same settings are judged on the same machine. The last two are there where a
+text may not be the target's own, and the very last one only where no token is drawn."""
 CLOCK = ("wall_ms_per_token", "wall_speedup")
 """Columns that are measured anew."""
+_SUMS = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
 _CHARGED_BY_PROFILE = (
-    "ms/token and speedup are charged by the run's latency profiles; the clock's column is measured anew every time. ± "
-    "is half a 95 % interval over prompts."
+    "ms/token and speedup are charged by the run's latency profiles; by the clock is the speedup that was measured in "
+    "this very run. ± is half a 95 % interval over prompts."
 )
 _READS = " Tokens read are the target's, for every one emitted: plain decoding reads one."
+_QUALITY = (
+    " Perplexity is that of the emitted text under the target; equal texts are those that are the target's own, token "
+    "by token."
+)
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to decode that is compared with plain decoding.
+
+    Attributes:
+        method: `Row.method`.
+        decoder: on the workload's pair; None for plain decoding, where that is what a method advises.
+        knobs: settings; the decoder's defaults for those left out.
+        rule: in words, shown instead of the knobs where there is one: for a decoder whose knobs are not those that are
+            tuned.
+    """
+
+    method: str
+    decoder: Decoder | None
+    knobs: Mapping[str, float] = field(default_factory=dict)
+    rule: str = ""
 
 
 def decode_repeatedly(
@@ -87,8 +118,7 @@ def decode_repeatedly(
 
 def judge_live(
     workload: Workload,
-    decoder: Decoder,
-    learned: Mapping[str, float],
+    contenders: Sequence[Contender],
     profile: LatencyProfile,
     reward: RewardSettings,
     *,
@@ -97,12 +127,14 @@ def judge_live(
     seeds: Sequence[int] = (0, 1),
     report: Callable[[str], None] = lambda message: None,
 ) -> list[Row]:
-    """Measure plain decoding, a decoder's defaults and learned knobs on a workload's held-out prompts.
+    """Measure plain decoding and its contenders on a workload's held-out prompts.
+
+    Contenders that decode the same way, by the same decoder with the same knobs, share what was decoded. One pass is
+    enough where another would only repeat it.
 
     Args:
         workload: whose prompts and sampling.
-        decoder: on the workload's pair.
-        learned: the learned knobs.
+        contenders: on the workload's pair. Where one is lossy, texts are compared with the target's.
         profile: what time is charged by.
         reward: what a setting is worth.
         prompts: how many, at most.
@@ -111,59 +143,80 @@ def judge_live(
         report: called with what is being done.
 
     Returns:
-        A row for each of `METHODS`, with 95 % bootstrap intervals over the prompts.
+        A row for plain decoding and one for each contender, with 95 % bootstrap intervals over the prompts.
     """
     chosen = workload.prompt_ids("test")[:prompts]
-    methods: dict[str, tuple[Decoder, Mapping[str, float]]] = {
-        "autoregressive": (AutoregressiveDecoder(workload.load()), {}),
-        "default": (decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs())),
-        LEARNED: (decoder, whole_numbers(decoder.knobs, decoder.resolve_knobs(learned))),
-    }
+    pair = workload.load()
+    plain = AutoregressiveDecoder(pair)
+    sides: dict[str, Side] = {}
+    shared: list[tuple[Contender, Decoder, dict[str, float], str]] = []
+    for contender in (Contender(PLAIN, None), *contenders):
+        decoder = contender.decoder or plain
+        knobs = whole_numbers(decoder.knobs, decoder.resolve_knobs(contender.knobs))
+        side = f"{id(decoder)} {knobs}"
+        sides.setdefault(side, Side(decoder, knobs))
+        shared.append((contender, decoder, knobs, side))
+    repeats = not any(_draws(decoder, knobs, workload.sampling) for _, decoder, knobs, _ in shared)
     generations = decode_repeatedly(
-        {method: Side(*side) for method, side in methods.items()},
+        sides,
         chosen,
         max_new_tokens=max_new_tokens,
         sampling=workload.sampling,
-        seeds=[10_000 * seed for seed in seeds],
+        seeds=[10_000 * seed for seed in seeds][: 1 if repeats else None],
         report=lambda message: report(f"{workload}: {message}"),
     )
     sums = {
-        method: [_sums(side, texts, profile) for texts in generations[method]] for method, (side, _) in methods.items()
+        side: _sums(decoder, generations[side], profile) for side, decoder in {s: d for _, d, _, s in shared}.items()
     }
+    if not all(decoder.lossless for _, decoder, _, _ in shared):
+        report(f"{workload}: comparing texts with the target's")
+        target_texts = generations[shared[0][-1]] if workload.sampling.greedy else None
+        for side, of_side in _quality(pair.target, chosen, generations, target_texts).items():
+            sums[side] |= of_side
+    ways = resampled(len(chosen))
+    totals = {side: {name: column[ways].sum(1) for name, column in of.items()} for side, of in sums.items()}
     rows = []
-    for method, (side, knobs) in methods.items():
-
-        def columns(
-            places: NDArray[np.int64],
-            method: str = method,
-            side: Decoder = side,
-            knobs: Mapping[str, float] = knobs,
-        ) -> dict[str, float]:
-            total = {name: sum(sums[method][place][name] for place in places) for name in sums[method][0]}
-            plain = {name: sum(sums["autoregressive"][place][name] for place in places) for name in total}
-            return _columns(total, plain, profile, reward, side, knobs)
-
-        values = columns(np.arange(len(chosen)))
-        rows.append(Row(workload.name, method, dict(knobs), values, bootstrap(columns, len(chosen))))
+    for contender, decoder, knobs, side in shared:
+        columns = _columns(totals[side], totals[shared[0][-1]], profile, reward, decoder, knobs)
+        shown = {} if contender.rule else knobs
+        rows.append(Row(workload.name, contender.method, shown, *with_intervals(columns), contender.rule))
     return rows
+
+
+def log_likelihood(target: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Log likelihood of a text under a model at temperature 1, summed over its tokens, by one pass.
+
+    Args:
+        target: the model; its cache is left alone.
+        prompt: token ids before the text.
+        tokens: token ids of the text, at least one.
+    """
+    read = torch.tensor([*prompt, *tokens[:-1]], device=target.device)
+    scores = target.fresh().forward(read, last=len(tokens)).scores
+    emitted = torch.tensor(tokens, device=target.device).unsqueeze(-1)
+    return float(scores.log_softmax(-1).gather(-1, emitted).double().sum())
 
 
 def live_columns(rows: Sequence[Row]) -> tuple[tuple[Column, ...], str]:
     """The columns that a table of `judge_live` shows, and the caption that explains them."""
-    strayed = strays(row.values for row in rows)
-    price = Column("divergence", "diver-\ngence", ".3f")
-    if not strayed:
-        price = Column("target_tokens_per_token", "tokens read\n/token")
-    columns = (
+    lossy = any("perplexity" in row.values for row in rows)
+    first = (
         Column("ms_per_token", "ms/\ntoken"),
         Column("speedup", "speedup", interval=True),
+        Column("wall_speedup", "by the\nclock"),
         Column("draft_acceptance_rate", "accept.\nrate", ".3f"),
         Column("mean_acceptance_length", "tokens\n/round"),
-        price,
-        Column("reward", "reward", interval=True),
-        Column("wall_ms_per_token", "clock ms\n/token"),
     )
-    return columns, _CHARGED_BY_PROFILE + ("" if strayed else _READS)
+    if not lossy:
+        reads = Column("target_tokens_per_token", "tokens read\n/token")
+        return (*first, reads, Column("reward", "reward", interval=True)), _CHARGED_BY_PROFILE + _READS
+    quality = (
+        Column("divergence", "diver-\ngence", ".3f"),
+        Column("reward", "reward"),
+        Column("perplexity", "perple-\nxity"),
+        Column("equal_texts", "equal\ntexts", ".0%"),
+    )
+    return (*first, *quality), _CHARGED_BY_PROFILE + _QUALITY
 
 
 def strays(values: Iterable[Mapping[str, float]]) -> bool:
@@ -191,6 +244,11 @@ def reward_of(
         decoder: that decoded them.
         knobs: in use, by name.
     """
+    return float(_reward(reward, metrics, decoder, knobs))
+
+
+def _reward(reward: RewardSettings, metrics: Mapping[str, Any], decoder: Decoder, knobs: Mapping[str, float]) -> Any:
+    """The reward by metrics that are numbers, or arrays of one shape."""
     terms = reward_terms(
         reward,
         speedup=metrics["speedup"],
@@ -199,38 +257,92 @@ def reward_of(
         knobs=decoder.knobs,
         values=knobs,
     )
-    return float(sum(terms.values()))
+    return sum(terms.values())
 
 
-def _sums(decoder: Decoder, texts: Sequence[Generation], profile: LatencyProfile) -> dict[str, float]:
-    """Sums over prompts."""
-    metrics = summarise(decoder, texts, profile)
-    names = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
-    return {name: metrics[name] for name in names} | {
-        "divergence": metrics["divergence"] * metrics["tokens"],
-        "target_tokens": float(sum(round_.target_tokens for text in texts for round_ in text.rounds)),
+def _draws(decoder: Decoder, knobs: Mapping[str, float], sampling: Sampling) -> bool:
+    """True if decoding once more would not give the same rounds.
+
+    A chain of drafted tokens is chosen greedily as the text is. A knob that counts something and stands between two
+    whole numbers is rounded at random every round.
+    """
+    between = any(whole_units(knob, knob.low, knob.high) and knobs[knob.name] % 1 for knob in decoder.knobs)
+    plain = isinstance(decoder, AutoregressiveDecoder)
+    return not sampling.greedy or not (plain or decoder.drafts_chains()) or between
+
+
+def _sums(decoder: Decoder, generations: Sequence[Sequence[Generation]], profile: LatencyProfile) -> dict[str, _Array]:
+    """Sums over the passes, shape (prompts,), by name."""
+    metrics = [summarise(decoder, texts, profile) for texts in generations]
+    sums = {name: np.array([of_prompt[name] for of_prompt in metrics]) for name in _SUMS}
+    reads = [sum(round_.target_tokens for text in texts for round_ in text.rounds) for texts in generations]
+    return sums | {
+        "divergence": np.array([of_prompt["divergence"] for of_prompt in metrics]) * sums["tokens"],
+        "target_tokens": np.array(reads, np.float64),
     }
 
 
+def _quality(
+    target: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    generations: Mapping[str, Sequence[Sequence[Generation]]],
+    target_texts: Sequence[Sequence[Generation]] | None,
+) -> dict[str, dict[str, _Array]]:
+    """Log likelihoods and numbers of texts that are the target's own, summed over the passes, by side and name.
+
+    Args:
+        target: the model.
+        prompts: token ids.
+        generations: by side, and for each prompt one a pass.
+        target_texts: the target's own; None where texts are drawn, and equal ones mean nothing.
+    """
+    known: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def likelihood(place: int, tokens: Sequence[int]) -> float:
+        key = place, tuple(tokens)
+        if key not in known:
+            known[key] = log_likelihood(target, prompts[place], tokens)
+        return known[key]
+
+    quality: dict[str, dict[str, _Array]] = {}
+    for side, of_side in generations.items():
+        sums = [sum(likelihood(place, text.tokens) for text in texts) for place, texts in enumerate(of_side)]
+        quality[side] = {"log_likelihood": np.array(sums)}
+        if target_texts is not None:
+            equal = [
+                sum(text.tokens == best.tokens for text, best in zip(texts, best_texts, strict=True))
+                for texts, best_texts in zip(of_side, target_texts, strict=True)
+            ]
+            quality[side] |= {
+                "equal": np.array(equal, np.float64),
+                "texts": np.array([len(texts) for texts in of_side], np.float64),
+            }
+    return quality
+
+
 def _columns(
-    total: Mapping[str, float],
-    plain: Mapping[str, float],
+    total: Mapping[str, _Array],
+    plain: Mapping[str, _Array],
     profile: LatencyProfile,
     reward: RewardSettings,
     decoder: Decoder,
     knobs: Mapping[str, float],
-) -> dict[str, float]:
-    """The table's columns from the sums over prompts of a method and of plain decoding."""
+) -> dict[str, _Array]:
+    """The table's columns from the sums over prompts of a method and of plain decoding, all of one shape."""
     tokens = total["tokens"]
     columns = {
         "ms_per_token": 1000 * total["seconds"] / tokens,
         "speedup": profile.autoregressive_seconds * tokens / total["seconds"],
-        "draft_acceptance_rate": total["accepted"] / max(total["drafted"], 1),
+        "draft_acceptance_rate": total["accepted"] / np.maximum(total["drafted"], 1),
         "mean_acceptance_length": tokens / total["rounds"],
         "divergence": total["divergence"] / tokens,
         "target_tokens_per_token": total["target_tokens"] / tokens,
         "wall_ms_per_token": 1000 * total["wall_seconds"] / tokens,
         "wall_speedup": (plain["wall_seconds"] / plain["tokens"]) / (total["wall_seconds"] / tokens),
     }
-    columns["reward"] = reward_of(reward, columns, decoder, knobs)
-    return {name: float(columns[name]) for name in (*CHARGED, *CLOCK)}
+    columns["reward"] = _reward(reward, columns, decoder, knobs)
+    if "log_likelihood" in total:
+        columns["perplexity"] = np.exp(-total["log_likelihood"] / tokens)
+    if "equal" in total:
+        columns["equal_texts"] = total["equal"] / total["texts"]
+    return {name: columns[name] for name in (*CHARGED, *CLOCK) if name in columns}

@@ -6,7 +6,8 @@ import csv
 import io
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from .statistics import interval
 
 ALL = "all workloads"
 """`Row.workload` of the means over the workloads."""
+PLAIN = "plain"
+"""`Row.method` of the target alone."""
 LEARNED = "learned"
 """`Row.method` of what was learned."""
 RESAMPLES = 1000
@@ -31,6 +34,10 @@ SAME = 1e-6
 """Relative difference below which a figure counts as reproduced. Divergences are sums of float32 numbers, whose last
 digits depend on where tensors lie in memory; seen were differences of 6e-9."""
 _OTHER_KEYS = ("workload", "method", "rule", "knobs", "intervals", "by_seed")
+_MANY_COLUMNS = 9
+"""Columns from which on they stand closer, so that a terminal of 100 characters has room for them."""
+_RULE_WIDTH = 11
+"""Characters in a line of a rule that stands among knobs, whose column would be wider otherwise."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,9 @@ class ResultTable:
         rows: in order; those of a workload stand together.
         columns: what is shown. Where they name methods, each workload has one line, else each method has one.
         compared: columns that are the same whenever the run is judged again on the same machine.
-        verdict: what was learned, in a sentence or two.
+        verdict: what was learned and which setting to use, in one line or several.
         caption: explanation below the table.
+        notes: sentences on this very run that follow the caption, and are stored.
         hardware: the machine that made the numbers.
         protocol: how they were made.
         command: the command that made a stored table.
@@ -128,6 +136,7 @@ class ResultTable:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    notes: Sequence[str] = ()
 
     def by_workload(self) -> dict[str, dict[str, Row]]:
         """Rows by workload and method, in their order."""
@@ -138,7 +147,9 @@ class ResultTable:
 
     def render(self, title: str) -> Table:
         """A table for the terminal."""
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        room = len(self.columns) < _MANY_COLUMNS
+        padding = (0, int(room), 0, 0)
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding, pad_edge=False)
         wide = any(column.methods for column in self.columns)
         table.add_column("workload" if wide else "workload\n  method", min_width=14, max_width=26, overflow="fold")
         names = next((",\n".join(row.knobs) for row in self.rows if row.knobs), "")
@@ -156,8 +167,9 @@ class ResultTable:
             table.add_row(name)
             for method, row in methods.items():
                 cells = (_cell({method: row}, column) for column in self.columns)
-                table.add_row(f"  {method}", _setting_of(row), *cells, style="bold" if method == LEARNED else None)
-        table.caption = self.caption
+                setting = _setting_of(row, _RULE_WIDTH if names else None)
+                table.add_row(f"  {method}", setting, *cells, style="bold" if method == LEARNED else None)
+        table.caption = " ".join([self.caption, *self.notes])
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -169,6 +181,7 @@ class ResultTable:
             "protocol": {**self.protocol, "charged": list(self.compared)},
             "rows": [row.to_json() for row in self.rows],
             "verdict": self.verdict,
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def save(self, path: Path, command: str) -> None:
@@ -192,6 +205,7 @@ class ResultTable:
                 hardware=dict(content["hardware"]),
                 protocol=protocol,
                 command=str(content["command"]),
+                notes=tuple(map(str, content.get("notes", ()))),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
@@ -244,32 +258,46 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def mean_rows(rows: Sequence[Row]) -> list[Row]:
-    """A row of means over the workloads for each method; none where there is but one workload."""
+    """A row of means over the workloads for each method; none where there is but one workload.
+
+    A column that some workloads lack is the mean over the others.
+    """
     methods: dict[str, list[Row]] = {}
     for row in rows:
         methods.setdefault(row.method, []).append(row)
     if len({row.workload for row in rows}) < 2:
         return []
-    return [
-        Row(ALL, method, values={name: float(np.mean([row.values[name] for row in same])) for name in same[0].values})
-        for method, same in methods.items()
-    ]
+    means = []
+    for method, same in methods.items():
+        values: dict[str, list[float]] = {}
+        for row in same:
+            for name, value in row.values.items():
+                values.setdefault(name, []).append(value)
+        means.append(Row(ALL, method, values={name: float(np.mean(known)) for name, known in values.items()}))
+    return means
 
 
-def bootstrap(
-    columns: Callable[[NDArray[np.int64]], Mapping[str, float]], prompts: int
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals over prompts; empty where there is but one.
+def resampled(prompts: int) -> NDArray[np.int64]:
+    """Places of some prompts, each once, and below them resamples for a bootstrap, shape (1 + resamples, prompts).
+
+    There are no resamples of a single prompt.
+    """
+    once = np.arange(prompts)[None]
+    if prompts < 2:
+        return once
+    return np.concatenate([once, np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))])
+
+
+def with_intervals(
+    columns: Mapping[str, NDArray[np.float64]],
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Numbers by column and their 95 % intervals, where there are resamples.
 
     Args:
-        columns: numbers by column from the places of some prompts.
-        prompts: how many there are.
+        columns: numbers of each row of `resampled`, by column.
     """
-    if prompts < 2:
-        return {}
-    draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
-    samples = [columns(drawn) for drawn in draws]
-    return {name: interval(np.array([sample[name] for sample in samples])) for name in samples[0]}
+    values = {name: float(column[0]) for name, column in columns.items()}
+    return values, {name: interval(column[1:]) for name, column in columns.items() if len(column) > 1}
 
 
 def kept_bound(rows: Sequence[Row], bound: float) -> str:
@@ -302,9 +330,10 @@ def _cell(methods: Mapping[str, Row], column: Column) -> str:
     return "  ".join(texts)
 
 
-def _setting_of(row: Row | None) -> str:
-    """Knobs, or the rule, of a row in one cell."""
+def _setting_of(row: Row | None, width: int | None = None) -> str:
+    """Knobs, or the rule, of a row in one cell; lines of a rule have at most `width` characters."""
     if row is None:
         return "-"
     values = (str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.knobs.values())
-    return ", ".join(values) or row.rule or "-"
+    rule = "\n".join(textwrap.wrap(row.rule, width)) if width else row.rule
+    return ", ".join(values) or rule or "-"

@@ -16,13 +16,13 @@ from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, 
 from specgym.envs import Trace, workload
 
 from .live import decode_repeatedly
-from .results import ALL, LEARNED, Column, Row, interval
+from .results import ALL, LEARNED, PLAIN, Column, Row, interval
 from .stop_baselines import Decoded, ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
 if TYPE_CHECKING:
     from ..experiments.stop_drafts_settings import StopSettings
 
-METHODS = ("autoregressive", "fixed", "confidence", "entropy", "product", "bandit", LEARNED, "oracle")
+METHODS = (PLAIN, "fixed", "confidence", "entropy", "product", "bandit", LEARNED, "oracle")
 SIMPLE = ("fixed", "confidence", "entropy", "product")
 RATIO, GAP = "learned / fixed", "gap closed"
 LEAST_RATIO, LEAST_RATIO_EACH, LEAST_GAP = 1.03, 0.99, 0.30
@@ -155,7 +155,7 @@ def compare_live(
         LEARNED: learned,
     }
     replays = replayed(settings, test, profile, 1).decode(list(rules.values()))
-    sides = {"autoregressive": Side(AutoregressiveDecoder(pair))} | {
+    sides = {PLAIN: Side(AutoregressiveDecoder(pair))} | {
         method: Side(SpeculativeDecoder(pair, settings.max_draft_length, stop=rule, cost_ratio=point.marginal_cost()))
         for method, rule in rules.items()
     }
@@ -167,9 +167,9 @@ def compare_live(
         seeds=[test.info.seed + 10_000 * repeat for repeat in range(REPEATS)],
         report=lambda message: report(f"{name}: {message}"),
     )
-    plain = _clock(generations["autoregressive"])
+    plain = _clock(generations[PLAIN])
     values = {"replayed": 1.0, "charged": 1.0, "clock": 1.0, "clock_ms_per_token": 1000 * plain}
-    rows = [Row(name, "autoregressive", values=values, rule="no draft")]
+    rows = [Row(name, PLAIN, values=values, rule="no draft")]
     for (method, rule), replay in zip(rules.items(), replays, strict=True):
         seconds = _clock(generations[method])
         values = {
@@ -238,7 +238,7 @@ def stop_verdict(rows: Sequence[Row]) -> str:
 
 def live_agreement(rows: Sequence[Row]) -> str:
     """Agreement of replay with live decoding, in a sentence; without the bandit, which has learned from other texts."""
-    drafted = [row for row in rows if row.method not in ("autoregressive", "bandit")]
+    drafted = [row for row in rows if row.method not in (PLAIN, "bandit")]
     distance, off = max(
         ((abs(row.values["charged"] / row.values["replayed"] - 1), row) for row in drafted), key=lambda pair: pair[0]
     )
@@ -272,7 +272,7 @@ def _rows(
     samples: Mapping[str, Samples],
 ) -> list[Row]:
     reached = {method: [rule.throughput for rule in many] for method, many in methods.items()}
-    rows = [Row(name, "autoregressive", values={"throughput": 1.0}, rule="no draft")]
+    rows = [Row(name, PLAIN, values={"throughput": 1.0}, rule="no draft")]
     for method in METHODS[1:]:
         many = methods[method]
         values = {

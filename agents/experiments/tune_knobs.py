@@ -14,14 +14,16 @@ from specgym.callbacks import DivergenceBoundCallback
 from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured
 from specgym.envs import workload
 
-from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns, strays
-from ..evaluation.results import ALL, LEARNED, RESAMPLES, ResultTable, Row, kept_bound, machine, mean_rows
+from ..evaluation.contenders import contenders, fixed_length, live_verdict, replays, settings_of_others
+from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns
+from ..evaluation.results import RESAMPLES, ResultTable, Row, machine, mean_rows
 from ..export.knob_policy import ExportedPolicy, KnobRange
 from ..export.recommend import best_nearby, load_knobs, recommend, save_knobs
 from ..policy import KnobPolicy
 from ..training.environments import (
     held_out_environments,
     make_env,
+    recording_path,
     require_recordings,
     state_names,
     training_environments,
@@ -30,8 +32,6 @@ from ..training.run_folder import console
 from ..training.settings_io import SettingsError
 from .experiment import Experiment, KnobLearning, Learner, PolicyChoice
 from .tune_knobs_settings import KnobSettings, check_workloads
-
-_NOTABLE_DIVERGENCE = 0.05
 
 
 class TuneKnobs(Experiment[KnobSettings]):
@@ -117,17 +117,35 @@ class TuneKnobs(Experiment[KnobSettings]):
         save_knobs(self.run.knobs, recommend(policy, self.settings.workloads, improve))
 
     def judge(self, report: Callable[[str], None]) -> ResultTable:
-        """Decode held-out prompts plainly, with the decoder's defaults and with the recommended knobs."""
-        settings, evaluation = self.settings, self.settings.evaluation
+        """Decode held-out prompts plainly, with the recommended knobs, and in the simpler ways that they compete with.
+
+        Those are chosen on training prompts (`evaluation.contenders`).
+        """
+        settings, evaluation, traits = self.settings, self.settings.evaluation, self.settings.traits
         recommended = load_knobs(self.run.knobs)["workloads"]
+        workloads = [workload(name) for name in settings.workloads]
+        profiles = [LatencyProfile.load(path) for path in self.profiles]
+        recordings = [recording_path(settings, name, "train") for name in settings.workloads]
+        options, tokens = settings.decoder_options, settings.environment.max_new_tokens
+        report("one setting for all workloads, by the training prompts of the others")
+        measured = replays(settings.decoder, workloads, recordings, profiles, options, tokens)
+        others = settings_of_others(measured, settings.reward, settings.bound, None)
         rows: list[Row] = []
-        for name, path in zip(settings.workloads, self.profiles, strict=True):
-            chosen = workload(name)
-            rows += judge_live(
-                chosen,
+        for name, chosen, profile, recording in zip(settings.workloads, workloads, profiles, recordings, strict=True):
+            length = None
+            if traits.drafts_chains() and not traits.lossless:
+                report(f"{chosen}: the best fixed length of exact drafts, by training prompts")
+                length = fixed_length(chosen, recording, profile, options["max_draft_length"], tokens)
+            company = contenders(
                 settings.build(chosen.load()),
                 recommended[name],
-                LatencyProfile.load(path),
+                exact_length=length,
+                one_for_all=others.get(chosen.name),
+            )
+            rows += judge_live(
+                chosen,
+                company,
+                profile,
                 settings.reward,
                 prompts=evaluation.prompts,
                 max_new_tokens=evaluation.max_new_tokens,
@@ -140,7 +158,7 @@ class TuneKnobs(Experiment[KnobSettings]):
             rows,
             columns,
             CHARGED,
-            knob_verdict(rows, settings.knobs_together, settings.bound),
+            live_verdict(rows, settings.knobs_together, settings.bound),
             caption,
             describe_hardware(workload(settings.workloads[0]).load()) | machine(),
             {
@@ -166,38 +184,6 @@ def knob_policy(learning: KnobLearning, environments: VecEnv) -> PolicyChoice:
         "std_start": (learning.std_low * learning.std_high**2) ** (1 / 3),
     }
     return PolicyChoice(KnobPolicy, kwargs)
-
-
-def knob_verdict(rows: Sequence[Row], knobs_together: str = "knobs", max_divergence: float | None = None) -> str:
-    """Verdict over all workloads in a sentence; where texts stray from the target, a second one on how far.
-
-    Args:
-        rows: of `judge_live`, with their means.
-        knobs_together: what the knobs are called together.
-        max_divergence: the bound that was asked for, if there was one.
-    """
-    overall = {row.method: row.values for row in [row for row in rows if row.workload == ALL] or rows}
-    default, learned = overall["default"], overall[LEARNED]
-    sentence = (
-        f"Learned {knobs_together} against the defaults: reward {learned['reward']:.3f} against "
-        f"{default['reward']:.3f}, speedup {learned['speedup']:.2f} against {default['speedup']:.2f} over plain "
-        "decoding, "
-    )
-    if not strays(row.values for row in rows):
-        return sentence + (
-            f"with {learned['mean_acceptance_length']:.2f} against {default['mean_acceptance_length']:.2f} tokens a "
-            f"round, for {learned['target_tokens_per_token']:.1f} against {default['target_tokens_per_token']:.1f} "
-            "tokens that the target reads for every one emitted. The text is the target's own."
-        )
-    sentence += f"divergence {learned['divergence']:.3f} against {default['divergence']:.3f}."
-    if max_divergence is not None:
-        sentence += kept_bound(rows, max_divergence)
-    elif learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
-        sentence += (
-            " The learned text follows the draft more than the target would; where that matters, train with "
-            "--max-divergence, or --environment.reward.divergence-weight above 0."
-        )
-    return sentence
 
 
 def _rounds(profile: LatencyProfile) -> str:

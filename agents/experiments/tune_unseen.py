@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.decoding import file_name
 
+from ..evaluation.contenders import live_verdict
 from ..evaluation.heat_map import heat_map, save_heat_maps
 from ..evaluation.knob_patterns import save_patterns
 from ..evaluation.live import live_columns
@@ -28,7 +29,7 @@ from ..training.run_folder import RunFolder, console, quieten, this_command, tor
 from ..training.settings_io import SettingsError
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
 from .learned_tuner import LearnedSearcher, LearnedTuner, exported, practice, tasks_of, tuner_callbacks
-from .tune_knobs import knob_policy, knob_verdict
+from .tune_knobs import knob_policy
 from .tune_unseen_settings import TunerSettings
 
 METHODS = ("default", "universal", LEARNED, "best")
@@ -246,7 +247,7 @@ def recommend_for_pair(
             columns, caption = live_columns(rows)
             table = ResultTable(rows, columns, caption=caption)
             console.print(table.render(f"Held-out prompts of {workload}, decoded live"))
-            console.print(knob_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
+            console.print(live_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
     knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
     expected = recommendation.expected.values
     console.print(

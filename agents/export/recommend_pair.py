@@ -14,6 +14,7 @@ from rich.table import Table
 from specgym.decoding import build_decoder, write_json
 from specgym.envs import ObserveContext, TraceError, TuningEnv, Workload, profile_of, replay_backend, workload
 
+from ..evaluation.contenders import contenders
 from ..evaluation.live import judge_live
 from ..evaluation.replayed import Measurement, split_options
 from ..evaluation.results import Row
@@ -154,7 +155,8 @@ def confirm(settings: TunerSettings, workload: Workload, knobs: dict[str, float]
     decoder = build_decoder(settings.decoder, workload.load(), **settings.options)
     profile = profile_of(workload, None, replayed=False, decoder=decoder)
     profile.save(folder / "latency.json")
-    return judge_live(workload, decoder, knobs, profile, settings.reward, max_new_tokens=settings.max_new_tokens)
+    company = contenders(decoder, knobs)
+    return judge_live(workload, company, profile, settings.reward, max_new_tokens=settings.max_new_tokens)
 
 
 def _replays(settings: TunerSettings, workload: Workload) -> bool:

@@ -35,6 +35,8 @@ _COLUMNS = {  # heading, digits
     "divergence": ("divergence", 3),
     "target_tokens_per_token": ("tokens read per token", 2),
     "reward": ("reward", 3),
+    "perplexity": ("perplexity under the target", 2),
+    "equal_texts": ("texts equal to the target's", 3),
     "share_of_best": ("share of the grid's best", 3),
     "wall_ms_per_token": ("clock: ms per token", 2),
     "wall_speedup": ("clock: speedup", 2),
@@ -101,8 +103,8 @@ def results_view(rows: Sequence[Row]) -> View:
         )
     caption = (
         "Held-out prompts. Below a number stands its 95 % interval over prompts. Time is charged by latency profiles, "
-        f"except in columns of the clock. Speedup is over plain (autoregressive) decoding. The highest {aim} of each "
-        "workload is bold."
+        f"except in columns of the clock. Speedup is over plain decoding, by the target alone. The highest {aim} of "
+        "each workload is bold."
     )
     headings = (_COLUMNS[name][0] if name in _COLUMNS else name.replace("_", " ") for name in values)
     return View(caption, ["method", *(["rule"] if rules else []), *knobs, *headings], groups)

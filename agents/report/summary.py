@@ -7,12 +7,12 @@ from typing import Any
 
 from ..evaluation.heat_map import HeatMap
 from ..evaluation.live import strays
-from ..evaluation.results import ALL, LEARNED, ResultTable, Row
+from ..evaluation.results import ALL, LEARNED, PLAIN, ResultTable, Row
 from ..evaluation.unseen.comparison import WITHIN
 from ..evaluation.unseen.transfer import LEVEL
 
-DEFAULT, PLAIN, BEST = "default", "autoregressive", "best"
-"""Methods in tables; the last is the best setting of the grid, which is known only afterwards."""
+DEFAULT, BEST = "default", "best"
+"""Methods in tables; the second is the best setting of the grid, which is known only afterwards."""
 SHARE = "share_of_best"
 KINDS = {"pair": "pair of models", "dataset": "dataset", "family": "family of target models"}
 """Kinds of things left out of training, in words."""

@@ -47,7 +47,9 @@ def test_a_run_is_resumed_and_its_table_made_again(
     # Arithmetic differs between processors, so a figure may differ where the two best tokens are as good as equal.
     assert "equal those in" in text or "differ from" in text
     rows = ResultTable.load(run / "table.json").rows
-    assert [(row.workload, row.method) for row in ResultTable.load(run / "evaluation.json").rows] == [
+    again = [(row.workload, row.method) for row in ResultTable.load(run / "evaluation.json").rows]
+    # Later versions compare with more methods.
+    assert [row for row in again if row in {(row.workload, row.method) for row in rows}] == [
         (row.workload, row.method) for row in rows
     ]
 

@@ -89,7 +89,7 @@ def test_ratio_and_gap_are_of_the_learned_policy_over_the_best_fixed_length(
     low, high = of["learned"].intervals[RATIO]
     assert low < learned / fixed < high
     assert set(of) == set(METHODS)
-    assert of["autoregressive"].values["throughput"] == 1
+    assert of["plain"].values["throughput"] == 1
 
 
 def test_several_policies_are_averaged_and_widen_the_interval(
@@ -134,7 +134,7 @@ def test_one_policy_learns_several_batch_sizes(
 
 def hand_made(**throughputs: float) -> list[Row]:
     """A table of one workload: plain 1, fixed 1.5, oracle 2, and what is given."""
-    options = dict.fromkeys(METHODS, 1.4) | {"autoregressive": 1.0, "fixed": 1.5, "oracle": 2.0} | throughputs
+    options = dict.fromkeys(METHODS, 1.4) | {"plain": 1.0, "fixed": 1.5, "oracle": 2.0} | throughputs
     rows = []
     for name in ("tiny/prose", ALL):
         for method, throughput in options.items():

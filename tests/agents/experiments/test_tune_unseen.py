@@ -142,7 +142,7 @@ def test_a_live_recommendation_measures_and_confirms_by_decoding(
     printed = shown()
     assert "(live)" in printed
     assert "decoded live" in printed
-    assert "autoregressive" in printed
+    assert "plain" in printed
 
 
 def test_cross_validation_goes_on_where_it_was_interrupted(

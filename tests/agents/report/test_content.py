@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     rows = [
         row(workload, method, reward)
         for workload, pair in rewards.items()
-        for method, reward in zip(("autoregressive", "default", "learned"), (1.0, *pair), strict=True)
+        for method, reward in zip(("plain", "default", "learned"), (1.0, *pair), strict=True)
     ]
     table = {"format": "specgym-table-1", "command": "python train.py", "hardware": {"cores": 2}, "rows": rows,
              "protocol": {}}  # fmt: skip
