@@ -297,6 +297,8 @@ def write_report(report: Report, folder: Path) -> Path:
         "created": report.created,
         "made_by": dict(report.made_by),
         "summary": list(report.summary),
+        "verdict": report.table.verdict,
+        "notes": list(report.table.notes),
         "pattern_verdict": report.pattern_verdict,
         "settings": report.settings,
         "hardware": report.table.hardware,

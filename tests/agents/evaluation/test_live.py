@@ -79,7 +79,7 @@ def test_every_method_on_every_workload_and_their_means(table: ResultTable, smal
     greedy, sampled, means = (dict(zip(METHODS, rows[place : place + 6], strict=True)) for place in (0, 6, 12))
     mean = (greedy[LEARNED].values["reward"] + sampled[LEARNED].values["reward"]) / 2
     assert means[LEARNED].values["reward"] == pytest.approx(mean)
-    assert greedy["default"].knobs == {"fallback": 0.5, "rollback": 1.0}
+    assert greedy["default"].knobs == {knob.name: knob.default for knob in ThresholdDecoder.knobs_without_pair()}
     assert greedy[LEARNED].knobs == STRAYING
     assert greedy[ONE_FOR_ALL].knobs == {"fallback": 0.25, "rollback": 1.0}
     assert (greedy[FIXED].knobs, greedy[FIXED].rule) == ({}, "length 2")

@@ -118,6 +118,14 @@ def test_the_page_holds_every_section_in_words_and_figures(full_report: Report) 
     assert not page.has("This run has no")
 
 
+def test_the_page_has_the_verdict_line_by_line_and_the_notes_below_the_table(full_report: Report) -> None:
+    verdict = "a/prose: learned thresholds, 1.61 x plain\nTo be preferred overall: learned thresholds."
+    table = replace(full_report.table, verdict=verdict, notes=("Target and draft take 1.2 GiB.",))
+    page = Page(rendered(replace(full_report, table=table)))
+    assert all(page.has(words) for words in (*verdict.splitlines(), *table.notes))
+    assert not Page(rendered(replace(full_report, table=replace(table, verdict="In one line.")))).has("In one line.")
+
+
 def test_a_page_without_results_says_what_is_missing_and_how_to_make_it(bare_report: Report) -> None:
     page = Page(rendered(bare_report))
     for section, how in bare_report.missing.items():
