@@ -4,6 +4,7 @@ from .decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDec
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
+from .decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
 from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound, LookaheadStatistics
 from .decoders.lookahead.pool import PoolSettings, Retention
 from .decoders.lookahead.traits import Preset
@@ -68,6 +69,7 @@ from .sampling import GREEDY, Sampling, draw, total_variation
 from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, TraceRule
 
 __all__ = [
+    "BINS",
     "CHAIN",
     "DELTA",
     "EPSILON",
@@ -75,6 +77,7 @@ __all__ = [
     "FEATURES",
     "GREEDY",
     "HUB_SETS",
+    "LEVELS",
     "MODEL_SHAPES",
     "PRESETS",
     "RULES",
@@ -92,9 +95,11 @@ __all__ = [
     "DraftTreeRound",
     "Drafter",
     "EntropyAbove",
+    "ExpectedGain",
     "FixedLength",
     "Generation",
     "JacobiDecoder",
+    "KeepChances",
     "Knob",
     "KnobError",
     "LanguageModel",
@@ -141,6 +146,7 @@ __all__ = [
     "UnsupportedModelError",
     "VocabularyMismatchError",
     "arithmetic_of",
+    "bins_of",
     "build_decoder",
     "cache_folder",
     "decode_in_turns",
@@ -155,6 +161,7 @@ __all__ = [
     "file_name",
     "find_hardware",
     "heads_for",
+    "levels_of",
     "load_heads",
     "load_model",
     "load_pair",

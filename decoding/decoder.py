@@ -22,6 +22,7 @@ from .traits import DecoderTraits
 
 if TYPE_CHECKING:
     from .latency.probe import CostProbe
+    from .latency.profile import LatencyProfile
 
 DecoderT = TypeVar("DecoderT", bound="Decoder[Any]")
 SessionT = TypeVar("SessionT", bound="Session[Any]")
@@ -245,6 +246,13 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         from .latency.probe import chains, whole_rounds  # which import this module
 
         return chains(self) if self.needs_draft else whole_rounds(self)
+
+    def charge_by(self, profile: LatencyProfile) -> None:  # few need to know
+        """Tell the decoder what its rounds cost.
+
+        Args:
+            profile: of the pair, at the operating point; of the decoder's own cost kind.
+        """
 
     def fingerprint(self) -> Mapping[str, str]:
         """Return hashes of what shapes the decoder's rounds beside the pair, by name: heads, guidance, tables."""

@@ -52,6 +52,8 @@ class TraceRule(NamedTuple):
     """Draft tokens that a rejection takes back, the rejected one included; fractions are rounded at random."""
     draft_length: Any
     """Tokens drafted a round, at most."""
+    by_gain: bool = False
+    """Whether drafts end earlier where `ExpectedGain` says so."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class DecoderTraits:
     Attributes:
         name: of the decoder, in lower case with hyphens.
         lossless: whether the output follows the target's distribution exactly.
+        lossless_at: knobs at which the output of a decoder that is not lossless does so, by name; None if there are
+            none.
         needs_draft: whether the pair needs a draft; False where the target is enough.
+        stops_by_gain: whether drafts end by `ExpectedGain`, which needs to know how often drafted tokens are kept.
         recorded_by: `trace` where one recording of a pair replays every setting, else `outcomes` of designed settings.
         env_name: environment id between `specgym/` and `-v0`; the name in CamelCase by default.
         presets: named settings that people use besides the defaults, values by knob.
@@ -79,7 +84,9 @@ class DecoderTraits:
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
+    lossless_at: ClassVar[Mapping[str, float] | None] = None
     needs_draft: ClassVar[bool] = True
+    stops_by_gain: ClassVar[bool] = False
     recorded_by: ClassVar[Literal["trace", "outcomes"]] = "outcomes"
     env_name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, float]]] = {}
@@ -124,12 +131,12 @@ class DecoderTraits:
         return CHAIN if cls.needs_draft else cls.name
 
     @classmethod
-    def trace_rule(cls, values: Mapping[str, Any], max_draft_length: int) -> TraceRule:
+    def trace_rule(cls, values: Mapping[str, Any], options: Any) -> TraceRule:
         """Return the rule by which a trace is replayed with these knob values; for decoders recorded by traces.
 
         Args:
             values: of every knob, by name; numbers, or arrays of one shape.
-            max_draft_length: as the decoder was built.
+            options: as the decoder was built, an instance of `Options`.
         """
         raise NotImplementedError(f"{cls.name} is replayed by outcomes, not by traces")
 

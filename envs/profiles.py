@@ -12,7 +12,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ def profile_of(
         named: the workload.
         profile: a profile, or a file with one; None for the default.
         replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
-            this hardware, for which it is loaded; measured once, it is read from the cache.
+            this hardware, for which it is loaded; measured once, it is read from the cache. A replay finds in its
+            trace how often drafted tokens are kept; for decoders that ask for it, live decoding gets it here.
         decoder: whose rounds are charged: a registered name, or a decoder at work; by default chains of the draft.
 
     Raises:
@@ -70,14 +71,20 @@ def profile_of(
     kind = _kind(decoder, named)
     if isinstance(profile, str | Path):
         profile = LatencyProfile.load(profile)
-    if profile is not None:
-        return profile.require_kind(kind)
     reference = REFERENCES / profile_name(named, decoder)
-    if replayed and isinstance(named.pair, str) and reference.is_file():
-        return _loaded(reference)
-    from specgym.decoding import measured  # which imports torch; a replay needs none
+    if profile is not None:
+        profile = profile.require_kind(kind)
+    elif replayed and isinstance(named.pair, str) and reference.is_file():
+        profile = _loaded(reference)
+    else:
+        from specgym.decoding import measured  # which imports torch; a replay needs none
 
-    return measured(named.load(), decoder, sampling=named.sampling)
+        profile = measured(named.load(), decoder, sampling=named.sampling)
+    if replayed or profile.chances is not None or decoder is None or not traits_of(decoder).stops_by_gain:
+        return profile
+    from .recordings.trace_recorder import chances_for  # which imports torch, too
+
+    return replace(profile, chances=chances_for(named))
 
 
 def profile_name(named: Workload, decoder: str | DecoderTraits | None = None) -> str:

@@ -9,13 +9,16 @@ Threshold decoding: a draft token is kept where the two models are close enough,
 
 At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
 keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
-`rollback` draft tokens back, itself included, and the target emits the token that follows those kept.
+`rollback` draft tokens back, itself included, and the target emits the token that follows those kept. A draft ends as
+soon as one more token is expected to bring less than it costs (`expected_gain`).
 
 Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
 certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
 judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
 `Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
-target's own text whatever the rollback.
+target's own text whatever the rollback. A token that greedy decoding would have chosen anyway does not diverge at all,
+whatever the distance between the models; any other counts with that distance, though its one-hot distribution differs
+wholly.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +37,14 @@ from torch import Tensor
 from ..decoder import Decoder, Round, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
 from ..loading.pair import Pair, require_draft
-from ..sampling import accepts, draw, residual, residual_of_token, total_variation
+from ..sampling import GREEDY, Sampling, accepts, draw, residual, residual_of_token, total_variation
+from ..traits import CHAIN
+from .expected_gain import LEVELS, ExpectedGain, levels_of
 from .stop_rules import DraftTracker, StopRule
-from .traits import SpeculativeTraits, ThresholdTraits
+from .traits import SpeculativeTraits, Stop, ThresholdTraits
+
+if TYPE_CHECKING:
+    from ..latency.profile import LatencyProfile
 
 USUAL_COST_RATIO = 0.1
 
@@ -67,7 +75,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         super()._read_prompt(prompt)
         decoder = self.decoder
         self.draft = decoder.draft.start(prompt, self.sampling, self.generator, self.target.device)
-        self._stop, self.tracker = decoder.stop, DraftTracker(1, decoder.cost_ratio, decoder.batch_size)
+        self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})
         self._steps: Iterator[DraftStep] | None = None  # the draft under way in a round of draft_one and verify
         self._drafted: list[DraftStep] = []
@@ -120,15 +128,16 @@ class SpeculativeSession(Session["ChainDecoder"]):
             )
         started = time.perf_counter()
         steps = self._begin(self.decoder.draft_length(knobs))
-        if self._stop is None:
+        stop = self.decoder.stop_rule(knobs)
+        if stop is None:
             self._drafted.extend(steps)
             return self._finish_round(knobs, started)
         for step in steps:
-            if self._stop(self._observe(step, self._stop.looks_at_entropy))[0]:
+            if stop(self._observe(step, stop.looks_at_entropy))[0]:
                 break
         round_ = self._finish_round(knobs, started)
         seconds = np.array([round_.draft_seconds + round_.verify_seconds])
-        self._stop.verified(None, np.array([round_.drafted]), np.array([len(round_.tokens)]), seconds)
+        stop.verified(None, np.array([round_.drafted]), np.array([len(round_.tokens)]), seconds)
         return round_
 
     def _begin(self, length: int) -> Iterator[DraftStep]:
@@ -227,7 +236,7 @@ class ChainDecoder(Decoder[SpeculativeSession]):
 
     Attributes:
         draft: the pair's.
-        stop: rule that may end a draft early.
+        stop: rule that may end a draft early, whatever the knobs.
         cost_ratio: what the rule or a controller is told that one more drafted token costs, in seconds that it adds to
             a round over autoregressive seconds per token.
         batch_size: what they are told of how many sequences are decoded together.
@@ -247,6 +256,10 @@ class ChainDecoder(Decoder[SpeculativeSession]):
     @abstractmethod
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the tokens to draft in a round with these knobs, at most."""
+
+    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
+        """Return the rule that may end a draft early in a round with these knobs."""
+        return self.stop
 
 
 class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
@@ -296,8 +309,8 @@ class ThresholdSession(SpeculativeSession):
         p = self.sampling.probabilities(scores)
         drafted = proposal.tokens.shape[0]
         distance = self._distances(p, scores, proposal)
-        outright = distance <= knobs["fallback"]
-        agreed = first_false(outright | self._passes(p, proposal))
+        outright, passes = distance <= knobs["fallback"], self._passes(p, proposal)
+        agreed = first_false(outright | passes)
         rollback = self._whole_rollback(knobs["rollback"])
         kept = torch.where(agreed < drafted, (agreed + 1 - rollback).clamp(min=0), agreed)
         # The residual belongs to the rejected position alone; a token put further back comes from the target there.
@@ -305,7 +318,8 @@ class ThresholdSession(SpeculativeSession):
         if rollback > 1:
             further_back = p[kept].argmax(-1) if self.sampling.greedy else draw(p[kept], self.generator)
             successor = torch.where(kept < agreed, further_back, successor)
-        return Verdict(kept, successor, torch.where(outright, distance, 0.0))
+        strayed = outright & ~passes if self.sampling.greedy else outright  # drawn tokens are the draft's outright
+        return Verdict(kept, successor, torch.where(strayed, distance, 0.0))
 
     def _distances(self, p: Tensor, scores: Tensor, proposal: Proposal) -> Tensor:
         """Total variation between draft and target at every drafted position, shape (drafted,)."""
@@ -330,19 +344,55 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
 
     Args:
         pair: a target with a draft.
-        max_draft_length: tokens drafted every round, and the upper end of the `rollback` knob.
+        max_draft_length: longest draft, in tokens, and the upper end of the `rollback` knob.
+        stop: where drafts end. `"expected-gain"` weighs what one more token is expected to bring against what it costs
+            (`ExpectedGain`), by the profile that `charge_by` was given, and else by the pair's own, which is measured
+            on this machine when the first text is begun, and kept. `"never"` drafts `max_draft_length` tokens every
+            round. Or a rule of one's own, which all texts of this decoder share.
 
     Raises:
-        ValueError: the pair has no draft, or `max_draft_length` is not positive.
+        ValueError: the pair has no draft, `max_draft_length` is not positive, or there is no such rule.
     """
 
     session_class = ThresholdSession
 
-    def __init__(self, pair: Pair, max_draft_length: int = 16) -> None:
+    def __init__(self, pair: Pair, max_draft_length: int = 16, stop: Stop | StopRule = "expected-gain") -> None:
         super().__init__(pair)
-        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length)
+        named: dict[str, Any] = {} if isinstance(stop, StopRule) else {"stop": stop}
+        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, **named)
         self.max_draft_length = max_draft_length
+        if isinstance(stop, StopRule):
+            stop.start(1, seed=0)
+            self.stop = stop
+        self._weighs = stop == "expected-gain"
+        self._gains: list[ExpectedGain] = []  # one for each level of the fallback
+
+    def charge_by(self, profile: LatencyProfile) -> None:
+        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
+        if self._weighs:
+            profile = profile.require_kind(CHAIN)
+            tolerances = np.linspace(0, 1, LEVELS)
+            self._gains = [ExpectedGain.of(profile, self.max_draft_length, level) for level in tolerances]
+
+    def start(
+        self,
+        prompt_ids: str | Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int | None = None,
+    ) -> SpeculativeSession:
+        """Read a prompt and return the session that generates its continuation, as `Decoder.start`."""
+        if self._weighs and not self._gains:
+            from ..latency.measure import measured  # which imports this module
+
+            self.charge_by(measured(self.pair, sampling=sampling))
+        return super().start(prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
 
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the longest draft, whatever the knobs."""
         return self.max_draft_length
+
+    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
+        """Return the rule for this fallback."""
+        return self._gains[levels_of(knobs["fallback"])] if self._weighs else self.stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import require_positive
 from ..traits import EXACT, DecoderTraits, Knob, TraceRule
@@ -23,6 +23,27 @@ class ChainOptions:
 
     def __post_init__(self) -> None:
         require_positive("max_draft_length", self.max_draft_length)
+
+
+Stop = Literal["expected-gain", "never"]
+
+
+@dataclass(frozen=True)
+class ThresholdOptions(ChainOptions):
+    """Build options of threshold decoding.
+
+    Raises:
+        ValueError: the length is not positive, or there is no such rule.
+    """
+
+    stop: Stop = "expected-gain"
+    """Where drafts end: as soon as one more token is expected to bring less than it costs by the pair's latency
+    profile, or never before --max-draft-length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop not in get_args(Stop):
+            raise ValueError(f"stop must be {' or '.join(map(repr, get_args(Stop)))}, got {self.stop!r}")
 
 
 class SpeculativeTraits(DecoderTraits):
@@ -50,7 +71,7 @@ class SpeculativeTraits(DecoderTraits):
         return (Knob("draft_length", 1, longest, min(5, longest), True, "tokens drafted a round, at most"),)
 
     @classmethod
-    def trace_rule(cls, values: Mapping[str, Any], max_draft_length: int) -> TraceRule:
+    def trace_rule(cls, values: Mapping[str, Any], options: Any) -> TraceRule:
         """Return the exact test, for drafts of `draft_length` tokens."""
         return TraceRule(EXACT, 1.0, values["draft_length"])
 
@@ -61,8 +82,10 @@ class ThresholdTraits(DecoderTraits):
     name = "threshold"
     env_name = "Thresholds"
     lossless = False
+    lossless_at: ClassVar[Mapping[str, float]] = {"fallback": 0.0, "rollback": 1.0}
+    stops_by_gain = True
     recorded_by = "trace"
-    Options = ChainOptions
+    Options = ThresholdOptions
     workloads = SpeculativeTraits.workloads
 
     @classmethod
@@ -71,16 +94,16 @@ class ThresholdTraits(DecoderTraits):
         longest = cls.checked_options(**options).max_draft_length
         return (
             Knob(
-                "fallback", 0.0, 1.0, 0.5,
+                "fallback", 0.0, 1.0, 0.3,
                 doc="largest distance at which a draft token is kept outright",
-                search=(0.05, 0.95),  # at either end of its range it decides nothing, and there is nothing to learn
                 step=0.2,
-                preferred=(0.4, 0.7),
+                preferred=(0.1, 0.4),
             ),
-            Knob("rollback", 1.0, longest, 1.0, doc="draft tokens that a rejection takes back", preferred=(0.3, 0.7)),
+            Knob("rollback", 1.0, longest, 1.0, doc="draft tokens that a rejection takes back", preferred=(0.0, 0.2)),
         )  # fmt: skip
 
     @classmethod
-    def trace_rule(cls, values: Mapping[str, Any], max_draft_length: int) -> TraceRule:
-        """Return the thresholds, for drafts that are always as long as they may be."""
-        return TraceRule(values["fallback"], values["rollback"], max_draft_length)
+    def trace_rule(cls, values: Mapping[str, Any], options: ThresholdOptions) -> TraceRule:
+        """Return the thresholds, for drafts that end where the options say."""
+        by_gain = options.stop == "expected-gain"
+        return TraceRule(values["fallback"], values["rollback"], options.max_draft_length, by_gain)

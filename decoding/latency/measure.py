@@ -253,7 +253,7 @@ def _measure_chains(
     prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
     stopwatch = StopwatchDrafter(pair.draft)
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
-    chains = EndlessText(ThresholdDecoder(timed, longest), prompt, sampling)
+    chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling)
     plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
     places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts)

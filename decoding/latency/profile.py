@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..decoders.expected_gain import KeepChances
 from ..errors import SpecgymError
 from ..files import write_json
 from ..sampling import Sampling
@@ -63,6 +64,8 @@ class LatencyProfile:
         context: tokens of each sequence that were read before the first round, 1 or more; None where it is not known.
         points: profiles of other batch sizes and contexts, without points of their own; with this profile they form a
             full grid, every batch size with every context.
+        chances: how often drafted tokens of the pair are kept, for rules that ask; None where it was not measured. It
+            does not depend on the machine.
         overlaps: whether drafting goes on while the target verifies: a round then takes the longer of the two times
             instead of their sum.
         uncertainty: how sure the numbers are; None where they were computed, interpolated, or measured by an earlier
@@ -85,6 +88,7 @@ class LatencyProfile:
     points: tuple[LatencyProfile, ...] = ()
     overlaps: bool = False
     uncertainty: Uncertainty | None = None
+    chances: KeepChances | None = None
 
     def __post_init__(self) -> None:
         for name, fewest in zip(_TABLES, (0, 1), strict=True):
@@ -209,7 +213,7 @@ class LatencyProfile:
             for length, length_share in _neighbours(contexts, context)
         ]
         if len(corners) == 1:
-            return replace(corners[0][0], points=())
+            return replace(corners[0][0], points=(), chances=self.chances)
         return replace(
             self,
             draft_seconds={
@@ -232,6 +236,8 @@ class LatencyProfile:
         about = {key: getattr(self, name) for key, name in _ABOUT.items()}
         if not self.overlaps:
             del about["overlaps"]  # as in files of earlier versions
+        if self.chances is not None:
+            about["chances"] = self.chances.to_json()
         write_json(
             Path(path),
             {"format": _FORMAT, **about, **self._stored(), "points": [point._stored() for point in self.points]},
@@ -255,8 +261,14 @@ class LatencyProfile:
             raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
         try:
             about = {name: content.pop(key) for key, name in _ABOUT.items() if key in content or name != "overlaps"}
+            chances = content.pop("chances", None)
             points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
-            return cls(**about, **_restored(content), points=points)
+            return cls(
+                **about,
+                **_restored(content),
+                points=points,
+                chances=None if chances is None else KeepChances.from_json(chances),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LatencyProfileError(f"latency profile {path} is damaged ({error}); {way_out}") from error
 

@@ -20,6 +20,7 @@ from specgym.decoding import DraftTracker, LatencyProfile
 from ..recordings.archive import TraceError
 from ..recordings.trace import Trace
 from .backend import DraftSteps, Floats, Integers
+from .replay_table import exact_chances
 
 Indices = NDArray[np.intp]
 
@@ -307,9 +308,5 @@ def _prepared(trace: Trace, max_draft_length: int, max_new_tokens: int) -> _Prep
 
 def _chances(trace: Trace, rows: int) -> NDArray[np.float64]:
     """Return the probability of every draft token to pass its test, all before it having passed."""
-    if trace.info.sampling.greedy:
-        passes = trace.match[:rows].astype(np.float64)
-    else:
-        p, q = trace.p.astype(np.float64), trace.q.astype(np.float64)
-        passes = np.minimum(1.0, np.divide(p, q, out=(p > 0).astype(np.float64), where=q > 0))
+    passes = exact_chances(trace.match[:rows], trace.p, trace.q, trace.info.sampling)
     return passes * (np.arange(trace.draft_length) < trace.drafted[:rows, None])

@@ -70,6 +70,7 @@ class LiveBackend:
         profile = profile_of(self._workload, profile, replayed=False, decoder=self.decoder)
         self._profile = profile.at(batch_size=batch_size, context=context)
         self.profiles = [self._profile]
+        self.decoder.charge_by(self._profile)
         self._texts: list[Sequence[int]] = list(self._workload.prompt_ids())
         self._count = len(self._texts)
         self.prompts = [np.arange(self._count)]

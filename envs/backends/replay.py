@@ -80,7 +80,7 @@ def replay_backend(
     if traces:
         for trace in traces:
             _check_trace(trace, traits.lossless, max_new_tokens, max_draft_length)
-        return TraceReplay(traits, traces, workloads, profiles, max_new_tokens, max_draft_length, built)
+        return TraceReplay(traits, traces, workloads, profiles, max_new_tokens, built)
     if traits.drafts_chains() and not traits.lossless:
         for info in (item.info for item in outcomes):
             # All decoders but exact ones decide otherwise about the beginning of a draft that is longer.

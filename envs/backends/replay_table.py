@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import EXACT
+from specgym.decoding import EXACT, LEVELS, ExpectedGain, LatencyProfile, Sampling
 
 from ..recordings.archive import TraceError
 from ..recordings.trace import Trace
@@ -33,6 +34,23 @@ def tolerances_needed(accepted: NDArray[np.bool_], distance: NDArray[np.float32]
     return np.maximum.accumulate(np.where(accepted, np.float32(EXACT), distance), axis=-1)
 
 
+def exact_chances(
+    match: NDArray[np.bool_], p: NDArray[np.float32], q: NDArray[np.float32], sampling: Sampling
+) -> Floats:
+    """Return the probability of recorded draft tokens to pass the exact test, all before them having been kept.
+
+    Args:
+        match: whether each is the target's likeliest.
+        p: the target's probability of each.
+        q: the draft's.
+        sampling: by which tokens are chosen.
+    """
+    if sampling.greedy:
+        return match.astype(np.float64)
+    above, below = p.astype(np.float64), q.astype(np.float64)
+    return np.minimum(1.0, np.divide(above, below, out=(above > 0).astype(np.float64), where=below > 0))
+
+
 def tokens_kept(agreed: Integers, drafted: Integers, back: Integers) -> Integers:
     """Return how many draft tokens stay: those agreed on, less what a rejection takes back beyond its own token."""
     return np.maximum(agreed - back * (agreed < drafted), 0)
@@ -46,6 +64,7 @@ class ReplayTable:
 
     Args:
         traces: those with detours have the same numbers of tolerances and of tokens taken back.
+        profiles: of each trace, where drafts end by `ExpectedGain`; without chances, those of the trace are taken.
         detours: whether the paths are the detours, too, of prompts that have some. Otherwise, and for a trace that has
             none, they are the target's own texts alone, of all prompts.
         seed: of the draws of sampled traces.
@@ -59,7 +78,10 @@ class ReplayTable:
         places: where a row's first copy is in `needed`; more follow for a sampled trace. Shape (rows,).
         copies: of each trace's rows in `needed`, shape (traces,).
         drafted: tokens drafted at each row, shape (rows,).
-        distance: total variation, shape (rows, K).
+        ends: how long drafts are by `ExpectedGain`, whatever was recorded, by the level of the tolerance, shape
+            (`LEVELS`, rows); of no use without `profiles`.
+        strayed: divergence of each token, were it kept only for the tolerance: the total variation, but 0 for what
+            greedy decoding would have chosen anyway. Shape (rows, K).
         jump: `Trace.jump`, flat, shape (rows * (K + 1),).
         routes: the row of each path at every position, -1 beyond its end, shape (paths, width).
         lengths: rows of each path, shape (paths,).
@@ -72,7 +94,14 @@ class ReplayTable:
         TraceError: a detour is missing among those of a prompt, or the traces have detours of more or fewer thresholds.
     """
 
-    def __init__(self, traces: Sequence[Trace], *, detours: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        *,
+        detours: bool,
+        profiles: Sequence[LatencyProfile | None] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.draft_length = max(trace.draft_length for trace in traces)
         self.has_detours = detours and any(len(trace.detour_prompts) for trace in traces)
         self.tolerances, self.log_taken_back = _levels(traces, self.has_detours)
@@ -82,7 +111,8 @@ class ReplayTable:
         self.first_prompts = _offsets([trace.prompts for trace in traces])[:-1]
         generator = np.random.default_rng(seed)
         width = max(max(trace.info.tokens, trace.info.detour_tokens) for trace in traces)
-        parts = [self._part(trace, place, width, generator) for place, trace in enumerate(traces)]
+        charged = profiles or [None] * len(traces)
+        parts = [self._part(trace, place, width, generator, charged[place]) for place, trace in enumerate(traces)]
         rows = _offsets([len(part["drafted"]) for part in parts])
         paths = _offsets([len(part["routes"]) for part in parts])
         places = _offsets([len(part["needed"]) for part in parts])
@@ -91,13 +121,16 @@ class ReplayTable:
             _shift(part["routes"], rows[number])
             _shift(part["paths"], paths[number])
             part["places"] += places[number]
-        self.needed, self.places, self.drafted, self.distance, self.jump, self.routes, self.paths = (
+        self.needed, self.places, self.drafted, self.strayed, self.jump, self.routes, self.paths = (
             np.ascontiguousarray(np.concatenate([part[name] for part in parts]))
-            for name in ("needed", "places", "drafted", "distance", "jump", "routes", "paths")
+            for name in ("needed", "places", "drafted", "strayed", "jump", "routes", "paths")
         )
+        self.ends = np.ascontiguousarray(np.concatenate([part["ends"] for part in parts], axis=1))
         self.lengths: Integers = (self.routes >= 0).sum(1)
 
-    def _part(self, trace: Trace, place: int, width: int, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+    def _part(
+        self, trace: Trace, place: int, width: int, generator: np.random.Generator, profile: LatencyProfile | None
+    ) -> dict[str, NDArray[Any]]:
         """One trace's arrays, numbered from 0."""
         rows = len(trace.drafted) if self.has_detours else len(trace.text)
         wider = ((0, 0), (0, self.draft_length - trace.draft_length))
@@ -123,7 +156,8 @@ class ReplayTable:
             "needed": needed.astype(np.float32),
             "places": np.arange(rows) * copies,
             "drafted": trace.drafted[:rows],
-            "distance": np.pad(trace.distance[:rows], wider),
+            "ends": _ends(trace, rows, profile),
+            "strayed": np.pad(_strayed(trace, rows), wider),
             "jump": np.where(jump < rows, jump, -1).ravel(),
             "routes": np.array(routes),
             "paths": paths,
@@ -145,6 +179,18 @@ def _needed(trace: Trace, rows: int, copies: int, generator: np.random.Generator
     beyond = np.arange(trace.draft_length) >= trace.drafted[:rows, None, None]
     needed = np.where(beyond, np.float32(np.inf), tolerances_needed(accepted, distance[:, None]))
     return needed.reshape(rows * copies, -1)
+
+
+def _ends(trace: Trace, rows: int, profile: LatencyProfile | None) -> NDArray[np.uint8]:
+    if profile is None:
+        return np.zeros((LEVELS, rows), np.uint8)
+    charged = replace(profile, chances=profile.chances or trace.chances)
+    return ExpectedGain.of(charged, trace.draft_length).lengths(trace.bins[:rows])
+
+
+def _strayed(trace: Trace, rows: int) -> NDArray[np.float32]:
+    distance = trace.distance[:rows]
+    return np.where(trace.match[:rows], np.float32(0), distance) if trace.info.sampling.greedy else distance
 
 
 def _levels(traces: Sequence[Trace], detours: bool) -> tuple[Floats, Floats]:

@@ -1,7 +1,8 @@
 """Replay of traces: decoding from what a pair did at every position, without the models.
 
 A rule says what is verified (`specgym.decoding.TraceRule`): drafts have up to `draft_length` tokens; one that fails the
-exact test is kept all the same up to a `tolerance`; a rejection takes back so many tokens.
+exact test is kept all the same up to a `tolerance`; a rejection takes back so many tokens. Drafts may end earlier, by
+`specgym.decoding.ExpectedGain`, which needs nothing but the draft's recorded confidences and the latency profile.
 
 Every round looks up what the pair did at the row where the text stands: how many tokens were drafted, and how many of
 them are kept. Then the text goes on at the row that the recording says follows. Where the recording does not say, since
@@ -19,6 +20,7 @@ with a single text they draw the same from the same generator.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import DecoderTraits, LatencyProfile
+from specgym.decoding import DecoderTraits, LatencyProfile, levels_of
 
 from ..recordings.trace import Trace
 from ..workloads import Workload
@@ -62,9 +64,10 @@ class TraceWalk:
         table: what was recorded.
         round_seconds: seconds of a round by the number of drafted tokens, shape (traces, K + 1).
         tokens: generated of each text, at most.
+        by_gain: whether drafts end by `ReplayTable.ends`.
     """
 
-    def __init__(self, table: ReplayTable, round_seconds: Floats, tokens: int) -> None:
+    def __init__(self, table: ReplayTable, round_seconds: Floats, tokens: int, by_gain: bool = False) -> None:
         self.table = table
         self.tokens = tokens
         self._round_seconds = np.ascontiguousarray(round_seconds)
@@ -75,9 +78,12 @@ class TraceWalk:
         self._log_taken_back: list[list[float]] = table.log_taken_back.tolist()
         self._copies: list[int] = table.copies.tolist()
         # Single numbers come out of a memoryview several times faster than out of an array.
-        self._needed, self._distance = table.needed.ravel().data, table.distance.ravel().data
+        self._needed, self._strayed = table.needed.ravel().data, table.strayed.ravel().data
         self._jump, self._routes = table.jump.data, table.routes.ravel().data
-        self._drafted, self._places = table.drafted.data, table.places.data
+        self._levelled = by_gain
+        drafted = np.minimum(table.drafted, table.ends) if by_gain else table.drafted[None]
+        self._drafted_at: NDArray[np.uint8] = drafted.astype(np.uint8).ravel()  # by level, if that matters, and row
+        self._drafted, self._places = self._drafted_at.data, table.places.data
 
     def decode(
         self, prompt: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
@@ -108,7 +114,7 @@ class TraceWalk:
             seconds += costs[drafts]
             if tolerance >= 0:
                 start = row * width
-                for distance in self._distance[start : start + kept]:
+                for distance in self._strayed[start : start + kept]:
                     if distance <= tolerance:
                         variation += distance
         return tokens, rounds, drafted, accepted, variation, seconds
@@ -129,8 +135,9 @@ class TraceWalk:
         needed, jump, routes, drafted_at, places = self._needed, self._jump, self._routes, self._drafted, self._places
         sampled, draw, first = table.sampled, rng.random, path * width
         row, count, room = routes[first], 0, tokens - 1
+        level = self._level(tolerance)
         while True:
-            drafted = drafted_at[row]
+            drafted = drafted_at[level + row]
             if drafted > room:
                 drafted = room
             if drafted > longest:
@@ -149,6 +156,10 @@ class TraceWalk:
             row = jump[row * columns + kept]
             if row < 0:
                 row = routes[first + count]
+
+    def _level(self, tolerance: Any) -> Any:
+        """Where the drafts of a tolerance, or of many, begin in `_drafted_at`."""
+        return levels_of(tolerance) * len(self.table.drafted) if self._levelled else 0 * levels_of(tolerance)
 
     def choose_path(
         self, prompt: int, trace: int, tolerance: float, taken_back: float, rng: np.random.Generator
@@ -216,6 +227,7 @@ class TraceWalk:
         further = taken_back - 1  # tokens taken back beyond the one that was rejected
         fractional = bool((further % 1).any())
         copies = table.copies[traces]
+        level = self._level(tolerance)
         text: Integers = np.arange(len(paths))
         # Places on the path count from its first row in `routes`: where the text stands, where it ends, and the last
         # token that there is room for.
@@ -224,7 +236,7 @@ class TraceWalk:
         row: Integers = routes.take(here)
         done: list[tuple[Integers, ...]] = []
         while True:
-            drafted = np.minimum(table.drafted.take(row), np.minimum(last - here, longest))
+            drafted = np.minimum(self._drafted_at.take(level + row), np.minimum(last - here, longest))
             place = row
             if table.sampled:
                 place = table.places.take(row) + (rng.random(len(row)) * copies).astype(np.int64)
@@ -242,7 +254,7 @@ class TraceWalk:
                 # What has ended would cost as much as what goes on.
                 text, here, end, last = text.take(going), here.take(going), end.take(going), last.take(going)
                 limits, further, following = limits.take(going, 0), further.take(going), following.take(going)
-                copies, longest = copies.take(going), longest.take(going)
+                copies, longest, level = copies.take(going), longest.take(going), level.take(going)
             row = np.where(following < 0, routes.take(here), following)
         return Rounds(*(np.concatenate(values) for values in zip(*done, strict=True)))
 
@@ -270,7 +282,7 @@ class TraceWalk:
             return np.zeros(len(tolerance))
         accepted = rounds.accepted.nonzero()[0]
         text = rounds.text.take(accepted)
-        distance = self.table.distance.take(rounds.row.take(accepted), 0)
+        distance = self.table.strayed.take(rounds.row.take(accepted), 0)
         counts = (distance <= tolerance.take(text)[:, None]) & (self._depths < rounds.accepted.take(accepted)[:, None])
         total: NDArray[Any] = np.bincount(text, np.einsum("ij,ij->i", distance, counts), len(tolerance))
         return total
@@ -285,7 +297,6 @@ class TraceReplay(ReplayBackend):
         workloads: what was recorded.
         profiles: what every workload's time is charged by, at the operating point.
         max_new_tokens: tokens decoded of each prompt, at most.
-        max_draft_length: longest draft, in tokens.
         options: build options of the decoder.
     """
 
@@ -296,16 +307,15 @@ class TraceReplay(ReplayBackend):
         workloads: Sequence[Workload],
         profiles: Sequence[LatencyProfile],
         max_new_tokens: int,
-        max_draft_length: int,
         options: Mapping[str, Any],
     ) -> None:
-        table = ReplayTable(traces, detours=not decoder.lossless)
         knobs = decoder.knobs_without_pair(**options)
+        self._rule = functools.partial(decoder.trace_rule, options=decoder.checked_options(**options))
+        by_gain = self._rule({knob.name: knob.default for knob in knobs}).by_gain
+        table = ReplayTable(traces, detours=not decoder.lossless, profiles=profiles if by_gain else None)
         super().__init__(workloads, profiles, knobs, table.prompts, table.first_prompts)
         seconds = np.array([profile.round_seconds(table.draft_length) for profile in profiles])
-        self._walk = TraceWalk(table, seconds, max_new_tokens)
-        self._rule = decoder.trace_rule
-        self._max_draft_length = max_draft_length
+        self._walk = TraceWalk(table, seconds, max_new_tokens, by_gain)
 
     def decode(
         self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
@@ -314,7 +324,7 @@ class TraceReplay(ReplayBackend):
         if len(prompts) > 1:
             return super().decode(prompts, workloads, knobs, rng)
         workload = workloads.item()
-        rule = self._rule({name: values.item() for name, values in knobs.items()}, self._max_draft_length)
+        rule = self._rule({name: values.item() for name, values in knobs.items()})
         sums = self._walk.decode(prompts.item(), workload, rule.tolerance, rule.taken_back, int(rule.draft_length), rng)
         return Metrics(*np.array([*sums, self.profiles[workload].autoregressive_seconds * sums[0]])[:, None])
 
@@ -322,7 +332,7 @@ class TraceReplay(ReplayBackend):
         self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
     ) -> dict[str, Floats]:
         """Return the sums of `Metrics` but `plain_seconds`, by name."""
-        texts, rule = len(prompts), self._rule(knobs, self._max_draft_length)
+        texts, rule = len(prompts), self._rule(knobs)
         tolerance, taken_back = (np.full(texts, number) for number in (rule.tolerance, rule.taken_back))
         longest = np.full(texts, rule.draft_length).astype(np.int64)
         return self._walk.decode_many(prompts, workloads, tolerance, taken_back, longest, rng)

@@ -24,6 +24,7 @@ from specgym.decoding import (
     PromptError,
     Sampling,
     TokenTree,
+    bins_of,
     draw,
     total_variation,
 )
@@ -145,6 +146,7 @@ class Recorder:
             "tokens": level.tokens,
             "match": scores.argmax(-1) == level.tokens,
             "confidence": level.confidence,
+            "bins": torch.from_numpy(bins_of(level.confidence.cpu().numpy())),
             "entropy": torch.zeros_like(p_of_token) if q is None else entropy(q),
             "q": torch.ones_like(p_of_token) if q is None else q.gather(-1, column).squeeze(-1),
             "p": p_of_token,
@@ -157,6 +159,7 @@ PER_TOKEN = {
     "tokens": np.int32,
     "match": np.bool_,
     "confidence": np.float32,
+    "bins": np.uint8,
     "entropy": np.float32,
     "q": np.float32,
     "p": np.float32,

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import file_name
+from specgym.decoding import BINS, KeepChances, file_name
 
 from .archive import Provenance, TraceError, read_archive, write_archive
 
-FORMAT = "specgym-trace-1"
+FORMAT = "specgym-trace-2"
 NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
 """Columns of real numbers that only the target's own texts have."""
 _MANTISSA = 7  # bits kept of a float16's 10: a relative error below 0.5 %, and files a third smaller
@@ -59,10 +59,13 @@ class Trace:
         p: the target's probability of the token.
         target_entropy: of the target's distribution, in nats.
         drafted: tokens the draft proposes at each row, 0 to K, shape (rows,).
+        bins: of the draft's confidence (`specgym.decoding.bins_of`); 0 beyond `drafted`. Shape (rows, K).
         match: whether the token is the target's likeliest, shape (rows, K).
         distance: total variation between draft and target, 0 to 1, shape (rows, K).
         jump: the row at which the text goes on when k draft tokens are kept and the target's likeliest token follows,
             shape (rows, K + 1); -1 where that was not recorded, and everywhere when sampling.
+        chances: how often drafted tokens are kept, on the target's own texts of the training prompts, whichever split
+            this is a trace of. The detours were decoded with them.
         detour_prompts: the prompt of each detour, shape (detours,).
         detour_knobs: `fallback` and `rollback` that led to it, shape (detours, 2).
         detour_rows: its rows, shape (detours, detour tokens); -1 after its end.
@@ -82,9 +85,11 @@ class Trace:
     p: Floats
     target_entropy: Floats
     drafted: Integers
+    bins: NDArray[np.uint8]
     match: NDArray[np.bool_]
     distance: Floats
     jump: Integers
+    chances: KeepChances
     detour_prompts: Integers
     detour_knobs: NDArray[np.float64]
     detour_rows: Integers
@@ -109,9 +114,11 @@ class Trace:
             "text": self.text.astype(small),
             "tokens": self.tokens.astype(small),
             "drafted": self.drafted.astype(np.uint8),
+            "bins": self.bins,
             "match": np.packbits(self.match, axis=1),
             "distance": _rounded(self.distance),
             "jump": _relative(self.jump).astype(np.int32),
+            "chances": np.column_stack([self.chances.kept, self.chances.average]).astype(np.float32),
             "detour_prompts": self.detour_prompts.astype(np.uint32),
             "detour_knobs": self.detour_knobs.astype(np.float32),
             "detour_rows": self.detour_rows.astype(np.int32),
@@ -160,10 +167,14 @@ def _absolute(relative: Integers) -> Integers:
 
 
 def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[Any]]) -> Trace:
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, Any] = {}
     for entry in fields(kind):
         name = entry.name
         if name == "info":
+            continue
+        if name == "chances":
+            table = content[name].astype(np.float64)
+            arrays[name] = KeepChances(table[:, :-1], table[:, -1])
             continue
         stored = content["confidence"] if name == "q" and "q" not in content else content[name]
         if name == "match":
@@ -174,7 +185,7 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
             stored = _absolute(stored.astype(np.int64))
         elif name == "detour_knobs":
             stored = stored.astype(np.float64)
-        elif name != "ended":
+        elif name not in ("ended", "bins"):
             stored = stored.astype(np.int64)
         arrays[name] = stored
     return kind(info, **arrays)
@@ -192,6 +203,7 @@ def _checked(trace: Trace) -> Trace:
         "ended": (trace.prompts,),
         "tokens": (own_rows, drafts),
         **dict.fromkeys(NUMBERS, (own_rows, drafts)),
+        "bins": (rows, drafts),
         "match": (rows, drafts),
         "distance": (rows, drafts),
         "jump": (rows, drafts + 1),
@@ -206,6 +218,8 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError("starts does not divide the rows into texts")
     if rows < own_rows or trace.drafted.min(initial=0) < 0 or trace.drafted.max(initial=0) > drafts:
         raise ValueError("drafted is out of range")
+    if trace.bins.dtype != np.uint8 or trace.bins.max(initial=0) >= BINS:
+        raise ValueError("bins is out of range")
     if trace.jump.min(initial=0) < -1 or trace.jump.max(initial=0) >= rows:
         raise ValueError("jump is out of range")
     if len(trace.detour_rows) and not (trace.detour_rows.min() >= -1 and trace.detour_rows.max() < rows):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from specgym.decoding import AutoregressiveDecoder, SpeculativeDecoder, Split, ThresholdDecoder, require_draft
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    ExpectedGain,
+    KeepChances,
+    LatencyProfile,
+    Sampling,
+    SpeculativeDecoder,
+    Split,
+    ThresholdDecoder,
+    levels_of,
+    require_draft,
+)
 
-from ..backends.replay_table import tokens_kept, tolerances_needed
+from ..backends.replay_table import exact_chances, tokens_kept, tolerances_needed
+from ..profiles import profile_of
 from ..workloads import Workload, workload
 from .archive import TraceError, claim_parts, parts_of, provenance_of, write_part
 from .draft_recorder import PER_TOKEN, Recorder, Rows
+from .find import find_trace
 from .trace import Trace, TraceInfo
 
-_ALL_ROWS = ("tokens", "successor", "drafted", "match", "distance")
+_ALL_ROWS = ("tokens", "successor", "drafted", "bins", "match", "distance")
 """Columns that are recorded at the rows of detours, too; the first two only to see how the texts hang together."""
 
-TOLERANCES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-TAKEN_BACK = (1, 4, 16)
+TOLERANCES = (0.25, 0.4, 0.6, 1.0)
+TAKEN_BACK = (1,)
 """Thresholds whose decoding leads to detours: tolerances, and tokens taken back, of which K are the most."""
+
+_PROMPTS, _TOKENS = 8, 32
+"""Training prompts, and tokens of each, that chances are measured on where nothing was recorded."""
+_measured: dict[tuple[int, str, Sampling], KeepChances] = {}
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,14 @@ def record(
     path: str | Path,
     settings: RecordSettings | None = None,
     progress: bool = False,
+    profile: LatencyProfile | None = None,
 ) -> Trace:
     """Record a workload, and write the trace.
+
+    First the target's own texts, then those that thresholds lead to, whose drafts end by `ExpectedGain`: by a latency
+    profile, and by the chances that the own texts of the training prompts show.
+    Those of the trace of the training prompts are taken where it stands beside the file; else a recording of the test
+    prompts begins with the training prompts' texts.
 
     Args:
         name: a workload with a draft.
@@ -71,6 +95,7 @@ def record(
             trace is complete; called again, a recording goes on from there.
         settings: amount to record.
         progress: show a progress bar.
+        profile: by which the drafts of detours end; by default the pair's reference profile, or its own.
 
     Raises:
         TraceError: the parts found are those of another recording.
@@ -86,14 +111,85 @@ def record(
     parts = parts_of(path)
     claim_parts(parts, {**asdict(info), **asdict(settings)})
     recorder = _Texts(named, settings)
-    for number, prompt in enumerate(tqdm(prompts, f"{named} {split}", unit="prompt", disable=not progress)):
-        part = parts / f"{number:04}.npz"
-        if not part.is_file():
-            write_part(part, recorder.record(prompt, settings.seed + number, number < settings.detour_prompts))
-    trace = _joined(info, prompts, [dict(np.load(parts / f"{n:04}.npz")) for n in range(len(prompts))])
+
+    def part(which: str, number: int, make: Callable[[], Rows]) -> Rows:
+        file = parts / f"{which}{number:04}.npz"
+        if not file.is_file():
+            write_part(file, make())
+        return dict(np.load(file))
+
+    def own_texts(of: Split) -> list[Rows]:
+        chosen = named.prompt_ids(of)[: settings.prompts]
+        shown = tqdm(chosen, f"{named} {of}, own texts", unit="prompt", disable=not progress)
+        return [
+            part(f"{of}-", number, functools.partial(recorder.own_text, prompt, settings.seed + number))
+            for number, prompt in enumerate(shown)
+        ]
+
+    own = own_texts(split)
+    chances = _known_chances(path, info) if split != "train" else None
+    if chances is None:
+        chances = chances_of(own if split == "train" else own_texts("train"), named.sampling)
+    if settings.detour_prompts:
+        recorder.draft_by(replace(profile_of(named, profile, replayed=True).at(), chances=chances))
+    shown = tqdm(prompts, f"{named} {split}, detours", unit="prompt", disable=not progress)
+    detours = [
+        part("detours-", number, functools.partial(
+            recorder.detours, prompt, own[number], settings.seed + number, number < settings.detour_prompts
+        ))
+        for number, prompt in enumerate(shown)
+    ]  # fmt: skip
+    both = [{**text, **strayed} for text, strayed in zip(own, detours, strict=True)]
+    trace = _joined(info, prompts, both, chances)
     trace.save(path)
     shutil.rmtree(parts)
     return Trace.load(path)
+
+
+def chances_of(rows: Sequence[Rows], sampling: Sampling) -> KeepChances:
+    """Measure how often drafted tokens are kept on the target's own texts.
+
+    Args:
+        rows: of each text, as `Recorder.record` returns them; one text or more.
+        sampling: by which tokens were chosen.
+    """
+    names = ("bins", "match", "p", "q", "distance", "drafted")
+    bins, match, p, q, distance, drafted = (np.concatenate([text[name] for text in rows]) for name in names)
+    return KeepChances.fit(bins, exact_chances(match, p, q, sampling), distance, drafted)
+
+
+def chances_for(named: Workload) -> KeepChances:
+    """Return how often the drafted tokens of a workload are kept: by its shipped trace, or else measured now.
+
+    Args:
+        named: a workload with a draft; it is loaded where no trace of it ships. A few training prompts are then
+            decoded, once in this process.
+    """
+    try:
+        return find_trace(None, named, "train")[0].chances
+    except TraceError:
+        pass
+    key = (id(named.load()), named.name, named.sampling)
+    if key not in _measured:
+        texts = _Texts(named, RecordSettings())
+        prompts = named.prompt_ids("train")[:_PROMPTS]
+        rows = [texts.own_text(prompt, seed, _TOKENS) for seed, prompt in enumerate(prompts)]
+        _measured[key] = chances_of(rows, named.sampling)
+    return _measured[key]
+
+
+def _known_chances(path: Path, info: TraceInfo) -> KeepChances | None:
+    """The chances of the trace of the training prompts, if it stands beside the file and is of the same models."""
+    beside = path.with_name(path.name.replace(f".{info.split}.", ".train."))
+    if beside == path or not beside.is_file():
+        return None
+    trace = Trace.load(beside)
+    same = ("target_sha256", "draft_sha256", "temperature", "top_k", "top_p")
+    if any(getattr(trace.info, name) != getattr(info, name) for name in same):
+        raise TraceError(
+            f"{beside} is of other models or another sampling than {path}; record both in one folder, or move it"
+        )
+    return trace.chances
 
 
 class _Texts:
@@ -110,33 +206,49 @@ class _Texts:
         self._detours = ThresholdDecoder(pair, settings.draft_length)
         self._eos = pair.eos_token_ids
 
-    def record(self, prompt: Sequence[int], seed: int, detours: bool) -> Rows:
-        """Record a prompt's part of a trace; its detours' rows are counted from the first of the target's text."""
-        text = self._target.generate(
-            prompt, max_new_tokens=self._settings.tokens, sampling=self._sampling, seed=seed
-        ).tokens
+    def draft_by(self, profile: LatencyProfile) -> None:
+        """Let the drafts of detours end by the expected gain."""
+        self._detours.charge_by(profile)
+        self._gain = ExpectedGain.of(profile, self._settings.draft_length)
+
+    def own_text(self, prompt: Sequence[int], seed: int, tokens: int | None = None) -> Rows:
+        """Record the target's own text of a prompt, with so many tokens at most."""
+        tokens = self._settings.tokens if tokens is None else tokens
+        text = self._target.generate(prompt, max_new_tokens=tokens, sampling=self._sampling, seed=seed).tokens
         rows = self._recorder.record(prompt, text, seed)
-        part: Rows = {"text": np.array(text), "ended": np.array(text[-1] in self._eos), **rows}
+        return {"text": np.array(text), "ended": np.array(text[-1] in self._eos), **rows}
+
+    def detours(self, prompt: Sequence[int], own: Rows, seed: int, wanted: bool) -> Rows:
+        """Record the texts that thresholds lead to; their rows are counted from the first of the target's text.
+
+        Args:
+            prompt: token ids.
+            own: what `own_text` returned for it.
+            seed: of all draws.
+            wanted: whether to record any; without, this is how the own text hangs together.
+        """
+        text = own["text"].tolist()
         strayed, taken, knobs = [], [], []
         known = {tuple(text[:place]): place for place in range(len(text))}
-        columns = {name: list(rows[name]) for name in _ALL_ROWS}
-        for thresholds in self._thresholds() if detours else ():
+        columns = {name: list(own[name]) for name in _ALL_ROWS}
+        for thresholds in self._thresholds() if wanted else ():
             other = self._detour(prompt, known, columns, thresholds, seed)
             prefixes = [tuple(other[:place]) for place in range(len(other))]
-            new = [place for place, prefix in enumerate(prefixes) if prefix not in known]
-            if new:  # once a text has left the others, it is on its own
-                read = self._recorder.record(prompt, other, seed)
-                strayed.append({name: read[name][new] for name in _ALL_ROWS})
-                known |= {prefixes[place]: len(known) + number for number, place in enumerate(new)}
+            first = next((place for place, prefix in enumerate(prefixes) if prefix not in known), None)
+            if first is not None:  # once a text has left the others, it is on its own
+                read = self._recorder.record([*prompt, *other[:first]], other[first:], seed)
+                strayed.append({name: read[name] for name in _ALL_ROWS})
+                known |= {prefix: len(known) + number for number, prefix in enumerate(prefixes[first:])}
                 for name in _ALL_ROWS:
                     columns[name].extend(strayed[-1][name])
             row = np.full(self._settings.detour_tokens, -1)
             row[: len(other)] = [known[prefix] for prefix in prefixes]
             taken.append(row)
             knobs.append(thresholds)
-        for name in _ALL_ROWS:
-            part[f"detour_{name}"] = np.concatenate([rows[name][:0], *(stray[name] for stray in strayed)])
-        part["jump"] = self._jumps(known, part)
+        part: Rows = {
+            f"detour_{name}": np.concatenate([own[name][:0], *(stray[name] for stray in strayed)]) for name in _ALL_ROWS
+        }
+        part["jump"] = self._jumps(known, {**own, **part})
         part["detour_rows"] = np.array(taken, np.int64).reshape(-1, self._settings.detour_tokens)
         part["detour_knobs"] = np.array(knobs, np.float64).reshape(-1, 2)
         return part
@@ -154,8 +266,11 @@ class _Texts:
         text: list[int] = []
         budget = self._settings.detour_tokens
         while self._sampling.greedy and len(text) < budget and tuple(text) in known:
-            tokens, successor, drafted, match, distance = (columns[name][known[tuple(text)]] for name in _ALL_ROWS)
-            count = min(int(drafted), budget - len(text) - 1)
+            tokens, successor, drafted, bins, match, distance = (
+                columns[name][known[tuple(text)]] for name in _ALL_ROWS
+            )
+            longest = int(self._gain.lengths(bins[None], [levels_of(tolerance)])[0, 0])
+            count = min(int(drafted), longest, budget - len(text) - 1)
             agreed = (tolerances_needed(match[:count], distance[:count]) <= np.float32(tolerance)).sum()
             kept = int(tokens_kept(np.asarray(agreed), np.asarray(count), np.asarray(taken_back - 1)))
             for token in (*tokens[:kept].tolist(), int(successor[kept])):
@@ -202,7 +317,7 @@ def _info(named: Workload, split: Split, settings: RecordSettings, prompts: Sequ
     )
 
 
-def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[Rows]) -> Trace:
+def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[Rows], chances: KeepChances) -> Trace:
     lengths = [len(part["text"]) for part in parts]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     strayed = starts[-1] + np.concatenate([[0], np.cumsum([len(part["detour_drafted"]) for part in parts])])
@@ -213,7 +328,7 @@ def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[R
         return np.where(local < 0, -1, moved)
 
     columns = {name: np.concatenate([part[name] for part in parts]) for name in (*PER_TOKEN, "drafted", "text")}
-    for name in ("drafted", "match", "distance"):
+    for name in ("drafted", "bins", "match", "distance"):
         columns[name] = np.concatenate([columns[name], *(part[f"detour_{name}"] for part in parts)])
     jumps = [counted_from_all(number, part["jump"]) for number, part in enumerate(parts)]
     own_jumps = [jump[: lengths[number]] for number, jump in enumerate(jumps)]
@@ -226,6 +341,7 @@ def _joined(info: TraceInfo, prompts: Sequence[Sequence[int]], parts: Sequence[R
         starts=starts,
         ended=np.array([bool(part["ended"]) for part in parts]),
         jump=np.concatenate([*own_jumps, *(jump[lengths[number] :] for number, jump in enumerate(jumps))]),
+        chances=chances,
         detour_prompts=np.repeat(np.arange(len(parts)), detours),
         detour_knobs=np.concatenate([part["detour_knobs"] for part in parts]),
         detour_rows=np.concatenate(rows)[:, :width] if width else np.empty((0, 0), np.int64),

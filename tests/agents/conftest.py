@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 
-from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding import KeepChances, LatencyProfile, bins_of
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.made_up import trace_info
 
@@ -126,9 +126,11 @@ def drafted_trace(
         p=kept.astype(np.float32),
         target_entropy=nothing,
         drafted=np.full(rows, longest),
+        bins=bins_of(sure),
         match=kept > 0.5,
         distance=nothing,
         jump=np.full((rows, longest + 1), -1),
+        chances=KeepChances.assumed(),
         detour_prompts=np.empty(0, np.int64),
         detour_knobs=np.empty((0, 2)),
         detour_rows=np.empty((0, 0), np.int64),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from specgym.decoding import AutoregressiveDecoder, NumericalError, Pair, Sampling, ThresholdDecoder
+from specgym.decoding import AutoregressiveDecoder, LatencyProfile, NumericalError, Pair, Sampling, ThresholdDecoder
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
 from specgym.envs.record import RecordSettings, record
@@ -21,6 +21,7 @@ from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import FORMAT, Trace, trace_name
 
 SETTINGS = RecordSettings(draft_length=4, prompts=3, tokens=20, detour_prompts=2, detour_tokens=10)
+PROFILE = LatencyProfile("toy", {0: 0.0, 4: 0.004}, {1: 0.010, 5: 0.012}, 0.010, {}, context=4)
 MakeModel = Callable[..., PreTrainedModel]
 
 
@@ -36,7 +37,7 @@ def work(make_model: MakeModel, make_noisy: MakeModel) -> Workload:
 @pytest.fixture(scope="module")
 def trace_path(work: Workload, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trace") / "toy.npz"
-    record(work, "train", path, SETTINGS)
+    record(work, "train", path, SETTINGS, profile=PROFILE)
     return path
 
 
@@ -76,6 +77,7 @@ def test_a_jump_leads_where_the_kept_tokens_and_the_targets_own_lead(trace: Trac
 
 def test_detours_are_the_texts_of_threshold_decoding(work: Workload, trace: Trace) -> None:
     decoder = ThresholdDecoder(work.load(), 4)
+    decoder.charge_by(replace(PROFILE, chances=trace.chances))
     assert set(trace.detour_prompts.tolist()) == {0, 1}
     assert {tuple(knobs) for knobs in trace.detour_knobs.round(3).tolist()} == {
         (fallback, rollback) for fallback in trace_recorder.TOLERANCES for rollback in (1.0, 4.0)
@@ -105,7 +107,7 @@ def test_detours_are_the_texts_of_threshold_decoding(work: Workload, trace: Trac
 def test_a_sampled_recording_has_no_jumps_and_other_texts_for_other_seeds(work: Workload, tmp_path: Path) -> None:
     sampled = replace(work, sampling=Sampling(1.0), name="sampled")
     first, again, other = (
-        record(sampled, "train", tmp_path / f"{number}.npz", replace(SETTINGS, seed=seed))
+        record(sampled, "train", tmp_path / f"{number}.npz", replace(SETTINGS, seed=seed), profile=PROFILE)
         for number, seed in enumerate((0, 0, 1))
     )
     assert (first.jump == -1).all()
@@ -119,7 +121,10 @@ def test_a_trace_is_read_back_as_it_was_written(trace: Trace, tmp_path: Path) ->
     copied = Trace.load(tmp_path / "copy.npz")
     assert copied.info == trace.info
     for entry in fields(Trace):
-        if entry.name != "info":
+        if entry.name == "chances":
+            np.testing.assert_array_equal(copied.chances.kept, trace.chances.kept)
+            np.testing.assert_array_equal(copied.chances.average, trace.chances.average)
+        elif entry.name != "info":
             np.testing.assert_array_equal(getattr(copied, entry.name), getattr(trace, entry.name), err_msg=entry.name)
 
 
@@ -131,11 +136,12 @@ def test_real_numbers_keep_eight_bits(trace: Trace, tmp_path: Path) -> None:
     assert (rounded != exact).any()
 
 
+@pytest.mark.parametrize("what", ["own_text", "detours"])
 def test_an_interrupted_recording_goes_on_where_it_stopped(
-    work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     path = tmp_path / "toy.npz"
-    real, recorded = trace_recorder._Texts.record, []
+    real, recorded = getattr(trace_recorder._Texts, what), []
 
     def fails_at_the_third(self: Any, prompt: Any, *arguments: Any) -> Any:
         recorded.append(tuple(prompt))
@@ -143,11 +149,11 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(
             raise NumericalError("power cut")
         return real(self, prompt, *arguments)
 
-    monkeypatch.setattr(trace_recorder._Texts, "record", fails_at_the_third)
+    monkeypatch.setattr(trace_recorder._Texts, what, fails_at_the_third)
     with pytest.raises(NumericalError):
-        record(work, "train", path, SETTINGS)
+        record(work, "train", path, SETTINGS, profile=PROFILE)
     assert not path.exists()
-    resumed = record(work, "train", path, SETTINGS)
+    resumed = record(work, "train", path, SETTINGS, profile=PROFILE)
     assert len(recorded) == 4  # the third prompt alone was tried twice
     assert recorded[2] == recorded[3]
     assert [entry.name for entry in tmp_path.iterdir()] == ["toy.npz"]
@@ -180,6 +186,23 @@ def test_a_pair_without_a_draft_is_refused(work: Workload, tmp_path: Path) -> No
 def test_impossible_settings_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         replace(SETTINGS, **change)
+
+
+def test_test_prompts_are_recorded_by_the_chances_of_training_prompts(work: Workload, tmp_path: Path) -> None:
+    few = replace(SETTINGS, detour_prompts=1)
+    alone = record(work, "test", tmp_path / "alone.test.npz", few, profile=PROFILE)
+    train = record(work, "train", tmp_path / "toy.train.npz", few, profile=PROFILE)
+    beside = record(work, "test", tmp_path / "toy.test.npz", few, profile=PROFILE)
+    np.testing.assert_array_equal(alone.chances.kept, train.chances.kept)
+    np.testing.assert_array_equal(beside.chances.kept, train.chances.kept)
+    assert not np.array_equal(train.match, beside.match)  # or it would not matter whose chances they are
+
+
+def test_chances_of_a_trace_of_other_models_are_refused(work: Workload, trace: Trace, tmp_path: Path) -> None:
+    other = replace(trace, info=replace(trace.info, draft_sha256="0" * 64))
+    other.save(tmp_path / "toy.train.npz")
+    with pytest.raises(TraceError, match=r"toy\.train\.npz is of other models or another sampling"):
+        record(work, "test", tmp_path / "toy.test.npz", SETTINGS, profile=PROFILE)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.3, 0.9, -1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from specgym.decoding import KeepChances
 from specgym.envs.control.vector_env import DraftLengthVectorEnv
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.made_up import trace_info
@@ -48,9 +49,11 @@ def random_trace(
         p=column("p"),
         target_entropy=column("target_entropy"),
         drafted=drafted,
+        bins=np.zeros((rows, K), np.uint8),
         match=rng.random((rows, K)) < 0.67,
         distance=column("distance"),
         jump=np.full((rows, K + 1), -1),
+        chances=KeepChances.assumed(),
         detour_prompts=np.empty(0, np.int64),
         detour_knobs=np.empty((0, 2)),
         detour_rows=np.empty((0, 0), np.int64),
