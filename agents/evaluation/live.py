@@ -135,7 +135,7 @@ def judge_live(
     Args:
         workload: whose prompts and sampling.
         contenders: on the workload's pair. Where one is lossy, texts are compared with the target's.
-        profile: what time is charged by.
+        profile: what time is charged by, and what decoders that mind costs are told of them.
         reward: what a setting is worth.
         prompts: how many, at most.
         max_new_tokens: after each prompt, at most.
@@ -152,6 +152,7 @@ def judge_live(
     shared: list[tuple[Contender, Decoder, dict[str, float], str]] = []
     for contender in (Contender(PLAIN, None), *contenders):
         decoder = contender.decoder or plain
+        decoder.charge_by(profile)
         knobs = whole_numbers(decoder.knobs, decoder.resolve_knobs(contender.knobs))
         side = f"{id(decoder)} {knobs}"
         sides.setdefault(side, Side(decoder, knobs))

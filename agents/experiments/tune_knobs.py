@@ -129,17 +129,18 @@ class TuneKnobs(Experiment[KnobSettings]):
         options, tokens = settings.decoder_options, settings.environment.max_new_tokens
         report("one setting for all workloads, by the training prompts of the others")
         measured = replays(settings.decoder, workloads, recordings, profiles, options, tokens)
-        others = settings_of_others(measured, settings.reward, settings.bound, None)
+        others = settings_of_others(measured, settings.reward, settings.bound, traits.lossless_at)
         rows: list[Row] = []
         for name, chosen, profile, recording in zip(settings.workloads, workloads, profiles, recordings, strict=True):
             length = None
-            if traits.drafts_chains() and not traits.lossless:
+            if traits.lossless_at is not None:
                 report(f"{chosen}: the best fixed length of exact drafts, by training prompts")
                 length = fixed_length(chosen, recording, profile, options["max_draft_length"], tokens)
             company = contenders(
                 settings.build(chosen.load()),
                 recommended[name],
                 exact_length=length,
+                exact_knobs=traits.lossless_at,
                 one_for_all=others.get(chosen.name),
             )
             rows += judge_live(

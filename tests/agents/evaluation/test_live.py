@@ -145,6 +145,17 @@ def test_texts_are_decoded_again_only_where_something_is_drawn(
     assert decoded == [(3, passes)]
 
 
+def test_contenders_are_told_what_rounds_cost(
+    small_workloads: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles: list[LatencyProfile] = []
+    monkeypatch.setattr(ThresholdDecoder, "charge_by", lambda decoder, profile: profiles.append(profile))
+    chosen = workload(small_workloads[0])
+    company = contenders(ThresholdDecoder(chosen.load(), stop="never"), EXACT)
+    judge_live(chosen, company, PROFILE, RewardSettings(), prompts=1, max_new_tokens=4)
+    assert PROFILE in profiles
+
+
 def test_where_the_advice_is_not_to_speculate_plain_decoding_is_measured(
     small_workloads: tuple[str, str], decoded: list[tuple[int, int]]
 ) -> None:

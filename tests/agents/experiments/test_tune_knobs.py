@@ -81,7 +81,7 @@ def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
             assert type(values[knob.name]) is (int if knob.integer else float)
     table = ResultTable.load(finished.folder / "table.json")
     several = len(finished.workloads) > 1
-    exact = ["exact, fixed"] if traits.drafts_chains() and not traits.lossless else []
+    exact = [] if traits.lossless_at is None else ["exact, fixed", "exact, stop rule"]
     methods = ["plain", *exact, "default", *(["one for all"] if several else []), "learned"]
     assert [row.method for row in table.rows] == methods * (len(finished.workloads) + several)
     plain, learned = table.rows[0], table.rows[len(methods) - 1]
