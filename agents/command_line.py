@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import tyro
 
-from specgym.decoding import SpecgymError, decoder_names
+from specgym.decoding import ModelType, SpecgymError, check_placement, decoder_names
 from specgym.envs import environment_id
 
 from .experiments.experiment import RunSettings, load_settings
@@ -67,6 +67,10 @@ class EvaluateCommand:
     """Sampling temperature for --pair; 0 for greedy decoding."""
     measurements: int | None = None
     """Settings to try before recommending one, for --pair; by default as many as the tuner has learned with."""
+    dtype: ModelType | None = None
+    """Type of the models' weights, for --pair. Defaults to the run's own."""
+    device: str | None = None
+    """Device of the models, for --pair: cpu, cuda, cuda:1, or auto for all cards. Defaults to the run's own."""
     transfer: bool = False
     """Learn again without each pair, each dataset and each target family, tune what was left out, and compare with
     searches that know no other workload; for a run of --tuner. About a quarter of a minute for each training."""
@@ -144,6 +148,9 @@ def _evaluate(command: EvaluateCommand) -> None:
     kind = settings.EXPERIMENT
     if command.report + command.transfer + (command.pair is not None) > 1:
         raise SettingsError("--report, --transfer and --pair are three things to do; give one at a time")
+    if command.pair is None and (command.dtype, command.device) != (None, None):
+        raise SettingsError("--dtype and --device are for --pair; all else is measured with those of the run")
+    check_placement(command.dtype, command.device)
     if command.report:
         from .report.page import report_run
 
@@ -173,7 +180,16 @@ def _use_tuner(command: EvaluateCommand) -> None:
         transfer_tuner(command.run, command.leave_out, command.seeds, command.jobs)
         return
     live = command.live is not None
-    recommend_for_pair(command.run, command.pair, command.prompts, command.temperature, command.measurements, live=live)
+    recommend_for_pair(
+        command.run,
+        command.pair,
+        command.prompts,
+        command.temperature,
+        command.measurements,
+        live=live,
+        dtype=command.dtype,
+        device=command.device,
+    )
 
 
 def _guarded(run: Callable[[], None]) -> int:

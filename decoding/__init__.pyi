@@ -50,8 +50,18 @@ from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency.roofline import MODEL_SHAPES, ModelShape, roofline
 from .loading.find_model import ModelNotFoundError, load_model
-from .loading.pair import Pair, load_pair, require_draft
-from .loading.presets import PRESETS, UnknownPairError, resolve
+from .loading.pair import MemoryUse, Pair, load_pair, memory_of, require_draft
+from .loading.presets import (
+    PRESETS,
+    ModelType,
+    PlacementError,
+    UnknownPairError,
+    check_placement,
+    default_placement,
+    models_placed,
+    place_models,
+    resolve,
+)
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits, weights_digest
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
@@ -111,15 +121,18 @@ __all__ = [
     "LookaheadStatistics",
     "MedusaDecoder",
     "MedusaHeads",
+    "MemoryUse",
     "ModelDrafter",
     "ModelNotFoundError",
     "ModelShape",
     "ModelStep",
+    "ModelType",
     "NGramDrafter",
     "NoOptions",
     "NumericalError",
     "OneHotStep",
     "Pair",
+    "PlacementError",
     "PoolSettings",
     "Preset",
     "ProductBelow",
@@ -149,9 +162,11 @@ __all__ = [
     "bins_of",
     "build_decoder",
     "cache_folder",
+    "check_placement",
     "decode_in_turns",
     "decoder_class",
     "decoder_names",
+    "default_placement",
     "describe_hardware",
     "digest",
     "draft_digest",
@@ -168,6 +183,9 @@ __all__ = [
     "load_prompts",
     "measure",
     "measured",
+    "memory_of",
+    "models_placed",
+    "place_models",
     "prepack_linears",
     "register",
     "replacing",

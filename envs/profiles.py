@@ -21,10 +21,12 @@ from specgym.decoding import (
     DecoderTraits,
     LatencyProfile,
     LatencyProfileError,
+    ModelType,
     SpecgymError,
     arithmetic_of,
     decoder_names,
     file_name,
+    models_placed,
     resolve,
     traits_of,
 )
@@ -132,14 +134,16 @@ class ProfileCommand:
     room for."""
     threads: int = 1
     """torch's threads; 0 for torch's own choice."""
+    dtype: ModelType | None = None
+    """Type of the models' weights. Defaults to float32 on a CPU and bfloat16 elsewhere."""
+    device: str | None = None
+    """Device of the models: cpu, cuda, cuda:1, or auto for all cards. Defaults to CUDA if there is any."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command, given as on the command line. A profile that is there already is left alone."""
     import torch
     import tyro  # like torch: whoever replays needs none
-
-    from specgym.decoding import measure
 
     command = tyro.cli(
         ProfileCommand,
@@ -153,10 +157,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise LatencyProfileError(f"no decoder {decoder!r}; there are: {CHAIN}, {', '.join(decoder_names())}")
     if command.threads:
         torch.set_num_threads(command.threads)
+    with models_placed(command.dtype, command.device):
+        _measure_all(command, decoder)
+
+
+def _measure_all(command: ProfileCommand, decoder: str | None) -> None:
+    from specgym.decoding import measure
+
     for name in command.workloads:
         named = workload(name)
         path = command.out / profile_name(named, decoder)
         if path.is_file():
+            _require_type(path, command.dtype)
             print(f"{path} is there already")
             continue
         pair = named.load()
@@ -182,6 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more {token} adds "
             f"{profile.marginal_cost():.2f} of that"
+        )
+
+
+def _require_type(path: Path, dtype: str | None) -> None:
+    """Raise an error if a profile that is there was measured with another type than is asked for."""
+    measured_with = LatencyProfile.load(path).hardware.get("dtype")
+    if dtype is not None and measured_with != dtype:
+        raise LatencyProfileError(
+            f"{path} is there already, of weights in {measured_with}, and --dtype is {dtype}; give another --out"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specgym.decoding import SpecgymError, Split, traits_of
+from specgym.decoding import ModelType, SpecgymError, Split, models_placed, traits_of
 
 from .recordings.archive import TraceError
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -45,6 +45,10 @@ class RecordCommand:
     """Splits of the prompts to record; every split has a file of its own."""
     threads: int = 0
     """torch's threads; 0 for torch's own choice."""
+    dtype: ModelType | None = None
+    """Type of the models' weights. Defaults to float32 on a CPU and bfloat16 elsewhere."""
+    device: str | None = None
+    """Device of the models: cpu, cuda, cuda:1, or auto for all cards. Defaults to CUDA if there is any."""
     settings: int | None = None
     """Outcomes: settings of the knobs, the default and the presets among them (48)."""
     refine: int | None = None
@@ -108,6 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         traces = RecordSettings(**command.numbers())
     else:
         outcomes = OutcomeSettings(command.decoder, **command.numbers())
+    with models_placed(command.dtype, command.device):
+        _record_all(command, traces, outcomes)
+
+
+def _record_all(command: RecordCommand, traces: RecordSettings | None, outcomes: OutcomeSettings | None) -> None:
     for name in command.workloads:
         for split in command.splits:
             file = trace_name(name, split) if outcomes is None else outcomes_name(name, outcomes.decoder, split)

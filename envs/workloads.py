@@ -31,6 +31,7 @@ from specgym.decoding import (
     Split,
     UnknownPairError,
     decoder_names,
+    default_placement,
     encode,
     load_prompts,
     resolve,
@@ -224,7 +225,7 @@ class Workload:
 
     def load(self) -> Pair:
         """Return the pair; one that is given by name is loaded once a process. Errors as for `load_pair`."""
-        return _shared_pair(self.pair) if isinstance(self.pair, str) else self.pair
+        return _shared_pair(self.pair, *default_placement()) if isinstance(self.pair, str) else self.pair
 
     def prompt_ids(self, split: Split | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of every prompt of a split, by default the workload's own.
@@ -324,7 +325,8 @@ def probabilities(weights: Sequence[float] | Mapping[str, float], workloads: Seq
 
 
 @functools.cache
-def _shared_pair(name: str) -> Pair:
+def _shared_pair(name: str, dtype: str | None, device: str | None) -> Pair:
+    """The pair of a name as this process places its models, which `load_pair` knows itself."""
     from specgym.decoding import load_pair  # which imports torch; a replay needs none
 
     return load_pair(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import SpecgymError, write_json
+from specgym.decoding import ModelType, SpecgymError, check_placement, write_json
 
 from ..training.run_folder import LearnedFolder, RunFileError, RunFolder, read_json
 from ..training.settings_io import (
@@ -138,10 +138,16 @@ class RunSettings:
     threads: int = 1
     """Threads of torch, for learning and where time is measured; 0 for torch's own choice. Models as small as those
     that ship gain little from more, and with more a busy machine slows them tenfold."""
+    dtype: ModelType | None = None
+    """Type of the models' weights. Defaults to float32 on a CPU and bfloat16 elsewhere."""
+    device: str | None = None
+    """Device of the models: cpu, cuda, cuda:1, or auto to spread a large model over all cards. Defaults to CUDA if
+    there is any."""
     learning: LearningSettings = field(default_factory=LearningSettings)
     """Learning algorithm."""
 
     def __post_init__(self) -> None:
+        check_placement(self.dtype, self.device)
         require_distinct(self, "workloads")
         require_at_least(self, 1, "total_timesteps", "checkpoint_every")
         require_at_least(self, 0, "threads", "environments")

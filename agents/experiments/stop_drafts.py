@@ -38,7 +38,7 @@ from ..evaluation.stop_comparison import (
     stop_verdict,
 )
 from ..export.stop_rule import ExportedStopRule
-from ..training.run_folder import RunFolder, console, quieten, this_command, torch_threads
+from ..training.run_folder import RunFolder, console, on_machine, quieten, this_command
 from ..training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
 from .stop_drafts_settings import StopSettings
@@ -227,7 +227,7 @@ def evaluate_live(folder: Path, workloads: Sequence[str]) -> None:
     quieten()
     run = RunFolder.existing(folder)
     experiment = StopDrafts(load_settings(run.settings), run)
-    with torch_threads(experiment.settings.threads), console.status("Decoding test prompts live") as status:
+    with on_machine(experiment.settings), console.status("Decoding test prompts live") as status:
         table = experiment.judge_live(workloads, status.update)
     table.save(run.path / "live.json", this_command())
     seed = experiment.settings.seeds[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from specgym.decoding import file_name
+from specgym.decoding import ModelType, file_name
 
 from ..evaluation.contenders import live_verdict
 from ..evaluation.heat_map import heat_map, save_heat_maps
@@ -25,7 +26,7 @@ from ..evaluation.unseen.cross_validation import cross_validate
 from ..export.knob_policy import ExportedPolicy
 from ..export.recommend import by_pair, save_knobs
 from ..export.recommend_pair import confirm, recommend_pair, workload_of
-from ..training.run_folder import RunFolder, console, quieten, this_command, torch_threads
+from ..training.run_folder import RunFolder, console, on_machine, quieten, this_command
 from ..training.settings_io import SettingsError
 from .experiment import Experiment, Learner, PolicyChoice, load_settings
 from .learned_tuner import LearnedSearcher, LearnedTuner, exported, practice, tasks_of, tuner_callbacks
@@ -200,7 +201,7 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
         )
     run = RunFolder.existing(folder)
     settings = load_settings(run.settings)
-    with torch_threads(settings.threads), console.status("Cross-validation") as status:
+    with on_machine(settings), console.status("Cross-validation") as status:
         transfer = cross_validate(
             settings, run.path / "folds", this_command(), kinds, seeds, jobs=jobs, report=status.update
         )
@@ -214,7 +215,14 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
 
 
 def recommend_for_pair(
-    folder: Path, pair: str, prompts: str, temperature: float, measurements: int | None, live: bool
+    folder: Path,
+    pair: str,
+    prompts: str,
+    temperature: float,
+    measurements: int | None,
+    live: bool,
+    dtype: ModelType | None = None,
+    device: str | None = None,
 ) -> None:
     """Tune a pair with a run's policy, print what to use and what to expect, and store it in the run's folder.
 
@@ -225,17 +233,21 @@ def recommend_for_pair(
         temperature: of sampling; 0 for greedy decoding.
         measurements: before the recommendation; by default as many as the tuner has learned with.
         live: measure and confirm by decoding, with the clock beside, even where the pair has a shipped recording.
+        dtype: of the pair's weights; by default the run's own.
+        device: of the pair; by default the run's own.
 
     Raises:
+        PlacementError: this machine has no such device.
         RunFileError: the run is not finished. Loading errors as for `load_pair` and `load_prompts`.
     """
     quieten()
     run = RunFolder.existing(folder)
     settings: TunerSettings = load_settings(run.settings)
     run.learned().require_complete()
+    settings = replace(settings, dtype=dtype or settings.dtype, device=device or settings.device)
     workload = workload_of(pair, prompts, temperature)
     place = run.path / "recommendations" / file_name(workload.name)
-    with torch_threads(settings.threads), console.status(f"Tuning {workload}") as status:
+    with on_machine(settings), console.status(f"Tuning {workload}") as status:
         recommendation = recommend_pair(
             settings, ExportedPolicy.load(run.path), workload, measurements, live, status.update
         )

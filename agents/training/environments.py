@@ -15,7 +15,7 @@ import gymnasium
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from specgym.decoding import Split
+from specgym.decoding import Split, models_placed, place_models
 from specgym.envs import (
     Outcomes,
     TraceError,
@@ -54,20 +54,22 @@ def make_env(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+        place_models(settings.dtype, settings.device)
         quieten()
     split: Split = "test" if held_out else "train"
-    env: gymnasium.Env[Any, Any] = gymnasium.make(
-        f"specgym:{environment_id(settings.decoder)}",
-        workload=settings.workloads[place],
-        timing=settings.environment.timing,
-        profile=str(profile),
-        recording=recording_path(settings, settings.workloads[place], split),
-        split=split,
-        start="default" if held_out else "random",
-        max_episode_steps=settings.evaluation.episode_steps if held_out else None,
-        disable_env_checker=True,
-        **_shared_options(settings),
-    )
+    with models_placed(settings.dtype, settings.device):
+        env: gymnasium.Env[Any, Any] = gymnasium.make(
+            f"specgym:{environment_id(settings.decoder)}",
+            workload=settings.workloads[place],
+            timing=settings.environment.timing,
+            profile=str(profile),
+            recording=recording_path(settings, settings.workloads[place], split),
+            split=split,
+            start="default" if held_out else "random",
+            max_episode_steps=settings.evaluation.episode_steps if held_out else None,
+            disable_env_checker=True,
+            **_shared_options(settings),
+        )
     if _marked(settings):
         env = WorkloadMark(env, place, len(settings.workloads))
     return env
@@ -112,7 +114,7 @@ def training_environments(settings: KnobSettings, profiles: Sequence[Path]) -> V
     ]
     venv: VecEnv
     if apart:
-        with _preloaded(settings.workloads):
+        with _preloaded(settings.workloads), models_placed(settings.dtype, settings.device):
             venv = SubprocVecEnv(makers)
     else:
         venv = DummyVecEnv(makers)

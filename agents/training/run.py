@@ -18,7 +18,7 @@ from ..evaluation.results import ResultTable
 from ..experiments.experiment import Experiment, Learner, RunSettings, experiment_of, load_settings, save_settings
 from ..experiments.tune_knobs_settings import default_settings
 from .ppo import TrainingInterruptedError, learn, way_on
-from .run_folder import RunFolder, console, quieten, tell_differences, this_command, torch_threads
+from .run_folder import RunFolder, console, on_machine, quieten, tell_differences, this_command
 from .settings_io import SettingsError, prolonged
 
 
@@ -49,7 +49,7 @@ def train(settings: RunSettings | None = None, resume: Path | None = None) -> Pa
         run = RunFolder.existing(resume)
         experiment = _going_on(run, settings)
     started = time.perf_counter()
-    with torch_threads(experiment.settings.threads):
+    with on_machine(experiment.settings):
         try:
             _run(experiment, resumed=resume is not None)
         except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def evaluate(folder: Path) -> list[str]:
     for learner in experiment.learners():
         learner.folder.require_complete()
     stored = ResultTable.load(run.table)
-    with torch_threads(experiment.settings.threads):
+    with on_machine(experiment.settings):
         experiment.prepare()
         with console.status("Judging on held-out prompts") as status:
             table = experiment.judge(status.update)
@@ -109,7 +109,7 @@ def _begin(settings: RunSettings) -> RunSettings:
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
         raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
-    with torch_threads(settings.threads):
+    with on_machine(settings):
         experiment_of(settings).check(settings)
     run.path.mkdir(parents=True, exist_ok=True)
     save_settings(settings, run.settings, this_command())

@@ -26,6 +26,8 @@ from specgym.decoding import SpecgymError
 if TYPE_CHECKING:
     from specgym.decoding import LatencyProfile
 
+    from ..experiments.experiment import RunSettings
+
 WEIGHTS_FILE = "policy.safetensors"
 DESCRIPTION_FILE = "policy.json"
 
@@ -179,6 +181,19 @@ def read_json(path: Path, way_out: str) -> dict[str, Any]:
 def this_command() -> str:
     """The command line that runs, as a user would type it."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@contextmanager
+def on_machine(settings: RunSettings) -> Iterator[None]:
+    """Let torch use a run's threads, and give models its type and device; restore both afterwards.
+
+    Raises:
+        PlacementError: this machine has no such device.
+    """
+    from specgym.decoding import models_placed
+
+    with torch_threads(settings.threads), models_placed(settings.dtype, settings.device):
+        yield
 
 
 @contextmanager

@@ -53,6 +53,11 @@ class NGramDrafter:
         self._tokens = list(tokens)
         self._powers = [vocabulary_size**length for length in range(len(self._contexts) + 1)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return sum(array.nbytes for array in self._contexts) + sum(array.nbytes for array in self._tokens)
+
     @classmethod
     def fit(
         cls,

@@ -25,8 +25,8 @@ from ..loading.pair import Pair
 from ..models.kv_cache import BranchingCache, PreallocatedLayer
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, accepts, draw, residual, residual_of_token
+from .probe import Uncertainty
 from .profile import LatencyProfile
-from .trust import Uncertainty
 
 _WARM_UP = 2
 _FEWEST_REPEATS = 3

@@ -28,9 +28,8 @@ from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
 from ..models.linear_layers import PrepackedLinear
 from ..sampling import Sampling
-from .probe import CostProbe
+from .probe import CostProbe, Uncertainty
 from .profile import LatencyProfile, arithmetic_of
-from .trust import Uncertainty
 
 
 def describe_hardware(pair: Pair) -> dict[str, Any]:

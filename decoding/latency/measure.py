@@ -39,8 +39,8 @@ from .interleaved import (
     time_rounds,
     turns,
 )
+from .probe import TRIES, Uncertainty, contradictions, measured_with_care, smoothed, warn_of_spread
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
-from .trust import TRIES, Uncertainty, contradictions, measured_with_care, smoothed, warn_of_spread
 
 LONGEST_DRAFT = 16
 """Longest chain that is timed by default, in tokens."""

@@ -24,7 +24,7 @@ from ..errors import SpecgymError
 from ..files import write_json
 from ..sampling import Sampling
 from ..traits import CHAIN
-from .trust import Uncertainty
+from .probe import Uncertainty
 
 if TYPE_CHECKING:
     from ..decoder import Round

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import SpecgymError, UnsupportedModelError
 from . import smollm2
 from .checkpoint import LINK, is_checkpoint, lender, load_checkpoint, read_link, tokenizer_folder
-from .presets import SMOLLM2, path_exists
+from .presets import SMOLLM2, default_placement, path_exists
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 _ALIASES = {"smollm2": SMOLLM2}
@@ -99,9 +99,13 @@ def load_model(
 
 def placement(dtype: torch.dtype | None, device: str | torch.device | None) -> tuple[torch.dtype, str]:
     """The type and the device that `load_model` gives weights, which by default depend on the machine."""
+    default_dtype, default_device = default_placement()
+    device = device if device is not None else default_device
     where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if where == "auto" and not torch.cuda.is_available():
         where = "cpu"
+    if dtype is None and default_dtype is not None:
+        dtype = getattr(torch, default_dtype)
     return dtype or (torch.float32 if where == "cpu" else torch.bfloat16), where
 
 

@@ -1,11 +1,18 @@
-"""Named target-draft pairs, and how a pair's name is read."""
+"""Named target-draft pairs, and how a pair's name is read. Free of torch.
+
+Type and device of models: what a command asks for holds in its process and in those it starts.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 from ..errors import SpecgymError
 
@@ -14,7 +21,12 @@ PROMPT_LOOKUP = "prompt-lookup"
 DEFAULT = "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the chat model that can also be fetched from the package index (`smollm2`)."""
-
+ModelType = Literal["float32", "bfloat16", "float16"]
+"""Types of weights that a command can ask for."""
+DTYPES: Final = ("float32", "bfloat16", "float16")
+_VARIABLES = ("SPECGYM_DTYPE", "SPECGYM_DEVICE")
+"""Environment variables that tell processes started later; they are set here, and not meant for users."""
+_DEVICE = re.compile(r"cpu|auto|(cuda|xpu|mps)(:\d+)?")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -123,3 +135,73 @@ def _unknown(name: str) -> str:
         f"{name!r} is no known pair.{hint} Give target+draft (hub ids, folders or shipped models; the draft may be "
         f"{NGRAM!r} or {PROMPT_LOOKUP!r}), a target alone (a folder or owner/model), or one of:{table}"
     )
+
+
+class PlacementError(SpecgymError, ValueError):
+    """A type or a device that models cannot have on this machine; the message says which there are."""
+
+
+def check_placement(dtype: str | None, device: str | None) -> None:
+    """Raise PlacementError unless a type and a device are known by name; whether the device is there is not asked.
+
+    Args:
+        dtype: one of `DTYPES`; None for the default, float32 on a CPU and bfloat16 elsewhere.
+        device: `cpu`, `cuda`, `cuda:1` and the like, `auto` to spread a model over all cards; None for the default,
+            CUDA if there is any.
+    """
+    if dtype not in (None, *DTYPES):
+        raise PlacementError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise PlacementError(f"device must be cpu, cuda, cuda:<number> or auto, got {device!r}")
+
+
+def default_placement() -> tuple[str | None, str | None]:
+    """The type and the device that models get here where a caller names none; None for that of the machine."""
+    dtype, device = (os.environ.get(name) or None for name in _VARIABLES)
+    return dtype, device
+
+
+def place_models(dtype: str | None, device: str | None) -> None:
+    """Make a type and a device the default of this process and of those that it starts from now on.
+
+    Raises:
+        PlacementError: one is unknown, or this machine has no such device.
+    """
+    check_placement(dtype, device)
+    _require_device(device)
+    _set(dtype, device)
+
+
+@contextmanager
+def models_placed(dtype: str | None, device: str | None) -> Iterator[None]:
+    """Do `place_models`, and restore what was the default before. Errors as there."""
+    before = default_placement()
+    place_models(dtype, device)
+    try:
+        yield
+    finally:
+        _set(*before)
+
+
+def _set(dtype: str | None, device: str | None) -> None:
+    for name, value in zip(_VARIABLES, (dtype, device), strict=True):
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _require_device(device: str | None) -> None:
+    if device in (None, "cpu", "auto"):
+        return
+    import torch
+
+    assert device is not None
+    kind, _, number = device.partition(":")
+    module = getattr(torch, kind)
+    count = module.device_count() if module.is_available() else 0
+    if int(number or 0) >= count:
+        there = ", ".join(["cpu", *(f"{kind}:{place}" for place in range(count))])
+        raise PlacementError(
+            f"this machine, or this build of torch, has no device {device!r}; there are: {there}. Name one of them, or "
+            "leave the device out"
+        )

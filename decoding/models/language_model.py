@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import NumericalError, PromptError, UnsupportedModelError
 from .kv_cache import BranchingCache, TokenTree
@@ -95,6 +96,13 @@ class LanguageModel:
     def length(self) -> int:
         """Number of tokens in the cache."""
         return self._cache.length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of the tokens in the cache, without what is held ready for more."""
+        layers = (layer for layer in self._cache.layers if isinstance(layer, DynamicLayer))
+        tensors = (part for layer in layers for part in (layer.keys, layer.values) if part is not None)
+        return sum(part.numel() * part.element_size() for part in tensors)
 
     @torch.inference_mode()
     def forward(

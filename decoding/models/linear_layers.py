@@ -60,6 +60,11 @@ class PrepackedLinear(nn.Module):
         """The plain weight, shape (outputs, inputs), rebuilt at every access."""
         return self._packed.to_dense()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the prepacked weight."""
+        return int(self._packed.numel() * self._packed.element_size())
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes (..., inputs) to (..., outputs)."""
         return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from specgym.decoding import AutoregressiveDecoder, LatencyProfile, NumericalError, Pair, Sampling, ThresholdDecoder
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    LatencyProfile,
+    NumericalError,
+    Pair,
+    Sampling,
+    SpecgymError,
+    ThresholdDecoder,
+)
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs import record as record_module
 from specgym.envs.record import RecordSettings, record
@@ -274,3 +282,5 @@ def test_the_command_records_both_splits_and_leaves_finished_traces_alone(
     assert "1 prompts" in capsys.readouterr().out
     record_module.main(arguments)
     assert capsys.readouterr().out.count("is there already") == 2
+    with pytest.raises(SpecgymError, match="device must be cpu"):
+        record_module.main([*arguments, "--device", "tpu"])

@@ -8,6 +8,7 @@ import pytest
 
 from specgym.decoding.errors import PromptError
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.loading.presets import models_placed
 from specgym.decoding.prompts import PromptSet
 from specgym.decoding.sampling import Sampling
 from specgym.envs import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
@@ -116,6 +117,9 @@ def test_a_pair_is_loaded_once_a_process(pair: Pair, monkeypatch: pytest.MonkeyP
     module._shared_pair.cache_clear()
     assert Workload("tiny", "prose").load() is Workload("tiny", "code").load()
     assert loaded == ["tiny"]
+    with models_placed("bfloat16", "cpu"):
+        Workload("tiny", "prose").load()
+    assert loaded == ["tiny", "tiny"]
     module._shared_pair.cache_clear()
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from specgym.decoding import place_models
+
 from ...experiments.experiment import load_settings, save_settings
 from ...experiments.learned_tuner import LearnedSearcher, LearnedTuner, learn_tuner, tasks_of
 from ...experiments.tune_unseen_settings import TunerSettings
@@ -162,6 +164,7 @@ def train_fold(fold: Training) -> None:
     """Learn one fold, in a process of its own; one that another version or other settings have begun begins anew."""
     quieten()
     torch.set_num_threads(1)
+    place_models(fold.settings.dtype, fold.settings.device)
     run = RunFolder(fold.settings.folder)
     if run.settings.is_file() and load_settings(run.settings) != fold.settings:
         shutil.rmtree(run.path)
@@ -173,6 +176,7 @@ def train_fold(fold: Training) -> None:
 def make_search(search: Search) -> list[Result]:
     """Make searches and judge them, in a process of its own."""
     torch.set_num_threads(1)
+    place_models(search.settings.dtype, search.settings.device)
     tasks = tasks_of(search.settings, [search.workload])
     return compare(tasks, searchers(dict(search.universal) or None, search.methods), search.seeds, search.counts)
 

@@ -21,7 +21,7 @@ from specgym.agents import (
 from specgym.agents.command_line import learnable
 from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import prolonged
-from specgym.decoding import decoder_names
+from specgym.decoding import SpecgymError, decoder_names
 from specgym.envs import RewardSettings
 
 LOSSLESS = [name for name in decoder_names() if type(default_settings(name)) is KnobSettings]
@@ -173,3 +173,25 @@ def test_many_practise_on_replay_and_one_a_workload_live() -> None:
     assert settings.practising == 64
     assert replace(settings, environments=5).practising == 5
     assert replace(settings, environment=replace(settings.environment, backend="live")).practising == 2
+
+
+@pytest.mark.parametrize("kind", [*learnable().values(), *learnable(tuner=True).values()])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"device": "gpu"}, "device must be cpu, cuda, cuda:<number> or auto, got 'gpu'"),
+    ],
+)
+def test_a_type_or_a_device_that_models_cannot_have_is_refused(kind: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecgymError, match=message):
+        replace(kind(), **change)
+
+
+def test_a_run_goes_on_with_its_own_type_and_device(tmp_path: Path) -> None:
+    settings = default_settings("threshold", dtype="bfloat16", device="cpu")
+    save_settings(settings, tmp_path / "settings.json", "python train.py")
+    stored = load_settings(tmp_path / "settings.json")
+    assert (stored.dtype, stored.device) == ("bfloat16", "cpu")
+    with pytest.raises(SettingsError, match="started with dtype = bfloat16, and cannot go on with float32"):
+        prolonged(stored, replace(stored, dtype="float32"))

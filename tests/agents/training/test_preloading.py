@@ -25,7 +25,7 @@ import numpy as np
 
 from specgym.agents.training import environments
 from specgym.agents import default_settings
-from specgym.decoding import LatencyProfile
+from specgym.decoding import LatencyProfile, default_placement
 
 
 class Telling(gymnasium.Wrapper):
@@ -35,6 +35,10 @@ class Telling(gymnasium.Wrapper):
     def found(self):
         module = sys.modules.get("specgym.agents.training.preloading")
         return None if module is None else list(module.LOADED)
+
+    @property
+    def placed(self):
+        return default_placement()
 
 
 def made(*arguments, **options):
@@ -46,6 +50,7 @@ def rollout(subprocesses):
         "threshold",
         workloads=workloads,
         subprocesses=subprocesses,
+        dtype="bfloat16",
         environment={"backend": "live", "max_new_tokens": 8},
     )
     venv = environments.training_environments(chosen, [profile] * len(workloads))
@@ -55,8 +60,9 @@ def rollout(subprocesses):
         observations, rewards, _, _ = venv.step(np.full((len(workloads), 2), 0.2, np.float32))
         seen.append([observations.tolist(), rewards.tolist()])
     found = venv.get_attr("found")
+    placed = venv.get_attr("placed")
     venv.close()
-    return seen, found
+    return seen, found, placed
 
 
 if __name__ == "__main__":
@@ -64,10 +70,10 @@ if __name__ == "__main__":
     profile = Path(sys.argv[2])
     LatencyProfile("toy", {0: 0.0, 1: 0.001}, {1: 0.010, 2: 0.011}, 0.010, {"device": "imaginary"}).save(profile)
     real, environments.make_env = environments.make_env, made
-    apart, found = rollout(True)
-    together, alone = rollout(False)
-    left = environments.PRELOADED in os.environ
-    print(json.dumps({"same": apart == together, "found": found, "alone": alone, "left": left}))
+    apart, found, placed = rollout(True)
+    together, alone, _ = rollout(False)
+    left = environments.PRELOADED in os.environ or default_placement() != (None, None)
+    print(json.dumps({"same": apart == together, "found": found, "alone": alone, "left": left, "placed": placed}))
 """
 
 
@@ -89,7 +95,13 @@ def printed(tmp_path: Path, *workloads: str) -> dict[str, Any]:
 
 def test_processes_find_the_pairs_loaded_and_step_as_one_process_does(tmp_path: Path) -> None:
     names = ["tiny/prose", "tiny/code@1.0"]
-    assert printed(tmp_path, *names) == {"same": True, "found": [names] * 2, "alone": [None] * 2, "left": False}
+    assert printed(tmp_path, *names) == {
+        "same": True,
+        "found": [names] * 2,
+        "alone": [None] * 2,
+        "left": False,
+        "placed": [["bfloat16", None]] * 2,
+    }
 
 
 def test_a_pair_that_cannot_be_loaded_is_reported_by_the_process_that_needs_it(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.decoding.latency.profile import LatencyProfile
-from specgym.decoding.latency.trust import (
+from specgym.decoding.latency.probe import (
     MOST_SPREAD,
     Uncertainty,
     contradictions,
@@ -19,6 +18,7 @@ from specgym.decoding.latency.trust import (
     standard_error,
     warn_of_spread,
 )
+from specgym.decoding.latency.profile import LatencyProfile
 
 QUIET = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99]
 BUSY = [1.0, 1.9, 1.0, 2.1, 1.1, 1.8, 1.0, 2.0]
