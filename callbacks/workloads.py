@@ -25,14 +25,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from .checkpoints import JsonState
 from .metrics import Floats, WorkloadMeans, innermost, step_infos, vector_source
 
-HIGHEST = 100.0
+HIGHEST = 1000.0
 """Upper limit of multipliers: a reward that the penalty swamps, and `VecNormalize` clips, teaches nothing."""
 _MOST_OVER = 2.0
 _FALL = 0.2
 
 
 def next_multiplier(multiplier: float, divergence: float, bound: float, rate: float, lowest: float) -> float:
-    """The multiplier after a rollout, between `lowest` and 100.
+    """The multiplier after a rollout, between `lowest` and `HIGHEST`.
 
     Args:
         multiplier: multiplier of the rollout, above 0.
@@ -57,9 +57,9 @@ def next_multiplier(multiplier: float, divergence: float, bound: float, rate: fl
 class DivergenceBoundCallback(JsonState, BaseCallback):
     """Learns a multiplier per workload, and sets it on the environments before learning and after every rollout.
 
-    A rollout's divergence is the mean of ``info["divergence"]`` weighted by ``info["tokens"]``. The environments are
-    either single environments, with a method `set_divergence_multiplier`, or a vector environment behind an adaptor,
-    with `set_divergence_multipliers` and the attribute `workload_names`.
+    A rollout's divergence is the mean of ``info["divergence"]`` weighted by ``info["tokens"]``, over the second half of
+    its steps. The environments are either single environments, with a method `set_divergence_multiplier`, or a vector
+    environment behind an adaptor, with `set_divergence_multipliers` and the attribute `workload_names`.
 
     ============================  =======================================================
     tag                           meaning
@@ -73,7 +73,7 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
         bound: bound on the mean divergence, above 0, at most 1. For the target's exact text use a lossless decoder.
         rate: rate of ascent, above 0: a multiplier whose workload has twice the divergence allowed grows by the factor
             exp(rate) a rollout.
-        start: every multiplier at first, and the least it falls back to; above 0, at most 100. A policy that has
+        start: every multiplier at first, and the least it falls back to; above 0, at most 1000. A policy that has
             settled far over the bound is slow to come back: better too high than too low.
 
     Attributes:
@@ -85,7 +85,7 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
 
     state_name = "divergence_bound"
 
-    def __init__(self, bound: float, rate: float = 0.1, start: float = 10.0) -> None:
+    def __init__(self, bound: float, rate: float = 0.3, start: float = 30.0) -> None:
         super().__init__()
         if not 0 < bound <= 1:
             raise ValueError(f"bound must be above 0 and at most 1, got {bound}; for 0 use a lossless decoder")
@@ -121,10 +121,15 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._means = WorkloadMeans()
+        self._steps = 0
 
     def _on_step(self) -> bool:
         step = step_infos(self)
-        if "divergence" in step.entries:
+        self._steps += 1
+        # Episodes begin at random settings, many of them far beyond the bound, which say nothing of where the policy
+        # goes; and a rollout is as long as an episode.
+        late = 2 * self._steps > self.model.rollout_buffer.buffer_size  # type: ignore[attr-defined]
+        if late and "divergence" in step.entries:
             self._means.add(step, {"divergence": step.entries["divergence"]}, step.entries.get("tokens"))
         return True
 

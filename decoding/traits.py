@@ -53,7 +53,7 @@ class TraceRule(NamedTuple):
     draft_length: Any
     """Tokens drafted a round, at most."""
     by_gain: bool = False
-    """Whether drafts end earlier where `ExpectedGain` says so."""
+    """Drafts end earlier where `ExpectedGain` says so."""
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from .registration import environment_id, register, register_environments
 from .tuning.env import TuningEnv
 from .tuning.knob_space import KnobMoves, doublings, from_doublings
 from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
-from .tuning.reward import RewardSettings, preferred_ranges, reward_terms
+from .tuning.reward import DIVERGENCE_BOUND, RewardSettings, preferred_ranges, reward_terms
 from .tuning.vector_env import TuningVectorEnv
 from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, shared_out, workload
 
 __all__ = [
+    "DIVERGENCE_BOUND",
     "LONGEST",
     "SHIPPED_WORKLOADS",
     "Backend",

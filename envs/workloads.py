@@ -146,7 +146,7 @@ def per_workload(name: str, value: Any, workloads: Sequence[str], shared: bool =
 DEFAULT_WORKLOAD = "tiny/prose"
 """Workload of a decoder that names none."""
 
-SHIPPED_WORKLOADS: tuple[str, ...] = traits_of("threshold").workloads
+SHIPPED_WORKLOADS: tuple[str, ...] = traits_of("speculative").workloads
 """Default workloads of training; all their pairs and prompt sets ship with the package."""
 
 

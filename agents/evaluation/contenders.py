@@ -100,16 +100,20 @@ class TrainingReplay:
         self._backend.check_ranges(ranges)
         self.grid = settings_of(grid_axes(self.knobs, ranges, MOST))
 
-    def measure(self, settings: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
-        """Metrics of some settings over all training prompts, arrays of shape (settings,) by name."""
+    def sums(self, settings: Sequence[Mapping[str, float]]) -> Metrics[Floats]:
+        """Sums of some settings over each training prompt, arrays of shape (settings, prompts)."""
         prompts = np.tile(self._backend.prompts[0], PASSES)
         workloads = np.zeros(len(prompts), np.int64)
         rows = []
         for setting in settings:
             arrays = {name: np.full(len(prompts), float(value)) for name, value in setting.items()}
             metrics = self._backend.decode(prompts, workloads, arrays, np.random.default_rng(0))
-            rows.append([values.sum() for values in metrics])
-        entries = Metrics(*np.array(rows).T).entries()
+            rows.append([values.reshape(PASSES, -1).sum(0) for values in metrics])
+        return Metrics(*(np.stack(columns) for columns in zip(*rows, strict=True)))
+
+    def measure(self, settings: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
+        """Metrics of some settings over all training prompts, arrays of shape (settings,) by name."""
+        entries = Metrics(*(values.sum(1) for values in self.sums(settings))).entries()
         return {name: np.asarray(values) for name, values in entries.items()}
 
 

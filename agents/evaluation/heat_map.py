@@ -128,7 +128,7 @@ def save_missing_heat_maps(run: RunFolder, settings: RunSettings, command: str) 
     path = run.path / "heat_maps.json"
     if path.is_file() or not run.knobs.is_file() or not isinstance(settings, KnobSettings):
         return
-    policy, recommended = ExportedPolicy.load(run.path), load_knobs(run.knobs)["workloads"]
+    policy, recommended = ExportedPolicy.load(run.first_policy), load_knobs(run.knobs)["workloads"]
     maps = heat_maps_of(settings, policy, recommended)
     if maps:
         save_heat_maps(path, maps, command)

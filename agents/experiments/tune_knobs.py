@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.callbacks import DivergenceBoundCallback
 from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured
-from specgym.envs import workload
+from specgym.envs import Metrics, Trace, Workload, decode_prompts, find_recording, metrics_of, profile_of, workload
 
-from ..evaluation.contenders import contenders, fixed_length, live_verdict, replays, settings_of_others
+from ..evaluation.contenders import (
+    LIVE_PROMPTS,
+    TrainingReplay,
+    contenders,
+    fixed_length,
+    live_verdict,
+    replays,
+    settings_of_others,
+)
 from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns
 from ..evaluation.results import RESAMPLES, ResultTable, Row, machine, mean_rows
 from ..export.knob_policy import ExportedPolicy, KnobRange
-from ..export.recommend import best_nearby, load_knobs, recommend, save_knobs
+from ..export.recommend import (
+    LIVE_SHARES,
+    Recommendation,
+    best_nearby,
+    fastest_within,
+    load_knobs,
+    mean_rest,
+    recommend,
+    save_knobs,
+)
 from ..policy import KnobPolicy
 from ..training.environments import (
     held_out_environments,
@@ -63,17 +83,27 @@ class TuneKnobs(Experiment[KnobSettings]):
             key = id(pair), chosen.sampling
             refresh = self.settings.refresh_latency and key not in refreshed
             refreshed.add(key)
-            return self._measured(pair, chosen.sampling, refresh)
+            return self._measured(chosen, pair, refresh)
 
         console.print("Latency profiles (measured once for this hardware, then read from the cache):")
         self.profiles = self.run.keep_profiles(self.settings.workloads, profile, _rounds)
 
-    def _measured(self, pair: Pair, sampling: Sampling, refresh: bool) -> LatencyProfile:
-        return measured(pair, self.settings.build(pair), refresh, sampling=sampling)
+    def _measured(self, chosen: Workload, pair: Pair, refresh: bool) -> LatencyProfile:
+        """The profile of this hardware; with the chances of the trace that is replayed, so that drafts end alike."""
+        decoder = self.settings.build(pair)
+        profile = measured(pair, decoder, refresh, sampling=chosen.sampling)
+        if decoder.stops_by_gain and self.settings.replayed:
+            trace, _ = find_recording(
+                self.settings.decoder, recording_path(self.settings, chosen.name, "train"), chosen, "train"
+            )
+            assert isinstance(trace, Trace)
+            return replace(profile, chances=trace.chances)
+        return profile_of(chosen, profile, replayed=False, decoder=decoder)
 
     def learners(self) -> Sequence[Learner]:
-        """One policy."""
-        return [Learner(self.settings.seed, self.run.learned())]
+        """A policy for each seed; a single one lies in the run's own folder."""
+        seeds = self.settings.seeds
+        return [Learner(seed, self.run.learned(f"seed-{seed}" if len(seeds) > 1 else "")) for seed in seeds]
 
     def environments(self, learner: Learner) -> VecEnv:
         """One environment a workload or more, on training prompts."""
@@ -108,13 +138,40 @@ class TuneKnobs(Experiment[KnobSettings]):
         """Recommend knobs: where the policy settles, or the best recorded setting around there."""
         if self.run.knobs.is_file():
             return
-        policy = ExportedPolicy.load(self.run.path)
+        policies = [ExportedPolicy.load(learner.folder.path) for learner in self.learners()]
         charged = dict(zip(self.settings.workloads, self.profiles, strict=True))
 
-        def improve(name: str, rest: Mapping[str, float]) -> dict[str, float]:
-            return best_nearby(self.settings, name, rest, policy.knobs, LatencyProfile.load(charged[name]).at())
+        def improve(name: str, rests: Sequence[Mapping[str, float]]) -> Recommendation:
+            return self._improved(name, rests, policies[0].knobs, LatencyProfile.load(charged[name]))
 
-        save_knobs(self.run.knobs, recommend(policy, self.settings.workloads, improve))
+        save_knobs(self.run.knobs, recommend(policies, self.settings.workloads, improve))
+
+    def _improved(
+        self, name: str, rests: Sequence[Mapping[str, float]], knobs: Sequence[KnobRange], profile: LatencyProfile
+    ) -> Recommendation:
+        """The best setting around the places where policies stay, by training prompts."""
+        settings, chosen, lossless_at = self.settings, workload(name), self.settings.traits.lossless_at
+        options, tokens = settings.decoder_options, settings.environment.max_new_tokens
+        if settings.bound is None or lossless_at is None:
+            mean = mean_rest(rests, knobs)
+            return Recommendation(best_nearby(settings, name, mean, knobs, profile.at()))
+        if settings.replayed:
+            replay = TrainingReplay(
+                settings.decoder, chosen, recording_path(settings, name, "train"), profile, options, tokens
+            )
+            return fastest_within(settings.bound, lossless_at, rests, knobs, replay.sums, settings.evaluation.prompts)
+        decoder = settings.build(chosen.load())
+        decoder.charge_by(profile.at())
+
+        def decoded(tried: Sequence[Mapping[str, float]]) -> Metrics[NDArray[np.float64]]:
+            prompts = chosen.prompt_ids("train")[:LIVE_PROMPTS]
+            texts = [decode_prompts(decoder, setting, prompts, tokens, chosen.sampling, 0) for setting in tried]
+            sums = np.array([[metrics_of([text], profile.at()) for text in of_setting] for of_setting in texts])
+            return Metrics(*np.moveaxis(sums, -1, 0))
+
+        mean = mean_rest(rests, knobs)
+        prompts = settings.evaluation.prompts
+        return fastest_within(settings.bound, lossless_at, [mean], knobs[:1], decoded, prompts, LIVE_SHARES)
 
     def judge(self, report: Callable[[str], None]) -> ResultTable:
         """Decode held-out prompts plainly, with the recommended knobs, and in the simpler ways that they compete with.

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from specgym.decoding import DecoderTraits, NoOptions, build_decoder, traits_of
-from specgym.envs import RewardSettings, environment_id, workload
+from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, workload
 
 from ..training.settings_io import (
     SettingsError,
     replaced,
     require_at_least,
+    require_distinct,
     require_one_bound,
     require_one_of,
     require_weights,
@@ -25,8 +26,8 @@ from .experiment import KnobLearning, RunSettings
 if TYPE_CHECKING:
     from specgym.decoding import Decoder, Pair
 
-PRACTISING_REPLAYS = 32
-"""Environments for each workload that practise on replay by default."""
+PRACTISING_REPLAYS, FEWEST_REPLAYS = 256, 8
+"""Environments that practise on replay by default, shared out among the workloads; and for each workload, at least."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class EnvironmentSettings:
     max_new_tokens: int = 32
     """Tokens generated for one prompt in one environment step. What pays depends on it where a decoder learns from the
     text as it grows."""
+    prompts_per_step: int = 1
+    """Prompts decoded in one step, all with the same knobs: more make a step slower and its reward surer. Where the
+    divergence is bounded, it is that of all together."""
     backend: Literal["live", "replay"] = "live"
     """Run the models, or replay recordings: some thousand times faster, and a little different from what the models
     would do. Live learning needs small --total-timesteps, --checkpoint-every and --learning.batch-size. The table is
@@ -52,7 +56,7 @@ class EnvironmentSettings:
     """Options of the decoder."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_new_tokens")
+        require_at_least(self, 1, "max_new_tokens", "prompts_per_step")
         require_one_of(self, "backend", ("live", "replay"))
         require_one_of(self, "timing", ("profile", "wall"))
         if self.backend == "replay" and self.timing == "wall":
@@ -96,10 +100,10 @@ class KnobSettings(RunSettings):
     decoder: tyro.conf.Suppress[str] = ""
     """Registered name of the decoder."""
     environments: int = 0
-    """Environments that practise side by side, shared out among the workloads; 0 for one a workload, or 32 a workload
-    on replay."""
-    seed: int = 0
-    """Random seed of everything that is drawn."""
+    """Environments that practise side by side, shared out among the workloads; 0 for one a workload, or on replay 256
+    in all, but at least 8 a workload."""
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))] = (0,)
+    """Random seeds; one policy is learned with each, one after another, and what is recommended draws on all."""
     weights: tuple[float, ...] = ()
     """Practice of each workload, in proportion, one number each in their order; by default all alike. Without effect
     where there are only as many environments as workloads."""
@@ -119,7 +123,9 @@ class KnobSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 0, "seed")
+        require_distinct(self, "seeds")
+        if min(self.seeds) < 0:
+            raise SettingsError(f"seeds must be at least 0, got {self.seeds}")
         if self.environments and self.environments < len(self.workloads):
             raise SettingsError(
                 f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
@@ -166,7 +172,8 @@ class KnobSettings(RunSettings):
     @property
     def practising(self) -> int:
         """Number of environments that practise side by side."""
-        return self.environments or len(self.workloads) * (PRACTISING_REPLAYS if self.replayed else 1)
+        copies = max(PRACTISING_REPLAYS // len(self.workloads), FEWEST_REPLAYS) if self.replayed else 1
+        return self.environments or len(self.workloads) * copies
 
     @property
     def reward(self) -> RewardSettings:
@@ -192,9 +199,9 @@ class KnobSettings(RunSettings):
 class LossyKnobSettings(KnobSettings):
     """Learn the knobs of a decoder whose text may stray from the target's, and how far it may."""
 
-    max_divergence: float | None = None
-    """Bound on the mean divergence from the target, above 0: ask for the fastest setting under it, instead of the
-    reward's weights and ranges. A Lagrange multiplier per workload is learned during training."""
+    max_divergence: float | None = DIVERGENCE_BOUND
+    """Bound on the mean divergence from the target, above 0; None for none. A Lagrange multiplier per workload is
+    learned during training, and what is recommended keeps the bound on the training prompts, with a margin."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,9 +221,9 @@ class LossyKnobSettings(KnobSettings):
 def default_settings(decoder: str = "threshold", **changes: Any) -> KnobSettings:
     """Settings for tuning a decoder.
 
-    A decoder that is lossless, or replayed by the outcomes of whole settings, learns from recordings by default; any
-    other one live, since a replay of a text that strays only approximates it. The range bonus of the reward is for
-    decoders that name preferred ranges; for others speed is the reward.
+    All learn from recordings by default. A decoder whose text may stray is learned with three seeds, since what they
+    recommend should agree. The range bonus of the reward is for decoders that name preferred ranges; for others speed
+    is the reward.
 
     Args:
         decoder: a registered name.
@@ -238,14 +245,21 @@ def default_settings(decoder: str = "threshold", **changes: Any) -> KnobSettings
         reward = RewardSettings(acceptance_weight=0.0, range_weight=0.0, ranges={})
     environment = EnvironmentSettings(reward=reward, decoder_options=traits.Options())
     settings: dict[str, Any] = {"decoder": decoder, "workloads": traits.workloads, "environment": environment}
-    if traits.lossless or traits.recorded_by == "outcomes":
-        settings |= {
-            "total_timesteps": 300_000,
-            "checkpoint_every": 20_000,
-            # As long as the table's texts: what pays may depend on it.
-            "environment": replace(environment, max_new_tokens=64, backend="replay"),
-            "learning": KnobLearning(batch_size=1024, epochs=5, learning_rate=1e-3, plateau_patience=8, gamma=0.9),
-        }
+    learning = KnobLearning(batch_size=1024, epochs=5, learning_rate=1e-3, plateau_patience=8, gamma=0.9)
+    # As long as the table's texts: what pays may depend on it.
+    environment = replace(environment, max_new_tokens=64, backend="replay")
+    settings |= {
+        "total_timesteps": 300_000,
+        "checkpoint_every": 20_000,
+        "environment": environment,
+        "learning": learning,
+    }
+    if not traits.lossless:
+        settings["seeds"] = (0, 1, 2)
+    if traits.stops_by_gain:
+        # Traces of texts that stray are shorter.
+        settings["environment"] = replace(environment, max_new_tokens=32, prompts_per_step=4)
+        settings["total_timesteps"] = 150_000
     kind = KnobSettings if traits.lossless else LossyKnobSettings
     return replaced(kind(**settings), changes)
 

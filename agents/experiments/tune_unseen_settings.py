@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from specgym.decoding import DecoderTraits, NoOptions, traits_of
-from specgym.envs import RewardSettings, environment_id, recorded_workloads, recording_name
+from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, recorded_workloads, recording_name
 
 from ..training.settings_io import SettingsError, require_at_least, require_one_bound, require_weights
 from .experiment import KnobLearning, RunSettings
@@ -64,8 +64,8 @@ class TunerSettings(RunSettings):
     checkpoint_every: int = 50_000
     """Measurements between two checkpoints, which --resume continues from."""
     max_divergence: float | None = None
-    """Bound on the mean divergence from the target, above 0: ask for the fastest setting under it, instead of the
-    reward's weights and ranges. A Lagrange multiplier per workload is learned during training."""
+    """Bound on the mean divergence from the target, above 0: ask for the fastest setting under it; None for the
+    reward's weights and ranges, without a bound. A Lagrange multiplier per workload is learned during training."""
     reward: RewardSettings = field(default_factory=RewardSettings)
     """Weights and ranges of the reward's terms."""
     learning: KnobLearning = field(default_factory=_tuner_learning)
@@ -134,6 +134,8 @@ def tuner_settings(decoder: str = "threshold", **changes: Any) -> TunerSettings:
         "workloads": recorded_workloads(decoder) or traits.workloads,
         "decoder_options": traits.Options(),
     }
+    if not traits.lossless:
+        settings["max_divergence"] = DIVERGENCE_BOUND
     if not any(knob.preferred for knob in traits.knobs_without_pair()):
         settings["reward"] = RewardSettings(acceptance_weight=0.0, range_weight=0.0, ranges={})
     return TunerSettings(**{**settings, **changes})

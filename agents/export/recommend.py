@@ -1,24 +1,28 @@
-"""Recommended knobs of a policy that moves them: follow it from the defaults until it stays.
+"""Recommended knobs of policies that move them: follow each from the defaults until it stays.
 
-Where it stays is what it recommends, or the best recorded setting nearby. The state is the knobs and the workload
-alone, so no text need be decoded for it.
+Where policies stay is what they recommend, or a setting nearby that does better on the training prompts. The state is
+the knobs and the workload alone, so no text need be decoded to follow a policy.
 
 One network moves the knobs of all workloads, and rests where its moves cancel out: near a workload's best setting, and
-seldom on it. The outcomes that it has learned from tell the recorded settings around that place apart, on the training
-prompts and at no cost. What holds between them is a surface, and a place that was sought out on a surface is likely to
-be one where that promises too much; so what is recommended is a setting that was recorded.
+seldom on it. Where whole settings were recorded, those around that place are told apart by their outcomes. What holds
+between them is a surface, and a place that was sought out on a surface is likely to be one where that promises too
+much; so what is recommended is a setting that was recorded. Where a bound on the divergence is to be kept, the settings
+between the place and the nearest that is lossless are decoded with the training prompts, and the fastest is recommended
+of those whose divergence keeps the bound with a margin. A setting that is no faster than plain decoding never is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specgym.decoding import LatencyProfile, write_json
-from specgym.envs import Outcomes, doublings, find_recording, reward_terms, totals, workload
+from specgym.envs import Metrics, Outcomes, doublings, find_recording, reward_terms, totals, workload
 
 from ..experiments.tune_knobs_settings import KnobSettings
 from ..training.environments import recording_path
@@ -26,6 +30,12 @@ from ..training.run_folder import RunFileError, read_json
 from .knob_policy import ExportedPolicy, KnobRange
 
 FORMAT = "specgym-knobs-1"
+SHARES = np.linspace(0, 1.25, 26)
+"""Places between a lossless setting (0) and where a policy stays (1) that are compared, and a little beyond."""
+LIVE_SHARES = np.array([0, 0.25, 0.5, 0.75, 1])
+"""Fewer such places, where every one has to be decoded by the models."""
+CONFIDENCE = 0.975
+"""Probability with which the divergence of other prompts should keep the bound."""
 STEPS = 200
 """Steps of the deterministic policy, far more than crossing a knob's whole range takes."""
 LAST = 40
@@ -35,6 +45,13 @@ REACH = 3.0
 FEWEST = 12
 """Recorded settings that are compared, at least: the nearest ones, where fewer are within reach. The more knobs there
 are, the fewer are."""
+
+
+class Recommendation(NamedTuple):
+    """Knobs for a workload, or None for plain decoding, and why."""
+
+    knobs: dict[str, float] | None
+    reason: str = ""
 
 
 def followed(policy: ExportedPolicy, name: str | None = None) -> list[dict[str, float]]:
@@ -54,24 +71,30 @@ def settle(policy: ExportedPolicy, name: str | None = None) -> dict[str, float]:
 
 
 def recommend(
-    policy: ExportedPolicy,
+    policies: Sequence[ExportedPolicy],
     workloads: Sequence[str],
-    improve: Callable[[str, Mapping[str, float]], dict[str, float]] | None = None,
+    improve: Callable[[str, Sequence[Mapping[str, float]]], Recommendation],
 ) -> dict[str, Any]:
     """Recommended knobs.
 
     Args:
-        policy: that has learned them.
+        policies: that have learned them, one a seed.
         workloads: names.
-        improve: makes better knobs of a workload from those where the policy stays.
+        improve: makes the recommendation for a workload from the knobs where the policies stay.
 
     Returns:
-        `workloads`, knobs by workload, and `pairs`, by pair, the mean over the pair's workloads.
+        `workloads`, knobs by workload, None where plain decoding is to be preferred; `pairs`, by pair, the mean over
+        the pair's workloads that have some; `reasons` for them, by workload; and `by_seed`, where each policy stays.
     """
-    by_workload = {name: settle(policy, name) for name in workloads}
-    if improve is not None:
-        by_workload = {name: improve(name, values) for name, values in by_workload.items()}
-    return {"pairs": by_pair(by_workload, policy.knobs), "workloads": by_workload}
+    rests = {name: [settle(policy, name) for policy in policies] for name in workloads}
+    improved = {name: improve(name, places) for name, places in rests.items()}
+    by_workload = {name: better.knobs for name, better in improved.items()}
+    return {
+        "pairs": by_pair({name: knobs for name, knobs in by_workload.items() if knobs}, policies[0].knobs),
+        "workloads": by_workload,
+        "reasons": {name: better.reason for name, better in improved.items()},
+        "by_seed": rests,
+    }
 
 
 def by_pair(by_workload: Mapping[str, Mapping[str, float]], knobs: Sequence[KnobRange]) -> dict[str, dict[str, float]]:
@@ -88,9 +111,10 @@ def by_pair(by_workload: Mapping[str, Mapping[str, float]], knobs: Sequence[Knob
 def save_knobs(path: Path, recommended: Mapping[str, Any]) -> None:
     """Write the result of `recommend` as JSON, atomically."""
     about = (
-        "Knobs in their own units. Each workload's are where the deterministic policy stays, followed from the "
-        "decoder's defaults, or, where outcomes were replayed, the best recorded setting around that place by the "
-        "training prompts; each pair's are the mean over its workloads."
+        "Knobs in their own units; null where plain decoding is to be preferred. `by_seed` has the place where each "
+        "deterministic policy stays, followed from the decoder's defaults; what is recommended for a workload is that "
+        "place or a better one nearby, by the training prompts, for the reason given. Each pair's knobs are the mean "
+        "over its workloads."
     )
     write_json(path, {"format": FORMAT, "about": about, **recommended})
 
@@ -106,6 +130,87 @@ def load_knobs(path: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("pairs", "workloads")):
         raise RunFileError(f"{path} does not hold knobs ({FORMAT}); {way_out}")
     return content
+
+
+def mean_rest(rests: Sequence[Mapping[str, float]], knobs: Sequence[KnobRange]) -> dict[str, float]:
+    """The mean of the places where several policies stay; whole where it must be."""
+    return {knob.name: knob.mean([rest[knob.name] for rest in rests]) for knob in knobs}
+
+
+def fastest_within(
+    bound: float,
+    lossless_at: Mapping[str, float],
+    rests: Sequence[Mapping[str, float]],
+    knobs: Sequence[KnobRange],
+    decode: Callable[[Sequence[Mapping[str, float]]], Metrics[NDArray[np.float64]]],
+    prompts: int,
+    shares: NDArray[np.float64] = SHARES,
+) -> Recommendation:
+    """Find the fastest setting that keeps a bound on the divergence, around the places where policies stay.
+
+    Compared are settings on the way from the lossless one to each place, with all knobs or with all but one of them,
+    and to the decoder's defaults, from which policies were followed.
+
+    Args:
+        bound: on the mean divergence.
+        lossless_at: knobs at which nothing diverges; it is among the settings, so that one always keeps the bound.
+        rests: knobs where each policy stays.
+        knobs: that they move.
+        decode: decodes training prompts with some settings; sums of shape (settings, prompts).
+        prompts: other prompts whose mean should keep the bound, too, with a probability of `CONFIDENCE`.
+        shares: places on the way.
+    """
+    usual = {knob.name: min(max(knob.default, knob.low), knob.high) for knob in knobs}
+    goals = [*rests, usual, *({**rest, knob.name: lossless_at[knob.name]} for rest in rests for knob in knobs[1:])]
+    tried = [dict(lossless_at)]
+    for goal in goals:
+        for share in shares[shares > 0].tolist():
+            setting = {
+                knob.name: knob.mean([lossless_at[knob.name] + share * (goal[knob.name] - lossless_at[knob.name])])
+                for knob in knobs
+            }
+            if setting not in tried:
+                tried.append(setting)
+    sums = decode(tried)
+    speedup = sums.plain_seconds.sum(1) / sums.seconds.sum(1)
+    highest = likely_divergence(sums.total_variation, sums.tokens, prompts)
+    best = int(np.argmax(np.where(highest <= bound, speedup, -np.inf)))
+    if speedup[best] <= 1:
+        return Recommendation(
+            None, f"the fastest setting within the bound decodes at {speedup[best]:.2f} times plain speed"
+        )
+    divergence = sums.total_variation[best].sum() / sums.tokens[best].sum()
+    return Recommendation(
+        tried[best],
+        f"{speedup[best]:.2f} times plain speed at a divergence of {divergence:.3f} on the training prompts, which "
+        f"lets at most {highest[best]:.3f} be expected of {prompts} others",
+    )
+
+
+def likely_divergence(
+    total_variation: NDArray[np.float64], tokens: NDArray[np.float64], prompts: int
+) -> NDArray[np.float64]:
+    """Upper limit of the mean divergence on other prompts of the same kind, with a probability of `CONFIDENCE`.
+
+    A normal prediction interval: prompts are few and differ, those that were decoded and those to come.
+
+    Args:
+        total_variation: summed over the tokens of each prompt, shape (settings, prompts decoded).
+        tokens: of each prompt, likewise.
+        prompts: to come.
+
+    Returns:
+        Shape (settings,); infinite where a single prompt was decoded and strayed.
+    """
+    decoded = tokens.shape[1]
+    mean = total_variation.sum(1) / tokens.sum(1)
+    if decoded < 2:
+        return np.where(mean > 0, np.inf, 0.0)
+    apart = (total_variation - mean[:, None] * tokens) / tokens.mean(1, keepdims=True)
+    spread = np.sqrt((apart**2).sum(1) / (decoded - 1))
+    quantile = NormalDist().inv_cdf(CONFIDENCE)
+    limit: NDArray[np.float64] = mean + quantile * spread * np.sqrt(1 / decoded + 1 / prompts)
+    return limit
 
 
 def best_nearby(

@@ -285,7 +285,10 @@ def _read_patterns(path: Path, way_out: str) -> tuple[list[dict[str, Any]], list
 
 def _recommended(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     stored = load_knobs(path)
-    groups = {kind: stored[kind] for kind in ("pairs", "workloads")}
+    groups = {
+        kind: {name: knobs or {} for name, knobs in stored[kind].items()}  # none where plain decoding is better
+        for kind in ("pairs", "workloads")
+    }
     if isinstance(stored.get("universal"), dict):
         groups["universal"] = {"universal": stored["universal"]}
         losses = stored.get("loss", {})

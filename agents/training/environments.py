@@ -169,6 +169,7 @@ def _shared_options(settings: KnobSettings) -> dict[str, Any]:
     return {
         "decoder": settings.decoder,
         "max_new_tokens": settings.environment.max_new_tokens,
+        "prompts_per_step": settings.environment.prompts_per_step,
         "backend": settings.environment.backend,
         "reward": settings.reward,
         "decoder_options": further,

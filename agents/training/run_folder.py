@@ -111,6 +111,12 @@ class RunFolder:
         """The folder of a policy: the run's own, or one in it."""
         return LearnedFolder(self.path / name, self.tensorboard / name)
 
+    @property
+    def first_policy(self) -> Path:
+        """Folder of the policy, or of the first of several."""
+        several = sorted(self.path.glob(f"seed-*/{DESCRIPTION_FILE}"), key=lambda file: int(file.parent.name[5:]))
+        return several[0].parent if several else self.path
+
     def profile_paths(self, workloads: Sequence[str]) -> list[Path]:
         """Paths of the workloads' latency profiles."""
         paths = []

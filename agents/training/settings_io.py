@@ -202,7 +202,8 @@ def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
         raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}")
 
 
-SETTINGS_FORMAT = "specgym-settings-2"
+SETTINGS_FORMAT = "specgym-settings-3"
+_EARLIER = "specgym-settings-2"
 TABLE_FORMAT = "specgym-table-1"
 _DECODERS = {
     "specgym-settings-1": "threshold",
@@ -224,6 +225,12 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     if known == SETTINGS_FORMAT:
         return dict(content)
     settings = content.get("settings")
+    if known == _EARLIER and isinstance(settings, dict):
+        return {
+            **content,
+            "format": SETTINGS_FORMAT,
+            "settings": _of_one_seed(str(content.get("experiment")), settings),
+        }
     if known not in (*_DECODERS, _STOPPING, _TUNER):
         raise ValueError(f"its format is {known!r}, not {SETTINGS_FORMAT!r}")
     if not isinstance(settings, dict):
@@ -240,7 +247,26 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     else:
         experiment = "stop-drafts"
         _rename(settings, tokens="max_new_tokens", traces="recordings")
+    settings = _of_one_seed(experiment, settings)
     return {**content, "format": SETTINGS_FORMAT, "experiment": experiment, "settings": settings}
+
+
+def _of_one_seed(experiment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from when knobs were learned with one seed and no bound, and drafts had always all their tokens."""
+    settings = dict(settings)
+    if experiment == "tune-knobs":
+        settings["seeds"] = [settings.pop("seed", 0)]
+        environment = settings.setdefault("environment", {})
+        settings = {"max_divergence": None, **settings} if _may_stray(settings) else settings
+    else:
+        environment = settings
+    if _may_stray(settings) and settings.get("decoder") == "threshold":
+        environment["decoder_options"] = {"stop": "never", **environment.get("decoder_options", {})}
+    return settings
+
+
+def _may_stray(settings: Mapping[str, Any]) -> bool:
+    return settings.get("decoder") in ("threshold", "medusa-typical")
 
 
 def _knob_settings(decoder: str, settings: dict[str, Any]) -> dict[str, Any]:

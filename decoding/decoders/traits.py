@@ -37,8 +37,8 @@ class ThresholdOptions(ChainOptions):
     """
 
     stop: Stop = "expected-gain"
-    """Where drafts end: as soon as one more token is expected to bring less than it costs by the pair's latency
-    profile, or never before --max-draft-length."""
+    """End of drafts: as soon as one more token is expected to bring less than it costs by the pair's latency profile,
+    or never before --max-draft-length."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,11 @@ class ThresholdTraits(DecoderTraits):
     stops_by_gain = True
     recorded_by = "trace"
     Options = ThresholdOptions
-    workloads = SpeculativeTraits.workloads
+    workloads = (
+        *(f"{pair}/{prompts}" for pair in ("tiny", "tiny-10m-2l", "tiny-10m-ngram", "tiny-3m-1l")
+          for prompts in ("prose", "code", "definitions")),
+        "tiny/prose@1.0",
+    )  # fmt: skip
 
     @classmethod
     def knobs_without_pair(cls, **options: Any) -> tuple[Knob, ...]:

@@ -158,7 +158,7 @@ class TraceWalk:
                 row = routes[first + count]
 
     def _level(self, tolerance: Any) -> Any:
-        """Where the drafts of a tolerance, or of many, begin in `_drafted_at`."""
+        """Return the place in `_drafted_at` where the drafts of a tolerance begin, or of many."""
         return levels_of(tolerance) * len(self.table.drafted) if self._levelled else 0 * levels_of(tolerance)
 
     def choose_path(

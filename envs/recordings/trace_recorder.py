@@ -126,20 +126,20 @@ def record(
             for number, prompt in enumerate(shown)
         ]
 
-    own = own_texts(split)
+    texts = own_texts(split)
     chances = _known_chances(path, info) if split != "train" else None
     if chances is None:
-        chances = chances_of(own if split == "train" else own_texts("train"), named.sampling)
+        chances = chances_of(texts if split == "train" else own_texts("train"), named.sampling)
     if settings.detour_prompts:
         recorder.draft_by(replace(profile_of(named, profile, replayed=True).at(), chances=chances))
     shown = tqdm(prompts, f"{named} {split}, detours", unit="prompt", disable=not progress)
     detours = [
         part("detours-", number, functools.partial(
-            recorder.detours, prompt, own[number], settings.seed + number, number < settings.detour_prompts
+            recorder.detours, prompt, texts[number], settings.seed + number, number < settings.detour_prompts
         ))
         for number, prompt in enumerate(shown)
     ]  # fmt: skip
-    both = [{**text, **strayed} for text, strayed in zip(own, detours, strict=True)]
+    both = [{**text, **strayed} for text, strayed in zip(texts, detours, strict=True)]
     trace = _joined(info, prompts, both, chances)
     trace.save(path)
     shutil.rmtree(parts)
@@ -218,20 +218,20 @@ class _Texts:
         rows = self._recorder.record(prompt, text, seed)
         return {"text": np.array(text), "ended": np.array(text[-1] in self._eos), **rows}
 
-    def detours(self, prompt: Sequence[int], own: Rows, seed: int, wanted: bool) -> Rows:
+    def detours(self, prompt: Sequence[int], target_text: Rows, seed: int, follow: bool) -> Rows:
         """Record the texts that thresholds lead to; their rows are counted from the first of the target's text.
 
         Args:
             prompt: token ids.
-            own: what `own_text` returned for it.
+            target_text: what `own_text` returned for it.
             seed: of all draws.
-            wanted: whether to record any; without, this is how the own text hangs together.
+            follow: whether to record any; without, this is how the own text hangs together.
         """
-        text = own["text"].tolist()
+        text = target_text["text"].tolist()
         strayed, taken, knobs = [], [], []
         known = {tuple(text[:place]): place for place in range(len(text))}
-        columns = {name: list(own[name]) for name in _ALL_ROWS}
-        for thresholds in self._thresholds() if wanted else ():
+        columns = {name: list(target_text[name]) for name in _ALL_ROWS}
+        for thresholds in self._thresholds() if follow else ():
             other = self._detour(prompt, known, columns, thresholds, seed)
             prefixes = [tuple(other[:place]) for place in range(len(other))]
             first = next((place for place, prefix in enumerate(prefixes) if prefix not in known), None)
@@ -246,9 +246,10 @@ class _Texts:
             taken.append(row)
             knobs.append(thresholds)
         part: Rows = {
-            f"detour_{name}": np.concatenate([own[name][:0], *(stray[name] for stray in strayed)]) for name in _ALL_ROWS
+            f"detour_{name}": np.concatenate([target_text[name][:0], *(stray[name] for stray in strayed)])
+            for name in _ALL_ROWS
         }
-        part["jump"] = self._jumps(known, {**own, **part})
+        part["jump"] = self._jumps(known, {**target_text, **part})
         part["detour_rows"] = np.array(taken, np.int64).reshape(-1, self._settings.detour_tokens)
         part["detour_knobs"] = np.array(knobs, np.float64).reshape(-1, 2)
         return part

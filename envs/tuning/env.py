@@ -18,7 +18,7 @@ from ..backends.replay import replay_backend
 from ..recordings.find import Recording
 from ..workloads import Workload, constructor, one_of, reset_options, whole_number
 from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries
-from .reward import RewardSettings, checked_multiplier
+from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -58,7 +58,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
 
     | index | observation | low  | high | unit                              |
     |-------|-------------|------|------|-----------------------------------|
-    | 0     | fallback    | 0.05 | 0.95 | total variation                   |
+    | 0     | fallback    | 0    | 1    | total variation                   |
     | 1     | rollback    | 1    | K    | draft tokens that a rejection takes back |
 
     and for the speculative decoder `draft_length`, from 1 to K tokens.
@@ -72,17 +72,15 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
     | term       | before its weight                                        | range  | weight |
     |------------|----------------------------------------------------------|--------|--------|
     | speed      | the target's autoregressive ms/token over the decoder's  | > 0    | 1      |
-    | acceptance | accepted draft tokens over drafted ones                  | 0 to 1 | 0.5    |
-    | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 4      |
-    | divergence | minus the mean total variation from the target per token | -1 to 0 | 0     |
+    | acceptance | accepted draft tokens over drafted ones                  | 0 to 1 | 0.1    |
+    | range      | 1 for knobs in their preferred range, falling off outside | 0 to 1 | 0.05   |
+    | divergence | minus the excess of the mean total variation from the target per token over 0.05 | -1 to 0 | 30 |
 
     A knob without a preferred range earns nothing by the range term. By default only the thresholds have one, so for
     other decoders the term is 0. A lossless decoder's divergence is 0, too: it is paid for speed, and for acceptance.
 
-    With `RewardSettings(max_divergence=0.05)` the aim is the fastest setting whose mean divergence stays below 0.05:
-    acceptance and range weigh nothing, whatever their weights, and the divergence term is minus
-    `divergence_multiplier` times the excess over the bound (at most 0). The multiplier starts at 1; whoever learns
-    raises it while the bound is broken (`set_divergence_multiplier`).
+    The weight of the divergence term is `divergence_multiplier`; whoever learns may raise it while the bound is broken
+    (`set_divergence_multiplier`). `reward={"max_divergence": 0.1}` sets another bound, None none at all.
 
     Time is charged by the pair's latency profile, so that the same tokens always cost the same; with `timing="wall"` by
     the clock. Reading the prompt is not charged.
@@ -112,7 +110,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
             search ranges.
         scales: change that an action of 1 makes to each knob, in its own units, or in doublings; by default the knob's
             step, or a tenth of its range.
-        reward: a `RewardSettings`, or its arguments as a mapping.
+        reward: a `RewardSettings`, or those of its arguments that differ from the defaults above as a mapping.
         timing: `"profile"` or `"wall"`. With the clock, steps are neither reproducible nor free of the machine's noise.
         profile: a `LatencyProfile` or a file with one; by default the pair's own on this hardware, measured once, and
             for a replay the pair's reference profile (`specgym.envs.profiles`).
@@ -213,7 +211,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         self.action_space = self._moves.action_space
         self._state = self._moves.defaults()
         self._fixed_prompts: NDArray[np.int64] | None = None
-        self._divergence_multiplier = 1.0
+        self._divergence_multiplier = MULTIPLIER
         self._last_info: dict[str, Any] = {}
 
     @property

@@ -18,7 +18,7 @@ from specgym.decoding import Knob, KnobError, LatencyProfile
 from ..backends.backend import Backend, Integers, Metrics, Number
 from ..prompt_order import PromptOrder
 from ..workloads import Workload, one_of, whole_number
-from .reward import RewardSettings, reward_terms
+from .reward import DIVERGENCE_BOUND, RewardSettings, reward_terms
 
 Floats = NDArray[np.float64]
 ActionKind = Literal["move", "place"]
@@ -291,7 +291,9 @@ class KnobTuning:
         self._backend = backend
         self._moves = KnobMoves(backend.knobs, ranges, scales, action)
         backend.check_ranges(self._moves.ranges)
-        self._reward = reward if isinstance(reward, RewardSettings) else RewardSettings(**(reward or {}))
+        if not isinstance(reward, RewardSettings):
+            reward = RewardSettings(**{"max_divergence": DIVERGENCE_BOUND, **(reward or {})})
+        self._reward = reward
         self._orders = PromptOrder(backend.prompts, len(workload_of))
         self.workload_of = workload_of
 

@@ -18,6 +18,11 @@ from specgym.decoding import Knob, SpecgymError
 from ..backends.backend import Number
 
 TERMS = ("speed", "acceptance", "range", "divergence")
+DIVERGENCE_BOUND = 0.05
+"""Bound on the mean total variation from the target that is kept unless another is asked for."""
+MULTIPLIER = 30.0
+"""Price of a unit of divergence beyond the bound until one is learned: above what speed gains by it on most of the
+shipped workloads, where a hundredth more of divergence makes decoding up to a fifth faster."""
 
 
 class RewardError(SpecgymError, ValueError):
@@ -35,11 +40,11 @@ class RewardSettings:
 
     speed_weight: float = 1.0
     """Weight of the speedup over the target's own autoregressive decoding; 1 where the decoder is no faster."""
-    acceptance_weight: float = 0.5
+    acceptance_weight: float = 0.1
     """Weight of the draft acceptance rate, 0 to 1."""
-    range_weight: float = 4.0
-    """Weight of the range bonus, 0 to 1. Large beside the speedup, which alone would carry lossy knobs to the end of
-    their range where the text is the draft's and no longer the target's."""
+    range_weight: float = 0.05
+    """Weight of the range bonus, 0 to 1. So small that it decides only between settings that are nearly as fast
+    (`python -m benchmarks.reward_weights`)."""
     divergence_weight: float = 0.0
     """Weight of the mean total variation from the target, 0 to 1, which is subtracted."""
     ranges: Mapping[str, tuple[float, float]] | None = None
@@ -48,8 +53,7 @@ class RewardSettings:
     falloff: float = 0.2
     """Distance from its range, as a fraction of the knob's upper end, at which a knob earns exp(-1) = 0.37 of it."""
     max_divergence: float | None = None
-    """Bound that the mean total variation from the target should keep, 0 to 1. With a bound, the aim is the fastest
-    setting within it: acceptance and range weigh nothing, and an excess costs a multiplier of it."""
+    """Bound that the mean total variation from the target should keep, 0 to 1; an excess costs a multiplier of it."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -119,7 +123,7 @@ def reward_terms(
     divergence: Number,
     knobs: Sequence[Knob],
     values: Mapping[str, Number],
-    multiplier: Number | float = 1.0,
+    multiplier: Number | float = MULTIPLIER,
 ) -> dict[str, Number]:
     """Return the weighted terms `speed`, `acceptance`, `range` and `divergence`, whose sum is the reward.
 
@@ -136,22 +140,17 @@ def reward_terms(
     Returns:
         Floats for floats; arrays of their shape for arrays.
     """
+    price: Any = settings.divergence_weight * divergence
     if settings.max_divergence is not None:
         # The plain Lagrangian, speed - multiplier * divergence, is linear in both. Where speed is a convex function of
         # divergence, its best settings are the two ends of the range, whatever the multiplier, and never one at the
         # bound. With this hinge the best one is at the bound, once the multiplier exceeds the slope of the speed there.
-        excess = _above_zero(divergence - settings.max_divergence)
-        return {
-            "speed": settings.speed_weight * speedup,
-            "acceptance": 0.0 * acceptance_rate,
-            "range": 0.0 * speedup,
-            "divergence": 0.0 - settings.divergence_weight * divergence - multiplier * excess,
-        }
+        price = price + multiplier * _above_zero(divergence - settings.max_divergence)
     return {
         "speed": settings.speed_weight * speedup,
         "acceptance": settings.acceptance_weight * acceptance_rate,
         "range": settings.range_weight * range_bonus(settings, knobs, values),
-        "divergence": 0.0 - settings.divergence_weight * divergence,
+        "divergence": 0.0 - price,
     }
 
 

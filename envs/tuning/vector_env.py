@@ -18,7 +18,7 @@ from ..profiles import Profiles
 from ..recordings.find import Recordings
 from ..workloads import constructor, per_workload, probabilities, reset_options, shared_out, whole_number
 from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries, per_environment
-from .reward import RewardSettings, checked_multiplier
+from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 
 Array = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -107,7 +107,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self._set_up(replay, ranges, scales, action, reward, self._shares)
-        self._multipliers = np.ones(len(self.workload_names))
+        self._multipliers = np.full(len(self.workload_names), MULTIPLIER)
         self.single_observation_space = self._moves.observation_space
         self.single_action_space = self._moves.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from gymnasium import spaces
 
 from specgym.agents.export.knob_policy import ExportedPolicy, KnobRange
-from specgym.agents.export.recommend import load_knobs, recommend, save_knobs, settle
+from specgym.agents.export.recommend import Recommendation, load_knobs, recommend, save_knobs, settle
 from specgym.agents.policy import KnobPolicy
 from specgym.agents.training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
 
@@ -60,9 +61,15 @@ def test_recommends_where_the_policy_stays(policy: KnobPolicy, tmp_path: Path) -
     weights["mean.bias"] = np.array([-3.0, 3.0], np.float32)  # always down, always up
     assert settle(ExportedPolicy(KNOBS, STATE, 0.05, 1.0, weights)) == {"fallback": 0.05, "rollback": 16}
 
-    result = recommend(exported, WORKLOADS)
+    def as_they_are(name: str, rests: Sequence[Mapping[str, float]]) -> Recommendation:
+        assert len(rests) == 2
+        return Recommendation(None, "too slow") if name == WORKLOADS[-1] else Recommendation(dict(rests[0]))
+
+    result = recommend([exported, exported], WORKLOADS, as_they_are)
     assert list(result["workloads"]) == list(WORKLOADS)
-    assert result["pairs"]["tiny-10m-ngram"] == result["workloads"]["tiny-10m-ngram/code"]
+    assert result["workloads"][WORKLOADS[-1]] is None
+    assert result["reasons"][WORKLOADS[-1]] == "too slow"
+    assert result["by_seed"][WORKLOADS[0]] == [settle(exported, WORKLOADS[0])] * 2
     both = [result["workloads"][name]["rollback"] for name in WORKLOADS[:2]]
     assert result["pairs"]["tiny"]["rollback"] == pytest.approx(sum(both) / 2, abs=1e-4)
     save_knobs(tmp_path / "knobs.json", result)
