@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.callbacks import DivergenceBoundCallback
-from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured
+from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured, memory_of
 from specgym.envs import Metrics, Trace, Workload, decode_prompts, find_recording, metrics_of, profile_of, workload
 
 from ..evaluation.contenders import (
@@ -38,6 +38,7 @@ from ..export.recommend import (
     mean_rest,
     recommend,
     save_knobs,
+    spread_over_seeds,
 )
 from ..policy import KnobPolicy
 from ..training.environments import (
@@ -179,7 +180,8 @@ class TuneKnobs(Experiment[KnobSettings]):
         Those are chosen on training prompts (`evaluation.contenders`).
         """
         settings, evaluation, traits = self.settings, self.settings.evaluation, self.settings.traits
-        recommended = load_knobs(self.run.knobs)["workloads"]
+        knobs = load_knobs(self.run.knobs)
+        recommended = knobs["workloads"]
         workloads = [workload(name) for name in settings.workloads]
         profiles = [LatencyProfile.load(path) for path in self.profiles]
         recordings = [recording_path(settings, name, "train") for name in settings.workloads]
@@ -226,7 +228,16 @@ class TuneKnobs(Experiment[KnobSettings]):
                 "intervals": f"95 %, bootstrap over prompts, {RESAMPLES} resamples",
                 "clock": list(CLOCK),
             },
+            notes=[note for note in (spread_over_seeds(knobs), self._memory()) if note],
         )
+
+    def _memory(self) -> str:
+        """Memory that each pair took, in a sentence."""
+        pairs = {str(workload(name).pair): workload(name).load() for name in self.settings.workloads}
+        uses = [memory_of(pair) for pair in pairs.values()]
+        # The peak is that of the whole process or device, so it is said once.
+        words = [str(replace(use, peak=None)) for use in uses[:-1]] + [str(uses[-1])]
+        return f"Memory: {'; '.join(words)}."
 
     def hints(self) -> Sequence[str]:
         """Hints: where the recommended knobs are."""

@@ -259,6 +259,8 @@ def default_settings(decoder: str = "threshold", **changes: Any) -> KnobSettings
     if traits.stops_by_gain:
         # Traces of texts that stray are shorter.
         settings["environment"] = replace(environment, max_new_tokens=32, prompts_per_step=4)
+        # One pass, since greedy texts are the same in every one; and there are many workloads.
+        settings["evaluation"] = EvaluationSettings(max_new_tokens=48, seeds=(0,))
         settings["total_timesteps"] = 150_000
     kind = KnobSettings if traits.lossless else LossyKnobSettings
     return replaced(kind(**settings), changes)

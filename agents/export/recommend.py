@@ -34,7 +34,7 @@ SHARES = np.linspace(0, 1.25, 26)
 """Places between a lossless setting (0) and where a policy stays (1) that are compared, and a little beyond."""
 LIVE_SHARES = np.array([0, 0.25, 0.5, 0.75, 1])
 """Fewer such places, where every one has to be decoded by the models."""
-CONFIDENCE = 0.975
+CONFIDENCE = 0.99
 """Probability with which the divergence of other prompts should keep the bound."""
 STEPS = 200
 """Steps of the deterministic policy, far more than crossing a knob's whole range takes."""
@@ -84,7 +84,8 @@ def recommend(
 
     Returns:
         `workloads`, knobs by workload, None where plain decoding is to be preferred; `pairs`, by pair, the mean over
-        the pair's workloads that have some; `reasons` for them, by workload; and `by_seed`, where each policy stays.
+        the pair's workloads that have some; `reasons` for them, by workload; `rests`, where each policy stays; and
+        `by_seed`, the knobs that each policy alone would have led to, by workload.
     """
     rests = {name: [settle(policy, name) for policy in policies] for name in workloads}
     improved = {name: improve(name, places) for name, places in rests.items()}
@@ -93,8 +94,29 @@ def recommend(
         "pairs": by_pair({name: knobs for name, knobs in by_workload.items() if knobs}, policies[0].knobs),
         "workloads": by_workload,
         "reasons": {name: better.reason for name, better in improved.items()},
-        "by_seed": rests,
+        "rests": rests,
+        "by_seed": {name: [improve(name, [rest]).knobs for rest in places] for name, places in rests.items()},
     }
+
+
+def spread_over_seeds(recommended: Mapping[str, Any]) -> str:
+    """A sentence on how far apart the knobs lie that each of several policies alone would have led to; else empty."""
+    by_seed = list(recommended.get("by_seed", {}).values())
+    if not by_seed or len(by_seed[0]) < 2:
+        return ""
+    mixed = sum(None in settings and any(settings) for settings in by_seed)
+    known = [settings for settings in by_seed if None not in settings]
+    if not known:
+        return ""
+    apart = {
+        knob: [max(values) - min(values) for values in ([setting[knob] for setting in settings] for settings in known)]
+        for knob in known[0][0]
+    }
+    words = ", ".join(
+        f"{knob} {np.mean(values):.2f} on average and {max(values):.2f} at most" for knob, values in apart.items()
+    )
+    disagree = f" On {mixed} workloads they disagree whether to speculate." if mixed else ""
+    return f"The settings that each of {len(known[0])} seeds alone leads to lie apart by so much: {words}.{disagree}"
 
 
 def by_pair(by_workload: Mapping[str, Mapping[str, float]], knobs: Sequence[KnobRange]) -> dict[str, dict[str, float]]:
@@ -111,10 +133,10 @@ def by_pair(by_workload: Mapping[str, Mapping[str, float]], knobs: Sequence[Knob
 def save_knobs(path: Path, recommended: Mapping[str, Any]) -> None:
     """Write the result of `recommend` as JSON, atomically."""
     about = (
-        "Knobs in their own units; null where plain decoding is to be preferred. `by_seed` has the place where each "
-        "deterministic policy stays, followed from the decoder's defaults; what is recommended for a workload is that "
-        "place or a better one nearby, by the training prompts, for the reason given. Each pair's knobs are the mean "
-        "over its workloads."
+        "Knobs in their own units; null where plain decoding is to be preferred. `rests` has the place where each "
+        "deterministic policy stays, followed from the decoder's defaults; what is recommended for a workload is such "
+        "a place or a better one nearby, by the training prompts, for the reason given, and `by_seed` what each policy "
+        "alone would have led to. Each pair's knobs are the mean over its workloads."
     )
     write_json(path, {"format": FORMAT, "about": about, **recommended})
 

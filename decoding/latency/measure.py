@@ -39,7 +39,7 @@ from .interleaved import (
     time_rounds,
     turns,
 )
-from .probe import TRIES, Uncertainty, contradictions, measured_with_care, smoothed, warn_of_spread
+from .probe import MOST_SPREAD, TRIES, Uncertainty, contradictions, measured_with_care, smoothed, spread_of
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
 
 LONGEST_DRAFT = 16
@@ -208,14 +208,16 @@ def _kept(path: Path, ordered: bool) -> LatencyProfile | None:
     if clauses := contradictions(profile, ordered=ordered):
         _LOG.warning("the latency profile %s cannot be right (%s); measuring again now", path, "; ".join(clauses))
         return None
-    warn_of_spread(profile)
+    if profile.uncertainty is None:
+        _LOG.info("the latency profile %s does not say how sure it is; measuring again now", path)
+        return None
     return smoothed(profile, ordered=ordered)
 
 
 def _keep(profile: LatencyProfile, path: Path, ordered: bool) -> None:
-    """Write a profile to the cache, unless it contradicts itself."""
-    if contradictions(profile, ordered=ordered):
-        _LOG.warning("the latency profile of %s is used now but not kept, as it contradicts itself", profile.pair)
+    """Write a profile to the cache, unless it contradicts itself or was measured on a busy machine."""
+    if contradictions(profile, ordered=ordered) or spread_of(profile) > MOST_SPREAD:
+        _LOG.warning("the latency profile of %s is used now but not kept; a later run measures again", profile.pair)
         return
     try:
         profile.save(path)
