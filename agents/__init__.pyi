@@ -1,5 +1,5 @@
 from .command_line import evaluate_command, train_command
-from .evaluation.contenders import contenders
+from .evaluation.contenders import TrainingReplay, contenders, fixed_length
 from .evaluation.live import Contender, judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
 from .evaluation.statistics import holm, interval, losses, resampled_means, sign_flip_test, universal_setting
@@ -17,13 +17,15 @@ from .experiments.experiment import (
 from .experiments.learned_tuner import LearnedSearcher, LearnedTuner, tasks_of
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.stop_policy import StoppingPolicy
+from .experiments.tune_knobs import TuneKnobs
 from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
 from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
 from .export.knob_policy import ExportedPolicy, KnobRange
-from .export.recommend import load_knobs
+from .export.recommend import Recommendation, fastest_within, load_knobs, settle
 from .export.stop_rule import ExportedStopRule
 from .policy import KnobPolicy
 from .training.environments import recording_path, training_environments
+from .training.ppo import learn
 from .training.run import evaluate, train
 from .training.run_folder import RunFolder, quieten, read_json, this_command
 from .training.settings_io import SettingsError
@@ -43,6 +45,7 @@ __all__ = [
     "LearnedSearcher",
     "LearnedTuner",
     "LearningSettings",
+    "Recommendation",
     "ResultTable",
     "Row",
     "RunFolder",
@@ -51,15 +54,20 @@ __all__ = [
     "StopSettings",
     "StoppingPolicy",
     "Training",
+    "TrainingReplay",
     "Transfer",
+    "TuneKnobs",
     "TunerSettings",
     "contenders",
     "default_settings",
     "evaluate",
     "evaluate_command",
+    "fastest_within",
+    "fixed_length",
     "holm",
     "interval",
     "judge_live",
+    "learn",
     "load_knobs",
     "load_settings",
     "losses",
@@ -70,6 +78,7 @@ __all__ = [
     "resampled_means",
     "reward_of",
     "save_settings",
+    "settle",
     "sign_flip_test",
     "tasks_of",
     "this_command",

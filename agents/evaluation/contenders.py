@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from specgym.decoding import Decoder, KnobError, LatencyProfile, SpeculativeDecoder
+from specgym.decoding import Decoder, KnobError, LatencyProfile, SpeculativeDecoder, Split
 from specgym.envs import (
     KnobMoves,
     Metrics,
@@ -56,15 +56,16 @@ Methods = Mapping[str, Row]
 
 
 class TrainingReplay:
-    """The recorded training prompts of a workload, on which a decoder's settings are measured.
+    """The recorded prompts of a workload, on which a decoder's settings are measured; by default those of training.
 
     Args:
         decoder: a registered name.
         workload: whose prompts.
-        recording: of the training prompts, or its file; None for the one that ships.
+        recording: of the prompts, or its file; None for the one that ships.
         profile: what time is charged by.
         options: build options of the decoder, by name.
         max_new_tokens: decoded of each prompt, at most.
+        split: of the prompts.
 
     Attributes:
         workload: its name.
@@ -84,12 +85,13 @@ class TrainingReplay:
         profile: LatencyProfile,
         options: Mapping[str, Any],
         max_new_tokens: int,
+        split: Split = "train",
     ) -> None:
         self._backend = replay_backend(
             decoder,
-            workload.with_split("train"),
+            workload.with_split(split),
             recording,
-            split="train",
+            split=split,
             profile=profile,
             max_new_tokens=max_new_tokens,
             **split_options(options, "options"),
@@ -101,7 +103,7 @@ class TrainingReplay:
         self.grid = settings_of(grid_axes(self.knobs, ranges, MOST))
 
     def sums(self, settings: Sequence[Mapping[str, float]]) -> Metrics[Floats]:
-        """Sums of some settings over each training prompt, arrays of shape (settings, prompts)."""
+        """Sums of some settings over each prompt, arrays of shape (settings, prompts)."""
         prompts = np.tile(self._backend.prompts[0], PASSES)
         workloads = np.zeros(len(prompts), np.int64)
         rows = []
@@ -112,7 +114,7 @@ class TrainingReplay:
         return Metrics(*(np.stack(columns) for columns in zip(*rows, strict=True)))
 
     def measure(self, settings: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
-        """Metrics of some settings over all training prompts, arrays of shape (settings,) by name."""
+        """Metrics of some settings over all prompts, arrays of shape (settings,) by name."""
         entries = Metrics(*(values.sum(1) for values in self.sums(settings))).entries()
         return {name: np.asarray(values) for name, values in entries.items()}
 

@@ -177,17 +177,17 @@ def fastest_within(
         bound: on the mean divergence.
         lossless_at: knobs at which nothing diverges; it is among the settings, so that one always keeps the bound.
         rests: knobs where each policy stays.
-        knobs: that they move.
+        knobs: that differ from the lossless ones; the others stay there.
         decode: decodes training prompts with some settings; sums of shape (settings, prompts).
         prompts: other prompts whose mean should keep the bound, too, with a probability of `CONFIDENCE`.
         shares: places on the way.
     """
-    usual = {knob.name: min(max(knob.default, knob.low), knob.high) for knob in knobs}
+    usual = dict(lossless_at) | {knob.name: min(max(knob.default, knob.low), knob.high) for knob in knobs}
     goals = [*rests, usual, *({**rest, knob.name: lossless_at[knob.name]} for rest in rests for knob in knobs[1:])]
     tried = [dict(lossless_at)]
     for goal in goals:
         for share in shares[shares > 0].tolist():
-            setting = {
+            setting = dict(lossless_at) | {
                 knob.name: knob.mean([lossless_at[knob.name] + share * (goal[knob.name] - lossless_at[knob.name])])
                 for knob in knobs
             }

@@ -44,7 +44,7 @@ class RewardSettings:
     """Weight of the draft acceptance rate, 0 to 1."""
     range_weight: float = 0.05
     """Weight of the range bonus, 0 to 1. So small that it decides only between settings that are nearly as fast
-    (`python -m benchmarks.reward_weights`)."""
+    (`python -m benchmarks.threshold_learning --weights`)."""
     divergence_weight: float = 0.0
     """Weight of the mean total variation from the target, 0 to 1, which is subtracted."""
     ranges: Mapping[str, tuple[float, float]] | None = None
