@@ -73,11 +73,10 @@ def profile_of(
     kind = _kind(decoder, named)
     if isinstance(profile, str | Path):
         profile = LatencyProfile.load(profile)
-    reference = REFERENCES / profile_name(named, decoder)
     if profile is not None:
         profile = profile.require_kind(kind)
-    elif replayed and isinstance(named.pair, str) and reference.is_file():
-        profile = _loaded(reference)
+    elif replayed and isinstance(named.pair, str) and (file := REFERENCES / profile_name(named, decoder)).is_file():
+        profile = _loaded(file)
     else:
         from specgym.decoding import measured  # which imports torch; a replay needs none
 

@@ -29,7 +29,7 @@ from specgym.callbacks import (
 )
 from specgym.decoding import SpecgymError
 
-from .run_folder import LearnedFolder, console
+from .run_folder import LearnedFolder, RunFileError, console
 from .sb3_vec_env import FiniteRolloutBuffer
 
 if TYPE_CHECKING:
@@ -135,7 +135,14 @@ def _loaded_model(checkpoint: Checkpoint, environments: VecEnv, seed: int, resum
     """The model of a checkpoint, with everything that belongs to it."""
     if isinstance(environments, VecNormalize) and checkpoint.vecnormalize.is_file():
         environments.ret_rms = VecNormalize.load(str(checkpoint.vecnormalize), environments.venv).ret_rms
-    model: PPO = PPO.load(checkpoint.policy, env=environments, device="cpu")
+    try:
+        model: PPO = PPO.load(checkpoint.policy, env=environments, device="cpu")
+    except ValueError as error:  # other spaces: knobs went from and to other ends
+        raise RunFileError(
+            f"{checkpoint.policy} was learned by an earlier version, whose environments were others, and cannot go on "
+            f"({error}). The run can be judged as it is (python evaluate.py <run>); to learn more, start a new one "
+            "with the command in its settings.json"
+        ) from error
     model.num_timesteps = checkpoint.steps
     checkpoint.restore_random_states()
     checkpoint.restore(resumables)

@@ -203,7 +203,7 @@ def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 SETTINGS_FORMAT = "specgym-settings-3"
-_EARLIER = "specgym-settings-2"
+_EARLIER, _EARLIER_REPLAYS = "specgym-settings-2", 32  # replays of every workload by default
 TABLE_FORMAT = "specgym-table-1"
 _DECODERS = {
     "specgym-settings-1": "threshold",
@@ -252,14 +252,22 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_one_seed(experiment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from when knobs were learned with one seed and no bound, and drafts had always all their tokens."""
+    """Settings from when knobs were learned with one seed, and drafts had always all their tokens.
+
+    There was no bound unless one was asked for, and with one neither acceptance nor range counted.
+    """
     settings = dict(settings)
     if experiment == "tune-knobs":
         settings["seeds"] = [settings.pop("seed", 0)]
-        environment = settings.setdefault("environment", {})
-        settings = {"max_divergence": None, **settings} if _may_stray(settings) else settings
+        environment = settings["environment"] = dict(settings.get("environment", {}))
+        if _may_stray(settings):
+            settings.setdefault("max_divergence", None)
+        if environment.get("backend") == "replay" and not settings.get("environments"):
+            settings["environments"] = _EARLIER_REPLAYS * len(settings.get("workloads", ()))
     else:
         environment = settings
+    if settings.get("max_divergence") is not None:
+        environment["reward"] = {**environment.get("reward", {}), "acceptance_weight": 0.0, "range_weight": 0.0}
     if _may_stray(settings) and settings.get("decoder") == "threshold":
         environment["decoder_options"] = {"stop": "never", **environment.get("decoder_options", {})}
     return settings

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from specgym.agents import ResultTable, load_settings
+from specgym.agents import (
+    KnobSettings,
+    ResultTable,
+    RunSettings,
+    StopSettings,
+    TunerSettings,
+    default_settings,
+    load_settings,
+    save_settings,
+    tuner_settings,
+)
 from specgym.agents.command_line import evaluate_command, train_command
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
@@ -28,9 +40,14 @@ def test_settings_say_which_decoder_was_tuned(name: str) -> None:
     assert settings.decoder == DECODERS[name]
     assert (settings.environment.max_new_tokens, settings.evaluation.max_new_tokens) == (8, 8)
     if name == "thresholds":
-        assert settings.decoder_options == {"max_draft_length": 4}
+        assert settings.decoder_options == {"max_draft_length": 4, "stop": "never"}
+        assert (settings.bound, settings.reward.acceptance_weight, settings.reward.range_weight) == (None, 0.5, 4.0)
     if name == "medusa-typical":
-        assert settings.max_divergence == 0.1
+        assert settings.max_divergence == settings.reward.max_divergence == 0.1
+        assert settings.reward.acceptance_weight == settings.reward.range_weight == 0  # a bound put them out of effect
+    assert settings.seeds == (0,)
+    replays = 32 if settings.replayed else 1
+    assert settings.practising == replays * len(settings.workloads)
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -59,6 +76,95 @@ def test_a_run_can_be_prolonged(tmp_path: Path, shown: Callable[[], str]) -> Non
     shutil.copytree(RUNS / "lookahead", run)
     assert train_command(["--resume", str(run), "--total-timesteps", "80"]) == 0
     assert "Going on from step 40." in shown()
+
+
+def test_thresholds_that_had_narrower_ranges_are_judged_but_do_not_go_on(
+    tmp_path: Path, shown: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "thresholds"
+    shutil.copytree(RUNS / "thresholds", run)
+    assert train_command(["--resume", str(run), "--total-timesteps", "80", "--no-subprocesses"]) != 0
+    text = shown()
+    assert "policy.zip was learned by an earlier version" in text
+    assert "start a new one with the command in its settings.json" in text
+
+
+def test_a_tuner_of_an_earlier_version_is_what_it_was() -> None:
+    settings = load_settings(RUNS / "tuner" / "settings.json")
+    assert isinstance(settings, TunerSettings)
+    assert settings.options == {"max_draft_length": 16, "stop": "never"}
+    assert (settings.max_divergence, settings.seed) == (None, 0)
+    assert (settings.reward.acceptance_weight, settings.reward.range_weight) == (0.5, 4.0)
+
+
+def of_format_2(path: Path, kind: RunSettings, **changes: Any) -> RunSettings:
+    """Settings as the version before wrote them, read."""
+    save_settings(kind, path, "python train.py")
+    content = json.loads(path.read_text())
+    settings = content["settings"]
+    if "seeds" in settings and "environment" in settings:
+        settings["seed"] = settings.pop("seeds")[0]
+        del settings["environment"]["prompts_per_step"]
+    for options in (settings.get("environment", {}).get("decoder_options", {}), settings.get("decoder_options", {})):
+        options.pop("stop", None)
+    for key, value in changes.items():
+        inner = settings
+        *folders, last = key.split(".")
+        for folder in folders:
+            inner = inner[folder]
+        inner[last] = value
+    path.write_text(json.dumps({**content, "format": "specgym-settings-2"}))
+    return load_settings(path)
+
+
+WEIGHTS = {"environment.reward.acceptance_weight": 0.5, "environment.reward.range_weight": 4.0}
+
+
+def test_settings_of_format_2_have_one_seed_no_bound_and_drafts_that_never_end_early(tmp_path: Path) -> None:
+    live = default_settings("threshold", seeds=(3,), max_divergence=None, environment={"backend": "live"})
+    settings = of_format_2(tmp_path / "settings.json", live, **WEIGHTS)
+    assert isinstance(settings, KnobSettings)
+    assert settings.seeds == (3,)
+    assert settings.bound is None
+    assert settings.decoder_options == {"max_draft_length": 16, "stop": "never"}
+    assert settings.environment.prompts_per_step == 1
+    assert settings.practising == len(settings.workloads)
+    assert (settings.reward.acceptance_weight, settings.reward.range_weight) == (0.5, 4.0)
+    again = tmp_path / "again.json"
+    save_settings(settings, again, "python train.py")
+    assert load_settings(again) == settings
+
+
+def test_settings_of_format_2_under_a_bound_were_for_speed_alone(tmp_path: Path) -> None:
+    settings = of_format_2(tmp_path / "knobs.json", default_settings("threshold", max_divergence=0.1), **WEIGHTS)
+    tuner = of_format_2(
+        tmp_path / "tuner.json",
+        tuner_settings("threshold", max_divergence=0.1),
+        **{"reward.acceptance_weight": 0.5, "reward.range_weight": 4.0},
+    )
+    assert isinstance(settings, KnobSettings)
+    assert isinstance(tuner, TunerSettings)
+    assert tuner.options["stop"] == "never"
+    for reward in (settings.reward, tuner.reward):
+        assert (reward.max_divergence, reward.speed_weight) == (0.1, 1)
+        assert reward.acceptance_weight == reward.range_weight == 0
+
+
+@pytest.mark.parametrize("decoder", ["lookahead", "threshold"])
+def test_settings_of_format_2_practised_on_32_replays_a_workload(tmp_path: Path, decoder: str) -> None:
+    usual = default_settings(decoder)
+    settings = of_format_2(tmp_path / "settings.json", usual, environments=0)
+    assert isinstance(settings, KnobSettings)
+    assert settings.practising == 32 * len(usual.workloads)
+    fewer = of_format_2(tmp_path / "fewer.json", usual, environments=len(usual.workloads))
+    assert isinstance(fewer, KnobSettings)
+    assert fewer.practising == len(usual.workloads)
+
+
+def test_settings_of_format_2_of_stop_rules_stay_as_they_are(tmp_path: Path) -> None:
+    usual = StopSettings(seeds=(0, 4), workloads=("tiny-3m-1l/prose",))
+    assert of_format_2(tmp_path / "settings.json", usual) == usual
 
 
 def test_a_live_table_of_stop_rules_is_read() -> None:

@@ -33,10 +33,12 @@ from specgym.decoding import (
     VocabularyMismatchError,
 )
 from specgym.decoding.drafts.drafter import DraftStep, OneHotStep
+from tests.helpers.toy_profile import ENDS, charged
 
 VOCABULARY = 8
 MakeTable = Callable[..., LanguageModel]
 TableOf = Callable[..., LanguageModel]
+Ends = Callable[[Pair, int], ThresholdDecoder]
 
 
 def counting(vocabulary: int = VOCABULARY) -> Tensor:
@@ -93,7 +95,7 @@ def test_a_rejection_takes_the_last_rollback_draft_tokens_back(
 ) -> None:
     target = table_of(counting())
     drafter = ScriptedDrafter(draft)
-    session = ThresholdDecoder(Pair(target, drafter), max_draft_length=4).start([0, 1], max_new_tokens=20)
+    session = ThresholdDecoder(Pair(target, drafter), 4, "never").start([0, 1], max_new_tokens=20)
     round_ = session.step({"fallback": 0.0, "rollback": rollback})
     assert round_.tokens == emitted == tuple(session.tokens)
     assert (round_.drafted, round_.accepted, round_.taken_back) == (len(draft), kept, taken_back)
@@ -105,7 +107,7 @@ def test_a_rejection_takes_the_last_rollback_draft_tokens_back(
 def test_a_token_put_further_back_is_drawn_from_the_target(table_of: TableOf) -> None:
     """After the rejected 7 one token more is taken back; the residual that is left belongs to another position."""
     target = table_of(counting() / 12)  # soft: the likeliest token has a probability of 0.28, the others 0.10
-    decoder = ThresholdDecoder(Pair(target, ScriptedDrafter([2, 7])), max_draft_length=2)
+    decoder = ThresholdDecoder(Pair(target, ScriptedDrafter([2, 7])), 2, "never")
     seen = np.zeros(VOCABULARY)
     for seed in range(3000):
         session = decoder.start([0, 1], max_new_tokens=9, sampling=Sampling(), seed=seed)
@@ -118,7 +120,7 @@ def test_a_token_put_further_back_is_drawn_from_the_target(table_of: TableOf) ->
 
 
 def test_a_fractional_rollback_is_rounded_with_the_right_mean(table_of: TableOf) -> None:
-    decoder = ThresholdDecoder(Pair(table_of(counting()), ScriptedDrafter([2, 3, 4, 5, 6, 7])), max_draft_length=6)
+    decoder = ThresholdDecoder(Pair(table_of(counting()), ScriptedDrafter([2, 3, 4, 5, 6, 7])), 6, "never")
     session: Any = decoder.start([0, 1], max_new_tokens=5, seed=0)
     for rollback in (1.0, 1.25, 2.5, 5.9, 6.0):
         rounded = [session._whole_rollback(rollback) for _ in range(4000)]
@@ -128,11 +130,10 @@ def test_a_fractional_rollback_is_rounded_with_the_right_mean(table_of: TableOf)
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rollback", [1.0, 2.5, 6.0])
-def test_every_round_makes_progress(make_table: MakeTable, temperature: float, rollback: float) -> None:
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_every_round_makes_progress(make_table: MakeTable, ends: Ends, temperature: float, rollback: float) -> None:
     pair = Pair(make_table(VOCABULARY, seed=1), ModelDrafter(make_table(VOCABULARY, seed=2)))
-    session = ThresholdDecoder(pair, max_draft_length=6).start(
-        [1], max_new_tokens=60, sampling=Sampling(temperature), seed=0
-    )
+    session = ends(pair, 6).start([1], max_new_tokens=60, sampling=Sampling(temperature), seed=0)
     while not session.finished:
         before = len(session.tokens)
         round_ = session.step({"fallback": 0.2, "rollback": rollback})
@@ -146,7 +147,7 @@ def test_every_round_makes_progress(make_table: MakeTable, temperature: float, r
 def decoders(target: LanguageModel, draft: Any) -> list[Decoder]:
     """One of each kind."""
     pair = Pair(target, draft)
-    return [AutoregressiveDecoder(pair), SpeculativeDecoder(pair), ThresholdDecoder(pair)]
+    return [AutoregressiveDecoder(pair), SpeculativeDecoder(pair), *(make(pair, 16) for make in ENDS.values())]
 
 
 def test_a_text_ends_at_eos_inside_an_accepted_span(table_of: TableOf) -> None:
@@ -246,7 +247,7 @@ def test_max_new_tokens_is_a_positive_whole_number(table_of: TableOf, count: Any
 def test_knobs_that_are_unknown_or_out_of_range_are_refused(
     table_of: TableOf, kind: Any, knobs: dict[str, float], message: str
 ) -> None:
-    decoder = kind(Pair(table_of(counting()), PromptLookupDrafter(VOCABULARY)))
+    decoder = charged(kind(Pair(table_of(counting()), PromptLookupDrafter(VOCABULARY))))
     with pytest.raises(KnobError, match=message):
         decoder.generate([1], max_new_tokens=2, knobs=knobs)
     session = decoder.start([1], max_new_tokens=2)
@@ -313,16 +314,15 @@ def test_broken_logits_in_the_middle_of_a_text_are_refused(table_of: TableOf, va
 def test_a_broken_draft_costs_speed_only(table_of: TableOf, temperature: float) -> None:
     table = torch.full((VOCABULARY,) * 3, math.nan)
     pair = Pair(table_of(counting() * 5), ModelDrafter(table_of(table)))
-    for decoder in (SpeculativeDecoder(pair), ThresholdDecoder(pair)):
+    for decoder in (SpeculativeDecoder(pair), *(make(pair, 16) for make in ENDS.values())):
         generation = decoder.generate([0, 1], max_new_tokens=9, sampling=Sampling(temperature), seed=0)
         assert generation.tokens == [2, 3, 4, 5, 6, 7, 0, 1, 2]
 
 
-def test_the_metrics_add_up(make_table: MakeTable) -> None:
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_the_metrics_add_up(make_table: MakeTable, ends: Ends) -> None:
     pair = Pair(make_table(VOCABULARY, seed=1), ModelDrafter(make_table(VOCABULARY, seed=2)))
-    generation = ThresholdDecoder(pair, max_draft_length=5).generate(
-        [1], max_new_tokens=50, sampling=Sampling(), seed=0, knobs={"fallback": 0.4}
-    )
+    generation = ends(pair, 5).generate([1], max_new_tokens=50, sampling=Sampling(), seed=0, knobs={"fallback": 0.4})
     rounds = generation.rounds
     assert [token for round_ in rounds for token in round_.tokens] == generation.tokens
     assert generation.draft_acceptance_rate == sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds)

@@ -22,6 +22,7 @@ from specgym.decoding.sampling import Sampling
 from specgym.envs import TokenPrompts, Workload
 from specgym.envs.backends import live
 from specgym.envs.record import RecordSettings, record
+from specgym.envs.recordings import trace_recorder
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from specgym.envs.recordings.trace import Trace
 from specgym.envs.tuning.vector_env import TuningVectorEnv
@@ -30,6 +31,7 @@ from tests.helpers.small_medusa_heads import random_heads
 
 VOCABULARY = 64
 DRAFT_LENGTH = 4
+PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.001}, {1: 0.010, 2: 0.011}, 0.010, {"device": "imaginary"})
 PROMPTS = TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], [[11, 12], [13]])
 
 MakeEnv = Callable[..., gymnasium.Env]
@@ -66,11 +68,18 @@ def toy_workload(pair: Pair) -> Workload:
     return Workload(pair, PROMPTS)
 
 
+def recorded_trace(work: Workload, path: Path, settings: RecordSettings) -> Trace:
+    """With detours that take tokens back; those that ship take back the rejected one alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_recorder, "TAKEN_BACK", (1, 4))
+        return record(work, "train", path, settings, profile=PROFILE)
+
+
 @pytest.fixture(scope="session")
 def toy_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """Trace of `toy_workload` on its training prompts; the first three have detours."""
     settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=3, detour_tokens=12)
-    return record(Workload(pair, PROMPTS), "train", tmp_path_factory.mktemp("toy") / "toy.npz", settings)
+    return recorded_trace(Workload(pair, PROMPTS), tmp_path_factory.mktemp("toy") / "toy.npz", settings)
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +87,13 @@ def sampled_trace(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trace
     """Trace of that pair and its prompts, sampled; the first two have detours."""
     settings = RecordSettings(DRAFT_LENGTH, prompts=4, tokens=20, detour_prompts=2, detour_tokens=12)
     work = Workload(pair, PROMPTS, Sampling(1.0))
-    return record(work, "train", tmp_path_factory.mktemp("sampled") / "toy.npz", settings)
+    return recorded_trace(work, tmp_path_factory.mktemp("sampled") / "toy.npz", settings)
 
 
 @pytest.fixture
 def profile() -> LatencyProfile:
     """Drafting costs 1 ms a token, a pass over one token 10 ms and over each further one 1 ms."""
-    return LatencyProfile("toy", {0: 0.0, 1: 0.001}, {1: 0.010, 2: 0.011}, 0.010, {"device": "imaginary"})
+    return PROFILE
 
 
 @pytest.fixture

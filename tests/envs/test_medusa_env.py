@@ -53,13 +53,13 @@ def test_typical_acceptance_is_recorded_with_its_divergence_and_kept_below_a_bou
         result[name] = many.step(typical_medusa.still(400))[4]
     divergence = result["loose"]["divergence"]
     assert divergence.mean() > max(0.02, result["strict"]["divergence"].mean())
-    assert result["loose"]["reward/divergence"] == pytest.approx(-np.maximum(divergence - 0.01, 0))
+    assert result["loose"]["reward/divergence"] == pytest.approx(-30 * np.maximum(divergence - 0.01, 0))
     infos = []
     for env in (typical_medusa.single(reward=bounded), typical_medusa.many(1, reward=bounded)):
         env.reset(seed=0, options={"knobs": loose})
         infos.append(env.step(np.zeros(env.action_space.shape or (), np.float32))[4])
     assert infos[0]["divergence"] > 0.02
-    assert infos[0]["reward/divergence"] == pytest.approx(0.01 - infos[0]["divergence"])
+    assert infos[0]["reward/divergence"] == pytest.approx(30 * (0.01 - infos[0]["divergence"]))
     assert infos[0]["reward/divergence"] == pytest.approx(infos[1]["reward/divergence"][0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,14 @@ from specgym.envs.recordings.trace import FORMAT, Trace, trace_name
 SETTINGS = RecordSettings(draft_length=4, prompts=3, tokens=20, detour_prompts=2, detour_tokens=10)
 PROFILE = LatencyProfile("toy", {0: 0.0, 4: 0.004}, {1: 0.010, 5: 0.012}, 0.010, {}, context=4)
 MakeModel = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _also_all_of_a_draft() -> Iterator[None]:
+    """Detours that take all of a draft back, too; those that ship take back the rejected token alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_recorder, "TAKEN_BACK", (1, 16))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Seeded rollouts of every replayed environment, as they were before the environments shared their code.
+"""Seeded rollouts of every replayed environment, as they were when this file of them was last written.
 
 ``python -m tests.envs.test_reference_rollouts`` writes them anew, which only a deliberate change of behaviour needs.
 """
@@ -12,6 +12,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+
+import specgym  # noqa: F401  # registers the environments
 
 FILE = Path(__file__).with_name("data") / "reference_rollouts.json"
 STEPS = 6

@@ -32,10 +32,12 @@ from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import SAMPLINGS, Branches, conditional, distance, exact_joint, p_value_of
+from tests.helpers.toy_profile import ENDS
 
 PROMPT = (1, 0, 1)
 SIGNIFICANCE = 1e-3
 MakeTable = Callable[..., Any]
+Ends = Callable[[Pair, int], ThresholdDecoder]
 
 
 def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
@@ -233,13 +235,14 @@ def test_sampled_texts_follow_the_target(make_table: MakeTable, kind: str, name:
 FALLBACKS = (0.0, 0.1, 0.25, 0.4, 0.7, 1.0)
 
 
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("kind", ["model", "ngram"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9)], ids=["plain", "warped"])
 def test_every_conditional_distribution_is_within_fallback_of_the_target(
-    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, sampling: Sampling
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, ends: Ends, kind: str, sampling: Sampling
 ) -> None:
     target = make_table(3, seed=1, spread=1.2)
-    decoder = ThresholdDecoder(Pair(target, make_drafter(kind, make_table, 3)), max_draft_length=2)
+    decoder = ends(Pair(target, make_drafter(kind, make_table, 3)), 2)
     worst = []
     for fallback in FALLBACKS:
         knobs = {"fallback": fallback, "rollback": 1.0}
@@ -275,7 +278,7 @@ def test_the_reported_divergence_is_the_actual_one_where_every_token_is_drafted(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable
 ) -> None:
     target, draft = make_table(4, seed=1), make_table(4, seed=2)
-    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), max_draft_length=1)
+    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), 1, "never")
     joint, divergence, _ = walk(monkeypatch, decoder, Sampling(), 1, {"fallback": 1.0, "rollback": 1.0}, ahead=1)
     p, q = conditional(target, Sampling(), PROMPT), conditional(draft, Sampling(), PROMPT)
     assert divergence == pytest.approx(float((p - q).abs().sum() / 2), abs=1e-6)
@@ -290,14 +293,14 @@ def test_threshold_decoding_at_fallback_0_is_speculative_sampling_with_the_same_
     for seed in range(30):
         options = {"max_new_tokens": 20, "sampling": Sampling(0.8), "seed": seed}
         exact = SpeculativeDecoder(pair).generate(PROMPT, knobs={"draft_length": 4}, **options)  # type: ignore[arg-type]
-        ours = ThresholdDecoder(pair, max_draft_length=4).generate(PROMPT, knobs={"fallback": 0.0}, **options)  # type: ignore[arg-type]
+        ours = ThresholdDecoder(pair, 4, "never").generate(PROMPT, knobs={"fallback": 0.0}, **options)  # type: ignore[arg-type]
         assert ours.tokens == exact.tokens
         assert ours.divergence == exact.divergence == 0
 
 
 def test_greedy_fallback_1_follows_the_draft_and_reports_how_far_it_is(make_table: MakeTable) -> None:
     target, draft = make_table(6, seed=1), make_table(6, seed=2)
-    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), max_draft_length=4)
+    decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), 4, "never")
     session = decoder.start(PROMPT, max_new_tokens=40)
     follows = AutoregressiveDecoder(Pair(draft))
     while session._room >= 4:

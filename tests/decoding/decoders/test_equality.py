@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoder import Decoder, Generation
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.drafts.drafter import Drafter
 from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.loading.presets import PRESETS
 from specgym.decoding.prompts import load_prompts
+from tests.helpers.toy_profile import ENDS
 
 PROMPTS, NEW = 64, 64
 FAMILIES = ("llama", "opt", "gpt2", "qwen2")
@@ -78,19 +79,17 @@ def test_greedy_output_on_random_models_equals_generate(
             accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
             drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
             assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
-    decoder = ThresholdDecoder(Pair(model, draft), max_draft_length=8)
-    generations = check(
-        decoder, prompts, expected, lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]}
-    )
-    assert 0.05 < acceptance(generations) < 0.9
-    for drafter in drafters[1:]:
-        some = slice(0, 16)
-        check(
-            ThresholdDecoder(Pair(model, drafter), max_draft_length=8),
-            prompts[some],
-            expected[some],
-            lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]},
-        )
+    knobs = [{"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]} for number in range(PROMPTS)]
+    drafted = {}
+    for name, ends in ENDS.items():
+        some = slice(0, PROMPTS if name == "never" else 32)
+        generations = check(ends(Pair(model, draft), 8), prompts[some], expected[some], knobs.__getitem__)
+        assert 0.05 < acceptance(generations) < 0.9
+        drafted[name] = {round_.drafted for generation in generations for round_ in generation.rounds[:-8]}
+        for drafter in drafters[1:]:
+            check(ends(Pair(model, drafter), 8), prompts[:16], expected[:16], knobs.__getitem__)
+    assert drafted["never"] == {8}
+    assert len(drafted["expected-gain"]) > 3  # the rule had its say
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +116,13 @@ def test_greedy_output_of_shipped_pairs_equals_generate(
     generations = check(SpeculativeDecoder(pair), prompts, expected)
     assert 0 < acceptance(generations) < 1
     # Short drafts and rollbacks, to be done in minutes; the random models above have the long ones.
-    check(
-        ThresholdDecoder(pair, max_draft_length=4),
-        prompts[::2],
-        expected[::2],
-        lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},
-    )
+    for start, ends in enumerate(ENDS.values()):
+        check(
+            ends(pair, 4),
+            prompts[start::2],
+            expected[start::2],
+            lambda number: {"fallback": 0.0, "rollback": ROLLBACKS[number % 3]},
+        )
 
 
 @pytest.mark.parametrize("name", [next(n for n in SHIPPED if PRESETS[n].target == t) for t in ("tiny-10m", "tiny-3m")])

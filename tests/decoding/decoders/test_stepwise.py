@@ -291,7 +291,7 @@ def test_a_rule_is_told_of_every_round_and_keeps_what_it_learned_from_text_to_te
 
 
 def test_threshold_decoding_can_be_steered_too(make_table: MakeTable) -> None:
-    decoder = ThresholdDecoder(pair_of("model", make_table), max_draft_length=4)
+    decoder = ThresholdDecoder(pair_of("model", make_table), 4, "never")
     stepped, steered = (start(decoder, sampling=Sampling()) for _ in range(2))
     knobs = {"fallback": 0.3, "rollback": 2.0}
     while not stepped.finished:

@@ -172,7 +172,7 @@ def test_greedy_output_equals_generate(
         assert result.tokens == tokens
         drafted += sum(round_.drafted for round_ in result.rounds)
         accepted += sum(round_.accepted for round_ in result.rounds)
-        strict = ThresholdDecoder(pair, max_draft_length=4).generate(
+        strict = ThresholdDecoder(pair, 4, "never").generate(
             prompt, max_new_tokens=32, knobs={"fallback": 0.0, "rollback": 1.5}
         )
         assert strict.tokens == tokens
@@ -184,7 +184,7 @@ def test_the_divergence_of_what_such_a_draft_said_is_a_number(make_model: MakeMo
     draft = make_noisy(model, 0.1)
     reduce_output(draft, TOKENS)
     for temperature in (0.0, 1.0):
-        result = ThresholdDecoder(Pair(model, draft), max_draft_length=4).generate(
+        result = ThresholdDecoder(Pair(model, draft), 4, "never").generate(
             [1, 2, 3],
             max_new_tokens=40,
             sampling=Sampling(temperature),

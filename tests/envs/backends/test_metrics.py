@@ -12,7 +12,7 @@ from specgym.envs import measure_setting
 
 
 def test_metrics_are_ratios_of_sums(pair: Pair, profile: LatencyProfile) -> None:
-    decoder = ThresholdDecoder(pair, 4)
+    decoder = ThresholdDecoder(pair, 4, "never")
     knobs = {"fallback": 0.2, "rollback": 1.0}
     whole = measure_setting(decoder, knobs, [[1, 2], [3]], 8, seed=4, profile=profile)
     parts = [measure_setting(decoder, knobs, [[1, 2]], 8, seed=4, profile=profile)]
@@ -33,4 +33,4 @@ def test_plain_decoding_has_a_speedup_of_exactly_one(pair: Pair, profile: Latenc
 
 def test_measuring_nothing_is_refused(pair: Pair, profile: LatencyProfile) -> None:
     with pytest.raises(ValueError, match="give at least one prompt"):
-        measure_setting(ThresholdDecoder(pair, 4), None, [], 8, profile=profile)
+        measure_setting(ThresholdDecoder(pair, 4, "never"), None, [], 8, profile=profile)

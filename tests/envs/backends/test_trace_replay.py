@@ -29,11 +29,14 @@ from specgym.envs import TokenPrompts, Workload
 from specgym.envs.backends.replay_table import COPIES, ReplayTable
 from specgym.envs.backends.trace_replay import TraceWalk
 from specgym.envs.record import RecordSettings, record
+from specgym.envs.recordings import trace_recorder
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import Trace
-from specgym.envs.recordings.trace_recorder import TAKEN_BACK, TOLERANCES
+from specgym.envs.recordings.trace_recorder import TOLERANCES
 
 K, TOKENS, DETOUR_TOKENS = 5, 24, 16
+TAKEN_BACK = (1, 4)
+"""Of the detours; those that ship take back the rejected token alone."""
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 7, 8, 9, 7]]
 COST = 0.010 + 0.002 * np.arange(K + 1.0)[None]
 PROFILE = LatencyProfile("any", {0: 0.0, K: 0.001 * K}, {1: 0.010, K + 1: 0.010 + 0.001 * K}, 0.010, {}, context=4)
@@ -79,7 +82,9 @@ def recorded(
         work = Workload(pair, TokenPrompts(PROMPTS, PROMPTS), sampling)
         how = RecordSettings(K, prompts=4, tokens=TOKENS, detour_prompts=3, detour_tokens=DETOUR_TOKENS)
         path = tmp_path_factory.mktemp("trace") / "trace.npz"
-        result[kind] = pair, record(work, "train", path, how, profile=PROFILE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trace_recorder, "TAKEN_BACK", TAKEN_BACK)
+            result[kind] = pair, record(work, "train", path, how, profile=PROFILE)
     return result
 
 

@@ -21,7 +21,7 @@ from specgym.envs.tuning.vector_env import TuningVectorEnv
 
 MakeEnv = Callable[..., gymnasium.Env]
 MakeVector = Callable[..., TuningVectorEnv]
-RANGES = {"fallback": (0.05, 0.95), "rollback": (1.0, 4.0)}
+RANGES = {"fallback": (0.0, 1.0), "rollback": (1.0, 4.0)}
 
 
 def actions(steps: int, environments: int) -> np.ndarray:
@@ -48,8 +48,8 @@ def test_entries_have_names_and_finite_bounds(make_single: MakeEnv) -> None:
     ]
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Box)
-    assert space.low == pytest.approx([0.05, 1, 0, 0, 0, *[0.05, 1, 0, 0, 0] * 2])
-    assert space.high == pytest.approx([0.95, 4, 2, 2, 2, *[0.95, 4, 8, 1, 1] * 2])
+    assert space.low == pytest.approx([0, 1, 0, 0, 0, *[0, 1, 0, 0, 0] * 2])
+    assert space.high == pytest.approx([1, 4, 2, 2, 2, *[1, 4, 8, 1, 1] * 2])
     assert space.dtype == np.float32
 
 
@@ -59,7 +59,7 @@ def test_settings_tried_are_remembered_newest_first_until_the_episode_ends(
     env = ObserveContext(make_single(recording=sampled_trace), history=2)
     observation = env.reset(seed=0)[0]
     workload = [1.0, profile.marginal_cost()]
-    nothing = [0.05, 1, 0, 0, 0]
+    nothing = [0, 1, 0, 0, 0]
     assert observation[2:] == pytest.approx([*workload, 0, *nothing, *nothing])
     names = ("knobs/fallback", "knobs/rollback", "speedup", "draft_acceptance_rate", "divergence")
     tried: list[list[float]] = []
@@ -136,9 +136,9 @@ def test_an_observation_can_be_made_from_a_list_of_measurements(make_single: Mak
 
 def test_values_beyond_their_bounds_are_clipped() -> None:
     layout = ContextLayout(RANGES, history=1)
-    past = [({"fallback": 0.0, "rollback": 9.0}, 50.0, 0.5, 0.5)]
-    built = layout.observation({"fallback": 1.0, "rollback": 2.0}, 5.0, 3.0, past * 4)
-    assert built == pytest.approx([0.95, 2, 2, 2, 1, 0.05, 4, 8, 0.5, 0.5])
+    past = [({"fallback": -0.1, "rollback": 9.0}, 50.0, 0.5, 0.5)]
+    built = layout.observation({"fallback": 1.1, "rollback": 2.0}, 5.0, 3.0, past * 4)
+    assert built == pytest.approx([1, 2, 2, 2, 1, 0, 4, 8, 0.5, 0.5])
     assert layout.space.contains(built)
 
 

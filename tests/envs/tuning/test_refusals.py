@@ -21,7 +21,7 @@ MakeEnv = Callable[..., gymnasium.Env]
     [
         ({"knob": {}}, "unknown reset option 'knob'; there are: knobs, prompt"),
         ({"knobs": {"speed": 1}}, "there is no knob 'speed'; the decoder has: fallback, rollback"),
-        ({"knobs": {"fallback": 0.99}}, "fallback must be between 0.05 and 0.95, got 0.99"),
+        ({"knobs": {"fallback": 1.01}}, "fallback must be between 0 and 1, got 1.01"),
         ({"knobs": {"rollback": math.nan}}, "rollback must be between 1 and 4, got nan"),
         ({"knobs": {"rollback": "two"}}, "rollback must be between 1 and 4, got 'two'"),
         ({"knobs": [0.5]}, "must map names to values"),

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specgym.decoding import Knob
-from specgym.envs.tuning.reward import RewardError, RewardSettings, closeness, range_bonus, reward_terms
+from specgym.envs.tuning.reward import (
+    DIVERGENCE_BOUND,
+    MULTIPLIER,
+    RewardError,
+    RewardSettings,
+    closeness,
+    range_bonus,
+    reward_terms,
+)
 
 KNOBS = (Knob("fallback", 0, 1, 0.5, preferred=(0.4, 0.7)), Knob("rollback", 1, 16, 1, preferred=(0.3, 0.7)))
 fractions = st.floats(0, 1)
@@ -16,7 +25,8 @@ positive = st.floats(0.01, 100)
 
 def terms(settings: RewardSettings, **changes: Any) -> dict[str, float]:
     arguments: dict[str, Any] = {"speedup": 2.0, "acceptance_rate": 0.8, "divergence": 0.1, "knobs": KNOBS}
-    return reward_terms(settings, values={"fallback": 0.5, "rollback": 8.0}, **(arguments | changes))
+    arguments["values"] = {"fallback": 0.5, "rollback": 8.0}
+    return reward_terms(settings, **(arguments | changes))
 
 
 def test_each_term_is_its_quantity_times_its_weight() -> None:
@@ -100,12 +110,62 @@ def test_senseless_settings_are_refused_by_name(arguments: dict[str, Any], messa
         RewardSettings(**arguments)
 
 
-def test_under_a_bound_only_speed_and_what_is_above_the_bound_count() -> None:
-    settings = RewardSettings(speed_weight=3, divergence_weight=2, max_divergence=0.1)
-    below = terms(settings, divergence=0.1, multiplier=5.0)
-    assert below == pytest.approx({"speed": 6.0, "acceptance": 0.0, "range": 0.0, "divergence": -0.2})
+def test_with_a_bound_every_term_counts_and_what_is_above_the_bound_costs_the_multiplier() -> None:
+    settings = RewardSettings(
+        speed_weight=3, acceptance_weight=2, range_weight=5, divergence_weight=2, max_divergence=0.1
+    )
+    earned = {"speed": 6.0, "acceptance": 1.6, "range": 5.0}
+    at = terms(settings, divergence=0.1, multiplier=5.0)
+    assert at == pytest.approx({**earned, "divergence": -0.2})
     above = terms(settings, divergence=0.4, multiplier=5.0)
-    assert above == pytest.approx({"speed": 6.0, "acceptance": 0.0, "range": 0.0, "divergence": -0.8 - 1.5})
+    assert above == pytest.approx({**earned, "divergence": -0.8 - 1.5})
+    usual = terms(settings, divergence=0.4)
+    assert usual == pytest.approx({**earned, "divergence": -0.8 - 30 * 0.3})
+
+
+def test_the_weights_are_too_small_to_outweigh_speed() -> None:
+    usual = RewardSettings()
+    assert (usual.speed_weight, usual.acceptance_weight, usual.range_weight) == (1, 0.1, 0.05)
+    most = terms(usual, acceptance_rate=1.0)
+    least = terms(usual, speedup=2.2, acceptance_rate=0.0, values={"fallback": 0.0, "rollback": 1.0})
+    assert sum(least.values()) > sum(most.values())
+
+
+STRAYING = {"knobs": {"fallback": 1.0, "rollback": 1.0}}
+
+
+def excess(divergence: Any, bound: float) -> Any:
+    return -MULTIPLIER * np.maximum(divergence - bound, 0)
+
+
+@pytest.mark.parametrize("make", ["make_env", "make_single"])
+def test_environments_keep_a_bound_unless_they_are_told_otherwise(make: str, request: pytest.FixtureRequest) -> None:
+    seen = {}
+    for name, reward in {
+        "default": None,
+        "weights alone": {"speed_weight": 2.0},
+        "another": {"max_divergence": 0.1},
+        "none": {"max_divergence": None},
+        "settings": RewardSettings(),
+    }.items():
+        env = request.getfixturevalue(make)(reward=reward)
+        env.reset(seed=0, options={"prompt": 0, **STRAYING})
+        info = env.step(np.zeros(2, np.float32))[4]
+        assert info["divergence"] > 0.1
+        assert info["reward/acceptance"] == pytest.approx(0.1 * info["draft_acceptance_rate"])
+        seen[name] = info["reward/divergence"], info["divergence"]
+    for name, bound in {"default": DIVERGENCE_BOUND, "weights alone": DIVERGENCE_BOUND, "another": 0.1}.items():
+        assert seen[name][0] == pytest.approx(excess(seen[name][1], bound))
+    assert seen["none"][0] == seen["settings"][0] == 0
+
+
+def test_environments_that_step_together_keep_the_same_bound(make_vector: Callable[..., Any]) -> None:
+    for reward, bound in ((None, DIVERGENCE_BOUND), ({"max_divergence": 0.1}, 0.1), ({"max_divergence": None}, 1.0)):
+        env = make_vector(reward=reward)
+        env.reset(seed=0, options=STRAYING)
+        infos = env.step(np.zeros((3, 2), np.float32))[4]
+        assert (infos["divergence"] > 0.1).any()
+        assert infos["reward/divergence"] == pytest.approx(excess(infos["divergence"], bound))
 
 
 def test_below_the_bound_divergence_is_free() -> None:

@@ -177,19 +177,19 @@ def test_bad_weights_are_refused(make_two: Callable[..., TuningVectorEnv], weigh
 
 def test_each_workload_has_its_own_multiplier(make_two: Callable[..., TuningVectorEnv]) -> None:
     env = make_two(reward=BOUND)
-    assert env.divergence_multipliers == {"toy/ids": 1.0, "toy/ids@1.0": 1.0}
+    assert env.divergence_multipliers == {"toy/ids": 30.0, "toy/ids@1.0": 30.0}
     env.set_divergence_multipliers({"toy/ids@1.0": 7.0})
-    assert env.divergence_multipliers == {"toy/ids": 1.0, "toy/ids@1.0": 7.0}
+    assert env.divergence_multipliers == {"toy/ids": 30.0, "toy/ids@1.0": 7.0}
     env.reset(seed=0, options={"knobs": {"fallback": 0.9}})
     infos = env.step(still(env))[4]
     assert (infos["divergence"] > 0).all()
-    expected = -np.where(env.workload_of == 0, 1.0, 7.0) * infos["divergence"]
+    expected = -np.where(env.workload_of == 0, 30.0, 7.0) * infos["divergence"]
     assert infos["reward/divergence"] == pytest.approx(expected)
 
 
 def test_a_single_environment_has_a_multiplier(make_single: Callable[..., Any]) -> None:
     env = make_single(reward=BOUND).unwrapped
-    assert env.divergence_multiplier == 1.0
+    assert env.divergence_multiplier == 30.0
     env.set_divergence_multiplier(3)
     assert env.divergence_multiplier == 3.0
     env.reset(seed=0, options={"knobs": {"fallback": 0.9}})

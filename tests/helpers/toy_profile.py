@@ -1,0 +1,51 @@
+"""Latency profiles that nobody measured, and decoders that are told them, so that drafts end alike on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from specgym.decoding.decoder import Decoder
+from specgym.decoding.decoders.chain import ThresholdDecoder
+from specgym.decoding.decoders.expected_gain import KeepChances
+from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding.loading.pair import Pair
+
+DecoderT = TypeVar("DecoderT", bound=Decoder[Any])
+LONGEST = 32
+
+
+def toy_profile(drafting: float = 0.1, reading: float = 0.02, chances: KeepChances | None = None) -> LatencyProfile:
+    """Profile of chains by which plain decoding takes 1 second a token.
+
+    Args:
+        drafting: seconds of every drafted token.
+        reading: seconds that every token more adds to a target pass.
+        chances: that drafted tokens are kept.
+    """
+    return LatencyProfile(
+        "toy",
+        {0: 0.0, LONGEST: LONGEST * drafting},
+        {1: 1.0, LONGEST + 1: 1.0 + LONGEST * reading},
+        1.0,
+        {},
+        chances=chances,
+    )
+
+
+def charged(decoder: DecoderT, profile: LatencyProfile | None = None) -> DecoderT:
+    """Tell a decoder what its rounds cost; by default what `toy_profile` says."""
+    decoder.charge_by(profile or toy_profile())
+    return decoder
+
+
+def _never(pair: Pair, longest: int) -> ThresholdDecoder:
+    return ThresholdDecoder(pair, longest, stop="never")
+
+
+def _by_gain(pair: Pair, longest: int) -> ThresholdDecoder:
+    return charged(ThresholdDecoder(pair, longest))
+
+
+ENDS: dict[str, Callable[[Pair, int], ThresholdDecoder]] = {"never": _never, "expected-gain": _by_gain}
+"""Threshold decoders of a pair and a longest draft, by where drafts end."""
