@@ -259,7 +259,7 @@ def _of_one_seed(experiment: str, settings: Mapping[str, Any]) -> dict[str, Any]
     settings = dict(settings)
     if experiment == "tune-knobs":
         settings["seeds"] = [settings.pop("seed", 0)]
-        environment = settings["environment"] = dict(settings.get("environment", {}))
+        environment = settings["environment"] = {"prompts_per_step": 1, **settings.get("environment", {})}
         if _may_stray(settings):
             settings.setdefault("max_divergence", None)
         if environment.get("backend") == "replay" and not settings.get("environments"):

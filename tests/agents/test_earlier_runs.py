@@ -46,8 +46,9 @@ def test_settings_say_which_decoder_was_tuned(name: str) -> None:
         assert settings.max_divergence == settings.reward.max_divergence == 0.1
         assert settings.reward.acceptance_weight == settings.reward.range_weight == 0  # a bound put them out of effect
     assert settings.seeds == (0,)
-    replays = 32 if settings.replayed else 1
-    assert settings.practising == replays * len(settings.workloads)
+    stored = json.loads((RUNS / name / "settings.json").read_text())["settings"]
+    assert settings.practising == (stored["environments"] or len(settings.workloads))
+    assert settings.environment.prompts_per_step == 1
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -84,7 +85,7 @@ def test_thresholds_that_had_narrower_ranges_are_judged_but_do_not_go_on(
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "thresholds"
     shutil.copytree(RUNS / "thresholds", run)
-    assert train_command(["--resume", str(run), "--total-timesteps", "80", "--no-subprocesses"]) != 0
+    assert train_command(["--resume", str(run), "--total-timesteps", "80"]) == 2
     text = shown()
     assert "policy.zip was learned by an earlier version" in text
     assert "start a new one with the command in its settings.json" in text

@@ -44,7 +44,9 @@ def _never(pair: Pair, longest: int) -> ThresholdDecoder:
 
 
 def _by_gain(pair: Pair, longest: int) -> ThresholdDecoder:
-    return charged(ThresholdDecoder(pair, longest))
+    usual = KeepChances.assumed()
+    sure = KeepChances(usual.kept**0.25, usual.average**0.25)  # toys are never confident, and would draft little
+    return charged(ThresholdDecoder(pair, longest), toy_profile(chances=sure))
 
 
 ENDS: dict[str, Callable[[Pair, int], ThresholdDecoder]] = {"never": _never, "expected-gain": _by_gain}

@@ -80,16 +80,16 @@ def test_greedy_output_on_random_models_equals_generate(
             drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
             assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
     knobs = [{"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]} for number in range(PROMPTS)]
-    drafted = {}
+    drafted_by: dict[str, set[int]] = {}
     for name, ends in ENDS.items():
-        some = slice(0, PROMPTS if name == "never" else 32)
+        some, fewer = (slice(0, PROMPTS), slice(0, 16)) if name == "never" else (slice(0, 20), slice(0, 8))
         generations = check(ends(Pair(model, draft), 8), prompts[some], expected[some], knobs.__getitem__)
         assert 0.05 < acceptance(generations) < 0.9
-        drafted[name] = {round_.drafted for generation in generations for round_ in generation.rounds[:-8]}
+        drafted_by[name] = {round_.drafted for generation in generations for round_ in generation.rounds[:-8]}
         for drafter in drafters[1:]:
-            check(ends(Pair(model, drafter), 8), prompts[:16], expected[:16], knobs.__getitem__)
-    assert drafted["never"] == {8}
-    assert len(drafted["expected-gain"]) > 3  # the rule had its say
+            check(ends(Pair(model, drafter), 8), prompts[fewer], expected[fewer], knobs.__getitem__)
+    assert drafted_by["never"] == {8}
+    assert len(drafted_by["expected-gain"]) > 2  # the rule had its say
 
 
 @pytest.fixture(scope="module")

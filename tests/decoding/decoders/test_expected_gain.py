@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from specgym.decoding.decoders.chain import ThresholdDecoder
 from specgym.decoding.decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
-from specgym.decoding.decoders.stop_rules import ConfidenceBelow, DraftTracker
+from specgym.decoding.decoders.stop_rules import ConfidenceBelow, DraftTracker, StopRule
+from specgym.decoding.decoders.traits import Stop
 from specgym.decoding.drafts.ngram import PromptLookupDrafter
 from specgym.decoding.latency.profile import LatencyProfileError
 from specgym.decoding.loading.pair import Pair
@@ -328,8 +329,9 @@ def test_uncharged_it_measures_its_pair_once(pair: Pair, monkeypatch: pytest.Mon
 
 
 def test_never_and_a_rule_of_ones_own_take_no_notice_of_costs(pair: Pair) -> None:
-    for stop in ("never", ConfidenceBelow(0.7)):
-        decoder = ThresholdDecoder(pair, LONGEST, stop)  # type: ignore[arg-type]
+    rules: tuple[Stop | StopRule, ...] = ("never", ConfidenceBelow(0.7))
+    for stop in rules:
+        decoder = ThresholdDecoder(pair, LONGEST, stop)
         before = drafted(decoder)
         assert drafted(charged(decoder, toy_profile(drafting=2.0))) == before
         assert max(before) > 1

@@ -59,7 +59,7 @@ def test_settings_tried_are_remembered_newest_first_until_the_episode_ends(
     env = ObserveContext(make_single(recording=sampled_trace), history=2)
     observation = env.reset(seed=0)[0]
     workload = [1.0, profile.marginal_cost()]
-    nothing = [0, 1, 0, 0, 0]
+    nothing: list[float] = [0, 1, 0, 0, 0]
     assert observation[2:] == pytest.approx([*workload, 0, *nothing, *nothing])
     names = ("knobs/fallback", "knobs/rollback", "speedup", "draft_acceptance_rate", "divergence")
     tried: list[list[float]] = []
