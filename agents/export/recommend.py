@@ -187,10 +187,10 @@ def fastest_within(
     tried = [dict(lossless_at)]
     for goal in goals:
         for share in shares[shares > 0].tolist():
-            setting = dict(lossless_at) | {
-                knob.name: knob.mean([lossless_at[knob.name] + share * (goal[knob.name] - lossless_at[knob.name])])
-                for knob in knobs
-            }
+            setting = dict(lossless_at)
+            for knob in knobs:
+                value = lossless_at[knob.name] + share * (goal[knob.name] - lossless_at[knob.name])
+                setting[knob.name] = knob.mean([min(max(value, knob.low), knob.high)])
             if setting not in tried:
                 tried.append(setting)
     sums = decode(tried)

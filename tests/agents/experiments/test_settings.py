@@ -17,6 +17,7 @@ from specgym.agents import (
     default_settings,
     load_settings,
     save_settings,
+    tuner_settings,
 )
 from specgym.agents.command_line import learnable
 from specgym.agents.training.run_folder import RunFileError
@@ -43,6 +44,7 @@ def test_what_is_nested_survives_being_written_and_read(tmp_path: Path) -> None:
         "threshold",
         workloads=("tiny/prose", "tiny/code@1.0"),
         environment={
+            "backend": "live",
             "timing": "wall",
             "reward": RewardSettings(divergence_weight=2.0, ranges={"fallback": (0.1, 0.2)}),
             "decoder_options": {"max_draft_length": 7},
@@ -52,7 +54,7 @@ def test_what_is_nested_survives_being_written_and_read(tmp_path: Path) -> None:
     )
     save_settings(settings, tmp_path / "settings.json", "")
     assert load_settings(tmp_path / "settings.json") == settings
-    assert settings.decoder_options == {"max_draft_length": 7}
+    assert settings.decoder_options == {"max_draft_length": 7, "stop": "expected-gain"}
 
 
 def broken(path: Path, change: dict[str, Any]) -> Path:
@@ -108,12 +110,14 @@ def test_corrupt_and_foreign_files_are_refused_by_name(tmp_path: Path, content: 
         ({"workloads": ("tiny/prose", "tiny/prose")}, "workloads has 'tiny/prose' twice"),
         ({"total_timesteps": 0}, "total_timesteps must be a whole number of at least 1"),
         ({"name": "a/b"}, "plain folder name"),
-        ({"seed": -1}, "seed"),
+        ({"seeds": (0, -1)}, "seeds must be at least 0"),
+        ({"seeds": ()}, "seeds is empty; give at least one"),
+        ({"seeds": (1, 0, 1)}, "seeds has 1 twice"),
         ({"evaluation": {"seeds": ()}}, "at least one seed"),
         ({"learning": {"std_low": 2.0}}, "std_low must be below"),
         ({"learning": {"learning_rate_end": 0.0, "plateau_patience": 3}}, "give one of them, not both"),
         ({"learning": {"workload_priorities": True}}, "it is for train.py --tuner"),
-        ({"environment": {"recordings": Path("outcomes")}}, "recordings are for"),
+        ({"environment": {"recordings": Path("outcomes"), "backend": "live"}}, "recordings are for"),
         ({"environment": {"backend": "replay", "timing": "wall"}}, "a replay has no clock"),
         ({"max_divergence": 0.0}, "for 0 use a lossless decoder"),
         ({"environment": {"reward": RewardSettings(max_divergence=0.1)}}, r"give --max-divergence 0\.1 instead"),
@@ -134,8 +138,9 @@ def test_a_resumed_run_may_be_prolonged_and_nothing_else() -> None:
     assert prolonged(saved, replace(saved, total_timesteps=200)).total_timesteps == 200
     with pytest.raises(SettingsError, match="would shorten it"):
         prolonged(saved, replace(saved, total_timesteps=50))
-    with pytest.raises(SettingsError, match=r"learning\.gamma = 0\.95, and cannot go on with 0\.5"):
+    with pytest.raises(SettingsError, match=r"learning\.gamma = 0\.9, and cannot go on with 0\.5"):
         prolonged(saved, replace(saved, learning=replace(saved.learning, gamma=0.5)))
+    assert prolonged(saved, replace(saved, seeds=(0, 1, 2, 3))).seeds == (0, 1, 2, 3)
     stopping = StopSettings(seeds=(0, 1))
     assert prolonged(stopping, replace(stopping, seeds=(2, 0, 1))).seeds == (2, 0, 1)
     with pytest.raises(SettingsError, match="seeds can only be added"):
@@ -149,6 +154,18 @@ def test_a_lossless_decoder_has_no_divergence_to_weigh(decoder: str, reward: Rew
         default_settings(decoder, environment={"reward": reward})
     with pytest.raises(TypeError, match="max_divergence"):
         default_settings(decoder, max_divergence=0.1)
+
+
+@pytest.mark.parametrize("decoder", LOSSY)
+def test_by_default_a_lossy_decoder_is_learned_from_recordings_with_three_seeds_under_a_bound(decoder: str) -> None:
+    settings = default_settings(decoder)
+    assert settings.replayed
+    assert settings.seeds == (0, 1, 2)
+    assert settings.bound == settings.reward.max_divergence == 0.05
+    weights = (0.1, 0.05) if decoder == "threshold" else (0, 0)  # others name no preferred ranges
+    assert (settings.reward.acceptance_weight, settings.reward.range_weight) == weights
+    assert default_settings(decoder, max_divergence=None).bound is None
+    assert tuner_settings(decoder, workloads=("tiny/prose",)).max_divergence == 0.05
 
 
 @pytest.mark.parametrize("decoder", LOSSY)
@@ -170,7 +187,14 @@ def test_by_default_speed_is_all_that_a_lossless_decoder_is_rewarded_for(decoder
 
 def test_many_practise_on_replay_and_one_a_workload_live() -> None:
     settings = default_settings("lookahead", workloads=("tiny-3m/prose", "tiny-3m/code"))
-    assert settings.practising == 64
+    assert settings.practising == 256
+    many = tuple(f"tiny-3m/{name}" for name in ("prose", "code", "definitions", "chat"))
+    many += tuple(f"{name}@1.0" for name in many)
+    assert replace(settings, workloads=many).practising == 256
+    assert (
+        replace(settings, workloads=(*many, *(f"{name}@0.{n}" for name in many[:4] for n in range(1, 10)))).practising
+        == 8 * 44
+    )
     assert replace(settings, environments=5).practising == 5
     assert replace(settings, environment=replace(settings.environment, backend="live")).practising == 2
 

@@ -62,14 +62,22 @@ def test_recommends_where_the_policy_stays(policy: KnobPolicy, tmp_path: Path) -
     assert settle(ExportedPolicy(KNOBS, STATE, 0.05, 1.0, weights)) == {"fallback": 0.05, "rollback": 16}
 
     def as_they_are(name: str, rests: Sequence[Mapping[str, float]]) -> Recommendation:
-        assert len(rests) == 2
         return Recommendation(None, "too slow") if name == WORKLOADS[-1] else Recommendation(dict(rests[0]))
 
     result = recommend([exported, exported], WORKLOADS, as_they_are)
     assert list(result["workloads"]) == list(WORKLOADS)
     assert result["workloads"][WORKLOADS[-1]] is None
     assert result["reasons"][WORKLOADS[-1]] == "too slow"
-    assert result["by_seed"][WORKLOADS[0]] == [settle(exported, WORKLOADS[0])] * 2
+    assert result["rests"][WORKLOADS[0]] == result["by_seed"][WORKLOADS[0]] == [settle(exported, WORKLOADS[0])] * 2
+    assert result["by_seed"][WORKLOADS[-1]] == [None, None]
+    improved: list[int] = []
+
+    def counted(name: str, rests: Sequence[Mapping[str, float]]) -> Recommendation:
+        improved.append(len(rests))
+        return Recommendation(None)
+
+    recommend([exported] * 3, WORKLOADS[:1], counted)
+    assert sorted(improved) == [1, 1, 1, 3]  # together, and each seed alone
     both = [result["workloads"][name]["rollback"] for name in WORKLOADS[:2]]
     assert result["pairs"]["tiny"]["rollback"] == pytest.approx(sum(both) / 2, abs=1e-4)
     save_knobs(tmp_path / "knobs.json", result)

@@ -254,9 +254,9 @@ def test_each_level_of_the_tolerance_goes_by_its_own_chances() -> None:
 
 def test_without_chances_of_its_own_a_profile_is_served_by_assumed_ones() -> None:
     bins = np.arange(BINS, dtype=np.uint8)[:, None].repeat(LONGEST, 1)
-    own = ExpectedGain.of(toy_profile(0.05), LONGEST).lengths(bins)
-    assert np.array_equal(own, rule(0.05, ASSUMED).lengths(bins))
-    assert len(np.unique(own)) > 3
+    lengths = ExpectedGain.of(toy_profile(0.05), LONGEST).lengths(bins)
+    assert np.array_equal(lengths, rule(0.05, ASSUMED).lengths(bins))
+    assert len(np.unique(lengths)) > 3
 
 
 @pytest.mark.parametrize(

@@ -32,17 +32,14 @@ from specgym.envs.record import RecordSettings, record
 from specgym.envs.recordings import trace_recorder
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.trace import Trace
-from specgym.envs.recordings.trace_recorder import TOLERANCES
 
 K, TOKENS, DETOUR_TOKENS = 5, 24, 16
-TAKEN_BACK = (1, 4)
-"""Of the detours; those that ship take back the rejected token alone."""
+TAKEN_BACK = (1, 4)  # of the detours; those that ship take back the rejected token alone
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 7, 8, 9, 7]]
 COST = 0.010 + 0.002 * np.arange(K + 1.0)[None]
 PROFILE = LatencyProfile("any", {0: 0.0, K: 0.001 * K}, {1: 0.010, K + 1: 0.010 + 0.001 * K}, 0.010, {}, context=4)
 KINDS = ("model", "model eos", "ngram", "ngram eos", "lookup", "lookup eos", "model sampled", "lookup sampled")
 GREEDY = [kind for kind in KINDS if "sampled" not in kind]
-LOSSLESS = EXACT
 SUMS = ("tokens", "rounds", "drafted", "accepted", "total_variation", "seconds")
 Recorded = dict[str, tuple[Pair, Trace]]
 
@@ -130,7 +127,7 @@ def test_exact_greedy_decoding_is_replayed_round_by_round(recorded: Recorded, ki
     for number, prompt in enumerate(PROMPTS):
         for longest in (1, 3, K):
             live = live_rounds(SpeculativeDecoder(pair, K), prompt, tokens, draft_length=longest)
-            replayed = replayed_rounds(replay, number, LOSSLESS, longest=longest)
+            replayed = replayed_rounds(replay, number, EXACT, longest=longest)
             assert replayed == live
             text = SpeculativeDecoder(pair, K).generate(prompt, max_new_tokens=tokens).tokens
             start = int(trace.starts[number])
@@ -157,9 +154,8 @@ def test_recorded_thresholds_are_replayed_exactly(recorded: Recorded, kind: str,
         row_ids = trace.detour_rows[(trace.detour_prompts == number) & (trace.detour_knobs[:, 0] == fallback)]
         distance = trace.distance[row_ids[row_ids >= 0]]
         path = replay.choose_path(number, 0, fallback, rollback, np.random.default_rng(0))
-        if (np.abs(distance - fallback) < 0.004 * fallback).any() or replay.table.lengths[
-            path
-        ] < tokens < DETOUR_TOKENS:
+        near = (np.abs(distance - fallback) < 0.004 * fallback).any()
+        if near or replay.table.lengths[path] < tokens < DETOUR_TOKENS:
             # So near to the threshold, the file's rounding may decide otherwise. And a draft cut short by the budget
             # may keep what the recorded one did not, and so miss the end of the recorded text.
             continue
@@ -186,7 +182,7 @@ def test_some_recorded_texts_end_early(recorded: Recorded) -> None:
 def test_sums_charge_every_round_by_its_draft(recorded: Recorded) -> None:
     pair, trace = recorded["lookup"]
     rounds = live_rounds(SpeculativeDecoder(pair, K), PROMPTS[0], TOKENS, draft_length=K)
-    result = decode(replay_of(trace, TOKENS, detours=False), 0, LOSSLESS, 1, K, np.random.default_rng(0))
+    result = decode(replay_of(trace, TOKENS, detours=False), 0, EXACT, 1, K, np.random.default_rng(0))
     assert result == pytest.approx(
         {
             "tokens": sum(taken for _, _, taken in rounds),
@@ -228,7 +224,7 @@ def many(replay: TraceWalk, prompts: Any, fallback: Any, rollback: Any, longest:
 @given(
     kind=st.sampled_from(KINDS),
     prompt=st.sampled_from([0, 1, 2]),
-    fallback=st.one_of(st.floats(0, 1), st.just(LOSSLESS)),
+    fallback=st.one_of(st.floats(0, 1), st.just(EXACT)),
     rollback=st.one_of(st.floats(1, K), st.integers(1, K)),
     longest=st.integers(1, K),
     tokens=st.integers(1, DETOUR_TOKENS),
@@ -245,7 +241,7 @@ def test_one_text_is_decoded_as_it_is_among_many_given_the_same_generator(
     tokens: int,
     seed: int,
 ) -> None:
-    replay = replay_of(recorded[kind][1], tokens, detours=fallback != LOSSLESS)
+    replay = replay_of(recorded[kind][1], tokens, detours=fallback != EXACT)
     one_draws, many_draws = np.random.default_rng(seed), np.random.default_rng(seed)
     single = decode(replay, prompt, fallback, rollback, longest, one_draws)
     result = many(replay, [prompt], [fallback], [rollback], [longest], many_draws)
@@ -297,7 +293,7 @@ def test_several_traces_are_replayed_together_as_each_is_apart(recorded: Recorde
 def test_dice_accept_as_often_as_the_exact_test_would(recorded: Recorded) -> None:
     trace = recorded["model sampled"][1]
     table = ReplayTable([trace], detours=True)
-    first = (table.needed[:, 0].reshape(-1, COPIES) == LOSSLESS).mean(1)
+    first = (table.needed[:, 0].reshape(-1, COPIES) == EXACT).mean(1)
     local = len(trace.text)
     expected = np.minimum(1, trace.p[:, 0] / trace.q[:, 0])
     # 16 throws for each of 96 rows: the mean's standard deviation is at most 0.013
@@ -309,7 +305,7 @@ def test_dice_accept_as_often_as_the_exact_test_would(recorded: Recorded) -> Non
 def test_sampled_decoding_is_replayed_in_distribution(recorded: Recorded) -> None:
     pair, trace = recorded["model sampled"]
     replay = replay_of(trace, TOKENS, detours=False)
-    result = many(replay, np.tile(range(4), 500), np.full(2000, LOSSLESS), np.ones(2000), np.full(2000, 3),
+    result = many(replay, np.tile(range(4), 500), np.full(2000, EXACT), np.ones(2000), np.full(2000, 3),
                  np.random.default_rng(0))  # fmt: skip
     decoder = SpeculativeDecoder(pair, 3)
     lives = [
@@ -326,7 +322,7 @@ def test_a_path_is_drawn_by_how_near_its_thresholds_are(recorded: Recorded) -> N
     table = ReplayTable([recorded["model"][1]], detours=True)
     replay = TraceWalk(table, COST, 8)
     fallbacks, rollbacks = table.tolerances[0], np.exp(table.log_taken_back[0])
-    assert fallbacks == pytest.approx([0, *TOLERANCES])
+    assert fallbacks == pytest.approx([0, *trace_recorder.TOLERANCES])
     assert rollbacks == pytest.approx(TAKEN_BACK)
     count = 4000
     paths = replay.choose_paths(
@@ -346,11 +342,10 @@ def test_recorded_thresholds_always_take_their_own_path(recorded: Recorded, draw
     table = ReplayTable([recorded["model"][1]], detours=True)
     replay = TraceWalk(table, COST, 8)
     draws: Any = SameDraw(draw)
-    for place, fallback in enumerate((0.0, *TOLERANCES)):
+    for place, fallback in enumerate((0.0, *trace_recorder.TOLERANCES)):
         for number, rollback in enumerate(TAKEN_BACK):
-            assert (
-                replay.choose_path(2, 0, float(np.float32(fallback)), rollback, draws) == table.paths[2, place, number]
-            )
+            path = replay.choose_path(2, 0, float(np.float32(fallback)), rollback, draws)
+            assert path == table.paths[2, place, number]
 
 
 def test_a_fraction_of_a_rollback_is_rounded_anew_every_round(recorded: Recorded) -> None:
