@@ -147,12 +147,12 @@ def render(title: str, blocks: Blocks) -> Table:
     """Table of all options, and in brackets their change from the first of their block."""
     control = {name: sums["all"] for name, sums in blocks["choice"].items() if name.startswith((DEFAULT, CONTROL))}
     table = table_of("option", "tokens per step", "guesses a step", "tokens read a step", "n-grams in the pool",
-                     "charged ms/token", "pays", "against fewer guesses", title=title)  # fmt: skip
+                     "charged time", "pays", "against fewer guesses", title=title)  # fmt: skip
     for choices in blocks.values():
         first = next(iter(choices.values()))["all"]
         for number, (option, by_set) in enumerate(choices.items()):
             row = by_set["all"]
-            change = {key: row[key] / first[key] - 1 for key in ("tokens_per_step", "read_per_step", "ms_per_token")}
+            change = {key: row[key] / first[key] - 1 for key in ("tokens_per_step", "read_per_step")}
             of_first = {key: f" ({value:+.1%})" if number else "" for key, value in change.items()}
             table.add_row(
                 option,
@@ -160,7 +160,7 @@ def render(title: str, blocks: Blocks) -> Table:
                 f"{row['guesses_per_step']:.2f}",
                 f"{row['read_per_step']:.1f}{of_first['read_per_step']}",
                 f"{row['pool_size']:.0f}",
-                f"{row['ms_per_token']:.2f}{of_first['ms_per_token']}",
+                f"{row['ms_per_token'] / first['ms_per_token']:.3f}",
                 "" if number == 0 else "yes" if row["ms_per_token"] < PAYS * first["ms_per_token"] else "no",
                 "" if option in control else against([*control.values()], row),
             )
