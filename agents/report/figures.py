@@ -37,6 +37,7 @@ _STYLE: Any = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
 }
+_KNOB = re.compile(r"(?:seed-\d+/)?(knobs/[^/]+)")
 _TAG = re.compile(r"<[^>]+>")  # texts hold no bare < or >, they are escaped
 _NAME = re.compile(r"""(\bid="|href="#|url\(#)""")
 _BLUE, _INK = "#0072b2", "black"
@@ -125,9 +126,10 @@ def heat_legend(name: str) -> str:
 def curve_figures(curves: Mapping[str, Curve]) -> list[Svg]:
     """A small figure for each quantity that was logged at least twice and, if a setting, ever changed.
 
-    The line is the mean over the workloads, the band spans the middle half of them.
+    The line is the mean over the workloads, or over the policies where several were learned, the band spans the middle
+    half of them.
     """
-    tags = [tag for tag in sorted(curves) if tag.startswith("knobs/")]
+    tags = sorted({knob[1] for name in curves if (knob := _KNOB.fullmatch(name))})
     titles = _CURVES | {tag: f"{tag.removeprefix('knobs/').replace('_', ' ').capitalize()} in use" for tag in tags}
     figures = []
     for tag, title in titles.items():

@@ -126,7 +126,10 @@ def recommended_view(recommended: Mapping[str, Mapping[str, Mapping[str, float]]
             [[Cell(name, number=False), *(_knob(values, knob, 3) for knob in knobs)] for name, values in group.items()],
         )
         for kind, group in recommended.items()
+        if group  # a pair has no knobs where plain decoding is better on all its workloads
     ]
+    if not all(values for group in recommended.values() for values in group.values()):
+        caption += "; none where plain decoding is better"
     return View(caption + ".", ["", *(knob.replace("_", " ") for knob in knobs)], groups)
 
 

@@ -18,7 +18,7 @@ from specgym.envs import RewardSettings
 @pytest.fixture
 def upward() -> ExportedPolicy:
     """A policy that raises the fallback by half a step, whatever it sees."""
-    knobs = [KnobRange("fallback", 0.05, 0.95, 0.5, 0.2), KnobRange("rollback", 1.0, 16.0, 1.0, 1.5)]
+    knobs = [KnobRange("fallback", 0.05, 0.95, 0.3, 0.2), KnobRange("rollback", 1.0, 16.0, 1.0, 1.5)]
     zeros = {"hidden.0.weight": np.zeros((3, 2)), "hidden.0.bias": np.zeros(3), "mean.weight": np.zeros((2, 3))}
     zeros |= {"std.weight": np.zeros((2, 3)), "std.bias": np.zeros(2), "mean.bias": np.array([np.arctanh(0.5), 0.0])}
     bounds = {"low": np.array([0.05, 1.0]), "high": np.array([0.95, 16.0])}
@@ -30,10 +30,10 @@ def test_a_map_shows_the_way_of_the_policy_over_the_grid(upward: ExportedPolicy)
     settings = default_settings(workloads=("tiny-3m-ngram/prose",))
     (drawn,) = heat_maps_of(settings, upward, {"tiny-3m-ngram/prose": {"fallback": 0.95, "rollback": 1.0}})
     assert drawn.reward.shape == (19, 16)
-    assert drawn.default == {"fallback": 0.5, "rollback": 1.0}
+    assert drawn.default == {"fallback": 0.3, "rollback": 1.0}
     assert drawn.recommended == {"fallback": 0.95, "rollback": 1.0}
     assert drawn.reward_at(drawn.best) == pytest.approx(drawn.reward.max())
-    assert [point["fallback"] for point in drawn.path[:4]] == pytest.approx([0.5, 0.6, 0.7, 0.8], abs=1e-6)
+    assert [point["fallback"] for point in drawn.path[:4]] == pytest.approx([0.3, 0.4, 0.5, 0.6], abs=1e-6)
     assert {point["rollback"] for point in drawn.path} == {1.0}
 
 

@@ -30,6 +30,11 @@ class Run(NamedTuple):
     recordings: Path
     folder: Path
 
+    @property
+    def policies(self) -> list[Path]:
+        """Folders of the policies, one a seed."""
+        return sorted(self.folder.glob("seed-*")) or [self.folder]
+
 
 @pytest.fixture(scope="module")
 def workloads(small_workloads: tuple[str, str]) -> dict[str, tuple[str, ...]]:
@@ -68,13 +73,18 @@ def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
     knobs = [knob.name for knob in traits.knobs_without_pair()]
     settings = load_settings(finished.folder / "settings.json")
     assert (settings.decoder, settings.workloads) == (finished.decoder, finished.workloads)
-    policy = ExportedPolicy.load(finished.folder)
+    assert len(settings.seeds) == (1 if traits.lossless else 3)
+    policy = ExportedPolicy.load(finished.policies[0])
     # A workload alone needs no mark.
     marks = [f"workload/{name}" for name in finished.workloads] if len(finished.workloads) > 1 else []
     assert policy.state == (*knobs, *marks)
     stored = json.loads((finished.folder / "knobs.json").read_text())
     assert list(stored["workloads"]) == list(finished.workloads)
-    for values in (*stored["workloads"].values(), *stored["pairs"].values()):
+    assert {name for name, values in stored["workloads"].items() if values is None} <= stored["reasons"].keys()
+    for places in stored["rests"].values():
+        assert len(places) == len(settings.seeds)
+    rests = [rest for places in stored["rests"].values() for rest in places]
+    for values in filter(None, (*stored["workloads"].values(), *stored["pairs"].values(), *rests)):
         assert list(values) == knobs
         for knob in policy.knobs:
             assert knob.low <= values[knob.name] <= knob.high
@@ -87,7 +97,7 @@ def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
     plain, learned = table.rows[0], table.rows[len(methods) - 1]
     assert ("perplexity" in plain.values) == (not traits.lossless)
     assert plain.values["target_tokens_per_token"] == 1
-    assert learned.knobs == pytest.approx(stored["workloads"][finished.workloads[0]])
+    assert learned.knobs == pytest.approx(stored["workloads"][finished.workloads[0]] or {})
     if traits.lossless:
         assert {row.values["divergence"] for row in table.rows} == {0}
 
@@ -95,7 +105,8 @@ def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
 def test_what_was_done_is_logged_by_knob_and_workload(finished: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tags = set(EventAccumulator(str(finished.folder / "tensorboard")).Reload().Tags()["scalars"])
+    logs = [finished.folder / "tensorboard" / policy.relative_to(finished.folder) for policy in finished.policies]
+    tags = set.intersection(*(set(EventAccumulator(str(log)).Reload().Tags()["scalars"]) for log in logs))
     last = finished.workloads[-1]
     for knob in traits_of(finished.decoder).knobs_without_pair():
         assert {f"knobs/{knob.name}", f"policy/{knob.name}_std", f"workload/{last}/knobs/{knob.name}"} <= tags
