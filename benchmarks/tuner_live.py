@@ -55,7 +55,7 @@ def measured(settings: TunerSettings, name: str, knobs: dict[str, float], prompt
     decoder = build_decoder(settings.decoder, chosen.load(), **settings.options)
     profile = profile_of(chosen, None, replayed=False, decoder=decoder)
     rows = judge_live(
-        chosen, contenders(decoder, knobs), profile, settings.reward, prompts=prompts,
+        chosen, contenders(decoder, knobs), profile, settings.bounded_reward, prompts=prompts,
         max_new_tokens=settings.max_new_tokens, seeds=(0,),
     )  # fmt: skip
     return {row.method: row for row in rows}

@@ -151,7 +151,7 @@ def tasks_of(settings: TunerSettings, names: Sequence[str] | None = None) -> lis
     return [
         TuningTask(
             name,
-            settings.reward,
+            settings.bounded_reward,
             settings.decoder,
             options=settings.options,
             prompts_per_measurement=settings.prompts_per_measurement,
@@ -178,7 +178,7 @@ def practice(settings: TunerSettings, best: Mapping[str, float]) -> VecNormalize
         weights=settings.weights or None,
         max_new_tokens=settings.max_new_tokens,
         prompts_per_step=settings.prompts_per_measurement,
-        reward=settings.reward,
+        reward=settings.bounded_reward,
         start="default",
         action="place",
         split="train",

@@ -83,7 +83,11 @@ class TunerSettings(RunSettings):
                 "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "
                 "leave out --reward.divergence-weight and --max-divergence"
             )
-        object.__setattr__(self, "reward", replace(self.reward, max_divergence=self.max_divergence))
+
+    @property
+    def bounded_reward(self) -> RewardSettings:
+        """Reward of the environments, with the bound."""
+        return replace(self.reward, max_divergence=self.max_divergence)
 
     @property
     def traits(self) -> type[DecoderTraits]:

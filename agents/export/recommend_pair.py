@@ -119,7 +119,7 @@ def recommend_pair(
         workload=workload,
         max_new_tokens=settings.max_new_tokens,
         prompts_per_step=settings.prompts_per_measurement,
-        reward=settings.reward,
+        reward=settings.bounded_reward,
         start="default",
         action="place",
         split="train",
@@ -156,7 +156,7 @@ def confirm(settings: TunerSettings, workload: Workload, knobs: dict[str, float]
     profile = profile_of(workload, None, replayed=False, decoder=decoder)
     profile.save(folder / "latency.json")
     company = contenders(decoder, knobs)
-    return judge_live(workload, company, profile, settings.reward, max_new_tokens=settings.max_new_tokens)
+    return judge_live(workload, company, profile, settings.bounded_reward, max_new_tokens=settings.max_new_tokens)
 
 
 def _replays(settings: TunerSettings, workload: Workload) -> bool:

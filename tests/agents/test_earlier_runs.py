@@ -147,7 +147,7 @@ def test_settings_of_format_2_under_a_bound_were_for_speed_alone(tmp_path: Path)
     assert isinstance(settings, KnobSettings)
     assert isinstance(tuner, TunerSettings)
     assert tuner.options["stop"] == "never"
-    for reward in (settings.reward, tuner.reward):
+    for reward in (settings.reward, tuner.bounded_reward):
         assert (reward.max_divergence, reward.speed_weight) == (0.1, 1)
         assert reward.acceptance_weight == reward.range_weight == 0
 
