@@ -19,7 +19,7 @@ from ..evaluation.heat_map import heat_map, save_heat_maps
 from ..evaluation.knob_patterns import save_patterns
 from ..evaluation.live import live_columns
 from ..evaluation.replayed import TuningTask
-from ..evaluation.results import LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
+from ..evaluation.results import ALL, LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
 from ..evaluation.statistics import Floats, interval, losses, universal_setting
 from ..evaluation.unseen.comparison import Kind
 from ..evaluation.unseen.cross_validation import cross_validate
@@ -116,11 +116,19 @@ class TuneUnseen(Experiment[TunerSettings]):
         if all((run.path / name).is_file() for name in self.RESULTS[:3]):
             return
         universal = universal_setting(self.tasks)
+        speeds = {
+            task.name: float(task.worth([self.recommended[task.name]], split="train").values["speedup"][0])
+            for task in self.tasks
+        }
+        paying = {name: knobs for name, knobs in self.recommended.items() if speeds[name] > 1}
         save_knobs(
             run.knobs,
             {
-                "pairs": by_pair(self.recommended, LearnedTuner.load(run.path).policy.knobs),
-                "workloads": self.recommended,
+                "pairs": by_pair(paying, LearnedTuner.load(run.path).policy.knobs),
+                "workloads": {name: paying.get(name) for name in self.recommended},
+                "reasons": {
+                    name: f"{speed:.2f} times plain speed on the training prompts" for name, speed in speeds.items()
+                },
                 "universal": universal,
                 "loss": losses(self.tasks, universal),
             },
@@ -177,6 +185,13 @@ def tuner_verdict(rows: Sequence[Row], max_divergence: float | None) -> str:
         f"{share['universal']:.3f}, default {share['default']:.3f}. These workloads were practised on; for others see "
         "--transfer."
     )
+    slow = [
+        row.workload
+        for row in rows
+        if row.method == LEARNED and row.workload != ALL and round(row.values["speedup"], 2) <= 1
+    ]
+    if slow:
+        sentence += f" Do not speculate on {', '.join(slow)}: no setting that was learned pays there."
     return sentence if max_divergence is None else sentence + kept_bound(rows, max_divergence)
 
 
@@ -260,20 +275,19 @@ def recommend_for_pair(
             table = ResultTable(rows, columns, caption=caption)
             console.print(table.render(f"Held-out prompts of {workload}, decoded live"))
             console.print(live_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
+    stored = f"Stored in {place / 'recommendation.json'}."
+    if recommendation.advice:
+        advice = f"{recommendation.advice} Try another draft, a shorter one, or a decoder without a draft. {stored}"
+        console.print(advice, highlight=False, soft_wrap=True)
+        return
     knobs = ", ".join(f"{name}={value:.3g}" for name, value in recommendation.knobs.items())
     expected = recommendation.expected.values
     console.print(
         f"Recommended for {workload}: {knobs}. Expected: {expected['speedup']:.2f} times plain decoding, divergence "
-        f"{expected['divergence']:.3f}. Stored in {place / 'recommendation.json'}.",
+        f"{expected['divergence']:.3f}. {stored}",
         highlight=False,
         soft_wrap=True,
     )
-    if expected["speedup"] < 1:
-        console.print(
-            f"That is slower than plain decoding: with {settings.decoder} decoding this pair does not pay. Try another "
-            "draft, a shorter one, or a decoder without a draft.",
-            highlight=False,
-        )
 
 
 def _columns(task: TuningTask, settings: Sequence[Mapping[str, float]]) -> dict[str, Floats]:

@@ -46,8 +46,19 @@ class Recommendation:
     knobs: dict[str, float]
     expected: Measurement
 
+    @property
+    def advice(self) -> str:
+        """Advice not to speculate, where even the recommended setting does not pay; else empty."""
+        speedup = self.expected.values["speedup"]
+        if speedup > 1:
+            return ""
+        return (
+            f"Do not speculate on {self.workload}: what would be recommended decodes at {speedup:.2f} times the speed of "
+            "plain decoding, by the latency profile that charged it."
+        )
+
     def save(self, path: Path, command: str) -> None:
-        """Write it as JSON, atomically."""
+        """Write it as JSON, atomically; the recommended setting is null where the advice is not to speculate."""
         write_json(
             path,
             {
@@ -56,7 +67,8 @@ class Recommendation:
                 "workload": self.workload,
                 "backend": self.backend,
                 "tried": [vars(measurement) for measurement in self.tried],
-                "recommended": self.knobs,
+                "recommended": None if self.advice else self.knobs,
+                "advice": self.advice,
                 "expected": vars(self.expected),
             },
         )
@@ -77,7 +89,8 @@ class Recommendation:
                 f"{trial.reward:.2f}",
                 style="bold" if label == "recommended" else None,
             )
-        table.caption = "On training prompts, charged by the latency profile. The last line is what to expect."
+        caption = "On training prompts, charged by the latency profile. The last line is what to expect."
+        table.caption = f"{caption} {self.advice}".strip()
         return table
 
 
