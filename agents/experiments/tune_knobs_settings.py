@@ -263,8 +263,8 @@ def default_settings(decoder: str = "threshold", **changes: Any) -> KnobSettings
         # One pass, since greedy texts are the same in every one; and there are many workloads.
         settings["evaluation"] = EvaluationSettings(max_new_tokens=48, seeds=(0,))
         settings["total_timesteps"] = 150_000
-        # Replayed steps cost next to nothing, so old ones need not be learned from again: prioritised replay neither
-        # helps nor hurts here (the ablation in docs/thresholds.md).
+        # Steps by replay of traces cost next to nothing, so old ones need not be learned from again, and prioritised
+        # replay does not help here: what is recommended is as fast with it as without (docs/thresholds.md, ablation).
         replay = ReplaySettings(updates=12, segments_per_update=51, capacity=2048, max_age=8)
         settings["learning"] = replace(learning, replay=replay)
     kind = KnobSettings if traits.lossless else LossyKnobSettings

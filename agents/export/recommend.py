@@ -95,7 +95,10 @@ def recommend(
         "workloads": by_workload,
         "reasons": {name: better.reason for name, better in improved.items()},
         "rests": rests,
-        "by_seed": {name: [improve(name, [rest]).knobs for rest in places] for name, places in rests.items()},
+        "by_seed": {
+            name: [improve(name, [rest]).knobs for rest in places] if len(places) > 1 else [by_workload[name]]
+            for name, places in rests.items()
+        },
     }
 
 

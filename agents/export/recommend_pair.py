@@ -53,8 +53,8 @@ class Recommendation:
         if speedup > 1:
             return ""
         return (
-            f"Do not speculate on {self.workload}: what would be recommended decodes at {speedup:.2f} times the speed of "
-            "plain decoding, by the latency profile that charged it."
+            f"Do not speculate on {self.workload}: what would be recommended decodes at {speedup:.2f} times the speed "
+            "of plain decoding, by the latency profile that charged it."
         )
 
     def save(self, path: Path, command: str) -> None:

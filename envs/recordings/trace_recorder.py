@@ -18,6 +18,7 @@ from specgym.decoding import (
     ExpectedGain,
     KeepChances,
     LatencyProfile,
+    Pair,
     Sampling,
     SpeculativeDecoder,
     Split,
@@ -43,7 +44,8 @@ TAKEN_BACK = (1,)
 
 _PROMPTS, _TOKENS = 8, 32
 """Training prompts, and tokens of each, that chances are measured on where nothing was recorded."""
-_measured: dict[tuple[int, str, Sampling], KeepChances] = {}
+_measured: dict[tuple[int, str, Sampling], tuple[Pair, KeepChances]] = {}
+"""Chances by the pair's identity, which is the pair's as long as it is held here."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ def chances_for(named: Workload) -> KeepChances:
         texts = _Texts(named, RecordSettings())
         prompts = named.prompt_ids("train")[:_PROMPTS]
         rows = [texts.own_text(prompt, seed, _TOKENS) for seed, prompt in enumerate(prompts)]
-        _measured[key] = chances_of(rows, named.sampling)
-    return _measured[key]
+        _measured[key] = named.load(), chances_of(rows, named.sampling)
+    return _measured[key][1]
 
 
 def _known_chances(path: Path, info: TraceInfo) -> KeepChances | None:
