@@ -34,7 +34,9 @@ def test_a_replay_of_a_shipped_workload_needs_no_model() -> None:
         profile = profile_of(result, None, replayed=True)
         assert profile.pair == pair
         assert profile.sampling == ("greedy" if result.sampling.greedy else "sampled")
-        assert profile.at(batch_size=4).round(4) > 0
+        assert profile.at().round(4) > 0
+        if profile.pair not in ONE_SEQUENCE:
+            assert profile.at(batch_size=4).round(4) > 0
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -152,14 +154,18 @@ def test_the_command_writes_no_profile_that_contradicts_itself(
     assert not list(tmp_path.iterdir())
 
 
-MEASURED_ON_A_BUSY_MACHINE = ("smollm2-2l.greedy.json", "smollm2-4l.greedy.json")
-"""To be measured anew: python -m specgym.envs.profiles."""
+ONE_SEQUENCE = ("smollm2-2l", "smollm2-4l")
+"""Pairs whose reference profiles have no batches. Their target's pass over 2 tokens takes longer than one over 5 in
+every measurement on a quiet machine, so that the profiles are smoothed and say so."""
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.json")), ids=lambda path: path.stem)
-def test_the_profiles_that_ship_do_not_contradict_themselves(path: Path, request: pytest.FixtureRequest) -> None:
-    if path.name in MEASURED_ON_A_BUSY_MACHINE:
-        request.applymarker(pytest.mark.xfail(reason="measured on a busy machine", strict=True))
+def test_the_profiles_that_ship_do_not_contradict_themselves(path: Path) -> None:
     reference = LatencyProfile.load(path)
+    if reference.pair in ONE_SEQUENCE and reference.uncertainty is not None:
+        (doubt,) = reference.doubts
+        assert doubt.startswith("a pass over 5 tokens takes")
+        assert reference.uncertainty.spread < 0.05
+        reference = replace(reference, uncertainty=replace(reference.uncertainty, doubts=()))
     assert contradictions(reference) == []
     assert reference.round(0) >= reference.autoregressive_seconds * (1 - 1e-9)

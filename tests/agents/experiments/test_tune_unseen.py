@@ -342,7 +342,7 @@ def test_settings_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps(content))
     settings = load_settings(tmp_path / "settings.json")
     assert (settings.decoder, settings.max_new_tokens, settings.recordings) == ("threshold", 24, Path("mine"))
-    assert dict(settings.options) == {"max_draft_length": 8}
+    assert dict(settings.options) == {"max_draft_length": 8, "stop": "never"}
 
 
 def test_a_lossless_decoder_has_no_divergence_to_bound(tmp_path: Path, shown: Shown) -> None:
