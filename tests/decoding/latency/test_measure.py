@@ -15,12 +15,14 @@ from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.interleaved import describe_hardware, fingerprint
 from specgym.decoding.latency.measure import measure, measured
+from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 
-PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1}, {1: 1.0, 3: 2.0}, 0.9, {"device": "imaginary"})
+SURE = Uncertainty({}, {}, 0.0, 0.0)
+PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1}, {1: 1.0, 3: 2.0}, 0.9, {"device": "imaginary"}, uncertainty=SURE)
 
 
 @pytest.fixture
@@ -162,6 +164,27 @@ def test_a_cached_profile_that_contradicts_itself_is_measured_anew(
     assert "a round that drafts nothing takes 1e+03 ms" in caplog.text
     latency_measure._known.clear()
     assert measured(pair).autoregressive_seconds < 1
+    assert counted == ["toy", "toy"]
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("spread", [None, 0.6])
+def test_profiles_of_a_busy_machine_and_of_earlier_versions_are_not_trusted_for_good(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float | None
+) -> None:
+    counted: list[str] = []
+
+    def quick(pair: Pair, *_: Any, **__: Any) -> LatencyProfile:
+        counted.append(pair.name)
+        return PROFILE if spread is None else replace(PROFILE, uncertainty=replace(SURE, spread=spread))
+
+    monkeypatch.setattr(latency_measure, "measure", quick)
+    measured(pair)
+    if spread is None:
+        (file,) = (tmp_path / "cache" / "latency").iterdir()
+        replace(PROFILE, uncertainty=None).save(file)
+    latency_measure._known.clear()  # as in another process
+    measured(pair)
     assert counted == ["toy", "toy"]
 
 

@@ -22,6 +22,7 @@ from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
 from specgym.decoding.latency.interleaved import describe_hardware
 from specgym.decoding.latency.measure import measure, measured
+from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, roofline
 from specgym.decoding.loading.pair import Pair
@@ -220,7 +221,8 @@ def test_profiles_are_kept_by_the_pair_and_by_what_stands_beside_its_draft(
         assert pair.draft is not None
         assert decoder.pair.draft is pair.draft
         timed.append(pair.name)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="draft-tree")
+        sure = Uncertainty({}, {}, 0.0, 0.0)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="draft-tree", uncertainty=sure)
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     usual = measured(pair, "draft-tree")

@@ -17,6 +17,7 @@ from specgym.decoding.errors import PromptError
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.interleaved import EndlessText, describe_hardware
 from specgym.decoding.latency.measure import measure, measured
+from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
@@ -174,7 +175,8 @@ def test_pairs_of_one_target_share_the_profile_that_is_kept_apart_from_their_cha
     def quick(pair: Pair, decoder: Any, *, sampling: Sampling) -> LatencyProfile:
         kinds.append("chain" if decoder is None else decoder.cost_kind(greedy=True))
         assert (pair.draft is None) == (decoder is not None)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.9, {}, kind=kinds[-1])
+        sure = Uncertainty({}, {}, 0.0, 0.0)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.9, {}, kind=kinds[-1], uncertainty=sure)
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     alone.target.name = "folder/target"

@@ -18,6 +18,7 @@ from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.accelerators import HARDWARE
 from specgym.decoding.latency.interleaved import describe_hardware
 from specgym.decoding.latency.measure import measure, measured
+from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, roofline
 from specgym.decoding.loading.pair import Pair
@@ -218,7 +219,8 @@ def test_profiles_are_kept_by_the_shape_of_the_heads_and_shared_among_pairs_of_o
     def quick(pair: Pair, decoder: MedusaDecoder, **more: Any) -> LatencyProfile:
         assert pair.draft is None
         timed.append(decoder.heads.shape.heads)
-        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="medusa")
+        sure = Uncertainty({}, {}, 0.0, 0.0)
+        return LatencyProfile(pair.name, {0: 0.0}, {1: 1.0}, 0.1 * len(timed), {}, kind="medusa", uncertainty=sure)
 
     monkeypatch.setattr(latency_measure, "measure", quick)
     save_heads(heads, tmp_path / "target-medusa", alone.target)
