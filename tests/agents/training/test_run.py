@@ -104,8 +104,8 @@ def test_killed_resumed_finished_and_reproduced(
     assert "All 240 steps are done" in again.stdout
     charged = table["protocol"]["charged"]
     remade = json.loads((run / "table.json").read_text())["rows"]
-    assert [[row[name] for name in charged] for row in remade] == [
-        [row[name] for name in charged] for row in table["rows"]
+    assert [[row.get(name) for name in charged] for row in remade] == [
+        [row.get(name) for name in charged] for row in table["rows"]
     ]
     evaluated = finished(environment, "evaluate.py", run)
     assert evaluated.returncode == 0, evaluated.stderr
