@@ -24,18 +24,24 @@ K, TOKENS = 8, 33  # a round that keeps all and begins before the last token has
 
 @pytest.fixture
 def wrong_drafts(make_drafted_trace: Callable[..., Trace], cheap_drafts: LatencyProfile) -> Callable[..., TuningTask]:
-    """Drafts that are never right, and lie at a distance of 0.6: thresholds from there on keep all of them."""
+    """Drafts that are never right, and lie at a distance of 0.6: thresholds from there on keep all of them.
 
-    def make(reward: RewardSettings = SPEED, distance: float = 0.6, **more: Any) -> TuningTask:
+    They have K tokens, unless `stop` says otherwise; where `chosen`, all are the target's own choice.
+    """
+
+    def make(
+        reward: RewardSettings = SPEED, distance: float = 0.6, stop: str = "never", chosen: bool = False, **more: Any
+    ) -> TuningTask:
         traces: dict[str, Any] = {}
         for split in ("train", "test"):
             trace = make_drafted_trace(np.zeros((4 * TOKENS, K)), 0.5, split=split)
-            traces[split] = replace(trace, distance=np.full_like(trace.distance, distance))
+            match = np.full_like(trace.match, chosen)
+            traces[split] = replace(trace, distance=np.full_like(trace.distance, distance), match=match)
         return TuningTask(
             "tiny/prose",
             reward,
             max_new_tokens=TOKENS,
-            options={"max_draft_length": K},
+            options={"max_draft_length": K, "stop": stop},
             profile=cheap_drafts,
             **traces,
             **more,
@@ -54,8 +60,8 @@ def test_a_problem_says_what_is_known_of_its_workload(sampled: TuningTask) -> No
     assert (sampled.name, sampled.pair, sampled.prompts) == ("tiny/prose@1.0", "tiny", "prose")
     assert (sampled.family, sampled.temperature) == ("tiny-10m", 1.0)
     assert 0 < sampled.cost_ratio < 1
-    assert sampled.ranges == {"fallback": (0.05, 0.95), "rollback": (1.0, 16.0)}
-    assert sampled.default == {"fallback": 0.5, "rollback": 1.0}
+    assert sampled.ranges == {"fallback": (0.0, 1.0), "rollback": (1.0, 16.0)}
+    assert sampled.default == {"fallback": 0.3, "rollback": 1.0}
 
 
 def test_measurements_go_through_all_training_prompts_before_any_comes_again(
@@ -93,11 +99,32 @@ def test_speed_and_divergence_are_those_of_the_rounds(wrong_drafts: Callable[...
     assert measured.values["divergence"] == pytest.approx(worth.values["divergence"][1])
 
 
+def test_drafts_end_where_one_more_token_is_expected_to_cost_more_than_it_brings(
+    wrong_drafts: Callable[..., TuningTask],
+) -> None:
+    task = wrong_drafts(stop="expected-gain")
+    values = task.worth([STRICT, LOOSE]).values
+    # Half sure drafts are expected to be kept with 0.75 and 0.85, which makes drafts of 3 and of 5 tokens. Strictly,
+    # each brings the target's token alone; the last three have room for 2, 1 and no other.
+    strict = 30 * (3 * 0.002 + 0.010) + sum(left * 0.002 + 0.010 for left in (2, 1, 0))
+    loose = 5 * (5 * 0.002 + 0.010) + (2 * 0.002 + 0.010)
+    assert values["speedup"] == pytest.approx([TOKENS * 0.010 / strict, TOKENS * 0.010 / loose])
+    assert values["divergence"] == pytest.approx([0, 0.6 * (5 * 5 + 2) / TOKENS], rel=1e-5)
+
+
+def test_what_greedy_decoding_would_have_chosen_anyway_is_no_divergence(
+    wrong_drafts: Callable[..., TuningTask],
+) -> None:
+    ours, theirs = (wrong_drafts(chosen=chosen).worth([LOOSE]).values for chosen in (True, False))
+    assert ours["divergence"] == 0 < theirs["divergence"]
+    assert ours["speedup"] == pytest.approx(theirs["speedup"])
+
+
 def test_the_grid_is_what_its_settings_are_worth(wrong_drafts: Callable[..., TuningTask]) -> None:
     task = wrong_drafts()
     grid = task.grid()
     assert grid.reward.shape == (19, K)
-    assert grid.axes["fallback"] == pytest.approx(np.arange(0.05, 0.96, 0.05))
+    assert grid.axes["fallback"] == pytest.approx(np.linspace(0.0, 1.0, 19))
     assert grid.axes["rollback"].tolist() == list(range(1, K + 1))
     worth = task.worth(settings_of(grid.axes))
     assert (worth.reward == grid.reward.ravel()).all()
@@ -133,7 +160,8 @@ def test_with_a_bound_the_best_is_the_fastest_setting_that_keeps_it(wrong_drafts
 def test_where_no_setting_keeps_the_bound_the_least_divergent_one_is_the_best(
     wrong_drafts: Callable[..., TuningTask],
 ) -> None:
-    task = wrong_drafts(replace(SPEED, max_divergence=0.0), distance=0.01)  # every fallback keeps all drafts
+    task = wrong_drafts(replace(SPEED, max_divergence=0.0), distance=0.01)
+    task.ranges["fallback"] = (0.05, 1.0)  # all of which keep all drafts; at 0 the text is the target's own
     grid = task.grid()
     assert grid.values["divergence"].min() > 0
     assert grid.best_reward == pytest.approx(grid.values["speedup"].max())
@@ -148,7 +176,7 @@ def test_rewards_that_are_not_positive_are_refused(wrong_drafts: Callable[..., T
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"fallback": 0.5}, {**STRICT, "more": 1.0}, {**STRICT, "fallback": 0.99}, {**STRICT, "rollback": float("nan")}],
+    [{"fallback": 0.5}, {**STRICT, "more": 1.0}, {**STRICT, "fallback": 1.01}, {**STRICT, "rollback": float("nan")}],
 )
 def test_a_setting_that_is_incomplete_or_out_of_range_is_refused(sampled: TuningTask, knobs: dict[str, float]) -> None:
     with pytest.raises(KnobError, match=r"tiny/prose@1\.0"):

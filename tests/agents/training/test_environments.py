@@ -61,12 +61,16 @@ def test_environments_are_shared_out_by_weight(profile: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_models")
-def test_a_bound_on_the_divergence_replaces_the_reward_s_own_terms(profile: Path) -> None:
+def test_a_bound_on_the_divergence_adds_its_price_to_the_reward_s_own_terms(profile: Path) -> None:
     settings = default_settings(
         "threshold", workloads=("tiny-3m-ngram/prose",), max_divergence=0.001, environment={"backend": "replay"}
     )
     env = make_env(settings, 0, profile)
-    env.reset(seed=0, options={"knobs": {"fallback": 0.95}})
+    env.reset(seed=0, options={"knobs": {"fallback": 0.95, "rollback": 4.0}})
     _, reward, _, _, info = env.step(np.zeros(2, np.float32))
-    assert info["divergence"] > 0
-    assert reward == pytest.approx(info["speedup"] - (info["divergence"] - 0.001))
+    assert (info["knobs/fallback"], info["knobs/rollback"]) == pytest.approx((0.95, 4.0))
+    assert info["divergence"] > 0.001
+    # The fallback is 0.55 above its preferred range, the rollback 0.05 of its upper end; a falloff is 0.2.
+    in_range = (np.exp(-((0.55 / 0.2) ** 2)) + np.exp(-((0.05 / 0.2) ** 2))) / 2
+    unpriced = info["speedup"] + 0.1 * info["draft_acceptance_rate"] + 0.05 * in_range
+    assert reward == pytest.approx(unpriced - 30 * (info["divergence"] - 0.001))

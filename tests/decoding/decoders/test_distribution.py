@@ -303,13 +303,19 @@ def test_greedy_fallback_1_follows_the_draft_and_reports_how_far_it_is(make_tabl
     decoder = ThresholdDecoder(Pair(target, ModelDrafter(draft)), 4, "never")
     session = decoder.start(PROMPT, max_new_tokens=40)
     follows = AutoregressiveDecoder(Pair(draft))
+    kinds: set[bool] = set()
     while session._room >= 4:
         before = list(session.context)
         round_ = session.step({"fallback": 1.0})
         assert round_.accepted == 4
         assert list(round_.tokens[:4]) == follows.generate(before, max_new_tokens=4).tokens
+        texts = [[*before, *round_.tokens[:place]] for place in range(4)]
+        ours = [conditional(target, Sampling(), text) for text in texts]
+        theirs = [conditional(draft, Sampling(), text) for text in texts]
+        chosen = [int(token) == int(p.argmax()) for token, p in zip(round_.tokens[:4], ours, strict=True)]
         distances = [
-            (conditional(target, Sampling(), text) - conditional(draft, Sampling(), text)).abs().sum().item() / 2
-            for text in ([*before, *round_.tokens[:place]] for place in range(4))
+            0.0 if same else (p - q).abs().sum().item() / 2 for same, p, q in zip(chosen, ours, theirs, strict=True)
         ]
         assert round_.divergence == pytest.approx(sum(distances), abs=1e-5)
+        kinds.update(chosen)
+    assert kinds == {True, False}  # tokens that are the target's own choice count nothing, and there are others
