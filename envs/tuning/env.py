@@ -237,7 +237,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
 
     @property
     def divergence_multiplier(self) -> float:
-        """Price of an excess over `RewardSettings.max_divergence`; at first 1. Without a bound it does nothing."""
+        """Price of an excess over `RewardSettings.max_divergence`; at first 30. Without a bound it does nothing."""
         return self._divergence_multiplier
 
     def set_divergence_multiplier(self, value: float) -> None:

@@ -120,7 +120,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
 
     @property
     def divergence_multipliers(self) -> dict[str, float]:
-        """Price of an excess over `RewardSettings.max_divergence`, by workload; at first 1."""
+        """Price of an excess over `RewardSettings.max_divergence`, by workload; at first 30."""
         return dict(zip(self.workload_names, self._multipliers.tolist(), strict=True))
 
     def set_divergence_multipliers(self, multipliers: Mapping[str, float]) -> None:
