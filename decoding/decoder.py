@@ -280,7 +280,11 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         """
         require_positive("max_new_tokens", max_new_tokens)
         prompt = self.check_prompt(prompt_ids)
+        self._get_ready(sampling)
         return self.session_class(self, prompt, int(max_new_tokens), sampling, seed)
+
+    def _get_ready(self, sampling: Sampling) -> None:
+        """Make what a text needs beside its prompt; by default nothing."""
 
     def generate(
         self,

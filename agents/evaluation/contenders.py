@@ -19,6 +19,7 @@ import numpy as np
 
 from specgym.decoding import Decoder, KnobError, LatencyProfile, SpeculativeDecoder, Split
 from specgym.envs import (
+    DIVERGENCE_BOUND,
     KnobMoves,
     Metrics,
     RewardSettings,
@@ -40,7 +41,6 @@ DO_NOT_SPECULATE = "do not speculate"
 """Rule of a row whose method advises plain decoding."""
 BEST_EXACT = "best exact"
 _EXACT = (FIXED, STOP_RULE)
-_NOTABLE_DIVERGENCE = 0.05
 LIVE_LENGTHS = (1, 2, 3, 4, 6, 8)
 """Fixed lengths that are tried where nothing is recorded."""
 LIVE_PROMPTS = 3
@@ -335,7 +335,7 @@ class _Judge:
                 f"The text is the target's own, which reads {learned['target_tokens_per_token']:.1f} tokens for every "
                 f"one emitted (the defaults: {default['target_tokens_per_token']:.1f})."
             )
-        elif self._bound is None and learned["divergence"] > max(default["divergence"], _NOTABLE_DIVERGENCE):
+        elif self._bound is None and learned["divergence"] > max(default["divergence"], DIVERGENCE_BOUND):
             sentences.append(
                 "The learned text follows the draft more than the target would; where that matters, train with "
                 "--max-divergence, or --environment.reward.divergence-weight above 0."

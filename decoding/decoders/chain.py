@@ -37,7 +37,7 @@ from torch import Tensor
 from ..decoder import Decoder, Round, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
 from ..loading.pair import Pair, require_draft
-from ..sampling import GREEDY, Sampling, accepts, draw, residual, residual_of_token, total_variation
+from ..sampling import Sampling, accepts, draw, residual, residual_of_token, total_variation
 from ..traits import CHAIN
 from .expected_gain import LEVELS, ExpectedGain, levels_of
 from .stop_rules import DraftTracker, StopRule
@@ -374,20 +374,11 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
             tolerances = np.linspace(0, 1, LEVELS)
             self._gains = [ExpectedGain.of(profile, self.max_draft_length, level) for level in tolerances]
 
-    def start(
-        self,
-        prompt_ids: str | Sequence[int] | Tensor,
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int | None = None,
-    ) -> SpeculativeSession:
-        """Read a prompt and return the session that generates its continuation, as `Decoder.start`."""
+    def _get_ready(self, sampling: Sampling) -> None:
         if self._weighs and not self._gains:
             from ..latency.measure import measured  # which imports this module
 
             self.charge_by(measured(self.pair, sampling=sampling))
-        return super().start(prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
 
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the longest draft, whatever the knobs."""

@@ -21,8 +21,7 @@ TERMS = ("speed", "acceptance", "range", "divergence")
 DIVERGENCE_BOUND = 0.05
 """Bound on the mean total variation from the target that is kept unless another is asked for."""
 MULTIPLIER = 30.0
-"""Price of a unit of divergence beyond the bound until one is learned: above what speed gains by it on most of the
-shipped workloads, where a hundredth more of divergence makes decoding up to a fifth faster."""
+"""Price of a unit of divergence beyond the bound until one is learned for each workload."""
 
 
 class RewardError(SpecgymError, ValueError):
