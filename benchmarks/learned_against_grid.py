@@ -186,7 +186,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[Settings, KnobSettings, dic
             raise SettingsError(f"{chosen.run} has not tuned {name!r}; it has tuned: {', '.join(settings.workloads)}")
     if min(chosen.prompts, chosen.final_prompts, chosen.finalists, chosen.tokens, chosen.jobs) < 1:
         raise SettingsError("--prompts, --final-prompts, --finalists, --tokens and --jobs must be at least 1")
-    knobs = ExportedPolicy.load(chosen.run).knobs
+    knobs = ExportedPolicy.load(RunFolder(chosen.run).first_policy).knobs
     options: Any = dataclasses.make_dataclass(
         "Values", [(knob.name, tuple[float, ...], dataclasses.field(default=())) for knob in knobs]
     )
@@ -217,7 +217,9 @@ def compare(
         All that were asked for, by name, and the file, whose name tells one protocol from another.
     """
     run = RunFolder(chosen.run)
-    recommended, grid = load_knobs(run.knobs)["workloads"], settings_of(values)
+    stored_knobs, grid = load_knobs(run.knobs), settings_of(values)
+    # Where the advice is not to speculate, the place where the first policy stays is compared.
+    recommended = {name: knobs or stored_knobs["rests"][name][0] for name, knobs in stored_knobs["workloads"].items()}
     protocol = {
         "prompts": chosen.prompts,
         "finalists": chosen.finalists,

@@ -36,6 +36,7 @@ from ..export.recommend import (
     fastest_within,
     load_knobs,
     mean_rest,
+    paying,
     recommend,
     save_knobs,
     spread_over_seeds,
@@ -150,17 +151,25 @@ class TuneKnobs(Experiment[KnobSettings]):
     def _improved(
         self, name: str, rests: Sequence[Mapping[str, float]], knobs: Sequence[KnobRange], profile: LatencyProfile
     ) -> Recommendation:
-        """The best setting around the places where policies stay, by training prompts."""
-        settings, chosen, lossless_at = self.settings, workload(name), self.settings.traits.lossless_at
-        options, tokens = settings.decoder_options, settings.environment.max_new_tokens
+        """The best setting around the places where policies stay, by training prompts; none if it does not pay."""
+        settings, lossless_at = self.settings, self.settings.traits.lossless_at
+        decode, mean = self._on_training_prompts(name, profile), mean_rest(rests, knobs)
         if settings.bound is None or lossless_at is None:
-            mean = mean_rest(rests, knobs)
-            return Recommendation(best_nearby(settings, name, mean, knobs, profile.at()))
+            return paying(best_nearby(settings, name, mean, knobs, profile.at()), decode)
+        prompts = settings.evaluation.prompts
         if settings.replayed:
-            replay = TrainingReplay(
-                settings.decoder, chosen, recording_path(settings, name, "train"), profile, options, tokens
-            )
-            return fastest_within(settings.bound, lossless_at, rests, knobs, replay.sums, settings.evaluation.prompts)
+            return fastest_within(settings.bound, lossless_at, rests, knobs, decode, prompts)
+        return fastest_within(settings.bound, lossless_at, [mean], knobs[:1], decode, prompts, LIVE_SHARES)
+
+    def _on_training_prompts(
+        self, name: str, profile: LatencyProfile
+    ) -> Callable[[Sequence[Mapping[str, float]]], Metrics[NDArray[np.float64]]]:
+        """A function that decodes a workload's training prompts with some settings: all by replay, or a few live."""
+        settings, chosen = self.settings, workload(name)
+        tokens = settings.environment.max_new_tokens
+        if settings.replayed:
+            recording = recording_path(settings, name, "train")
+            return TrainingReplay(settings.decoder, chosen, recording, profile, settings.decoder_options, tokens).sums
         decoder = settings.build(chosen.load())
         decoder.charge_by(profile.at())
 
@@ -170,9 +179,7 @@ class TuneKnobs(Experiment[KnobSettings]):
             sums = np.array([[metrics_of([text], profile.at()) for text in of_setting] for of_setting in texts])
             return Metrics(*np.moveaxis(sums, -1, 0))
 
-        mean = mean_rest(rests, knobs)
-        prompts = settings.evaluation.prompts
-        return fastest_within(settings.bound, lossless_at, [mean], knobs[:1], decoded, prompts, LIVE_SHARES)
+        return decoded
 
     def judge(self, report: Callable[[str], None]) -> ResultTable:
         """Decode held-out prompts plainly, with the recommended knobs, and in the simpler ways that they compete with.

@@ -162,6 +162,21 @@ def mean_rest(rests: Sequence[Mapping[str, float]], knobs: Sequence[KnobRange]) 
     return {knob.name: knob.mean([rest[knob.name] for rest in rests]) for knob in knobs}
 
 
+def paying(
+    knobs: dict[str, float], decode: Callable[[Sequence[Mapping[str, float]]], Metrics[NDArray[np.float64]]]
+) -> Recommendation:
+    """Recommend knobs, unless they decode the training prompts no faster than plain decoding.
+
+    Args:
+        knobs: in their own units.
+        decode: as for `fastest_within`.
+    """
+    sums = decode([knobs])
+    speedup = float(sums.plain_seconds.sum() / sums.seconds.sum())
+    reason = f"{speedup:.2f} times plain speed on the training prompts"
+    return Recommendation(knobs if speedup > 1 else None, reason)
+
+
 def fastest_within(
     bound: float,
     lossless_at: Mapping[str, float],

@@ -26,6 +26,7 @@ from specgym.agents.export.recommend import (
     best_nearby,
     fastest_within,
     likely_divergence,
+    paying,
 )
 from specgym.decoding import traits_of
 from specgym.decoding.latency.profile import LatencyProfile
@@ -99,6 +100,20 @@ def test_from_every_recorded_setting_the_fastest_within_reach_or_of_the_nearest_
         beyond += moves(place, values) > REACH + 1e-6
     assert min(moved, beyond) > 2
     assert stayed
+
+
+@pytest.mark.parametrize(("seconds", "advised"), [(0.9, True), (1.0, False), (1.1, False)])
+def test_knobs_that_do_not_pay_on_the_training_prompts_are_not_recommended(seconds: float, advised: bool) -> None:
+    knobs = {"window": 7.0}
+
+    def decode(tried: Sequence[Mapping[str, float]]) -> Metrics[NDArray[np.float64]]:
+        assert list(tried) == [knobs]
+        ones = np.ones((1, 3))
+        return Metrics(ones, ones, ones, ones, 0 * ones, seconds * ones, ones)
+
+    result = paying(knobs, decode)
+    assert result.knobs == (knobs if advised else None)
+    assert result.reason == f"{1 / seconds:.2f} times plain speed on the training prompts"
 
 
 def test_around_a_place_that_was_not_recorded_a_recorded_setting_is_recommended(
