@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import KnobError, NumericalError, PromptError, require_positive
+from .errors import TORCH_SEEDS, KnobError, NumericalError, PromptError, mapping_of, whole_number
 from .loading.pair import Pair, require_draft
 from .models.language_model import LanguageModel
 from .sampling import GREEDY, Sampling
@@ -134,11 +134,11 @@ class Session(ABC, Generic[DecoderT]):
         self.target: LanguageModel = decoder.pair.target.fresh()
         self.generator = torch.Generator(self.target.device)
         # For choices on the host, where a tensor would mean waiting.
-        self._rng = random.Random(None if seed is None else int(seed))
+        self._rng = random.Random(seed)
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(int(seed))
+            self.generator.manual_seed(seed)
         started = time.perf_counter()
         with torch.inference_mode():
             self._read_prompt(prompt)
@@ -272,16 +272,17 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
             prompt_ids: token ids, as a list, a tensor of shape (tokens,) or (1, tokens), or a string.
             max_new_tokens: where to stop at the latest; the model's context may end the text earlier.
             sampling: how tokens are chosen; greedy by default.
-            seed: fixes every random choice of the session.
+            seed: fixes every random choice of the session, -2^63 to 2^64 - 1; by default another each time.
 
         Raises:
             PromptError: the prompt is empty, too long, or holds ids outside the vocabulary.
-            ValueError: `max_new_tokens` is not a positive whole number.
+            ArgumentError: `max_new_tokens` is not a positive whole number, or `seed` out of its range.
         """
-        require_positive("max_new_tokens", max_new_tokens)
+        longest = whole_number("max_new_tokens", max_new_tokens)
         prompt = self.check_prompt(prompt_ids)
         self._get_ready(sampling)
-        return self.session_class(self, prompt, int(max_new_tokens), sampling, seed)
+        seed = None if seed is None else whole_number("seed", seed, at_least=TORCH_SEEDS[0], at_most=TORCH_SEEDS[1])
+        return self.session_class(self, prompt, longest, sampling, seed)
 
     def _get_ready(self, sampling: Sampling) -> None:
         """Make what a text needs beside its prompt; by default nothing."""
@@ -330,18 +331,12 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
             KnobError: an unknown name, a value out of range, or a fraction for a whole number.
         """
         values = {knob.name: knob.default for knob in self.knobs}
-        for name, value in (knobs or {}).items():
+        for name, value in mapping_of("knobs", knobs, KnobError).items():
             if name not in values:
                 known = ", ".join(values) or "none"
                 raise KnobError(f"{type(self).__name__} has no knob {name!r}; it has: {known}")
-            values[name] = float(value)
-        for knob in self.knobs:
-            value = values[knob.name]
-            if not (math.isfinite(value) and knob.low <= value <= knob.high):
-                raise KnobError(f"knob {knob.name} must be between {knob.low:g} and {knob.high:g}, got {value}")
-            if knob.integer and value != int(value):
-                raise KnobError(f"knob {knob.name} takes whole numbers, got {value}")
-        return values
+            values[name] = value
+        return {knob.name: knob.checked(values[knob.name]) for knob in self.knobs}
 
     def check_prompt(self, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
         """A prompt as the token ids that `start` would read. Arguments and errors as there."""

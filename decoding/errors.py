@@ -1,12 +1,33 @@
-"""The errors of this package. Each names the thing that is wrong and the way out."""
+"""Errors of this package, each naming what is wrong and the way out, and the checks of arguments that raise them.
+
+The checks take one number of Python, NumPy or torch, and return it as a plain Python number: settings end up in JSON
+files, in keys of caches and in messages.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Final, TypeVar
+
+_T = TypeVar("_T")
+
+LARGEST_WHOLE: Final = 2**63 - 1
+"""Largest number that torch and NumPy count with."""
+TORCH_SEEDS: Final = (-(2**63), 2**64 - 1)
+"""Smallest and largest seed of `torch.Generator.manual_seed`, by its documentation (torch 2.13)."""
+LARGEST_SEED: Final = 2**32 - 1
+"""Largest seed of `numpy.random.seed` and `numpy.random.RandomState` (numpy/random/mtrand.pyx and _mt19937.pyx of NumPy
+2.3), which Stable-Baselines3 passes every seed to (common/utils.py, `set_random_seed`)."""
 
 
 class SpecgymError(Exception):
     """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(SpecgymError, ValueError):
+    """An argument of the wrong kind or out of its range; the message names it, its value, and what is allowed."""
 
 
 class UnsupportedModelError(SpecgymError, TypeError):
@@ -37,7 +58,203 @@ class TrainingError(SpecgymError, RuntimeError):
     """Training cannot go on; the message says why and what to try."""
 
 
-def require_positive(name: str, value: float) -> None:
-    """Raise ValueError unless a length or a count is a positive whole number."""
-    if not (math.isfinite(value) and value >= 1 and int(value) == value):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+def number(
+    name: str,
+    value: object,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    hint: str = "",
+    error: type[Exception] = ArgumentError,
+) -> float:
+    """Check that an argument is one finite number within its range.
+
+    Args:
+        name: of the argument, for the message.
+        value: a number of Python, NumPy or torch; arrays and tensors only of shape (). A bool is no number.
+        at_least: smallest value allowed.
+        above: number that the value must exceed.
+        at_most: largest value allowed.
+        below: number that the value must not reach.
+        hint: what else to say in the message, such as a way out.
+        error: class of the error.
+
+    Returns:
+        The value as a Python number; an int stays an int.
+
+    Raises:
+        ArgumentError: the value is no number, not finite or out of range; or `error`.
+    """
+    plain = _plain(value)
+    if plain is None or not (at_least <= plain <= at_most and above < plain < below):
+        allowed = _range("number", at_least, above, at_most, below)
+        raise error(f"{name} must be {allowed}, got {_got(value)}{_also(hint)}")
+    return plain
+
+
+def whole_number(
+    name: str,
+    value: object,
+    *,
+    at_least: int = 1,
+    at_most: int = LARGEST_WHOLE,
+    hint: str = "",
+    error: type[Exception] = ArgumentError,
+) -> int:
+    """Check that an argument is one whole number within its range; 3.0 counts as 3.
+
+    Args:
+        name: of the argument, for the message.
+        value: as for `number`.
+        at_least: smallest value allowed.
+        at_most: largest value allowed.
+        hint: what else to say in the message, such as a way out.
+        error: class of the error.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        ArgumentError: the value is no whole number or out of range; or `error`.
+    """
+    plain = _plain(value)
+    if plain is None or int(plain) != plain or not at_least <= plain <= at_most:
+        # The largest number that can be counted with is worth a word only to somebody who is beyond it.
+        beyond = at_most < LARGEST_WHOLE or (plain is not None and plain > at_most)
+        allowed = _range("whole number", at_least, -math.inf, at_most if beyond else math.inf, math.inf)
+        raise error(f"{name} must be {allowed}, got {_got(value)}{_also(hint)}")
+    return int(plain)
+
+
+def seed_number(name: str, value: object, error: type[Exception] = ArgumentError) -> int:
+    """Check that an argument is a seed that every random generator takes, 0 to `LARGEST_SEED`.
+
+    Raises:
+        ArgumentError: it is none; or `error`.
+    """
+    return whole_number(name, value, at_least=0, at_most=LARGEST_SEED, error=error)
+
+
+def one_of(name: str, value: object, choices: Sequence[_T], error: type[Exception] = ArgumentError) -> _T:
+    """Check that an argument is one of its choices, and return that choice.
+
+    Raises:
+        ArgumentError: it is none of them; or `error`.
+    """
+    for choice in choices:
+        # Arrays compare by element, and True equals 1.
+        if value is choice or (isinstance(value, type(choice)) and not isinstance(value, bool) and value == choice):
+            return choice
+    raise error(f"{name} must be one of {', '.join(map(repr, choices))}, got {_got(value)}")
+
+
+def sequence_of(
+    name: str,
+    values: object,
+    check: Callable[[str, object], _T],
+    *,
+    fewest: int = 1,
+    distinct: bool = False,
+    error: type[Exception] = ArgumentError,
+) -> tuple[_T, ...]:
+    """Check that an argument has several values, each of which passes a check.
+
+    Args:
+        name: of the argument, for the message.
+        values: any iterable but a string or a mapping.
+        check: takes a name for the message and a value, and returns the value.
+        fewest: number of values below which there are too few.
+        distinct: refuse a value that comes twice.
+        error: class of the error.
+
+    Raises:
+        ArgumentError: it is no sequence, too short, or has a value twice; or `error`, or what `check` raises.
+    """
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping) and _shape(values) != ()
+    if not several:
+        raise error(f"{name} must be a sequence of values, got {_got(values)}")
+    checked = tuple(check(f"each of {name}", value) for value in values)  # type: ignore[attr-defined]
+    if len(checked) < fewest:
+        raise error(f"{name} must have at least {fewest} value{'s' if fewest > 1 else ''}, got {len(checked)}")
+    repeated = [value for place, value in enumerate(checked) if value in checked[:place]] if distinct else []
+    if repeated:
+        raise error(f"{name} has {repeated[0]!r} twice; give each once")
+    return checked
+
+
+def mapping_of(name: str, value: object, error: type[Exception] = ArgumentError) -> Mapping[Any, Any]:
+    """Check that an argument is a mapping, such as a dict; None counts as an empty one.
+
+    Raises:
+        ArgumentError: it is none; or `error`.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise error(f"{name} must be a mapping of names to values, got {_got(value)}")
+    return value or {}
+
+
+def check_fields(instance: object, check: Callable[[str, object], Any], *names: str) -> None:
+    """Pass fields of a dataclass, frozen or not, through a check, and keep what it returns.
+
+    Args:
+        instance: the dataclass, within its `__post_init__`.
+        check: takes the name of a field and its value, and returns the value to keep.
+        names: of the fields.
+    """
+    for name in names:
+        object.__setattr__(instance, name, check(name, getattr(instance, name)))
+
+
+def _plain(value: Any) -> float | None:
+    """The finite Python number that a value is; None if it is none."""
+    if (
+        type(value) not in (int, float) and _shape(value) == ()
+    ):  # a scalar of NumPy, an array or tensor without dimensions
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        plain = int(value) if isinstance(value, Integral) else float(value)
+        return plain if math.isfinite(plain) else None
+    except OverflowError:  # whole numbers have no bound, floating-point numbers do
+        return None
+
+
+def _shape(value: Any) -> object:
+    """Shape of an array or tensor, a tuple; None for everything else."""
+    return getattr(value, "shape", None) if callable(getattr(value, "item", None)) else None
+
+
+def _range(kind: str, at_least: float, above: float, at_most: float, below: float) -> str:
+    if math.isfinite(at_least) and math.isfinite(at_most):
+        return f"a {kind} from {_limit(at_least)} to {_limit(at_most)}"
+    ends = [
+        f"{word} {_limit(limit)}"
+        for word, limit in (("of at least", at_least), ("above", above), ("at most", at_most), ("below", below))
+        if math.isfinite(limit)
+    ]
+    finite = "finite " if kind == "number" and len(ends) < 2 else ""
+    return " ".join([f"a {finite}{kind}", " and ".join(ends)]).strip()
+
+
+def _limit(value: float) -> str:
+    return str(value) if isinstance(value, int) else format(value, "g")
+
+
+def _got(value: Any) -> str:
+    """A value in a message: short, on one line, whatever it is."""
+    shape = _shape(value)
+    if shape is not None and shape != ():
+        return f"{type(value).__name__} of shape {tuple(shape)}"  # type: ignore[arg-type]
+    try:
+        shown = repr(value.item() if shape == () else value)
+    except Exception:  # for instance a whole number of more digits than Python prints
+        return f"a value of type {type(value).__name__}"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _also(hint: str) -> str:
+    return f"; {hint}" if hint else ""

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
+from .errors import check_fields, number, whole_number
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a replay needs `Sampling` alone
     import torch
@@ -27,7 +30,7 @@ class Sampling:
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
 
     Raises:
-        ValueError: a setting is out of range.
+        ArgumentError: a setting is out of range.
     """
 
     temperature: float = 1.0
@@ -35,14 +38,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or _COLDEST <= self.temperature < math.inf):
-            raise ValueError(
-                f"temperature must be 0 (greedy) or finite and at least {_COLDEST:g}, got {self.temperature}"
-            )
-        if not (math.isfinite(self.top_k) and self.top_k >= 0 and int(self.top_k) == self.top_k):
-            raise ValueError(f"top_k must be a whole number of tokens, or 0 for no limit, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_fields(self, partial(number, at_least=0), "temperature")
+        if self.temperature:
+            check_fields(self, partial(number, at_least=_COLDEST, hint="or 0 for greedy decoding"), "temperature")
+        check_fields(self, partial(whole_number, at_least=0, hint="0 for no limit"), "top_k")
+        check_fields(self, partial(number, above=0, at_most=1), "top_p")
 
     @property
     def greedy(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, NamedTuple
+
+from .errors import KnobError, number, whole_number
 
 CHAIN: Final = "chain"
 """Cost kind of rounds that draft tokens one after another and verify them in one pass."""
@@ -41,6 +44,18 @@ class Knob:
     search: tuple[float, float] | None = None
     step: float | None = None
     preferred: tuple[float, float] | None = None
+
+    def checked(self, value: object) -> float:
+        """Return a value of this knob as a float.
+
+        Raises:
+            KnobError: it is no number, out of range, or a fraction for a whole number.
+        """
+        what = f"knob {self.name}"
+        if self.integer:
+            low, high = math.ceil(self.low), math.floor(self.high)
+            return float(whole_number(what, value, at_least=low, at_most=high, error=KnobError))
+        return float(number(what, value, at_least=self.low, at_most=self.high, error=KnobError))
 
 
 class TraceRule(NamedTuple):

@@ -49,19 +49,6 @@ P = ParamSpec("P")
 Self = TypeVar("Self")
 
 
-def one_of(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ValueError, naming the argument, unless its value is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def whole_number(name: str, value: float) -> int:
-    """Return the value as an integer; raises ValueError, naming the argument, unless it is whole and at least 1."""
-    if value < 1 or int(value) != value:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
-    return int(value)
-
-
 def renamed(arguments: Mapping[str, Any], earlier: Mapping[str, str], stacklevel: int = 3) -> dict[str, Any]:
     """Return keyword arguments by their present names, with a DeprecationWarning for every earlier name.
 

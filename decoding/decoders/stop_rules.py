@@ -6,13 +6,15 @@ last drafted token because that token is verified whatever the rule says, so the
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ..errors import check_fields, number, whole_number
 
 Rows = NDArray[np.intp] | NDArray[np.bool_] | None
 """Some of many drafts: their numbers (each once), a mask over all, or None for all."""
@@ -46,6 +48,7 @@ FEATURES = (
 """The columns, in order. The two averages give the newest round a weight of `RECENT`, older ones ever less."""
 
 _CONFIDENCE, _ENTROPY, _PRODUCT, _PLACE, _ACCEPTANCE, _LENGTH, _COST, _BATCH = range(len(FEATURES))
+_probability = partial(number, at_least=0, at_most=1)
 _LOW = tuple(np.float32(feature.low) for feature in FEATURES)
 _HIGH = tuple(np.float32(feature.high) for feature in FEATURES)
 _NOTHING_DRAFTED = np.array([1, 0, 1, 0], dtype=np.float32)
@@ -67,9 +70,7 @@ class DraftTracker:
     """
 
     def __init__(self, environments: int, cost_ratio: ArrayLike, batch_size: ArrayLike = 1) -> None:
-        if environments < 1:
-            raise ValueError(f"environments must be at least 1, got {environments}")
-        self._features = np.empty((environments, len(FEATURES)), dtype=np.float32)
+        self._features = np.empty((whole_number("environments", environments), len(FEATURES)), dtype=np.float32)
         self.set_costs(cost_ratio, batch_size)
         self.forget()
 
@@ -198,9 +199,7 @@ class FixedLength(StopRule):
     length: int
 
     def __post_init__(self) -> None:
-        longest = int(_HIGH[_PLACE])
-        if not (1 <= self.length <= longest and int(self.length) == self.length):
-            raise ValueError(f"length must be a whole number of tokens between 1 and {longest}, got {self.length}")
+        check_fields(self, partial(whole_number, at_most=int(_HIGH[_PLACE])), "length")
 
     @property
     def name(self) -> str:
@@ -229,7 +228,7 @@ class ConfidenceBelow(StopRule):
     threshold: float
 
     def __post_init__(self) -> None:
-        _require_share("threshold", self.threshold)
+        check_fields(self, _probability, "threshold")
 
     @property
     def name(self) -> str:
@@ -256,8 +255,7 @@ class EntropyAbove(StopRule):
     threshold: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ValueError(f"threshold is an entropy in nats, finite and at least 0, got {self.threshold}")
+        check_fields(self, partial(number, at_least=0, hint="an entropy in nats"), "threshold")
 
     @classmethod
     def from_bound(cls, bound: float, scale: float = 0.2) -> EntropyAbove:
@@ -270,9 +268,7 @@ class EntropyAbove(StopRule):
         Raises:
             ValueError: an argument is out of range.
         """
-        _require_share("bound", bound)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        bound, scale = _probability("bound", bound), number("scale", scale, above=0)
         return cls((1 - bound) ** 2 / scale)
 
     @property
@@ -301,7 +297,7 @@ class ProductBelow(StopRule):
     threshold: float
 
     def __post_init__(self) -> None:
-        _require_share("threshold", self.threshold)
+        check_fields(self, _probability, "threshold")
 
     @property
     def name(self) -> str:
@@ -309,8 +305,3 @@ class ProductBelow(StopRule):
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
         return features[:, _PRODUCT] < self.threshold
-
-
-def _require_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a probability, between 0 and 1, got {value}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from ..errors import require_positive
+from ..errors import check_fields, one_of, whole_number
 from ..traits import EXACT, DecoderTraits, Knob, TraceRule
 
 
@@ -22,7 +22,7 @@ class ChainOptions:
     """Longest draft, in tokens."""
 
     def __post_init__(self) -> None:
-        require_positive("max_draft_length", self.max_draft_length)
+        check_fields(self, whole_number, "max_draft_length")
 
 
 Stop = Literal["expected-gain", "never"]
@@ -42,8 +42,7 @@ class ThresholdOptions(ChainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stop not in get_args(Stop):
-            raise ValueError(f"stop must be {' or '.join(map(repr, get_args(Stop)))}, got {self.stop!r}")
+        one_of("stop", self.stop, get_args(Stop))
 
 
 class SpeculativeTraits(DecoderTraits):

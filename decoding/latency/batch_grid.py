@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..decoder import synchronise
 from ..drafts.drafter import ModelDrafter
-from ..errors import require_positive
+from ..errors import sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.kv_cache import BranchingCache, PreallocatedLayer
 from ..models.language_model import LanguageModel
@@ -51,11 +51,8 @@ def plan_grid(
     Raises:
         ValueError: a number is not positive, or a model has no room for the longest draft behind a context.
     """
-    for name, values in (("batch_sizes", batch_sizes), ("contexts", contexts)):
-        for value in values:
-            require_positive(f"each of {name}", value)
-    sizes = sorted({1, *map(int, batch_sizes)})
-    lengths = sorted({live_context, *map(int, contexts)})
+    sizes = sorted({1, *sequence_of("batch_sizes", batch_sizes, whole_number, fewest=0)})
+    lengths = sorted({live_context, *sequence_of("contexts", contexts, whole_number, fewest=0)})
     places = [(size, length) for size in sizes for length in lengths]
     if len(places) > 1:
         models = [pair.target, *([pair.draft.model] if isinstance(pair.draft, ModelDrafter) else [])]

@@ -23,7 +23,7 @@ import transformers
 from ..decoder import Decoder, Round, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..drafts.drafter import ModelDrafter
-from ..errors import require_positive
+from ..errors import sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
 from ..models.linear_layers import PrepackedLinear
@@ -194,10 +194,9 @@ def time_rounds(
     Raises:
         ValueError: a context is not positive, or there is no room for the rounds behind the longest.
     """
-    for context in contexts:
-        require_positive("each of contexts", context)
+    contexts = sequence_of("contexts", contexts, whole_number, fewest=0)
     first = repeating_prompt(pair) if prompt is None else AutoregressiveDecoder(pair).check_prompt(prompt)
-    lengths = [len(first), *sorted({*map(int, contexts)} - {len(first)})]
+    lengths = [len(first), *sorted({*contexts} - {len(first)})]
     prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
     sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
     plain_decoder = AutoregressiveDecoder(pair)

@@ -22,7 +22,7 @@ from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..decoders.chain import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
-from ..errors import require_positive
+from ..errors import number, sequence_of, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair
 from ..registry import build_decoder
@@ -99,9 +99,11 @@ def measure(
         ValueError: the pair does not suit the decoder, a number is not positive or does not belong to this kind of
             rounds, a batch is asked for where none can be timed, or a context leaves the models no room.
     """
-    repeats = REPEATS if repeats is None else repeats
-    require_positive("repeats", repeats)
-    require_positive("tries", tries)
+    repeats = whole_number("repeats", REPEATS if repeats is None else repeats)
+    tries = whole_number("tries", tries)
+    time_limit = number("time_limit", time_limit, at_least=0)
+    batch_sizes = sequence_of("batch_sizes", batch_sizes, whole_number)
+    contexts = sequence_of("contexts", () if contexts is None else contexts, whole_number, fewest=0)
     if isinstance(decoder, str):
         decoder = build_decoder(decoder, pair)
     kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
@@ -109,25 +111,24 @@ def measure(
     right, wrong = sorted(limits, reverse=kind != CHAIN)
     if limits[wrong] is not None:
         raise ValueError(f"{wrong} is not for {kind} rounds; how large those are timed is {right}")
-    if (largest := limits[right]) is not None:
-        require_positive(right, largest)
+    largest = None if limits[right] is None else whole_number(right, limits[right])
     if decoder is None or kind == CHAIN:
         _require_draft(pair)
         measure_chains = partial(
             _measure_chains,
             pair,
-            LONGEST_DRAFT if max_draft_length is None else max_draft_length,
+            largest or LONGEST_DRAFT,
             repeats=repeats,
             prompt=prompt,
             sampling=sampling,
             time_limit=time_limit,
             batch_sizes=batch_sizes,
-            contexts=contexts or (),
+            contexts=contexts,
         )
         return measured_with_care(measure_chains, tries=tries)
     if set(batch_sizes) - {1}:
         raise ValueError(
-            f"{kind} rounds are timed at batch size 1 alone, got batch sizes {tuple(batch_sizes)}"
+            f"{kind} rounds are timed at batch size 1 alone, got batch sizes {batch_sizes}"
             + (
                 "; for others compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, "
                 f"decoder={decoder.name!r})"
@@ -135,18 +136,18 @@ def measure(
                 else "; leave them out"
             )
         )
-    probe = decoder.cost_probe() if max_target_tokens is None else decoder.cost_probe(max_target_tokens)
+    probe = decoder.cost_probe() if largest is None else decoder.cost_probe(largest)
     measure_rounds = partial(
         time_rounds,
         _timed_pair(pair, decoder),
         probe,
         kind,
-        max_target_tokens=max_target_tokens,
+        max_target_tokens=largest,
         repeats=repeats,
         prompt=prompt,
         sampling=sampling,
         time_limit=time_limit,
-        contexts=contexts or (),
+        contexts=contexts,
     )
     return measured_with_care(measure_rounds, ordered=probe.fixed, tries=tries)
 

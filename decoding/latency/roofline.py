@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..errors import require_positive
+from ..errors import number, sequence_of, whole_number
 from ..models.linear_layers import reduced_output
 from ..registry import traits_of
 from ..traits import CHAIN
@@ -175,13 +175,12 @@ def roofline(
     largest = limits[right]
     if largest is None:
         largest = traits.largest_pass if whole else 16
-    require_positive(right, largest)
+    largest = whole_number(right, largest)
     drafted, read = (0, largest) if whole else (largest, largest + 1)
-    for name, values in (("batch_sizes", batch_sizes), ("contexts", contexts)):
-        if not values:
-            raise ValueError(f"{name} must have an entry")
-        for value in values:
-            require_positive(f"each of {name}", value)
+    sizes, lengths = (
+        sorted({*sequence_of(name, values, whole_number)})
+        for name, values in (("batch_sizes", batch_sizes), ("contexts", contexts))
+    )
     usual = target.name if whole else f"{target.name}+{'free' if draft is None else draft.name}"
     shares = {"bandwidth_share": bandwidth_share, "arithmetic_share": arithmetic_share}
 
@@ -203,7 +202,7 @@ def roofline(
             points=points,
         )
 
-    first, *others = [(size, length) for size in sorted(set(batch_sizes)) for length in sorted(set(contexts))]
+    first, *others = [(size, length) for size in sizes for length in lengths]
     return point(*first, points=tuple(point(*other) for other in others))
 
 
@@ -220,10 +219,9 @@ def pass_seconds(
     """Seconds of one pass over so many tokens of every sequence. Arguments and errors as for `roofline`."""
     hardware = find_hardware(hardware)
     for name, value in (("tokens", tokens), ("batch_size", batch_size), ("context", context)):
-        require_positive(name, value)
+        whole_number(name, value)
     for name, share in (("bandwidth_share", bandwidth_share), ("arithmetic_share", arithmetic_share)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name} is a share, above 0 and at most 1, got {share}")
+        number(name, share, above=0, at_most=1)
     read = model.parameters * model.bytes_per_parameter + batch_size * context * model.key_value_bytes_per_token
     operations = (2 * model.parameters + 4 * model.layers * model.hidden_size * context) * batch_size * tokens
     overhead = hardware.pass_overhead + model.layers * hardware.layer_overhead

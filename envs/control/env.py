@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import FEATURES, LatencyProfile, Split
+from specgym.decoding import FEATURES, LatencyProfile, Split, one_of
 
 from ..backends.backend import DraftBackend, DraftSteps
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
@@ -19,7 +19,7 @@ from ..profiles import profile_of
 from ..prompt_order import PromptOrder
 from ..recordings.find import find_trace
 from ..recordings.trace import Trace
-from ..workloads import DEFAULT_WORKLOAD, Workload, constructor, one_of, reset_options
+from ..workloads import DEFAULT_WORKLOAD, Workload, constructor, reset_options
 from ..workloads import workload as named_workload
 from .throughput import checked_rate, linear_reward, relative_throughput
 

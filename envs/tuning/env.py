@@ -11,12 +11,12 @@ import numpy as np
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile, Split, traits_of
+from specgym.decoding import LatencyProfile, Split, one_of, traits_of, whole_number
 
 from ..backends.backend import Backend
 from ..backends.replay import replay_backend
 from ..recordings.find import Recording
-from ..workloads import Workload, constructor, one_of, reset_options, whole_number
+from ..workloads import Workload, constructor, reset_options
 from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries
 from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 

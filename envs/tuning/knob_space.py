@@ -13,11 +13,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob, KnobError, LatencyProfile
+from specgym.decoding import Knob, KnobError, LatencyProfile, one_of, whole_number
 
 from ..backends.backend import Backend, Integers, Metrics, Number
 from ..prompt_order import PromptOrder
-from ..workloads import Workload, one_of, whole_number
+from ..workloads import Workload
 from .reward import DIVERGENCE_BOUND, RewardSettings, reward_terms
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..workloads import whole_number
+from specgym.decoding import whole_number
+
 from .knob_space import KnobTuning
 
 Flags = NDArray[np.bool_]

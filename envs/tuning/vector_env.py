@@ -11,12 +11,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import Split
+from specgym.decoding import Split, whole_number
 
 from ..backends.replay import Workloads, replay_backend
 from ..profiles import Profiles
 from ..recordings.find import Recordings
-from ..workloads import constructor, per_workload, probabilities, reset_options, shared_out, whole_number
+from ..workloads import constructor, per_workload, probabilities, reset_options, shared_out
 from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries, per_environment
 from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 
@@ -86,9 +86,8 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
                 "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
             )
         self._check(start, action, split, prompts_per_step)
-        for name, number in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        num_envs = whole_number("num_envs", num_envs)
+        max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
         replay = replay_backend(
             decoder,
             workload,

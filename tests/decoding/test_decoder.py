@@ -234,14 +234,14 @@ def test_max_new_tokens_is_a_positive_whole_number(table_of: TableOf, count: Any
     [
         (SpeculativeDecoder, {"length": 3}, "SpeculativeDecoder has no knob 'length'; it has: draft_length"),
         (AutoregressiveDecoder, {"fallback": 0.5}, "has no knob 'fallback'; it has: none"),
-        (SpeculativeDecoder, {"draft_length": 0}, "draft_length must be between 1 and 16, got 0"),
-        (SpeculativeDecoder, {"draft_length": 17}, "draft_length must be between 1 and 16, got 17"),
-        (SpeculativeDecoder, {"draft_length": 2.5}, "draft_length takes whole numbers, got 2.5"),
-        (SpeculativeDecoder, {"draft_length": math.nan}, "draft_length must be between 1 and 16, got nan"),
-        (ThresholdDecoder, {"fallback": -0.01}, "fallback must be between 0 and 1"),
-        (ThresholdDecoder, {"fallback": 1.01}, "fallback must be between 0 and 1"),
-        (ThresholdDecoder, {"rollback": 0.9}, "rollback must be between 1 and 16"),
-        (ThresholdDecoder, {"rollback": math.inf}, "rollback must be between 1 and 16, got inf"),
+        (SpeculativeDecoder, {"draft_length": 0}, "draft_length must be a whole number from 1 to 16, got 0"),
+        (SpeculativeDecoder, {"draft_length": 17}, "draft_length must be a whole number from 1 to 16, got 17"),
+        (SpeculativeDecoder, {"draft_length": 2.5}, "draft_length must be a whole number from 1 to 16, got 2.5"),
+        (SpeculativeDecoder, {"draft_length": math.nan}, "draft_length must be a whole number from 1 to 16, got nan"),
+        (ThresholdDecoder, {"fallback": -0.01}, "fallback must be a number from 0 to 1"),
+        (ThresholdDecoder, {"fallback": 1.01}, "fallback must be a number from 0 to 1"),
+        (ThresholdDecoder, {"rollback": 0.9}, "rollback must be a number from 1 to 16"),
+        (ThresholdDecoder, {"rollback": math.inf}, "rollback must be a number from 1 to 16, got inf"),
     ],
 )
 def test_knobs_that_are_unknown_or_out_of_range_are_refused(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import SpecgymError
+from ...errors import SpecgymError, number
 from ...models.linear_layers import OutputLayer
 
 
@@ -139,8 +139,7 @@ class RidgeFit:
             ValueError: the penalty is negative.
             DraftTreeModelError: too little was added to determine the map.
         """
-        if not penalty >= 0:
-            raise ValueError(f"a penalty must be at least 0, got {penalty}")
+        penalty = number("penalty", penalty, at_least=0)
         if not self.count:
             raise DraftTreeModelError("no states were added, so there is no map to fit: call add first")
         draft_mean, target_mean = self._draft_sum / self.count, self._target_sum / self.count

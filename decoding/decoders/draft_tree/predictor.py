@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...errors import check_fields, one_of, whole_number
 from ...models.language_model import LanguageModel, weights_digest
 from ...models.linear_layers import OutputLayer, output_layer
 from .alignment import AffineAlignment, DraftTreeModelError, proposals
@@ -64,12 +66,8 @@ class PredictorShape:
     aligned_scores: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "deepest", "width"):
-            value = getattr(self, name)
-            if value < 1 or int(value) != value:
-                raise DraftTreeModelError(f"{name} must be a whole number of at least 1, got {value}")
-        if self.label not in LABELS:
-            raise DraftTreeModelError(f"there is no label {self.label!r}; it is one of {', '.join(LABELS)}")
+        check_fields(self, partial(whole_number, error=DraftTreeModelError), "hidden_size", "deepest", "width")
+        one_of("label", self.label, LABELS, DraftTreeModelError)
 
 
 class AcceptancePredictor(nn.Module):

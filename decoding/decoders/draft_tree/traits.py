@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import require_positive
+from ...errors import check_fields, whole_number
 from ...traits import DecoderTraits, Knob
 
 USUAL_CHILDREN, USUAL_DEPTH, USUAL_NODES, USUAL_CUT = 5, 4, 16, 0.1
@@ -32,8 +32,7 @@ class DraftTreeOptions:
     """Upper end of the knob `node_budget`, in candidates a round."""
 
     def __post_init__(self) -> None:
-        for name in ("max_candidates", "max_depth", "max_nodes"):
-            require_positive(name, getattr(self, name))
+        check_fields(self, whole_number, "max_candidates", "max_depth", "max_nodes")
 
 
 class DraftTreeTraits(DecoderTraits):

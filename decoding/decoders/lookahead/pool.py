@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ...errors import SpecgymError
+from ...errors import SpecgymError, check_fields, number, one_of, whole_number
 
 Retention = Literal["recency", "frequency", "sliding"]
 _RETENTIONS = ("recency", "frequency", "sliding")
@@ -53,19 +52,24 @@ class PoolSettings:
     probability than this, 0 to 1, by how often it did so before and by the probability recorded in the window."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("seeds", _SEEDS), ("retention", _RETENTIONS)):
-            if getattr(self, name) not in choices:
-                raise PoolSettingsError(
-                    f"{name} of the n-gram pool must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("horizon", "max_keys", "per_key"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 1 and int(value) == value):
-                raise PoolSettingsError(f"{name} of the n-gram pool must be a whole number of at least 1, got {value}")
-        for name in ("top_share", "max_overlap", "min_acceptance"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise PoolSettingsError(f"{name} of the n-gram pool must be from 0 to 1, or None, got {value}")
+        one_of(_in_pool("seeds"), self.seeds, _SEEDS, PoolSettingsError)
+        one_of(_in_pool("retention"), self.retention, _RETENTIONS, PoolSettingsError)
+        check_fields(self, _checked_count, "horizon", "max_keys", "per_key")
+        check_fields(self, _checked_share, "top_share", "max_overlap", "min_acceptance")
+
+
+def _in_pool(name: str) -> str:
+    return f"{name} of the n-gram pool"
+
+
+def _checked_count(name: str, value: object) -> int:
+    return whole_number(_in_pool(name), value, error=PoolSettingsError)
+
+
+def _checked_share(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    return number(_in_pool(name), value, at_least=0, at_most=1, hint="or None", error=PoolSettingsError)
 
 
 class Guess:

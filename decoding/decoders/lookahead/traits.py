@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from ...errors import require_positive
+from ...errors import check_fields, one_of, whole_number
 from ...traits import DecoderTraits, Knob
 
 Preset = Literal["small", "large"]
@@ -30,13 +31,9 @@ class LookaheadOptions:
     """Defaults of the knobs: for small devices, or for an A100 with a 7B target (section 5 of the paper)."""
 
     def __post_init__(self) -> None:
-        if self.preset not in LookaheadTraits.presets:
-            raise ValueError(f"preset must be one of {', '.join(LookaheadTraits.presets)}, got {self.preset!r}")
-        require_positive("max_window", self.max_window)
-        require_positive("max_guesses", self.max_guesses)
-        require_positive("max_ngram", self.max_ngram)
-        if self.max_ngram < 2:
-            raise ValueError(f"max_ngram must be at least 2, a token and the one after it, got {self.max_ngram}")
+        one_of("preset", self.preset, tuple(LookaheadTraits.presets))
+        check_fields(self, whole_number, "max_window", "max_guesses")
+        check_fields(self, partial(whole_number, at_least=2, hint="a token and the one after it"), "max_ngram")
 
 
 class LookaheadTraits(DecoderTraits):

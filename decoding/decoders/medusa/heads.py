@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...errors import SpecgymError
+from ...errors import SpecgymError, check_fields, whole_number
 from ...models.language_model import weights_digest
 from ...models.linear_layers import output_layer
 
@@ -49,9 +50,7 @@ class HeadsShape:
 
     def __post_init__(self) -> None:
         for name, least in (("heads", 1), ("hidden_size", 1), ("vocabulary_size", 1), ("blocks", 0)):
-            value = getattr(self, name)
-            if value < least or int(value) != value:
-                raise MedusaHeadsError(f"{name} must be a whole number of at least {least}, got {value}")
+            check_fields(self, partial(whole_number, at_least=least, error=MedusaHeadsError), name)
         tokens = self.vocabulary
         if any(low >= high for low, high in pairwise(tokens)) or (
             tokens and not 0 <= tokens[0] <= tokens[-1] < self.vocabulary_size

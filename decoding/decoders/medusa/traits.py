@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...errors import require_positive
+from ...errors import check_fields, whole_number
 from ...traits import DecoderTraits, Knob
 
 LARGEST_TREE = 64
@@ -32,7 +32,7 @@ class MedusaOptions:
     """Upper end of the `tree_size` knob, in candidates."""
 
     def __post_init__(self) -> None:
-        require_positive("max_tree", self.max_tree)
+        check_fields(self, whole_number, "max_tree")
 
 
 class MedusaTraits(DecoderTraits):

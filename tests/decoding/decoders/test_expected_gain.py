@@ -342,5 +342,5 @@ def test_a_profile_of_other_rounds_and_an_unknown_stop_are_refused(pair: Pair) -
     object.__setattr__(other, "kind", "lookahead")
     with pytest.raises(LatencyProfileError, match="made for lookahead rounds, and chain rounds are to be charged"):
         ThresholdDecoder(pair).charge_by(other)
-    with pytest.raises(ValueError, match="stop must be 'expected-gain' or 'never', got 'sometimes'"):
+    with pytest.raises(ValueError, match="stop must be one of 'expected-gain', 'never', got 'sometimes'"):
         ThresholdDecoder(pair, stop="sometimes")  # type: ignore[arg-type]

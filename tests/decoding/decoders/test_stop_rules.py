@@ -149,7 +149,7 @@ def test_all_drafts_are_meant_where_no_rows_are_given() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 0.1, 1), "environments must be at least 1, got 0"),
+        ((0, 0.1, 1), "environments must be a whole number of at least 1, got 0"),
         ((1, -0.1, 1), "cost_ratio must be finite and at least 0"),
         ((1, math.nan, 1), "cost_ratio must be finite and at least 0"),
         ((2, [0.1, math.inf], 1), "cost_ratio must be finite and at least 0"),
@@ -204,16 +204,16 @@ def test_the_entropy_rule_is_adaedls_bound_on_the_acceptance(bound: float, scale
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FixedLength(0), "length must be a whole number of tokens between 1 and 32, got 0"),
-        (lambda: FixedLength(33), "length must be a whole number of tokens between 1 and 32, got 33"),
+        (lambda: FixedLength(0), "length must be a whole number from 1 to 32, got 0"),
+        (lambda: FixedLength(33), "length must be a whole number from 1 to 32, got 33"),
         (lambda: FixedLength(2.5), "length must be a whole number"),  # type: ignore[arg-type]
-        (lambda: ConfidenceBelow(1.5), "threshold is a probability, between 0 and 1, got 1.5"),
-        (lambda: ConfidenceBelow(math.nan), "threshold is a probability"),
-        (lambda: ProductBelow(-0.1), "threshold is a probability"),
-        (lambda: EntropyAbove(-1.0), "threshold is an entropy in nats"),
-        (lambda: EntropyAbove(math.inf), "threshold is an entropy in nats"),
-        (lambda: EntropyAbove.from_bound(1.1), "bound is a probability"),
-        (lambda: EntropyAbove.from_bound(0.5, 0.0), "scale must be positive"),
+        (lambda: ConfidenceBelow(1.5), "threshold must be a number from 0 to 1, got 1.5"),
+        (lambda: ConfidenceBelow(math.nan), "threshold must be a number from 0 to 1"),
+        (lambda: ProductBelow(-0.1), "threshold must be a number from 0 to 1"),
+        (lambda: EntropyAbove(-1.0), "threshold must be a finite number of at least 0, got .*an entropy in nats"),
+        (lambda: EntropyAbove(math.inf), "threshold must be a finite number of at least 0, got .*an entropy in nats"),
+        (lambda: EntropyAbove.from_bound(1.1), "bound must be a number from 0 to 1"),
+        (lambda: EntropyAbove.from_bound(0.5, 0.0), "scale must be a finite number above 0"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(make: Any, message: str) -> None:

@@ -159,12 +159,12 @@ def test_the_profile_covers_every_batch_size_with_every_context(tmp_path: Path) 
     [
         ({"max_draft_length": 0}, "max_draft_length must be a whole number of at least 1, got 0"),
         ({"batch_sizes": (4, 0)}, "each of batch_sizes must be a whole number of at least 1, got 0"),
-        ({"contexts": ()}, "contexts must have an entry"),
+        ({"contexts": ()}, "contexts must have at least 1 value"),
         ({"decoder": "lookahead"}, "lookahead rounds have no draft, and opt-125m was given"),
         ({"decoder": "lookahead", "max_draft_length": 4}, "max_draft_length is not for lookahead rounds"),
         ({"max_target_tokens": 4}, "max_target_tokens is not for chain rounds"),
-        ({"bandwidth_share": 0.0}, "bandwidth_share is a share, above 0 and at most 1, got 0.0"),
-        ({"arithmetic_share": 1.5}, "arithmetic_share is a share, above 0 and at most 1, got 1.5"),
+        ({"bandwidth_share": 0.0}, "bandwidth_share must be a number above 0 and at most 1, got 0.0"),
+        ({"arithmetic_share": 1.5}, "arithmetic_share must be a number above 0 and at most 1, got 1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -224,8 +224,8 @@ def test_no_model_is_loaded(make_vector: MakeVector, toy_workload: Workload, mon
     ("arguments", "message"),
     [
         ({"backend": "live"}, "vectorization_mode='sync'"),
-        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
-        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
+        ({"num_envs": 0}, "num_envs must be a whole number of at least 1, got 0"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be a whole number of at least 1"),
         ({"max_new_tokens": 13}, "has texts of 12 tokens"),
         ({"max_draft_length": 16}, "has drafts of 4 tokens"),
         ({"start": "best"}, "start must be one of"),

@@ -80,7 +80,7 @@ def test_what_cannot_be_fitted_is_refused_with_the_way_out() -> None:
     with pytest.raises(DraftTreeModelError, match="call add first"):
         RidgeFit(2, 2).solve()
     for penalty in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="a penalty must be at least 0"):
+        with pytest.raises(ValueError, match="penalty must be a finite number of at least 0"):
             fitted(draft, target, penalty)
     with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(3, 7\), got \(3, 5\) and \(3, 7\)"):
         RidgeFit(4, TARGET).add(draft, target)

@@ -144,7 +144,7 @@ def test_states_of_any_precision_and_scale_are_taken() -> None:
         ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
         ({"width": 2.5}, "width must be a whole number"),
         ({"deepest": 0}, "deepest must be"),
-        ({"label": "luck"}, "there is no label 'luck'; it is one of match, probability, ratio"),
+        ({"label": "luck"}, "label must be one of 'match', 'probability', 'ratio', got 'luck'"),
     ],
 )
 def test_a_shape_that_makes_no_sense_is_refused(changed: dict[str, object], message: str) -> None:

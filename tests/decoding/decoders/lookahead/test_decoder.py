@@ -57,12 +57,12 @@ def test_the_knobs_are_whole_numbers_with_the_published_defaults(make_table: Mak
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"window": 0}, "knob window must be between 1 and 16, got 0"),
-        ({"window": 17}, "knob window must be between 1 and 16, got 17"),
-        ({"ngram": 1}, "knob ngram must be between 2 and 6, got 1"),
-        ({"ngram": 2.5}, "knob ngram takes whole numbers, got 2.5"),
-        ({"guesses": -1}, "knob guesses must be between 0 and 16"),
-        ({"guesses": math.nan}, "knob guesses must be between 0 and 16"),
+        ({"window": 0}, "knob window must be a whole number from 1 to 16, got 0"),
+        ({"window": 17}, "knob window must be a whole number from 1 to 16, got 17"),
+        ({"ngram": 1}, "knob ngram must be a whole number from 2 to 6, got 1"),
+        ({"ngram": 2.5}, "knob ngram must be a whole number from 2 to 6, got 2.5"),
+        ({"guesses": -1}, "knob guesses must be a whole number from 0 to 16"),
+        ({"guesses": math.nan}, "knob guesses must be a whole number from 0 to 16"),
         ({"draft_length": 3}, "has no knob 'draft_length'; it has: window, ngram, guesses"),
     ],
 )
@@ -79,10 +79,10 @@ def test_knobs_out_of_range_are_refused_by_name(
     ("arguments", "message"),
     [
         ({"max_window": 0}, "max_window"),
-        ({"max_ngram": 1}, "max_ngram must be at least 2"),
+        ({"max_ngram": 1}, "max_ngram must be a whole number of at least 2"),
         ({"max_ngram": 0}, "max_ngram"),
         ({"max_guesses": 0}, "max_guesses"),
-        ({"preset": "huge"}, "preset must be one of small, large, got 'huge'"),
+        ({"preset": "huge"}, "preset must be one of 'small', 'large', got 'huge'"),
     ],
 )
 def test_a_decoder_out_of_range_is_refused_by_name(

@@ -237,15 +237,18 @@ def test_the_seeds_fill_the_pool_with_what_they_say(table_of: Callable[..., Lang
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"seeds": "all"}, "seeds of the n-gram pool must be one of nothing, prompt, text, got 'all'"),
-        ({"retention": "age"}, "retention of the n-gram pool must be one of recency, frequency, sliding, got 'age'"),
+        ({"seeds": "all"}, "seeds of the n-gram pool must be one of 'nothing', 'prompt', 'text', got 'all'"),
+        (
+            {"retention": "age"},
+            "retention of the n-gram pool must be one of 'recency', 'frequency', 'sliding', got 'age'",
+        ),
         ({"horizon": 0}, "horizon of the n-gram pool must be a whole number of at least 1, got 0"),
         ({"max_keys": 1.5}, "max_keys of the n-gram pool must be a whole number"),
         ({"max_keys": float("inf")}, "max_keys of the n-gram pool must be a whole number"),
         ({"per_key": -1}, "per_key of the n-gram pool must be a whole number"),
-        ({"top_share": 1.1}, "top_share of the n-gram pool must be from 0 to 1, or None, got 1.1"),
-        ({"max_overlap": -0.1}, "max_overlap of the n-gram pool must be from 0 to 1"),
-        ({"min_acceptance": float("nan")}, "min_acceptance of the n-gram pool must be from 0 to 1"),
+        ({"top_share": 1.1}, "top_share of the n-gram pool must be a number from 0 to 1, got 1.1; or None"),
+        ({"max_overlap": -0.1}, "max_overlap of the n-gram pool must be a number from 0 to 1"),
+        ({"min_acceptance": float("nan")}, "min_acceptance of the n-gram pool must be a number from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(setting: dict[str, Any], message: str) -> None:
