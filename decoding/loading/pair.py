@@ -27,6 +27,7 @@ from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from ..models.linear_layers import PrepackedLinear
+from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
 
@@ -47,8 +48,7 @@ class Pair:
 
     Raises:
         VocabularyMismatchError: target and draft have different vocabularies.
-        UnsupportedModelError: a model cannot be decoded speculatively.
-        TypeError: the target is not a model.
+        UnsupportedModelError: a model cannot be decoded speculatively, or is none.
     """
 
     def __init__(
@@ -60,15 +60,11 @@ class Pair:
         name: str | None = None,
         prepack: bool | None = None,
     ) -> None:
-        if not isinstance(target, PreTrainedModel | LanguageModel):
-            raise TypeError(
-                f"a target is a transformers model, not a {type(target).__name__}; load one by name with load_pair, or "
-                "with AutoModelForCausalLM.from_pretrained"
-            )
-        if isinstance(target, PreTrainedModel):
-            target = LanguageModel(target, prepack=prepack)
-        if isinstance(draft, PreTrainedModel):
-            draft = LanguageModel(draft, prepack=False)  # it reads a token at a time, where plain weights are as fast
+        if not isinstance(target, LanguageModel):
+            target = LanguageModel(causal_model(target), prepack=prepack)
+        if isinstance(draft, nn.Module):
+            # It reads a token at a time, where plain weights are as fast.
+            draft = LanguageModel(causal_model(draft, "draft"), prepack=False)
         if isinstance(draft, LanguageModel):
             draft = ModelDrafter(draft)
         if draft is not None and draft.vocabulary_size != target.vocabulary_size:

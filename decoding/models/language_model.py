@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import inspect
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import NumericalError, PromptError, UnsupportedModelError
 from .kv_cache import BranchingCache, TokenTree
 from .linear_layers import NARROWEST_PREPACKED, can_prepack, output_module, prepack_linears
+from .supported import causal_model, execution_device, refuse_unsupported, require_ready
 
 _STRIP_ROWS = 64
 _PART = 512
@@ -62,16 +62,16 @@ class LanguageModel:
     """
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None) -> None:
+        refuse_unsupported(causal_model(model))
         self.model = model.eval()
         config = model.config.get_text_config(decoder=True)
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         self.vocabulary_size = int(config.vocab_size)
         self.hidden_size = int(config.hidden_size)
         self.context_limit = _context_limit(config)
-        self.device = model.device
+        self.device = execution_device(model)
         self.dtype = model.dtype
         self._mask_value = torch.finfo(model.dtype).min
-        _refuse_by_signature(model)
         if prepack and not can_prepack(model):
             raise ValueError(
                 f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
@@ -86,7 +86,12 @@ class LanguageModel:
         _try_tree_attention(self)
 
     def fresh(self) -> LanguageModel:
-        """Share the weights, with an empty cache."""
+        """Share the weights, with an empty cache: how every text begins.
+
+        Raises:
+            UnsupportedModelError: the model has been switched since to something that decodes wrongly.
+        """
+        require_ready(self.model)
         other = copy.copy(self)
         other._cache = BranchingCache()
         other._last_start = 0
@@ -248,20 +253,6 @@ def _tree_mask(
     mask = torch.zeros(count, start + len(tree), dtype=dtype, device=device)
     mask[:, start:].masked_fill_(tree.on(device)[1][-count:], value)
     return mask[None, None]
-
-
-def _refuse_by_signature(model: PreTrainedModel) -> None:
-    config = model.config
-    kind = type(model).__name__
-    way_out = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder model, which specgym does not decode. {way_out}")
-    parameters = inspect.signature(model.forward).parameters
-    missing = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} - set(parameters)
-    if missing:
-        raise UnsupportedModelError(
-            f"{kind} cannot do tree attention: its forward takes no {', '.join(sorted(missing))}. {way_out}"
-        )
 
 
 def _try_tree_attention(model: LanguageModel) -> None:

@@ -1,0 +1,180 @@
+"""Which models can be decoded speculatively, and the reason and the way out for those that cannot.
+
+`causal_model` looks at what somebody hands over; `refuse_unsupported` at a model's configuration, layers and weights
+when a pair is made, before anything is changed; `require_ready` at what its owner may have switched since, at the start
+of every text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+
+_ANOTHER_MODEL = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
+_ATTENTION: dict[str, str] = {
+    # transformers 5.23, integrations/flex_attention.py: compiled per shape of mask, and a draft's differs every round.
+    "flex": "compiles a kernel for the mask of every draft and fails on many of their shapes",
+    # transformers 5.23, modeling_flash_attention_utils.py: of a mask it reads which tokens are padding, nothing else.
+    "flash": "takes no mask but the causal one, so that branches of drafts would see each other",
+    # transformers 5.23, integrations/eager_paged.py.
+    "paged|": "is for continuous batching and wants its paged cache",
+}
+"""Parts of the names of attention implementations that are refused, with what each does."""
+
+
+def causal_model(model: object, role: str = "target") -> PreTrainedModel:
+    """Return what somebody handed over as a model, if it is a transformers model as it stands.
+
+    Args:
+        model: anything.
+        role: what it was meant to be, for the message.
+
+    Raises:
+        UnsupportedModelError: it is no model, or one in a wrapper; the message says how to take it out.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    kind = type(model).__name__
+    inner: Any = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):  # torch.compile gives such a wrapper
+        raise UnsupportedModelError(
+            f"the {role} is a compiled module ({kind}), and passes over drafts have another shape every round, for "
+            f"each of which it would be compiled anew. Give the model itself: Pair(model._orig_mod)"
+        )
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise _refusal_of_adapter(model, role)
+    if isinstance(getattr(model, "module", None), PreTrainedModel):  # DataParallel and its kin
+        raise UnsupportedModelError(f"the {role} is a model in a {kind}. Give the model itself: Pair(model.module)")
+    raise UnsupportedModelError(
+        f"a {role} is a transformers model, not a {kind}; load one by name with load_pair, or with "
+        "AutoModelForCausalLM.from_pretrained"
+    )
+
+
+def _refusal_of_adapter(model: Any, role: str) -> UnsupportedModelError:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return UnsupportedModelError(
+            f"the {role} is a {type(model).__name__} that puts virtual tokens before every text, which specgym does "
+            "not do. Train a LoRA adapter instead, or decode the model without it: Pair(model.get_base_model())"
+        )
+    return UnsupportedModelError(
+        f"the {role} is a {type(model).__name__}, a wrapper around a model with an adapter. Merge the adapter, "
+        "Pair(model.merge_and_unload()), or give the model inside, whose layers keep the adapter at work: "
+        "Pair(model.get_base_model())"
+    )
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Refuse a model that is known to be decoded wrongly or not at all.
+
+    Raises:
+        UnsupportedModelError: naming the model, the reason and the way out.
+    """
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder model, which specgym does not decode. {_ANOTHER_MODEL}"
+        )
+    parameters = inspect.signature(model.forward).parameters
+    missing = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} - set(parameters)
+    if missing:
+        raise UnsupportedModelError(
+            f"{kind} cannot do tree attention: its forward takes no {', '.join(sorted(missing))}. {_ANOTHER_MODEL}"
+        )
+    _refuse_attention(model)
+    _refuse_absent_weights(model)
+    _refuse_scales_of_what_is_read_together(model)
+    _refuse_late_adapters(model)
+
+
+def require_ready(model: PreTrainedModel) -> None:
+    """Refuse a text while its model is switched to something that decodes wrongly; cheap, for the start of each text.
+
+    Raises:
+        UnsupportedModelError: the model is in training mode, or has an attention implementation that takes no trees.
+    """
+    if any(module.training for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is in training mode, in which dropout changes its texts and gradient "
+            "checkpointing drops its cache. Call model.eval() before decoding"
+        )
+    _refuse_attention(model)
+
+
+def _refuse_attention(model: PreTrainedModel) -> None:
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        name = str(getattr(config, "_attn_implementation", ""))
+        for part, reason in _ATTENTION.items():
+            if part in name:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} uses the attention implementation {name!r}, which {reason}. Set another: "
+                    "model.set_attn_implementation('sdpa'), or 'eager'"
+                )
+
+
+def _offloading(module: nn.Module) -> Iterator[Any]:
+    """The hooks of accelerate that fetch a module's weights for the time of its pass."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return (item for item in getattr(hook, "hooks", (hook,)) if getattr(item, "offload", False))
+
+
+def _refuse_absent_weights(model: PreTrainedModel) -> None:
+    offloaded = any(next(_offloading(module), None) for module in model.modules())
+    absent = None if offloaded else next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no weights: {absent} is on the meta device. Load it with "
+            "AutoModelForCausalLM.from_pretrained, or give it weights with load_state_dict(..., assign=True)"
+        )
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """The device that a model reads tokens on, also where its weights are elsewhere between passes."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (hook for module in model.modules() for hook in _offloading(module))
+    device = next((hook.execution_device for hook in hooks if hook.execution_device is not None), "cpu")
+    return torch.device(device)
+
+
+def _refuse_scales_of_what_is_read_together(model: PreTrainedModel) -> None:
+    """Refuse arithmetic in which a token's scores depend on the tokens that are read in the same pass.
+
+    torch's dynamic quantisation has a scale for the whole input of a layer (torch 2.13,
+    ao/nn/quantized/dynamic/modules/linear.py). LLM.int8 has one for every token, but keeps those features apart in
+    which any token of the pass has an outlier (bitsandbytes, backends/default/ops.py), unless its threshold is 0.
+    """
+    kind = type(model).__name__
+    dynamic = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+    if any(type(module).__module__.startswith(dynamic) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{kind} is quantised dynamically: its scales depend on all tokens that a pass reads, so a draft that is "
+            "checked in one pass gets other scores than token by token. Use the model before quantize_dynamic, in "
+            "float32 or bfloat16"
+        )
+    options: Any = getattr(model.config, "quantization_config", None)
+    options = options if isinstance(options, dict) else vars(options) if options is not None else {}
+    eight_bits = options.get("load_in_8bit", options.get("_load_in_8bit", False))
+    if eight_bits and options.get("llm_int8_threshold", 6.0) > 0:
+        raise UnsupportedModelError(
+            f"{kind} is quantised with LLM.int8, which treats the features apart in which any token of a pass has an "
+            "outlier, so a draft that is checked in one pass gets other scores than token by token. Load it with "
+            "BitsAndBytesConfig(load_in_4bit=True), with llm_int8_threshold=0.0, or in bfloat16"
+        )
+
+
+def _refuse_late_adapters(model: PreTrainedModel) -> None:
+    adapters: Any = getattr(model, "peft_config", None)
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if getattr(adapter, "alora_invocation_tokens", None) is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has the adapter {name!r}, which works from its invocation tokens on (aLoRA), "
+                "as only PeftModel.generate does. Train a plain LoRA adapter instead"
+            )
