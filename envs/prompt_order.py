@@ -1,12 +1,18 @@
-"""Orders of prompts: all prompts in random order before any comes again. Every environment takes its prompts here."""
+"""Orders of prompts: all prompts in random order before any comes again. Every environment takes its prompts here.
+
+The seed of environments that step together, which fixes their orders.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from specgym.decoding import ArgumentError, whole_number
 
 Integers = NDArray[np.int64]
 
@@ -91,6 +97,34 @@ class PromptOrder:
             self._orders[members, : len(prompts)] = orders[:, ::-1]
             self._left[members] = len(prompts)
         self._fewest = int(self._left.min())
+
+
+def shared_seed(seed: Any, environments: int) -> int | None:
+    """Return the seed of the one generator that environments which step together share.
+
+    Args:
+        seed: a whole number of at least 0; one for each environment; or None, like a list of nothing else, for no seed.
+            Number s is short for s, s + 1, s + 2 and so on, as in `gymnasium.vector.SyncVectorEnv`. Seeds of a list
+            fix all draws together: those of an environment depend on the seeds of the others, too.
+        environments: how many there are.
+
+    Raises:
+        ArgumentError: too many or too few seeds, or one that is no such number.
+    """
+    if seed is None:
+        return None
+    if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str) or np.ndim(seed) == 0:
+        return whole_number("seed", seed, at_least=0, hint="or give a list with a seed for each environment")
+    if len(seed) != environments:
+        raise ArgumentError(
+            f"seed: {len(seed)} were given for {environments} environments; give each one, or one for all"
+        )
+    if all(item is None for item in seed):
+        return None
+    numbers = [whole_number(f"seed of environment {place}", item, at_least=0) for place, item in enumerate(seed)]
+    if numbers == list(range(numbers[0], numbers[0] + environments)):
+        return numbers[0]
+    return int.from_bytes(np.random.SeedSequence(numbers).generate_state(4).astype("<u4").tobytes(), "little")
 
 
 def prompts_at(first: int, count: int, prompts: int, seed: int) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob, LatencyProfile
+from specgym.decoding import Knob, LatencyProfile, one_of
 
 from ..workloads import Workload
 
@@ -22,6 +22,30 @@ Number = TypeVar("Number", float, NDArray[np.float64])
 """A float, or an array with a number a text or environment."""
 Values = TypeVar("Values", bound=Any)
 """Stand-in for `Number`: mypy takes no constrained variable in a generic `NamedTuple`."""
+BackendName = Literal["live", "replay"]
+BACKENDS: tuple[BackendName, ...] = ("live", "replay")
+
+
+def backend_of(backend: BackendName | None, source: BackendName | None, default: BackendName) -> BackendName:
+    """Return the backend that a constructor's arguments ask for, by either of its names.
+
+    Args:
+        backend: as given, or None.
+        source: the same by its second name. Wrappers of other libraries take arguments for themselves that are called
+            `backend` (`torchrl.envs.GymEnv` of torchrl 0.14 does), and hand on those that they do not know.
+        default: of an environment that is asked for neither.
+
+    Raises:
+        ValueError: the two contradict each other, or there is no such backend.
+    """
+    for name, value in (("backend", backend), ("source", source)):
+        if value is not None:
+            one_of(name, value, BACKENDS)
+    if backend is not None and source is not None and backend != source:
+        raise ValueError(
+            f"backend is {backend!r} and source {source!r}, which are two names of the same argument; give one of them"
+        )
+    return backend or source or default
 
 
 class Metrics(NamedTuple, Generic[Values]):

@@ -105,6 +105,25 @@ def asked(workload: Workloads, recordings: Any) -> list[str | Workload | None]:
     return [workload] if isinstance(workload, str | Workload) else list(workload)
 
 
+def require_single(env: str, **arguments: Any) -> None:
+    """Refuse several workloads, or several recordings, for an environment that has a single one.
+
+    Args:
+        env: the environment's name, for messages.
+        arguments: what was given, by the argument's name.
+
+    Raises:
+        ValueError: one of them is a list, a tuple, a mapping or the like; the message says what takes several.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+            raise ValueError(
+                f"{name}: {env} is about a single workload, got {len(value)} in a {type(value).__name__}; give one, or "
+                f"make replayed ones that step together, gymnasium.make_vec(..., num_envs={max(len(value), 1)}, "
+                f"{name}=[...])"
+            )
+
+
 def _check_trace(trace: Trace, exact: bool, max_new_tokens: int, max_draft_length: int) -> None:
     info = trace.info
     name, again = f"the trace of {info.workload} ({info.split})", record_command(info.workload)

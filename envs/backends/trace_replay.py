@@ -85,6 +85,10 @@ class TraceWalk:
         self._drafted_at: NDArray[np.uint8] = drafted.astype(np.uint8).ravel()  # by level, if that matters, and row
         self._drafted, self._places = self._drafted_at.data, table.places.data
 
+    def __reduce__(self) -> tuple[type[TraceWalk], tuple[Any, ...]]:
+        """Leave views of memory out of pickles and copies."""
+        return type(self), (self.table, self._round_seconds, self.tokens, self._levelled)
+
     def decode(
         self, prompt: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
     ) -> tuple[float, float, float, float, float, float]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from specgym.decoding import FEATURES, LatencyProfile, Split, one_of
 
-from ..backends.backend import DraftBackend, DraftSteps
+from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
+from ..backends.replay import require_single
 from ..profiles import profile_of
 from ..prompt_order import PromptOrder
 from ..recordings.find import find_trace
@@ -109,8 +110,8 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     Args:
         workload: a name such as `"tiny/prose"` or `"tiny/code@1.0"`, or a `Workload`; by default that of a given
             recording, or else `"tiny/prose"`.
-        backend: `"live"` runs the models, `"replay"` a recorded trace, for which no model is loaded if there is a
-            profile. When greedy the two agree, up to the rounding of recorded numbers (under 0.5 %).
+        backend: `"live"`, the default, runs the models, `"replay"` a recorded trace, for which no model is loaded if
+            there is a profile. When greedy the two agree, up to the rounding of recorded numbers (under 0.5 %).
         max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the trace holds.
         max_new_tokens: tokens of each text, at most; in replay at most what the trace holds.
         split: `"train"` or `"test"` prompts; by default the workload's own, or the recording's.
@@ -122,6 +123,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         rate: price of time in the beginning, at least 0.
         decision_seconds: time that the agent's own inference takes for each decision, at least 0.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
+        source: a second name of `backend`, for libraries that take a `backend` for themselves.
 
     Raises:
         ValueError: an argument is out of range; the message says which. `TraceError`, `WorkloadError` and
@@ -137,7 +139,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     def __init__(
         self,
         workload: str | Workload | None = None,
-        backend: Literal["live", "replay"] = "live",
+        backend: BackendName | None = None,
         max_draft_length: int = 16,
         max_new_tokens: int = 64,
         split: Split | None = None,
@@ -148,8 +150,10 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         rate: float = 1.0,
         decision_seconds: float = 0.0,
         render_mode: Literal["rgb_array"] | None = None,
+        source: BackendName | None = None,
     ) -> None:
-        one_of("backend", backend, ("live", "replay"))
+        backend = backend_of(backend, source, "live")
+        require_single(type(self).__name__, workload=workload, recording=recording)
         one_of("split", split, (None, "train", "test"))
         one_of("render_mode", render_mode, (None, "rgb_array"))
         check_lengths(max_draft_length, max_new_tokens)

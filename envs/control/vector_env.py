@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -12,13 +12,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from specgym.decoding import Split
+from specgym.decoding import Split, one_of
 
-from ..backends.backend import DraftSteps
+from ..backends.backend import BackendName, DraftSteps, backend_of
 from ..backends.chain_replay import DraftReplay, DraftTable, Indices
 from ..backends.replay import Workloads
 from ..profiles import Profiles
-from ..prompt_order import PromptOrder
+from ..prompt_order import PromptOrder, shared_seed
 from ..recordings.find import Recordings
 from ..workloads import constructor, reset_options
 from .env import check_lengths, observation_space
@@ -36,7 +36,8 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
 
     Actions, observations, rewards and the end of an episode are those of `DraftLengthEnv`, and the same numbers. The
     environments are spread evenly over the operating points, every workload with every batch size, and each stays at
-    its own. All environments of a workload together take every prompt before any comes again.
+    its own. All environments of a workload together take every prompt before any comes again. Pickles and copies go on
+    where the original stands.
 
     A text that ends is followed by another in the same step (`AutoresetMode.SAME_STEP`): the observation is that of the
     new text, and `infos` has the old one's as `final_obs`, an array of objects, with `final_info`. The entries
@@ -64,8 +65,11 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         decision_seconds: charged for every decision.
         backend: `"replay"`. `gymnasium.make_vec(..., vectorization_mode="sync")` makes live ones side by side.
         max_episode_steps: after how many steps an episode is cut; by default only the end of the text ends it.
+        source: a second name of `backend`, for libraries that take a `backend` for themselves.
+        render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
 
     Attributes:
+        autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
         workload_names: names, in order.
         workload_of: each environment's workload, an index into them, shape (num_envs,).
         points: the operating points.
@@ -77,7 +81,9 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
             `LatencyProfileError` are such errors.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  # declared so there
+    # Gymnasium's own vector environments have it as an attribute, too, and torchrl 0.14 (envs/libs/gym.py) reads that.
+    autoreset_mode: ClassVar = AutoresetMode.SAME_STEP
+    metadata = {"autoreset_mode": autoreset_mode, "render_modes": []}  # noqa: RUF012  # declared so there
 
     @constructor(tokens="max_new_tokens", trace="recording")
     def __init__(
@@ -93,9 +99,13 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         context: int | None = None,
         rate: float = 1.0,
         decision_seconds: float = 0.0,
-        backend: Literal["replay"] = "replay",
+        backend: BackendName | None = None,
         max_episode_steps: int | None = None,
+        source: BackendName | None = None,
+        render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
+        one_of("render_mode", render_mode, (None, "rgb_array"))
+        backend = backend_of(backend, source, "replay")
         if backend != "replay":
             raise ValueError(
                 f"backend must be 'replay' here, got {backend!r}; live environments stand side by side with "
@@ -188,17 +198,19 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         return self._drafts.over.copy()
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Floats, dict[str, NDArray[Any]]]:
         """Begin a text in every environment.
 
         Args:
-            seed: fixes the order of the prompts and what is kept of sampled drafts.
+            seed: fixes the order of the prompts and what is kept of sampled drafts, of all environments together; a
+                number, or one for each environment (`shared_seed`).
             options: `prompt`, shape (num_envs,), to decode these once; see the class.
 
         Raises:
-            ValueError: an unknown option, or prompts that do not exist.
+            ValueError: an unknown option, prompts that do not exist, or too many or too few seeds.
         """
+        seed = shared_seed(seed, self.num_envs)
         super().reset(seed=seed)
         options = reset_options(options, _OPTIONS, {"prompts": "prompt"})
         everyone = np.arange(self.num_envs)

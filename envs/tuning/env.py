@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from specgym.decoding import LatencyProfile, Split, one_of, traits_of, whole_number
 
-from ..backends.backend import Backend
-from ..backends.replay import replay_backend
+from ..backends.backend import Backend, BackendName, backend_of
+from ..backends.replay import replay_backend, require_single
 from ..recordings.find import Recording
 from ..workloads import Workload, constructor, reset_options
-from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries
+from .knob_space import OPTIONS, ActionKind, KnobTuning, Start
 from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
     Time is charged by the pair's latency profile, so that the same tokens always cost the same; with `timing="wall"` by
     the clock. Reading the prompt is not charged.
 
-    `info` has the same keys at every step: `speedup`, `ms_per_token`, `draft_acceptance_rate`,
-    `mean_acceptance_length` (tokens a round), `divergence`, `tokens`, `rounds`, `drafted`, `accepted`, `seconds`
-    (charged), `workload`, `knobs/<name>` and `reward/<term>`. Sums of the countable ones give the rates over many
-    steps.
+    `info` has the same keys at every step and after `reset`, when nothing is measured and the numbers are 0: `speedup`,
+    `ms_per_token`, `draft_acceptance_rate`, `mean_acceptance_length` (tokens a round), `divergence`, `tokens`,
+    `rounds`, `drafted`, `accepted`, `seconds` (charged), `workload`, `knobs/<name>` and `reward/<term>`. Sums of the
+    countable ones give the rates over many steps.
 
     ## Starting state
     Knobs drawn uniformly from their ranges (logarithmic ones in doublings), or the decoder's defaults with
@@ -118,10 +118,10 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         split: `"train"` or `"test"` prompts; by default the workload's own, which is `"train"`.
         render_mode: `"ansi"` returns the last step as coloured text, `"human"` prints every step; there are no
             pictures, so `"rgb_array"` shows nothing.
-        backend: `"live"` runs the models. `"replay"` looks up a recording, in microseconds: decoders given by name,
-            recorded prompts, no clock, and no text when rendering. Some decoders are replayed from a trace of the draft
-            (`specgym.envs.backends.trace_replay` says how true that is), others from their recorded outcomes
-            (`specgym.envs.backends.outcome_replay` does).
+        backend: `"live"`, the default, runs the models. `"replay"` looks up a recording, in microseconds: decoders
+            given by name, recorded prompts, no clock, and no text when rendering. Some decoders are replayed from a
+            trace of the draft (`specgym.envs.backends.trace_replay` says how true that is), others from their recorded
+            outcomes (`specgym.envs.backends.outcome_replay` does).
         max_draft_length: longest draft (K), in tokens, of a decoder given by name that drafts chains. A replay of a
             lossy decoder needs the K that was recorded; exact decoding takes any up to that.
         recording: a `Trace`, `Outcomes` of the decoder, or a file of either, to replay; by default the recording that
@@ -134,6 +134,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         action: `"move"` as above, or `"place"`: an action says where to put each knob, -1 for the low end of its range
             and 1 for the high end (0 is the middle, of a logarithmic knob in doublings), and `scales` play no part.
         decoder_options: further build options of a decoder given by name, as its `Options` describe them.
+        source: a second name of `backend`, for libraries that take a `backend` for themselves.
 
     Raises:
         ValueError: an argument is out of range; the message says which.
@@ -162,7 +163,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         start: Start = "random",
         split: Split | None = None,
         render_mode: Literal["ansi", "human", "rgb_array"] | None = None,
-        backend: Literal["live", "replay"] = "live",
+        backend: BackendName | None = None,
         max_draft_length: int = 16,
         recording: Recording | str | Path | None = None,
         batch_size: int = 1,
@@ -170,9 +171,11 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         prompts_per_step: int = 1,
         action: ActionKind = "move",
         decoder_options: Mapping[str, Any] | None = None,
+        source: BackendName | None = None,
     ) -> None:
         self._check(start, action, split, prompts_per_step)
-        one_of("backend", backend, ("live", "replay"))
+        backend = backend_of(backend, source, "live")
+        require_single(type(self).__name__, workload=workload, recording=recording)
         one_of("timing", timing, ("profile", "wall"))
         if render_mode == "rgb_array":  # Stable-Baselines3's make_vec_env asks it of every environment
             render_mode = None
@@ -278,7 +281,8 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         self._last_info = {}
         if self.render_mode == "human":
             self._print()
-        return self._observation(), {"workload": self.workload.name, **knob_entries(self.knob_values())}
+        self._began = True
+        return self._observation(), self._unmeasured(self.knob_values(), self.workload.name)
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Move the knobs, and decode the next prompt or prompts with them.
@@ -291,8 +295,10 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
 
         Raises:
             ValueError: the action has another shape, or is not finite.
+            gymnasium.error.ResetNeeded: before the first `reset`.
             NumericalError: the target gave NaN logits.
         """
+        self._require_reset()
         self._state = self._moves.moved(self._state, action)
         values = self.knob_values()
         arrays = {name: np.array([value]) for name, value in values.items()}

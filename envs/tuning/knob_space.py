@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -268,6 +269,7 @@ class KnobTuning:
     _moves: KnobMoves
     _orders: PromptOrder
     np_random: np.random.Generator
+    _began = False
 
     def _check(self, start: str, action: str, split: str | None, prompts_per_step: float) -> None:
         """Check options before anything is loaded."""
@@ -369,6 +371,19 @@ class KnobTuning:
         entries |= {f"reward/{term}": value for term, value in terms.items()}
         total: Any = sum(terms.values())
         return total, entries
+
+    def _unmeasured(self, values: Mapping[str, Number], workload: Any) -> dict[str, Any]:
+        """Return the entries of `info` at an episode's start: those of a step, with 0 for what a step measures."""
+
+        def zero() -> Any:
+            return 0.0 * next(iter(values.values()))  # an array of its own if the values are arrays
+
+        _, entries = self._judge(Metrics(*(zero() + 1.0 for _ in Metrics._fields)), values, 0.0, workload)
+        return {name: zero() for name in entries} | {"workload": workload} | knob_entries(values)
+
+    def _require_reset(self) -> None:
+        if not self._began:
+            raise gymnasium.error.ResetNeeded("call reset before the first step")
 
 
 def knob_entries(values: Mapping[str, Any]) -> dict[str, Any]:

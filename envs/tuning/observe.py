@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -233,6 +234,7 @@ class _VectorExtended(gymnasium.vector.VectorWrapper[Array, Array, Array, Array,
 
     def __init__(self, env: gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]], extension: _Extension) -> None:
         super().__init__(env)
+        self.autoreset_mode = env.metadata.get("autoreset_mode")
         self._extension = extension
         self.single_observation_space = extension.space
         self.observation_space = batch_space(extension.space, env.num_envs)
@@ -309,7 +311,7 @@ class WorkloadMark(_Extended):
 
     def __init__(self, env: gymnasium.Env[Any, Any], place: int, workloads: int) -> None:
         RecordConstructorArgs.__init__(self, place=place, workloads=workloads)
-        super().__init__(env, _Mark(env.observation_space, workloads, lambda: np.array([place])))
+        super().__init__(env, _Mark(env.observation_space, workloads, partial(np.array, [place])))
 
 
 class VectorWorkloadMark(_VectorExtended):
@@ -322,7 +324,7 @@ class VectorWorkloadMark(_VectorExtended):
 
     def __init__(self, env: gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]) -> None:
         inner: Any = env.unwrapped
-        marks = _Mark(env.single_observation_space, len(inner.workload_names), lambda: inner.workload_of)
+        marks = _Mark(env.single_observation_space, len(inner.workload_names), partial(getattr, inner, "workload_of"))
         super().__init__(env, marks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium
 import numpy as np
@@ -11,13 +11,15 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import Split, whole_number
+from specgym.decoding import Split, one_of, whole_number
 
+from ..backends.backend import BackendName, backend_of
 from ..backends.replay import Workloads, replay_backend
 from ..profiles import Profiles
+from ..prompt_order import shared_seed
 from ..recordings.find import Recordings
 from ..workloads import constructor, per_workload, probabilities, reset_options, shared_out
-from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, knob_entries, per_environment
+from .knob_space import OPTIONS, ActionKind, KnobTuning, Start, per_environment
 from .reward import MULTIPLIER, RewardSettings, checked_multiplier
 
 Array = NDArray[np.float32]
@@ -28,9 +30,10 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
     """Many replayed environments of `specgym.envs.TuningEnv`, of one or several workloads, that step together.
 
     Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
-    workload, steps are the same to the last digit but for rounding. All environments run in step and are cut off after
-    `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the observation is that of the next episode, and `infos`
-    has the last one's as `final_obs` and `final_info`, in the form of `gymnasium.vector.SyncVectorEnv`.
+    workload, steps are the same to the last digit but for rounding. Pickles and copies go on where the original stands.
+    All environments run in step and are cut off after `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the
+    observation is that of the next episode, and `infos` has the last one's as `final_obs` and `final_info`, in the form
+    of `gymnasium.vector.SyncVectorEnv`.
 
     Args:
         num_envs: how many environments.
@@ -46,15 +49,20 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
             default those that ship.
         backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
         max_episode_steps: length of an episode.
+        source: a second name of `backend`, for libraries that take a `backend` for themselves.
+        render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
 
     Attributes:
         workload_names: of the workloads, in order.
+        autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
 
     Raises:
         ValueError: as for `TuningEnv`; or the numbers of workloads, recordings, profiles and weights do not agree.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  # as gymnasium has it
+    # Gymnasium's own vector environments have it as an attribute, too, and torchrl 0.14 (envs/libs/gym.py) reads that.
+    autoreset_mode: ClassVar = AutoresetMode.SAME_STEP
+    metadata = {"autoreset_mode": autoreset_mode, "render_modes": []}  # noqa: RUF012  # as gymnasium has it
 
     @constructor(tokens_per_step="max_new_tokens", draft_length="max_draft_length")
     def __init__(
@@ -70,7 +78,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         profile: Profiles = None,
         start: Start = "random",
         split: Split | None = None,
-        backend: Literal["replay"] = "replay",
+        backend: BackendName | None = None,
         max_draft_length: int = 16,
         recording: Recordings = None,
         batch_size: int = 1,
@@ -79,7 +87,11 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         prompts_per_step: int = 1,
         action: ActionKind = "move",
         decoder_options: Mapping[str, Any] | None = None,
+        source: BackendName | None = None,
+        render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
+        one_of("render_mode", render_mode, (None, "rgb_array"))
+        backend = backend_of(backend, source, "replay")
         if backend != "replay":
             raise ValueError(
                 f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
@@ -149,18 +161,22 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         """
         self._probabilities = None if weights is None else probabilities(weights, self.workload_names)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """Start an episode of every environment.
 
         Args:
-            seed: fixes the knobs to start from, the order of the prompts and all draws, of all environments together.
+            seed: fixes the knobs to start from, the order of the prompts and all draws, of all environments together; a
+                number, or one for each environment (`shared_seed`).
             options: `knobs`, a mapping from names to values, each one number or an array of shape (num_envs,); and
                 `prompt`, an index or an array of them, for this episode.
 
         Raises:
             ValueError: an unknown option, a knob that does not exist or is out of range, a prompt that was not
-                recorded, or an array of another shape.
+                recorded, an array of another shape, or too many or too few seeds.
         """
+        seed = shared_seed(seed, self.num_envs)
         super().reset(seed=seed)
         options = reset_options(options, OPTIONS)
         chosen = self._moves.checked(options.get("knobs") or {}, self.num_envs)
@@ -172,6 +188,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         for place, name in enumerate(self._moves.ranges):
             if name in chosen:
                 self._state[:, place] = chosen[name]
+        self._began = True
         return self._observation(), self._start_info()
 
     def step(self, actions: Array) -> tuple[Array, NDArray[Any], Flags, Flags, dict[str, Any]]:
@@ -185,7 +202,9 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
 
         Raises:
             ValueError: the actions have another shape, or one is not finite.
+            gymnasium.error.ResetNeeded: before the first `reset`.
         """
+        self._require_reset()
         self._state = self._moves.moved(self._state, actions)
         values = self._moves.values(self._state)
         metrics = self._decode(values, self._fixed_prompts)
@@ -218,7 +237,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         return self._state.astype(np.float32)
 
     def _start_info(self) -> dict[str, Any]:
-        return self._masked({"workload": self._names.copy(), **knob_entries(self._moves.values(self._state))})
+        return self._masked(self._unmeasured(self._moves.values(self._state), self._names.copy()))
 
     def _masked(self, entries: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         """Add the masks that say for which environments an entry holds: for all, so a single mask will do."""

@@ -72,13 +72,16 @@ def test_sessions_get_different_seeds(make_env: MakeEnv, decoded: list[dict[str,
     assert len({call["seed"] for call in decoded}) == len(decoded)
 
 
-def test_info_has_the_same_plain_entries_at_every_step(make_env: MakeEnv) -> None:
+def test_info_has_the_same_plain_entries_at_the_start_and_at_every_step(make_env: MakeEnv) -> None:
     seen = rollout(make_env(), seed=0)
-    infos = [result[4] for result in seen[1:]]
-    assert all(info.keys() == infos[0].keys() for info in infos)
+    first, *infos = seen[0][1], *(result[4] for result in seen[1:])
+    assert all(list(info) == list(first) for info in infos)
     assert all(type(value) in (float, str) for info in infos for value in info.values())
     assert not any("wall" in name for name in infos[0])
-    assert seen[0][1].keys() == {"workload", "knobs/fallback", "knobs/rollback"}
+    named = {"workload", "knobs/fallback", "knobs/rollback"}
+    assert all(value == 0.0 and type(value) is float for name, value in first.items() if name not in named)
+    assert first["workload"] == infos[0]["workload"]
+    assert [first["knobs/fallback"], first["knobs/rollback"]] == pytest.approx(seen[0][0])
     assert type(seen[1][1]) is float
 
 
