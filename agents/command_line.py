@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import tyro
 
-from specgym.decoding import ModelType, SpecgymError, check_placement, decoder_names
+from specgym.decoding import ModelType, check_placement, decoder_names, run_command
 from specgym.envs import environment_id
 
 from .experiments.experiment import RunSettings, load_settings
@@ -83,13 +83,13 @@ class EvaluateCommand:
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
-    """Run ``train.py``. Returns the exit code: 0, 2 for what the user can mend, 130 after an interruption."""
-    return _guarded(lambda: _train(list(sys.argv[1:] if arguments is None else arguments)))
+    """Run ``train.py``. Returns the exit code, as of `run_command`."""
+    return run_command(lambda: _train(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    """Run ``evaluate.py``. Returns the exit code: 0, or 2 for what the user can mend."""
-    return _guarded(lambda: _evaluate(tyro.cli(EvaluateCommand, args=arguments)))
+    """Run ``evaluate.py``. Returns the exit code, as of `run_command`."""
+    return run_command(lambda: _evaluate(tyro.cli(EvaluateCommand, args=arguments)))
 
 
 def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
@@ -190,15 +190,3 @@ def _use_tuner(command: EvaluateCommand) -> None:
         dtype=command.dtype,
         device=command.device,
     )
-
-
-def _guarded(run: Callable[[], None]) -> int:
-    try:
-        run()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except SpecgymError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

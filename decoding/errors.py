@@ -1,4 +1,5 @@
-"""Errors of this package, each naming what is wrong and the way out, and the checks of arguments that raise them.
+"""Errors of this package, each naming what is wrong and the way out; checks of arguments that raise them; their ends
+as one line of a command.
 
 The checks take one number of Python, NumPy or torch, and return it as a plain Python number: settings end up in JSON
 files, in keys of caches and in messages.
@@ -6,8 +7,13 @@ files, in keys of caches and in messages.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Final, TypeVar
 
@@ -23,7 +29,13 @@ LARGEST_SEED: Final = 2**32 - 1
 
 
 class SpecgymError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code: int = 2
 
 
 class ArgumentError(SpecgymError, ValueError):
@@ -56,6 +68,73 @@ class FitError(SpecgymError, ValueError):
 
 class TrainingError(SpecgymError, RuntimeError):
     """Training cannot go on; the message says why and what to try."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers and service managers end a process; treated like an interruption by the user."""
+
+
+def interruption_code(interruption: KeyboardInterrupt) -> int:
+    """Exit code after an interruption, 128 and the signal's number as shells have it: 130, or 143 for SIGTERM."""
+    return 128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT)
+
+
+def run_command(run: Callable[[], object], way_on: str = "") -> int:
+    """Run a command of this package; what its user can mend, or has done, becomes one line on stderr.
+
+    Args:
+        run: the command.
+        way_on: what to do after an interruption, a sentence.
+
+    Returns:
+        The exit code: 0; 2 for what the user can mend, such as a full disk; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    try:
+        with _terminable():
+            run()
+            sys.stdout.flush()  # the last words may not fit on a full disk either
+    except KeyboardInterrupt as interruption:
+        code = interruption_code(interruption)
+        message = " ".join(["terminated." if isinstance(interruption, Terminated) else "interrupted.", way_on]).strip()
+    except SpecgymError as error:
+        code, message = error.exit_code, f"error: {error}"
+    except MemoryError as error:
+        code, message = 2, f"error: not enough memory ({_got(error)}); ask for less, or use a larger machine"
+    except OSError as error:
+        code, message = 2, f"error: {io_message(error)}"
+    else:
+        return 0
+    print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its exit, and print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def io_message(error: OSError) -> str:
+    """Words of an operating system's error on one line, with the file first if it is known."""
+    reason = error.strerror or str(error) or type(error).__name__
+    places = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return f"{' -> '.join(places)}: {reason}" if places else reason
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` here, once; where another thread runs this, nothing is changed."""
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being saved now should be saved
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def number(
@@ -209,9 +288,7 @@ def check_fields(instance: object, check: Callable[[str, object], Any], *names: 
 
 def _plain(value: Any) -> float | None:
     """The finite Python number that a value is; None if it is none."""
-    if (
-        type(value) not in (int, float) and _shape(value) == ()
-    ):  # a scalar of NumPy, an array or tensor without dimensions
+    if type(value) not in (int, float) and _shape(value) == ():  # of NumPy or torch
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         return None

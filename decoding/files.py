@@ -3,35 +3,135 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Final
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_SUFFIX: Final = ".tmp"
+_TEMPORARY: Final = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""Names as `tempfile` draws them (`_RandomNameSequence` of Python 3.11)."""
+_PREFIX: Final = 60
+"""Characters of a file's name that its temporary file repeats; with four bytes each they leave room for the rest."""
+_OLD: Final = 24 * 3600.0
+"""Seconds after which a temporary file is taken for left behind where there are no locks."""
+_PROBE: Final = 65_536
+"""Bytes that a folder has room for if it is writable."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the place of ``path`` in one step.
 
+    Temporary files of the same name that killed processes left behind are removed.
+
     Args:
         path: where the finished file shall stand; its folder is created.
+
+    Raises:
+        OSError: the file cannot be written, for instance to a full disk; `filename` is ``path``, whatever wrote.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name[:_PREFIX]}."
+        remove_leftovers(path.parent, prefix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=_SUFFIX)
+    except OSError as error:
+        raise _named(error, path) from None
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes private files; what we ship and share is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        with _held(handle):
+            yield temporary
+            # mkstemp makes private files; what we ship and share is as readable as any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, name):
+            raise  # of another file
+        raise _named(error, path) from error
+    except Exception as error:
+        # torch and safetensors say in their own words that a file could not be written.
+        if (reason := unwritable(path.parent)) is not None:
+            raise _named(reason, path) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, prefix: str = ".") -> None:
+    """Remove temporary files of `replacing` in a folder, and in those within it, whose process was killed.
+
+    Args:
+        folder: where to look.
+        prefix: beginning of their names, a dot at least; of one file's when given, and then only beside it.
+    """
+    for leftover in folder.rglob(f".*{_SUFFIX}") if prefix == "." else folder.glob(f"{glob.escape(prefix)}*{_SUFFIX}"):
+        if _TEMPORARY.fullmatch(leftover.name):
+            with contextlib.suppress(OSError), leftover.open("rb") as file:
+                if _abandoned(file.fileno()):
+                    leftover.unlink()
+
+
+def unwritable(folder: Path) -> OSError | None:
+    """The error of writing a few bytes into a folder; None if that works."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file that was to be written."""
+    return type(error)(error.errno, error.strerror or str(error), str(path))
+
+
+@contextlib.contextmanager
+def _held(handle: int) -> Iterator[None]:
+    """Mark a temporary file as being written, for as long as this process lives, and close it in the end."""
+    if fcntl is None:
+        os.close(handle)  # Windows replaces no file that is open
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _abandoned(handle: int) -> bool:
+    """True if no process holds a temporary file; without locks, if it is old."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        else:
+            return True
+    return time.time() - os.fstat(handle).st_mtime > _OLD
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,12 +22,12 @@ from specgym.decoding import (
     LatencyProfile,
     LatencyProfileError,
     ModelType,
-    SpecgymError,
     arithmetic_of,
     decoder_names,
     file_name,
     models_placed,
     resolve,
+    run_command,
     traits_of,
 )
 
@@ -213,7 +213,4 @@ def _present(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpecgymError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specgym.decoding import ModelType, SpecgymError, Split, models_placed, traits_of
+from specgym.decoding import ModelType, Split, models_placed, run_command, traits_of
 
 from .recordings.archive import TraceError
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -137,7 +137,4 @@ def _record_all(command: RecordCommand, traces: RecordSettings | None, outcomes:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpecgymError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main, "The same command goes on from the last complete text."))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tyro
 
-from specgym.decoding.errors import SpecgymError
+from specgym.decoding.errors import run_command
 
 SettingsT = TypeVar("SettingsT")
 
@@ -21,7 +21,4 @@ def run(name: str, settings: type[SettingsT], make: Callable[[SettingsT], object
         settings: options, with their help.
         make: the recipe.
     """
-    try:
-        make(tyro.cli(settings, prog=f"python -m recipes.{name}"))
-    except (SpecgymError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(lambda: make(tyro.cli(settings, prog=f"python -m recipes.{name}"))))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..errors import SpecgymError
+from ..errors import FitError, run_command
 from .draft.distil import DraftSettings, make_draft
 from .draft.ngram import NGramSettings, make_ngram
 from .draft_tree.acceptance import AcceptanceSettings, make_acceptance
@@ -40,11 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: words of the command line; by default those of this program.
+
+    Raises:
+        FitError: it is a recipe. Others as for the commands.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _RECIPES:
-        sys.exit(
-            f"error: {arguments[0]} makes what the package ships, and runs in a checkout of the repository alone: "
+        raise FitError(
+            f"{arguments[0]} makes what the package ships, and runs in a checkout of the repository alone: "
             f"python -m recipes.{arguments[0]}"
         )
     command = tyro.cli(Command, prog="python -m specgym.decoding.fit", description=__doc__, args=arguments)
@@ -52,7 +55,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SpecgymError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main, "The same command goes on from its last checkpoint."))

@@ -31,7 +31,7 @@ from recipes.corpus import write_corpus
 from recipes.sources import Document
 from recipes.target import TargetSettings, make_target
 from recipes.tokenizer import TokenizerSettings, make_tokenizer
-from specgym.decoding.errors import TrainingError
+from specgym.decoding.errors import FitError, TrainingError
 from specgym.decoding.fit.__main__ import main
 from specgym.decoding.fit.draft.distil import DraftSettings, make_draft
 from specgym.decoding.fit.draft.init_from_target import fresh, spread, take_layers
@@ -288,5 +288,5 @@ def test_the_commands_make_a_family_from_a_corpus(
 
 
 def test_a_command_that_became_a_recipe_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"python -m recipes\.corpus"):
+    with pytest.raises(FitError, match=r"python -m recipes\.corpus"):
         main(["corpus"])
