@@ -35,6 +35,7 @@ from .drafts.drafter import (
 from .drafts.ngram import NGramDrafter, PromptLookupDrafter
 from .errors import (
     LARGEST_SEED,
+    LARGEST_WHOLE,
     ArgumentError,
     KnobError,
     NumericalError,
@@ -52,6 +53,7 @@ from .errors import (
     run_command,
     seed_number,
     sequence_of,
+    text,
     whole_number,
 )
 from .files import cache_folder, digest, file_name, remove_leftovers, replacing, unwritable, write_json, write_text
@@ -100,6 +102,7 @@ __all__ = [
     "GREEDY",
     "HUB_SETS",
     "LARGEST_SEED",
+    "LARGEST_WHOLE",
     "LEVELS",
     "MODEL_SHAPES",
     "PRESETS",
@@ -218,6 +221,7 @@ __all__ = [
     "seed_number",
     "sequence_of",
     "shipped_prompts",
+    "text",
     "total_variation",
     "traits_of",
     "unwritable",

@@ -229,6 +229,17 @@ def one_of(name: str, value: object, choices: Sequence[_T], error: type[Exceptio
     raise error(f"{name} must be one of {', '.join(map(repr, choices))}, got {_got(value)}")
 
 
+def text(name: str, value: object, error: type[Exception] = ArgumentError) -> str:
+    """Check that an argument is a string with at least one character.
+
+    Raises:
+        ArgumentError: it is none; or `error`.
+    """
+    if not isinstance(value, str) or not value:
+        raise error(f"{name} must be a string, and not an empty one; got {_got(value)}")
+    return str(value)
+
+
 def sequence_of(
     name: str,
     values: object,

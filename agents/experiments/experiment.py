@@ -6,15 +6,15 @@ Settings that experiments share: the run, what is practised on, PPO, and the jud
 from __future__ import annotations
 
 import importlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import ModelType, SpecgymError, check_placement, write_json
+from specgym.decoding import ModelType, SpecgymError, check_fields, check_placement, number, text, write_json
 
 from ..training.run_folder import LearnedFolder, RunFileError, RunFolder, read_json
 from ..training.settings_io import (
@@ -24,8 +24,8 @@ from ..training.settings_io import (
     from_json,
     require_above_zero,
     require_at_least,
-    require_distinct,
     require_folder_name,
+    require_several,
     require_within,
     to_json,
 )
@@ -37,6 +37,17 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
     from ..evaluation.results import ResultTable
+
+MOST_STEPS: Final = 10**10
+"""Environment steps of a run at most: weeks even where a million steps take a minute."""
+MOST_ENVIRONMENTS: Final = 2**16
+MOST_TRANSITIONS: Final = 2**24
+"""Transitions of a rollout at most, which are all held in memory: some gigabytes."""
+MOST_EPOCHS: Final = 1000
+FASTEST_LEARNING: Final = 10.0
+"""Largest learning rate of Adam, whose steps are about as long as that, whatever the gradients."""
+MOST_THREADS: Final = 1024
+"""Threads at most. OpenMP ends the process when it cannot start one: 'libgomp: Thread creation failed' (torch 2.13)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class LearningSettings:
     """Largest norm of a gradient; larger ones are scaled down."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rollout_steps", "epochs")
+        require_at_least(self, 1, "rollout_steps", most=MOST_TRANSITIONS)
+        require_at_least(self, 1, "epochs", most=MOST_EPOCHS)
         require_at_least(self, 2, "batch_size")
         require_at_least(self, 0, "plateau_patience", "stop_patience")
         require_within(self, 0, 1, "gamma", "gae_lambda")
@@ -83,14 +95,14 @@ class LearningSettings:
         if self.entropy_end is not None:
             require_within(self, 0, 1e6, "entropy_end")
         if self.learning_rate_end is not None:
-            require_within(self, 0, math.inf, "learning_rate_end")
+            require_within(self, 0, FASTEST_LEARNING, "learning_rate_end")
             if self.plateau_patience:
                 raise SettingsError(
                     "the learning rate follows learning_rate_end or plateau_patience; give one of them, not both"
                 )
-        if not 0 < self.plateau_factor < 1:
-            raise SettingsError(f"plateau_factor must be between 0 and 1, got {self.plateau_factor}")
-        require_above_zero(self, "learning_rate", "clip_range", "max_grad_norm")
+        check_fields(self, partial(number, above=0, below=1, error=SettingsError), "plateau_factor")
+        require_above_zero(self, "learning_rate", most=FASTEST_LEARNING)
+        require_above_zero(self, "clip_range", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class KnobLearning(LearningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_above_zero(self, "std_low")
+        require_above_zero(self, "std_low", "std_high", most=10)
         if not self.std_low < self.std_high:
             raise SettingsError(f"std_low must be below std_high, got {self.std_low} and {self.std_high}")
 
@@ -148,9 +160,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_placement(self.dtype, self.device)
-        require_distinct(self, "workloads")
-        require_at_least(self, 1, "total_timesteps", "checkpoint_every")
-        require_at_least(self, 0, "threads", "environments")
+        require_several(self, text, "workloads")
+        require_at_least(self, 1, "total_timesteps", most=MOST_STEPS)
+        require_at_least(self, 1, "checkpoint_every")
+        require_at_least(self, 0, "threads", most=MOST_THREADS)
+        require_at_least(self, 0, "environments", most=MOST_ENVIRONMENTS)
         require_folder_name(self.name)
 
     @property

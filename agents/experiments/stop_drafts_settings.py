@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Final
 
-from specgym.decoding import find_hardware
+from specgym.decoding import check_fields, find_hardware, seed_number, sequence_of, whole_number
 from specgym.envs import LONGEST, SHIPPED_WORKLOADS
 
 from ..training.settings_io import (
     SettingsError,
     require_above_zero,
     require_at_least,
-    require_distinct,
+    require_several,
     require_within,
 )
 from .experiment import LearningSettings, RunSettings
 
+WIDEST: Final = 2**16
 ENV = "specgym/DraftLength-v0"
 
 
@@ -48,12 +51,9 @@ class StopLearning(LearningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_within(self, 0, 1, "rate_smoothing")
-        require_above_zero(self, "rate_smoothing")
-        for name in ("policy_layers", "value_layers"):
-            widths = getattr(self, name)
-            if not widths or any(width < 1 for width in widths):
-                raise SettingsError(f"{name} must be one or more widths of at least 1, got {widths}")
+        require_above_zero(self, "rate_smoothing", most=1)
+        width = partial(whole_number, at_most=WIDEST, error=SettingsError)
+        check_fields(self, partial(sequence_of, check=width, error=SettingsError), "policy_layers", "value_layers")
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class ComparisonSettings:
     """Bootstrap samples for the intervals."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "passes")
-        require_at_least(self, 10, "resamples")
+        require_at_least(self, 1, "passes", most=10**5)
+        require_at_least(self, 10, "resamples", most=10**6)
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,10 @@ class StopSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_distinct(self, "seeds", "batch_sizes")
-        if min(self.seeds) < 0:
-            raise SettingsError(f"seeds must be at least 0, got {self.seeds}")
-        if min(self.batch_sizes) < 1:
-            raise SettingsError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
+        require_several(self, seed_number, "seeds")
+        require_several(self, whole_number, "batch_sizes")
         require_at_least(self, 1, "max_new_tokens")
-        require_at_least(self, 2, "max_draft_length")
-        if self.max_draft_length > LONGEST:
-            raise SettingsError(f"max_draft_length must be at most {LONGEST}, got {self.max_draft_length}")
+        require_at_least(self, 2, "max_draft_length", most=LONGEST)
         require_within(self, 0, math.inf, "decision_seconds")
         if self.hardware is not None:
             find_hardware(self.hardware)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import tyro
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import DecoderTraits, NoOptions, build_decoder, traits_of
+from specgym.decoding import DecoderTraits, NoOptions, build_decoder, seed_number, traits_of
 from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, workload
 
 from ..training.settings_io import (
     SettingsError,
     replaced,
     require_at_least,
-    require_distinct,
     require_one_bound,
     require_one_of,
+    require_several,
     require_weights,
 )
 from .experiment import KnobLearning, RunSettings
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PRACTISING_REPLAYS, FEWEST_REPLAYS = 256, 8
 """Environments that practise on replay by default, shared out among the workloads; and for each workload, at least."""
+
+MOST_LIVE: Final = 1024
+"""Live environments at most; each may be a process of its own."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "prompts", "max_new_tokens", "episode_steps")
         require_at_least(self, 0, "during_training")
-        if not self.seeds:
-            raise SettingsError("evaluation needs at least one seed")
-        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
-            raise SettingsError(f"evaluation seeds must be at least 0, got {self.seeds}")
+        require_several(self, seed_number, "seeds")
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,20 @@ class KnobSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_distinct(self, "seeds")
-        if min(self.seeds) < 0:
-            raise SettingsError(f"seeds must be at least 0, got {self.seeds}")
+        require_several(self, seed_number, "seeds")
         if self.environments and self.environments < len(self.workloads):
             raise SettingsError(
                 f"environments must be 0 or at least {len(self.workloads)}, one a workload, got {self.environments}"
             )
-        require_weights(self.weights, self.workloads)
+        require_weights(self)
         if self.learning.workload_priorities:
             raise SettingsError(
                 "workload_priorities needs environments that can change their workload; it is for train.py --tuner"
             )
         if self.learning.rollout_steps * self.practising < 2:
             raise SettingsError("a rollout must have at least 2 transitions; raise rollout_steps")
+        if not self.replayed and self.practising > MOST_LIVE:
+            raise SettingsError(f"at most {MOST_LIVE} live environments can practise, got {self.practising}")
         reward = self.environment.reward
         if self.traits.lossless and (reward.divergence_weight or reward.max_divergence is not None):
             raise SettingsError(
@@ -206,7 +206,7 @@ class LossyKnobSettings(KnobSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_one_bound(self.max_divergence, self.environment.reward.max_divergence)
+        require_one_bound(self, self.environment.reward.max_divergence)
 
     @property
     def reward(self) -> RewardSettings:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import tyro
 
-from specgym.decoding import DecoderTraits, NoOptions, traits_of
+from specgym.decoding import DecoderTraits, NoOptions, check_fields, seed_number, traits_of
 from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, recorded_workloads, recording_name
 
 from ..training.settings_io import SettingsError, require_at_least, require_one_bound, require_weights
-from .experiment import KnobLearning, RunSettings
+from .experiment import MOST_ENVIRONMENTS, KnobLearning, RunSettings
+
+MOST_MEASUREMENTS: Final = 10_000
+"""Settings tried on a workload at most; decoders have no more that differ by much."""
 
 
 def _tuner_learning() -> KnobLearning:
@@ -73,11 +77,12 @@ class TunerSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "measurements", "prompts_per_measurement", "max_new_tokens")
-        require_at_least(self, 0, "seed")
-        require_at_least(self, len(self.workloads), "environments")
-        require_weights(self.weights, self.workloads)
-        require_one_bound(self.max_divergence, self.reward.max_divergence)
+        require_at_least(self, 1, "measurements", most=MOST_MEASUREMENTS)
+        require_at_least(self, 1, "prompts_per_measurement", "max_new_tokens")
+        check_fields(self, partial(seed_number, error=SettingsError), "seed")
+        require_at_least(self, len(self.workloads), "environments", most=MOST_ENVIRONMENTS)
+        require_weights(self)
+        require_one_bound(self, self.reward.max_divergence)
         if self.traits.lossless and (self.reward.divergence_weight or self.max_divergence is not None):
             raise SettingsError(
                 "the text of a lossless decoder is the target's own, so there is no divergence to weigh or to bound; "

@@ -8,13 +8,23 @@ This is the only place that knows their formats, and the decoders of that time b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from specgym.decoding import SpecgymError
+from specgym.decoding import (
+    LARGEST_WHOLE,
+    SpecgymError,
+    check_fields,
+    number,
+    one_of,
+    sequence_of,
+    whole_number,
+)
 
 _T = TypeVar("_T")
 
@@ -139,67 +149,72 @@ def prolonged(saved: _T, asked: _T) -> _T:
     return asked
 
 
+LONGEST_NAME: Final = 200
+"""Bytes of a run's name at most; file systems take 255, and other files are named after it."""
+
+
 def require_folder_name(name: str) -> None:
     """Raise SettingsError unless the name of a run is that of a folder, or empty."""
-    if name in (".", "..") or any(letter in name for letter in "/\\"):
+    if not isinstance(name, str) or name in (".", "..") or not name.isprintable() or any(c in name for c in "/\\"):
         raise SettingsError(f"name must be a plain folder name, got {name!r}; --runs says where it goes")
+    if (length := len(os.fsencode(name))) > LONGEST_NAME:
+        raise SettingsError(f"name must have at most {LONGEST_NAME} bytes, and has {length}; give a shorter --name")
 
 
-def require_distinct(settings: Any, *names: str) -> None:
-    """Raise SettingsError unless some settings have one value or more, none of them twice."""
-    for name in names:
-        values = getattr(settings, name)
-        if not values:
-            raise SettingsError(f"{name} is empty; give at least one")
-        repeated = [value for value in values if values.count(value) > 1]
-        if repeated:
-            raise SettingsError(f"{name} has {repeated[0]!r} twice; give each once")
+def require_several(settings: Any, check: Callable[..., Any], *names: str) -> None:
+    """Raise SettingsError unless some settings have one value or more, none of them twice, that pass a check.
+
+    Args:
+        settings: a dataclass.
+        check: such as `text` or `seed_number`, which takes the class of the error.
+        names: of the settings.
+    """
+    checked = partial(check, error=SettingsError)
+    several = partial(sequence_of, check=checked, distinct=True, error=SettingsError)
+    check_fields(settings, several, *names)
 
 
-def require_weights(weights: Sequence[float], workloads: Sequence[str]) -> None:
-    """Raise SettingsError unless there is no weight, or a positive one for every workload."""
-    if weights and (len(weights) != len(workloads) or not all(math.isfinite(w) and w > 0 for w in weights)):
-        raise SettingsError(f"weights must be {len(workloads)} positive numbers, one a workload, got {weights}")
+def require_weights(settings: Any) -> None:
+    """Raise SettingsError unless `weights` has nothing, or a positive number for every one of `workloads`."""
+    positive = partial(number, above=0, error=SettingsError)
+    check_fields(settings, partial(sequence_of, check=positive, fewest=0, error=SettingsError), "weights")
+    if settings.weights and len(settings.weights) != len(settings.workloads):
+        raise SettingsError(
+            f"weights must be {len(settings.workloads)} positive numbers, one a workload, got {settings.weights}"
+        )
 
 
-def require_one_bound(bound: float | None, of_reward: float | None) -> None:
-    """Raise SettingsError unless a bound on the divergence is within its range, and the reward has no other one."""
-    if bound is not None and not 0 < bound <= 1:
-        raise SettingsError(f"max_divergence must be above 0 and at most 1, got {bound}; for 0 use a lossless decoder")
-    if of_reward not in (None, bound):
+def require_one_bound(settings: Any, of_reward: float | None) -> None:
+    """Raise SettingsError unless `max_divergence` is None or within its range, and the reward has no other bound."""
+    if settings.max_divergence is not None:
+        hint = "for 0 use a lossless decoder"
+        bounded = partial(number, above=0, at_most=1, hint=hint, error=SettingsError)
+        check_fields(settings, bounded, "max_divergence")
+    if of_reward not in (None, settings.max_divergence):
         raise SettingsError(
             f"the reward's own max_divergence is {of_reward}; give --max-divergence {of_reward} instead, which also "
             "lets the price of going beyond be learned"
         )
 
 
-def require_at_least(settings: Any, least: int, *names: str) -> None:
-    """Raise SettingsError unless some settings are whole numbers of at least `least`."""
-    for name in names:
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SettingsError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def require_at_least(settings: Any, least: int, *names: str, most: int = LARGEST_WHOLE) -> None:
+    """Raise SettingsError unless some settings are whole numbers from `least` to `most`."""
+    check_fields(settings, partial(whole_number, at_least=least, at_most=most, error=SettingsError), *names)
 
 
 def require_within(settings: Any, low: float, high: float, *names: str) -> None:
     """Raise SettingsError unless some settings lie between two numbers."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise SettingsError(f"{name} must be between {low:g} and {high:g}, got {value}")
+    check_fields(settings, partial(number, at_least=low, at_most=high, error=SettingsError), *names)
 
 
-def require_above_zero(settings: Any, *names: str) -> None:
-    """Raise SettingsError unless some settings are finite and positive."""
-    for name in names:
-        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
-            raise SettingsError(f"{name} must be a finite number above 0, got {getattr(settings, name)}")
+def require_above_zero(settings: Any, *names: str, most: float = math.inf) -> None:
+    """Raise SettingsError unless some settings are finite and positive, and at most `most`."""
+    check_fields(settings, partial(number, above=0, at_most=most, error=SettingsError), *names)
 
 
 def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise SettingsError unless a setting is one of its choices."""
-    if getattr(settings, name) not in choices:
-        raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {getattr(settings, name)!r}")
+    one_of(name, getattr(settings, name), choices, SettingsError)
 
 
 SETTINGS_FORMAT = "specgym-settings-3"

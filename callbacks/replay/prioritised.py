@@ -21,12 +21,12 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specgym.decoding import replacing
+from specgym.decoding import replacing, seed_number
 
 from ..checkpoints import CheckpointError
 from .phase import ReplayPhase
 from .segments import Layout, SegmentStore
-from .settings import ReplaySettings, require_whole
+from .settings import ReplaySettings
 
 _FORMAT = "specgym-replay-1"
 _LEAST_ADVANTAGE = 1e-3
@@ -67,7 +67,7 @@ class PrioritisedReplayCallback(BaseCallback):
 
     def __init__(self, settings: ReplaySettings | None = None, seed: int = 0) -> None:
         super().__init__()
-        require_whole("seed", seed, 0)
+        seed_number("seed", seed)
         self.settings = settings or ReplaySettings()
         self.updates = 0
         self.dropped = 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Final, Literal
+
+from specgym.decoding import check_fields, number, one_of, whole_number
+
+_MOST: Final = 2**24  # segments, which are held in memory
+_MOST_UPDATES: Final = 10**5
 
 
 @dataclass(frozen=True)
@@ -12,7 +17,7 @@ class ReplaySettings:
     """Settings of prioritised replay: what is kept of past rollouts, and how it is learned from.
 
     Raises:
-        ValueError: a setting is out of its range; the message names it.
+        ArgumentError: a setting is out of its range; the message names it.
     """
 
     capacity: int = 512
@@ -35,18 +40,11 @@ class ReplaySettings:
     """Rollouts stored before replay begins."""
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "segments_per_update", "warm_up"):
-            require_whole(name, getattr(self, name), 1)
-        for name in ("updates", "max_age"):
-            require_whole(name, getattr(self, name), 0)
-        if self.priority not in ("advantage", "uniform"):
-            raise ValueError(f"priority must be advantage or uniform, got {self.priority!r}")
-        for name, low, high in (("alpha", 0, math.inf), ("beta_start", 0, 1), ("max_ratio", 1, math.inf)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{name} must be a finite number between {low} and {high}, got {value}")
-
-
-def require_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_fields(self, partial(whole_number, at_most=_MOST), "capacity", "segments_per_update")
+        check_fields(self, whole_number, "warm_up")
+        check_fields(self, partial(whole_number, at_least=0, at_most=_MOST_UPDATES), "updates")
+        check_fields(self, partial(whole_number, at_least=0), "max_age")
+        one_of("priority", self.priority, ("advantage", "uniform"))
+        check_fields(self, partial(number, at_least=0), "alpha")
+        check_fields(self, partial(number, at_least=0, at_most=1), "beta_start")
+        check_fields(self, partial(number, at_least=1), "max_ratio")

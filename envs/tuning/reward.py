@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from specgym.decoding import Knob, SpecgymError
+from specgym.decoding import Knob, SpecgymError, check_fields, mapping_of, number, sequence_of
 
 from ..backends.backend import Number
 
@@ -58,28 +59,25 @@ class RewardSettings:
         for setting in fields(self):
             if setting.name in ("ranges", "max_divergence"):
                 continue
-            value = getattr(self, setting.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise RewardError(f"reward setting {setting.name} must be a finite number of at least 0, got {value!r}")
-        if self.falloff == 0:
-            raise RewardError("reward setting falloff must be above 0; take a small one for a sharp edge")
-        bound = self.max_divergence
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= 1):
-            raise RewardError(
-                f"reward setting max_divergence must be between 0 and 1, or None for no bound, got {bound!r}"
-            )
+            check_fields(self, partial(_checked, at_least=0), setting.name)
+        check_fields(self, partial(_checked, above=0, hint="take a small one for a sharp edge"), "falloff")
+        if self.max_divergence is not None:
+            bound = partial(_checked, at_least=0, at_most=1, hint="None for no bound")
+            check_fields(self, bound, "max_divergence")
         if self.ranges is None:
             return
         checked = {}
-        for name, ends in self.ranges.items():
-            try:
-                low, high = (float(end) for end in ends)
-            except (TypeError, ValueError):
-                raise RewardError(f"reward range {name!r} must be two numbers (low, high), got {ends!r}") from None
-            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise RewardError(f"reward range {name!r} must go from low to high, got ({low:g}, {high:g})")
-            checked[name] = (low, high)
+        for name, ends in mapping_of("reward setting ranges", self.ranges, RewardError).items():
+            end = partial(number, error=RewardError)
+            pair = sequence_of(f"reward range {name!r}", ends, end, error=RewardError)
+            if len(pair) != 2 or pair[0] > pair[1]:
+                raise RewardError(f"reward range {name!r} must go from low to high, two numbers, got {pair}")
+            checked[name] = pair
         object.__setattr__(self, "ranges", checked)  # lists, as JSON gives them, become tuples
+
+
+def _checked(name: str, value: object, **limits: Any) -> float:
+    return number(f"reward setting {name}", value, error=RewardError, **limits)
 
 
 def closeness(value: Number, low: float, high: float, falloff: float) -> Number:
@@ -155,9 +153,7 @@ def reward_terms(
 
 def checked_multiplier(workload: str, value: float) -> float:
     """Return a multiplier of `reward_terms` for a workload; raises ValueError unless it is finite and at least 0."""
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"the divergence multiplier of {workload} must be a finite number of at least 0, got {value}")
-    return float(value)
+    return float(number(f"the divergence multiplier of {workload}", value, at_least=0))
 
 
 def _above_zero(value: Number) -> Number:

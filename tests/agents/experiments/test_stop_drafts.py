@@ -127,8 +127,8 @@ def test_a_damaged_policy_is_refused_by_name(
         (["--hardware", "h100"], "'h100' is no known hardware. Did you mean 'h100-sxm'"),
         (["--environments", "1"], "environments must be at least 2, one for each workload"),
         (["--seeds", "1", "1"], "seeds has 1 twice"),
-        (["--max-draft-length", "33"], "max_draft_length must be at most 32"),
-        (["--learning.policy-layers", "0"], "policy_layers must be one or more widths"),
+        (["--max-draft-length", "33"], "max_draft_length must be a whole number from 2 to 32"),
+        (["--learning.policy-layers", "0"], "each of policy_layers must be a whole number from 1 to 65536"),
         (["--name", "a/b"], "name must be a plain folder name"),
     ],
 )

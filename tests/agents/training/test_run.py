@@ -180,7 +180,7 @@ def test_interrupted_it_saves_and_says_how_to_go_on(
     [
         (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
         (["--resume", "nowhere"], "is not the folder of a run"),
-        (["--learning.gamma", "2"], "gamma must be between 0 and 1"),
+        (["--learning.gamma", "2"], "gamma must be a number from 0 to 1"),
         (["--total-timesteps", "many"], "many"),
     ],
 )
