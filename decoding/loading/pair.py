@@ -26,7 +26,7 @@ from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
-from ..models.linear_layers import PrepackedLinear
+from ..models.linear_layers import PrepackedLinear, only_looking
 from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
@@ -43,8 +43,8 @@ class Pair:
         draft: a smaller model with the same vocabulary, or any `Drafter`; None where no draft is needed.
         tokenizer: optional; with it, prompts may be strings and generations carry text.
         name: how reports call the pair; by default made from the models' names.
-        prepack: see `LanguageModel`. On CPU the target's large linear layers are replaced in place unless this is
-            False; a draft model is left as it is.
+        prepack: see `LanguageModel`. On CPU the target's large linear layers are packed in place unless this is
+            False (`unpack` undoes it); a draft model is left as it is.
 
     Raises:
         VocabularyMismatchError: target and draft have different vocabularies.
@@ -78,6 +78,22 @@ class Pair:
         self.tokenizer = tokenizer
         self.name = name or (f"{target.name}+{draft.name}" if draft is not None else target.name)
         self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
+
+    def unpack(self) -> None:
+        """Give the target and the draft their plain weights back: a CPU then takes longer for passes over few tokens.
+
+        Anything that asks for a packed weight gets it (`state_dict`, `parameters`, `to`, `train`, `copy.deepcopy`,
+        pickle, merging an adapter), layer by layer and with a warning; this does it for all layers at once.
+        """
+        for model in self._models():
+            model.unpack()
+
+    def pack(self) -> None:
+        """Prepack the target's large linear layers that are plain, where its device and type allow it."""
+        self.target.pack()
+
+    def _models(self) -> list[LanguageModel]:
+        return [self.target, *([self.draft.model] if isinstance(self.draft, ModelDrafter) else [])]
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""
@@ -255,7 +271,9 @@ def memory_of(pair: Pair) -> MemoryUse:
 
 def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
     """Every storage of a model's weights with its bytes, by what tells it from others."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    with only_looking():
+        tensors = (*model.parameters(), *model.buffers())
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         yield (tensor.device, storage.data_ptr()), storage.nbytes()
     for module in model.modules():
@@ -270,7 +288,8 @@ def _bytes_per_token(model: LanguageModel) -> int:
 
 
 def _peak(model: nn.Module) -> tuple[int | None, str]:
-    devices = sorted({str(weight.device) for weight in model.parameters() if weight.device.type == "cuda"})
+    with only_looking():
+        devices = sorted({str(weight.device) for weight in model.parameters() if weight.device.type == "cuda"})
     if devices:
         return sum(torch.cuda.max_memory_allocated(device) for device in devices), " and ".join(devices)
     return _peak_resident(), "process"

@@ -25,7 +25,14 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import NumericalError, PromptError, UnsupportedModelError
 from .kv_cache import BranchingCache, TokenTree
-from .linear_layers import NARROWEST_PREPACKED, can_prepack, output_module, prepack_linears
+from .linear_layers import (
+    NARROWEST_PREPACKED,
+    can_prepack,
+    output_module,
+    prepack_linears,
+    unpack_linears,
+    weights_one_by_one,
+)
 from .supported import causal_model, execution_device, refuse_unsupported, require_ready
 
 _STRIP_ROWS = 64
@@ -91,11 +98,21 @@ class LanguageModel:
         Raises:
             UnsupportedModelError: the model has been switched since to something that decodes wrongly.
         """
-        require_ready(self.model)
+        require_ready(self.model, self.dtype, self.device)
+        unpack_linears(self.model, changed=True)
         other = copy.copy(self)
         other._cache = BranchingCache()
         other._last_start = 0
         return other
+
+    def pack(self) -> None:
+        """Prepack the large linear layers that are plain, where the model's device and type allow it."""
+        if can_prepack(self.model):
+            prepack_linears(self.model)
+
+    def unpack(self) -> None:
+        """Give the linear layers their plain weights back, for good; texts stay the same, passes take longer."""
+        unpack_linears(self.model)
 
     @property
     def length(self) -> int:
@@ -330,7 +347,7 @@ def alike(first: Tensor, other: Tensor) -> bool:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all weights, as float32, whatever device they are on; 64 hex digits."""
     state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in weights_one_by_one(model):
         state.update(f"{name} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
         state.update(values.contiguous().numpy().tobytes())

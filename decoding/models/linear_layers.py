@@ -1,11 +1,11 @@
 """Linear layers of a model: prepacked for oneDNN, and the output layer, whole or for some tokens.
 
-Linear layers whose weights are reordered once for oneDNN, so that a CPU pass over a few tokens costs little more
-than a pass over one.
-
 torch multiplies a short batch by a plain weight with a routine meant for large ones; the time then grows with every
 token. With a weight in oneDNN's blocked layout it stays nearly flat up to a dozen tokens, which is what makes checking
 a draft cheaper than generating its tokens one after another.
+
+A model that somebody handed over keeps working as theirs. Its layers stay the objects that they are, hooks included;
+whoever asks for a plain weight gets it, as the parameter that it was, and that layer is plain from then on.
 
 Output layers, which make scores of a model's last hidden states: finding one, and one that scores some tokens only.
 
@@ -16,8 +16,14 @@ Its distribution is then 0 for all others, which exact verification takes like a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+import gc
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,92 +41,222 @@ NARROWEST_PREPACKED = 512
 """Hidden size below which a model is left alone unless asked for: on the shipped models, 256 wide, prepacking their
 output layer made decoding 1 to 5 % slower."""
 
+_only_looking: ContextVar[bool] = ContextVar("_only_looking", default=False)
+
+
+@contextlib.contextmanager
+def only_looking() -> Iterator[None]:
+    """Let names, shapes and types of weights be read without unpacking; numbers of packed ones are NaN meanwhile."""
+    token = _only_looking.set(True)
+    try:
+        yield
+    finally:
+        _only_looking.reset(token)
+
 
 class PrepackedLinear(nn.Module):
-    """An inference-only replacement of `nn.Linear` (or GPT-2's `Conv1D`), float32 or bfloat16, on CPU.
+    """A linear layer (`nn.Linear`, or GPT-2's `Conv1D`) on CPU with its weight in oneDNN's layout, for inference.
 
-    The plain weight is not kept: `weight` rebuilds it on demand, and so does `state_dict`, so that a model can still be
-    saved. A weight that another module uses too (tied embeddings) stays there, and is held here a second time.
-
-    Args:
-        weight: shape (outputs, inputs).
-        bias: shape (outputs,), or None.
-        saved_transposed: `state_dict` gives the weight as (inputs, outputs), as `Conv1D` keeps it.
+    It is the object that the model had, its class changed for the time being as `torch.nn.utils.parametrize` does. Its
+    parameter stays, with its numbers in the packed weight alone. As soon as anything asks for it - to read, save, move,
+    train, copy, pickle or merge - it gets them back and the layer is plain; so too if a pass needs gradients, another
+    type or autocast. A weight that the embeddings use stays theirs, is held here a second time, and is watched.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, saved_transposed: bool = False) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self._saved_transposed = saved_transposed
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain weight, shape (outputs, inputs), rebuilt at every access."""
-        return self._packed.to_dense()
+    plain: ClassVar[type[nn.Module]]
+    """Class of the layer when it is not packed."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the prepacked weight."""
-        return int(self._packed.numel() * self._packed.element_size())
+        return int(self.__dict__["_packed"].numel() * self.__dict__["_packed"].element_size())
+
+    def dense(self) -> Tensor:
+        """Rebuild the plain weight, shape (outputs, inputs), and stay packed."""
+        return self.__dict__["_packed"].to_dense()
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        if not _only_looking.get():
+            _unpack_unasked(self)
+        return self.__dict__["_parameters"]
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The plain weight, for which the layer is unpacked."""
+        return self._parameters["weight"]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes (..., inputs) to (..., outputs)."""
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")
+        packed = self.__dict__.get("_packed")  # None if a hook has asked for the weight since the call began
+        if packed is None or not _suits(self, packed, inputs):
+            _unpack_unasked(self)
+            return type(self).forward(self, inputs)
+        return torch.ops.mkldnn._linear_pointwise(inputs, packed, self.__dict__["_parameters"]["bias"], "none", [], "")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrepackedLinear:
-        moved = fn(torch.empty(0, dtype=self._packed.dtype))
-        if moved.device.type != "cpu" or moved.dtype != self._packed.dtype:
-            raise RuntimeError(
-                f"a prepacked model stays {self._packed.dtype} on CPU, not {moved.dtype} on {moved.device}; "
-                "load it again with prepack=False"
-            )
-        super()._apply(fn, recurse)
-        return self
+    def train(self, mode: bool = True) -> nn.Module:  # type: ignore[override]
+        """Set the mode; training needs the plain weight."""
+        if mode:
+            _unpack_unasked(self)
+        return nn.Module.train(self, mode)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight.t().contiguous() if self._saved_transposed else self.weight
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        sample = torch.empty(0, dtype=self.__dict__["_packed"].dtype, device="cpu")
+        if fn(sample) is sample and not sample.is_shared():  # it is already where it is to go
+            return self
+        _unpack_unasked(self)
+        return self._apply(fn, recurse)
 
-    def extra_repr(self) -> str:
-        """Text of this layer in `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _unpack_unasked(self)
+        return self.__reduce_ex__(protocol)
+
+
+class _PrepackedLinear(PrepackedLinear, nn.Linear):  # type: ignore[misc]
+    plain = nn.Linear
+
+
+class _PrepackedConv1D(PrepackedLinear, Conv1D):  # type: ignore[misc]
+    plain = Conv1D
+
+
+def _suits(layer: PrepackedLinear, packed: Tensor, inputs: Tensor) -> bool:
+    """True if a pass with these inputs can take the packed weight."""
+    weight, bias = (layer.__dict__["_parameters"][name] for name in ("weight", "bias"))
+    if inputs.dtype != packed.dtype or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (inputs, weight, bias)):
+        return False
+    # Decoders look for changes at the start of a text; the passes of others are looked at in full.
+    return not _changed(layer, in_full=not torch.is_inference_mode_enabled())
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+
+
+def _changed(layer: PrepackedLinear, in_full: bool) -> bool:
+    """True if a weight that others use too is no longer what was packed.
+
+    Writes through `.data` have no version; but hardly any leaves the first column as it is.
+    """
+    if layer.__dict__["_shared"] is None:
+        return False
+    version, column = layer.__dict__["_shared"]
+    weight = layer.__dict__["_parameters"]["weight"]
+    return version != _version(weight) or (in_full and not torch.equal(weight.detach()[:, 0], column))
+
+
+def _unpack_unasked(layer: nn.Module) -> None:
+    if isinstance(layer, PrepackedLinear):
+        _unpack(layer)
+        warnings.warn(
+            "the plain weight of a packed layer was asked for, so that layer is plain again, and passes over several "
+            "tokens take longer. Pair.unpack() does this for a whole model, Pair.pack() packs what is plain.",
+            stacklevel=1,
+        )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _unpack(layer: PrepackedLinear) -> None:
+    weight = layer.__dict__["_parameters"]["weight"]
+    if layer.__dict__["_shared"] is None:
+        dense = layer.dense()
+        weight.data = dense.t().contiguous() if isinstance(layer, Conv1D) else dense
+    del layer.__dict__["_packed"], layer.__dict__["_shared"]
+    layer.__class__ = layer.plain  # type: ignore[assignment]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _pack(layer: nn.Module, shared: bool) -> None:
+    """Pack one layer; unless its weight is shared, free it."""
+    weight = layer.__dict__["_parameters"]["weight"]
+    transposed = isinstance(layer, Conv1D)  # as GPT-2 keeps its weights
+    rows = (weight.detach().t() if transposed else weight.detach()).contiguous()
+    layer.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(rows, None)
+    layer.__dict__["_shared"] = (_version(weight), weight.detach()[:, 0].clone()) if shared else None
+    if not shared:
+        if not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)  # a backward pass that still needs it fails, saying so
+        weight.data = torch.full((), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
+    layer.__class__ = _PrepackedConv1D if transposed else _PrepackedLinear
 
 
 def can_prepack(model: nn.Module) -> bool:
     """True if this build and this model's device and type allow prepacking."""
-    parameter = next(model.parameters(), None)
+    with only_looking():
+        weight = next(model.parameters(), None)
+    return weight is not None and _can_prepack(weight)
+
+
+def _can_prepack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or bool(bfloat16)
+
+
+def _is_packable(layer: nn.Module, smallest: int) -> bool:
+    """True for a large linear layer that computes what its class does, with weights of its own.
+
+    A subclass may compute something else, and so do layers that are quantised, parametrized or pruned, or whose
+    `forward` was replaced, as accelerate does to move weights around.
+    """
+    names = layer.__dict__["_parameters"].keys()
+    if type(layer) not in (nn.Linear, Conv1D) or "forward" in layer.__dict__ or names != {"weight", "bias"}:
+        return False
+    weight, bias = layer.__dict__["_parameters"].values()
     return (
-        parameter is not None
-        and parameter.device.type == "cpu"
-        and (parameter.dtype == torch.float32 or (parameter.dtype == torch.bfloat16 and _has_bfloat16()))
-        and torch.backends.mkldnn.is_available()
+        type(weight) is nn.Parameter
+        and weight.numel() >= smallest
+        and _can_prepack(weight)
+        and (bias is None or (bias.dtype, bias.device) == (weight.dtype, weight.device))
     )
 
 
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def prepack_linears(model: nn.Module, smallest: int = SMALLEST_PREPACKED) -> int:
-    """Replace the linear layers with at least `smallest` weights, in place; returns how many were replaced.
+    """Pack the linear layers with at least `smallest` weights, in place; returns how many were packed.
 
-    The plain weights of a block are freed before the next block is packed, so that memory does not double.
+    Each plain weight is freed before the next one is packed, so that memory does not double. What anything outside the
+    model holds, such as an optimiser or another model, is left alone.
     """
-    replaced = 0
-    # Nothing here may hold on to the linear layers, or their plain weights would stay alive to the end.
-    for parent in [module for module in model.modules() if next(module.children(), None) is not None]:
-        for name, layer in parent.named_children():
-            if not isinstance(layer, nn.Linear | Conv1D) or type(layer) not in (nn.Linear, Conv1D):
-                continue  # a subclass may compute something else
-            if layer.weight.numel() < smallest:
-                continue
-            transposed = isinstance(layer, Conv1D)  # as GPT-2 keeps its weights
-            weight = layer.weight.t() if transposed else layer.weight
-            setattr(parent, name, PrepackedLinear(weight, layer.bias, transposed).train(layer.training))
-            replaced += 1
-    return replaced
+    layers = [layer for layer in model.modules() if _is_packable(layer, smallest)]
+    uses = Counter(id(weight) for layer in model.modules() for weight in layer.__dict__["_parameters"].values())
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+    def held(layer: nn.Module) -> bool:  # by more than the modules that use it, and this call
+        parameters = layer.__dict__["_parameters"]
+        return sys.getrefcount(parameters["weight"]) > uses[id(parameters["weight"])] + sys.getrefcount(object())
+
+    if any(held(layer) for layer in layers):
+        gc.collect()  # the holder may be gone already
+    packed = 0
+    for layer in layers:
+        shared = uses[id(layer.__dict__["_parameters"]["weight"])] > 1
+        if layer is output if shared else not held(layer):
+            _pack(layer, shared)
+            packed += 1
+    return packed
+
+
+def unpack_linears(model: nn.Module, *, changed: bool = False) -> None:
+    """Make packed layers plain again, one by one; with `changed` those whose weight others use and have changed."""
+    for layer in model.modules():
+        if isinstance(layer, PrepackedLinear) and (not changed or _changed(layer, in_full=True)):
+            _unpack(layer)
+
+
+def weights_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of `state_dict`, ordered by name; at most one packed weight is rebuilt at a time."""
+    with only_looking():
+        state = model.state_dict()
+    modules = model.named_modules(remove_duplicate=False)
+    packed = {f"{name}.weight": layer for name, layer in modules if isinstance(layer, PrepackedLinear)}
+    for name, tensor in sorted(state.items()):
+        layer = packed.get(name)
+        yield name, tensor if layer is None else layer.dense().t() if isinstance(layer, Conv1D) else layer.dense()
 
 
 class OutputLayer(NamedTuple):
@@ -140,7 +276,7 @@ def output_layer(model: PreTrainedModel) -> OutputLayer:
         UnsupportedModelError: it has none.
     """
     layer = output_module(model)
-    weight: Any = getattr(layer, "weight", None)  # a prepacked layer makes its weight anew when asked
+    weight: Any = layer.dense() if isinstance(layer, PrepackedLinear) else getattr(layer, "weight", None)
     bias: Any = getattr(layer, "bias", None)
     if weight is None:
         raise _without(model)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .linear_layers import only_looking
 
 _ANOTHER_MODEL = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
 _ATTENTION: dict[str, str] = {
@@ -94,13 +95,28 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     _refuse_late_adapters(model)
 
 
-def require_ready(model: PreTrainedModel) -> None:
+def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a text while its model is switched to something that decodes wrongly; cheap, for the start of each text.
 
+    Args:
+        model: as its owner left it.
+        dtype: that it had when its pair was made.
+        device: likewise.
+
     Raises:
-        UnsupportedModelError: the model is in training mode, or has an attention implementation that takes no trees.
+        UnsupportedModelError: the model is in training mode, was moved, or has an attention implementation that takes
+            no trees.
     """
-    if any(module.training for module in model.modules()):
+    with only_looking():
+        place = model.dtype, execution_device(model)
+    if place != (dtype, device):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is {place[0]} on {place[1]} now, and was {dtype} on {device} when its pair was "
+            "made. Make a new Pair of it"
+        )
+    # A parametrization begins in training mode, and does the same in both.
+    training = (name.split(".") for name, module in model.named_modules() if module.training)
+    if any("parametrizations" not in names for names in training):
         raise UnsupportedModelError(
             f"{type(model).__name__} is in training mode, in which dropout changes its texts and gradient "
             "checkpointing drops its cache. Call model.eval() before decoding"
@@ -126,9 +142,9 @@ def _offloading(module: nn.Module) -> Iterator[Any]:
 
 
 def _refuse_absent_weights(model: PreTrainedModel) -> None:
-    offloaded = any(next(_offloading(module), None) for module in model.modules())
-    absent = None if offloaded else next((name for name, weight in model.named_parameters() if weight.is_meta), None)
-    if absent is not None:
+    with only_looking():
+        absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None and not any(next(_offloading(module), None) for module in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no weights: {absent} is on the meta device. Load it with "
             "AutoModelForCausalLM.from_pretrained, or give it weights with load_state_dict(..., assign=True)"
