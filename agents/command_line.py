@@ -71,6 +71,8 @@ class EvaluateCommand:
     """Type of the models' weights, for --pair. Defaults to the run's own."""
     device: str | None = None
     """Device of the models, for --pair: cpu, cuda, cuda:1, or auto for all cards. Defaults to the run's own."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt, at most, for --pair; longer ones are cut, with a warning. Defaults to the run's own."""
     transfer: bool = False
     """Learn again without each pair, each dataset and each target family, tune what was left out, and compare with
     searches that know no other workload; for a run of --tuner. About a quarter of a minute for each training."""
@@ -150,6 +152,8 @@ def _evaluate(command: EvaluateCommand) -> None:
         raise SettingsError("--report, --transfer and --pair are three things to do; give one at a time")
     if command.pair is None and (command.dtype, command.device) != (None, None):
         raise SettingsError("--dtype and --device are for --pair; all else is measured with those of the run")
+    if command.pair is None and command.max_prompt_tokens is not None:
+        raise SettingsError("--max-prompt-tokens is for --pair; all else is measured with that of the run")
     check_placement(command.dtype, command.device)
     if command.report:
         from .report.page import report_run
@@ -189,4 +193,5 @@ def _use_tuner(command: EvaluateCommand) -> None:
         live=live,
         dtype=command.dtype,
         device=command.device,
+        max_prompt_tokens=command.max_prompt_tokens,
     )

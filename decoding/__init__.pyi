@@ -76,10 +76,19 @@ from .loading.presets import (
     place_models,
     resolve,
 )
+from .loading.prompt_tokens import (
+    cut_ids,
+    default_prompt_tokens,
+    encode,
+    encode_once,
+    prompt_limit,
+    prompts_limited,
+    warn_once,
+)
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits, weights_digest
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
-from .prompts import HUB_SETS, PromptSet, Split, encode, load_prompts, shipped_prompts
+from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (
     DecoderRegistryError,
     build_decoder,
@@ -182,15 +191,18 @@ __all__ = [
     "cache_folder",
     "check_fields",
     "check_placement",
+    "cut_ids",
     "decode_in_turns",
     "decoder_class",
     "decoder_names",
     "default_placement",
+    "default_prompt_tokens",
     "describe_hardware",
     "digest",
     "draft_digest",
     "draw",
     "encode",
+    "encode_once",
     "environment_names",
     "file_name",
     "find_hardware",
@@ -211,6 +223,8 @@ __all__ = [
     "one_of",
     "place_models",
     "prepack_linears",
+    "prompt_limit",
+    "prompts_limited",
     "register",
     "remove_leftovers",
     "replacing",
@@ -227,6 +241,7 @@ __all__ = [
     "unwritable",
     "usual_acceptance",
     "usual_alignment",
+    "warn_once",
     "weights_digest",
     "whole_number",
     "write_json",

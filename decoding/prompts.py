@@ -1,9 +1,7 @@
 """Sets of prompts, split into those that a tuner may learn from and those that only judge it.
 
-A set comes from the package, from a local file, or from a dataset on the hub (`hub_prompts.py`); all of them end as the
-same `PromptSet`, which refuses to have a prompt on both sides.
-
-Prompt texts from datasets on the Hugging Face hub, through the optional library ``datasets``.
+A set comes from the package, from a local file, or, through the optional library ``datasets``, from the hub; all of
+them end as the same `PromptSet`, which refuses to have a prompt on both sides. `loading/prompt_tokens.py` encodes it.
 """
 
 from __future__ import annotations
@@ -15,18 +13,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from .errors import PromptError, SpecgymError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .errors import SpecgymError, whole_number
 
 Split = Literal["train", "test"]
 
 _SHIPPED = Path(__file__).parent / "data" / "prompts"
 _SUFFIXES = (".txt", ".jsonl", ".json")
 _TEST_SHARE = 0.25
+_LINE_END = re.compile(r"\r?\n")  # str.splitlines knows ten more, all of which may stand in a JSON string or a prompt
 
 
 class PromptFileError(SpecgymError, ValueError):
@@ -35,7 +31,9 @@ class PromptFileError(SpecgymError, ValueError):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as text.
+    """Prompts as text, which is kept exactly.
+
+    Two prompts that differ only in whitespace at their ends are one that comes twice.
 
     Attributes:
         name: what `load_prompts` was given.
@@ -46,7 +44,7 @@ class PromptSet:
         chat: whether each prompt is a user's message, to be put into a chat template where the tokenizer has one.
 
     Raises:
-        PromptFileError: a side is empty, a prompt is blank or comes twice.
+        PromptFileError: a side is empty, a prompt is blank, comes twice or is no text.
     """
 
     name: str
@@ -68,8 +66,15 @@ class PromptSet:
                     raise PromptFileError(f"prompt set {self.name!r}: {here} is blank; remove it")
                 if earlier := seen.get(prompt.strip()):
                     raise PromptFileError(
-                        f"prompt set {self.name!r}: {here} repeats {earlier} ({_shorten(prompt)!r}); keep one of them"
+                        f"prompt set {self.name!r}: {here} repeats {earlier} ({shorten(prompt)!r}); keep one of them"
                     )
+                try:
+                    prompt.encode()
+                except UnicodeEncodeError as error:
+                    raise PromptFileError(
+                        f"prompt set {self.name!r}: {here} has half of a surrogate pair, {prompt[error.start]!r}, at "
+                        f"character {error.start}, which no tokenizer reads; write the whole character, or remove it"
+                    ) from None
                 seen[prompt.strip()] = here
 
     def split(self, split: str) -> tuple[str, ...]:
@@ -98,21 +103,27 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
     Args:
         name: a shipped set (`shipped_prompts()`), a hub dataset (``lambada``, ``wikitext``, ``c4``; needs
             ``specgym[datasets]`` and a network or a filled cache), or the path of a file: ``.txt`` (one prompt a line,
-            or a paragraph where blank lines separate them), ``.jsonl`` (one object with "prompt" a line) or ``.json``
-            (a list of strings or such objects, or an object with "train" and "test" lists).
+            or a paragraph where blank lines separate them), ``.jsonl`` (a string, or an object with "prompt", a line)
+            or ``.json`` (a list of them, or an object with "train" and "test" lists). An object may also have the
+            "messages" of a chat, if that is one message, a user's.
         limit: at most so many prompts in each split, the first ones; by default all, of a hub dataset 512.
         chat: override whether the prompts are messages of a chat; files without a word on it are taken for plain text.
 
-    Files and datasets that have no test split are split here: a quarter, chosen by the hash of the text, is for
-    testing. That is the same on every machine, and repeated prompts count once.
+    Files are UTF-8, with or without a byte order mark. Only LF and CRLF end a line, so that all other separators
+    (U+2028, form feeds) stay in their prompt. A prompt is exactly the string of its file; in a ``.txt``, its line or
+    lines without the line end, those between joined by LF.
+
+    Files and datasets that have no test split are split here: a quarter, chosen by the hash of the text between its
+    whitespace, is for testing. That is the same on every machine. Blank prompts are left out there, and repeated ones
+    count once.
 
     Raises:
         PromptFileError: unknown name, or a file that is missing, corrupt or of another format.
         DatasetError: the hub dataset cannot be had; the message says why.
-        ValueError: the limit is below 1.
+        ArgumentError: the limit is no whole number of at least 1.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves no prompts; give at least 1, or None for all")
+    if limit is not None:
+        limit = whole_number("limit", limit, hint="None for all prompts")
     path = Path(name).expanduser()
     if path.suffix.lower() in _SUFFIXES:
         prompts = _read(path, name)
@@ -138,47 +149,12 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
     )
 
 
-def encode(prompt_set: PromptSet, split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
-    """Token ids of every prompt of a split, in order, each 1 to `max_tokens` long.
-
-    A chat set goes through the tokenizer's chat template, up to where the assistant is to speak; without a template
-    its prompts are plain text. What is too long loses its beginning (a leading BOS token stays), because the model
-    continues from the end.
-
-    Raises:
-        PromptError: a prompt has no tokens.
-        ValueError: `max_tokens` is below 2, or the split is neither "train" nor "test".
-    """
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens={max_tokens} leaves no room for a prompt; give at least 2")
-    templated = prompt_set.chat and bool(getattr(tokenizer, "chat_template", None))
-    encoded = []
-    for number, prompt in enumerate(prompt_set.split(split)):
-        ids: list[int]
-        if templated:
-            message = [{"role": "user", "content": prompt}]
-            reply: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-            ids = list(reply)
-        else:
-            # Cut below, and by us: the tokenizer's own truncation would warn of, or apply, limits of its own.
-            ids = list(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
-        if not ids:
-            raise PromptError(
-                f"prompt set {prompt_set.name!r}: {split}[{number}] ({_shorten(prompt)!r}) has no tokens with this "
-                "tokenizer; remove it"
-            )
-        if len(ids) > max_tokens:
-            leads = ids[0] == tokenizer.bos_token_id and not templated
-            ids = ids[:1] + ids[len(ids) - max_tokens + 1 :] if leads else ids[-max_tokens:]
-        encoded.append(ids)
-    return encoded
-
-
 def _from_hub(name: str, limit: int) -> PromptSet:
     texts = fetch_texts(name, limit)
     # The dataset's own splits are kept; a text that is in both is left to the test.
     test = _unique(texts.test)
-    train = [text for text in _unique(texts.train) if text not in set(test)]
+    judging = {text.strip() for text in test}
+    train = [text for text in _unique(texts.train) if text.strip() not in judging]
     if not texts.train:
         train, test = _divide(test, name)
     return PromptSet(name, tuple(train), tuple(test), texts.source, texts.licence)
@@ -186,21 +162,26 @@ def _from_hub(name: str, limit: int) -> PromptSet:
 
 def _read(path: Path, name: str) -> PromptSet:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # text mode would take a lone CR, too, for a line's end
     except FileNotFoundError:
         raise PromptFileError(f"there is no prompt file {path}; give the path of one, or the name of a set") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError(f"prompt file {path} cannot be read as UTF-8 text ({error}); save it as such") from error
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        body = text.strip()
-        pieces = re.split(r"\n\s*\n", body) if re.search(r"\n\s*\n", body) else body.splitlines()
-        return _from_list([piece.strip() for piece in pieces], path, name)
+        return _from_list(_pieces(text), path, name)
     if suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
         return _from_list([_parse(line, path, f", line {number}") for number, line in lines], path, name)
     value = _parse(text, path)
     return _from_object(value, path, name) if isinstance(value, dict) else _from_list(value, path, name)
+
+
+def _pieces(text: str) -> list[str]:
+    """The paragraphs of a text if blank lines separate any, else its lines."""
+    lines = [line if line.strip() else "" for line in _LINE_END.split(text)]
+    paragraphs = re.split(r"\n\n+", "\n".join(lines).strip("\n"))
+    return paragraphs if len(paragraphs) > 1 else paragraphs[0].split("\n")
 
 
 def _parse(text: str, path: Path, where: str = "") -> Any:
@@ -216,7 +197,7 @@ def _from_list(value: Any, path: Path, name: str) -> PromptSet:
         raise PromptFileError(f"prompt file {path} holds {_kind(value)}; it should hold a list of prompts")
     prompts = [_text(item, path, f"prompt {number}") for number, item in enumerate(value, 1)]
     train, test = _divide(_unique(prompts), str(path))
-    return PromptSet(name, tuple(train), tuple(test), source=str(path), licence="unknown")
+    return PromptSet(name, tuple(train), tuple(test), str(path), "unknown", _of_chat(value, path))
 
 
 def _from_object(value: dict[str, Any], path: Path, name: str) -> PromptSet:
@@ -229,11 +210,23 @@ def _from_object(value: dict[str, Any], path: Path, name: str) -> PromptSet:
     if not isinstance(value.get("chat", False), bool):
         raise PromptFileError(f'prompt file {path}: "chat" is {_kind(value["chat"])}; write true or false')
     source, licence = str(value.get("source", path)), str(value.get("licence", "unknown"))
-    return PromptSet(name, sides["train"], sides["test"], source, licence, value.get("chat", False))
+    chat = value.get("chat", _of_chat([*value["train"], *value["test"]], path))
+    return PromptSet(name, sides["train"], sides["test"], source, licence, chat)
 
 
 def _text(item: Any, path: Path, where: str) -> str:
-    text = item.get("prompt") if isinstance(item, dict) else item
+    text = item
+    if _has_messages(item):
+        messages = item["messages"]
+        single = messages[0] if isinstance(messages, list) and len(messages) == 1 else None
+        text = single.get("content") if isinstance(single, dict) and single.get("role") == "user" else None
+        if not isinstance(text, str):
+            raise PromptFileError(
+                f"prompt file {path}: {where} holds a conversation, and only a single message of the user's, as text, "
+                'can be put into a chat template here; give that as "prompt", or leave the others out of "messages"'
+            )
+    elif isinstance(item, dict):
+        text = item.get("prompt")
     if not isinstance(text, str):
         raise PromptFileError(
             f'prompt file {path}: {where} is {_kind(text)}; a prompt is a string, or an object with the string "prompt"'
@@ -241,17 +234,42 @@ def _text(item: Any, path: Path, where: str) -> str:
     return text
 
 
+def _has_messages(item: Any) -> bool:
+    return isinstance(item, dict) and "messages" in item and "prompt" not in item
+
+
+def _of_chat(items: list[Any], path: Path) -> bool:
+    """True if the prompts are messages of a chat, as far as their form says."""
+    chat = set(map(_has_messages, items))
+    if len(chat) > 1:
+        raise PromptFileError(
+            f'prompt file {path} has prompts with "messages", which go into a chat template, beside plain ones; write '
+            'all in the same form, or "prompt" and "chat" in an object with "train" and "test"'
+        )
+    return True in chat
+
+
 def _divide(prompts: list[str], name: str) -> tuple[list[str], list[str]]:
-    """Train and test, in the order given; the hash of a prompt alone ranks it, so neighbours do not go together."""
+    """Train and test, in the order given; the hash of a prompt alone ranks it, so neighbours do not go together.
+
+    Whitespace at its ends does not count, as it does not where prompts repeat each other.
+    """
     if len(prompts) < 2:
         raise PromptFileError(f"{name} has {len(prompts)} different prompts; at least 2 are needed to split off a test")
-    ranked = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest())
+    ranked = sorted(
+        prompts, key=lambda prompt: hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).digest()
+    )
     chosen = set(ranked[: max(1, round(len(prompts) * _TEST_SHARE))])
     return [prompt for prompt in prompts if prompt not in chosen], [prompt for prompt in prompts if prompt in chosen]
 
 
 def _unique(prompts: list[str]) -> list[str]:
-    return list({prompt.strip(): None for prompt in prompts if prompt.strip()})
+    """Prompts that are not blank, in their order, the first of those that differ only in whitespace at their ends."""
+    unique: dict[str, str] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt.strip(), prompt)
+    unique.pop("", None)
+    return list(unique.values())
 
 
 def _kind(value: Any) -> str:
@@ -260,7 +278,8 @@ def _kind(value: Any) -> str:
     )
 
 
-def _shorten(text: str, width: int = 40) -> str:
+def shorten(text: str, width: int = 40) -> str:
+    """Return the beginning of a text, for messages."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -346,8 +365,7 @@ def _texts(spec: HubSet, split: str, most: int) -> list[str]:
 
 
 def _beginning(text: str) -> str:
-    text = text.strip()
     if len(text) <= _CHARACTERS:
         return text
     head = text[:_CHARACTERS]
-    return head.rsplit(maxsplit=1)[0] if any(character.isspace() for character in head) else head
+    return head.rsplit(maxsplit=1)[0] if any(character.isspace() for character in head.strip()) else head

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specgym.decoding import ModelType, Split, models_placed, run_command, traits_of
+from specgym.decoding import ModelType, Split, models_placed, prompts_limited, run_command, traits_of
 
 from .recordings.archive import TraceError
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -64,6 +64,10 @@ class RecordCommand:
     (12)."""
     detour_tokens: int | None = None
     """Traces: tokens of each of those texts, at most (32)."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt, at most; longer ones are cut, with a warning. Defaults to whole prompts, which leave 256
+    tokens of the target's context, or half of a short one, for the text. What learns from the recording takes the same
+    option."""
     seed: int | None = None
     """Seed of all sampling, and of the choice of the settings (0)."""
 
@@ -112,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         traces = RecordSettings(**command.numbers())
     else:
         outcomes = OutcomeSettings(command.decoder, **command.numbers())
-    with models_placed(command.dtype, command.device):
+    with models_placed(command.dtype, command.device), prompts_limited(command.max_prompt_tokens):
         _record_all(command, traces, outcomes)
 
 

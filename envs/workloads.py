@@ -24,24 +24,27 @@ from specgym.decoding import (
     GREEDY,
     HUB_SETS,
     PRESETS,
-    PromptError,
     PromptSet,
     Sampling,
     SpecgymError,
     Split,
     UnknownPairError,
+    check_fields,
+    cut_ids,
     decoder_names,
     default_placement,
-    encode,
+    default_prompt_tokens,
+    encode_once,
     load_prompts,
+    prompt_limit,
     resolve,
     shipped_prompts,
     traits_of,
+    warn_once,
+    whole_number,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from specgym.decoding import Pair
 
 
@@ -176,7 +179,8 @@ class Workload:
         sampling: of tokens; greedy by default.
         name: in reports; by default made from the parts.
         split: prompts in use, ``train`` or ``test``.
-        max_prompt_tokens: longer prompts lose their beginning; at most half the target's context is ever used.
+        max_prompt_tokens: tokens of a prompt, at most; longer ones are cut, with a warning. None for whole prompts.
+            Either way 256 tokens of the target's context, or half of a short one, are left for the text.
 
     Raises:
         WorkloadError: `split` or `max_prompt_tokens` is out of range.
@@ -187,17 +191,17 @@ class Workload:
     sampling: Sampling = GREEDY
     name: str = ""
     split: Split = "train"
-    max_prompt_tokens: int = 128
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "test"):
             raise WorkloadError(f"a workload's split is 'train' or 'test', got {self.split!r}")
-        if self.max_prompt_tokens < 2:
-            raise WorkloadError(f"max_prompt_tokens must be at least 2, got {self.max_prompt_tokens}")
+        if self.max_prompt_tokens is not None:
+            check_fields(self, functools.partial(whole_number, at_least=2, error=WorkloadError), "max_prompt_tokens")
         if not self.name:
             pair = self.pair if isinstance(self.pair, str) else self.pair.name
             prompts = self.prompts if isinstance(self.prompts, str) else self.prompts.name
-            object.__setattr__(self, "name", f"{pair}/{prompts}{_suffix(self.sampling)}")
+            object.__setattr__(self, "name", f"{pair}/{prompts}{suffix_of(self.sampling)}")
 
     def __str__(self) -> str:
         return self.name
@@ -214,20 +218,40 @@ class Workload:
         """Return the pair; one that is given by name is loaded once a process. Errors as for `load_pair`."""
         return _shared_pair(self.pair, *default_placement()) if isinstance(self.pair, str) else self.pair
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """Tokens of a prompt, at most, as far as anybody asked for a limit; None for as many as there is room for."""
+        return default_prompt_tokens() if self.max_prompt_tokens is None else self.max_prompt_tokens
+
     def prompt_ids(self, split: Split | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of every prompt of a split, by default the workload's own.
 
+        A warning says once in a process how many were cut. A text loses its beginning, a message in a chat template its
+        middle, ids their beginning; a BOS token and the template stay.
+
         Raises:
-            PromptError: the prompts are texts and the pair has no tokenizer.
+            PromptError: the prompts are texts and the pair has no tokenizer; or as for `specgym.decoding.encode`.
         """
-        pair = self.load()
-        longest = min(self.max_prompt_tokens, pair.target.context_limit // 2)
         split = split or self.split
-        if isinstance(self.prompts, TokenPrompts):
-            chosen = self.prompts.train if split == "train" else self.prompts.test
-            return tuple(tuple(int(token) for token in prompt[-longest:]) for prompt in chosen)
-        prompts = load_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
-        return _encoded(pair, prompts, split, longest)
+        whole, (limit, why) = self.encoded(split), prompt_limit(self.load(), self.prompt_limit)
+        lengths = [len(ids) for ids in whole if len(ids) > limit]
+        if not lengths:
+            return whole
+        warn_once(
+            f"{self.name}: {len(lengths)} of {len(whole)} {split} prompts, of up to {max(lengths):,} tokens, are cut "
+            f"to {limit:,}, {why}"
+        )
+        return self.encoded(split, limit)
+
+    def encoded(self, split: Split, limit: int | None = None) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of a split's prompts: whole, or cut to a limit. Errors as for `prompt_ids`."""
+        pair = self.load()
+        if not isinstance(self.prompts, TokenPrompts):
+            prompts = load_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
+            return encode_once(pair, prompts, split, limit)
+        chosen = self.prompts.train if split == "train" else self.prompts.test
+        bos = getattr(pair.target.model.config, "bos_token_id", None)
+        return tuple(tuple(cut_ids([int(token) for token in ids], limit, int(ids[0] == bos))) for ids in chosen)
 
 
 def workload(name: str | Workload) -> Workload:
@@ -242,23 +266,26 @@ def workload(name: str | Workload) -> Workload:
     """
     if isinstance(name, Workload):
         return name
-    body, at, temperature = name.rpartition("@")
-    if not at:
-        body, sampling = name, GREEDY
-    else:
+    # Paths may have an @ of their own, so the name is tried as a whole first.
+    body, _, temperature = name.rpartition("@")
+    if parts := divided(name):
+        return Workload(*parts)
+    if parts := divided(body):
         try:
-            sampling = Sampling(temperature=float(temperature))
+            return Workload(*parts, Sampling(temperature=float(temperature)))
         except ValueError as error:
             raise WorkloadError(
                 f"workload {name!r}: {temperature!r} after @ is no temperature ({error}); write {body}@1.0, or {body} "
                 "for greedy decoding"
             ) from None
+    raise WorkloadError(_unknown(name, body if body and "/" not in temperature else name))
+
+
+def divided(name: str) -> tuple[str, str] | None:
+    """Return pair and prompts of a name without a temperature, or None where nothing is known by these names."""
     # Hub ids and files have slashes of their own, so every slash is tried as the one in the middle.
-    slashes = [place for place, letter in enumerate(body) if letter == "/"]
-    for place in reversed(slashes):
-        if _known_pair(body[:place]) and _known_prompts(body[place + 1 :]):
-            return Workload(body[:place], body[place + 1 :], sampling)
-    raise WorkloadError(_unknown(name, body))
+    parts = ((name[:place], name[place + 1 :]) for place, letter in reversed(list(enumerate(name))) if letter == "/")
+    return next(((pair, prompts) for pair, prompts in parts if _known_prompts(prompts) and _known_pair(pair)), None)
 
 
 def default_workload(decoder: str | Callable[..., Any]) -> str:
@@ -319,24 +346,6 @@ def _shared_pair(name: str, dtype: str | None, device: str | None) -> Pair:
     return load_pair(name)
 
 
-_Prompts = tuple[tuple[int, ...], ...]
-# The tokenizer is kept beside its prompts: an id stands for an object only as long as that lives.
-_encodings: dict[tuple[int, str, Split, int], tuple[PreTrainedTokenizerBase, _Prompts]] = {}
-
-
-def _encoded(pair: Pair, prompts: PromptSet, split: Split, longest: int) -> _Prompts:
-    if pair.tokenizer is None:
-        raise PromptError(
-            f"pair {pair.name} has no tokenizer, and prompt set {prompts.name!r} is text; give Pair(..., "
-            "tokenizer=...) or specgym.envs.TokenPrompts"
-        )
-    key = (id(pair.tokenizer), prompts.digest, split, longest)
-    if key not in _encodings:
-        encoded = encode(prompts, split, pair.tokenizer, longest)
-        _encodings[key] = pair.tokenizer, tuple(tuple(ids) for ids in encoded)
-    return _encodings[key][1]
-
-
 def _known_pair(name: str) -> bool:
     try:
         resolve(name)
@@ -349,7 +358,8 @@ def _known_prompts(name: str) -> bool:
     return name in shipped_prompts() or name in HUB_SETS or Path(name).expanduser().is_file()
 
 
-def _suffix(sampling: Sampling) -> str:
+def suffix_of(sampling: Sampling) -> str:
+    """Return the end of a workload's name, which says how it samples; empty where it is greedy."""
     if sampling.greedy:
         return ""
     top_k = f",top_k={sampling.top_k}" if sampling.top_k else ""

@@ -155,6 +155,10 @@ class RunSettings:
     device: str | None = None
     """Device of the models: cpu, cuda, cuda:1, or auto to spread a large model over all cards. Defaults to CUDA if
     there is any."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt, at most; longer ones are cut, with a warning. Defaults to whole prompts, which leave 256
+    tokens of the target's context, or half of a short one, for the text. Recordings must have been made with the
+    same."""
     learning: LearningSettings = field(default_factory=LearningSettings)
     """Learning algorithm."""
 
@@ -165,6 +169,8 @@ class RunSettings:
         require_at_least(self, 1, "checkpoint_every")
         require_at_least(self, 0, "threads", most=MOST_THREADS)
         require_at_least(self, 0, "environments", most=MOST_ENVIRONMENTS)
+        if self.max_prompt_tokens is not None:
+            require_at_least(self, 2, "max_prompt_tokens")
         require_folder_name(self.name)
 
     @property
@@ -184,6 +190,8 @@ class RunSettings:
 
 
 _S = TypeVar("_S", bound=RunSettings)
+_EARLIER_PROMPT_TOKENS = 128
+"""Tokens that prompts were cut to while a run did not say so."""
 
 EXPERIMENTS: Final[Mapping[str, tuple[str, str]]] = {
     "tune-knobs": ("tune_knobs_settings:default_settings", "tune_knobs:TuneKnobs"),
@@ -314,6 +322,8 @@ def load_settings(path: Path) -> Any:
         raise RunFileError(f"{path} does not hold the settings of a run ({error}); {way_out}") from error
     try:
         stored = content["settings"]
+        if isinstance(stored, dict):
+            stored.setdefault("max_prompt_tokens", _EARLIER_PROMPT_TOKENS)
         make = _resolved(EXPERIMENTS[content["experiment"]][0])
         decoder = stored.get("decoder") if isinstance(stored, dict) else None
         default = make() if decoder is None else make(decoder)

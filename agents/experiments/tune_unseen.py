@@ -238,6 +238,7 @@ def recommend_for_pair(
     live: bool,
     dtype: ModelType | None = None,
     device: str | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> None:
     """Tune a pair with a run's policy, print what to use and what to expect, and store it in the run's folder.
 
@@ -250,6 +251,7 @@ def recommend_for_pair(
         live: measure and confirm by decoding, with the clock beside, even where the pair has a shipped recording.
         dtype: of the pair's weights; by default the run's own.
         device: of the pair; by default the run's own.
+        max_prompt_tokens: tokens of a prompt, at most; by default the run's own.
 
     Raises:
         PlacementError: this machine has no such device.
@@ -259,7 +261,12 @@ def recommend_for_pair(
     run = RunFolder.existing(folder)
     settings: TunerSettings = load_settings(run.settings)
     run.learned().require_complete()
-    settings = replace(settings, dtype=dtype or settings.dtype, device=device or settings.device)
+    settings = replace(
+        settings,
+        dtype=dtype or settings.dtype,
+        device=device or settings.device,
+        max_prompt_tokens=settings.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens,
+    )
     workload = workload_of(pair, prompts, temperature)
     place = run.path / "recommendations" / file_name(workload.name)
     with on_machine(settings), console.status(f"Tuning {workload}") as status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import gymnasium
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from specgym.decoding import Split, models_placed, place_models
+from specgym.decoding import Split, models_placed, place_models, prompts_limited, warn_once
 from specgym.envs import (
     Outcomes,
     TraceError,
@@ -56,8 +57,9 @@ def make_env(
         torch.set_num_threads(threads)
         place_models(settings.dtype, settings.device)
         quieten()
+        logging.getLogger(warn_once.__module__).setLevel(logging.ERROR)  # the process that started this one has said it
     split: Split = "test" if held_out else "train"
-    with models_placed(settings.dtype, settings.device):
+    with models_placed(settings.dtype, settings.device), prompts_limited(settings.max_prompt_tokens):
         env: gymnasium.Env[Any, Any] = gymnasium.make(
             f"specgym:{environment_id(settings.decoder)}",
             workload=settings.workloads[place],

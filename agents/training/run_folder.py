@@ -191,14 +191,18 @@ def this_command() -> str:
 
 @contextmanager
 def on_machine(settings: RunSettings) -> Iterator[None]:
-    """Let torch use a run's threads, and give models its type and device; restore both afterwards.
+    """Let torch use a run's threads, give models its type and device and prompts its length; restore all afterwards.
 
     Raises:
         PlacementError: this machine has no such device.
     """
-    from specgym.decoding import models_placed
+    from specgym.decoding import models_placed, prompts_limited
 
-    with torch_threads(settings.threads), models_placed(settings.dtype, settings.device):
+    with (
+        torch_threads(settings.threads),
+        models_placed(settings.dtype, settings.device),
+        prompts_limited(settings.max_prompt_tokens),
+    ):
         yield
 
 

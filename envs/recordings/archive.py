@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 _WAY_OUT = "record it again: python -m specgym.envs.record --help"
 
+EARLIER_LIMIT = 128
+"""Tokens that prompts were cut to while recordings did not say so."""
+
 Arrays = Mapping[str, NDArray[Any]]
 Info = TypeVar("Info")
 Content = TypeVar("Content")
@@ -50,6 +53,10 @@ class Provenance:
     top_p: float
     prompts_sha256: str
     """Hash of the prompt set (`PromptSet.digest`)."""
+    max_prompt_tokens: int | None = EARLIER_LIMIT
+    """Tokens of a prompt, at most, as the workload asks for; None for as many as there is room for."""
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt before it was cut, if it was; None in a recording of an earlier version."""
     draft_length: int
     """K, the most tokens drafted at a position; 0 for a decoder that drafts no chains."""
     tokens: int
@@ -173,7 +180,7 @@ def provenance_of(named: Workload, split: Split, prompts: Sequence[Sequence[int]
     Args:
         named: the workload; it is loaded.
         split: of the prompts.
-        prompts: their tokens.
+        prompts: their tokens, as recorded: all of the split or the first.
         drafted: whether the pair's draft takes part.
     """
     import torch
@@ -196,6 +203,8 @@ def provenance_of(named: Workload, split: Split, prompts: Sequence[Sequence[int]
         "top_k": int(sampling.top_k),
         "top_p": float(sampling.top_p),
         "prompts_sha256": source.digest if isinstance(source, PromptSet) else digest(map(str, prompts)),
+        "max_prompt_tokens": named.prompt_limit,
+        "longest_prompt": max(map(len, named.encoded(split)[: len(prompts)])),
         "specgym": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

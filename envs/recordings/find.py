@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specgym.decoding import PRESETS, Split, decoder_names, traits_of
+from specgym.decoding import PRESETS, Split, decoder_names, shipped_prompts, traits_of
 
-from ..workloads import DEFAULT_WORKLOAD, SHIPPED_WORKLOADS, Workload, default_workload, workload
-from .archive import TraceError
-from .outcomes import OutcomeError, OutcomeInfo, Outcomes, holds_outcomes, outcomes_name
-from .trace import Trace, TraceInfo, trace_name
+from ..workloads import (
+    DEFAULT_WORKLOAD,
+    SHIPPED_WORKLOADS,
+    Workload,
+    default_workload,
+    divided,
+    suffix_of,
+    workload,
+)
+from .archive import EARLIER_LIMIT, TraceError
+from .outcomes import OutcomeError, Outcomes, holds_outcomes, outcomes_name
+from .trace import Trace, trace_name
 
 TRACES, OUTCOMES = (Path(__file__).parents[1] / "data" / folder for folder in ("traces", "outcomes"))
 """Folders of the recordings that ship with the package."""
@@ -60,12 +69,13 @@ def find_recording(
                 f"given are {info}, and the decoder asked for is {decoder}; give decoder={info.decoder!r}, or record "
                 f"others: {outcome_command(info.workload, decoder)}"
             )
-        return recording, _recorded_workload(info, name, split, lambda named: outcome_command(named, decoder))
+        return recording, _recorded_workload(recording, name, split, lambda named: outcome_command(named, decoder))
     if traced:
         return find_trace(recording, name, split)
     named = workload(name or default_workload(decoder))
     named = named if split is None else named.with_split(split)
-    return shipped_outcomes(named.name, decoder, named.split), named
+    outcomes = shipped_outcomes(named.name, decoder, named.split)
+    return outcomes, _recorded_workload(outcomes, named, named.split, lambda name: outcome_command(name, decoder))
 
 
 def find_trace(
@@ -75,9 +85,10 @@ def find_trace(
     if recording is None:
         named = workload(name or DEFAULT_WORKLOAD)
         named = named if split is None else named.with_split(split)
-        return shipped_trace(named.name, named.split), named
+        recording = shipped_trace(named.name, named.split)
+        name, split = named, named.split
     trace = recording if isinstance(recording, Trace) else _loaded(Trace, Path(recording).resolve())
-    return trace, _recorded_workload(trace.info, name, split, record_command)
+    return trace, _recorded_workload(trace, name, split, record_command)
 
 
 def is_traced(decoder: str) -> bool:
@@ -160,23 +171,25 @@ def recording_name(name: str, decoder: str, split: str) -> str:
 
 
 def _recorded_workload(
-    info: TraceInfo | OutcomeInfo, name: str | Workload | None, split: Split | None, command: Callable[[str], str]
+    recording: Recording, name: str | Workload | None, split: Split | None, command: Callable[[str], str]
 ) -> Workload:
     """The workload of a recording. By its name alone it can be loaded only if the pair is known.
 
     Args:
-        info: of the recording.
+        recording: a trace or outcomes.
         name: a workload or its name; None for that of the recording.
         split: of the prompts; None for those recorded.
         command: says how to record the workload of a name.
 
     Raises:
-        TraceError: the recording is of another workload or split.
+        TraceError: the recording is of another workload or split, or of its prompts cut in another way.
         WorkloadError: the workload's name is not known.
     """
+    info = recording.info
     if name is None:
-        pair, _, prompts = info.workload.partition("@")[0].rpartition("/")
-        named = Workload(pair, prompts, info.sampling, name=info.workload)
+        body = info.workload.removesuffix(suffix_of(info.sampling))
+        pair, prompts = divided(body) or body.rpartition("/")[::2]
+        named = Workload(pair, prompts, info.sampling, info.workload, max_prompt_tokens=info.max_prompt_tokens)
     else:
         named = workload(name)
     if named.name != info.workload:
@@ -189,7 +202,40 @@ def _recorded_workload(
             f"the recording given has the {info.split} prompts of {info.workload}, not the {split} prompts; leave the "
             f"split out, or record it: {command(named.name)}"
         )
+    _require_length(recording, named, command)
     return named.with_split("train" if info.split == "train" else "test")
+
+
+def _require_length(recording: Recording, named: Workload, command: Callable[[str], str]) -> None:
+    """Raise TraceError where prompts were recorded that are cut in another way than those of the workload."""
+    recorded, asked = recording.info.max_prompt_tokens, named.prompt_limit
+    longest = _longest_prompt(recording)
+    if recorded == asked or all(limit is None or longest <= limit for limit in (recorded, asked)):
+        return
+    if recorded is None or longest <= recorded:
+        kind, way_out = "whole", "leave out max_prompt_tokens (--max-prompt-tokens)"
+    else:
+        kind = f"of at most {recorded} tokens"
+        way_out = f"give max_prompt_tokens={recorded} (--max-prompt-tokens {recorded})"
+    raise TraceError(
+        f"the recording of {named.name} has prompts {kind}, and asked for are prompts "
+        f"{'whole' if asked is None else f'of at most {asked} tokens'}; {way_out}, or record it with that length: "
+        f"{command(named.name)}"
+    )
+
+
+def _longest_prompt(recording: Recording) -> float:
+    """Tokens of the longest recorded prompt before it was cut, or the most that it can have had."""
+    info = recording.info
+    if info.longest_prompt is not None:
+        return info.longest_prompt
+    # An earlier version has recorded it, and cut what was longer without a note of it.
+    if isinstance(recording, Trace):
+        longest = int(recording.prompt_lengths.max())
+        return longest if longest < EARLIER_LIMIT else math.inf
+    parts = divided(info.workload.removesuffix(suffix_of(info.sampling)))
+    shipped = parts is not None and parts[0] in PRESETS and parts[1] in shipped_prompts()
+    return EARLIER_LIMIT if shipped else math.inf  # tests hold the shipped prompts to that
 
 
 def _shipped(folder: Path, pattern: str) -> str:

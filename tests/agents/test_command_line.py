@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from specgym.agents.command_line import learnable, train_command
+from specgym.agents.command_line import evaluate_command, learnable, train_command
 
 HEAVY = ("torch", "transformers", "stable_baselines3", "matplotlib", "tensorboard", "scipy", "jinja2")
 BEGINNINGS = r"(What|How|Of|As|The same|Whether|Where|When|From|Under what|For|By|With)\b"
@@ -69,6 +69,14 @@ def test_every_option_s_help_begins_with_a_noun_or_a_verb(path: str) -> None:
     ]
     assert lines
     assert [line for line in lines if re.match(BEGINNINGS, str(line))] == []
+
+
+def test_a_length_of_prompts_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_command(["--max-prompt-tokens", "1"]) == 2
+    assert "max_prompt_tokens must be" in capsys.readouterr().err
+    run = ROOT / "tests" / "fixtures" / "runs" / "tuner"
+    assert evaluate_command([str(run), "--max-prompt-tokens", "64"]) == 2
+    assert "--max-prompt-tokens is for --pair" in capsys.readouterr().err
 
 
 def test_an_unknown_environment_is_refused(shown: Callable[[], str]) -> None:

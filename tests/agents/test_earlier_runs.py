@@ -46,6 +46,7 @@ def test_settings_say_which_decoder_was_tuned(name: str) -> None:
         assert settings.max_divergence == settings.reward.max_divergence == 0.1
         assert settings.reward.acceptance_weight == settings.reward.range_weight == 0  # a bound put them out of effect
     assert settings.seeds == (0,)
+    assert settings.max_prompt_tokens == 128  # as all prompts were cut, without an option
     stored = json.loads((RUNS / name / "settings.json").read_text())["settings"]
     assert settings.practising == (stored["environments"] or len(settings.workloads))
     assert settings.environment.prompts_per_step == 1

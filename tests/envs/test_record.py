@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -232,7 +233,9 @@ def test_a_truncated_file_is_refused_by_name(trace_path: Path, tmp_path: Path, k
 
 def test_a_flipped_bit_is_noticed(trace_path: Path, tmp_path: Path) -> None:
     damaged = bytearray(trace_path.read_bytes())
-    damaged[len(damaged) // 2] ^= 16
+    with zipfile.ZipFile(trace_path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    damaged[largest.header_offset + largest.compress_size // 2] ^= 16  # in its data, which begins less than that behind
     (tmp_path / "flipped.npz").write_bytes(damaged)
     with pytest.raises(TraceError, match=r"flipped\.npz"):
         Trace.load(tmp_path / "flipped.npz")
@@ -274,7 +277,8 @@ def test_the_metadata_name_what_was_recorded(work: Workload, trace: Trace) -> No
     assert (info.workload, info.split, info.temperature) == ("toy/ids", "train", 0.0)
     assert len(info.target_sha256) == len(info.draft_sha256) == len(info.prompts_sha256) == 64
     assert info.target_sha256 != info.draft_sha256
-    assert all(value not in (None, "") for value in asdict(info).values())
+    assert (info.max_prompt_tokens, info.longest_prompt) == (None, 3)
+    assert all(value not in (None, "") for name, value in asdict(info).items() if name != "max_prompt_tokens")
     assert trace_name("a/b+c/code@1.0", "test") == "a_b_c_code@1.0.test.npz"
 
 

@@ -9,6 +9,7 @@ import pytest
 from specgym.decoding.errors import PromptError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.loading.presets import models_placed
+from specgym.decoding.loading.prompt_tokens import prompts_limited
 from specgym.decoding.prompts import PromptSet
 from specgym.decoding.sampling import Sampling
 from specgym.envs import SHIPPED_WORKLOADS, TokenPrompts, Workload, workload
@@ -27,6 +28,22 @@ def test_a_temperature_follows_an_at_sign() -> None:
     result = workload("tiny/code@0.7")
     assert result.sampling == Sampling(temperature=0.7)
     assert result.name == "tiny/code@0.7"
+
+
+def test_an_at_sign_in_a_path_is_no_temperature(tmp_path: Path) -> None:
+    folder = tmp_path / "me@host" / "target@2"
+    folder.mkdir(parents=True)
+    file = tmp_path / "mine@0.5.txt"
+    file.write_text("one\ntwo")
+    (tmp_path / "a@1.0").mkdir()
+    (tmp_path / "a@1.0" / "b.txt").write_text("one\ntwo")
+    for pair, prompts in ((str(folder), "prose"), ("tiny", str(file)), (str(folder), f"{tmp_path}/a@1.0/b.txt")):
+        result = workload(f"{pair}/{prompts}")
+        assert (result.pair, result.prompts, result.sampling) == (pair, prompts, Sampling(0.0))
+        assert workload(result.name) == result
+        warm = workload(f"{pair}/{prompts}@0.7")
+        assert (warm.pair, warm.prompts, warm.sampling) == (pair, prompts, Sampling(0.7))
+        assert workload(warm.name) == warm
 
 
 def test_hub_ids_keep_their_slashes() -> None:
@@ -58,6 +75,8 @@ def test_a_workload_is_passed_through(toy_workload: Workload) -> None:
         ("prose", "not of the form pair/prompts"),
         ("tiny/prose@warm", "'warm' after @ is no temperature"),
         ("tiny/prose@-1", "'-1' after @ is no temperature"),
+        ("tiny/prosa@1.0", "no prompts 'prosa'. Did you mean 'prose'"),
+        ("me@host/prose", "no pair 'me@host'"),
         ("", "not of the form"),
     ],
 )
@@ -96,14 +115,44 @@ def test_texts_without_a_tokenizer_are_refused(pair: Pair) -> None:
         Workload(pair, TEXTS).prompt_ids()
 
 
-def test_long_prompts_lose_their_beginning(pair: Pair) -> None:
-    result = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]), max_prompt_tokens=3)
-    assert result.prompt_ids() == ((57, 58, 59),)
+def test_prompts_are_whole_unless_asked_or_where_the_context_ends(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    room = pair.target.context_limit // 2
+    rows = [[5] * room, list(range(60)) * 3, [7] * 9]
+    result = Workload(pair, TokenPrompts(rows, [[1]]), name="long")
+    assert [len(ids) for ids in result.prompt_ids()] == [room, room, 9]
+    assert result.prompt_ids()[1] == tuple(rows[1][-room:])
+    assert result.encoded("train") == tuple(map(tuple, rows))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"long: 1 of 3 train prompts, of up to 180 tokens, are cut to {room}, so that {room} of LlamaForCausalLM's "
+        f"context of {2 * room} are left for the text"
+    ]
 
 
-def test_prompts_fill_at_most_half_the_context(pair: Pair) -> None:
-    result = Workload(pair, TokenPrompts([list(range(60)) * 3], [[1]]))
-    assert len(result.prompt_ids()[0]) == pair.target.context_limit // 2
+def test_a_length_asked_for_cuts_the_beginning_and_says_so_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    result = Workload(pair, TokenPrompts([list(range(2, 60)), [4]], [[1]]), name="asked", max_prompt_tokens=3)
+    assert result.prompt_ids() == result.prompt_ids() == ((57, 58, 59), (4,))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == "asked: 1 of 2 train prompts, of up to 58 tokens, are cut to 3, the max_prompt_tokens asked for"
+
+
+def test_a_command_asks_for_all_workloads_that_name_no_length(pair: Pair) -> None:
+    prompts = TokenPrompts([list(range(2, 60))], [[1]])
+    with prompts_limited(4):
+        assert len(Workload(pair, prompts).prompt_ids()[0]) == 4
+        assert len(Workload(pair, prompts, max_prompt_tokens=5).prompt_ids()[0]) == 5
+    assert len(Workload(pair, prompts).prompt_ids()[0]) == 58
+
+
+def test_ids_that_begin_a_text_keep_their_bos_token(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.target.model.config, "bos_token_id", 9)
+    result = Workload(pair, TokenPrompts([[9, *range(10, 40)], [*range(10, 40)]], [[1]]), max_prompt_tokens=3)
+    assert result.prompt_ids() == ((9, 38, 39), (37, 38, 39))
+
+
+def test_prompts_leave_room_in_the_shorter_context_of_two(make_model: Any, pair: Pair) -> None:
+    draft = make_model("llama", layers=1, vocabulary=pair.target.vocabulary_size, hidden=16, context=32)
+    both = Pair(pair.target, draft, name="short draft")
+    assert len(Workload(both, TokenPrompts([[5] * 60], [[1]])).prompt_ids()[0]) == 16
 
 
 def test_a_pair_is_loaded_once_a_process(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from ...decoders.chain import SpeculativeDecoder
 from ...files import write_text
 from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
 from ...loading.pair import Pair
-from ...prompts import encode, load_prompts, shipped_prompts
+from ...loading.prompt_tokens import encode
+from ...prompts import load_prompts, shipped_prompts
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
 from ..measure import SPEED_NOTE, Quality, Speed, compare, measure_continuations, quality_rows, speed_rows

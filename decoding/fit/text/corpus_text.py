@@ -96,7 +96,7 @@ def read_plain(paths: Sequence[Path]) -> list[Passage]:
         if not files:
             raise FileNotFoundError(f"no text in {path}: give a file, or a folder with {', '.join(sorted(_SUFFIXES))}")
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = file.read_text(encoding="utf-8-sig", errors="replace")  # without a byte order mark
             # A large file is cut at blank lines, so that a part of it can be held out.
             passages += [Passage(path.stem, f"{file.name}#{n}", part) for n, part in enumerate(_parts(text, 8000))]
     return passages

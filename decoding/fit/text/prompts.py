@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import FitError
-from ...prompts import PromptSet, encode, load_prompts
+from ...loading.prompt_tokens import encode
+from ...prompts import PromptSet, load_prompts
 from .corpus_text import load_tokens
 
 TRAINING, JUDGING, SPEED = 0, 1, 2
@@ -191,7 +192,7 @@ def _encoded(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, room: in
     if len(prompt_set.train) < 2:
         raise FitError(f"the prompt set {prompt_set.name} has 1 prompt for training, and one is held out: give more")
     # A prompt that lost its beginning would be another prompt, so none is cut here.
-    encoded = encode(prompt_set, "train", tokenizer, 2**31)
+    encoded = encode(prompt_set, "train", tokenizer)
     longest = max(range(len(encoded)), key=lambda number: len(encoded[number]))
     if len(encoded[longest]) > room:
         raise FitError(

@@ -9,8 +9,11 @@ import pytest
 
 from specgym.agents import default_settings
 from specgym.agents.training.environments import make_env, training_environments
+from specgym.agents.training.run_folder import on_machine
 from specgym.agents.training.settings_io import SettingsError
 from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding.loading.prompt_tokens import default_prompt_tokens
+from specgym.envs import TraceError
 from specgym.envs.workloads import Workload
 
 
@@ -37,6 +40,19 @@ def test_thresholds_can_be_learned_from_shipped_traces_without_models(profile: P
     _, reward, _, _, info = env.step(np.zeros(2, np.float32))
     assert np.isfinite(float(reward))
     assert info["tokens"] > 0
+
+
+def test_prompts_have_the_length_that_a_run_asks_for(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = default_settings("threshold", workloads=("tiny-3m-ngram/prose",), max_prompt_tokens=5)
+    with pytest.raises(TraceError, match="leave out max_prompt_tokens"):
+        make_env(settings, 0, profile)
+    lengths: list[int | None] = []
+    monkeypatch.setattr("gymnasium.make", lambda *args, **options: lengths.append(default_prompt_tokens()))
+    make_env(settings, 0, profile)
+    with on_machine(settings):
+        lengths.append(default_prompt_tokens())
+    assert lengths == [5, 5]
+    assert default_prompt_tokens() is None
 
 
 def test_a_replay_by_the_clock_is_refused() -> None:

@@ -71,6 +71,13 @@ def test_a_long_document_is_cut_at_the_end_of_a_word(monkeypatch: pytest.MonkeyP
     assert prompt.endswith("word")
 
 
+def test_a_document_keeps_the_whitespace_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, train=[{"page": "\n word "}], test=[{"page": " " * 5000}, {"page": f"  {'x ' * 3000}"}])
+    result = load_prompts("wikitext")
+    assert result.train == ("\n word ",)
+    assert [text[:4] for text in result.test] == ["  x "]
+
+
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_without_the_library_the_error_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,4 +1,4 @@
-"""Prompt sets: shipped and from files; their split; their tokens."""
+"""Prompt sets: shipped and from files; their text, kept exactly; their split."""
 
 import json
 from collections.abc import Callable
@@ -8,22 +8,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from specgym.decoding import prompts as prompts_module
-from specgym.decoding.errors import PromptError
-from specgym.decoding.prompts import PromptFileError, PromptSet, encode, load_prompts, shipped_prompts
+from specgym.decoding.prompts import PromptFileError, PromptSet, load_prompts, shipped_prompts
 
 Write = Callable[[str, str], str]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a file; returns its path."""
+    """Write a file, its line ends as they are; returns its path."""
 
     def write(name: str, content: str) -> str:
-        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / name).write_bytes(content.encode())
         return str(tmp_path / name)
 
     return write
@@ -56,7 +53,7 @@ def test_the_chat_set_is_large_enough_and_marked_as_chat() -> None:
 def test_a_limit_keeps_the_first_prompts_of_each_split() -> None:
     whole, few = load_prompts("chat"), load_prompts("chat", limit=3)
     assert (few.train, few.test) == (whole.train[:3], whole.test[:3])
-    with pytest.raises(ValueError, match="limit=0"):
+    with pytest.raises(ValueError, match="limit must be a whole number of at least 1, got 0"):
         load_prompts("chat", limit=0)
 
 
@@ -77,6 +74,7 @@ def test_an_unknown_name_lists_the_known_ones_and_a_close_one() -> None:
         (("a",), ("b", "a"), r"test\[1\] repeats train\[0\]"),
         (("a",), (" a\n",), r"test\[0\] repeats train\[0\]"),
         (("a", "a"), ("b",), r"train\[1\] repeats train\[0\]"),
+        (("a", "b\ud83d"), ("c",), r"train\[1\] has half of a surrogate pair, '.ud83d', at character 1"),
     ],
 )
 def test_a_set_refuses_what_would_spoil_a_comparison(train: Any, test: Any, reason: str) -> None:
@@ -101,13 +99,13 @@ def test_the_digest_depends_on_the_contents_only() -> None:
 
 def test_a_text_file_has_one_prompt_a_line(write: Write) -> None:
     result = load_prompts(write("mine.txt", "one\ntwo\n three \nfour\n"))
-    assert {*result.train, *result.test} == {"one", "two", "three", "four"}
+    assert {*result.train, *result.test} == {"one", "two", " three ", "four"}
     assert not result.chat
 
 
 def test_a_text_file_with_blank_lines_has_one_prompt_a_paragraph(write: Write) -> None:
-    result = load_prompts(write("mine.txt", "\n\none\nstill one\n \n\ntwo\n"))
-    assert {*result.train, *result.test} == {"one\nstill one", "two"}
+    result = load_prompts(write("mine.txt", "\n\n    one\nstill one \n \n\ntwo\n"))
+    assert {*result.train, *result.test} == {"    one\nstill one ", "two"}
 
 
 def test_a_jsonl_file_has_one_object_a_line(write: Write) -> None:
@@ -122,6 +120,54 @@ def test_a_json_list_and_the_same_jsonl_are_the_same_set(write: Write) -> None:
     as_list = load_prompts(write("a.json", json.dumps([{"prompt": text} for text in texts])))
     as_lines = load_prompts(write("b.jsonl", "\n".join(json.dumps(text) for text in texts)))
     assert as_list.digest == as_lines.digest
+
+
+SEPARATORS = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r")
+"""Ends of lines for `str.splitlines`, and in part for text mode, but neither for JSON Lines nor for an editor."""
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=ascii)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_only_the_ends_of_lines_end_a_prompt(write: Write, name: str, separator: str) -> None:
+    texts = [f"one{separator}still one", f"{separator}two", "three"]
+    lines = [json.dumps(text, ensure_ascii=False) for text in texts]
+    content = {"a.txt": "\n".join(texts), "a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]"}[name]
+    result = load_prompts(write(name, content))
+    assert {*result.train, *result.test} == set(texts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(write: Write, name: str) -> None:
+    content = {"a.txt": "one\nstill one\n\ntwo\n", "a.jsonl": '"one"\n\n"two"\n', "a.json": '[\n"one",\n"two"]\n'}[name]
+    plain = load_prompts(write(name, content))
+    assert load_prompts(write(name, "\ufeff" + content.replace("\n", "\r\n"))).digest == plain.digest
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "list.json", "set.json"])
+def test_whitespace_at_the_ends_of_a_prompt_is_kept(write: Write, name: str) -> None:
+    texts = [" one", "two\n", "\tthree\u2028", "four"]
+    contents: dict[str, Any] = {"list.json": texts, "set.json": {"train": texts[:2], "test": texts[2:]}}
+    content = "\n".join(map(json.dumps, texts)) if name == "a.jsonl" else json.dumps(contents[name])
+    result = load_prompts(write(name, content))
+    assert {*result.train, *result.test} == set(texts)
+
+
+def test_whitespace_moves_no_prompt_to_the_other_side(write: Write) -> None:
+    texts = [f"prompt {number}" for number in range(20)]
+    plain = load_prompts(write("a.json", json.dumps(texts)))
+    spaced = load_prompts(write("b.json", json.dumps([f" {text}\n" for text in texts])))
+    assert [text.strip() for text in spaced.test] == list(plain.test)
+    twice = load_prompts(write("c.json", json.dumps([*texts, *(f" {text}" for text in texts), " "])))
+    assert twice.digest == plain.digest
+
+
+def test_single_messages_of_a_user_are_a_chat(write: Write) -> None:
+    rows = [{"messages": [{"role": "user", "content": text}], "id": 1} for text in ("one ", "two")]
+    result = load_prompts(write("a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert {*result.train, *result.test} == {"one ", "two"}
+    assert result.chat
+    assert load_prompts(write("b.json", json.dumps({"train": rows[:1], "test": rows[1:]}))).chat
+    assert not load_prompts(write("b.json", json.dumps({"train": rows[:1], "test": rows[1:], "chat": False}))).chat
 
 
 def test_a_json_file_with_splits_keeps_them(write: Write) -> None:
@@ -159,6 +205,10 @@ def test_a_file_is_never_hidden_by_a_shipped_set(write: Write, tmp_path: Path, m
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt 2 is missing or null"),
         ("a.txt", "only one\nonly one\n", "1 different prompts"),
         ("a.txt", "\n", "0 different prompts"),
+        ("a.json", '["a", "\\ud83d"]', "half of a surrogate pair"),
+        ("a.json", '[{"messages": []}]', "prompt 1 holds a conversation"),
+        ("a.json", '[{"messages": [{"role": "system", "content": "x"}]}]', "prompt 1 holds a conversation.*leave the"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n"b"\n', "beside plain ones"),
     ],
 )
 def test_a_corrupt_or_foreign_file_is_refused_by_name(write: Write, name: str, content: str, reason: str) -> None:
@@ -186,57 +236,3 @@ def test_a_division_is_complete_disjoint_and_blind_to_the_order(texts: list[str]
 
 def test_a_quarter_is_for_testing() -> None:
     assert len(prompts_module._divide([str(number) for number in range(100)], "x")[1]) == 25
-
-
-# Tokens
-
-
-def _tokenizer(template: str | None = None, bos: bool = False) -> PreTrainedTokenizerFast:
-    words = {word: number for number, word in enumerate(["<s>", "user", "assistant", *"abcdef"])}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-_TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content }}{% endfor %}{{ ' assistant' }}"
-
-
-def test_prompts_become_token_ids_in_order() -> None:
-    prompts = _set(train=("a b", "c"), test=("d",))
-    assert encode(prompts, "train", _tokenizer(), max_tokens=8) == [[3, 4], [5]]
-    assert encode(prompts, "test", _tokenizer(), max_tokens=8) == [[6]]
-
-
-def test_a_chat_set_goes_through_the_chat_template() -> None:
-    assert encode(_set(("a b",), chat=True), "train", _tokenizer(_TEMPLATE), max_tokens=8) == [[1, 3, 4, 2]]
-
-
-@pytest.mark.parametrize(("chat", "template"), [(True, None), (False, _TEMPLATE)])
-def test_without_a_template_or_a_chat_the_prompt_is_plain_text(chat: bool, template: str | None) -> None:
-    assert encode(_set(("a b",), chat=chat), "train", _tokenizer(template), max_tokens=8) == [[3, 4]]
-
-
-def test_a_long_prompt_loses_its_beginning() -> None:
-    assert encode(_set(("a b c d e f",)), "train", _tokenizer(), max_tokens=2) == [[7, 8]]
-
-
-def test_a_long_prompt_keeps_its_bos_token() -> None:
-    assert encode(_set(("a b c d e f",)), "train", _tokenizer(bos=True), max_tokens=3) == [[0, 7, 8]]
-    assert encode(_set(("a",)), "train", _tokenizer(bos=True), max_tokens=3) == [[0, 3]]
-
-
-def test_a_prompt_without_tokens_is_refused_by_name() -> None:
-    blank = _set(train=("a", "\u200b"))
-    tokenizer = _tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("\u200b", "removed")
-    with pytest.raises(PromptError, match=r"'made': train\[1\].*no tokens"):
-        encode(blank, "train", tokenizer, max_tokens=8)
-
-
-def test_max_tokens_must_leave_room() -> None:
-    with pytest.raises(ValueError, match="max_tokens=1"):
-        encode(_set(), "train", _tokenizer(), max_tokens=1)
