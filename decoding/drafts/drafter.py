@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..models.language_model import LanguageModel, weights_digest
 from ..sampling import Sampling, draw
+from .translated import TranslatedModel
 
 _SMALLEST_LOG = (
     -200.0
@@ -199,7 +200,7 @@ class ModelDrafter:
     """A small causal LM that drafts by sampling (or greedily), one forward pass a token.
 
     Args:
-        model: the draft model, which must share the target's vocabulary.
+        model: the draft model, which must have the target's vocabulary, or be translated into it (`Pair` does that).
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -208,8 +209,11 @@ class ModelDrafter:
         self.vocabulary_size = model.vocabulary_size
 
     def digest(self) -> str:
-        """Return a SHA-256 over the model's weights, 64 hex digits."""
-        return weights_digest(self.model.model)
+        """Return a SHA-256 over the model's weights, and how it is translated if it is, 64 hex digits."""
+        digest = weights_digest(self.model.model)
+        if isinstance(self.model, TranslatedModel):
+            digest = hashlib.sha256(f"{digest} {self.model.translation.digest()}".encode()).hexdigest()
+        return digest
 
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
@@ -240,17 +244,17 @@ class _ModelDraftSession:
         self._sampling = sampling
         self._generator = generator
         self._device = device
-        if 1 < len(prompt) <= model.context_limit:
+        if len(prompt) > 1 and model.room(prompt) >= 0:
             model.read(prompt[:-1])
 
     @torch.inference_mode()
     def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
         """Draft up to `count` tokens, as far as the draft model's context has room."""
-        count = min(count, self._model.context_limit - len(context) + 1)
-        if count <= 0:
-            return
         if self._model.length >= len(context):  # an earlier draft was left as it was
             self._model.truncate(len(context) - 1)
+        count = min(count, self._model.room(context) + 1)
+        if count <= 0:
+            return
         # After a full acceptance two tokens are unread (the last draft and the bonus), otherwise one.
         unread = torch.tensor(context[self._model.length :])
         for _ in range(count):

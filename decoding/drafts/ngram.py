@@ -78,8 +78,7 @@ class NGramDrafter:
         Raises:
             ValueError: no text, ids outside the vocabulary, or an order whose contexts do not fit in 64 bits.
         """
-        if order < 2 or vocabulary_size**order >= 2**63:
-            raise ValueError(f"order must be at least 2, with {vocabulary_size}^order below 2^63, got {order}")
+        check_order(order, vocabulary_size)
         documents = [np.asarray(text, dtype=np.int64) for text in texts]
         if not any(len(document) > 1 for document in documents):
             raise ValueError("no document has two tokens; give the n-gram table some text to fit")
@@ -88,14 +87,17 @@ class NGramDrafter:
                 raise ValueError(f"the text has token ids outside the vocabulary of {vocabulary_size}")
         contexts, tokens = [], []
         for length in range(1, order):
-            grams = np.concatenate([_windows(document, length + 1, vocabulary_size) for document in documents])
-            numbers, counts = np.unique(grams, return_counts=True)
+            followed = [_windows(document[:-1], length, vocabulary_size) for document in documents]
+            known, places = np.unique(np.concatenate(followed), return_inverse=True)
+            # A context's place among those known is a smaller number than the context, so that a token fits behind it.
+            numbers = places * vocabulary_size + np.concatenate([document[length:] for document in documents])
+            numbers, counts = np.unique(numbers, return_counts=True)
             if length > 1:
                 numbers, counts = numbers[counts >= smallest_count], counts[counts >= smallest_count]
-            known = numbers // vocabulary_size
-            by_context = np.lexsort((-counts, known))  # the commonest continuation of each context comes first
-            known, first = np.unique(known[by_context], return_index=True)
-            contexts.append(known)
+            places = numbers // vocabulary_size
+            by_context = np.lexsort((-counts, places))  # the commonest continuation of each context comes first
+            places, first = np.unique(places[by_context], return_index=True)
+            contexts.append(known[places])
             tokens.append((numbers[by_context][first] % vocabulary_size).astype(np.int32))
         return cls(vocabulary_size, contexts, tokens, name)
 
@@ -103,6 +105,11 @@ class NGramDrafter:
     def longest_context(self) -> int:
         """Number of last tokens that the table looks at."""
         return len(self._contexts)
+
+    @property
+    def highest_token(self) -> int:
+        """Largest number of a token that the table proposes; -1 for an empty table."""
+        return max((int(tokens.max(initial=-1)) for tokens in self._tokens), default=-1)
 
     def __len__(self) -> int:
         """Number of contexts known."""
@@ -195,6 +202,22 @@ class _NGramSession:
 
     def truncate(self, length: int) -> None:
         """Nothing to forget."""
+
+
+def check_order(order: int, vocabulary_size: int) -> None:
+    """Refuse an order whose contexts, one token shorter than its n-grams, are no 64-bit numbers.
+
+    Every vocabulary below 2,097,152 tokens has tables of order 4.
+
+    Raises:
+        ValueError: it is below 2 or too large; the message says what goes.
+    """
+    if order < 2 or vocabulary_size ** (order - 1) >= 2**63:
+        largest = next(tokens for tokens in range(1, 64) if max(vocabulary_size, 2) ** tokens >= 2**63)
+        raise ValueError(
+            f"order must be 2 to {largest} for a vocabulary of {vocabulary_size} tokens "
+            f"({vocabulary_size}^(order - 1) below 2^63), got {order}"
+        )
 
 
 def _windows(document: NDArray[np.int64], length: int, base: int) -> NDArray[np.int64]:

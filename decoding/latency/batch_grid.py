@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..decoder import synchronise
 from ..drafts.drafter import ModelDrafter
+from ..drafts.translated import TranslatedModel
 from ..errors import sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.kv_cache import BranchingCache, PreallocatedLayer
@@ -238,6 +239,8 @@ class _BatchedPass:
     def forward(self, tokens: Tensor) -> Tensor:
         """Read tokens, shape (batch, tokens), and return logits, float32, shape (batch, tokens, vocabulary)."""
         device = self._model.device
+        translation = self._model.translation if isinstance(self._model, TranslatedModel) else None
+        tokens = tokens if translation is None else translation.one_to_one(tokens)
         start, count = self._cache.length, tokens.shape[1]
         mask = self._mask[:count, self._capacity - start : self._capacity + count].contiguous()
         positions = torch.arange(start, start + count, device=device).expand(self.batch_size, -1)
@@ -248,7 +251,8 @@ class _BatchedPass:
             past_key_values=self._cache,
             use_cache=True,
         )
-        return output.logits.float()
+        scores: Tensor = output.logits.float()
+        return scores if translation is None else translation.scores(scores)
 
     def rewind(self) -> None:
         """Forget what was read after the context."""

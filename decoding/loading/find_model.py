@@ -133,6 +133,22 @@ def load_tokenizer(name: str, *, revision: str | None = None, offline: bool = Fa
     raise _not_found(name, missing)
 
 
+def vocabulary_rows(name: str, *, offline: bool = False) -> int:
+    """Tokens that a model gives scores to: those of its tokenizer, and the rows that pad its layers, if any.
+
+    Only the configuration is read. The model is found as in `load_model`, with the same errors.
+    """
+    missing: list[str] = []
+    for source in _sources(name, None, offline, missing):
+        try:
+            config = AutoConfig.from_pretrained(source.location, **source.gguf, **source.hub)
+        except OSError as error:
+            missing.append(source.excuse(error))
+        else:
+            return int(config.get_text_config(decoder=True).vocab_size)
+    raise _not_found(name, missing)
+
+
 @dataclass(frozen=True)
 class _Source:
     """One place that claims to have the model; `location` is a folder or a hub id."""

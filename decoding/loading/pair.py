@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
+from ..drafts.translated import TranslatedModel
+from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from ..models.linear_layers import PrepackedLinear, only_looking
@@ -40,14 +42,17 @@ class Pair:
 
     Args:
         target: a Hugging Face causal LM.
-        draft: a smaller model with the same vocabulary, or any `Drafter`; None where no draft is needed.
-        tokenizer: optional; with it, prompts may be strings and generations carry text.
+        draft: a smaller model, or any `Drafter`; None where no draft is needed.
+        tokenizer: the target's; optional. With it, prompts may be strings and generations carry text.
+        draft_tokenizer: the draft's, if it is a model; by default the target's. With another one the draft proposes the
+            tokens that both have, and the text is still the target's (`TranslatedModel`). Neither tokenizer is needed
+            where both models have the same vocabulary.
         name: how reports call the pair; by default made from the models' names.
         prepack: see `LanguageModel`. On CPU the target's large linear layers are packed in place unless this is
             False (`unpack` undoes it); a draft model is left as it is.
 
     Raises:
-        VocabularyMismatchError: target and draft have different vocabularies.
+        VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
         UnsupportedModelError: a model cannot be decoded speculatively, or is none.
     """
 
@@ -57,6 +62,7 @@ class Pair:
         draft: PreTrainedModel | LanguageModel | Drafter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
         prepack: bool | None = None,
     ) -> None:
@@ -67,12 +73,8 @@ class Pair:
             draft = LanguageModel(causal_model(draft, "draft"), prepack=False)
         if isinstance(draft, LanguageModel):
             draft = ModelDrafter(draft)
-        if draft is not None and draft.vocabulary_size != target.vocabulary_size:
-            raise VocabularyMismatchError(
-                f"target {target.name} has a vocabulary of {target.vocabulary_size} tokens and draft {draft.name} one "
-                f"of {draft.vocabulary_size}; a draft must number the same tokens in the same way. Choose a draft of "
-                "the target's own family, or prompt lookup."
-            )
+        if draft is not None:
+            draft = _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
         self.target = target
         self.draft: Drafter | None = draft
         self.tokenizer = tokenizer
@@ -114,6 +116,75 @@ class Pair:
         return None if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
+_MOST_PADDING = 1024
+"""Rows that pad a vocabulary, at most: layers are padded to multiples of 64 to 1,024 rows."""
+_SMALLEST_SHARE = 0.1
+"""Share of the smaller vocabulary that the other must have, too, for a draft to be of use."""
+
+
+def _in_vocabulary(
+    target: LanguageModel,
+    draft: Drafter,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft_tokenizer: PreTrainedTokenizerBase | None,
+) -> Drafter:
+    """A draft that speaks of the target's tokens: as it is, or translated.
+
+    Raises:
+        VocabularyMismatchError: see `Pair`.
+    """
+    sizes = (
+        f"target {target.name} has a vocabulary of {target.vocabulary_size} tokens and draft {draft.name} one of "
+        f"{draft.vocabulary_size}"
+    )
+    alike = draft.vocabulary_size == target.vocabulary_size
+    if alike and (draft_tokenizer is None or not isinstance(draft, ModelDrafter)):
+        return draft
+    if tokenizer is None:
+        raise VocabularyMismatchError(
+            f"{sizes}; whether they number the same tokens in the same way only their tokenizers can tell: "
+            "Pair(target, draft, tokenizer, draft_tokenizer=...). Or choose prompt lookup."
+        )
+    if draft_tokenizer is None or not isinstance(draft, ModelDrafter):
+        known = highest_id(tokenizer) + 1
+        smaller, larger = sorted((target.vocabulary_size, draft.vocabulary_size))
+        if not known <= smaller <= larger < known + _MOST_PADDING:
+            way_out = "Make one for this target."
+            if isinstance(draft, ModelDrafter):
+                way_out = "Give the draft's tokenizer, too: Pair(..., draft_tokenizer=...)."
+            raise VocabularyMismatchError(
+                f"{sizes}, and the target's tokenizer knows {known}: the same tokens would be padded alike. {way_out}"
+            )
+        if not isinstance(draft, ModelDrafter):
+            highest = draft.highest_token if isinstance(draft, NGramDrafter) else 0
+            if highest >= target.vocabulary_size:
+                raise VocabularyMismatchError(
+                    f"{sizes}, and the draft proposes token {highest}. Make one for this target."
+                )
+            return draft
+    return ModelDrafter(_translated(target, draft.model, tokenizer, draft_tokenizer or tokenizer))
+
+
+def _translated(
+    target: LanguageModel,
+    draft: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draft_tokenizer: PreTrainedTokenizerBase,
+) -> LanguageModel:
+    ours, theirs = Vocabulary(tokenizer, target.vocabulary_size), Vocabulary(draft_tokenizer, draft.vocabulary_size)
+    if ours.rows == theirs.rows and ours.names == theirs.names:
+        return draft
+    translation = Translation(ours, theirs)
+    smaller = min(len(ours.names), len(theirs.names))
+    if translation.common < max(1, _SMALLEST_SHARE * smaller):
+        raise VocabularyMismatchError(
+            f"target {target.name} and draft {draft.name} have {translation.common:,} tokens in common, of "
+            f"{len(ours.names):,} and {len(theirs.names):,} ({translation.difference()}); what the draft could propose "
+            "is too little. Choose a draft of the target's own family, or prompt lookup."
+        )
+    return TranslatedModel(draft, translation)
+
+
 def require_draft(pair: Pair, user: str) -> Drafter:
     """Return a pair's draft.
 
@@ -153,7 +224,7 @@ def load_pair(
     Raises:
         UnknownPairError: the name is neither a preset, nor ``target+draft``, nor a target.
         ModelNotFoundError: a model is in none of the places where it was looked for.
-        VocabularyMismatchError: target and draft have different vocabularies.
+        VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
         UnsupportedModelError: a model cannot be decoded speculatively.
         ValueError: no n-gram table ships for this target.
     """
@@ -165,6 +236,7 @@ def load_pair(
     model, tokenizer = _loaded(models, key, partial(load, preset.target))
     vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
     draft: PreTrainedModel | Drafter | None = None
+    draft_tokenizer: PreTrainedTokenizerBase | None = None
     if preset.draft is None:
         pass
     elif preset.draft == presets.PROMPT_LOOKUP:
@@ -175,16 +247,10 @@ def load_pair(
         draft = NGramDrafter.load(preset.draft)
     else:
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
-        draft, vocabulary = _loaded(
+        draft, draft_tokenizer = _loaded(
             models, (*identity(preset.draft), *key), partial(load, preset.draft, shared_from=model)
         )
-        if vocabulary.get_vocab() != tokenizer.get_vocab():
-            raise VocabularyMismatchError(
-                f"target {preset.target} and draft {preset.draft} do not number the same tokens in the same way, so "
-                "what the one drafts means something else to the other. Choose a draft of the target's own family, "
-                "or prompt-lookup."
-            )
-    return Pair(model, draft, tokenizer, name=preset.name, prepack=prepack)
+    return Pair(model, draft, tokenizer, draft_tokenizer=draft_tokenizer, name=preset.name, prepack=prepack)
 
 
 _models: WeakValueDictionary[tuple[Hashable, ...], PreTrainedModel] = WeakValueDictionary()

@@ -126,6 +126,10 @@ class LanguageModel:
         tensors = (part for layer in layers for part in (layer.keys, layer.values) if part is not None)
         return sum(part.numel() * part.element_size() for part in tensors)
 
+    def room(self, text: Sequence[int]) -> int:
+        """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""
+        return self.context_limit - len(text)
+
     @torch.inference_mode()
     def forward(
         self,

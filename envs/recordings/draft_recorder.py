@@ -87,7 +87,7 @@ class Recorder:
         """
         assert self.pair.draft is not None
         context = [*prompt, *text]
-        self._check_room(len(context))
+        self._check_room(context)
         target = self.pair.target.fresh()
         target.read(prompt[:-1])
         generator = torch.Generator(target.device).manual_seed(seed)
@@ -102,12 +102,12 @@ class Recorder:
         """Return the distribution of tokens; at temperature 1 when greedy, where it would be one-hot."""
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
-    def _check_room(self, length: int) -> None:
+    def _check_room(self, context: Sequence[int]) -> None:
         draft = self.pair.draft
         for model in (self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])):
-            if length + self.draft_length > model.context_limit:
+            if model.room(context) < self.draft_length:
                 raise PromptError(
-                    f"{length} tokens of prompt and text and a draft of {self.draft_length} do not fit into the "
+                    f"{len(context)} tokens of prompt and text and a draft of {self.draft_length} do not fit into the "
                     f"context of {model.name} ({model.context_limit}); record fewer tokens, or shorten the prompts"
                 )
 

@@ -210,7 +210,7 @@ class TreeDraft:
         self._rule, self._sampling, self._guidance = rule, sampling, guidance
         self._generator, self._device = generator, device
         self._in_cache = 0  # nodes of the last tree, the root not counted
-        if 1 < len(prompt) <= model.context_limit:
+        if len(prompt) > 1 and self._model.room(prompt) >= 0:
             self._model.read(prompt[:-1])
 
     def grow(
@@ -233,7 +233,7 @@ class TreeDraft:
             pruner: cuts hopeless ones; None for no pruning.
             threshold: for the pruner.
         """
-        depth = min(depth, self._model.context_limit - len(context) + 1) if budget else 0
+        depth = min(depth, self._model.room(context) + 1) if budget else 0
         tree = Candidates(
             context[-1], min(width, self._model.vocabulary_size), max(depth, 0), budget, self._rule.random
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...drafts.ngram import NGramDrafter
+from ...drafts.ngram import NGramDrafter, check_order
 from ...errors import FitError
 from ...files import write_text
-from ...loading.find_model import load_tokenizer
+from ...loading.find_model import load_tokenizer, vocabulary_rows
 from ..cards import command_line, markdown, portable, show
 from ..text.corpus_text import Passage, read_documents, read_plain
 
@@ -33,7 +33,7 @@ class NGramSettings:
     text: tuple[Path, ...] = ()
     """Text files, or folders of them, to count instead of the corpus; a twentieth is held out for the report."""
     order: int = 4
-    """Tokens in the longest n-gram."""
+    """Tokens in the longest n-gram. With 4, any vocabulary is small enough; 5 goes up to 55,108 tokens."""
     smallest_count: int = 2
     """Leave out contexts of two tokens or more whose best continuation was seen less often; larger is smaller."""
     licence: str = "the licences of the texts it was counted on"
@@ -44,12 +44,18 @@ def make_ngram(settings: NGramSettings) -> None:
     """Run the ``ngram`` command.
 
     Raises:
-        FitError: the name of the table has another ending than .safetensors.
+        FitError: the name of the table has another ending than .safetensors, or the order is too large for the target's
+            vocabulary.
         FileNotFoundError: there is no text.
     """
     if settings.out.suffix != ".safetensors":
         raise FitError(f"--out {settings.out} must end in .safetensors, which is how load_pair knows a table")
     tokenizer = load_tokenizer(settings.target)
+    vocabulary_size = vocabulary_rows(settings.target)
+    try:
+        check_order(settings.order, vocabulary_size)
+    except ValueError as error:
+        raise FitError(f"--order: {error}") from error
     if settings.text:
         plain = read_plain(settings.text)
         train = [passage for place, passage in enumerate(plain) if place % 20 != 19]
@@ -66,7 +72,7 @@ def make_ngram(settings: NGramSettings) -> None:
         return ids
 
     documents = encode(train, "train")
-    table = NGramDrafter.fit(documents, len(tokenizer), settings.order, settings.smallest_count)
+    table = NGramDrafter.fit(documents, vocabulary_size, settings.order, settings.smallest_count)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     table.save(settings.out)
     judged = encode(held_out, "held out")

@@ -32,6 +32,7 @@ from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import SAMPLINGS, Branches, conditional, distance, exact_joint, p_value_of
+from tests.helpers.other_words import translated_table
 from tests.helpers.toy_profile import ENDS
 
 PROMPT = (1, 0, 1)
@@ -47,6 +48,8 @@ def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
         if kind == "reduced":  # as `reduced_output` leaves a token out
             table.table[..., 0] = torch.finfo(torch.float32).min
         return ModelDrafter(table)
+    if kind == "translated":
+        return ModelDrafter(translated_table(vocabulary, seed=2))
     if kind == "ngram":
         text = torch.randint(0, vocabulary, (60,), generator=torch.Generator().manual_seed(3)).tolist()
         return NGramDrafter.fit([text], vocabulary, order=3)
@@ -117,7 +120,7 @@ def sampled_p_value(
     return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, 3))
 
 
-@pytest.mark.parametrize("kind", ["model", "reduced", "ngram", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["model", "reduced", "translated", "ngram", "prompt-lookup"])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_speculative_sampling_is_exact(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, sampling: Sampling
@@ -236,7 +239,7 @@ FALLBACKS = (0.0, 0.1, 0.25, 0.4, 0.7, 1.0)
 
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-@pytest.mark.parametrize("kind", ["model", "ngram"])
+@pytest.mark.parametrize("kind", ["model", "translated", "ngram"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9)], ids=["plain", "warped"])
 def test_every_conditional_distribution_is_within_fallback_of_the_target(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, ends: Ends, kind: str, sampling: Sampling

@@ -77,6 +77,16 @@ def test_an_ngram_table_backs_off_and_ends_where_it_knows_nothing() -> None:
     assert table.next_token([]) is None
 
 
+@pytest.mark.parametrize(("vocabulary", "largest"), [(3, 40), (4096, 6), (55_109, 4), (128_256, 4), (2_097_151, 4)])
+def test_the_largest_order_looks_as_far_back_as_it_says(vocabulary: int, largest: int) -> None:
+    end = list(range(vocabulary - largest, vocabulary)) if vocabulary > largest else [*[0, 1, 2, 1] * 10]
+    table = NGramDrafter.fit([end, [0, *end[1:-1], 1]], vocabulary, largest)
+    assert table.next_token(end[:-1]) == end[-1]
+    assert table.next_token([0, *end[1:-1]]) == 1
+    with pytest.raises(ValueError, match=f"order must be 2 to {largest} for a vocabulary of {vocabulary} tokens"):
+        NGramDrafter.fit([end], vocabulary, largest + 1)
+
+
 def test_no_ngram_spans_two_documents() -> None:
     table = NGramDrafter.fit([[1, 2], [3, 4]], 10, order=2)
     assert table.next_token([2]) is None
@@ -115,8 +125,8 @@ def test_a_damaged_or_foreign_table_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "vocabulary", "order", "message"),
     [
-        ([[1, 2, 3]], 10, 1, "order must be at least 2"),
-        ([[1, 2, 3]], 50_000, 5, r"50000\^order below 2\^63"),
+        ([[1, 2, 3]], 10, 1, "order must be 2 to 19 for"),
+        ([[1, 2, 3]], 50_000, 6, r"order must be 2 to 5 for a vocabulary of 50000 tokens .* got 6"),
         ([[1], []], 10, 3, "no document has two tokens"),
         ([[1, 11]], 10, 3, "outside the vocabulary of 10"),
     ],

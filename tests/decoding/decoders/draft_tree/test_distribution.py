@@ -11,11 +11,13 @@ from specgym.decoding.decoder import Session
 from specgym.decoding.decoders.draft_tree import pruning as rules
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.pruning import Distinct, Independent, Likeliest
+from specgym.decoding.drafts.drafter import ModelDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.branching_dice import Dice
 from tests.helpers.first_tokens import ROUNDING, SIGNIFICANCE, Knobs, Walker, assert_texts_follow_the_target, sampled
 from tests.helpers.known_distributions import SAMPLINGS, Branches
+from tests.helpers.other_words import translated_twin
 from tests.helpers.table_models import TableModel, random_table
 from tests.helpers.tree_dice import branch_draws
 
@@ -77,6 +79,14 @@ def pair_of(vocabulary: int) -> Pair:
 def test_sampling_is_exact(walker: Walker, rule: str, knobs: Knobs) -> None:
     assert walker.strays(DraftTreeDecoder(pair_of(2), rule), Sampling(1.1), knobs) < ROUNDING
     assert min(walker.accepted, walker.rejected) > 0.5
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_sampling_is_exact_with_the_draft_of_another_tokenizer(walker: Walker, rule: str) -> None:
+    target = TableModel(random_table(3, 1, 1.2))
+    pair = Pair(target, ModelDrafter(translated_twin(target, 0.5)))
+    assert walker.strays(DraftTreeDecoder(pair, rule), Sampling(1.1), small) < ROUNDING
+    assert min(walker.accepted, walker.rejected) > 0.3
 
 
 class CutByToken(Independent):
