@@ -6,7 +6,9 @@ index where there is no hub (`smollm2.py`). A name that only the package knows n
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from .presets import SMOLLM2, default_placement, path_exists
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 _ALIASES = {"smollm2": SMOLLM2}
+_ADAPTER = "adapter_config.json"  # as peft writes it
 _PROBE_SECONDS = 10.0  # without a probe, the hub's own client retries for over 20 s before it admits defeat
 
 
@@ -79,7 +82,7 @@ def load_model(
     Raises:
         ModelNotFoundError: the model is in none of these places; the message says what was tried and what to do.
         ModelFileError, CheckpointError, CorruptCacheError: the model's files are damaged or incomplete.
-        UnsupportedModelError: an encoder-decoder, a model that is no causal language model, or one that needs code
+        UnsupportedModelError: an adapter, an encoder-decoder, no causal language model, or one that needs code
             from the hub.
     """
     dtype, where = placement(dtype, device)
@@ -273,9 +276,24 @@ def _local(path: Path) -> _Source | str:
         return _Source(f"the file {path}", str(path.parent), gguf={"gguf_file": path.name})
     if is_checkpoint(path) or (path / "config.json").is_file():
         return _Source(f"the folder {path}", str(path))
+    if (path / _ADAPTER).is_file():
+        raise UnsupportedModelError(f"the folder {path} holds an adapter and no model: {_how_to_merge(path)}")
     if path.is_dir():
         return f"local path: {path} is a folder without a config.json"
     return f"local path: {path} is no model folder" if path.exists() else f"local path: there is no {path}"
+
+
+def _how_to_merge(adapter: Path | str) -> str:
+    """The way from an adapter, in a folder or in the hub, to a model that can be loaded."""
+    base = "the model that it was trained on"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads((Path(adapter) / _ADAPTER).read_text(encoding="utf-8"))
+        base = repr(settings.get("base_model_name_or_path") or base)
+    return (
+        "merge the two and name the folder that this writes: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r}).merge_and_unload().save_pretrained(FOLDER); "
+        f"the tokenizer of {base} belongs there, too: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+    )
 
 
 def _ask_hub(hub_id: str, revision: str | None, offline: bool) -> str | None:
@@ -283,13 +301,15 @@ def _ask_hub(hub_id: str, revision: str | None, offline: bool) -> str | None:
     if offline or constants.HF_HUB_OFFLINE:
         return f"not asked, because {'offline=True' if offline else 'HF_HUB_OFFLINE is set'}"
     try:
-        HfApi().model_info(hub_id, revision=revision, timeout=_PROBE_SECONDS)
+        files = HfApi().model_info(hub_id, revision=revision, timeout=_PROBE_SECONDS).siblings or []
     except RevisionNotFoundError:
         return f"it has no revision {revision!r} of this model"
     except RepositoryNotFoundError:
         return "it has no public model of this id; for a private one, log in with `hf auth login`"
     except Exception as error:  # of a transport library which the hub's client has changed before
         return f"no answer from {constants.ENDPOINT} ({_first_line(error)}); is there a network? (mirror: HF_ENDPOINT)"
+    if {file.rfilename for file in files} & {_ADAPTER, "config.json"} == {_ADAPTER}:
+        return f"it has an adapter of this id and no model: {_how_to_merge(hub_id)}"
     return None
 
 

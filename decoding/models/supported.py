@@ -60,6 +60,7 @@ def causal_model(model: object, role: str = "target") -> PreTrainedModel:
 
 
 def _refusal_of_adapter(model: Any, role: str) -> UnsupportedModelError:
+    _refuse_late_adapters(model.get_base_model())
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return UnsupportedModelError(
             f"the {role} is a {type(model).__name__} that puts virtual tokens before every text, which specgym does "
@@ -186,7 +187,7 @@ def _refuse_scales_of_what_is_read_together(model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_late_adapters(model: PreTrainedModel) -> None:
+def _refuse_late_adapters(model: nn.Module) -> None:
     adapters: Any = getattr(model, "peft_config", None)
     for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
         if getattr(adapter, "alora_invocation_tokens", None) is not None:

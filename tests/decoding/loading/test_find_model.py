@@ -1,9 +1,11 @@
 """Lookup of models: places, their order, and refusals."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -153,6 +156,29 @@ def test_a_folder_that_holds_no_model_does_not_hide_a_shipped_one(package: Path,
     assert load_model("small", device="cpu")[0].name_or_path == "small"
 
 
+def test_a_folder_with_an_adapter_says_how_to_merge_it_and_that_works(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], init_lora_weights=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedModelError, match="holds an adapter and no model") as refusal:
+        load_model(str(tmp_path / "adapter"))
+    way_out = re.search(r"peft\.AutoPeft\S+", str(refusal.value))
+    assert way_out is not None
+    assert f"tokenizer of {str(folder)!r} belongs there" in str(refusal.value)
+    merged = str(tmp_path / "merged")
+    eval(way_out[0].rstrip(";").replace("FOLDER", "merged"), {"peft": peft, "merged": merged})
+    _tokenizer().save_pretrained(merged)
+    assert load_model(merged, device="cpu")[0].name_or_path == merged
+
+
+def test_an_adapter_in_the_hub_says_how_to_merge_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename="adapter_config.json"), SimpleNamespace(rfilename="README.md")]
+    monkeypatch.setattr(loading.HfApi, "model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
+    with pytest.raises(ModelNotFoundError, match=r"hub: it has an adapter.*from_pretrained\('somebody/adapter'\)"):
+        load_model("somebody/adapter")
+
+
 def test_the_path_of_a_shipped_folder_works_too(package: Path) -> None:
     assert load_tokenizer(str(package / "small"))("a")["input_ids"] == [2]
 
@@ -229,7 +255,7 @@ def test_a_gated_model_asks_for_its_licence(monkeypatch: pytest.MonkeyPatch) -> 
     def from_pretrained(*args: object, **kwargs: object) -> None:
         raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=_Response())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loading.HfApi, "model_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(loading.HfApi, "model_info", lambda *args, **kwargs: SimpleNamespace(siblings=None))
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", from_pretrained)
     with pytest.raises(ModelNotFoundError, match="gated; accept its licence"):
         load_model("meta-llama/Llama-3.1-8B-Instruct")

@@ -13,7 +13,7 @@ from specgym.decoding import AutoregressiveDecoder, ModelDrafter, Pair, load_pai
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.loading import find_model, pair
 from specgym.decoding.loading.checkpoint import save_checkpoint
-from specgym.decoding.models.linear_layers import PrepackedLinear
+from specgym.decoding.models.linear_layers import PrepackedLinear, only_looking
 
 
 def _save(folder: Path, layers: int, *, vocabulary: int = 64, seed: int = 0, shared_with: str | None = None) -> None:
@@ -57,7 +57,8 @@ def draft_of(pair: Pair) -> torch.nn.Module:
 
 
 def storages(model: torch.nn.Module) -> set[int]:
-    return {parameter.data_ptr() for parameter in model.parameters()}
+    with only_looking():
+        return {parameter.data_ptr() for parameter in model.parameters()}
 
 
 def test_pairs_of_one_target_share_its_weights(loads: list[str]) -> None:

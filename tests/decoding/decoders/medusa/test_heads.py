@@ -147,7 +147,8 @@ def test_heads_use_a_prepacked_output_layer(make_model: MakeModel, kind: str) ->
     prepack_linears(model, smallest=96 * 32)
     assert isinstance(model.get_output_embeddings(), PrepackedLinear)
     heads.attach(model)
-    torch.testing.assert_close(heads(hidden), expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(heads(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_heads_of_a_target_in_another_precision_score_in_that_precision(make_model: MakeModel) -> None:
