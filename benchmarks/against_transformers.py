@@ -95,7 +95,8 @@ class TransformersGenerate:
         batch = torch.tensor([list(prompt_ids)])
         warping = {"do_sample": False} if sampling.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
         started = time.perf_counter()
-        output = self.pair.target.model.generate(
+        model: Any = self.pair.target.model
+        output = model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
             max_new_tokens=max_new_tokens,

@@ -85,8 +85,9 @@ from .loading.prompt_tokens import (
     prompts_limited,
     warn_once,
 )
+from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
-from .models.language_model import LanguageModel, Logits, weights_digest
+from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
 from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (

@@ -168,7 +168,7 @@ class Session(ABC, Generic[DecoderT]):
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         if len(prompt) > 1:  # the last token is read together with the first draft
-            self.target.read(prompt[:-1])
+            self.target.read(prompt[:-1], of=len(prompt))
 
     @abstractmethod
     def _round(self, knobs: Mapping[str, float]) -> Round: ...
@@ -176,7 +176,9 @@ class Session(ABC, Generic[DecoderT]):
     @property
     def _room(self) -> int:
         """Number of tokens that can still be drafted: the last place is for the target's token."""
-        return min(self._remaining, self.target.context_limit - len(self.context)) - 1
+        length = len(self.context)
+        in_text = min(self._remaining, self.target.context_limit - length) - 1
+        return min(in_text, self.target.pass_limit(length - 1) - length)
 
     def _emit(self, tokens: Sequence[int]) -> int:
         """Append tokens up to the end of the text, set why it ended, cut the cache; returns how many were taken."""
@@ -216,6 +218,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
 
     Raises:
         ValueError: the decoder needs a draft, and the pair has none.
+        UnsupportedModelError: it verifies trees of candidates, and the target cannot.
     """
 
     session_class: type[SessionT]
@@ -224,6 +227,8 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         self.pair = pair
         if self.needs_draft:
             require_draft(pair, type(self).__name__)
+        if self.verifies_trees:
+            pair.target.require_branches(f"the target of {type(self).__name__}")
 
     @classmethod
     def for_pair(cls, pair: Pair, **options: Any) -> Self:

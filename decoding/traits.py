@@ -85,6 +85,7 @@ class DecoderTraits:
         lossless_at: knobs at which the output of a decoder that is not lossless does so, by name; None if there are
             none.
         needs_draft: whether the pair needs a draft; False where the target is enough.
+        verifies_trees: whether rounds verify trees of candidates, for which targets need `LanguageModel.branches`.
         stops_by_gain: whether drafts end by `ExpectedGain`, which needs to know how often drafted tokens are kept.
         recorded_by: `trace` where one recording of a pair replays every setting, else `outcomes` of designed settings.
         env_name: environment id between `specgym/` and `-v0`; the name in CamelCase by default.
@@ -101,6 +102,7 @@ class DecoderTraits:
     lossless: ClassVar[bool]
     lossless_at: ClassVar[Mapping[str, float] | None] = None
     needs_draft: ClassVar[bool] = True
+    verifies_trees: ClassVar[bool] = False
     stops_by_gain: ClassVar[bool] = False
     recorded_by: ClassVar[Literal["trace", "outcomes"]] = "outcomes"
     env_name: ClassVar[str]

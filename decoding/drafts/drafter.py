@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.language_model import LanguageModel, weights_digest
+from ..models.identity import weights_digest
+from ..models.language_model import LanguageModel
 from ..sampling import Sampling, draw
 from .translated import TranslatedModel
 

@@ -93,11 +93,12 @@ class TranslatedModel(LanguageModel):
         self._last_start = start
         return Logits(self.translation.scores(output.scores), output.hidden)
 
-    def read(self, tokens: Sequence[int], *, hidden: bool = False) -> Tensor | None:
+    def read(self, tokens: Sequence[int], *, hidden: bool = False, of: int | None = None) -> Tensor | None:
         """Append a text to the cache; one that begins it is cut into tokens as the draft is used to."""
         if not self.length:
             spelled = self.translation.read(tokens)
-            state = self._inner.read(spelled, hidden=hidden)
+            whole = None if of is None else len(spelled) + of - len(tokens)
+            state = self._inner.read(spelled, hidden=hidden, of=whole)
             self._prompt, self._begin = list(tokens), len(spelled)
             return state
         pieces = [self.translation.pieces(token) for token in tokens]

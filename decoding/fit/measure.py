@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..decoder import Decoder, Generation
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..errors import FitError
-from ..models.linear_layers import reduced_output
+from ..models.output_layer import reduced_output
 
 
 @dataclass(frozen=True)

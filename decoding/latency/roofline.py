@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import number, sequence_of, whole_number
-from ..models.linear_layers import reduced_output
+from ..models.output_layer import reduced_output
 from ..registry import traits_of
 from ..traits import CHAIN
 from .accelerators import Hardware, find_hardware

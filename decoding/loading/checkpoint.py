@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..errors import SpecgymError
 from ..files import replacing, write_json, write_text
-from ..models.linear_layers import reduce_output, tokens_name
+from ..models.output_layer import reduce_output, tokens_name
 
 LINK = "specgym.json"
 WEIGHTS = "model.safetensors"

@@ -1,18 +1,25 @@
-"""Key/value storage that grows in place, and from which any set of positions can be kept.
+"""Key/value storage that grows in place, and from which any set of positions can be kept; saved recurrent states.
 
 Trees of candidate tokens, checked by a target in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
 class TokenTree:
@@ -53,6 +60,11 @@ class TokenTree:
     def height(self) -> int:
         """Number of nodes on the longest path; 0 without nodes."""
         return int(self.depths.max()) + 1 if self.parents else 0
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """True if each node follows the one before it."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     @cached_property
     def visible(self) -> Tensor:
@@ -166,3 +178,61 @@ class BranchingCache(Cache):
         index = torch.tensor(rows)
         for layer in self._own_layers:
             layer.gather(start, index)
+
+
+class RestorableCache(DynamicCache):
+    """The cache that transformers gives a model, of which the text's end can be taken back.
+
+    Keys and values of plain and sliding attention are kept for all positions, in `PreallocatedLayer`s. The other layers
+    (recurrent states, states of convolutions, and keys beside them) cannot be cut: they are saved at one position and
+    restored from there, and what followed is read again by whoever uses this.
+
+    Args:
+        config: of the model.
+
+    Attributes:
+        length: positions that were read, to be kept up to date after every pass.
+        saved_length: position at which the states were saved last.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        self.layers: Any = [PreallocatedLayer() if type(layer) in plain else layer for layer in self.layers]
+        self._stateful = [layer for layer in self.layers if not isinstance(layer, PreallocatedLayer | DummyLayer)]
+        self._saved: list[dict[str, object]] = []
+        self.length = 0
+        self.save()
+
+    @property
+    def has_states(self) -> bool:
+        """True if there are layers that cannot be cut."""
+        return bool(self._stateful)
+
+    def save(self) -> None:
+        """Remember the states as they are now, in place of those remembered before."""
+        self._saved = [_copied(vars(layer)) for layer in self._stateful]
+        self.saved_length = self.length
+
+    def cut(self, length: int) -> None:
+        """Forget every position from `length` on, or from `saved_length` on where there are states."""
+        if length >= self.length:
+            return
+        self.length = self.saved_length if self._stateful else length
+        for layer, state in zip(self._stateful, self._saved, strict=True):
+            vars(layer).update(_copied(state))
+        for layer in self.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.cut(self.length)
+
+
+def _copied(state: Mapping[str, object]) -> dict[str, object]:
+    """The attributes of a cache's layer, with copies of the states, which layers write in place.
+
+    Keys and values need none: these layers put longer tensors into their place.
+    """
+    return {name: _cloned(value) if isinstance(value, dict) else value for name, value in state.items()}
+
+
+def _cloned(states: dict[object, object]) -> dict[object, object]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in states.items()}

@@ -1,42 +1,30 @@
-"""One Hugging Face causal LM with a key/value cache that can branch and be cut back.
-
-Identity of models: hashes of their weights, and probes that survive rounding.
-
-A probe is the hidden states that a model has along a few fixed tokens. In another precision a model still has nearly
-the same ones; another model, even of the same shape, does not, nor does one that was trained further.
-"""
+"""One Hugging Face causal LM with a key/value cache that can branch and be cut back."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
+import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import NumericalError, PromptError, UnsupportedModelError
-from .kv_cache import BranchingCache, TokenTree
-from .linear_layers import (
-    NARROWEST_PREPACKED,
-    can_prepack,
-    output_module,
-    prepack_linears,
-    unpack_linears,
-    weights_one_by_one,
-)
+from ..errors import PromptError, UnsupportedModelError
+from .attention import EVERYWHERE_FULL, MaskMaker, numbers
+from .kv_cache import BranchingCache, RestorableCache, TokenTree
+from .linear_layers import NARROWEST_PREPACKED, can_prepack, prepack_linears, unpack_linears
+from .output_layer import output_layer_watched
 from .supported import causal_model, execution_device, refuse_unsupported, require_ready
+from .trial import Reading, declared_context, settle
 
-_STRIP_ROWS = 64
 _PART = 512
+_MOST_REREAD = 16
+"""Tokens that are read again with every pass, until it costs less to read them in a pass of their own."""
 
 
 class Logits(NamedTuple):
@@ -53,9 +41,14 @@ class LanguageModel:
     """A causal language model that reads tokens one span at a time, and can take any of them back.
 
     Batch size 1. Tree attention goes through the public 4-D attention mask and position ids, so no architecture is
-    patched; one that gives other results that way is refused here, by a small trial.
+    patched. An architecture that gives other results that way, at the edges of its windows for instance, is read in
+    chains, by the masks and the cache that it makes itself; one that cannot be read so either is refused here. Both is
+    tried out (`trial.settle`).
 
     Attributes:
+        branches: whether trees of candidates can be verified; otherwise chains alone can.
+        why_no_branches: the reason, where they cannot; empty where they can.
+        context_limit: tokens of the longest text.
         mask_seconds: how long building the mask of the last pass took.
 
     Args:
@@ -68,17 +61,14 @@ class LanguageModel:
         NumericalError: the model's weights give NaN.
     """
 
+    branches = True
+    why_no_branches = ""
+    _reading = Reading(EVERYWHERE_FULL)
+    _forced = False
+
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None) -> None:
         refuse_unsupported(causal_model(model))
-        self.model = model.eval()
-        config = model.config.get_text_config(decoder=True)
-        self.name = getattr(model, "name_or_path", "") or type(model).__name__
-        self.vocabulary_size = int(config.vocab_size)
-        self.hidden_size = int(config.hidden_size)
-        self.context_limit = _context_limit(config)
-        self.device = execution_device(model)
-        self.dtype = model.dtype
-        self._mask_value = torch.finfo(model.dtype).min
+        self._set_up(model.eval(), Reading(EVERYWHERE_FULL))
         if prepack and not can_prepack(model):
             raise ValueError(
                 f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
@@ -87,10 +77,43 @@ class LanguageModel:
         wide = self.hidden_size >= NARROWEST_PREPACKED
         if prepack or (prepack is None and wide and can_prepack(model)):
             prepack_linears(model)
-        self._cache = BranchingCache()
-        self._last_start = 0
+        self._set_up(model, settle(model, LanguageModel.as_read))
+
+    @classmethod
+    def as_read(cls, model: PreTrainedModel, reading: Reading) -> LanguageModel:
+        """Wrap a model that is read in a certain way, without trying whether that is right."""
+        wrapped = cls.__new__(cls)
+        wrapped._set_up(model, reading)
+        return wrapped
+
+    def _set_up(self, model: PreTrainedModel, reading: Reading) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.model = model
+        self.name = getattr(model, "name_or_path", "") or type(model).__name__
+        self.vocabulary_size = int(config.vocab_size)
+        self.hidden_size = int(config.hidden_size)
+        self.device = execution_device(model)
+        self.dtype = model.dtype
+        self.context_limit = min(declared_context(config), reading.context_limit)
+        self.branches = reading.spans is not None
+        self.why_no_branches = reading.why_no_branches
         self.mask_seconds = 0.0
-        _try_tree_attention(self)
+        self._reading = reading
+        self._masks = MaskMaker(reading.spans or EVERYWHERE_FULL, self.dtype, self.device)
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache: BranchingCache | RestorableCache = (
+            BranchingCache() if self.branches else RestorableCache(self.model.config)
+        )
+        states = isinstance(self._cache, RestorableCache) and self._cache.has_states
+        # Kept where what was read may have to be read again: after a switch of the rotation, or to restore states.
+        self._text: Tensor | None = (
+            torch.empty(0, dtype=torch.int64, device=self.device) if states or self._reading.switch else None
+        )
+        self._last_start = 0
+        self._beyond = False
 
     def fresh(self) -> LanguageModel:
         """Share the weights, with an empty cache: how every text begins.
@@ -101,8 +124,7 @@ class LanguageModel:
         require_ready(self.model, self.dtype, self.device)
         unpack_linears(self.model, changed=True)
         other = copy.copy(self)
-        other._cache = BranchingCache()
-        other._last_start = 0
+        other._forget()
         return other
 
     def pack(self) -> None:
@@ -114,10 +136,25 @@ class LanguageModel:
         """Give the linear layers their plain weights back, for good; texts stay the same, passes take longer."""
         unpack_linears(self.model)
 
+    def require_branches(self, role: str) -> None:
+        """Refuse a model that cannot verify trees of candidates, for a use in which it has to.
+
+        Args:
+            role: what the model would be, for the message.
+
+        Raises:
+            UnsupportedModelError: it can be read in chains alone; the message says why.
+        """
+        if not self.branches:
+            raise UnsupportedModelError(
+                f"{self.name} cannot be {role}, which reads trees of candidates: {self.why_no_branches}. It can verify "
+                "chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder."
+            )
+
     @property
     def length(self) -> int:
-        """Number of tokens in the cache."""
-        return self._cache.length
+        """Number of tokens that were read and not taken back."""
+        return self._cache.length if self._text is None else self._text.shape[0]
 
     @property
     def cache_bytes(self) -> int:
@@ -129,6 +166,20 @@ class LanguageModel:
     def room(self, text: Sequence[int]) -> int:
         """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""
         return self.context_limit - len(text)
+
+    @property
+    def restores_states(self) -> bool:
+        """True for recurrent layers: after tokens were taken back, those that stay are read again."""
+        return isinstance(self._cache, RestorableCache) and self._cache.has_states
+
+    def pass_limit(self, start: int) -> int:
+        """Length of text that a pass over the tokens from position `start` on may reach.
+
+        That is the context's limit, or the place before it where the model's rotation of positions switches (longrope):
+        stock decoding reads the tokens on either side of it in passes of their own.
+        """
+        switch = self._reading.switch
+        return switch.position if switch is not None and start < switch.position else self.context_limit
 
     @torch.inference_mode()
     def forward(
@@ -153,6 +204,7 @@ class LanguageModel:
 
         Raises:
             PromptError: the text would grow past the model's context limit.
+            UnsupportedModelError: the tree has branches, and the model can be read in chains alone.
             ValueError: a growing tree does not fit the number of tokens.
         """
         cached, count = self.length, tokens.shape[0]
@@ -163,149 +215,138 @@ class LanguageModel:
                 f"{self.name} has a context of {self.context_limit} tokens; {start} are cached and {end - start} more "
                 "were given. Shorten the prompt or generate fewer tokens."
             )
-        started = time.perf_counter()
-        if tree is None:
-            mask = _causal_mask(start, count, self._mask_value, self.dtype, self.device)
-            positions = _numbers(start + count, self.device)[start : start + count]
-        else:
-            if not 0 <= start <= cached:
-                raise ValueError(
-                    f"a tree of {len(tree)} nodes cannot end in {count} new tokens after {cached} in the cache"
-                )
-            mask = _tree_mask(tree, start, count, self._mask_value, self.dtype, self.device)
-            positions = tree.on(self.device)[0][-count:] + start
-        self.mask_seconds = time.perf_counter() - started
-        with _output_layer_watched(self.model, hidden) as states:
-            output = self.model(
-                input_ids=tokens.unsqueeze(0),
-                attention_mask=mask,
-                position_ids=positions.unsqueeze(0),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=(last or 0) if rows is None else rows,
+        if tree is not None and not 0 <= start <= cached:
+            raise ValueError(
+                f"a tree of {len(tree)} nodes cannot end in {count} new tokens after {cached} in the cache"
             )
+        if tree is not None and not self.branches:
+            if not tree.is_chain:
+                self.require_branches("read so")
+            tree = None
+        self._switch_if_due(end)
         self._last_start = start
-        return Logits(output.logits[0].float(), states[-1][0] if hidden else None)
+        if self._text is None:
+            return self._pass(tokens, tree, start, last, rows, hidden)
+        unread = self._text[self._cache.length :]  # what stayed when states were restored
+        if isinstance(self._cache, RestorableCache):
+            if unread.shape[0] > _MOST_REREAD:
+                self._pass(unread, None, self._cache.length, 1, None, False)
+                unread = unread[:0]
+            if not unread.shape[0]:
+                self._cache.save()
+        self._text = torch.cat([self._text, tokens])
+        if not unread.shape[0]:
+            return self._pass(tokens, tree, start, last, rows, hidden)
+        if rows is not None:
+            rows = rows + unread.shape[0]
+        elif last is None:
+            last = count
+        return self._pass(torch.cat([unread, tokens]), None, self._cache.length, last, rows, hidden)
 
-    def read(self, tokens: Sequence[int], *, hidden: bool = False) -> Tensor | None:
+    def _pass(
+        self, tokens: Tensor, tree: TokenTree | None, start: int, last: int | None, rows: Tensor | None, hidden: bool
+    ) -> Logits:
+        """Read tokens behind what the cache holds; arguments as for `forward`, and where they begin."""
+        if self._reading.singly and start and tokens.shape[0] > 1:
+            return self._read_singly(tokens, start, last, rows, hidden)
+        started = time.perf_counter()
+        count, end = tokens.shape[0], start + tokens.shape[0]
+        positions = numbers(end, self.device)[start:end] if tree is None else tree.on(self.device)[0][-count:] + start
+        chosen = (last or 0) if rows is None else rows
+        switch = self._reading.switch
+        decided = self._forced and switch is not None and end <= switch.position
+        if switch is not None and decided:
+            # The rotation goes by the last position of a pass: one more token, which no other sees, decides it.
+            tokens, count = torch.cat([tokens, tokens[-1:]]), count + 1
+            positions = torch.cat([positions, positions.new_tensor([switch.position])])
+            chosen = positions[: end - start] - start if isinstance(chosen, int) else chosen
+            chosen = chosen[-last:] if last else chosen
+        arguments: dict[str, object] = {"input_ids": tokens.unsqueeze(0), "use_cache": True}
+        if self.branches:
+            arguments["attention_mask"] = self._masks.masks(tree, start, count)
+        if "position_ids" in self._parameters:
+            arguments["position_ids"] = positions.unsqueeze(0)
+        if "logits_to_keep" in self._parameters:
+            arguments["logits_to_keep"] = chosen
+        arguments["past_key_values" if "past_key_values" in self._parameters else "cache_params"] = self._cache
+        self.mask_seconds = time.perf_counter() - started
+        with output_layer_watched(self.model, hidden) as states:
+            output = self.model(**arguments)
+        if isinstance(self._cache, RestorableCache):
+            self._cache.length = start + count
+        if decided:
+            self._cache.cut(end)
+        scores, read = output.logits[0], states[-1][0] if hidden else None
+        if "logits_to_keep" not in self._parameters:
+            kept = slice(-chosen, None) if isinstance(chosen, int) else chosen
+            scores, read = scores[kept], None if read is None else read[kept]
+        return Logits(scores.float(), read)
+
+    def _read_singly(self, tokens: Tensor, start: int, last: int | None, rows: Tensor | None, hidden: bool) -> Logits:
+        """Read tokens in passes of their own; arguments and result as for `_pass`."""
+        passes = [
+            self._pass(tokens[place : place + 1], None, start + place, None, None, hidden)
+            for place in range(tokens.shape[0])
+        ]
+        scores = torch.cat([result.scores for result in passes])
+        states = torch.cat([result.hidden for result in passes if result.hidden is not None]) if hidden else None
+        kept = slice(-last, None) if last else slice(None) if rows is None else rows
+        return Logits(scores[kept], None if states is None else states[kept])
+
+    def read(self, tokens: Sequence[int], *, hidden: bool = False, of: int | None = None) -> Tensor | None:
         """Append a text to the cache, in parts, so that no mask is as long as it is wide. Errors as `forward`.
 
         Args:
             tokens: of the text, ids.
             hidden: return the hidden state of its last token, shape (hidden size,).
+            of: tokens of the whole prompt that these begin; by default they are all of it. A model whose rotation of
+                positions switches reads a whole prompt in the way of its last token.
         """
         state: Tensor | None = None
-        for start in range(0, len(tokens), _PART):
-            part = torch.tensor(tokens[start : start + _PART], device=self.device)
-            states = self.forward(part, last=1, hidden=hidden).hidden
-            state = None if states is None else states[-1]
+        switch, whole = self._reading.switch, of or self.length + len(tokens)
+        if switch is not None and whole > switch.position and (switch.rereads or not self.length):
+            self._switch_if_due(whole)
+            self._forced = self._beyond = True
+        size = max(len(tokens), 1) if self._reading.singly else _PART
+        try:
+            for start in range(0, len(tokens), size):
+                part = torch.tensor(tokens[start : start + size], device=self.device)
+                states = self.forward(part, last=1, hidden=hidden).hidden
+                state = None if states is None else states[-1]
+        finally:
+            self._forced = False
         return state
+
+    def _switch_if_due(self, end: int) -> None:
+        """Read the text again in the other way, if a pass that ends here is the first on that side of the switch."""
+        switch, text = self._reading.switch, self._text
+        if switch is None or text is None or not switch.rereads or self._forced:
+            return
+        if self._beyond == (end > switch.position):
+            return
+        self._forget()
+        self._beyond = end > switch.position
+        if text.shape[0]:
+            self.read(text.tolist(), of=end)
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
         """Keep only the tokens (or tree nodes) in `path`, ascending, from the last forward pass; drop the rest."""
-        self._cache.gather(self._last_start, list(path))
+        if isinstance(self._cache, BranchingCache):
+            self._cache.gather(self._last_start, list(path))
+        if self._text is not None:
+            rows = torch.tensor(path, dtype=torch.int64, device=self.device) + self._last_start
+            self._text = torch.cat([self._text[: self._last_start], self._text[rows]])
+        if not self.branches:
+            self._cache.cut(self._last_start + len(path))
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
+        if isinstance(self._cache, RestorableCache) and length < self._cache.saved_length:
+            self._cache = RestorableCache(self.model.config)  # read again from the beginning
         self._cache.cut(length)
-
-
-@contextlib.contextmanager
-def _output_layer_watched(model: PreTrainedModel, watched: bool) -> Iterator[list[Tensor]]:
-    """Collect what the output layer reads, if it is to be watched, shapes (1, tokens, hidden size).
-
-    transformers' own `output_hidden_states` leaves hooks in every layer behind, which slow all later passes down (by
-    a sixth, with layers as small as those of the shipped models), and with which a model cannot be pickled.
-    """
-    states: list[Tensor] = []
-    if not watched:
-        yield states
-        return
-    handle = output_module(model).register_forward_pre_hook(lambda _, read: states.append(read[0]))
-    try:
-        yield states
-    finally:
-        handle.remove()
-
-
-def _context_limit(config: object) -> int:
-    limits = [
-        value
-        for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
-        # Up to the window's length sliding attention is full attention, which is what the masks here express.
-        if isinstance(value := getattr(config, name, None), int) and value > 0
-    ]
-    return min(limits, default=2**31 - 1)
-
-
-@lru_cache(maxsize=16)
-def _strip(capacity: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A mask of which every short causal mask with up to `capacity` cached tokens is a slice."""
-    ahead = torch.arange(capacity + _STRIP_ROWS, device=device) - capacity
-    hidden = ahead.unsqueeze(0) > torch.arange(_STRIP_ROWS, device=device).unsqueeze(1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, value)
-
-
-def _numbers(count: int, device: torch.device) -> Tensor:
-    """At least the numbers from 0 to `count` - 1, shape (>= count,), kept from one pass to the next."""
-    return _numbers_to(max(256, 1 << (count - 1).bit_length()), device)
-
-
-@lru_cache(maxsize=8)
-def _numbers_to(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
-
-
-def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if count <= _STRIP_ROWS:
-        capacity = max(256, 1 << (start - 1).bit_length()) if start else 256
-        mask = _strip(capacity, value, dtype, device)[:count, capacity - start : capacity + count]
-        if device.type != "cpu":  # fused kernels want aligned rows
-            mask = mask.contiguous()
-    else:
-        mask = torch.full((count, start + count), value, dtype=dtype, device=device).triu_(start + 1)
-    return mask[None, None]
-
-
-def _tree_mask(
-    tree: TokenTree, start: int, count: int, value: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    mask = torch.zeros(count, start + len(tree), dtype=dtype, device=device)
-    mask[:, start:].masked_fill_(tree.on(device)[1][-count:], value)
-    return mask[None, None]
-
-
-def _try_tree_attention(model: LanguageModel) -> None:
-    """Compare a branch of a small tree with the same tokens read in a row; refuse the model if they differ."""
-    trial = model.fresh()
-    kind = type(model.model).__name__
-    tokens = torch.arange(1, 7, device=model.device) % model.vocabulary_size
-    try:
-        trial.forward(tokens[:2])
-        branch = trial.forward(tokens[2:5], TokenTree((-1, -1, 1))).scores[2]
-        trial.keep([1, 2])
-        after = trial.forward(tokens[5:6]).scores[0]
-        in_a_row = tokens[[0, 1, 3, 4, 5]].unsqueeze(0)
-        with torch.inference_mode():
-            expected = model.model(input_ids=in_a_row, use_cache=False).logits[0].float()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        raise UnsupportedModelError(
-            f"{kind} cannot do tree attention through a 4-D mask and position ids ({error}). Choose an architecture "
-            "with rotary or learned positions and a plain key/value cache, such as Llama, Qwen2, OPT or GPT-2."
-        ) from error
-    if expected.isnan().any():
-        raise NumericalError(f"{model.name} gives NaN logits on a trial input: its weights are broken; load it anew.")
-    scale = expected.std().clamp(min=1e-6)
-    error_size = torch.stack([branch - expected[-2], after - expected[-1]]).abs().max() / scale
-    if not error_size < (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.2):
-        raise UnsupportedModelError(
-            f"{kind} gives other logits for a branch of a tree than for the same tokens in a row (off by "
-            f"{error_size:.2g} standard deviations), so drafts cannot be checked in one pass. Choose an architecture "
-            "with rotary or learned positions, such as Llama, Qwen2, OPT or GPT-2."
-        )
+        if self._text is not None:
+            self._text = self._text[:length]
 
 
 # OpenMP's threads do not survive a fork, which is how Gymnasium's asynchronous vector environments start on Linux: a
@@ -327,32 +368,3 @@ def _use_one_thread() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_use_one_thread)
-
-
-SAME = 0.997
-"""Mean cosine of two probes above which they are of one model: rounded to bfloat16 or to eight bits it stays above
-that, and a few steps of further training take it below (both are tested)."""
-_TOKENS = 16
-
-
-def probe(model: LanguageModel) -> Tensor:
-    """The hidden states that a model has along some fixed tokens, shape (16, h), float32, on the CPU."""
-    tokens = (7 * torch.arange(1, _TOKENS + 1, device=model.device)) % model.vocabulary_size
-    hidden = model.fresh().forward(tokens, hidden=True).hidden
-    assert hidden is not None
-    return hidden.float().cpu()
-
-
-def alike(first: Tensor, other: Tensor) -> bool:
-    """True if two probes are of the same model; False where they differ in shape or hold NaN."""
-    return first.shape == other.shape and bool(functional.cosine_similarity(first, other, dim=-1).mean() >= SAME)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all weights, as float32, whatever device they are on; 64 hex digits."""
-    state = hashlib.sha256()
-    for name, tensor in weights_one_by_one(model):
-        state.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
-        state.update(values.contiguous().numpy().tobytes())
-    return state.hexdigest()

@@ -7,7 +7,6 @@ of every text.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,12 +82,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{kind} is an encoder-decoder model, which specgym does not decode. {_ANOTHER_MODEL}"
-        )
-    parameters = inspect.signature(model.forward).parameters
-    missing = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} - set(parameters)
-    if missing:
-        raise UnsupportedModelError(
-            f"{kind} cannot do tree attention: its forward takes no {', '.join(sorted(missing))}. {_ANOTHER_MODEL}"
         )
     _refuse_attention(model)
     _refuse_absent_weights(model)

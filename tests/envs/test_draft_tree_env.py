@@ -14,7 +14,7 @@ from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
-from specgym.decoding.models.language_model import weights_digest
+from specgym.decoding.models.identity import weights_digest
 from specgym.envs import TokenPrompts, Workload, profiles, record
 from specgym.envs.backends import live as live_backend
 from specgym.envs.backends.live import measure_setting

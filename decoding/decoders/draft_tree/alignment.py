@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import SpecgymError, number
-from ...models.linear_layers import OutputLayer
+from ...models.output_layer import OutputLayer
 
 
 class DraftTreeModelError(SpecgymError, ValueError):

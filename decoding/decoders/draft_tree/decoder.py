@@ -252,6 +252,7 @@ def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
         raise ValueError(
             f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {draft.name}"
         )
+    draft.model.require_branches(f"a draft of {decoder}")
     return draft.model
 
 

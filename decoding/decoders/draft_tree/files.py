@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...files import replacing, write_json, write_text
-from ...models.language_model import LanguageModel, alike, probe
+from ...models.identity import alike, probe
+from ...models.language_model import LanguageModel
 from .alignment import AffineAlignment, DraftTreeModelError, OtherModelsError
 from .predictor import AcceptancePredictor, PredictorShape
 

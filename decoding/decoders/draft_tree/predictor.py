@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import check_fields, one_of, whole_number
-from ...models.language_model import LanguageModel, weights_digest
-from ...models.linear_layers import OutputLayer, output_layer
+from ...models.identity import weights_digest
+from ...models.language_model import LanguageModel
+from ...models.output_layer import OutputLayer, output_layer
 from .alignment import AffineAlignment, DraftTreeModelError, proposals
 
 Label = Literal["match", "probability", "ratio"]

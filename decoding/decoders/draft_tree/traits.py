@@ -40,6 +40,7 @@ class DraftTreeTraits(DecoderTraits):
 
     name = "draft-tree"
     lossless = True
+    verifies_trees = True
     workloads = ("tiny/prose", "tiny/code", "tiny-3m-1l/prose", "tiny-3m-1l/code")
     Options = DraftTreeOptions
     largest_pass = LARGEST + 1

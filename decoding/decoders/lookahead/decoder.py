@@ -134,7 +134,7 @@ class LookaheadSession(Session["LookaheadDecoder"]):
     def _fit(self, columns: int, ngram: int) -> bool:
         """Give the window its size; False where there is nothing to look ahead to, or no place for it."""
         rows = min(len(self._window.rows), ngram - 1)
-        columns = min(columns, self.target.context_limit - len(self.context) - rows + 2)
+        columns = min(columns, self.target.pass_limit(len(self.context) - 1) - len(self.context) - rows + 2)
         if self._room == 0 or columns < 1:
             return False
         self._window.resize(columns, rows)
@@ -285,11 +285,19 @@ class JacobiDecoder(LookaheadDecoder):
     """
 
     name = "jacobi"
+    verifies_trees = False
     session_class = JacobiSession
 
     def __init__(self, pair: Pair, *, max_window: int = 16) -> None:
         super().__init__(pair, max_window=max_window)
         self.knobs = self.knobs[:1]
+
+    def cost_probe(self, max_target_tokens: int | None = None) -> CostProbe:
+        """Return whole rounds, by the tokens that the target's pass reads: the columns of the window."""
+        largest = max_target_tokens or self.largest_pass
+        sizes = [*(size for size in _TIMED_SIZES if size < largest), largest]
+        windows = JacobiDecoder(self.pair.without_draft(), max_window=max(sizes))
+        return CostProbe(windows, sizes, lambda size: {"window": size}, room_for=lambda size: size)
 
 
 def _timed_ngram(size: int) -> int:

@@ -41,6 +41,7 @@ class LookaheadTraits(DecoderTraits):
 
     name = "lookahead"
     lossless = True
+    verifies_trees = True
     needs_draft = False
     presets: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "small": {"window": 5, "ngram": 3, "guesses": 5},

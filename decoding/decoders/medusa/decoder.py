@@ -57,7 +57,9 @@ class MedusaSession(Session["MedusaDecoder"]):
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         # Of the last token that the target has read; the prompt's last token is read with the first tree.
-        self._hidden: Tensor | None = self.target.read(prompt[:-1], hidden=True) if len(prompt) > 1 else None
+        self._hidden: Tensor | None = None
+        if len(prompt) > 1:
+            self._hidden = self.target.read(prompt[:-1], hidden=True, of=len(prompt))
 
     def _round(self, knobs: Mapping[str, float]) -> Round:
         started = time.perf_counter()

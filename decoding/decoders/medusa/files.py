@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...files import replacing, write_json, write_text
-from ...models.language_model import LanguageModel, alike, probe
-from ...models.linear_layers import output_layer
+from ...models.identity import alike, probe
+from ...models.language_model import LanguageModel
+from ...models.output_layer import output_layer
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 
 FORMAT = "specgym-medusa-1"

@@ -19,8 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ...errors import SpecgymError, check_fields, whole_number
-from ...models.language_model import weights_digest
-from ...models.linear_layers import output_layer
+from ...models.identity import weights_digest
+from ...models.output_layer import output_layer
 
 
 class MedusaHeadsError(SpecgymError, ValueError):

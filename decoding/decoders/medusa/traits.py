@@ -44,6 +44,7 @@ class MedusaTraits(DecoderTraits):
 
     name = "medusa"
     lossless = True
+    verifies_trees = True
     needs_draft = False
     workloads = ("tiny-10m/prose", "tiny-10m/code", "tiny-3m/prose", "tiny-3m/code")
     Options = MedusaOptions

@@ -17,7 +17,7 @@ from ...errors import FitError
 from ...loading.checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.find_model import load_model
 from ...loading.pair import Pair
-from ...models.linear_layers import output_layer, reduce_output
+from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ...models.linear_layers import ReducedOutput, output_layer, reduced_output
+from ...models.output_layer import ReducedOutput, output_layer, reduced_output
 from ..measure import Quality, measure_continuations, measure_domains
 from ..settings import LoopSettings
 from ..text.corpus_text import TEXTS, Batches, CorpusTokens, PositionBatches, Windows

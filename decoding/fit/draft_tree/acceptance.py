@@ -27,8 +27,9 @@ from ...decoders.draft_tree.predictor import (
 )
 from ...errors import FitError
 from ...files import replacing
-from ...models.language_model import LanguageModel, weights_digest
-from ...models.linear_layers import output_layer
+from ...models.identity import weights_digest
+from ...models.language_model import LanguageModel
+from ...models.output_layer import output_layer
 from ..cards import Facts, Rows, Section, show, size_of, training_lines, write_card
 from ..loop import HeldOutLoss, Outcome, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from ...decoders.draft_tree.alignment import AffineAlignment, RidgeFit, proposals
 from ...decoders.draft_tree.files import load_alignment, save_alignment
 from ...errors import FitError
-from ...models.language_model import weights_digest
-from ...models.linear_layers import OutputLayer, output_layer
+from ...models.identity import weights_digest
+from ...models.output_layer import OutputLayer, output_layer
 from ..cards import Facts, Rows, Section, device_words, show, size_of, training_lines, write_card
 from ..loop import Outcome, mean_loss, spread_over, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop

@@ -24,7 +24,7 @@ from ...drafts.drafter import ModelDrafter
 from ...errors import FitError
 from ...loading.pair import Pair, load_pair
 from ...models.language_model import LanguageModel
-from ...models.linear_layers import OutputLayer
+from ...models.output_layer import OutputLayer
 from ..settings import PairSettings, check_out, check_own_text, dtype_of
 from ..text.prompts import JUDGING, SPEED
 from ..text.states import PairedStates, paired_states

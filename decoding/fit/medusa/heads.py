@@ -19,7 +19,7 @@ from ...errors import FitError
 from ...files import write_text
 from ...loading.find_model import load_model
 from ...loading.pair import Pair
-from ...models.linear_layers import output_layer
+from ...models.output_layer import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import Outcome, train_beside
 from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of, small_network_loop

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ...errors import FitError
 from ...files import replacing
-from ...models.language_model import weights_digest
-from ...models.linear_layers import output_layer
+from ...models.identity import weights_digest
+from ...models.output_layer import output_layer
 from .prompts import SPEED
 from .target_text import TargetText, join_texts
 

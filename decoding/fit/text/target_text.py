@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ...errors import FitError
 from ...files import replacing
 from ...loading.pair import Pair
-from ...models.language_model import weights_digest
+from ...models.identity import weights_digest
 from ..measure import context_of
 from ..settings import OwnTextSettings, TextSettings, require_least
 from .corpus_text import POSITIONS, TEXTS, require_batch

@@ -15,7 +15,7 @@ from specgym.decoding.loading import presets, smollm2
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.pair import load_pair
 from specgym.decoding.loading.prompt_tokens import encode
-from specgym.decoding.models.linear_layers import reduced_output
+from specgym.decoding.models.output_layer import reduced_output
 from specgym.decoding.prompts import load_prompts
 
 NEW = 24

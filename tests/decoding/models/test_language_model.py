@@ -26,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from specgym.decoding import LookaheadDecoder, Pair
 from specgym.decoding.errors import NumericalError, PromptError, UnsupportedModelError
 from specgym.decoding.models.kv_cache import TokenTree
 from specgym.decoding.models.language_model import LanguageModel
@@ -284,23 +285,31 @@ def _falcon_alibi() -> PreTrainedModel:
     return FalconForCausalLM(config)
 
 
-REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
+CHAINS_ALONE: dict[str, Callable[[], PreTrainedModel]] = {
     "BloomForCausalLM": lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)),
     "MptForCausalLM": lambda: MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_layers=1, n_heads=4)),
     "MambaForCausalLM": lambda: MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)),
-    "T5ForConditionalGeneration": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=96, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    ),
     "FalconForCausalLM": _falcon_alibi,
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_work_is_refused_by_name_with_a_way_out(kind: str) -> None:
+@pytest.mark.parametrize("kind", CHAINS_ALONE)
+def test_a_model_that_verifies_chains_alone_says_why_and_what_can_use_it(kind: str) -> None:
     torch.manual_seed(0)
-    with pytest.raises(UnsupportedModelError, match=kind) as refusal:
-        LanguageModel(REFUSED[kind]())
-    assert "Choose" in str(refusal.value)
+    model = LanguageModel(CHAINS_ALONE[kind]())
+    assert not model.branches
+    tokens = some_tokens(3)
+    with pytest.raises(UnsupportedModelError, match=r"trees of candidates: .*: use SpeculativeDecoder"):
+        model.forward(tokens, TokenTree((-1, -1, 1)))
+    with pytest.raises(UnsupportedModelError, match=f"{kind} cannot be the target of LookaheadDecoder"):
+        LookaheadDecoder(Pair(model))
+    assert model.forward(tokens, TokenTree.chain(3)).scores.shape == (3, 96)
+
+
+def test_an_encoder_decoder_is_refused_with_a_way_out() -> None:
+    config = T5Config(vocab_size=96, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration is an encoder-decoder .* Choose"):
+        LanguageModel(T5ForConditionalGeneration(config))
 
 
 def test_nan_weights_are_refused(make_model: MakeModel) -> None:
@@ -311,16 +320,15 @@ def test_nan_weights_are_refused(make_model: MakeModel) -> None:
         LanguageModel(broken)
 
 
-def test_the_context_limit_is_that_of_the_positions_or_of_the_sliding_window(make_model: MakeModel) -> None:
+def test_the_context_limit_is_that_of_the_positions(make_model: MakeModel) -> None:
     assert LanguageModel(make_model("gpt2", context=77)).context_limit == 77
     assert LanguageModel(make_model("opt", context=77)).context_limit == 77
-    assert LanguageModel(make_model("mistral", context=77)).context_limit == 77
     windowed = LanguageModel(make_model("mistral", context=77, sliding_window=20), prepack=False)
-    assert windowed.context_limit == 20
-    tokens = some_tokens(20)  # up to the window's length it is exact
-    scores = torch.cat([windowed.forward(tokens[:13]).scores, windowed.forward(tokens[13:]).scores])
+    assert windowed.context_limit == 77
+    tokens = some_tokens(77)
+    scores = torch.cat([windowed.forward(part).scores for part in tokens.split((13, 9, 40, 15))])
     close(scores, plain(windowed.model, tokens))
-    with pytest.raises(PromptError, match="has a context of 20 tokens; 20 are cached and 1 more"):
+    with pytest.raises(PromptError, match="has a context of 77 tokens; 77 are cached and 1 more"):
         windowed.forward(tokens[:1])
 
 

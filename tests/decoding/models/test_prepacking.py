@@ -29,7 +29,7 @@ from specgym.decoding import (
 )
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.models import linear_layers
-from specgym.decoding.models.language_model import probe
+from specgym.decoding.models.identity import probe
 from specgym.decoding.models.linear_layers import PrepackedLinear
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -19,8 +19,9 @@ from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.models.language_model import LanguageModel, weights_digest
-from specgym.decoding.models.linear_layers import ReducedOutput, reduce_output, reduced_output
+from specgym.decoding.models.identity import weights_digest
+from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.models.output_layer import ReducedOutput, reduce_output, reduced_output
 from specgym.decoding.sampling import Sampling
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment, DraftTreeModelError, RidgeFit, proposals
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.linear_layers import output_layer
+from specgym.decoding.models.output_layer import output_layer
 
 DRAFT, TARGET = 5, 7
 

@@ -13,7 +13,7 @@ from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.files import usual_acceptance, usual_alignment
 from specgym.decoding.decoders.draft_tree.predictor import NodeFeatures
 from specgym.decoding.loading.pair import load_pair
-from specgym.decoding.models.linear_layers import output_layer
+from specgym.decoding.models.output_layer import output_layer
 from specgym.decoding.prompts import load_prompts
 
 Reference = Callable[..., list[list[int]]]

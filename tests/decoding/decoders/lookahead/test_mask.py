@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.lookahead.window import Layout, layout
+from specgym.decoding.models.kv_cache import BranchingCache
 from specgym.decoding.models.language_model import LanguageModel
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -72,6 +73,8 @@ def test_every_cell_and_every_guess_sees_what_it_should(make_model: MakeModel, f
                 reader = LanguageModel(stock, prepack=False)
                 reader.read(text)
                 model.truncate(len(text))
+                assert isinstance(model._cache, BranchingCache)
+                assert isinstance(reader._cache, BranchingCache)
                 for kept, expected in zip(model._cache._own_layers, reader._cache._own_layers, strict=True):
                     assert kept._stored_keys is not None
                     assert kept._stored_values is not None

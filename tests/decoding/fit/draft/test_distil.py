@@ -31,7 +31,7 @@ from specgym.decoding.fit.text.target_text import TargetText
 from specgym.decoding.loading.checkpoint import load_checkpoint, read_link
 from specgym.decoding.loading.find_model import load_model
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.models.linear_layers import ReducedOutput, output_layer, reduce_output, reduced_output
+from specgym.decoding.models.output_layer import ReducedOutput, output_layer, reduce_output, reduced_output
 from tests.helpers.counting import CIRCLE, counting_model
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")

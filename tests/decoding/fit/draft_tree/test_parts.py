@@ -20,7 +20,7 @@ from specgym.decoding.fit.text.prompts import JUDGING, SPEED, TRAINING
 from specgym.decoding.fit.text.states import PairedStates, paired_states
 from specgym.decoding.fit.text.target_text import TargetText
 from specgym.decoding.models.language_model import LanguageModel
-from specgym.decoding.models.linear_layers import output_layer
+from specgym.decoding.models.output_layer import output_layer
 
 MakeModel = Callable[..., PreTrainedModel]
 KINDS: Any = ("match", "probability", "ratio")

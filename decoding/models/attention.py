@@ -1,0 +1,124 @@
+"""Attention masks for chains and trees: of full attention, sliding windows and chunks, by position in the text.
+
+Architectures whose layers see differently far take a mask for every kind of layer, keyed as `config.layer_types` names
+them; transformers' models use such a dict as it stands (`create_masks_for_generate`, transformers 5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .kv_cache import TokenTree
+
+_STRIP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """Reach of the layers of one kind, backwards in the text.
+
+    Attributes:
+        kind: `full`, `sliding` (the last `size` tokens, the reader's own included) or `chunked` (those of the same
+            `size` tokens, counted from the beginning of the text).
+        size: in tokens; 0 for `full`.
+    """
+
+    kind: Literal["full", "sliding", "chunked"] = "full"
+    size: int = 0
+
+    def limits(self, end: int) -> bool:
+        """True if some token of a text of `end` tokens does not see all before it."""
+        return self.kind != "full" and end > self.size
+
+    def hides(self, readers: Tensor, places: Tensor) -> Tensor:
+        """Which positions (columns) are out of sight of which readers (rows), shape (readers, places), bool."""
+        if self.kind == "sliding":
+            return readers.unsqueeze(1) - places.unsqueeze(0) >= self.size
+        return readers.unsqueeze(1) // self.size != places.unsqueeze(0) // self.size
+
+
+FULL = Span()
+Spans = Mapping[str, Span]
+"""Spans by kind of layer, as the model's masks are keyed; by the empty string where all layers share one mask."""
+EVERYWHERE_FULL: Spans = {"": FULL}
+
+
+class MaskMaker:
+    """Makes the masks of one model's passes.
+
+    Args:
+        spans: of its layers.
+        dtype: of the masks, that of the model.
+        device: of the masks.
+    """
+
+    def __init__(self, spans: Spans, dtype: torch.dtype, device: torch.device) -> None:
+        self._spans = spans
+        self._dtype, self._device = dtype, device
+        self._value = torch.finfo(dtype).min
+
+    def masks(self, tree: TokenTree | None, start: int, count: int) -> Tensor | dict[str, Tensor]:
+        """Additive masks of a pass, each of shape (1, 1, count, columns): a mask for all layers, or one for each kind.
+
+        Args:
+            tree: shape of what hangs from position `start`; None for a chain.
+            start: tokens of the text before the tree or chain.
+            count: tokens that are read: the last nodes of the tree, or all of the chain.
+        """
+        end = start + (count if tree is None else tree.height)
+        if not any(span.limits(end) for span in self._spans.values()):
+            return self._shared(tree, start, count)
+        full = self._shared(tree, start, count)
+        positions = numbers(end, self._device)
+        if tree is None:
+            readers, places = positions[start:end], positions[:end]
+        else:
+            nodes = tree.on(self._device)[0] + start
+            readers, places = nodes[-count:], torch.cat([positions[:start], nodes])
+        masks = {
+            kind: full.masked_fill(span.hides(readers, places), self._value) if span.limits(end) else full
+            for kind, span in self._spans.items()
+        }
+        return masks.get("", masks)
+
+    def _shared(self, tree: TokenTree | None, start: int, count: int) -> Tensor:
+        if tree is None:
+            return _causal_mask(start, count, self._value, self._dtype, self._device)
+        mask = torch.zeros(count, start + len(tree), dtype=self._dtype, device=self._device)
+        mask[:, start:].masked_fill_(tree.on(self._device)[1][-count:], self._value)
+        return mask[None, None]
+
+
+def numbers(count: int, device: torch.device) -> Tensor:
+    """At least the numbers from 0 to `count` - 1, shape (>= count,), kept from one pass to the next."""
+    return _numbers_to(max(256, 1 << (count - 1).bit_length()), device)
+
+
+@lru_cache(maxsize=8)
+def _numbers_to(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+@lru_cache(maxsize=16)
+def _strip(capacity: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A mask of which every short causal mask with up to `capacity` cached tokens is a slice."""
+    ahead = torch.arange(capacity + _STRIP_ROWS, device=device) - capacity
+    hidden = ahead.unsqueeze(0) > torch.arange(_STRIP_ROWS, device=device).unsqueeze(1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, value)
+
+
+def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if count <= _STRIP_ROWS:
+        capacity = max(256, 1 << (start - 1).bit_length()) if start else 256
+        mask = _strip(capacity, value, dtype, device)[:count, capacity - start : capacity + count]
+        if device.type != "cpu":  # fused kernels want aligned rows
+            mask = mask.contiguous()
+    else:
+        mask = torch.full((count, start + count), value, dtype=dtype, device=device).triu_(start + 1)
+    return mask[None, None]
