@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-from specgym.decoding import SpecgymError, write_json
+from specgym.decoding import SpecgymError, named_errors, whole_number, write_json
 
 _FORMAT = "specgym-checkpoint-1"
 _STATE = "state.json"
@@ -149,6 +150,7 @@ class FolderCheckpointCallback(CheckpointCallback):
 
     Attributes:
         steps_learned: environment steps that the policy has learned from, or is learning from.
+        begun: True once learning has begun; before, there is nothing to save.
 
     Raises:
         ValueError: an argument is out of range, or two states have the same name.
@@ -157,20 +159,20 @@ class FolderCheckpointCallback(CheckpointCallback):
     def __init__(
         self, save_freq: int, save_path: str | Path, keep: int = 3, resumables: Sequence[Resumable] = ()
     ) -> None:
-        if save_freq < 1 or keep < 2:
-            raise ValueError(f"save_freq must be at least 1 and keep at least 2, got {save_freq} and {keep}")
+        save_freq, self.keep = whole_number("save_freq", save_freq), whole_number("keep", keep, at_least=2)
         names = [*_TAKEN, *(resumable.state_name for resumable in resumables)]
         repeated = [name for place, name in enumerate(names) if name in names[:place]]
         if repeated:
             raise ValueError(f"resumables: the state name {repeated[0]!r} is taken; names must differ")
         super().__init__(save_freq, str(save_path), save_vecnormalize=True)
-        self.keep = keep
         self.resumables = tuple(resumables)
         self.steps_learned = 0
         self._saved_at = 0
+        self.begun = False
 
     def _init_callback(self) -> None:
         super()._init_callback()
+        self.begun = True
         self._saved_at = self.steps_learned = self.model.num_timesteps
         for leftover in Path(self.save_path).glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -203,33 +205,43 @@ class FolderCheckpointCallback(CheckpointCallback):
 
     def _write(self, parent: Path) -> Path:
         final = parent / f"step_{self.steps_learned:09d}"
+        if final.exists():
+            # Nothing was learned since. Written again, there would be a moment without it.
+            with contextlib.suppress(CheckpointError):
+                return read_checkpoint(final).folder
+            shutil.rmtree(final)
         temporary = Path(tempfile.mkdtemp(dir=parent, prefix=_UNFINISHED))
         try:
-            self.model.save(temporary / "policy.zip")
-            normaliser = self.model.get_vec_normalize_env()
-            if normaliser is not None:
-                normaliser.save(str(temporary / "vecnormalize.pkl"))
-            for resumable in self.resumables:
-                resumable.save_state(temporary)
-            state = {
-                "format": _FORMAT,
-                "steps": self.steps_learned,
-                "files": {file.name: _checksum(file) for file in sorted(temporary.iterdir())},
-                "random": _random_states(),
-            }
-            (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
-            for file in temporary.iterdir():
-                _flush(file)
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o777 & ~mask)  # temporary folders are private
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(temporary, final)
+            with named_errors(final, temporary):
+                self._fill(temporary)
+                os.rename(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
+
+    def _fill(self, temporary: Path) -> None:
+        """Write every file of a checkpoint."""
+        policy = io.BytesIO()
+        self.model.save(policy)
+        (temporary / "policy.zip").write_bytes(policy.getvalue())
+        normaliser = self.model.get_vec_normalize_env()
+        if normaliser is not None:
+            normaliser.save(str(temporary / "vecnormalize.pkl"))
+        for resumable in self.resumables:
+            resumable.save_state(temporary)
+        state = {
+            "format": _FORMAT,
+            "steps": self.steps_learned,
+            "files": {file.name: _checksum(file) for file in sorted(temporary.iterdir())},
+            "random": _random_states(),
+        }
+        (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)  # temporary folders are private
 
 
 def intact_checkpoints(folder: str | Path) -> Iterator[Checkpoint]:

@@ -42,6 +42,7 @@ from .errors import (
     PromptError,
     SpecgymError,
     Terminated,
+    TrainingError,
     UnsupportedModelError,
     VocabularyMismatchError,
     check_fields,
@@ -56,7 +57,7 @@ from .errors import (
     text,
     whole_number,
 )
-from .files import cache_folder, digest, file_name, remove_leftovers, replacing, unwritable, write_json, write_text
+from .files import cache_folder, digest, file_name, named_errors, remove_leftovers, replacing, write_json, write_text
 from .latency.accelerators import find_hardware
 from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
@@ -182,6 +183,7 @@ __all__ = [
     "ThresholdDecoder",
     "TokenTree",
     "TraceRule",
+    "TrainingError",
     "TypicalMedusaDecoder",
     "UnknownPairError",
     "UnsupportedModelError",
@@ -220,6 +222,7 @@ __all__ = [
     "measured",
     "memory_of",
     "models_placed",
+    "named_errors",
     "number",
     "one_of",
     "place_models",
@@ -239,7 +242,6 @@ __all__ = [
     "text",
     "total_variation",
     "traits_of",
-    "unwritable",
     "usual_acceptance",
     "usual_alignment",
     "warn_once",

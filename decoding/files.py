@@ -53,25 +53,38 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _named(error, path) from None
     temporary = Path(name)
     try:
-        with _held(handle):
+        with _held(handle), named_errors(path, temporary):
             yield temporary
             # mkstemp makes private files; what we ship and share is as readable as any other file.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, name):
-            raise  # of another file
-        raise _named(error, path) from error
-    except Exception as error:
-        # torch and safetensors say in their own words that a file could not be written.
-        if (reason := unwritable(path.parent)) is not None:
-            raise _named(reason, path) from error
-        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """Name what is written inside in the error of a disk that is full or cannot be written, whatever library wrote.
+
+    Args:
+        path: what shall stand there in the end.
+        temporary: the file, or the folder, that is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        other = error.filename is not None and temporary not in (Path(error.filename), *Path(error.filename).parents)
+        if error.errno is None or other:
+            raise
+        raise _named(error, path) from error
+    except Exception as error:
+        # torch and safetensors say in their own words that a file could not be written.
+        if (reason := _unwritable(path.parent)) is not None:
+            raise _named(reason, path) from error
+        raise
 
 
 def remove_leftovers(folder: Path, prefix: str = ".") -> None:
@@ -88,7 +101,7 @@ def remove_leftovers(folder: Path, prefix: str = ".") -> None:
                     leftover.unlink()
 
 
-def unwritable(folder: Path) -> OSError | None:
+def _unwritable(folder: Path) -> OSError | None:
     """The error of writing a few bytes into a folder; None if that works."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
@@ -27,7 +29,7 @@ from specgym.callbacks import (
     Resumable,
     intact_checkpoints,
 )
-from specgym.decoding import SpecgymError
+from specgym.decoding import SpecgymError, Terminated, TrainingError, interruption_code, named_errors
 
 from .run_folder import LearnedFolder, RunFileError, console
 from .sb3_vec_env import FiniteRolloutBuffer
@@ -35,9 +37,21 @@ from .sb3_vec_env import FiniteRolloutBuffer
 if TYPE_CHECKING:
     from ..experiments.experiment import LearningSettings, PolicyChoice, RunSettings
 
+_SIGNAL_SECONDS: Final = 0.5
+"""Time in which a signal to all processes of a run has reached this one too, when it has ended others."""
+
 
 class TrainingInterruptedError(SpecgymError, RuntimeError):
-    """The run stopped before its end; the message says why and how to go on."""
+    """The run stopped before its end; the message says why and how to go on.
+
+    Args:
+        message: why, and how to go on.
+        exit_code: of the command; 2 for what the user can mend.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def learn(
@@ -61,7 +75,10 @@ def learn(
         progress_bar: show a progress bar.
 
     Raises:
-        TrainingInterruptedError: interrupted by the user, or by the end of an environment's process.
+        TrainingInterruptedError: interrupted by the user, or by the end of an environment's process; what was learned
+            is saved.
+        TrainingError: an environment's process ended before learning began.
+        OSError: the disk is full, or a file cannot be written; it is named.
     """
     learning = settings.learning
     checkpoint = next(intact_checkpoints(folder.checkpoints), None)
@@ -85,15 +102,20 @@ def learn(
                 progress_bar=progress_bar,
             )
             model.logger.dump(model.num_timesteps)  # what the last update recorded
-        except KeyboardInterrupt:
-            if saver.model is not None:
-                saver.save()
-            raise TrainingInterruptedError(
-                f"interrupted after {saver.steps_learned} steps. {way_on(settings.folder)}"
-            ) from None
+        except KeyboardInterrupt as interruption:
+            raise _interrupted(interruption, saver, settings.folder) from None
         except (EOFError, ConnectionError) as error:
-            if saver.model is not None:
-                saver.save()
+            try:
+                time.sleep(_SIGNAL_SECONDS)
+            except KeyboardInterrupt as interruption:
+                raise _interrupted(interruption, saver, settings.folder) from None
+            if not saver.begun:
+                raise TrainingError(
+                    f"the process of an environment ended as it started ({type(error).__name__}): see what it said "
+                    "above, or it was killed, for instance for lack of memory. --no-subprocesses starts the "
+                    "environments in one process, which says what is wrong."
+                ) from error
+            saver.save()
             raise TrainingInterruptedError(
                 f"the process of an environment ended ({type(error).__name__}): see what it said above, or it was "
                 f"killed, for instance for lack of memory. {way_on(settings.folder)}, or start anew with "
@@ -103,6 +125,17 @@ def learn(
         if isinstance(callback, EarlyStopCallback) and callback.reason:
             console.print(f"Stopped early: {callback.reason}", highlight=False)
     return model
+
+
+def _interrupted(
+    interruption: KeyboardInterrupt, saver: FolderCheckpointCallback, run: Path
+) -> TrainingInterruptedError:
+    """Save what was learned, and return the error that says so."""
+    if saver.begun:
+        saver.save()
+    words = "terminated" if isinstance(interruption, Terminated) else "interrupted"
+    message = f"{words} after {saver.steps_learned} steps. {way_on(run)}"
+    return TrainingInterruptedError(message, interruption_code(interruption))
 
 
 def way_on(run: Path) -> str:
@@ -167,15 +200,58 @@ def _scheduled(learning: LearningSettings, seed: int) -> list[BaseCallback]:
 @contextlib.contextmanager
 def _logging_to(model: PPO, folder: Path) -> Iterator[None]:
     """TensorBoard events in one folder for the whole run; those of steps that were lost are hidden."""
-    output = TensorBoardOutputFormat.__new__(TensorBoardOutputFormat)
-    output.writer = SummaryWriter(str(folder), purge_step=model.num_timesteps + 1 if model.num_timesteps else None)
-    output._is_closed = False
-    logger = Logger(str(folder), [output])
-    model.set_logger(logger)
+    with _without_tracebacks_of_writers():
+        output = _Events(folder, purge_step=model.num_timesteps + 1 if model.num_timesteps else None)
+        logger = Logger(str(folder), [output])
+        model.set_logger(logger)
+        try:
+            yield
+        finally:
+            logger.close()
+
+
+class _Events(TensorBoardOutputFormat):
+    """TensorBoard events of a folder, which is named in the error of a full disk.
+
+    Args:
+        folder: where the event file goes.
+        purge_step: first step that is hidden in earlier files.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self._folder, self._is_closed = folder, False
+        with named_errors(folder, folder):
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        """Write values, and flush them."""
+        with named_errors(self._folder, self._folder):
+            super().write(*args, **kwargs)
+
+    def close(self) -> None:
+        """Close the file. All values are in it, or their error was raised before."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+@contextlib.contextmanager
+def _without_tracebacks_of_writers() -> Iterator[None]:
+    """Let a thread that cannot write its file end without a traceback.
+
+    TensorBoard's thread raises the error once more after it has handed it to whoever writes next (`_AsyncWriterThread`
+    in tensorboard/summary/writer/event_file_writer.py of TensorBoard 2.21).
+    """
+    before = threading.excepthook
+
+    def shown(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, OSError):
+            before(ended)
+
+    threading.excepthook = shown
     try:
         yield
     finally:
-        logger.close()
+        threading.excepthook = before
 
 
 def _close(environments: VecEnv) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 from stable_baselines3 import PPO
 
 from specgym.callbacks import intact_checkpoints
-from specgym.decoding import replacing
+from specgym.decoding import interruption_code, io_message, remove_leftovers, replacing
 
 from ..evaluation.results import ResultTable
 from ..experiments.experiment import Experiment, Learner, RunSettings, experiment_of, load_settings, save_settings
 from ..experiments.tune_knobs_settings import default_settings
 from .ppo import TrainingInterruptedError, learn, way_on
-from .run_folder import RunFolder, console, on_machine, quieten, tell_differences, this_command
+from .run_folder import RunFileError, RunFolder, console, on_machine, quieten, tell_differences, this_command
 from .settings_io import SettingsError, prolonged
 
 
@@ -34,26 +36,22 @@ def train(settings: RunSettings | None = None, resume: Path | None = None) -> Pa
         The folder of the run.
 
     Raises:
-        SettingsError: the folder is taken, a workload does not suit the decoder, or `settings` contradict those of the
-            run to resume.
-        RunFileError: `resume` is not the folder of a run, or a file in it is damaged.
+        SettingsError: the folder is taken or cannot be made, a workload does not suit the decoder, or `settings`
+            contradict those of the run to resume.
+        RunFileError: `resume` is not the folder of a run, or a file in it is damaged, or cannot be written.
         TrainingInterruptedError: interrupted by the user, or by the end of an environment's process.
         SpecgymError: a workload, a recording or a model is not there, or does not fit.
     """
     quieten()
-    if resume is None:
-        settings = _begin(settings or default_settings())
-        run = RunFolder(settings.folder)
-        experiment = experiment_of(settings)(settings, run)
-    else:
-        run = RunFolder.existing(resume)
-        experiment = _going_on(run, settings)
     started = time.perf_counter()
-    with on_machine(experiment.settings):
-        try:
-            _run(experiment, resumed=resume is not None)
-        except KeyboardInterrupt:
-            raise TrainingInterruptedError(f"interrupted. {way_on(run.path)}") from None
+    new_folders: list[Path] | None = None
+    if resume is None:
+        experiment, new_folders = _begin(settings or default_settings())
+    else:
+        experiment = _going_on(RunFolder.existing(resume), settings)
+    run = experiment.run
+    with on_machine(experiment.settings), _ending(experiment, new_folders):
+        _run(experiment, resumed=resume is not None)
     console.print(f"Done in {time.perf_counter() - started:.0f} s.", highlight=False)
     return run.path
 
@@ -101,23 +99,86 @@ def show(table: ResultTable, run: Path) -> None:
     console.print(table.verdict, highlight=False)
 
 
-def _begin(settings: RunSettings) -> RunSettings:
-    """Make the folder of a new run with its settings, which get a name if they have none."""
+def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
+    """Make the folder of a new run with its settings, which get a name if they have none.
+
+    Returns:
+        The experiment, and the folders that were not there before, the run's own first.
+    """
     if not settings.name:
         settings = replace(settings, name=time.strftime(f"{settings.stem}-%Y%m%d-%H%M%S"))
     run = RunFolder(settings.folder)
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
-        raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+    with _folder_errors():
+        remove_leftovers(run.path)  # nothing else is left of a start that was killed before the settings were written
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
+            raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
+        new_folders = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with on_machine(settings):
         experiment_of(settings).check(settings)
-    run.path.mkdir(parents=True, exist_ok=True)
-    save_settings(settings, run.settings, this_command())
-    return settings
+    try:
+        with _folder_errors():
+            run.path.mkdir(parents=True, exist_ok=True)
+            save_settings(settings, run.settings, this_command())
+    except SettingsError:
+        _remove(run, new_folders)
+        raise
+    return experiment_of(settings)(settings, run), new_folders
+
+
+@contextmanager
+def _folder_errors() -> Iterator[None]:
+    """Refuse a folder of runs that cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"{io_message(error)}; give another folder with --runs, or another --name") from error
+
+
+@contextmanager
+def _ending(experiment: Experiment[Any], new_folders: Sequence[Path] | None) -> Iterator[None]:
+    """Say how to go on with a run that ends early; remove one that fails before it has learned anything.
+
+    Args:
+        experiment: of the run.
+        new_folders: folders that the run has made, its own first; None for a run that is resumed.
+    """
+    run = experiment.run
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        message = f"interrupted. {way_on(run.path)}"
+        raise TrainingInterruptedError(message, interruption_code(interruption)) from None
+    except TrainingInterruptedError:
+        raise
+    except Exception as error:
+        newest = [next(intact_checkpoints(learner.folder.checkpoints), None) for learner in experiment.learners()]
+        steps = [checkpoint.steps for checkpoint in newest if checkpoint is not None]
+        if new_folders is not None and not steps:
+            _remove(run, new_folders)
+        if not isinstance(error, OSError):
+            raise
+        saved = f"The newest checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
+        removed = new_folders is not None and not steps
+        hint = f"{run.path} is removed again; start anew." if removed else way_on(run.path)
+        raise RunFileError(f"{io_message(error)}. {saved} {hint}") from error
+
+
+def _remove(run: RunFolder, new_folders: Sequence[Path]) -> None:
+    """Remove a run that was empty before, and folders that are empty without it."""
+    with contextlib.suppress(OSError):
+        for entry in run.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        for folder in new_folders:
+            folder.rmdir()
 
 
 def _going_on(run: RunFolder, asked: RunSettings | None) -> Experiment[Any]:
     """The experiment of a run to resume; what more steps or seeds make out of date is removed."""
+    remove_leftovers(run.path)
     saved: RunSettings = load_settings(run.settings)
     settings = prolonged(saved, asked or saved)
     experiment = experiment_of(settings)(settings, run)
