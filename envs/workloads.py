@@ -36,11 +36,11 @@ from specgym.decoding import (
     default_prompt_tokens,
     encode_once,
     load_prompts,
+    must_cut,
     prompt_limit,
     resolve,
     shipped_prompts,
     traits_of,
-    warn_once,
     whole_number,
 )
 
@@ -234,14 +234,7 @@ class Workload:
         """
         split = split or self.split
         whole, (limit, why) = self.encoded(split), prompt_limit(self.load(), self.prompt_limit)
-        lengths = [len(ids) for ids in whole if len(ids) > limit]
-        if not lengths:
-            return whole
-        warn_once(
-            f"{self.name}: {len(lengths)} of {len(whole)} {split} prompts, of up to {max(lengths):,} tokens, are cut "
-            f"to {limit:,}, {why}"
-        )
-        return self.encoded(split, limit)
+        return self.encoded(split, limit) if must_cut(self.name, split, whole, limit, why) else whole
 
     def encoded(self, split: Split, limit: int | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of a split's prompts: whole, or cut to a limit. Errors as for `prompt_ids`."""

@@ -9,7 +9,7 @@ import bisect
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,17 @@ def prompt_limit(pair: Pair, asked: int | None) -> tuple[int, str]:
 def warn_once(message: str) -> None:
     """Log a warning unless this process has logged the same before."""
     logging.getLogger(__name__).warning(message)
+
+
+def must_cut(name: str, split: Split, whole: Sequence[Sequence[int]], limit: int, why: str) -> bool:
+    """Decide whether any prompt of a split, as token ids, is longer than a limit; a warning says how many, and why."""
+    long = [len(ids) for ids in whole if len(ids) > limit]
+    if long:
+        warn_once(
+            f"{name}: {len(long)} of {len(whole)} {split} prompts, of up to {max(long):,} tokens, are cut to "
+            f"{limit:,}, {why}"
+        )
+    return bool(long)
 
 
 Rows = tuple[tuple[int, ...], ...]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specgym.decoding import PRESETS, Split, decoder_names, shipped_prompts, traits_of
+from specgym.decoding import PRESETS, PromptSet, Split, decoder_names, load_prompts, shipped_prompts, traits_of
 
 from ..workloads import (
     DEFAULT_WORKLOAD,
@@ -20,8 +20,8 @@ from ..workloads import (
     workload,
 )
 from .archive import EARLIER_LIMIT, TraceError
-from .outcomes import OutcomeError, Outcomes, holds_outcomes, outcomes_name
-from .trace import Trace, trace_name
+from .outcomes import OutcomeError, OutcomeInfo, Outcomes, holds_outcomes, outcomes_name
+from .trace import Trace, TraceInfo, trace_name
 
 TRACES, OUTCOMES = (Path(__file__).parents[1] / "data" / folder for folder in ("traces", "outcomes"))
 """Folders of the recordings that ship with the package."""
@@ -182,7 +182,7 @@ def _recorded_workload(
         command: says how to record the workload of a name.
 
     Raises:
-        TraceError: the recording is of another workload or split, or of its prompts cut in another way.
+        TraceError: the recording is of another workload or split, or of other prompts or some cut in another way.
         WorkloadError: the workload's name is not known.
     """
     info = recording.info
@@ -203,6 +203,8 @@ def _recorded_workload(
             f"split out, or record it: {command(named.name)}"
         )
     _require_length(recording, named, command)
+    if name is not None:
+        _require_texts(info, named, command)
     return named.with_split("train" if info.split == "train" else "test")
 
 
@@ -222,6 +224,18 @@ def _require_length(recording: Recording, named: Workload, command: Callable[[st
         f"{'whole' if asked is None else f'of at most {asked} tokens'}; {way_out}, or record it with that length: "
         f"{command(named.name)}"
     )
+
+
+def _require_texts(info: TraceInfo | OutcomeInfo, named: Workload, command: Callable[[str], str]) -> None:
+    """Raise TraceError where other texts were recorded than a workload has here, as far as they are at hand."""
+    prompts = named.prompts
+    if isinstance(prompts, str) and (prompts in shipped_prompts() or Path(prompts).expanduser().is_file()):
+        prompts = load_prompts(prompts)
+    if isinstance(prompts, PromptSet) and prompts.digest != info.prompts_sha256:
+        raise TraceError(
+            f"the recording of {named.name} has other prompts than {prompts.name} has now: the set has changed, or an "
+            f"earlier version has read it otherwise; record it again: {command(named.name)}"
+        )
 
 
 def _longest_prompt(recording: Recording) -> float:

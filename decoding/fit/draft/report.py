@@ -17,7 +17,7 @@ from ...decoders.chain import SpeculativeDecoder
 from ...files import write_text
 from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
 from ...loading.pair import Pair
-from ...loading.prompt_tokens import encode
+from ...loading.prompt_tokens import encode, must_cut
 from ...prompts import load_prompts, shipped_prompts
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
@@ -136,10 +136,13 @@ def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> 
     """Decode prompts of every shipped set with and without the draft; the pair has a tokeniser."""
     assert pair.tokenizer is not None
     room = pair.target.context_limit - settings.report_tokens
-    prompts = {
-        name: encode(load_prompts(name, limit=settings.report_prompts), "test", pair.tokenizer, room)
-        for name in shipped_prompts()
-    }
+    why = f"so that --report-tokens {settings.report_tokens} fit into {pair.target.name}'s context"
+    prompts: dict[str, list[list[int]]] = {}
+    for name in shipped_prompts():
+        prompt_set = load_prompts(name, limit=settings.report_prompts)
+        whole = encode(prompt_set, "test", pair.tokenizer)
+        cut = must_cut(f"report on {name}", "test", whole, room, why)
+        prompts[name] = encode(prompt_set, "test", pair.tokenizer, room) if cut else whole
     generations: dict[str, list[tuple[Generation, Generation]]] = {name: [] for name in prompts}
     decoder = SpeculativeDecoder(pair, max_draft_length=settings.report_draft_length)
     knobs = {"draft_length": settings.report_draft_length}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.decoding import Pair, prompts_limited
+from specgym.decoding import Pair, load_prompts, prompts_limited
 from specgym.envs import TokenPrompts, TraceError, Workload, find_recording
 from specgym.envs import record as record_module
 from specgym.envs.recordings.find import recorded_workloads, shipped_outcomes
@@ -99,3 +99,20 @@ def test_the_command_cuts_what_is_asked_for_and_writes_the_length(
     assert trace.prompt_lengths.tolist() == [8, 2]
     assert (trace.info.max_prompt_tokens, trace.info.longest_prompt) == (8, 19)
     assert "1 of 2 train prompts, of up to 19 tokens, are cut to 8, the max_prompt_tokens asked for" in caplog.text
+
+
+def test_prompts_that_have_changed_since_are_refused(toy_trace: Trace, pair: Pair, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("one\ntwo\nthree")
+    name = f"tiny-3m/{file}"
+    prompts = load_prompts(str(file))
+    trace = _recorded(toy_trace, workload=name, prompts_sha256=prompts.digest)
+    assert find_recording("threshold", trace, name)[0] is trace
+    file.write_text("one\ntwo\nthree ")
+    with pytest.raises(TraceError, match=r"other prompts than .*mine\.txt has now.*record it again"):
+        find_recording("threshold", trace, name)
+    assert find_recording("threshold", trace, Workload(pair, prompts, name=name))[0] is trace
+    assert find_recording("threshold", trace, None)[1].prompts == str(file)  # nobody asks for the prompts of today
+    file.unlink()
+    trace = _recorded(trace, workload="tiny-3m/lambada")
+    assert find_recording("threshold", trace, "tiny-3m/lambada")[0] is trace
