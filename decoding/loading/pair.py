@@ -87,15 +87,13 @@ class Pair:
         Anything that asks for a packed weight gets it (`state_dict`, `parameters`, `to`, `train`, `copy.deepcopy`,
         pickle, merging an adapter), layer by layer and with a warning; this does it for all layers at once.
         """
-        for model in self._models():
-            model.unpack()
+        self.target.unpack()
+        if isinstance(self.draft, ModelDrafter):
+            self.draft.model.unpack()
 
     def pack(self) -> None:
         """Prepack the target's large linear layers that are plain, where its device and type allow it."""
         self.target.pack()
-
-    def _models(self) -> list[LanguageModel]:
-        return [self.target, *([self.draft.model] if isinstance(self.draft, ModelDrafter) else [])]
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""

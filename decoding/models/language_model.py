@@ -17,7 +17,13 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import PromptError, UnsupportedModelError
 from .attention import EVERYWHERE_FULL, MaskMaker, numbers
 from .kv_cache import BranchingCache, RestorableCache, TokenTree
-from .linear_layers import NARROWEST_PREPACKED, can_prepack, prepack_linears, unpack_linears
+from .linear_layers import (
+    NARROWEST_PREPACKED,
+    can_prepack,
+    prepack_linears,
+    unpack_changed_output,
+    unpack_linears,
+)
 from .output_layer import output_layer_watched
 from .supported import causal_model, execution_device, refuse_unsupported, require_ready
 from .trial import Reading, declared_context, settle
@@ -53,8 +59,8 @@ class LanguageModel:
 
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
-        prepack: reorder the linear layers' weights for oneDNN, *in place* (see `prepack`); by default on
-            CPU, for models at least 512 wide. With False the model is left untouched.
+        prepack: pack the large linear layers' weights for oneDNN, *in place* (see `PrepackedLinear`; `unpack` undoes
+            it); by default on CPU, for models at least 512 wide. With False the model is left untouched.
 
     Raises:
         UnsupportedModelError: the architecture cannot be decoded speculatively.
@@ -122,7 +128,7 @@ class LanguageModel:
             UnsupportedModelError: the model has been switched since to something that decodes wrongly.
         """
         require_ready(self.model, self.dtype, self.device)
-        unpack_linears(self.model, changed=True)
+        unpack_changed_output(self.model)
         other = copy.copy(self)
         other._forget()
         return other

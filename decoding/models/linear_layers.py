@@ -232,11 +232,18 @@ def prepack_linears(model: nn.Module, smallest: int = SMALLEST_PREPACKED) -> int
     return packed
 
 
-def unpack_linears(model: nn.Module, *, changed: bool = False) -> None:
-    """Make packed layers plain again, one by one; with `changed` those whose weight others use and have changed."""
+def unpack_linears(model: nn.Module) -> None:
+    """Make packed layers plain again, one by one."""
     for layer in model.modules():
-        if isinstance(layer, PrepackedLinear) and (not changed or _changed(layer, in_full=True)):
+        if isinstance(layer, PrepackedLinear):
             _unpack(layer)
+
+
+def unpack_changed_output(model: PreTrainedModel) -> None:
+    """Make the output layer plain if embeddings use its weight, too, and have changed it."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, PrepackedLinear) and _changed(layer, in_full=True):
+        _unpack(layer)
 
 
 def weights_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -79,14 +79,6 @@ def output_layer_watched(model: PreTrainedModel, watched: bool) -> Iterator[list
         handle.remove()
 
 
-def _refuse_by_signature(model: PreTrainedModel) -> None:
-    config = model.config
-    kind = type(model).__name__
-    way_out = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder model, which specgym does not decode. {way_out}")
-
-
 class ReducedOutput(nn.Module):
     """In the place of an output layer, with the same weight, of which it uses the rows of some tokens.
 

@@ -7,7 +7,7 @@ of every text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
     _refuse_attention(model)
     _refuse_absent_weights(model)
-    _refuse_scales_of_what_is_read_together(model)
+    _refuse_dynamic_scales(model, model.modules())
     _refuse_late_adapters(model)
 
 
@@ -98,9 +98,12 @@ def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.devi
         device: likewise.
 
     Raises:
-        UnsupportedModelError: the model is in training mode, was moved, or has an attention implementation that takes
-            no trees.
+        UnsupportedModelError: the model is in training mode, was moved or quantised, or has an attention implementation
+            that takes no trees.
     """
+    modules = list(model.modules())
+    _refuse_attention(model)
+    _refuse_dynamic_scales(model, modules)
     with only_looking():
         place = model.dtype, execution_device(model)
     if place != (dtype, device):
@@ -108,14 +111,17 @@ def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.devi
             f"{type(model).__name__} is {place[0]} on {place[1]} now, and was {dtype} on {device} when its pair was "
             "made. Make a new Pair of it"
         )
-    # A parametrization begins in training mode, and does the same in both.
-    training = (name.split(".") for name, module in model.named_modules() if module.training)
-    if any("parametrizations" not in names for names in training):
+    if any(module.training for module in modules) and _is_in_training(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is in training mode, in which dropout changes its texts and gradient "
             "checkpointing drops its cache. Call model.eval() before decoding"
         )
-    _refuse_attention(model)
+
+
+def _is_in_training(model: PreTrainedModel) -> bool:
+    """True if any part is that does something else then; a parametrization begins so, and does the same in both."""
+    training = (name.split(".") for name, module in model.named_modules() if module.training)
+    return any("parametrizations" not in names for names in training)
 
 
 def _refuse_attention(model: PreTrainedModel) -> None:
@@ -154,7 +160,7 @@ def execution_device(model: PreTrainedModel) -> torch.device:
     return torch.device(device)
 
 
-def _refuse_scales_of_what_is_read_together(model: PreTrainedModel) -> None:
+def _refuse_dynamic_scales(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
     """Refuse arithmetic in which a token's scores depend on the tokens that are read in the same pass.
 
     torch's dynamic quantisation has a scale for the whole input of a layer (torch 2.13,
@@ -163,7 +169,7 @@ def _refuse_scales_of_what_is_read_together(model: PreTrainedModel) -> None:
     """
     kind = type(model).__name__
     dynamic = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
-    if any(type(module).__module__.startswith(dynamic) for module in model.modules()):
+    if any(type(module).__module__.startswith(dynamic) for module in modules):
         raise UnsupportedModelError(
             f"{kind} is quantised dynamically: its scales depend on all tokens that a pass reads, so a draft that is "
             "checked in one pass gets other scores than token by token. Use the model before quantize_dynamic, in "

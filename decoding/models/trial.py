@@ -192,7 +192,7 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
     """
     try:
         trial = wrap(model, reading)
-        tokens = torch.arange(1, 7, device=model.device) % trial.vocabulary_size
+        tokens = torch.arange(1, 7, device=trial.device) % trial.vocabulary_size
         trial.forward(tokens[:2])
         if reading.spans is not None:
             drafted = trial.forward(tokens[2:5], TokenTree((-1, -1, 1))).scores[2]

@@ -227,6 +227,15 @@ def test_attention_that_is_switched_after_the_pair_is_followed_or_refused(
     assert texts(pair) == expected
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantisation_in_place_after_the_pair_is_refused_at_the_start_of_a_text(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    pair = Pair(model)
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    with pytest.raises(UnsupportedModelError, match="is quantised dynamically"):
+        texts(pair)
+
+
 def test_training_and_moves_after_the_pair_are_refused_at_the_start_of_a_text(
     make_model: MakeModel, reference: Reference
 ) -> None:
