@@ -1,4 +1,4 @@
-from .decoder import Decoder, Generation, Round, Session
+from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
 from .decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDecoder
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
@@ -91,6 +91,7 @@ from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
+from .processors import TextRules, sampling_of, target_digest, text_settings
 from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (
     DecoderRegistryError,
@@ -101,6 +102,7 @@ from .registry import (
     register,
     traits_of,
 )
+from .rounds import Generation, Round
 from .sampling import GREEDY, Sampling, draw, total_variation
 from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, TraceRule
 
@@ -181,6 +183,7 @@ __all__ = [
     "Split",
     "StopRule",
     "Terminated",
+    "TextRules",
     "ThresholdDecoder",
     "TokenTree",
     "TraceRule",
@@ -238,10 +241,13 @@ __all__ = [
     "resolve",
     "roofline",
     "run_command",
+    "sampling_of",
     "seed_number",
     "sequence_of",
     "shipped_prompts",
+    "target_digest",
     "text",
+    "text_settings",
     "total_variation",
     "traits_of",
     "usual_acceptance",

@@ -1,4 +1,4 @@
-"""Base classes of decoders and their sessions; rounds and generations."""
+"""Base classes of decoders and their sessions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from .errors import TORCH_SEEDS, KnobError, NumericalError, PromptError, mapping_of, whole_number
 from .loading.pair import Pair, require_draft
 from .models.language_model import LanguageModel
+from .processors import TextRules, check_generation_config
+from .rounds import Generation, Round
 from .sampling import GREEDY, Sampling
 from .traits import DecoderTraits
 
@@ -26,79 +29,6 @@ if TYPE_CHECKING:
 
 DecoderT = TypeVar("DecoderT", bound="Decoder[Any]")
 SessionT = TypeVar("SessionT", bound="Session[Any]")
-
-
-@dataclass(frozen=True)
-class Round:
-    """Result of a round of drafting and verifying."""
-
-    tokens: tuple[int, ...]
-    """Emitted, in order; at least one, unless the session had ended."""
-    drafted: int
-    """Draft tokens that were verified."""
-    accepted: int
-    """Draft tokens among those emitted; they come first in `tokens`."""
-    divergence: float
-    """Sum over the emitted tokens of the total variation between what each was drawn from and the target."""
-    draft_seconds: float
-    verify_seconds: float
-    """Everything the round did is in one of the two."""
-    taken_back: tuple[int, ...] = ()
-    """Draft tokens that were verified and not kept, in order."""
-    draft_steps: int = -1
-    """Tokens that the draft made one after another; as many as `drafted` if not given. 0 where drafting needs none."""
-    target_tokens: int = -1
-    """Tokens that the target's pass read; those drafted and the one before them if not given."""
-
-    def __post_init__(self) -> None:
-        if self.draft_steps < 0:
-            object.__setattr__(self, "draft_steps", self.drafted)
-        if self.target_tokens < 0:
-            object.__setattr__(self, "target_tokens", self.drafted + 1)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text and how it came about. Seconds are wall-clock seconds."""
-
-    tokens: list[int]
-    rounds: list[Round]
-    prefill_seconds: float
-    """Time to read the prompt, in no round."""
-    finish_reason: str
-    """`eos`, `length` (max_new_tokens reached) or `context` (the model's context is full)."""
-    text: str | None = None
-    """The tokens as text, where the pair has a tokenizer."""
-
-    @property
-    def seconds(self) -> float:
-        """Time of all rounds, without reading the prompt."""
-        return sum(round_.draft_seconds + round_.verify_seconds for round_ in self.rounds)
-
-    @property
-    def ms_per_token(self) -> float:
-        """Milliseconds per emitted token, without reading the prompt."""
-        return 1000 * self.seconds / max(len(self.tokens), 1)
-
-    @property
-    def draft_acceptance_rate(self) -> float:
-        """Accepted draft tokens over verified draft tokens; 0 where nothing was drafted."""
-        return sum(round_.accepted for round_ in self.rounds) / max(sum(round_.drafted for round_ in self.rounds), 1)
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Emitted tokens per round, the target's own token included."""
-        return len(self.tokens) / max(len(self.rounds), 1)
-
-    @property
-    def target_tokens_per_token(self) -> float:
-        """Tokens that the target read in all rounds, per emitted token: its arithmetic over that of plain decoding."""
-        return sum(round_.target_tokens for round_ in self.rounds) / max(len(self.tokens), 1)
-
-    @property
-    def divergence(self) -> float:
-        """Mean total variation from the target per emitted token; 0 for a lossless decoder."""
-        return sum(round_.divergence for round_ in self.rounds) / max(len(self.tokens), 1)
 
 
 class Streamer(Protocol):
@@ -118,20 +48,29 @@ class Session(ABC, Generic[DecoderT]):
 
     Attributes:
         tokens: emitted so far, without the prompt.
-        finish_reason: None while running, then `eos`, `length` or `context`.
+        finish_reason: None while running, then `eos`, `stop`, `length` or `context`.
         prefill_seconds: time that reading the prompt took.
+        rules: what the target's generation config adds to a text. `target` and `sampling` obey them already.
+        target: reads with a cache of this text's own; its scores are those that `generate()` chooses from.
     """
 
     def __init__(
-        self, decoder: DecoderT, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None
+        self,
+        decoder: DecoderT,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None,
+        logits_processor: Sequence[LogitsProcessor] = (),
     ) -> None:
         self.decoder = decoder
-        self.sampling = sampling
+        self.rules = TextRules.of(decoder.pair, prompt, max_new_tokens, sampling, logits_processor)
+        self.sampling = self.rules.sampling
         self.context = list(prompt)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._remaining = max_new_tokens
-        self.target: LanguageModel = decoder.pair.target.fresh()
+        self.target: LanguageModel = self.rules.target(decoder.pair.target)
         self.generator = torch.Generator(self.target.device)
         # For choices on the host, where a tensor would mean waiting.
         self._rng = random.Random(seed)
@@ -183,11 +122,15 @@ class Session(ABC, Generic[DecoderT]):
     def _emit(self, tokens: Sequence[int]) -> int:
         """Append tokens up to the end of the text, set why it ended, cut the cache; returns how many were taken."""
         taken = list(tokens[: self._remaining])
-        for place, token in enumerate(taken):
+        for place, token in enumerate(taken, 1):
             if token in self.decoder.pair.eos_token_ids:
-                taken = taken[: place + 1]
                 self.finish_reason = "eos"
-                break
+            elif self.rules.stop is not None and self.rules.stops([*self.context, *taken[:place]]):
+                self.finish_reason = "stop"
+            else:
+                continue
+            taken = taken[:place]
+            break
         self._remaining -= len(taken)
         self.tokens += taken
         self.context += taken
@@ -200,6 +143,12 @@ class Session(ABC, Generic[DecoderT]):
 
     def _refuse_broken(self, greatest: float) -> None:
         """Given the greatest of some logits (or the sum of each row's): NaN and infinity both show in it."""
+        if greatest == -math.inf and self.rules.processors:
+            names = ", ".join(type(processor).__name__ for processor in self.rules.processors)
+            raise NumericalError(
+                f"the logits processors of this text ({names}) leave no token that may come after {len(self.tokens)} "
+                f"tokens. Loosen what {self.target.name}'s generation_config asks for."
+            )
         if not math.isfinite(greatest):
             raise NumericalError(
                 f"{self.target.name} gave NaN or infinite logits after {len(self.tokens)} tokens. Load it in float32 "
@@ -217,7 +166,8 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         pair: a target, with a draft unless `needs_draft` is False.
 
     Raises:
-        ValueError: the decoder needs a draft, and the pair has none.
+        ValueError: the decoder needs a draft, and the pair has none, or the target's generation config asks for
+            something impossible. What it asks for and does not get is named in a warning, once for a model.
         UnsupportedModelError: it verifies trees of candidates, and the target cannot.
     """
 
@@ -225,6 +175,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
+        check_generation_config(pair)
         if self.needs_draft:
             require_draft(pair, type(self).__name__)
         if self.verifies_trees:
@@ -270,14 +221,19 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         seed: int | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
     ) -> SessionT:
         """Read a prompt and return the session that generates its continuation.
 
         Args:
-            prompt_ids: token ids, as a list, a tensor of shape (tokens,) or (1, tokens), or a string.
+            prompt_ids: token ids, as a list, a tensor or array of shape (tokens,) or (1, tokens), or a string; a batch
+                of one prompt will do.
             max_new_tokens: where to stop at the latest; the model's context may end the text earlier.
             sampling: how tokens are chosen; greedy by default.
             seed: fixes every random choice of the session, -2^63 to 2^64 - 1; by default another each time.
+            logits_processor: change the target's scores after each text, as in transformers' `generate`, and come after
+                those of the target's generation config. They are called for several texts at once, in any order, and
+                must depend on nothing but the text.
 
         Raises:
             PromptError: the prompt is empty, too long, or holds ids outside the vocabulary.
@@ -287,7 +243,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         prompt = self.check_prompt(prompt_ids)
         self._get_ready(sampling)
         seed = None if seed is None else whole_number("seed", seed, at_least=TORCH_SEEDS[0], at_most=TORCH_SEEDS[1])
-        return self.session_class(self, prompt, longest, sampling, seed)
+        return self.session_class(self, prompt, longest, sampling, seed, logits_processor)
 
     def _get_ready(self, sampling: Sampling) -> None:
         """Make what a text needs beside its prompt; by default nothing."""
@@ -301,6 +257,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         seed: int | None = None,
         knobs: Mapping[str, float] | None = None,
         streamer: Streamer | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
     ) -> Generation:
         """Generate to the end. Arguments and errors as for `start` and `Session.step`.
 
@@ -309,7 +266,13 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
             streamer: told of the prompt and of every round's tokens as they come (`transformers.TextStreamer`).
         """
         self.resolve_knobs(knobs)  # before the prompt is read, so that nothing is lost
-        session = self.start(prompt_ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        session = self.start(
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            logits_processor=logits_processor,
+        )
         rounds: list[Round] = []
         try:
             if streamer is not None:
@@ -348,7 +311,14 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         ids: Any = prompt_ids
         if isinstance(ids, str):
             ids = self.pair.encode(ids)
-        if isinstance(ids, Tensor):
+        first = ids[0] if isinstance(ids, list | tuple) and ids else None
+        if isinstance(first, list | tuple) or getattr(first, "ndim", 0) > 0:
+            if len(ids) > 1:
+                raise PromptError(
+                    f"one prompt at a time: this is a list of {len(ids)}; decode each by a call of its own"
+                )
+            ids = first  # a tokenizer's output for a list of one text
+        if isinstance(ids, Tensor | np.ndarray):
             if ids.ndim == 2 and ids.shape[0] == 1:
                 ids = ids[0]
             if ids.ndim != 1:

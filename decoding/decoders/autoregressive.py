@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..decoder import GREEDY, Decoder, Generation, Round, Session
+from ..decoder import GREEDY, Decoder, Session
+from ..rounds import Generation, Round
 from ..sampling import Sampling, draw
 
 

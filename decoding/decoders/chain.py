@@ -34,9 +34,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..decoder import Decoder, Round, Session, synchronise
+from ..decoder import Decoder, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
 from ..loading.pair import Pair, require_draft
+from ..rounds import Round
 from ..sampling import Sampling, accepts, draw, residual, residual_of_token, total_variation
 from ..traits import CHAIN
 from .expected_gain import LEVELS, ExpectedGain, levels_of
@@ -74,7 +75,8 @@ class SpeculativeSession(Session["ChainDecoder"]):
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         super()._read_prompt(prompt)
         decoder = self.decoder
-        self.draft = decoder.draft.start(prompt, self.sampling, self.generator, self.target.device)
+        drafter = self.rules.drafter(decoder.draft, self.target)
+        self.draft = drafter.start(prompt, self.sampling, self.generator, self.target.device)
         self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})
         self._steps: Iterator[DraftStep] | None = None  # the draft under way in a round of draft_one and verify

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..decoder import Decoder, Generation
+from ..decoder import Decoder
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..errors import FitError
 from ..models.output_layer import reduced_output
+from ..rounds import Generation
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,15 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from ..decoder import Decoder, Round, Session
+from ..decoder import Decoder, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..drafts.drafter import ModelDrafter
 from ..errors import sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
 from ..models.linear_layers import PrepackedLinear
+from ..processors import text_settings
+from ..rounds import Round
 from ..sampling import Sampling
 from .probe import CostProbe, Uncertainty
 from .profile import LatencyProfile, arithmetic_of
@@ -54,6 +56,7 @@ def fingerprint(pair: Pair) -> str:
         "pair": pair.name,
         "target": _shape(pair.target),
         "draft": type(draft).__name__,
+        **{name: repr(value) for name, value in text_settings(pair.target.model).items()},  # they take time every pass
     }
     if isinstance(draft, ModelDrafter):
         parts["draft"] = _shape(draft.model)

@@ -27,7 +27,7 @@ from ..traits import CHAIN
 from .probe import Uncertainty
 
 if TYPE_CHECKING:
-    from ..decoder import Round
+    from ..rounds import Round
 
 _FORMAT = "specgym-latency-3"
 _TABLES = ("draft_seconds", "target_seconds")

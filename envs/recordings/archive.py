@@ -44,7 +44,8 @@ class Provenance:
     split: str
     target: str
     target_sha256: str
-    """Hash of the names and values of all weights."""
+    """Hash of the names and values of all weights, and of what the generation config asks for besides sampling, if
+    anything."""
     draft: str
     """Empty, like the next, for a decoder that drafts nothing."""
     draft_sha256: str
@@ -187,7 +188,7 @@ def provenance_of(named: Workload, split: Split, prompts: Sequence[Sequence[int]
     import transformers  # which replay, the other user of this file, does not load
 
     from specgym import __version__
-    from specgym.decoding import PromptSet, digest, draft_digest, load_prompts, weights_digest
+    from specgym.decoding import PromptSet, digest, draft_digest, load_prompts, target_digest
 
     pair, sampling = named.load(), named.sampling
     draft = pair.draft if drafted else None
@@ -196,7 +197,7 @@ def provenance_of(named: Workload, split: Split, prompts: Sequence[Sequence[int]
         "workload": named.name,
         "split": split,
         "target": pair.target.name,
-        "target_sha256": weights_digest(pair.target.model),
+        "target_sha256": target_digest(pair),
         "draft": "" if draft is None else draft.name,
         "draft_sha256": "" if draft is None else draft_digest(draft),
         "temperature": float(sampling.temperature),

@@ -23,9 +23,11 @@ from specgym.decoding import (
     Pair,
     PromptError,
     Sampling,
+    TextRules,
     TokenTree,
     bins_of,
     draw,
+    sampling_of,
     total_variation,
 )
 
@@ -64,7 +66,7 @@ class Recorder:
 
     def __init__(self, pair: Pair, sampling: Sampling, draft_length: int) -> None:
         self.pair = pair
-        self.sampling = sampling
+        self.sampling = sampling_of(pair, sampling)
         self.draft_length = draft_length
 
     @torch.inference_mode()
@@ -88,10 +90,11 @@ class Recorder:
         assert self.pair.draft is not None
         context = [*prompt, *text]
         self._check_room(context)
-        target = self.pair.target.fresh()
+        rules = TextRules.of(self.pair, prompt, len(text), self.sampling)
+        target = rules.target(self.pair.target)
         target.read(prompt[:-1])
         generator = torch.Generator(target.device).manual_seed(seed)
-        chains = _chains(self.pair.draft, self, prompt, generator)
+        chains = _chains(rules.drafter(self.pair.draft, target), self, prompt, generator)
         parts: list[Rows] = []
         for start in range(len(prompt) - 1, len(context) - 1, STRETCH):
             stretch = context[start : min(start + STRETCH, len(context) - 1)]

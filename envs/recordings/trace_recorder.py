@@ -25,6 +25,7 @@ from specgym.decoding import (
     ThresholdDecoder,
     levels_of,
     require_draft,
+    text_settings,
 )
 
 from ..backends.replay_table import exact_chances, tokens_kept, tolerances_needed
@@ -100,7 +101,8 @@ def record(
         profile: by which the drafts of detours end; by default the pair's reference profile, or its own.
 
     Raises:
-        TraceError: the parts found are those of another recording.
+        TraceError: the parts found are those of another recording, or the target's generation config asks for what
+            depends on where a prompt ends.
         PromptError: a prompt with its text does not fit into a model's context.
         ValueError: the pair has no draft. Loading errors as for `load_pair` and `load_prompts`.
     """
@@ -108,6 +110,11 @@ def record(
     named, path = workload(name).with_split(split), Path(path)
     pair = named.load()
     require_draft(pair, "a trace")
+    if by_place := text_settings(pair.target.model, place=True):
+        raise TraceError(
+            f"{pair.target.name}'s generation_config asks for {', '.join(sorted(by_place))}. A trace is read from the "
+            "middle of its texts on, where these cannot be known: set them to None in the model's generation_config"
+        )
     prompts = named.prompt_ids()[: settings.prompts]
     info = _info(named, split, settings, prompts)
     parts = parts_of(path)

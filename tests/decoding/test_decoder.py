@@ -194,9 +194,9 @@ def test_past_the_drafts_context_the_target_goes_on_alone(table_of: TableOf, con
         assert generation.rounds[-1].drafted == 0
 
 
-def test_a_prompt_may_be_one_token_a_list_an_array_or_a_tensor(table_of: TableOf) -> None:
+def test_a_prompt_may_be_one_token_a_list_an_array_or_a_tensor_or_a_batch_of_one_of_them(table_of: TableOf) -> None:
     for decoder in decoders(table_of(counting()), PromptLookupDrafter(VOCABULARY)):
-        for prompt in ([1], (1,), np.array([1]), torch.tensor([1]), torch.tensor([[1]])):
+        for prompt in ([1], (1,), np.array([1]), torch.tensor([1]), torch.tensor([[1]]), np.array([[1]]), [[1]]):
             assert decoder.generate(prompt, max_new_tokens=2).tokens == [2, 3]  # type: ignore[arg-type]
 
 
@@ -211,7 +211,10 @@ def test_a_prompt_may_be_one_token_a_list_an_array_or_a_tensor(table_of: TableOf
         (torch.tensor(3), "one prompt at a time"),
         ([1.5, 2.0], "whole token ids"),
         (torch.tensor([1.0]), "whole token ids"),
-        ([[1, 2]], "one list or tensor of whole token ids"),
+        (np.ones((2, 3), np.int64), r"one prompt at a time: expected shape \(tokens,\), got \(2, 3\)"),
+        ([[1, 2], [3]], "one prompt at a time: this is a list of 2; decode each by a call of its own"),
+        ([[]], "the prompt is empty"),
+        ([["text"]], "one list or tensor of whole token ids"),
         ({"input_ids": [1, 2]}, "take its 'input_ids'"),
         (7, "one list or tensor of whole token ids; this is a int"),
         ("text", "has no tokenizer"),

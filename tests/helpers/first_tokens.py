@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
+from transformers import LogitsProcessor
 
-from specgym.decoding.decoder import Decoder, Round, Session
+from specgym.decoding.decoder import Decoder, Session
+from specgym.decoding.rounds import Round
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import Branches, Joint, distance, exact_joint, p_value_of
 
@@ -93,18 +95,25 @@ class Walker(ABC):
         return distance(result.weights, exact_joint(decoder.pair.target, sampling, self.prompt, LENGTH))
 
 
-def sampled(decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs) -> tuple[float, FirstTokens]:
+def sampled(
+    decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs, processors: Sequence[LogitsProcessor] = ()
+) -> tuple[float, FirstTokens]:
     """The p-value of so many seeded texts (0 where an impossible one came up), and the texts."""
     result = FirstTokens()
     for seed in range(texts):
-        result.add(decoder.start(PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=seed), knobs)
+        session = decoder.start(
+            PROMPT, max_new_tokens=LENGTH + AHEAD, sampling=sampling, seed=seed, logits_processor=processors
+        )
+        result.add(session, knobs)
     counts = {text: round(weight) for text, weight in result.weights.items()}
-    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, LENGTH)), result
+    return p_value_of(counts, exact_joint(decoder.pair.target, sampling, PROMPT, LENGTH, processors)), result
 
 
-def assert_texts_follow_the_target(decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs) -> None:
+def assert_texts_follow_the_target(
+    decoder: Decoder, sampling: Sampling, texts: int, knobs: Knobs, processors: Sequence[LogitsProcessor] = ()
+) -> None:
     """So many seeded texts may be the target's own; and enough was accepted and rejected for that to say something."""
-    p_value, result = sampled(decoder, sampling, texts, knobs)
+    p_value, result = sampled(decoder, sampling, texts, knobs, processors)
     assert p_value > SIGNIFICANCE
     assert min(result.accepted, result.rejected) > texts / 10
 

@@ -6,10 +6,12 @@ On the path of imports by `pythonpath` in pyproject.toml, since test modules can
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
@@ -27,19 +29,31 @@ SAMPLINGS = {
 }
 
 
-def conditional(target: LanguageModel, sampling: Sampling, prefix: Sequence[int]) -> Tensor:
-    """The target's own distribution of the next token, shape (vocabulary,), float64."""
-    return sampling.probabilities(target.fresh().forward(torch.tensor(prefix), last=1).scores)[0].double()
+def conditional(
+    target: LanguageModel, sampling: Sampling, prefix: Sequence[int], processors: Sequence[LogitsProcessor] = ()
+) -> Tensor:
+    """The target's own distribution of the next token, shape (vocabulary,), float64, after logits processors."""
+    scores: Any = target.fresh().forward(torch.tensor(prefix), last=1).scores
+    text: Any = torch.tensor([list(prefix)])
+    for processor in processors:
+        scores = processor(text, scores)
+    return sampling.probabilities(scores)[0].double()
 
 
-def exact_joint(target: LanguageModel, sampling: Sampling, prompt: Sequence[int], length: int) -> Joint:
+def exact_joint(
+    target: LanguageModel,
+    sampling: Sampling,
+    prompt: Sequence[int],
+    length: int,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Joint:
     """Probability of every run of `length` tokens after a prompt."""
     joint: Joint = {(): 1.0}
     for _ in range(length):
         joint = {
             (*text, token): weight * p
             for text, weight in joint.items()
-            for token, p in enumerate(conditional(target, sampling, (*prompt, *text)).tolist())
+            for token, p in enumerate(conditional(target, sampling, (*prompt, *text), processors).tolist())
         }
     return joint
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ...decoder import Decoder, Round, Session, synchronise
+from ...decoder import Decoder, Session, synchronise
 from ...drafts.drafter import ModelDrafter
 from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
+from ...rounds import Round
 from ...sampling import Sampling, draw
 from .alignment import AffineAlignment
 from .files import usual_acceptance, usual_alignment
@@ -68,7 +69,7 @@ class DraftTreeSession(Session["DraftTreeDecoder"]):
         self._rule = decoder.rule
         self._pruner = PRUNERS[decoder.pruning]() if decoder.pruning is not None else None
         self.draft = TreeDraft(
-            decoder.draft,
+            self.rules.draft(decoder.draft, self.target),
             prompt,
             decoder.rule,
             decoder.draft_sampling,

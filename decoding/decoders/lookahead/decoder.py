@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...decoder import Decoder, Round, Session, synchronise
+from ...decoder import Decoder, Session, synchronise
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
+from ...rounds import Round
 from ...sampling import draw
 from .pool import Guess, NGramPool, PoolSettings, choose_guesses
 from .traits import LookaheadTraits, Preset

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...decoder import Decoder, Round, Session, synchronise
+from ...decoder import Decoder, Session, synchronise
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
+from ...rounds import Round
 from ...sampling import draw
 from .files import heads_for
 from .heads import MedusaHeads

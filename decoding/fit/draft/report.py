@@ -12,13 +12,13 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...decoder import Generation
 from ...decoders.chain import SpeculativeDecoder
 from ...files import write_text
 from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
 from ...loading.pair import Pair
 from ...loading.prompt_tokens import encode, must_cut
 from ...prompts import load_prompts, shipped_prompts
+from ...rounds import Generation
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
 from ..measure import SPEED_NOTE, Quality, Speed, compare, measure_continuations, quality_rows, speed_rows

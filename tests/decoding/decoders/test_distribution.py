@@ -12,12 +12,13 @@ Two ways, both through the real sessions on toy models whose distribution is kno
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders import autoregressive
@@ -63,11 +64,13 @@ def walk(
     length: int,
     knobs: dict[str, float] | None = None,
     ahead: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[dict[tuple[int, ...], float], float, float]:
     """All outcomes of a decoder: the joint distribution of the first tokens, and the mean reported divergence.
 
     Args:
         ahead: how many tokens more the session may generate, so that drafts reach beyond those that are looked at.
+        processors: logits processors of the text.
 
     Returns:
         The joint distribution, the expected sum of the divergences reported, and the expected number of tokens.
@@ -95,7 +98,9 @@ def walk(
             patch.setattr(module, "draw", draw)
         patch.setattr(speculative, "accepts", accepts)
         for _ in branches:
-            session = decoder.start(PROMPT, max_new_tokens=length + ahead, sampling=sampling, seed=0)
+            session = decoder.start(
+                PROMPT, max_new_tokens=length + ahead, sampling=sampling, seed=0, logits_processor=processors
+            )
             reported = 0.0
             while len(session.tokens) < length:
                 reported += session.step(knobs).divergence
@@ -177,6 +182,32 @@ def test_autoregressive_sampling_is_exact(monkeypatch: pytest.MonkeyPatch, make_
     target = make_table(4, seed=1)
     joint, _, _ = walk(monkeypatch, AutoregressiveDecoder(Pair(target)), SAMPLINGS["all"], 3)
     assert distance(joint, exact_joint(target, SAMPLINGS["all"], PROMPT, 3)) < 1e-6
+
+
+PROCESSORS = {
+    "repetition penalty": RepetitionPenaltyLogitsProcessor(1.6),
+    "bad words": NoBadWordsLogitsProcessor([[1], [0, 2]]),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("kind", ["model", "prompt-lookup"])
+def test_sampling_is_exact_with_logits_processors(
+    monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, name: str
+) -> None:
+    target, processors = make_table(3, seed=1, spread=1.2), [PROCESSORS[name]]
+    pair = Pair(target, make_drafter(kind, make_table, 3))
+    expected = exact_joint(target, SAMPLINGS["hot"], PROMPT, 3, processors)
+    assert distance(expected, exact_joint(target, SAMPLINGS["hot"], PROMPT, 3)) > 0.1
+    decoders: list[tuple[Decoder, dict[str, float]]] = [
+        (AutoregressiveDecoder(pair), {}),
+        (SpeculativeDecoder(pair), {"draft_length": 2}),
+        (ThresholdDecoder(pair, 2, "never"), {"fallback": 0.0, "rollback": 1.0}),
+    ]
+    for decoder, knobs in decoders:
+        joint, divergence, _ = walk(monkeypatch, decoder, SAMPLINGS["hot"], 3, knobs, processors=processors)
+        assert distance(joint, expected) < 1e-5
+        assert divergence == 0
 
 
 def wrong_residual(p: Tensor, q: Tensor) -> Tensor:

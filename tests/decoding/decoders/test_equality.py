@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoder import Decoder, Generation
+from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.drafts.drafter import Drafter
@@ -17,6 +17,7 @@ from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.loading.presets import PRESETS
 from specgym.decoding.prompts import load_prompts
+from specgym.decoding.rounds import Generation
 from tests.helpers.toy_profile import ENDS
 
 PROMPTS, NEW = 64, 64

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoder import Round
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDecoder
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
@@ -23,6 +22,7 @@ from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.errors import KnobError, NumericalError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.rounds import Round
 from specgym.decoding.sampling import Sampling
 
 MakeTable = Callable[..., LanguageModel]

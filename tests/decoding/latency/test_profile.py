@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.decoding.decoder import Round
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
+from specgym.decoding.rounds import Round
 
 PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1, 4: 0.7}, {1: 1.0, 3: 2.0, 5: 2.5}, 0.9, {"device": "imaginary"})
 SIZES, CONTEXTS = (1, 4, 8), (10, 50)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig, PreTrainedModel
 
-from specgym.decoding.decoder import Round
 from specgym.decoding.latency.accelerators import HARDWARE, Hardware, UnknownHardwareError
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.latency.roofline import MODEL_SHAPES, ModelShape, pass_seconds, roofline
 from specgym.decoding.models.output_layer import reduce_output
+from specgym.decoding.rounds import Round
 
 A100 = HARDWARE["a100-80gb-sxm"]
 TARGET, DRAFT = MODEL_SHAPES["opt-6.7b"], MODEL_SHAPES["opt-125m"]

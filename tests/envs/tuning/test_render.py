@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from specgym.decoding.decoder import Round
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.rounds import Round
 from specgym.envs.tuning.render import ACCEPTED, TAKEN_BACK, TARGET, render_rounds, render_step, to_ansi
 
 ROUNDS = [Round((1, 2), 3, 1, 0.0, 0.0, 0.0, taken_back=(4, 5)), Round((3,), 0, 0, 0.0, 0.0, 0.0)]

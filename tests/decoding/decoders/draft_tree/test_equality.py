@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding import DraftTreeDecoder, Pair, load_pair, load_prompts
-from specgym.decoding.decoder import Round, Session
+from specgym.decoding.decoder import Session
 from specgym.decoding.decoders.draft_tree.alignment import AffineAlignment
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeRound
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.decoders.draft_tree.pruning import PRUNERS, RULES
+from specgym.decoding.rounds import Round
 from specgym.decoding.sampling import Sampling
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoder import Decoder, Round, Session
+from specgym.decoding.decoder import Decoder, Session
 from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
 from specgym.decoding.decoders.lookahead.pool import PoolSettings
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.prompts import load_prompts
+from specgym.decoding.rounds import Round
 
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]

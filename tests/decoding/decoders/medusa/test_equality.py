@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoder import Decoder, Round, Session
+from specgym.decoding.decoder import Decoder, Session
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder, MedusaRound, TypicalMedusaDecoder
 from specgym.decoding.decoders.medusa.trees import CandidateTree, cartesian
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.linear_layers import PrepackedLinear
+from specgym.decoding.rounds import Round
 from tests.helpers.small_medusa_heads import random_heads, taught_heads
 
 MakeModel = Callable[..., PreTrainedModel]

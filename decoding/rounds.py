@@ -1,0 +1,79 @@
+"""Rounds of drafting and verifying, and the finished texts that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Round:
+    """Result of a round of drafting and verifying."""
+
+    tokens: tuple[int, ...]
+    """Emitted, in order; at least one, unless the session had ended."""
+    drafted: int
+    """Draft tokens that were verified."""
+    accepted: int
+    """Draft tokens among those emitted; they come first in `tokens`."""
+    divergence: float
+    """Sum over the emitted tokens of the total variation between what each was drawn from and the target."""
+    draft_seconds: float
+    verify_seconds: float
+    """Everything the round did is in one of the two."""
+    taken_back: tuple[int, ...] = ()
+    """Draft tokens that were verified and not kept, in order."""
+    draft_steps: int = -1
+    """Tokens that the draft made one after another; as many as `drafted` if not given. 0 where drafting needs none."""
+    target_tokens: int = -1
+    """Tokens that the target's pass read; those drafted and the one before them if not given."""
+
+    def __post_init__(self) -> None:
+        if self.draft_steps < 0:
+            object.__setattr__(self, "draft_steps", self.drafted)
+        if self.target_tokens < 0:
+            object.__setattr__(self, "target_tokens", self.drafted + 1)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text and how it came about. Seconds are wall-clock seconds."""
+
+    tokens: list[int]
+    rounds: list[Round]
+    prefill_seconds: float
+    """Time to read the prompt, in no round."""
+    finish_reason: str
+    """`eos`, `stop` (a stop string of the generation config), `length` (max_new_tokens reached) or `context` (the
+    model's context is full)."""
+    text: str | None = None
+    """The tokens as text, where the pair has a tokenizer."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of all rounds, without reading the prompt."""
+        return sum(round_.draft_seconds + round_.verify_seconds for round_ in self.rounds)
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds per emitted token, without reading the prompt."""
+        return 1000 * self.seconds / max(len(self.tokens), 1)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted draft tokens over verified draft tokens; 0 where nothing was drafted."""
+        return sum(round_.accepted for round_ in self.rounds) / max(sum(round_.drafted for round_ in self.rounds), 1)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Emitted tokens per round, the target's own token included."""
+        return len(self.tokens) / max(len(self.rounds), 1)
+
+    @property
+    def target_tokens_per_token(self) -> float:
+        """Tokens that the target read in all rounds, per emitted token: its arithmetic over that of plain decoding."""
+        return sum(round_.target_tokens for round_ in self.rounds) / max(len(self.tokens), 1)
+
+    @property
+    def divergence(self) -> float:
+        """Mean total variation from the target per emitted token; 0 for a lossless decoder."""
+        return sum(round_.divergence for round_ in self.rounds) / max(len(self.tokens), 1)
