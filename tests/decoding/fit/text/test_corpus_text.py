@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from specgym.decoding.errors import FitError
-from specgym.decoding.fit.text.corpus_text import Windows, held_out, shuffled, tokenise
+from specgym.decoding.fit.text.corpus_text import Windows, held_out, read_plain, shuffled, tokenise
 
 
 def test_the_split_of_a_document_never_changes() -> None:
     assert [i for i in range(40) if held_out(f"document {i}")] == [1, 10, 31, 35]
+
+
+def test_a_byte_order_mark_is_no_text_and_other_separators_are(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes("\ufeffone\u2028still one\x0c\r\ntwo".encode())
+    assert [passage.text.strip() for passage in read_plain([tmp_path])] == ["one\u2028still one\x0c\ntwo"]
 
 
 def test_documents_are_separated_and_shuffled_by_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
