@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -26,9 +25,20 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-from specgym.decoding import SpecgymError, named_errors, whole_number, write_json
+from specgym.decoding import (
+    DamagedFileError,
+    SpecgymError,
+    check_files,
+    file_digests,
+    named_errors,
+    read_sealed,
+    whole_number,
+    write_json,
+    write_sealed,
+)
 
-_FORMAT = "specgym-checkpoint-1"
+_FORMAT = "specgym-checkpoint-2"
+_UNSEALED = "specgym-checkpoint-1"  # its state.json has no checksum
 _STATE = "state.json"
 _TAKEN = ("policy", "state", "vecnormalize")
 _UNFINISHED = ".unfinished-"
@@ -78,7 +88,7 @@ class JsonState:
         path = self._file(folder)
         try:
             self._restore(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be used ({error!r}); go on from an earlier checkpoint") from error
 
     def _file(self, folder: Path) -> Path:
@@ -130,12 +140,10 @@ class Checkpoint:
 
     def restore_random_states(self) -> None:
         """Put the random number generators of Python, NumPy and torch back to where they were."""
-        version, numbers, gauss = self.random["python"]
-        random.setstate((version, tuple(numbers), gauss))
-        name, keys, place, has_gauss, cached = self.random["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, cached))  # noqa: NPY002
-        state = np.frombuffer(base64.b64decode(self.random["torch"]), dtype=np.uint8)
-        torch.set_rng_state(torch.from_numpy(state.copy()))
+        ours, numpys, torchs = _generators(self.random)
+        random.setstate(ours.getstate())
+        np.random.set_state(numpys.get_state(legacy=True))  # noqa: NPY002
+        torch.set_rng_state(torchs.get_state())
 
 
 class FolderCheckpointCallback(CheckpointCallback):
@@ -233,10 +241,10 @@ class FolderCheckpointCallback(CheckpointCallback):
         state = {
             "format": _FORMAT,
             "steps": self.steps_learned,
-            "files": {file.name: _checksum(file) for file in sorted(temporary.iterdir())},
+            "files": file_digests(temporary, sorted(file.name for file in temporary.iterdir())),
             "random": _random_states(),
         }
-        (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        write_sealed(temporary / _STATE, state)
         for file in temporary.iterdir():
             _flush(file)
         mask = os.umask(0)
@@ -257,30 +265,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Check a checkpoint's files against their checksums.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing, damaged or not listed, or a random state is none.
     """
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if state["format"] != _FORMAT:
+        state = read_sealed(path / _STATE, _FORMAT)
+        if state["format"] not in (_FORMAT, _UNSEALED):
             raise CheckpointError(f"checkpoint {path} is of another version ({state['format']!r}, not {_FORMAT!r})")
-        for name, checksum in state["files"].items():
-            if _checksum(path / name) != checksum:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its checksum")
         if "policy.zip" not in state["files"]:
             raise CheckpointError(f"checkpoint {path} has no policy.zip")
-        return Checkpoint(path, int(state["steps"]), dict(state["random"]))
+        present = {file.name for file in path.iterdir() if not file.name.startswith(".")} - {_STATE}
+        check_files(path, state, *state["files"], *sorted(present))
+        if type(state["steps"]) is not int or not 0 <= state["steps"] < 2**63:
+            raise ValueError(f"steps is {state['steps']!r}")
+        _generators(state["random"])
+        return Checkpoint(path, state["steps"], state["random"])
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DamagedFileError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path} is incomplete ({error!r})") from error
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _random_states() -> dict[str, Any]:
@@ -291,6 +299,23 @@ def _random_states() -> dict[str, Any]:
         "numpy": [name, np.asarray(keys).tolist(), place, has_gauss, cached],
         "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }
+
+
+def _generators(states: dict[str, Any]) -> tuple[random.Random, np.random.RandomState, torch.Generator]:
+    """Generators of Python, NumPy and torch in the states that `_random_states` took down.
+
+    Raises:
+        ValueError: a state is none, or, as the libraries have it, KeyError, TypeError, OverflowError or RuntimeError.
+    """
+    ours, numpys, torchs = random.Random(), np.random.RandomState(), torch.Generator()
+    version, numbers, gauss = states["python"]
+    ours.setstate((version, tuple(numbers), gauss))
+    name, keys, place, has_gauss, cached = states["numpy"]
+    if not 0 <= place <= len(keys):  # NumPy takes any, and would read beyond the keys
+        raise ValueError(f"the place {place} is beyond the keys of NumPy's generator")
+    numpys.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, cached))
+    torchs.set_state(torch.frombuffer(bytearray(base64.b64decode(states["torch"])), dtype=torch.uint8))
+    return ours, numpys, torchs
 
 
 def _flush(path: Path) -> None:

@@ -104,6 +104,17 @@ from .registry import (
 )
 from .rounds import Generation, Round
 from .sampling import GREEDY, Sampling, draw, total_variation
+from .sealed_files import (
+    FILES,
+    DamagedFileError,
+    check_digest,
+    check_files,
+    file_digests,
+    read_arrays,
+    read_sealed,
+    write_arrays,
+    write_sealed,
+)
 from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, TraceRule
 
 __all__ = [
@@ -113,6 +124,7 @@ __all__ = [
     "EPSILON",
     "EXACT",
     "FEATURES",
+    "FILES",
     "GREEDY",
     "HUB_SETS",
     "LARGEST_SEED",
@@ -126,6 +138,7 @@ __all__ = [
     "AutoregressiveDecoder",
     "ConfidenceBelow",
     "CostProbe",
+    "DamagedFileError",
     "Decoder",
     "DecoderRegistryError",
     "DecoderTraits",
@@ -196,7 +209,9 @@ __all__ = [
     "bins_of",
     "build_decoder",
     "cache_folder",
+    "check_digest",
     "check_fields",
+    "check_files",
     "check_placement",
     "cut_ids",
     "decode_in_turns",
@@ -211,6 +226,7 @@ __all__ = [
     "encode",
     "encode_once",
     "environment_names",
+    "file_digests",
     "file_name",
     "find_hardware",
     "heads_for",
@@ -234,6 +250,8 @@ __all__ = [
     "prepack_linears",
     "prompt_limit",
     "prompts_limited",
+    "read_arrays",
+    "read_sealed",
     "register",
     "remove_leftovers",
     "replacing",
@@ -255,6 +273,8 @@ __all__ = [
     "warn_once",
     "weights_digest",
     "whole_number",
+    "write_arrays",
     "write_json",
+    "write_sealed",
     "write_text",
 ]

@@ -18,7 +18,7 @@ from specgym.decoding.fit.loop import train
 from specgym.decoding.fit.measure import Quality, measure_domains
 from specgym.decoding.fit.settings import LoopSettings
 from specgym.decoding.fit.text.corpus_text import Windows, load_tokens
-from specgym.decoding.loading.checkpoint import Link
+from specgym.decoding.loading.link import Link
 
 from . import run
 

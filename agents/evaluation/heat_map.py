@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from specgym.decoding import write_json
+from specgym.decoding import write_sealed
 from specgym.envs import TraceError
 
 from ..experiments.experiment import RunSettings
@@ -22,8 +22,8 @@ from ..training.run_folder import RunFileError, RunFolder, read_json
 from .replayed import TuningTask, TuningTaskError
 from .statistics import Floats, settings_of
 
-FORMAT = "specgym-heat-maps-2"
-_EARLIER = "specgym-heat-maps-1"
+FORMAT = "specgym-heat-maps-3"
+_EARLIER = ("specgym-heat-maps-2", "specgym-heat-maps-1")  # have no checksum
 _OTHER_KEYS = ("workload", "axes", "reward", "path", "default", "recommended", "best")
 
 Point = Mapping[str, float]
@@ -104,7 +104,7 @@ def heat_map(task: TuningTask, path: Sequence[Point], recommended: Point) -> Hea
 
 def save_heat_maps(path: Path, maps: Sequence[HeatMap], command: str) -> None:
     """Write heat maps as JSON, atomically, with the command that made them."""
-    write_json(path, {"format": FORMAT, "command": command, "maps": [_to_json(drawn) for drawn in maps]})
+    write_sealed(path, {"format": FORMAT, "command": command, "maps": [_to_json(drawn) for drawn in maps]})
 
 
 def load_heat_maps(path: Path, way_out: str) -> tuple[list[HeatMap], str]:
@@ -113,13 +113,13 @@ def load_heat_maps(path: Path, way_out: str) -> tuple[list[HeatMap], str]:
     Raises:
         RunFileError: the file is missing, damaged, or of another kind.
     """
-    content = read_json(path, way_out)
+    content = read_json(path, way_out, FORMAT)
     maps = content.get("maps")
-    if content.get("format") not in (FORMAT, _EARLIER) or not isinstance(maps, list):
+    if content.get("format") not in (FORMAT, *_EARLIER) or not isinstance(maps, list):
         raise RunFileError(f"{path} does not hold heat maps ({FORMAT}); {way_out}")
     try:
         return [_from_json(entry) for entry in maps], str(content.get("command", ""))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RunFileError(f"{path} is damaged ({type(error).__name__}: {error}); {way_out}") from error
 
 
@@ -128,7 +128,7 @@ def save_missing_heat_maps(run: RunFolder, settings: RunSettings, command: str) 
     path = run.path / "heat_maps.json"
     if path.is_file() or not run.knobs.is_file() or not isinstance(settings, KnobSettings):
         return
-    policy, recommended = ExportedPolicy.load(run.first_policy), load_knobs(run.knobs)["workloads"]
+    policy, recommended = ExportedPolicy.load(run.first_policy), load_knobs(run.knobs, settings.workloads)["workloads"]
     maps = heat_maps_of(settings, policy, recommended)
     if maps:
         save_heat_maps(path, maps, command)

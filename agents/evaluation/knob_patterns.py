@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from specgym.decoding import write_json, write_text
+from specgym.decoding import write_sealed, write_text
 
 from .replayed import Flags, TuningTask
 from .results import to_csv
 from .statistics import Floats, Grid, rank_correlation, settings_of
 
+FORMAT = "specgym-patterns-1"
+"""Format of ``patterns.json``; earlier files have none, and no checksum."""
 BOUNDS = (0.05, 0.1, 0.2)
 """On the mean divergence, for the aims that ask for the fastest setting under one."""
 REWARD, SPEED, BOUNDED = "reward", "speed", "speed, divergence at most "
@@ -152,7 +154,10 @@ def save_patterns(folder: Path, tasks: Sequence[TuningTask]) -> None:
     patterned = patterns(tasks)
     rows = [row.row() for row in patterned]
     summary = verdict(patterned, preferred_ranges(tasks[0]) if tasks else {})
-    write_json(folder / "patterns.json", {"rows": rows, "correlations": correlations(patterned), "verdict": summary})
+    write_sealed(
+        folder / "patterns.json",
+        {"format": FORMAT, "rows": rows, "correlations": correlations(patterned), "verdict": summary},
+    )
     write_text(folder / "patterns.csv", to_csv(rows))
 
 

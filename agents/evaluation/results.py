@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from specgym.decoding import write_json
+from specgym.decoding import write_sealed
 
 from ..training.run_folder import RunFileError, read_json
 from ..training.settings_io import TABLE_FORMAT, current_table
@@ -186,7 +186,7 @@ class ResultTable:
 
     def save(self, path: Path, command: str) -> None:
         """Write the table and the command that made it as JSON, atomically."""
-        write_json(path, replace(self, command=command).to_json())
+        write_sealed(path, replace(self, command=command).to_json())
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ResultTable:
@@ -207,7 +207,7 @@ class ResultTable:
                 command=str(content["command"]),
                 notes=tuple(map(str, content.get("notes", ()))),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -221,7 +221,7 @@ class ResultTable:
         Raises:
             RunFileError: the file is missing, damaged, or holds something else.
         """
-        content = read_json(path, way_out)
+        content = read_json(path, way_out, TABLE_FORMAT)
         try:
             return cls.from_json(content)
         except ValueError as error:

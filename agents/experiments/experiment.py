@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import ModelType, SpecgymError, check_fields, check_placement, number, text, write_json
+from specgym.decoding import ModelType, SpecgymError, check_fields, check_placement, number, text, write_sealed
 
 from ..training.run_folder import LearnedFolder, RunFileError, RunFolder, read_json
 from ..training.settings_io import (
@@ -305,7 +305,7 @@ def experiment_of(settings: RunSettings) -> type[Experiment[Any]]:
 def save_settings(settings: RunSettings, path: Path, command: str) -> None:
     """Write settings with the command that made them, atomically."""
     stored = {"experiment": settings.EXPERIMENT, "command": command, "settings": to_json(settings)}
-    write_json(path, {"format": SETTINGS_FORMAT, **stored})
+    write_sealed(path, {"format": SETTINGS_FORMAT, **stored})
 
 
 def load_settings(path: Path) -> Any:
@@ -315,7 +315,7 @@ def load_settings(path: Path) -> Any:
         RunFileError: the file is missing, damaged, of another kind, or has settings that are unknown or impossible.
     """
     way_out = f"is {path.parent} the folder of a run that train.py wrote?"
-    content = read_json(path, way_out)
+    content = read_json(path, way_out, SETTINGS_FORMAT)
     try:
         content = current_settings(content)
     except ValueError as error:
@@ -330,7 +330,7 @@ def load_settings(path: Path) -> Any:
         return from_json(default, stored, "settings")
     except KeyError as error:
         raise RunFileError(f"{path} is of no known experiment ({error}); {way_out}") from error
-    except (SpecgymError, ValueError) as error:
+    except (SpecgymError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise RunFileError(f"{path}: {error}") from error
 
 

@@ -187,7 +187,7 @@ class TuneKnobs(Experiment[KnobSettings]):
         Those are chosen on training prompts (`evaluation.contenders`).
         """
         settings, evaluation, traits = self.settings, self.settings.evaluation, self.settings.traits
-        knobs = load_knobs(self.run.knobs)
+        knobs = load_knobs(self.run.knobs, self.settings.workloads)
         recommended = knobs["workloads"]
         workloads = [workload(name) for name in settings.workloads]
         profiles = [LatencyProfile.load(path) for path in self.profiles]

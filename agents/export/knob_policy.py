@@ -26,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from specgym.decoding import replacing, write_json
+from specgym.decoding import FILES, DamagedFileError, check_files, file_digests, replacing, write_sealed
 from specgym.envs import doublings, from_doublings
 
 from ..policy import BoundsScaler, KnobPolicy
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
+from ..training.settings_io import Number, decoded, from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,28 +53,33 @@ def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
 
 
 def save_network(folder: Path, weights: Weights, description: Mapping[str, Any]) -> None:
-    """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
+    """Write ``policy.safetensors`` and ``policy.json``, each whole or not at all; the second has the first's digest."""
     with replacing(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(save({name: np.ascontiguousarray(array) for name, array in weights.items()}))
-    write_json(folder / DESCRIPTION_FILE, dict(description))
+    write_sealed(folder / DESCRIPTION_FILE, {**description, FILES: file_digests(folder, [WEIGHTS_FILE])})
 
 
-def load_description(folder: Path, expected: str, kind: str, way_out: str) -> dict[str, Any]:
-    """Read the description that `save_network` wrote.
+def load_description(folder: Path, expected: str, earlier: str, kind: str, way_out: str) -> dict[str, Any]:
+    """Read the description that `save_network` wrote, and check the weights beside it against their digest.
 
     Args:
         folder: where it is.
         expected: its format.
+        earlier: the same format from before it had a checksum.
         kind: what it should be, for messages.
         way_out: what to do where it is damaged, as the end of a sentence.
 
     Raises:
-        RunFileError: the file is missing, damaged, or of another format.
+        RunFileError: a file is missing, damaged, or of another format.
     """
-    content = read_json(folder / DESCRIPTION_FILE, way_out)
-    if content.get("format") != expected:
-        path = folder / DESCRIPTION_FILE
+    path = folder / DESCRIPTION_FILE
+    content = read_json(path, way_out, expected)
+    if content.get("format") not in (expected, earlier):
         raise RunFileError(f"{path} is not an exported {kind} of this version ({expected}); {way_out}")
+    try:
+        check_files(folder, content, WEIGHTS_FILE)
+    except (OSError, DamagedFileError) as error:
+        raise RunFileError(f"{path} and the files that it describes do not fit ({error}); {way_out}") from error
     return content
 
 
@@ -82,12 +88,13 @@ def load_weights(folder: Path, way_out: str) -> dict[str, NDArray[Any]]:
     path = folder / WEIGHTS_FILE
     try:
         weights: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # KeyError: a type NumPy lacks
         raise RunFileError(f"{path} is missing or damaged ({error}); {way_out}") from error
     return weights
 
 
-FORMAT = "specgym-policy-1"
+FORMAT = "specgym-policy-2"
+_UNSEALED = "specgym-policy-1"  # has no checksum
 _WAY_OUT = "export the policy again: python train.py --resume <run>"
 
 
@@ -106,6 +113,15 @@ class KnobRange:
     step: float
     integer: bool = False
     logarithmic: bool = False
+
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any]) -> KnobRange:
+        """Read a range from its fields as JSON. Raises KeyError, TypeError or ValueError for anything else."""
+        knob = from_json(cls(stored["name"], 0.0, 0.0, 0.0, 0.0), stored, "a knob")
+        numbers = [decoded(Number, stored[name], name) for name in ("low", "high", "default", "step")]
+        if not (knob.low <= knob.high and knob.step > 0):
+            raise ValueError(f"the knob {knob.name} has a range or a step that makes no sense: {numbers}")
+        return knob
 
     def moved(self, value: float, action: float) -> float:
         """The value after an action in [-1, 1]."""
@@ -229,11 +245,13 @@ class ExportedPolicy:
         Raises:
             RunFileError: a file is missing, damaged, or of another format.
         """
-        content = load_description(Path(folder), FORMAT, "policy", _WAY_OUT)
+        content = load_description(Path(folder), FORMAT, _UNSEALED, "policy", _WAY_OUT)
         weights = load_weights(Path(folder), _WAY_OUT)
         try:
-            knobs = [KnobRange(**knob) for knob in content["knobs"]]
-            return cls(knobs, content["state"], content["std_low"], content["std_high"], weights)
+            knobs = [KnobRange.restored(knob) for knob in content["knobs"]]
+            state = decoded(tuple[str, ...], content["state"], "state")
+            low, high = (decoded(Number, content[name], name) for name in ("std_low", "std_high"))
+            return cls(knobs, state, low, high, weights)
         except (KeyError, TypeError, ValueError) as error:
             raise RunFileError(f"the files of {folder} do not fit each other ({error!r}); {_WAY_OUT}") from error
 
@@ -247,6 +265,9 @@ class ExportedPolicy:
             raise ValueError("a weight is NaN or infinite")
         if shapes["low"] != (len(self.state),) or shapes["high"] != (len(self.state),):
             raise ValueError(f"bounds of shapes {shapes['low']} and {shapes['high']} for {len(self.state)} entries")
-        mean, std = self.distribution(self.weights["low"])
+        with np.errstate(all="ignore"):  # what overflows, or divides by a range of 0, shows in the result
+            mean, std = self.distribution(self.weights["low"])
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and 0 < self.std_low <= self.std_high):
+            raise ValueError("the bounds, or the weights, give no finite mean and deviation")
         if mean.shape != (len(self.knobs),) or std.shape != mean.shape:
             raise ValueError(f"{mean.shape} actions for {len(self.knobs)} knobs")

@@ -21,15 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile, write_json
+from specgym.decoding import LatencyProfile, write_sealed
 from specgym.envs import Metrics, Outcomes, doublings, find_recording, reward_terms, totals, workload
 
 from ..experiments.tune_knobs_settings import KnobSettings
 from ..training.environments import recording_path
 from ..training.run_folder import RunFileError, read_json
+from ..training.settings_io import Number, SettingsError, decoded
 from .knob_policy import ExportedPolicy, KnobRange
 
-FORMAT = "specgym-knobs-1"
+FORMAT = "specgym-knobs-2"
+_UNSEALED = "specgym-knobs-1"  # has no checksum
 SHARES = np.linspace(0, 1.25, 26)
 """Places between a lossless setting (0) and where a policy stays (1) that are compared, and a little beyond."""
 LIVE_SHARES = np.array([0, 0.25, 0.5, 0.75, 1])
@@ -45,6 +47,18 @@ REACH = 3.0
 FEWEST = 12
 """Recorded settings that are compared, at least: the nearest ones, where fewer are within reach. The more knobs there
 are, the fewer are."""
+
+
+_KINDS: Mapping[str, Any] = {
+    "pairs": Mapping[str, Mapping[str, Number]],
+    "workloads": Mapping[str, Mapping[str, Number] | None],
+    "reasons": Mapping[str, str],
+    "rests": Mapping[str, tuple[Mapping[str, Number], ...]],
+    "by_seed": Mapping[str, tuple[Mapping[str, Number] | None, ...]],
+    "universal": Mapping[str, Number],
+    "loss": Mapping[str, Number],
+}
+"""Types of the parts of ``knobs.json``."""
 
 
 class Recommendation(NamedTuple):
@@ -141,20 +155,30 @@ def save_knobs(path: Path, recommended: Mapping[str, Any]) -> None:
         "a place or a better one nearby, by the training prompts, for the reason given, and `by_seed` what each policy "
         "alone would have led to. Each pair's knobs are the mean over its workloads."
     )
-    write_json(path, {"format": FORMAT, "about": about, **recommended})
+    write_sealed(path, {"format": FORMAT, "about": about, **recommended})
 
 
-def load_knobs(path: Path) -> dict[str, Any]:
+def load_knobs(path: Path, workloads: Sequence[str] = ()) -> dict[str, Any]:
     """Read what `save_knobs` wrote.
+
+    Args:
+        path: the file.
+        workloads: names of workloads that must be among its own.
 
     Raises:
         RunFileError: the file is missing, damaged, or of another kind.
     """
-    way_out = "write it again with: python train.py --resume <run>"
-    content = read_json(path, way_out)
-    if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("pairs", "workloads")):
+    way_out = "remove it, and write it again with: python train.py --resume <run>"
+    content = read_json(path, way_out, FORMAT)
+    if content.get("format") not in (FORMAT, _UNSEALED) or not {"pairs", "workloads"} <= set(content):
         raise RunFileError(f"{path} does not hold knobs ({FORMAT}); {way_out}")
-    return content
+    try:
+        read = {name: decoded(kind, content[name], name) for name, kind in _KINDS.items() if name in content}
+    except SettingsError as error:
+        raise RunFileError(f"{path} is damaged ({error}); {way_out}") from error
+    if lacking := [name for name in workloads if name not in read["workloads"]]:
+        raise RunFileError(f"{path} has no entry for the workload {lacking[0]}; {way_out}")
+    return {**content, **read}
 
 
 def mean_rest(rests: Sequence[Mapping[str, float]], knobs: Sequence[KnobRange]) -> dict[str, float]:

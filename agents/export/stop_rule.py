@@ -25,7 +25,8 @@ from ..experiments.stop_policy import OneSidedNetworks, StoppingPolicy, UsualSca
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
 from .knob_policy import as_arrays, layer_tensors, load_description, load_weights, save_network
 
-FORMAT = "specgym-stop-rule-1"
+FORMAT = "specgym-stop-rule-2"
+_UNSEALED = "specgym-stop-rule-1"  # has no checksum
 _WAY_OUT = "remove its folder, and python train.py --resume <run> learns it again"
 
 Array = NDArray[np.float32]
@@ -116,7 +117,7 @@ class ExportedStopRule(StopRule):
             RunFileError: a file is missing, damaged, of another format, or for other features.
         """
         described, weights_path = Path(folder) / DESCRIPTION_FILE, Path(folder) / WEIGHTS_FILE
-        content = load_description(Path(folder), FORMAT, "stop rule", _WAY_OUT)
+        content = load_description(Path(folder), FORMAT, _UNSEALED, "stop rule", _WAY_OUT)
         try:
             known = [(feature["name"], feature["low"], feature["high"]) for feature in content["features"]]
         except (KeyError, TypeError) as error:

@@ -18,11 +18,14 @@ import numpy as np
 from specgym import __version__
 
 from ..evaluation.heat_map import HeatMap, load_heat_maps
+from ..evaluation.knob_patterns import FORMAT as PATTERNS_FORMAT
 from ..evaluation.results import ResultTable
+from ..evaluation.unseen.transfer import EARLIER as EARLIER_TRANSFER
 from ..evaluation.unseen.transfer import FORMAT as TRANSFER_FORMAT
 from ..experiments.experiment import load_settings
 from ..export.recommend import load_knobs
 from ..training.run_folder import RunFileError, RunFolder, read_json
+from ..training.settings_io import SETTINGS_FORMAT
 from .summary import summarise
 
 TABLE, HEAT_MAPS, CURVES, TRANSFER, PATTERNS, HARDWARE = (
@@ -158,7 +161,7 @@ def gather(run_folder: Path, command: str) -> Report:
     """
     run = RunFolder.existing(run_folder)
     settings = load_settings(run.settings)
-    stored = read_json(run.settings, "copy it from a backup, or train anew")
+    stored = read_json(run.settings, "copy it from a backup, or train anew", SETTINGS_FORMAT)
     ways = {
         section: way.format(run=shlex.quote(run_folder.as_posix()))
         for section, way in (_WAYS | _FURTHER_WAYS.get(settings.EXPERIMENT, {})).items()
@@ -253,8 +256,8 @@ def _again(way: str) -> str:
 
 
 def _read_transfer(path: Path, way_out: str) -> dict[str, Any]:
-    content = read_json(path, way_out)
-    if content.get("format") != TRANSFER_FORMAT:
+    content = read_json(path, way_out, TRANSFER_FORMAT)
+    if content.get("format") not in (TRANSFER_FORMAT, EARLIER_TRANSFER):
         raise RunFileError(f"{path} does not hold a comparison on unseen workloads ({TRANSFER_FORMAT}); {way_out}")
     for part, keys in _TRANSFER_KEYS.items():
         rows = content.get(part)
@@ -271,7 +274,7 @@ def _read_transfer(path: Path, way_out: str) -> dict[str, Any]:
 
 
 def _read_patterns(path: Path, way_out: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
-    content = read_json(path, way_out)
+    content = read_json(path, way_out, PATTERNS_FORMAT)
     rows, correlations, verdict = content.get("rows"), content.get("correlations", []), content.get("verdict", "")
     if not (
         isinstance(rows, list)

@@ -5,7 +5,6 @@ Shared rich console; silences third-party warnings and progress bars.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from specgym.decoding import SpecgymError
+from specgym.decoding import DamagedFileError, SpecgymError, read_sealed
 
 if TYPE_CHECKING:
     from specgym.decoding import LatencyProfile
@@ -163,25 +162,23 @@ class RunFolder:
         return paths
 
 
-def read_json(path: Path, way_out: str) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, way_out: str, *current: str) -> dict[str, Any]:
+    """Read a JSON object, whose content must be what was written.
 
     Args:
         path: the file.
         way_out: what to do where it is missing or damaged, as the end of a sentence.
+        current: formats that have a checksum (`specgym.decoding.sealed_files.read_sealed`).
 
     Raises:
-        RunFileError: it is missing, cannot be read, or holds no JSON object.
+        RunFileError: it is missing, cannot be read, holds no JSON object, or was changed after it was written.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_sealed(path, *current)
     except FileNotFoundError:
         raise RunFileError(f"there is no {path}; {way_out}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, DamagedFileError) as error:
         raise RunFileError(f"{path} cannot be read ({error}); {way_out}") from error
-    if not isinstance(content, dict):
-        raise RunFileError(f"{path} holds a {type(content).__name__} where an object was expected; {way_out}")
-    return content
 
 
 def this_command() -> str:

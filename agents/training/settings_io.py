@@ -7,6 +7,7 @@ This is the only place that knows their formats, and the decoders of that time b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from specgym.decoding import (
     LARGEST_WHOLE,
@@ -27,6 +28,9 @@ from specgym.decoding import (
 )
 
 _T = TypeVar("_T")
+Number = NewType("Number", float)
+"""A finite number as JSON has it, whole where it is written so; for `decoded`."""
+_LARGEST = 2.0**63
 
 
 class SettingsError(SpecgymError, ValueError):
@@ -71,12 +75,22 @@ def from_json(default: _T, value: Any, where: str) -> _T:
         elif is_dataclass(before) and not isinstance(before, type):
             read[name] = from_json(before, value[name], f"{where}.{name}")
         else:
-            read[name] = _decoded(types[name], value[name], f"{where}.{name}")
+            read[name] = decoded(types[name], value[name], f"{where}.{name}")
     settings: _T = kind(**read)
     return settings
 
 
-def _decoded(kind: Any, value: Any, where: str) -> Any:
+def decoded(kind: Any, value: Any, where: str) -> Any:
+    """A value of some type from what `to_json` made of it.
+
+    Args:
+        kind: a type or an annotation: a plain type, a literal, a tuple, a mapping, a union.
+        value: plain JSON values.
+        where: what to call it in messages.
+
+    Raises:
+        SettingsError: the value has another type; the message says where.
+    """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value in parts:
@@ -84,17 +98,21 @@ def _decoded(kind: Any, value: Any, where: str) -> Any:
     elif origin in (Union, UnionType):
         if value is None and type(None) in parts:
             return None
-        return _decoded(next(part for part in parts if part is not type(None)), value, where)
+        return decoded(next(part for part in parts if part is not type(None)), value, where)
     elif origin is tuple and isinstance(value, list):
         inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
         if len(inner) == len(value):
-            return tuple(_decoded(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(inner, value, strict=True)))
+            return tuple(decoded(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(inner, value, strict=True)))
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {name: _decoded(parts[1], entry, f"{where}.{name}") for name, entry in value.items()}
+        return {name: decoded(parts[1], entry, f"{where}.{name}") for name, entry in value.items()}
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    elif kind is Number and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) < _LARGEST:  # also where it is no number
+            return value
     elif kind in (int, str, bool) and type(value) is kind:
         return value
     raise SettingsError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")
@@ -217,9 +235,11 @@ def require_one_of(settings: Any, name: str, choices: tuple[str, ...]) -> None:
     one_of(name, getattr(settings, name), choices, SettingsError)
 
 
-SETTINGS_FORMAT = "specgym-settings-3"
+SETTINGS_FORMAT = "specgym-settings-4"
+_UNSEALED = "specgym-settings-3"  # has no checksum
 _EARLIER, _EARLIER_REPLAYS = "specgym-settings-2", 32  # replays of every workload by default
-TABLE_FORMAT = "specgym-table-1"
+TABLE_FORMAT = "specgym-table-2"
+_UNSEALED_TABLE = "specgym-table-1"  # has no checksum
 _DECODERS = {
     "specgym-settings-1": "threshold",
     "specgym-lookahead-settings-1": "lookahead",
@@ -237,8 +257,8 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the content is of an unknown format.
     """
     known = content.get("format")
-    if known == SETTINGS_FORMAT:
-        return dict(content)
+    if known in (SETTINGS_FORMAT, _UNSEALED):
+        return {**content, "format": SETTINGS_FORMAT}
     settings = content.get("settings")
     if known == _EARLIER and isinstance(settings, dict):
         return {
@@ -315,10 +335,10 @@ def current_table(content: Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: the content is of an unknown format.
     """
     known, rows = content.get("format"), content.get("rows")
-    if known not in (TABLE_FORMAT, _STOPPING_TABLE, _STOPPING_LIVE) or not isinstance(rows, list):
+    if known not in (TABLE_FORMAT, _UNSEALED_TABLE, _STOPPING_TABLE, _STOPPING_LIVE) or not isinstance(rows, list):
         raise ValueError(f"its format is {known!r}, not {TABLE_FORMAT!r}")
-    if known == TABLE_FORMAT:
-        return {**content, "rows": [_renamed_row(row) for row in rows]}
+    if known in (TABLE_FORMAT, _UNSEALED_TABLE):
+        return {**content, "format": TABLE_FORMAT, "rows": [_renamed_row(row) for row in rows]}
     try:
         several = len({row["batch_size"] for row in rows if row.get("batch_size")}) > 1
         current = [_renamed_row(_stopping_row(dict(row), several)) for row in rows]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,15 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specgym.decoding import replacing, seed_number
+from specgym.decoding import check_digest, read_arrays, seed_number, write_arrays
 
 from ..checkpoints import CheckpointError
 from .phase import ReplayPhase
 from .segments import Layout, SegmentStore
 from .settings import ReplaySettings
 
-_FORMAT = "specgym-replay-1"
+_FORMAT = "specgym-replay-2"
+_UNSEALED = "specgym-replay-1"  # has no checksum
 _LEAST_ADVANTAGE = 1e-3
 """Added to a mean absolute advantage, so that no segment is out of reach for good."""
 
@@ -218,8 +217,8 @@ class PrioritisedReplayCallback(BaseCallback):
             "unlearned": self._unlearned,
             "dice": self._rng.bit_generator.state,
         }
-        with replacing(folder / f"{self.state_name}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, state=np.array(json.dumps(state)), **self._stored.arrays())  # type: ignore[arg-type]
+        arrays = {"state": np.array(json.dumps(state)), **self._stored.arrays()}
+        write_arrays(folder / f"{self.state_name}.npz", arrays, compressed=False)
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `save_state` wrote, before or after training has started.
@@ -230,16 +229,18 @@ class PrioritisedReplayCallback(BaseCallback):
         path = folder / f"{self.state_name}.npz"
         rng = np.random.default_rng()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                state: dict[str, Any] = json.loads(str(arrays["state"]))
-                if state["format"] != _FORMAT:
-                    raise CheckpointError(f"{path} is of another version ({state['format']!r}, not {_FORMAT!r})")
-                store = SegmentStore.restore(arrays, state["store"])
+            arrays, sealed = read_arrays(path)
+            state: dict[str, Any] = json.loads(str(arrays["state"]))
+            if state["format"] not in (_FORMAT, _UNSEALED):
+                raise CheckpointError(f"{path} is of another version ({state['format']!r}, not {_FORMAT!r})")
+            if state["format"] == _FORMAT and not sealed:
+                check_digest(None, "")
+            store = SegmentStore.restore(arrays, state["store"])
             rng.bit_generator.state = state["dice"]
             updates, dropped, unlearned = int(state["updates"]), int(state["dropped"]), bool(state["unlearned"])
         except CheckpointError:
             raise
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged or missing ({error!r})") from error
         here = store.layout if self._store is None else self._store.layout
         _require_same(store.layout, here._replace(capacity=self.settings.capacity), str(path))

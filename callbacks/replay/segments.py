@@ -248,6 +248,13 @@ class SegmentStore:
         sizes = (layout.capacity, layout.steps, *layout.observation_shape, *layout.action_shape)
         if math.prod(sizes) < 1 or arrays["rewards"].shape != (layout.capacity, layout.steps):
             raise ValueError(f"rewards of shape {arrays['rewards'].shape} contradict the layout {tuple(layout)}")
+        for name, kind, shape in (
+            ("observations", layout.observation_type, layout.observation_shape),
+            ("actions", layout.action_type, layout.action_shape),
+        ):  # before memory is set aside for them
+            stored = arrays[name]
+            if stored.shape != (layout.capacity, layout.steps, *shape) or str(stored.dtype) != kind:
+                raise ValueError(f"{name} is {stored.dtype}{stored.shape}, which contradicts {tuple(layout)}")
         store = cls(layout)
         targets = store.arrays()
         for name, target in targets.items():

@@ -12,9 +12,11 @@ and pays where the output repeats its input, as in summaries, edits and code.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,12 @@ from safetensors.numpy import save_file
 
 from ..files import replacing
 from ..sampling import Sampling
+from ..sealed_files import CHECKSUM, DamagedFileError, arrays_digest, check_digest
 from .drafter import DraftSession, DraftStep, OneHotStep
 
-_FORMAT = "specgym-ngram-1"
+_FORMAT = "specgym-ngram-2"
+_UNSEALED = "specgym-ngram-1"  # has no checksum
+_WAY_OUT = "fit the table again with specgym.decoding.fit ngram, or reinstall specgym if the package ships it"
 
 
 class NGramDrafter:
@@ -168,28 +173,53 @@ class NGramDrafter:
             arrays[f"tokens{length}"] = np.ascontiguousarray(tokens)
         metadata = {"format": _FORMAT, "vocabulary_size": str(self.vocabulary_size), "order": str(len(arrays) // 2 + 1)}
         with replacing(Path(path)) as temporary:
-            save_file(arrays, str(temporary), metadata)
+            save_file(arrays, str(temporary), {**metadata, CHECKSUM: _digest(arrays, metadata)})
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> NGramDrafter:
         """Read a table.
 
         Raises:
-            ValueError: the file is missing, damaged, or not an n-gram table of this package.
+            DamagedFileError: the file is missing, damaged, changed after it was written, or not an n-gram table of this
+                package.
         """
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not an n-gram table written by NGramDrafter.save")
-                lengths = range(1, int(metadata["order"]))
-                contexts = [file.get_tensor(f"contexts{length}") for length in lengths]
-                tokens = [file.get_tensor(f"tokens{length}") for length in lengths]
-                return cls(int(metadata["vocabulary_size"]), contexts, tokens, name or Path(path).stem)
+                if metadata.get("format") not in (_FORMAT, _UNSEALED):
+                    raise DamagedFileError(f"{path} is not an n-gram table written by NGramDrafter.save")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = metadata.pop(CHECKSUM, None)
+            if stored is not None or metadata["format"] == _FORMAT:
+                check_digest(stored, _digest(arrays, metadata))
+            vocabulary_size, order = int(metadata["vocabulary_size"]), int(metadata["order"])
+            if not 2 <= order <= len(arrays) + 1 or vocabulary_size < 1:
+                raise ValueError(f"{len(arrays)} arrays make no table of order {order}")
+            lengths = range(1, order)
+            contexts = [arrays[f"contexts{length}"] for length in lengths]
+            tokens = [arrays[f"tokens{length}"] for length in lengths]
+            for length, known, following in zip(lengths, contexts, tokens, strict=True):
+                _check(known, following, length, vocabulary_size)
         except FileNotFoundError as error:
-            raise ValueError(f"there is no n-gram table at {path}; fit one with specgym.decoding.fit ngram") from error
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); fit the table again") from error
+            raise DamagedFileError(f"there is no n-gram table at {path}; {_WAY_OUT}") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(f"{path} is damaged ({error}); {_WAY_OUT}") from error
+        return cls(vocabulary_size, contexts, tokens, name or Path(path).stem)
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    return arrays_digest(arrays, json.dumps(metadata, sort_keys=True))
+
+
+def _check(known: NDArray[Any], following: NDArray[Any], length: int, vocabulary_size: int) -> None:
+    """Raise ValueError unless contexts of a length and the tokens after them are those of a table."""
+    if known.dtype != np.int64 or following.dtype != np.int32 or not known.shape == following.shape == (known.size,):
+        raise ValueError(f"contexts{length} and tokens{length} are no rows of int64 and int32, equally long")
+    largest = min(vocabulary_size**length, 2**63) - 1
+    if len(known) and (known[0] < 0 or known[-1] > largest or (known[1:] <= known[:-1]).any()):
+        raise ValueError(f"contexts{length} is not ascending, or beyond the vocabulary of {vocabulary_size}")
+    if following.min(initial=0) < 0 or following.max(initial=0) >= vocabulary_size:
+        raise ValueError(f"tokens{length} has ids outside the vocabulary of {vocabulary_size}")
 
 
 class _NGramSession:

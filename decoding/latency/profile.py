@@ -7,7 +7,6 @@ Reading the prompt is outside all rounds, and is not charged.
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from bisect import bisect_left, bisect_right
@@ -21,18 +20,20 @@ from numpy.typing import NDArray
 
 from ..decoders.expected_gain import KeepChances
 from ..errors import SpecgymError
-from ..files import write_json
 from ..sampling import Sampling
+from ..sealed_files import DamagedFileError, read_sealed, write_sealed
 from ..traits import CHAIN
 from .probe import Uncertainty
 
 if TYPE_CHECKING:
     from ..rounds import Round
 
-_FORMAT = "specgym-latency-3"
+_FORMAT = "specgym-latency-4"
+_UNSEALED = "specgym-latency-3"  # has no checksum
 _TABLES = ("draft_seconds", "target_seconds")
 _ABOUT = {"pair": "pair", "hardware": "hardware", "sampling": "sampling", "rounds": "kind", "overlaps": "overlaps"}
 """Attributes that all points share, by their names in files."""
+_TYPES = {"pair": str, "hardware": dict, "sampling": str, "overlaps": bool}
 _LONGEST_FITTED = 16
 
 
@@ -238,8 +239,8 @@ class LatencyProfile:
             del about["overlaps"]  # as in files of earlier versions
         if self.chances is not None:
             about["chances"] = self.chances.to_json()
-        write_json(
-            Path(path),
+        write_sealed(
+            path,
             {"format": _FORMAT, **about, **self._stored(), "points": [point._stored() for point in self.points]},
         )
 
@@ -252,15 +253,17 @@ class LatencyProfile:
         """
         way_out = "measure it again with specgym.decoding.latency.measure.measured(pair, refresh=True)"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_sealed(path, _FORMAT)
         except FileNotFoundError:
             raise LatencyProfileError(f"there is no latency profile {path}; {way_out}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, DamagedFileError) as error:
             raise LatencyProfileError(f"latency profile {path} cannot be read ({error}); {way_out}") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        if content.pop("format", None) not in (_FORMAT, _UNSEALED):
             raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
         try:
             about = {name: content.pop(key) for key, name in _ABOUT.items() if key in content or name != "overlaps"}
+            if not all(isinstance(about[name], kind) for name, kind in _TYPES.items() if name in about):
+                raise ValueError("pair, hardware, sampling or overlaps is of another type")
             chances = content.pop("chances", None)
             points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
             return cls(
@@ -269,7 +272,7 @@ class LatencyProfile:
                 points=points,
                 chances=None if chances is None else KeepChances.from_json(chances),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LatencyProfileError(f"latency profile {path} is damaged ({error}); {way_out}") from error
 
     def _stored(self) -> dict[str, Any]:

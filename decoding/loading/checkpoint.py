@@ -1,104 +1,50 @@
 """Checkpoint folders that may share tensors with another checkpoint: a draft need not store its target's embeddings.
 
 Such a folder holds what transformers expects (``config.json``, ``generation_config.json``, ``model.safetensors``), a
-model card, and ``specgym.json``, which says where the tokeniser is and which tensors live in which other folder. A
-draft that proposes some tokens only (`reduced_output`) has their ids among its tensors. Matrices may be stored in 8
-bits, which transformers itself does not read: whole numbers, symmetric around zero, with a scale for each row, which is
-its largest magnitude over 127, so that no weight moves by more than half a scale ("absmax" of Dettmers et al., arXiv
-2208.07339, by rows). Nothing is computed in 8 bits: loading turns the matrices back.
+model card, and ``specgym.json`` (`specgym.decoding.loading.link`), which says where the tokeniser is, which tensors
+live in which other folder, and what the SHA-256 of every file is. A draft that proposes some tokens only
+(`reduced_output`) has their ids among its tensors. Matrices may be stored in 8 bits, which transformers itself does not
+read: whole numbers, symmetric around zero, with a scale for each row, which is its largest magnitude over 127, so that
+no weight moves by more than half a scale ("absmax" of Dettmers et al., arXiv 2208.07339, by rows). Nothing is computed
+in 8 bits: loading turns the matrices back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import SpecgymError
 from ..files import replacing, write_json, write_text
 from ..models.output_layer import reduce_output, tokens_name
+from ..sealed_files import read_json
+from .link import (
+    CONFIG,
+    GENERATION,
+    LINK,
+    WAY_OUT,
+    WEIGHTS,
+    CheckpointError,
+    Link,
+    check_digests,
+    is_checkpoint,
+    read_link,
+    write_link,
+)
 
-LINK = "specgym.json"
-WEIGHTS = "model.safetensors"
+_MOST_HEADS = 4096
+_SPARE_ELEMENTS = 2**24
+_LARGEST_RATIO = 64
+"""Elements of a model for each that is stored, at most, beyond `_SPARE_ELEMENTS`: a draft of a few tokens stores few
+rows of its output layer, and a mask of a whole context is not stored."""
 _LARGEST = 127
 _SCALE = "_scale"
-_WAY_OUT = "reinstall specgym if the package ships this model, or write the folder anew with specgym.decoding.fit"
-
-
-class CheckpointError(SpecgymError, RuntimeError):
-    """A checkpoint folder cannot be used; the message names the file and the way out."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Content of ``specgym.json``.
-
-    Attributes:
-        tokenizer: folder of the tokeniser, relative to the checkpoint's own, or hub id of a model that has it; None if
-            it lies in the folder itself.
-        shared_with: folder (relative to the checkpoint's own) or hub id of the model whose tensors it shares.
-        shared: for each shared tensor's name here, its name there.
-    """
-
-    tokenizer: str | None = None
-    shared_with: str | None = None
-    shared: Mapping[str, str] | None = None
-
-
-def is_checkpoint(folder: Path | str) -> bool:
-    """True if a folder was written by :func:`save_checkpoint`."""
-    return (Path(folder) / LINK).is_file()
-
-
-def read_link(folder: Path | str) -> Link:
-    """Read ``specgym.json``.
-
-    Raises:
-        CheckpointError: if it is missing or not what :func:`save_checkpoint` writes.
-    """
-    path = Path(folder) / LINK
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        link = Link(value.get("tokenizer"), value.get("shared_with"), value.get("shared"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): {_WAY_OUT}") from error
-    if (link.shared_with is None) != (not link.shared):
-        raise CheckpointError(f"{path} must name both or neither of 'shared_with' and 'shared': {_WAY_OUT}")
-    return link
-
-
-def lender(folder: Path | str, name: str | None) -> str | None:
-    """The hub id of a model that a checkpoint borrows from; None for nothing, or a folder relative to its own.
-
-    Args:
-        folder: the checkpoint's own.
-        name: `Link.tokenizer` or `Link.shared_with`.
-    """
-    return None if name is None or name.startswith(".") or (Path(folder) / name).is_dir() else name
-
-
-def tokenizer_folder(folder: Path | str) -> Path:
-    """The folder that ``AutoTokenizer.from_pretrained`` reads for this checkpoint, if no hub id stands in its link.
-
-    Raises:
-        CheckpointError: if ``specgym.json`` is bad or names no folder that exists.
-    """
-    folder = Path(folder)
-    link = read_link(folder)
-    holder = folder if link.tokenizer is None else (folder / link.tokenizer).resolve()
-    if not any((holder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{holder} holds no tokeniser, but {folder / LINK} points there: {_WAY_OUT}")
-    return holder
 
 
 def save_checkpoint(
@@ -154,9 +100,9 @@ def save_checkpoint(
     with replacing(folder / WEIGHTS) as temporary:
         # Made in memory and written by us: save_file maps the file, which cannot then be replaced on every system.
         temporary.write_bytes(save(packed, metadata={"format": "pt"}))
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
-    write_json(folder / LINK, {"tokenizer": tokenizer, "shared_with": shared_with, "shared": names or None})
+    write_json(folder / CONFIG, config)
+    write_json(folder / GENERATION, generation)
+    write_link(folder, Link(tokenizer, shared_with, names or None))
     write_text(folder / "README.md", card)
 
 
@@ -176,39 +122,100 @@ def load_checkpoint(
     """
     folder = Path(folder)
     link = read_link(folder)
-    tensors = _read(folder / WEIGHTS)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be used ({error}): {_WAY_OUT}") from error
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    has_generation = (folder / GENERATION).is_file()
+    check_digests(folder, link, [CONFIG, *([GENERATION] if has_generation else [])])
+    tensors = _read(folder, link)
+    model = _built(folder, tensors, len(tensors) + len(link.shared or ()), dtype)
     _reduce(model, tensors, folder)
     shared = dict(link.shared or {})
     if foreign := sorted((set(tensors) | set(shared)) - set(model.state_dict())):
-        raise CheckpointError(f"{folder / WEIGHTS} and config.json do not fit: no place for {foreign[0]!r}: {_WAY_OUT}")
+        raise CheckpointError(f"{folder / WEIGHTS} and config.json do not fit: no place for {foreign[0]!r}: {WAY_OUT}")
     parameters: dict[str, torch.Tensor] = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
     }
     if shared:
         parameters |= _shared(folder, link, shared, dtype, shared_from)
     _put(model, parameters, folder)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if has_generation:
+        try:
+            read_json(folder / GENERATION)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(f"{folder / GENERATION} cannot be used ({_line(error)}): {WAY_OUT}") from error
     model.name_or_path = str(folder)
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _built(folder: Path, tensors: Mapping[str, Tensor], names: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model by the configuration of a folder, if that is not far larger than what is stored.
+
+    Args:
+        folder: with ``config.json``.
+        tensors: that are stored.
+        names: number of tensors, the shared ones included.
+        dtype: of the model.
+
+    Raises:
+        CheckpointError: the configuration cannot be used.
+    """
+    path = folder / CONFIG
+    # What transformers raises for a value that it does not expect is of every kind, from its own checks
+    # (StrictDataclassClassValidationError of huggingface_hub 1.x) to what torch says of a negative size.
+    try:
+        _check_counts(read_json(path), names)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        elements = sum(tensor.numel() for tensor in (*shape.parameters(), *shape.buffers()))
+        if elements > _SPARE_ELEMENTS + _LARGEST_RATIO * sum(tensor.numel() for tensor in tensors.values()):
+            raise CheckpointError(f"it describes {elements} numbers, far more than {WEIGHTS} holds")
+        with torch.random.fork_rng(devices=[]):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be used ({_line(error)}): {WAY_OUT}") from error
+    return model
+
+
+def _check_counts(config: object, tensors: int) -> None:
+    """Raise CheckpointError where a configuration counts more layers than there are tensors, or asks for loops as long.
+
+    Some libraries go through what is counted before they look at anything else: a number of layers or of labels beyond
+    all reason would never come to an end.
+    """
+    for name, value in _numbers(config):
+        layers = ("layer" in name and "hidden" in name) or name in ("n_layer", "n_layers", "num_layers")
+        most = tensors if layers else _MOST_HEADS if name.startswith("num_") else 2**40
+        if abs(value) > most:
+            raise CheckpointError(f"{name} is {value}, which does not fit {tensors} tensors")
+
+
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested JSON with the names that they have; those of a list have the list's."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _numbers(entry, key)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _numbers(entry, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def _read(folder: Path, link: Link) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    check_digests(folder, link, [WEIGHTS])
     try:
         return unpack(load_file(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {_WAY_OUT}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): {_WAY_OUT}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}: {_WAY_OUT}") from error
+        raise CheckpointError(f"{path} is missing: {WAY_OUT}") from None
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that torch lacks
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): {WAY_OUT}") from error
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}: {WAY_OUT}") from error
 
 
 def _reduce(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -218,7 +225,7 @@ def _reduce(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder:
         try:
             reduce_output(model, tensors[name])
         except ValueError as error:
-            raise CheckpointError(f"{folder / WEIGHTS}: {name!r} cannot be used ({error}): {_WAY_OUT}") from error
+            raise CheckpointError(f"{folder / WEIGHTS}: {name!r} cannot be used ({error}): {WAY_OUT}") from error
 
 
 def _shared(
@@ -230,7 +237,7 @@ def _shared(
         place = (folder / link.shared_with).resolve()
         origin = str(place) if place.is_dir() else link.shared_with
         if is_checkpoint(place):
-            held: Mapping[str, torch.Tensor] = _read(place / WEIGHTS)
+            held: Mapping[str, torch.Tensor] = _read(place, read_link(place))
         else:
             try:
                 held = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype).state_dict()
@@ -242,7 +249,7 @@ def _shared(
     else:
         held, origin = _held_by(source, shared.values()), "the model given to share from"
     if missing := sorted(set(shared.values()) - set(held)):
-        raise CheckpointError(f"{origin} has no tensor {missing[0]!r}, which {folder / LINK} shares: {_WAY_OUT}")
+        raise CheckpointError(f"{origin} has no tensor {missing[0]!r}, which {folder / LINK} shares: {WAY_OUT}")
     copies = {name: held[there] for name, there in shared.items()}
     return copies if source is not None else {name: tensor.to(dtype) for name, tensor in copies.items()}
 
@@ -266,13 +273,15 @@ def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Pa
     for names in groups.values():
         stored = next((name for name in names if name in tensors), None)
         if stored is None:
-            raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {names[0]!r}: {_WAY_OUT}")
+            raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {names[0]!r}: {WAY_OUT}")
         value, old = tensors[stored], expected[stored]
+        if value.is_floating_point() != old.is_floating_point() or value.is_complex():
+            raise CheckpointError(f"{folder / WEIGHTS}: {stored!r} has the type {value.dtype}: {WAY_OUT}")
         if value.shape != old.shape:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {stored!r} has shape {tuple(value.shape)}, "
                 f"but the model needs {tuple(old.shape)} "
-                f"(does it share tensors with another model than it was made for?): {_WAY_OUT}"
+                f"(does it share tensors with another model than it was made for?): {WAY_OUT}"
             )
         if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value)

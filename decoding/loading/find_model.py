@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..errors import SpecgymError, UnsupportedModelError
 from . import smollm2
-from .checkpoint import LINK, is_checkpoint, lender, load_checkpoint, read_link, tokenizer_folder
+from .checkpoint import load_checkpoint
+from .link import LINK, is_checkpoint, lender, read_link, tokenizer_folder
 from .presets import SMOLLM2, default_placement, path_exists
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"

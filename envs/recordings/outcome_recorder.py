@@ -7,7 +7,6 @@ through the others may be off by more than the fastest differ from one another, 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -28,19 +27,21 @@ from specgym.decoding import (
     Split,
     build_decoder,
     decoder_names,
+    read_sealed,
     traits_of,
-    write_json,
+    write_sealed,
 )
 
 from ..backends.outcome_replay import OutcomeReplay
 from ..profiles import profile_of
 from ..tuning.knob_space import env_ranges
 from ..workloads import Workload, workload
-from .archive import claim_parts, parts_of, provenance_of, write_part
+from .archive import claim_parts, parts_of, provenance_of, read_part, write_part
 from .find import is_traced
 from .outcomes import COUNTS, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob
 
 Floats = NDArray[np.float64]
+_REFINED = "specgym-refined-1"
 _REFINED_AT_A_TIME = 6
 _POINTS = 64  # of the sequence, drawn at a time
 _WIDE = 8  # a whole-number knob of a larger range is spread by its logarithm
@@ -193,8 +194,11 @@ def _refined(parts: Path, outcomes: Outcomes, profile: LatencyProfile, count: in
     """Choose the next settings to record. They are kept, since a recording that goes on may have another profile."""
     file = parts / f"refined-{len(outcomes.settings):04}.json"
     if not file.is_file():
-        write_json(file, fastest(outcomes, profile, count).tolist())
-    return np.array(json.loads(file.read_text(encoding="utf-8")))
+        write_sealed(file, {"format": _REFINED, "settings": fastest(outcomes, profile, count).tolist()})
+    try:
+        return np.array(read_sealed(file, _REFINED)["settings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise OutcomeError(f"{file} is damaged ({error}); remove it, and the recording goes on without it") from error
 
 
 def _part(parts: Path, number: int, place: int) -> Path:
@@ -213,7 +217,7 @@ def _decoded(
 
 
 def _joined(info: OutcomeInfo, settings: Floats, parts: Sequence[Path]) -> Outcomes:
-    texts = [dict(np.load(part)) for part in parts]
+    texts = [read_part(part) for part in parts]
     columns = {name: np.concatenate([text[name] for text in texts]) for name in (*COUNTS, "divergence")}
     starts = np.concatenate([[0], np.cumsum([len(text["emitted"]) for text in texts])])
     return Outcomes(info, settings, starts, **columns)

@@ -8,7 +8,6 @@ between them is interpolated (`specgym.envs.backends.outcome_replay`). A file of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +18,11 @@ from numpy.typing import NDArray
 
 from specgym.decoding import CHAIN, LatencyProfile, file_name, traits_of
 
-from .archive import Provenance, TraceError, has_form, read_archive, write_archive
+from .archive import Provenance, TraceError, has_form, numbers, read_archive, typed, write_archive
 
-FORMAT = "specgym-outcomes-1"
+FORMAT = "specgym-outcomes-2"
+_UNSEALED = "specgym-outcomes-1"  # has no checksum
+_MOST = 2**16  # tokens of a round, far more than any pass reads
 _EARLIER_HASHES = ("heads", "guidance")
 COUNTS = ("emitted", "drafted", "accepted", "draft_steps", "target_tokens")
 """Whole numbers that are recorded of every round."""
@@ -111,7 +112,7 @@ class Outcomes:
         """
         return read_archive(
             path,
-            FORMAT,
+            (FORMAT, _UNSEALED),
             "file of outcomes",
             OutcomeError,
             _info,
@@ -184,7 +185,7 @@ def totals(outcomes: Outcomes, profile: LatencyProfile, tokens: int) -> OutcomeT
 
 def holds_outcomes(path: str | Path) -> bool:
     """Return whether a file holds outcomes; False also where it is missing or damaged."""
-    return has_form(path, FORMAT)
+    return has_form(path, FORMAT, _UNSEALED)
 
 
 def outcomes_name(name: str, decoder: str, split: str) -> str:
@@ -193,11 +194,18 @@ def outcomes_name(name: str, decoder: str, split: str) -> str:
 
 
 def _info(metadata: dict[str, Any]) -> OutcomeInfo:
-    knobs = tuple(RecordedKnob(**knob) for knob in metadata.pop("knobs"))
+    knobs = tuple(typed(RecordedKnob, knob) for knob in metadata.pop("knobs"))
     # Earlier files have a field of their own for every kind of hash, empty where the decoder has none.
     earlier = {name: metadata.pop(f"{name}_sha256", "") for name in _EARLIER_HASHES}
     fingerprint = metadata.pop("fingerprint", {name: digest for name, digest in earlier.items() if digest})
-    return OutcomeInfo(**metadata, knobs=knobs, fingerprint=fingerprint)
+    if not (isinstance(fingerprint, dict) and all(isinstance(value, str) for value in fingerprint.values())):
+        raise ValueError("fingerprint must be an object of hashes")
+    info = typed(OutcomeInfo, {**metadata, "knobs": knobs, "fingerprint": fingerprint})
+    info.check()
+    names = [knob.name for knob in knobs]
+    if len(set(names)) < len(names) or not all(knob.low <= knob.high for knob in knobs):
+        raise ValueError(f"knobs must have a range each, and names that differ, got {', '.join(map(str, knobs))}")
+    return info
 
 
 def _small(values: Integers) -> NDArray[Any]:
@@ -206,10 +214,12 @@ def _small(values: Integers) -> NDArray[Any]:
 
 
 def _decoded(kind: type[Outcomes], info: OutcomeInfo, content: Mapping[str, NDArray[Any]]) -> Outcomes:
-    counts = {name: content[name].astype(np.int64) for name in ("starts", *COUNTS)}
-    lossless = np.zeros(len(counts["emitted"]), np.float32)
-    divergence = content.get("divergence", lossless).astype(np.float32)
-    return kind(info, settings=content["settings"].astype(np.float64), divergence=divergence, **counts)
+    starts, rounds = numbers(content, "starts", "iu", (-1,)), len(numbers(content, "emitted", "iu", (-1,)))
+    counts = {name: numbers(content, name, "iu", (rounds,)).astype(np.int64) for name in COUNTS}
+    lossless = {"divergence": np.zeros(rounds, np.float32)}
+    divergence = numbers({**lossless, **content}, "divergence", "f", (rounds,)).astype(np.float32)
+    settings = numbers(content, "settings", "f", (-1, len(info.knobs))).astype(np.float64)
+    return kind(info, settings, starts.astype(np.int64), divergence=divergence, **counts)
 
 
 def _checked(outcomes: Outcomes) -> Outcomes:
@@ -219,8 +229,8 @@ def _checked(outcomes: Outcomes) -> Outcomes:
         ValueError: they do not; the message says which.
     """
     info, settings, starts = outcomes.info, outcomes.settings, outcomes.starts
-    if settings.ndim != 2 or settings.shape[1] != len(info.knobs) or len(settings) == 0:
-        raise ValueError(f"settings has shape {settings.shape}, expected {len(info.knobs)} columns")
+    if len(settings) == 0:
+        raise ValueError("settings is empty")
     for knob, column in zip(info.knobs, settings.T, strict=True):
         if not ((knob.low <= column) & (column <= knob.high)).all():  # also where one is not a number
             raise ValueError(f"settings has values of {knob.name} outside {knob.low:g} to {knob.high:g}")
@@ -235,15 +245,11 @@ def _checked(outcomes: Outcomes) -> Outcomes:
         raise ValueError("starts does not divide the rounds into texts")
     for name in (*COUNTS, "divergence"):
         values = getattr(outcomes, name)
-        if values.shape != (rounds,):
-            raise ValueError(f"{name} has shape {values.shape}, expected {(rounds,)}")
         fewest = 1 if name in ("emitted", "target_tokens") else 0
-        if not (np.isfinite(values).all() and values.min() >= fewest):
-            raise ValueError(f"{name} has values below {fewest}, or not finite")
+        if not (np.isfinite(values).all() and fewest <= values.min() and values.max() <= _MOST):
+            raise ValueError(f"{name} has values below {fewest}, beyond {_MOST}, or not finite")
     if (outcomes.accepted > np.minimum(outcomes.drafted, outcomes.emitted)).any():
         raise ValueError("accepted is more than was drafted or emitted")
     if np.add.reduceat(outcomes.emitted, starts[:-1]).max() > info.tokens:
         raise ValueError(f"emitted has texts of more than {info.tokens} tokens")
-    if not math.isfinite(info.temperature):
-        raise ValueError("the temperature is not finite")
     return outcomes

@@ -7,7 +7,7 @@ A trace is one ``.npz`` file, of plain arrays and one string of JSON (nothing in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from specgym.decoding import BINS, KeepChances, file_name
 
-from .archive import Provenance, TraceError, read_archive, write_archive
+from .archive import Provenance, TraceError, numbers, read_archive, typed, write_archive
 
-FORMAT = "specgym-trace-2"
+FORMAT = "specgym-trace-3"
+_UNSEALED = "specgym-trace-2"  # has no checksum
 NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
 """Columns of real numbers that only the target's own texts have."""
+_SHARES = ("confidence", "q", "p", "distance")
+_LARGEST = 2**62
 _MANTISSA = 7  # bits kept of a float16's 10: a relative error below 0.5 %, and files a third smaller
 
 Floats = NDArray[np.float32]
@@ -137,10 +140,10 @@ class Trace:
         """
         return read_archive(
             path,
-            FORMAT,
+            (FORMAT, _UNSEALED),
             "trace",
             TraceError,
-            lambda metadata: TraceInfo(**metadata),
+            _info,
             lambda info, content: _checked(_decoded(cls, info, content)),
         )
 
@@ -166,29 +169,50 @@ def _absolute(relative: Integers) -> Integers:
     return np.where(relative == 0, -1, relative + np.arange(len(relative))[:, None])
 
 
+def _info(metadata: dict[str, Any]) -> TraceInfo:
+    info = typed(TraceInfo, metadata)
+    info.check()
+    if info.draft_length < 1 or info.vocabulary_size < 1 or info.detour_tokens < 0:
+        raise ValueError("draft_length and vocabulary_size must be at least 1, and detour_tokens 0")
+    return info
+
+
 def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[Any]]) -> Trace:
-    arrays: dict[str, Any] = {}
-    for entry in fields(kind):
-        name = entry.name
-        if name == "info":
-            continue
-        if name == "chances":
-            table = content[name].astype(np.float64)
-            arrays[name] = KeepChances(table[:, :-1], table[:, -1])
-            continue
-        stored = content["confidence"] if name == "q" and "q" not in content else content[name]
-        if name == "match":
-            stored = np.unpackbits(stored, axis=1, count=info.draft_length).astype(np.bool_)
-        elif name in (*NUMBERS, "distance"):
-            stored = stored.astype(np.float32)
-        elif name == "jump":
-            stored = _absolute(stored.astype(np.int64))
-        elif name == "detour_knobs":
-            stored = stored.astype(np.float64)
-        elif name not in ("ended", "bins"):
-            stored = stored.astype(np.int64)
-        arrays[name] = stored
-    return kind(info, **arrays)
+    drafts = info.draft_length
+    own_rows, rows = (len(numbers(content, name, "iu", (-1,))) for name in ("text", "drafted"))
+    prompts = len(numbers(content, "starts", "iu", (-1,))) - 1
+    detours = len(numbers(content, "detour_prompts", "iu", (-1,)))
+
+    def integers(name: str, *shape: int) -> Integers:
+        values = numbers(content, name, "iu", shape)
+        if values.max(initial=0) > _LARGEST:
+            raise ValueError(f"{name} has a number beyond all range")
+        return values.astype(np.int64)
+
+    def floats(name: str) -> Floats:
+        stored = "confidence" if name == "q" and "q" not in content else name
+        return numbers(content, stored, "f", (rows if name == "distance" else own_rows, drafts)).astype(np.float32)
+
+    match = numbers(content, "match", "u", (rows, -(-drafts // 8)))
+    table = numbers(content, "chances", "f", (-1, -1)).astype(np.float64)
+    return kind(
+        info,
+        prompt_lengths=integers("prompt_lengths", prompts),
+        starts=integers("starts", prompts + 1),
+        ended=numbers(content, "ended", "b", (prompts,)),
+        text=integers("text", own_rows),
+        tokens=integers("tokens", own_rows, drafts),
+        drafted=integers("drafted", rows),
+        bins=numbers(content, "bins", "u", (rows, drafts)),
+        match=np.unpackbits(match, axis=1, count=drafts).astype(np.bool_),
+        distance=floats("distance"),
+        jump=_absolute(integers("jump", rows, drafts + 1)),
+        chances=KeepChances(table[:, :-1], table[:, -1]),
+        detour_prompts=integers("detour_prompts", detours),
+        detour_knobs=numbers(content, "detour_knobs", "f", (detours, 2)).astype(np.float64),
+        detour_rows=integers("detour_rows", detours, info.detour_tokens),
+        **{name: floats(name) for name in NUMBERS},
+    )
 
 
 def _checked(trace: Trace) -> Trace:
@@ -198,22 +222,6 @@ def _checked(trace: Trace) -> Trace:
         ValueError: they do not; the message says which.
     """
     own_rows, rows, drafts = len(trace.text), len(trace.drafted), trace.draft_length
-    shapes = {
-        "prompt_lengths": (trace.prompts,),
-        "ended": (trace.prompts,),
-        "tokens": (own_rows, drafts),
-        **dict.fromkeys(NUMBERS, (own_rows, drafts)),
-        "bins": (rows, drafts),
-        "match": (rows, drafts),
-        "distance": (rows, drafts),
-        "jump": (rows, drafts + 1),
-        "detour_knobs": (len(trace.detour_prompts), 2),
-        "detour_rows": (len(trace.detour_prompts), trace.info.detour_tokens),
-    }
-    for name, shape in shapes.items():
-        actual = getattr(trace, name).shape
-        if actual != shape:
-            raise ValueError(f"{name} has shape {actual}, expected {shape}")
     if trace.prompts < 1 or trace.starts[0] != 0 or trace.starts[-1] != own_rows or (np.diff(trace.starts) < 1).any():
         raise ValueError("starts does not divide the rows into texts")
     if rows < own_rows or trace.drafted.min(initial=0) < 0 or trace.drafted.max(initial=0) > drafts:
@@ -224,12 +232,16 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError("jump is out of range")
     if len(trace.detour_rows) and not (trace.detour_rows.min() >= -1 and trace.detour_rows.max() < rows):
         raise ValueError("detour_rows is out of range")
-    if len(trace.detour_prompts) and trace.detour_prompts.max() >= trace.prompts:
+    if trace.detour_prompts.min(initial=0) < 0 or trace.detour_prompts.max(initial=0) >= trace.prompts:
         raise ValueError("detour_prompts is out of range")
-    if max(trace.text.max(), trace.tokens.max(initial=0)) >= trace.info.vocabulary_size:
-        raise ValueError("a token is outside the vocabulary")
-    for name in (*NUMBERS, "distance"):
+    if trace.prompt_lengths.min() < 1:
+        raise ValueError("prompt_lengths is out of range")
+    for values in (trace.text, trace.tokens):
+        if values.min(initial=0) < 0 or values.max(initial=0) >= trace.info.vocabulary_size:
+            raise ValueError("a token is outside the vocabulary")
+    for name in (*NUMBERS, "distance", "detour_knobs"):
         values = getattr(trace, name)
-        if not np.isfinite(values).all() or values.min(initial=0) < 0:
-            raise ValueError(f"{name} has values that are negative or not finite")
+        most = 1 if name in _SHARES else np.inf
+        if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > most:
+            raise ValueError(f"{name} has values that are out of range")
     return trace

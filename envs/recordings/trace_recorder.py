@@ -31,7 +31,7 @@ from specgym.decoding import (
 from ..backends.replay_table import exact_chances, tokens_kept, tolerances_needed
 from ..profiles import profile_of
 from ..workloads import Workload, workload
-from .archive import TraceError, claim_parts, parts_of, provenance_of, write_part
+from .archive import LONGEST_DRAFT, TraceError, claim_parts, parts_of, provenance_of, read_part, write_part
 from .draft_recorder import PER_TOKEN, Recorder, Rows
 from .find import find_trace
 from .trace import Trace, TraceInfo
@@ -72,8 +72,8 @@ class RecordSettings:
                 raise TraceError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.detour_prompts < 0 or self.seed < 0:
             raise TraceError("detour_prompts and seed must be at least 0")
-        if self.draft_length > 255:
-            raise TraceError(f"draft_length must be at most 255, got {self.draft_length}")
+        if self.draft_length > LONGEST_DRAFT:
+            raise TraceError(f"draft_length must be at most {LONGEST_DRAFT}, got {self.draft_length}")
 
 
 def record(
@@ -125,7 +125,7 @@ def record(
         file = parts / f"{which}{number:04}.npz"
         if not file.is_file():
             write_part(file, make())
-        return dict(np.load(file))
+        return read_part(file)
 
     def own_texts(of: Split) -> list[Rows]:
         chosen = named.prompt_ids(of)[: settings.prompts]

@@ -104,6 +104,7 @@ def of_format_2(path: Path, kind: RunSettings, **changes: Any) -> RunSettings:
     """Settings as the version before wrote them, read."""
     save_settings(kind, path, "python train.py")
     content = json.loads(path.read_text())
+    del content["sha256"]
     settings = content["settings"]
     if "seeds" in settings and "environment" in settings:
         settings["seed"] = settings.pop("seeds")[0]

@@ -10,13 +10,15 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from specgym.decoding import write_json
+from specgym.decoding import write_sealed
 
 from ...training.run_folder import RunFileError, read_json
 from .comparison import LEARNED, WITHIN, Kind, PairedTest, Result, paired_tests, summary
 from .search_baselines import Knobs
 
-FORMAT = "specgym-transfer-1"
+FORMAT = "specgym-transfer-2"
+EARLIER = "specgym-transfer-1"
+"""The format from before it had a checksum."""
 LEVEL = 0.05
 """Significance level of corrected p values."""
 _DIGITS = 6
@@ -97,7 +99,7 @@ class Transfer:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write_json(path, self.to_json())
+        write_sealed(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Transfer:
@@ -107,8 +109,8 @@ class Transfer:
             RunFileError: the file is missing, damaged, or of another format.
         """
         way_out = "make it again with: python evaluate.py <run> --transfer"
-        content = read_json(path, way_out)
-        if content.get("format") != FORMAT:
+        content = read_json(path, way_out, FORMAT)
+        if content.get("format") not in (FORMAT, EARLIER):
             raise RunFileError(f"{path} has the format {content.get('format')!r}, not {FORMAT!r}; {way_out}")
         try:
             results: dict[tuple[str, str], list[Result]] = {}

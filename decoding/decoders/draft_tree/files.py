@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ...files import replacing, write_json, write_text
+from ...files import replacing, write_text
 from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
+from ...sealed_files import FILES, check_files, file_digests, read_sealed, require_shapes, write_sealed
 from .alignment import AffineAlignment, DraftTreeModelError, OtherModelsError
 from .predictor import AcceptancePredictor, PredictorShape
 
@@ -49,6 +49,11 @@ class Kind:
     @property
     def format(self) -> str:
         """Format name in the description."""
+        return f"specgym-{self.name}-2"
+
+    @property
+    def unsealed(self) -> str:
+        """Format name of earlier versions, which wrote no checksums."""
         return f"specgym-{self.name}-1"
 
     def fit(self, draft: LanguageModel, target: LanguageModel) -> str:
@@ -209,7 +214,7 @@ def _save(
     described = {"format": kind.format, "draft": draft.name, "target": target.name, "shape": shape}
     with replacing(folder / kind.weights) as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    write_json(folder / kind.description, described)
+    write_sealed(folder / kind.description, {**described, FILES: file_digests(folder, [kind.weights])})
     if card:
         write_text(folder / "README.md", card)
 
@@ -228,8 +233,11 @@ def _load(
     path, way_out = folder / kind.weights, f"{kind.fit(draft, target)}{folder}"
     described = _description(kind, folder, way_out)
     try:
+        check_files(folder, described, kind.weights)
         tensors = {key: value.float() for key, value in load_file(path).items()}
         made_for = {key: tensors.pop(key) for key in ("draft_probe", "target_probe")}
+        with torch.device("meta"):
+            require_shapes(make(described["shape"]).state_dict(), tensors)
         module = make(described["shape"])
         module.load_state_dict(tensors)
     except FileNotFoundError:
@@ -255,9 +263,9 @@ def _load(
 def _description(kind: Kind, folder: Path, way_out: str) -> Mapping[str, Any]:
     path = folder / kind.description
     try:
-        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        described = read_sealed(path, kind.format)
         stored = described["format"]
-        if stored == kind.format and not (
+        if stored in (kind.format, kind.unsealed) and not (
             isinstance(described["shape"], dict) and all(isinstance(described[side], str) for side in _SIDES)
         ):
             raise ValueError("shape must be an object, and draft and target names")
@@ -269,6 +277,6 @@ def _description(kind: Kind, folder: Path, way_out: str) -> Mapping[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftTreeModelError(f"{path} is damaged ({error!r}); fetch it again, or {way_out}") from error
-    if stored != kind.format:
+    if stored not in (kind.format, kind.unsealed):
         raise DraftTreeModelError(f"{path} has the format {stored!r}, and this version reads {kind.format}")
     return described

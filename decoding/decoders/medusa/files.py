@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...files import replacing, write_json, write_text
+from ...files import replacing, write_text
 from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
 from ...models.output_layer import output_layer
+from ...sealed_files import FILES, check_files, file_digests, read_sealed, require_shapes, write_sealed
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 
-FORMAT = "specgym-medusa-1"
+FORMAT = "specgym-medusa-2"
+_UNSEALED = "specgym-medusa-1"  # has no checksums
 DESCRIPTION = "medusa.json"
 WEIGHTS = "medusa.safetensors"
 _SHIPPED = Path(__file__).parents[2] / "data" / "models"
@@ -66,7 +68,7 @@ def save_heads(
     }
     with replacing(folder / WEIGHTS) as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    write_json(folder / DESCRIPTION, described)
+    write_sealed(folder / DESCRIPTION, {**described, FILES: file_digests(folder, [WEIGHTS])})
     if card:
         write_text(folder / "README.md", card)
 
@@ -136,15 +138,19 @@ def _read(folder: Path, target: LanguageModel, strict: bool) -> MedusaHeads:
     described = _description(folder / DESCRIPTION)
     path = folder / WEIGHTS
     try:
+        check_files(folder, described, WEIGHTS)
         tensors = load_file(path)
         made_for = tensors.pop("probe")
         vocabulary = tensors.pop("vocabulary", torch.empty(0)).tolist()
-        heads = MedusaHeads(HeadsShape(**described["shape"], vocabulary=tuple(map(int, vocabulary))))
+        shape = HeadsShape(**described["shape"], vocabulary=tuple(map(int, vocabulary)))
+        with torch.device("meta"):
+            require_shapes(MedusaHeads(shape).state_dict(), tensors)
+        heads = MedusaHeads(shape)
         heads.load_state_dict({key: value.float() for key, value in tensors.items()})
         heads.accuracies = tuple(tuple(map(float, row)) for row in described["accuracies"])
     except FileNotFoundError:
         raise MedusaHeadsError(f"{path} is missing; {_TRAIN.format(target.name)}") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise MedusaHeadsError(
             f"{path} is damaged or does not fit {DESCRIPTION} ({' '.join(str(error).split())}); fetch both again, or "
             f"{_TRAIN.format(target.name)}"
@@ -160,21 +166,23 @@ def _read(folder: Path, target: LanguageModel, strict: bool) -> MedusaHeads:
 
 def _description(path: Path) -> Mapping[str, Any]:
     try:
-        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        described = read_sealed(path, FORMAT)
         stored = described["format"]
-        if stored == FORMAT:
+        if stored in (FORMAT, _UNSEALED):
             _check(described)
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise MedusaHeadsError(f"{path} is damaged ({error!r}); fetch it again") from error
-    if stored != FORMAT:
+    if stored not in (FORMAT, _UNSEALED):
         raise MedusaHeadsError(f"{path} has the format {stored!r}, and this version reads {FORMAT}")
     return described
 
 
 def _check(described: Mapping[str, Any]) -> None:
     shape, rows = HeadsShape(**described["shape"]), described["accuracies"]
-    if any(not 0 <= share <= 1 for row in rows for share in row) or len(rows) not in (0, shape.heads):
-        raise ValueError("accuracies must be shares, a row a head")
+    if not isinstance(rows, list) or len(rows) not in (0, shape.heads):
+        raise ValueError("accuracies must have a row a head")
+    if any(not 0 <= share <= 1 for row in rows for share in row):
+        raise ValueError("accuracies must be shares")
     if not isinstance(described["target"], str):
         raise TypeError("target must be a name")
 
@@ -205,12 +213,16 @@ def read_public(folder: Path, model: PreTrainedModel) -> MedusaHeads:
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         count, blocks = int(config["medusa_num_heads"]), int(config.get("medusa_num_layers", 1))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MedusaHeadsError(
             f"{folder / _CONFIG} is missing or damaged ({error!r}); fetch the whole folder that holds {path.name}"
         ) from error
     tensors = _tensors(path)
     tokens, hidden = output_layer(model).weight.shape
+    if count * (blocks + 1) > len(tensors):
+        raise MedusaHeadsError(
+            f"{path} lacks tensors: it has {len(tensors)}, and {_CONFIG} counts {count} heads of {blocks} blocks"
+        )
     heads = MedusaHeads(HeadsShape(count, hidden, tokens, blocks, own_output=True))
     made_for = config.get("base_model_name_or_path", "another target")
     assert heads.output is not None

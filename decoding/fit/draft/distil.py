@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import FitError
-from ...loading.checkpoint import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.find_model import load_model
+from ...loading.link import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.pair import Pair
 from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of

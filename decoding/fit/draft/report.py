@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decoders.chain import SpeculativeDecoder
 from ...files import write_text
-from ...loading.checkpoint import Link, load_checkpoint, save_checkpoint
+from ...loading.checkpoint import load_checkpoint, save_checkpoint
+from ...loading.link import Link
 from ...loading.pair import Pair
 from ...loading.prompt_tokens import encode, must_cut
 from ...prompts import load_prompts, shipped_prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from specgym.agents.export.knob_policy import ExportedPolicy, KnobRange
 from specgym.agents.export.recommend import Recommendation, load_knobs, recommend, save_knobs, settle
 from specgym.agents.policy import KnobPolicy
 from specgym.agents.training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
+from tests.helpers.sealing import reseal
 
 KNOBS = (KnobRange("fallback", 0.05, 0.95, 0.5, 0.2), KnobRange("rollback", 1, 16, 1, 1.5))
 WORKLOADS = ("tiny/prose", "tiny/code", "tiny-10m-ngram/code")
@@ -99,13 +99,13 @@ def test_damaged_files_are_refused_by_name(policy: KnobPolicy, tmp_path: Path) -
     with pytest.raises(RunFileError, match=WEIGHTS_FILE):
         ExportedPolicy.load(tmp_path)
     (tmp_path / WEIGHTS_FILE).write_bytes(whole)
-    description = json.loads((tmp_path / DESCRIPTION_FILE).read_text())
     for change, message in (
         ({"format": "other"}, "not an exported policy"),
         ({"state": ["fallback"]}, "do not fit each other"),
         ({"knobs": [{"name": "x"}]}, "do not fit each other"),
     ):
-        (tmp_path / DESCRIPTION_FILE).write_text(json.dumps(description | change))
+        exported.save(tmp_path)
+        reseal(tmp_path / DESCRIPTION_FILE, **change)
         with pytest.raises(RunFileError, match=message):
             ExportedPolicy.load(tmp_path)
     (tmp_path / DESCRIPTION_FILE).unlink()

@@ -17,6 +17,7 @@ from specgym.agents.experiments.stop_policy import StoppingPolicy
 from specgym.agents.export.stop_rule import ExportedStopRule
 from specgym.agents.training.run_folder import RunFileError
 from specgym.decoding.decoders.stop_rules import FEATURES
+from tests.helpers.sealing import reseal
 
 LOW = np.array([feature.low for feature in FEATURES], np.float32)
 HIGH = np.array([feature.high for feature in FEATURES], np.float32)
@@ -85,24 +86,26 @@ def drop_weight(folder: Path) -> None:
     weights = load_file(folder / "policy.safetensors")
     del weights["hidden.1.bias"]
     save_file(weights, folder / "policy.safetensors")
+    reseal(folder / "policy.json")
 
 
 def break_weight(folder: Path) -> None:
     weights = load_file(folder / "policy.safetensors")
     weights["stop.weight"][0, 3] = np.nan
     save_file(weights, folder / "policy.safetensors")
+    reseal(folder / "policy.json")
 
 
 def narrow(folder: Path) -> None:
     weights = load_file(folder / "policy.safetensors")
     weights["hidden.1.weight"] = weights["hidden.1.weight"][:, :9].copy()
     save_file(weights, folder / "policy.safetensors")
+    reseal(folder / "policy.json")
 
 
 def describe(**changes: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        path = folder / "policy.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        reseal(folder / "policy.json", **changes)
 
     return change
 
@@ -110,8 +113,8 @@ def describe(**changes: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "policy.safetensors is missing or damaged"),
-        (lambda folder: (folder / "policy.safetensors").unlink(), "policy.safetensors is missing or damaged"),
+        (truncate, "policy.safetensors is damaged"),
+        (lambda folder: (folder / "policy.safetensors").unlink(), "No such file.*policy.safetensors"),
         (lambda folder: (folder / "policy.json").unlink(), "there is no .*policy.json"),
         (lambda folder: (folder / "policy.json").write_text("{"), "policy.json cannot be read"),
         (drop_weight, r"holds no stop rule \(weights that do not match: hidden.1.bias\)"),

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from specgym.callbacks.checkpoints import CheckpointError
 from specgym.callbacks.replay.prioritised import PrioritisedReplayCallback
 from specgym.callbacks.replay.settings import ReplaySettings
+from specgym.decoding import read_arrays, write_arrays
 from tests.helpers.replaying_learner import ENVIRONMENTS, STEPS, Seek, collect, learner, parameters, replayed
 
 
@@ -67,10 +68,9 @@ def test_a_damaged_or_foreign_state_is_refused_by_name_and_changes_nothing(tmp_p
     fresh.load_state(tmp_path)
     with pytest.raises(CheckpointError, match=rf"prioritised_replay\.npz has segments with steps {STEPS}"):
         learner(fresh, n_steps=8, batch_size=8)
-    arrays = dict(np.load(file))
+    arrays, _ = read_arrays(file)
     arrays["rewards"][0, 0] = np.nan
-    with file.open("wb") as target:
-        np.savez(target, **arrays)
+    write_arrays(file, arrays)
     with pytest.raises(CheckpointError, match="rewards has NaN"):
         fresh.load_state(tmp_path)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.decoding.rounds import Round
+from tests.helpers.sealing import reseal
 
 PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.1, 4: 0.7}, {1: 1.0, 3: 2.0, 5: 2.5}, 0.9, {"device": "imaginary"})
 SIZES, CONTEXTS = (1, 4, 8), (10, 50)
@@ -119,7 +120,7 @@ def test_a_saved_profile_comes_back_equal(tmp_path: Path, rounds: str) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[1]", "is not a latency profile of this version"),
+        ("[1]", "holds a list where an object was expected"),
         ('{"format": "something else"}', "is not a latency profile of this version"),
         ('{"format": "specgym-latency-2", "pair": "p"}', "is not a latency profile of this version"),
         ('{"format": "specgym-latency-3"}', "is damaged"),
@@ -274,7 +275,7 @@ def test_a_saved_grid_comes_back_equal(tmp_path: Path) -> None:
         (lambda content: content.pop("hardware"), "hardware"),
         (lambda content: content.pop("rounds"), "rounds"),
         (lambda content: content.update(rounds=3), "kind must be the name of a cost kind"),
-        (lambda content: content.update(hardware=[3]), "dictionary"),
+        (lambda content: content.update(hardware=[3]), "hardware"),
     ],
 )
 def test_a_damaged_grid_is_refused_by_name(tmp_path: Path, damage: Any, message: str) -> None:
@@ -283,5 +284,6 @@ def test_a_damaged_grid_is_refused_by_name(tmp_path: Path, damage: Any, message:
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
+    reseal(path)
     with pytest.raises(LatencyProfileError, match=f"profile.json is damaged .*{message}"):
         LatencyProfile.load(path)

@@ -11,15 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgym.decoding.fit.draft.init_from_target import take_layers
-from specgym.decoding.loading.checkpoint import (
-    CheckpointError,
-    is_checkpoint,
-    lender,
-    load_checkpoint,
-    read_link,
-    save_checkpoint,
-    tokenizer_folder,
-)
+from specgym.decoding.loading.checkpoint import load_checkpoint, save_checkpoint
+from specgym.decoding.loading.link import CheckpointError, is_checkpoint, lender, read_link, tokenizer_folder
+from tests.helpers.sealing import reseal
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -140,9 +134,11 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     two, three = (tmp_path / name / "model.safetensors" for name in ("two", "three"))
     small = two.read_bytes()
     two.write_bytes(three.read_bytes())
+    reseal(tmp_path / "two" / "specgym.json")
     with pytest.raises(CheckpointError, match=r"no place for 'model\.layers\.2"):
         load_checkpoint(tmp_path / "two")
     three.write_bytes(small)
+    reseal(tmp_path / "three" / "specgym.json")
     with pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.layers\.2"):
         load_checkpoint(tmp_path / "three")
 
@@ -151,6 +147,7 @@ def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tiny_llama(), tmp_path, card="")
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, EMBEDDING: tensors[EMBEDDING][:-1].contiguous()}, tmp_path / "model.safetensors")
+    reseal(tmp_path / "specgym.json")
     with pytest.raises(CheckpointError, match=r"shape \(39, 16\), but the model needs \(40, 16\)"):
         load_checkpoint(tmp_path)
 

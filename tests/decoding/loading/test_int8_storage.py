@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import CheckpointError, load_checkpoint, pack, save_checkpoint, unpack
+from tests.helpers.sealing import reseal
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -102,6 +103,7 @@ def test_a_damaged_scale_is_named_with_its_file(tmp_path: Path, scale: Tensor | 
     tensors = load_file(path)
     del tensors[MATRIX + "_scale"]
     save_file(tensors if scale is None else {**tensors, MATRIX + "_scale": scale}, path)
+    reseal(tmp_path / "specgym.json")
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: '{MATRIX}.*{message}.*reinstall") as caught:
         load_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -23,6 +23,7 @@ from specgym.decoding.models.identity import weights_digest
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.output_layer import ReducedOutput, reduce_output, reduced_output
 from specgym.decoding.sampling import Sampling
+from tests.helpers.sealing import reseal
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 MakeModel = Callable[..., PreTrainedModel]
@@ -102,6 +103,7 @@ def test_tokens_that_make_no_sense_are_refused_when_made_and_when_loaded(
     save_checkpoint(model, tmp_path, card="")
     stored = load_file(tmp_path / "model.safetensors")
     save_file({**stored, "lm_head.tokens": torch.tensor(tokens)}, tmp_path / "model.safetensors")
+    reseal(tmp_path / "specgym.json")
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: 'lm_head\.tokens' cannot be used .*{message}"):
         load_checkpoint(tmp_path)
 

@@ -168,8 +168,8 @@ def test_the_file_keeps_every_result_with_its_summary_and_tests(tmp_path: Path) 
     path = tmp_path / "transfer.json"
     Transfer("python evaluate.py", {"tokens": 32}, (fold, other)).save(path)
     content = json.loads(path.read_text())
-    assert list(content) == ["format", "command", "protocol", "folds", "results", "summary", "tests"]
-    assert content["format"] == "specgym-transfer-1"
+    assert list(content) == ["format", "command", "protocol", "folds", "results", "summary", "tests", "sha256"]
+    assert content["format"] == "specgym-transfer-2"
     assert content["folds"][0] == {
         "kind": "pair",
         "left_out": "pair0",

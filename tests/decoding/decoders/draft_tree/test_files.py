@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from specgym.decoding.decoders.draft_tree.files import (
 )
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.models.language_model import LanguageModel
+from tests.helpers.sealing import reseal
 
 MakeModel = Callable[..., LanguageModel]
 KINDS = ("alignment", "acceptance")
@@ -192,6 +192,7 @@ def test_tensors_that_are_broken_missing_or_of_another_shape_are_refused(
     else:
         tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, path)
+    reseal(path.with_suffix(".json"))
     with pytest.raises(DraftTreeModelError, match="holds NaN or infinite" if damage == "nan" else "is damaged"):
         load(kind, folders, draft, target)
 
@@ -204,10 +205,12 @@ def test_a_probe_that_is_missing_or_not_a_number_is_refused(
     path = folders / kind / f"{kind}.safetensors"
     tensors = load_file(path)
     save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, path)
+    reseal(path.with_suffix(".json"))
     with pytest.raises(DraftTreeModelError, match=f"was made for the {key.removesuffix('_probe')}"):
         load(kind, folders, draft, target)
     del tensors[key]
     save_file(tensors, path)
+    reseal(path.with_suffix(".json"))
     with pytest.raises(DraftTreeModelError, match=f"is damaged .*{key}"):
         load(kind, folders, draft, target)
 
@@ -229,8 +232,7 @@ def test_a_probe_that_is_missing_or_not_a_number_is_refused(
 def test_a_description_that_makes_no_sense_is_refused(
     folders: Path, draft: LanguageModel, target: LanguageModel, kind: str, changed: dict[str, Any], message: str
 ) -> None:
-    path = folders / kind / f"{kind}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    reseal(folders / kind / f"{kind}.json", **changed)
     with pytest.raises(DraftTreeModelError, match=message):
         load(kind, folders, draft, target)
 

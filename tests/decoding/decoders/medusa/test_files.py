@@ -20,6 +20,7 @@ from specgym.decoding.decoders.medusa.heads import MedusaHeads, MedusaHeadsError
 from specgym.decoding.loading.find_model import load_model
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
+from tests.helpers.sealing import reseal
 from tests.helpers.small_medusa_heads import random_heads
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -71,7 +72,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, **changed: Any) -> None:
-    (folder / DESCRIPTION).write_text(json.dumps({**described(folder), **changed}))
+    reseal(folder / DESCRIPTION, **changed)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -204,6 +205,7 @@ def test_tensors_that_are_broken_missing_or_of_another_shape_are_refused(
     else:
         tensors[name].view(-1)[3] = float("nan") if damage == "nan" else float("inf")
     save_file(tensors, folder / WEIGHTS)
+    reseal(folder / DESCRIPTION)
     if name == "probe" and damage != "missing":
         message = "made for the target first"
     else:
@@ -216,6 +218,7 @@ def test_tensors_that_are_broken_missing_or_of_another_shape_are_refused(
 def test_a_vocabulary_that_makes_no_sense_is_refused(folder: Path, target: LanguageModel, tokens: list[int]) -> None:
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "vocabulary": torch.tensor(tokens, dtype=torch.int32)}, folder / WEIGHTS)
+    reseal(folder / DESCRIPTION)
     with pytest.raises(MedusaHeadsError, match=f"{folder / WEIGHTS} is damaged .*vocabulary must list token ids"):
         load_heads(folder, target)
 
@@ -223,6 +226,7 @@ def test_a_vocabulary_that_makes_no_sense_is_refused(folder: Path, target: Langu
 def test_weights_that_nothing_describes_are_refused(folder: Path, target: LanguageModel) -> None:
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "output": torch.zeros(2, 96, 32)}, folder / WEIGHTS)
+    reseal(folder / DESCRIPTION)
     with pytest.raises(MedusaHeadsError, match=f"does not fit {DESCRIPTION}"):
         load_heads(folder, target)
 
@@ -230,7 +234,7 @@ def test_weights_that_nothing_describes_are_refused(folder: Path, target: Langua
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": "specgym-medusa-2"}, "has the format 'specgym-medusa-2', and this version reads specgym-medusa-1"),
+        ({"format": "specgym-medusa-3"}, "has the format 'specgym-medusa-3', and this version reads specgym-medusa-2"),
         ({"accuracies": [[0.5], [1.5]]}, "accuracies must be shares"),
         ({"accuracies": [[0.5], [-0.1]]}, "accuracies must be shares"),
         ({"accuracies": [[0.5], [float("nan")]]}, "accuracies must be shares"),
@@ -266,6 +270,7 @@ def test_a_description_without_one_of_its_parts_is_refused(folder: Path, target:
     left = described(folder)
     del left[missing]
     (folder / DESCRIPTION).write_text(json.dumps(left))
+    reseal(folder / DESCRIPTION)
     with pytest.raises(MedusaHeadsError, match=f"is damaged .*{missing}"):
         load_heads(folder, target)
 
@@ -309,7 +314,7 @@ def test_a_write_that_fails_between_the_two_files_is_noticed(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", fails)
+        patch.setattr(module, "write_sealed", fails)
         with pytest.raises(OSError, match="no space left"):
             save_heads(random_heads(target.model, 3, seed=1), folder, target)
     with pytest.raises(MedusaHeadsError, match=f"does not fit {DESCRIPTION}"):
