@@ -1,7 +1,7 @@
 """Files whose content is checked: a SHA-256 in what this package writes, and bounds on what it reads.
 
-What this package writes carries a checksum of its content under the name ``sha256``: a key of a JSON object, a member of
-an archive of arrays, an entry of a safetensors file's metadata. Files that other programs read, such as a model's
+What this package writes carries a checksum of its content under the name ``sha256``: a key of a JSON object, a member
+of an archive of arrays, an entry of a safetensors file's metadata. Files that other programs read, such as a model's
 weights, are listed with their own SHA-256 under ``files`` in the JSON object that describes their folder. Readers check
 both. Files of earlier versions have neither and are read without. A checksum tells damage, not who wrote a file.
 

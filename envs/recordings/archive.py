@@ -1,7 +1,7 @@
 """Archive files of recordings, and the folder of finished parts from which an interrupted recording goes on.
 
-An archive is a ``.npz`` of plain arrays and a string of JSON, with a checksum (`specgym.decoding.sealed_files`); nothing
-is ever unpickled.
+An archive is a ``.npz`` of plain arrays and a string of JSON, with a checksum (`specgym.decoding.sealed_files`);
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
