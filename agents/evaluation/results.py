@@ -20,7 +20,7 @@ from rich.table import Table
 from specgym.decoding import write_sealed
 
 from ..training.run_folder import RunFileError, read_json
-from ..training.settings_io import TABLE_FORMAT, current_table
+from ..training.settings_io import TABLE_FORMAT, Number, current_table, decoded
 from .statistics import interval
 
 ALL = "all workloads"
@@ -80,7 +80,7 @@ class Row:
         return cls(
             str(row["workload"]),
             str(row["method"]),
-            dict(row["knobs"]),
+            decoded(Mapping[str, Number], row["knobs"], "knobs"),
             {name: float(value) for name, value in row.items() if name not in _OTHER_KEYS},
             {name: (float(low), float(high)) for name, (low, high) in row["intervals"].items()},
             str(row.get("rule", "")),
@@ -200,7 +200,7 @@ class ResultTable:
             protocol = dict(content.get("protocol", {}))
             return cls(
                 [Row.from_json(row) for row in content["rows"]],
-                compared=tuple(protocol.pop("charged", ())),
+                compared=tuple(map(str, protocol.pop("charged", ()))),
                 verdict=str(content.get("verdict", "")),
                 hardware=dict(content["hardware"]),
                 protocol=protocol,

@@ -182,11 +182,15 @@ def gather(run_folder: Path, command: str) -> Report:
     if (path := run.path / "patterns.json").is_file():
         sections[PATTERNS], correlations, pattern_verdict = _read_patterns(path, _again(ways.get(PATTERNS, "")))
     table, maps = sections.get(TABLE, ResultTable([])), sections.get(HEAT_MAPS, [])
+    try:
+        summary = summarise(table, maps, sections.get(TRANSFER), subject(settings))
+    except (KeyError, TypeError) as error:  # rows that their writer never wrote
+        raise RunFileError(f"the files of {run.path} do not fit each other: a row lacks {error}") from error
     return Report(
         title=f"{subject(settings).capitalize()} learned in {run.path.resolve().name}",
         command=command,
         created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        summary=summarise(table, maps, sections.get(TRANSFER), subject(settings)),
+        summary=summary,
         settings=stored["settings"],
         versions=_versions(),
         missing={section: way for section, way in ways.items() if not sections.get(section)},
