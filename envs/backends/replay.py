@@ -90,8 +90,18 @@ def replay_backend(
                     f"max_draft_length={info.draft_length}, or record others: "
                     f"{outcome_command(info.workload, decoder)} with --draft-length {max_draft_length}"
                 )
-    highest = {knob.name: knob.high for knob in outcomes[0].info.knobs}
-    knobs = traits.recorded_knobs(highest, **built)
+    recorded = outcomes[0].info
+    highest = {knob.name: knob.high for knob in recorded.knobs}
+    try:
+        knobs = traits.recorded_knobs(highest, **built)
+        missing = sorted(set(highest) - {knob.name for knob in knobs})
+    except KeyError as error:
+        missing = [str(error)]
+    if missing:
+        raise OutcomeError(
+            f"{recorded} have other knobs than the decoder ({missing[0]}); record them again: "
+            f"{outcome_command(recorded.workload, decoder)}"
+        )
     return OutcomeReplay(outcomes, profiles, max_new_tokens, workloads, knobs)
 
 
