@@ -137,7 +137,7 @@ def check_files(folder: Path, description: Mapping[str, Any], *names: str) -> No
         try:
             check_digest(digests.get(name), file_digest(folder / name))
         except DamagedFileError as error:
-            raise DamagedFileError(f"{name} is damaged: {error}") from None
+            raise DamagedFileError(f"{folder / name} is damaged: {error}") from None
 
 
 def require_shapes(declared: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

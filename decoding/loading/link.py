@@ -96,9 +96,14 @@ def tokenizer_folder(folder: Path | str) -> Path:
 
 
 def write_link(folder: Path, link: Link) -> None:
-    """Write ``specgym.json`` with the digests of the files that are there, those of the tokeniser included."""
-    names = [WEIGHTS, CONFIG, GENERATION, *(f"{link.tokenizer or '.'}/{name}" for name in _TOKENIZER_FILES)]
-    digests = file_digests(folder, [name.removeprefix("./") for name in names if (folder / name).is_file()])
+    """Write ``specgym.json`` with the digests of the files that are there.
+
+    Those of a tokeniser in another folder are among them. One in the folder itself is its owner's to change: somebody
+    may want another chat template.
+    """
+    borrowed = [] if link.tokenizer is None else [f"{link.tokenizer}/{name}" for name in _TOKENIZER_FILES]
+    names = [WEIGHTS, CONFIG, GENERATION, *borrowed]
+    digests = file_digests(folder, [name for name in names if (folder / name).is_file()])
     about = {"tokenizer": link.tokenizer, "shared_with": link.shared_with, "shared": link.shared}
     write_sealed(folder / LINK, {"format": FORMAT, **about, FILES: digests})
 
@@ -112,7 +117,7 @@ def check_digests(folder: Path, link: Link, names: Iterable[str]) -> None:
     try:
         check_files(folder, {FILES: link.files}, *names)
     except DamagedFileError as error:
-        raise CheckpointError(f"{folder}: {error}: {WAY_OUT}") from error
+        raise CheckpointError(f"{error}: {WAY_OUT}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename} is missing: {WAY_OUT}") from error
     except OSError as error:

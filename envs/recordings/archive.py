@@ -93,8 +93,11 @@ class Provenance:
         _ = self.sampling
         if self.split not in ("train", "test"):
             raise ValueError(f"split must be train or test, got {self.split!r}")
-        if not (0 <= self.draft_length <= LONGEST_DRAFT and self.tokens >= 1 and self.seed >= 0):
-            numbers = f"draft_length {self.draft_length}, tokens {self.tokens} and seed {self.seed}"
+        limit = 1 if self.max_prompt_tokens is None else self.max_prompt_tokens
+        if not (0 <= self.draft_length <= LONGEST_DRAFT and self.tokens >= 1 and self.seed >= 0 and limit >= 1):
+            numbers = (
+                f"prompts cut to {limit}, draft_length {self.draft_length}, tokens {self.tokens} and seed {self.seed}"
+            )
             raise ValueError(f"no recording has {numbers}")
 
 
@@ -194,6 +197,9 @@ def typed(kind: type[Info], facts: Mapping[str, Any]) -> Info:
     hints = get_type_hints(kind)
     for entry in fields(kind):  # type: ignore[arg-type]
         value, expected = facts.get(entry.name), hints[entry.name]
+        if value is None and expected == int | None:
+            continue
+        expected = int if expected == int | None else expected
         if entry.name not in facts or expected not in _WORDS:
             continue
         if type(value) is not expected and not (expected is float and type(value) is int):
