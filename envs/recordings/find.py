@@ -256,11 +256,11 @@ def _shipped(folder: Path, pattern: str) -> str:
     return ", ".join(sorted(file.name.removesuffix(".npz") for file in folder.glob(pattern))) or "none"
 
 
-def _loaded(kind: type[Any], path: Path) -> Any:
+def _loaded(kind: Any, path: Path) -> Any:
     """Read a recording, once in this process unless its file is written anew."""
     return _read(kind, path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 @functools.lru_cache(maxsize=64)
-def _read(kind: type[Any], path: Path, written: int) -> Any:
+def _read(kind: Any, path: Path, written: int) -> Any:
     return kind.load(path)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from specgym.decoding import read_arrays, write_arrays
 from tests.helpers.sealing import reseal
 
-STRANGE = (
+STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 7, 1.5, -0.5, 2**31, 2**63, 10**30, 1e308, 1e-308, float("nan"), float("inf"), "", "x",
     "..", "\0", [], {}, [1], [[[]]], {"a": 1}, [None] * 9, "specgym-x-1",
 )  # fmt: skip
