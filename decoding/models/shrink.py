@@ -35,6 +35,8 @@ _SIZES = {
     "max_position_embeddings": CONTEXT,
     "n_positions": CONTEXT,
     "max_seq_len": CONTEXT,
+    "max_target_positions": CONTEXT,
+    "floor_scale": WINDOW,
     "sliding_window": WINDOW,
     "window_size": WINDOW,
     "attention_chunk_size": WINDOW,
@@ -97,15 +99,21 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
     lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
     places = {name: value for name, value in lists.items() if _are_places(value, layers)}
     rows = {name: value for name, value in lists.items() if len(value) == layers > 1 and name not in places}
-    few = _prefix(rows, layers)
+    shared = int(values.get("num_kv_shared_layers") or 0)  # the last layers, which use keys and values of earlier ones
+    few = _prefix({name: row[: layers - shared] for name, row in rows.items()}, layers - shared)
     if few is None:
         return None
+    if shared:
+        rows = {name: row[:few] + row[-few:] for name, row in rows.items()}
+        values["num_kv_shared_layers"], few = few, 2 * few
     kv = getattr(config, "num_key_value_heads", None)
     grouped = isinstance(kv, int) and kv < int(getattr(config, "num_attention_heads", kv))
     sizes = {**_SIZES, "num_key_value_heads": 1 if grouped else _HEADS, "num_global_key_value_heads": 1}
     for name, size in sizes.items():
         if values.get(small.attribute_map.get(name, name)) is not None:
             setattr(small, name, size)
+    if getattr(config, "head_dim", None) == getattr(config, "qk_rope_head_dim", 0):  # latent attention rotates so many
+        small.head_dim = sizes["qk_rope_head_dim"]
     for name in _layer_names(small):
         if values.get(name):
             values[name] = few
@@ -115,7 +123,7 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
         values[name] = [place for place in row if place < few]
     if values.get("attention_types"):  # GPT-Neo repeats kinds of layers so often
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
-    _shorten_rotation(getattr(small, "rope_parameters", None))
+    _shorten_rotation(getattr(small, "rope_parameters", None), values.get("qk_rope_head_dim") or _HEAD)
     return small
 
 
@@ -137,13 +145,13 @@ def _prefix(rows: dict[str, list[Any]], layers: int) -> int | None:
     return few if few <= _MOST_LAYERS else None
 
 
-def _shorten_rotation(parameters: Any) -> None:
+def _shorten_rotation(parameters: Any, width: int) -> None:
     for part in [parameters, *parameters.values()] if isinstance(parameters, dict) else []:
         if not isinstance(part, dict):
             continue
         if part.get("original_max_position_embeddings"):
             part["original_max_position_embeddings"] = SWITCH
-        rotated = int(_HEAD * (part.get("partial_rotary_factor") or 1)) // 2
+        rotated = int(width * (part.get("partial_rotary_factor") or 1)) // 2
         for name in ("short_factor", "long_factor"):
             factors = part.get(name)
             if factors:

@@ -8,6 +8,7 @@ of every text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _ATTENTION: dict[str, str] = {
     "paged|": "is for continuous batching and wants its paged cache",
 }
 """Parts of the names of attention implementations that are refused, with what each does."""
+_KINDS: dict[str, str] = {  # by `model_type`; transformers 5.23, their modeling files
+    "cpmant": "puts prompt tokens of its own before every text",
+    "minimax": "keeps its cache in a class of its own, of which nothing can be taken back",
+    "recurrent_gemma": "keeps its states in its layers, not in the cache, so that none can be saved",
+    "rwkv": "keeps its states in lists of its own, not in a cache",
+    "xlstm": "keeps its cache in a class of its own, of which nothing can be taken back",
+}
+"""Reasons for which whole kinds of models are refused."""
 
 
 def causal_model(model: object, role: str = "target") -> PreTrainedModel:
@@ -83,6 +92,13 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{kind} is an encoder-decoder model, which specgym does not decode. {_ANOTHER_MODEL}"
         )
+    reason = _KINDS.get(getattr(model.config, "model_type", ""))
+    if getattr(model.config, "model_type", "") == "doge" and model.config.is_moe:
+        reason = "routes the tokens of a pass together, so that a draft changes the scores of what is before it"
+    if reason is None and not {"past_key_values", "cache_params"} & set(signature(model.forward).parameters):
+        reason = "keeps no cache of keys and values (its forward takes no past_key_values)"
+    if reason is not None:
+        raise UnsupportedModelError(f"{kind} {reason}, so drafts cannot be checked. {_ANOTHER_MODEL}")
     _refuse_attention(model)
     _refuse_absent_weights(model)
     _refuse_dynamic_scales(model, model.modules())

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ Wrap = Callable[[PreTrainedModel, Reading], "LanguageModel"]
 
 def declared_context(config: PreTrainedConfig) -> int:
     """Tokens of the longest text that a configuration declares."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
     values = [getattr(config, name, None) for name in names]
     return min((value for value in values if isinstance(value, int) and value > 0), default=_UNLIMITED)
 
@@ -128,16 +129,23 @@ def _candidates(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[Re
     position = next((int(part[_ORIGINAL]) for part in _longrope(config)), 0)
     switches = [Switch(position, False), Switch(position, True)] if 0 < position < declared_context(config) else [None]
     all_spans, why = _declared_spans(model, config)
-    for spans in [*all_spans, None]:
+    for spans in [*all_spans, None] if not _limits_time_steps(model) else ():
         for switch in switches:
             yield Reading(spans, switch, why_no_branches=why if spans is None else "")
     yield Reading(None, singly=True, why_no_branches=why)
 
 
+_LAYERS_IN_A_ROW = {
+    "indexed_attention": "keep an index beside keys and values, of which no branch can be kept",
+    "compressed_sparse_attention": "compress keys by blocks of the text",
+    "heavily_compressed_attention": "compress keys by blocks of the text",
+}
+
+
 def _declared_spans(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[list[Spans], str]:
     """Reaches of the layers by a configuration, the likeliest first; or the reason why trees cannot be verified."""
-    from inspect import signature
-
+    if getattr(config, "alibi", False):
+        return [], "its bias of positions (ALiBi) goes by the place in the cache"
     missing = {"attention_mask", "position_ids", "past_key_values"} - set(signature(model.forward).parameters)
     if missing:
         return [], f"its forward takes no {' and no '.join(sorted(missing))}, by which branches are told apart"
@@ -151,7 +159,10 @@ def _declared_spans(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[l
     if types:
         others = sorted(set(types) - set(kinds))
         if others:
-            return [], f"its layers of type {', '.join(others)} read tokens one after another"
+            return (
+                [],
+                f"its layers of type {others[0]} {_LAYERS_IN_A_ROW.get(others[0], 'read tokens one after another')}",
+            )
         if len(set(types)) > 1:
             return [{kind: kinds[kind] for kind in sorted(set(types))}], ""
         return [{"": kinds[types[0]]}], ""
@@ -173,6 +184,15 @@ def _limited(reading: Reading, config: PreTrainedConfig) -> Reading:
             type(config).__name__, limit,
         )  # fmt: skip
     return replace(reading, context_limit=limit)
+
+
+def _limits_time_steps(model: PreTrainedModel) -> bool:
+    """True for state spaces whose time steps stock code limits in passes over several tokens, and not over one.
+
+    Nemotron-H and Zamba 2 (transformers 5.23, their `time_step_limit` and `mamba2_selective_state_update`).
+    """
+    limits = (getattr(module, "time_step_limit", None) for module in model.modules())
+    return any(limit is not None and (limit[0] > 0 or limit[1] < float("inf")) for limit in limits)
 
 
 def _longrope(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
@@ -201,9 +221,11 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
             drafted = trial.forward(tokens[[3, 4, 2]]).scores[1]
             trial.keep([0, 1])
         after = trial.forward(tokens[5:6]).scores[0]
-        in_a_row = tokens[[0, 1, 3, 4, 5]].unsqueeze(0)
+        in_a_row: dict[str, Any] = {"input_ids": tokens[[0, 1, 3, 4, 5]].unsqueeze(0), "use_cache": False}
+        if "position_ids" in signature(model.forward).parameters:  # as `generate` gives them
+            in_a_row["position_ids"] = torch.arange(5, device=trial.device).unsqueeze(0)
         with torch.inference_mode():
-            expected = model(input_ids=in_a_row, use_cache=False).logits[0].float()
+            expected = model(**in_a_row).logits[0].float()
     except torch.OutOfMemoryError:
         raise
     except _FAILURES as error:
@@ -334,9 +356,11 @@ def _made(kind: type[PreTrainedModel] | None, config: PreTrainedConfig) -> _Smal
             built: Any = kind(config) if kind is not None else AutoModelForCausalLM.from_config(config)
             model = built.float().eval()
             with torch.no_grad():
-                for weight in model.parameters():
+                for name, weight in model.named_parameters():
                     if weight.ndim > 1:
                         weight.normal_(0, 0.2)
+                    elif "dt_bias" in name:  # so that time steps go to where they may be limited
+                        weight.normal_(0, 4)
         return _SmallModel(model, _PROMPTS)
     except _FAILURES as error:
         _LOG.debug("no small copy of %s: %s: %s", type(config).__name__, type(error).__name__, error)
