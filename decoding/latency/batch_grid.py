@@ -51,6 +51,7 @@ def plan_grid(
 
     Raises:
         ValueError: a number is not positive, or a model has no room for the longest draft behind a context.
+        UnsupportedModelError: a model can be read in chains alone.
     """
     sizes = sorted({1, *sequence_of("batch_sizes", batch_sizes, whole_number, fewest=0)})
     lengths = sorted({live_context, *sequence_of("contexts", contexts, whole_number, fewest=0)})
@@ -58,6 +59,7 @@ def plan_grid(
     if len(places) > 1:
         models = [pair.target, *([pair.draft.model] if isinstance(pair.draft, ModelDrafter) else [])]
         for model in models:
+            model.require_branches("timed in batches")  # whose masks are those of trees
             if lengths[-1] + longest + 1 > model.context_limit:
                 raise ValueError(
                     f"a context of {lengths[-1]} tokens with a draft of {longest} and the target's own token does not "

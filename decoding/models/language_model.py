@@ -153,8 +153,8 @@ class LanguageModel:
         """
         if not self.branches:
             raise UnsupportedModelError(
-                f"{self.name} cannot be {role}, which reads trees of candidates: {self.why_no_branches}. It can verify "
-                "chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder."
+                f"{self.name} cannot be {role}, for which trees of candidates are read: {self.why_no_branches}. It can "
+                "verify chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder, live."
             )
 
     @property
@@ -227,7 +227,7 @@ class LanguageModel:
             )
         if tree is not None and not self.branches:
             if not tree.is_chain:
-                self.require_branches("read so")
+                self.require_branches("read in this shape")
             tree = None
         self._switch_if_due(end)
         self._last_start = start

@@ -98,7 +98,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     if reason is None and not {"past_key_values", "cache_params"} & set(signature(model.forward).parameters):
         reason = "keeps no cache of keys and values (its forward takes no past_key_values)"
     if reason is not None:
-        raise UnsupportedModelError(f"{kind} {reason}, so drafts cannot be checked. {_ANOTHER_MODEL}")
+        raise UnsupportedModelError(f"{kind} {reason}; its drafts cannot be checked. {_ANOTHER_MODEL}")
     _refuse_attention(model)
     _refuse_absent_weights(model)
     _refuse_dynamic_scales(model, model.modules())

@@ -89,7 +89,7 @@ class Recorder:
         """
         assert self.pair.draft is not None
         context = [*prompt, *text]
-        self._check_room(context)
+        self._check_room(context, len(prompt))
         rules = TextRules.of(self.pair, prompt, len(text), self.sampling)
         target = rules.target(self.pair.target)
         target.read(prompt[:-1])
@@ -105,9 +105,16 @@ class Recorder:
         """Return the distribution of tokens; at temperature 1 when greedy, where it would be one-hot."""
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
-    def _check_room(self, context: Sequence[int]) -> None:
+    def _check_room(self, context: Sequence[int], prompt: int) -> None:
         draft = self.pair.draft
         for model in (self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])):
+            model.require_branches("recorded")
+            switch = model.pass_limit(prompt - 1)
+            if switch < min(model.context_limit, len(context) + self.draft_length):
+                raise PromptError(
+                    f"{len(context)} tokens of prompt and text pass position {switch}, where {model.name} changes its "
+                    "rotation of positions, and a recording reads the text on both sides together; record fewer tokens"
+                )
             if model.room(context) < self.draft_length:
                 raise PromptError(
                     f"{len(context)} tokens of prompt and text and a draft of {self.draft_length} do not fit into the "

@@ -299,7 +299,7 @@ def test_a_model_that_verifies_chains_alone_says_why_and_what_can_use_it(kind: s
     model = LanguageModel(CHAINS_ALONE[kind]())
     assert not model.branches
     tokens = some_tokens(3)
-    with pytest.raises(UnsupportedModelError, match=r"trees of candidates: .*: use SpeculativeDecoder"):
+    with pytest.raises(UnsupportedModelError, match=r"trees of candidates are read: .*: use SpeculativeDecoder"):
         model.forward(tokens, TokenTree((-1, -1, 1)))
     with pytest.raises(UnsupportedModelError, match=f"{kind} cannot be the target of LookaheadDecoder"):
         LookaheadDecoder(Pair(model))
