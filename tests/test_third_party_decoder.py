@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.killed_runs import KILLED_TRAINING
 from tests.helpers.outside_package import install
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,7 @@ class Outside:
             "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
             "SPECGYM_CACHE": str(folder / "cache"),
             "OMP_NUM_THREADS": "1",
+            "COLUMNS": "400",  # where a line of numbers is broken depends on them
         }
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -127,14 +129,9 @@ def test_it_is_learned_killed_resumed_judged_and_reported(outside: Outside, reco
         "--learning.batch-size": 40, "--evaluation.prompts": 2, "--evaluation.max-new-tokens": 8,
         "--evaluation.during-training": 0,
     }  # fmt: skip
-    training = outside.start("train.py", *(str(word) for pair in words.items() for word in pair))
-    deadline = time.monotonic() + 300
-    while not any(run.glob("checkpoints/step_*/state.json")):
-        assert training.poll() is None, training.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    training.kill()
-    training.communicate()
+    training = outside.start("-c", KILLED_TRAINING, *(str(word) for pair in words.items() for word in pair))
+    output, _ = training.communicate(timeout=600)
+    assert training.returncode == -signal.SIGKILL, output
     assert not (run / "table.json").exists()
     assert "Going on from step" in outside.run("train.py", "--resume", str(run))
     printed = " ".join(outside.run("evaluate.py", str(run)).split())

@@ -1,4 +1,4 @@
-"""Runs of a fit command that are killed half-way, and given again."""
+"""Runs that are killed half-way, and given again: of a fit command, and of training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ import pytest
 import torch
 
 from specgym.decoding.fit.text import states, target_text
+
+KILLED_TRAINING = """
+import os, signal
+from specgym.agents import train_command
+from specgym.callbacks import FolderCheckpointCallback
+
+save = FolderCheckpointCallback.save
+
+def save_and_die(self):
+    folder = save(self)
+    if len(list(folder.parent.glob("step_*"))) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return folder
+
+FolderCheckpointCallback.save = save_and_die
+train_command()
+"""
+"""`train.py`, for `python -c`, that is killed when it has two checkpoints, however busy the machine is."""
 
 
 def assert_resumed_as_if_never_killed(

@@ -23,26 +23,10 @@ from specgym.decoding.latency.profile import LatencyProfile, arithmetic_of
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from specgym.envs.workloads import workload
+from tests.helpers.killed_runs import KILLED_TRAINING
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 600  # seconds for one command on a busy machine
-KILLED = """
-import os, signal
-from specgym.agents import train_command
-from specgym.callbacks import FolderCheckpointCallback
-
-save = FolderCheckpointCallback.save
-
-def save_and_die(self):
-    folder = save(self)
-    if len(list(folder.parent.glob("step_*"))) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return folder
-
-FolderCheckpointCallback.save = save_and_die
-train_command()
-"""
-"""`train.py` that is killed when it has two checkpoints, however busy the machine is."""
 
 
 def nobodys_profile(pair: Pair, decoder: None, sampling: Sampling) -> LatencyProfile:
@@ -89,7 +73,7 @@ def test_killed_resumed_finished_and_reproduced(
     run = tmp_path / "runs" / "killed"
     killed = subprocess.run(
         command(
-            "-c", KILLED, "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
+            "-c", KILLED_TRAINING, "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
             "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1,
             "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
             "--learning.batch-size", 10, "--environment.max-new-tokens", 8, "--environment.max-draft-length", 4,
