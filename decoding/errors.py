@@ -47,7 +47,7 @@ class UnsupportedModelError(SpecgymError, TypeError):
 
 
 class VocabularyMismatchError(SpecgymError, ValueError):
-    """A target and a draft that do not number the same tokens in the same way."""
+    """A draft whose tokens cannot be told in terms of its target's; the message says what is missing."""
 
 
 class PromptError(SpecgymError, ValueError):

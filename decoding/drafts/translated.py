@@ -31,9 +31,7 @@ class TranslatedModel(LanguageModel):
         self._inner = inner.fresh()
         self.translation = translation
         self.vocabulary_size = translation.target.rows
-        self._prompt: list[int] = []  # read at once, so that its tokens have no places of their own
-        self._ends: list[int] = []  # tokens of the draft up to and with every token after the prompt
-        self._begin = 0  # tokens of the draft in the prompt
+        self._ends: list[int] = []  # tokens of the draft up to and with each of the target's
         self._last_start = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +47,7 @@ class TranslatedModel(LanguageModel):
     @property
     def length(self) -> int:
         """Number of the target's tokens in the cache."""
-        return len(self._prompt) + len(self._ends)
+        return len(self._ends)
 
     @property
     def cache_bytes(self) -> int:
@@ -58,8 +56,8 @@ class TranslatedModel(LanguageModel):
 
     def room(self, text: Sequence[int]) -> int:
         """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""
-        unread = sum(len(self.translation.pieces(token)) for token in text[self.length :])
-        return self._inner.context_limit - self._end(self.length) - unread
+        unread = map(len, self.translation.spell(text[self.length :], not self.length))
+        return self._inner.context_limit - self._end(self.length) - sum(unread)
 
     def forward(
         self,
@@ -79,7 +77,7 @@ class TranslatedModel(LanguageModel):
         if self.translation.complete:
             sizes, spelled = [1] * count, self.translation.one_to_one(tokens)
         else:
-            pieces = [self.translation.pieces(token) for token in tokens.tolist()]
+            pieces = self.translation.spell(tokens.tolist(), not self.length)
             sizes, spelled = [len(part) for part in pieces], torch.tensor([p for part in pieces for p in part])
         if tree is not None:
             known = [self._end(place + 1) - self._end(place) for place in range(start, self.length)]
@@ -94,15 +92,11 @@ class TranslatedModel(LanguageModel):
         return Logits(self.translation.scores(output.scores), output.hidden)
 
     def read(self, tokens: Sequence[int], *, hidden: bool = False, of: int | None = None) -> Tensor | None:
-        """Append a text to the cache; one that begins it is cut into tokens as the draft is used to."""
-        if not self.length:
-            spelled = self.translation.read(tokens)
-            whole = None if of is None else len(spelled) + of - len(tokens)
-            state = self._inner.read(spelled, hidden=hidden, of=whole)
-            self._prompt, self._begin = list(tokens), len(spelled)
-            return state
-        pieces = [self.translation.pieces(token) for token in tokens]
-        state = self._inner.read([piece for part in pieces for piece in part], hidden=hidden)
+        """Append a text to the cache, in parts. Arguments, results and errors as for `LanguageModel.read`."""
+        pieces = self.translation.spell(tokens, not self.length)
+        spelled = [piece for part in pieces for piece in part]
+        whole = None if of is None else self._end(self.length) + len(spelled) + of - self.length - len(tokens)
+        state = self._inner.read(spelled, hidden=hidden, of=whole)
         self._grow([len(part) for part in pieces])
         return state
 
@@ -111,19 +105,14 @@ class TranslatedModel(LanguageModel):
         first = self._end(self._last_start)
         spans = [(self._end(self._last_start + place), self._end(self._last_start + place + 1)) for place in path]
         self._inner.keep([piece - first for begin, end in spans for piece in range(begin, end)])
-        del self._ends[self._last_start - len(self._prompt) :]
+        del self._ends[self._last_start :]
         self._grow([end - begin for begin, end in spans])
 
     def truncate(self, length: int) -> None:
         """Forget every token of the target from position `length` on."""
-        if length < len(self._prompt):  # whose tokens cannot be told apart
-            prompt = self._prompt[:length]
-            self._inner.truncate(0)
-            self._prompt, self._ends, self._begin = [], [], 0
-            self.read(prompt)
-        elif length < self.length:
+        if length < self.length:
             self._inner.truncate(self._end(length))
-            del self._ends[length - len(self._prompt) :]
+            del self._ends[length:]
 
     def _grow(self, sizes: Sequence[int]) -> None:
         """Note what was read: so many tokens of the draft for each of the target's."""
@@ -131,9 +120,8 @@ class TranslatedModel(LanguageModel):
         self._ends += [end + size for size in accumulate(sizes)]
 
     def _end(self, length: int) -> int:
-        """Tokens of the draft in so many of the target, the prompt at least."""
-        after = length - len(self._prompt)
-        return self._ends[after - 1] if after > 0 else self._begin
+        """Tokens of the draft in the first ones of the target."""
+        return self._ends[length - 1] if length else 0
 
 
 def _spelled_tree(tree: TokenTree, sizes: Sequence[int]) -> TokenTree:

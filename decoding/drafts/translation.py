@@ -8,6 +8,10 @@ so that byte-level vocabularies and those of SentencePiece have as much in commo
 
 Vocabularies of one family that are padded to other sizes, or where one has an added token, are the simple case of it:
 all that both have is numbered alike.
+
+The draft reads a text token by token, and spells those that it lacks. Cutting the text anew, as its own tokenizer
+would, takes time every round and makes it guess no better: of 385 tokens that SmolLM2-135M wrote, tiny-10m guessed 161
+with the one and 160 with the other.
 """
 
 from __future__ import annotations
@@ -129,8 +133,7 @@ class Translation:
             pairs = _pairs(target, draft)
         if pairs:
             self.ids[torch.tensor(list(pairs))] = torch.tensor(list(pairs.values()))
-        self._renumbers = any(ours != theirs for ours, theirs in pairs.items())
-        self.complete = not self._renumbers and len(pairs) == len(target.names)
+        self.complete = len(pairs) == len(target.names) and all(ours == theirs for ours, theirs in pairs.items())
         self._pieces: dict[int, tuple[int, ...]] = {ours: (theirs,) for ours, theirs in pairs.items()}
         roles = (draft.of_role(role) for role in ("unk_token_id", "eos_token_id", "bos_token_id"))
         self._unknown = next((number for number in roles if number != _NONE), 0)
@@ -164,28 +167,19 @@ class Translation:
             self._pieces[token] = tuple(spelled) or (self._unknown,)
         return self._pieces[token]
 
-    def read(self, prompt: Sequence[int]) -> list[int]:
-        """Tokens that the draft reads for a whole prompt: its text, cut as the draft is used to."""
-        if not self._renumbers or not prompt:
-            return [piece for token in prompt for piece in self.pieces(token)]
-        tokens, ordinary = list[int](), list[int]()
-        tokenizer = self.draft.tokenizer
-        begin = self.draft.of_role("bos_token_id")
-        usual = tokenizer("")["input_ids"]
-        if begin in usual and self.pieces(prompt[0]) != (begin,):
-            tokens.append(begin)
-        for token in [*prompt, None]:
-            if token is not None and isinstance(self.target.texts.get(token), bytes):
-                ordinary.append(token)
-                continue
-            if ordinary:
-                text = self.target.tokenizer.decode(ordinary, clean_up_tokenization_spaces=False)
-                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                tokens += [number if number < self.draft.rows else self._unknown for number in ids]
-                ordinary.clear()
-            if token is not None:
-                tokens += self.pieces(token)
-        return tokens
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The token with which the draft's texts begin, if its tokenizer puts it there and the target's does not."""
+        number = self.draft.of_role("bos_token_id")
+        usual = [] if self.target.names == self.draft.names else self.draft.tokenizer("")["input_ids"]
+        return (number,) if number in usual else ()
+
+    def spell(self, tokens: Sequence[int], first: bool) -> list[tuple[int, ...]]:
+        """Pieces of each token; before the first of a text what the draft's texts begin with."""
+        pieces = [self.pieces(token) for token in tokens]
+        if first and pieces and pieces[0][:1] != self.begin:
+            pieces[0] = (*self.begin, *pieces[0])
+        return pieces
 
     def one_to_one(self, tokens: Tensor) -> Tensor:
         """The draft's tokens for those of the target that it can propose, of equal shape and on the same device."""

@@ -272,7 +272,7 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
 
     Raises:
         ModelNotFoundError, UnknownPairError: there are no such models.
-        VocabularyMismatchError: they do not number the same tokens.
+        VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
         DraftTreeModelError: there is no alignment, or it does not fit.
         FileNotFoundError: there is no text.
         FitError: a setting is out of range, or there is too little text.

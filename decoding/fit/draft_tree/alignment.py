@@ -58,7 +58,7 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
 
     Raises:
         ModelNotFoundError, UnknownPairError: there are no such models.
-        VocabularyMismatchError: they do not number the same tokens.
+        VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
         FileNotFoundError: there is no text.
         FitError: a setting is out of range, or there is too little text.
         DraftTreeModelError: there is too little text to determine the map.

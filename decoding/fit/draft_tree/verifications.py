@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ...decoders.draft_tree.alignment import AffineAlignment, proposals
 from ...decoders.draft_tree.predictor import Label, NodeFeatures
 from ...drafts.drafter import ModelDrafter
+from ...drafts.translated import TranslatedModel
 from ...errors import FitError
 from ...loading.pair import Pair, load_pair
 from ...models.language_model import LanguageModel
@@ -56,8 +57,9 @@ def open_pair(settings: PairSettings, **least: int) -> tuple[Pair, LanguageModel
 
     Raises:
         ModelNotFoundError, UnknownPairError: there are no such models.
-        VocabularyMismatchError: they do not number the same tokens.
-        FitError: the draft is no model, a setting is out of range, or the folder to write is one that is read.
+        VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
+        FitError: the draft is no model or has another tokenizer, a setting is out of range, or the folder to write is
+            one that is read.
     """
     check_own_text(settings, "these networks", **least)
     check_out(settings.out, settings.target, settings.draft)
@@ -67,9 +69,16 @@ def open_pair(settings: PairSettings, **least: int) -> tuple[Pair, LanguageModel
     pair = load_pair(name, dtype=dtype, device=settings.loop.torch_device(), prepack=False)
     if not isinstance(pair.draft, ModelDrafter):
         raise FitError(f"--draft {settings.draft} is no model, so it has no hidden states: give one that is")
-    for model in (pair.draft.model, pair.target):
+    draft = pair.draft.model
+    if isinstance(draft, TranslatedModel) and not draft.translation.complete:
+        raise FitError(
+            f"--draft {settings.draft} lacks tokens of --target {settings.target} or numbers them otherwise, and these "
+            "networks compare states of both at the same tokens: give a draft with the target's tokenizer, or draw "
+            "trees without them"
+        )
+    for model in (draft, pair.target):
         model.model.requires_grad_(False)
-    return pair, pair.draft.model
+    return pair, draft
 
 
 def read_text(settings: PairSettings, pair: Pair, draft: LanguageModel) -> PairText:
@@ -186,7 +195,7 @@ def verifications(
         place = slice(start, start + step)
         part = at[place]
         hidden = states.of_draft(part).to(device)
-        drafted = proposals(hidden, draft_output)
+        drafted = proposals(hidden, draft_output)[:, : len(target_output.weight)]  # which may be padded otherwise
         expected = proposals(states.of_target(part).to(device), target_output)
         log_q = drafted.log_softmax(-1)
         if label == "ratio":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recipes.tokenizer import train_tokenizer
@@ -78,14 +78,27 @@ def test_no_token_of_the_draft_stands_for_two() -> None:
     assert ids == [0, 1, -1, 3, 2]
 
 
-def test_a_prompt_is_read_as_the_draft_would_cut_its_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokens_that_the_draft_lacks_are_spelled(tokenizer: PreTrainedTokenizerBase) -> None:
     other = train_tokenizer(["some other text of some others, the text"], 280)
     translation = Translation(Vocabulary(tokenizer, 310), Vocabulary(other, 280))
-    text = "the text and the other\n"
-    prompt = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-    assert translation.read(prompt) == [other.eos_token_id, *other(text)["input_ids"]]
+    text = "the draft token and the model\n of spec"
     for token in tokenizer(text)["input_ids"]:
         assert other.decode(list(translation.pieces(token))) == tokenizer.decode([token])
+    assert translation.begin == ()
+
+
+def test_texts_begin_as_the_drafts_do() -> None:
+    target, draft = word_tokenizer(["a", "b"]), word_tokenizer(["a", "<s>", "b"])
+    draft.add_special_tokens({"bos_token": "<s>"})
+    assert Translation(Vocabulary(target, 2), Vocabulary(draft, 3)).begin == ()  # nor do its own
+    draft.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    model = TranslatedModel(TableModel(random_table(3, 0)), Translation(Vocabulary(target, 2), Vocabulary(draft, 3)))
+    for read in (lambda: model.read([1, 0]), lambda: model.forward(torch.tensor([1, 0]))):
+        read()
+        assert model._inner.seen == [1, 2, 0]  # type: ignore[attr-defined]
+        assert model.room([1, 0, 1]) == 10_000 - 4
+        model.truncate(0)
+        assert model.room([1, 0, 1]) == 10_000 - 4
 
 
 class Model:
@@ -121,7 +134,6 @@ def test_what_is_in_the_cache_is_the_text_whatever_was_read_and_taken_back(
     prompt: list[int], moves: list[tuple[int, list[int], int]]
 ) -> None:
     both = Model()
-    both.model.translation._renumbers = False  # a prompt is read token by token, and can be told apart
     both.model.read(prompt)
     both.text = list(prompt)
     for kind, new, number in moves:

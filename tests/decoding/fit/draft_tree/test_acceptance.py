@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from specgym.decoding import DraftTreeDecoder
 from specgym.decoding.decoders.draft_tree.alignment import DraftTreeModelError
 from specgym.decoding.decoders.draft_tree.files import load_acceptance, load_alignment
 from specgym.decoding.errors import FitError, TrainingError
@@ -24,7 +26,9 @@ from specgym.decoding.fit.draft_tree.acceptance import (
 from specgym.decoding.fit.draft_tree.alignment import AlignmentSettings, make_alignment
 from specgym.decoding.fit.text import target_text
 from specgym.decoding.loading.pair import load_pair
+from tests.helpers.counting import counting_model
 from tests.helpers.killed_runs import assert_resumed_as_if_never_killed
+from tests.helpers.rotated_draft import rotated_draft
 
 
 @pytest.fixture
@@ -64,6 +68,22 @@ def test_predictors_of_every_kind_are_written_as_they_say(
     )
     assert float(network.temperature) == pytest.approx(report.temperature)
     assert f"label `{label}`" in (settings.out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("padding", [(0, 8), (8, 0)])
+def test_target_and_draft_may_be_padded_to_other_sizes(
+    pair_folder: Path, common: dict[str, Any], tokenizer: PreTrainedTokenizerBase, padding: tuple[int, int]
+) -> None:
+    ours, theirs = (len(tokenizer) + rows for rows in padding)
+    counting_model(ours).save_pretrained(pair_folder / "target")
+    rotated_draft(theirs).save_pretrained(pair_folder / "draft")
+    common["loop"] = replace(common["loop"], tokens=10 * 32)
+    make_alignment(AlignmentSettings(out=pair_folder / "draft-alignment", **common))
+    report = make_acceptance(AcceptanceSettings(out=pair_folder / "draft-acceptance", label="ratio", **common))
+    assert report.scores[CALIBRATED].brier < report.scores[RAW].brier
+    decoder = DraftTreeDecoder.for_pair(load_pair(f"{common['target']}+{common['draft']}", prepack=False))
+    assert decoder.guidance.predictor is not None
+    assert decoder.generate([20], max_new_tokens=20).mean_acceptance_length > 1.5
 
 
 def test_the_card_has_the_scores_the_confidence_analysis_and_the_plot(

@@ -111,6 +111,7 @@ def test_a_state_of_other_settings_is_refused(settings: AlignmentSettings) -> No
         ({"own_text": TextSettings(texts=80, prompt_tokens=1)}, "--prompt-tokens must be at least 2, got 1"),
         ({"own_text": TextSettings(texts=80, new_tokens=70)}, "are together more than the model's context of 64"),
         ({"draft": "prompt-lookup"}, "--draft prompt-lookup is no model, so it has no hidden states"),
+        ({"draft": "tiny-10m"}, "--draft tiny-10m lacks tokens of --target .* or numbers them otherwise"),
         ({"text": (Path("nowhere.txt"),)}, "no text in nowhere.txt"),
     ],
     ids=str,
