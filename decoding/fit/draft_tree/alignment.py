@@ -25,7 +25,7 @@ from ..loop import Outcome, mean_loss, spread_over, train_beside
 from ..settings import LoopSettings, PairSettings, small_network_loop
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import PairedStates
-from .verifications import REPORTED, open_pair, read_text
+from .verifications import REPORTED, drafted_scores, open_pair, read_text
 
 DRAFT, LEAST_SQUARES, KEPT, MIXED = "the draft itself", "least squares", "this alignment", "half draft, half aligned"
 _FIRST = 5
@@ -258,7 +258,7 @@ def judge(
     """Measure an alignment beside the map of least squares, at some positions, shape (n,), int64."""
 
     def drafted(hidden: Tensor) -> Tensor:
-        return proposals(hidden, draft_output)
+        return drafted_scores(hidden, draft_output, target_output)
 
     def mapped(alignment: AffineAlignment, hidden: Tensor) -> Tensor:
         return proposals(alignment(hidden), target_output)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from ...decoders.draft_tree.alignment import AffineAlignment, proposals
@@ -101,6 +102,22 @@ def read_text(settings: PairSettings, pair: Pair, draft: LanguageModel) -> PairT
         if not len(states.of_side(side)):
             raise FitError("the target ended every held-out text at once: give more --texts")
     return PairText(draft, target, states, prompts.sources)
+
+
+def drafted_scores(hidden: Tensor, draft_output: OutputLayer, target_output: OutputLayer) -> Tensor:
+    """Scores of a draft's output layer, whose padding may differ from the target's.
+
+    Args:
+        hidden: states of the draft, shape (n, draft width).
+        draft_output: the draft's output layer.
+        target_output: the target's.
+
+    Returns:
+        Logits, shape (n, the target's rows), float32; the least number for rows that the draft has not.
+    """
+    scores = proposals(hidden, draft_output)
+    missing = len(target_output.weight) - scores.shape[-1]  # where negative, the last rows are cut
+    return functional.pad(scores, (0, missing), value=torch.finfo(scores.dtype).min)
 
 
 _LOGITS_AT_A_TIME = 2**23
@@ -195,7 +212,7 @@ def verifications(
         place = slice(start, start + step)
         part = at[place]
         hidden = states.of_draft(part).to(device)
-        drafted = proposals(hidden, draft_output)[:, : len(target_output.weight)]  # which may be padded otherwise
+        drafted = drafted_scores(hidden, draft_output, target_output)
         expected = proposals(states.of_target(part).to(device), target_output)
         log_q = drafted.log_softmax(-1)
         if label == "ratio":

@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from specgym.decoding import NGramDrafter, Pair, PromptError, PromptLookupDrafter, Sampling
-from specgym.decoding.drafts.drafter import Drafter, propose
+from specgym.decoding.drafts.drafter import Drafter, ModelDrafter, propose
 from specgym.decoding.sampling import total_variation
 from specgym.envs.recordings.draft_recorder import Recorder
+from tests.helpers.other_words import SPELLED, translated_twin
+from tests.helpers.table_models import TableModel, random_table
 
 K = 5
 PROMPT = [3, 1, 4, 1, 5]
@@ -22,6 +24,20 @@ MakeModel = Callable[..., PreTrainedModel]
 
 def continuation(pair: Pair, tokens: int, seed: int = 0) -> list[int]:
     return torch.randint(pair.target.vocabulary_size, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_a_draft_of_another_tokenizer_is_recorded_as_it_drafts() -> None:
+    target = TableModel(random_table(6, 1))
+    pair = Pair(target, ModelDrafter(translated_twin(target, 0.5)))
+    assert pair.draft is not None
+    prompt, text = [2, SPELLED, 3], continuation(pair, 40)
+    assert SPELLED in text
+    rows = Recorder(pair, Sampling(0.0), K).record(prompt, text, seed=0)
+    for place in range(len(text)):
+        context = [*prompt, *text[:place]]
+        session = pair.draft.start(context, Sampling(0.0), torch.Generator(), torch.device("cpu"))
+        assert rows["tokens"][place].tolist() == propose(session, context, K).tokens.tolist()
+    assert rows["match"].any()
 
 
 def plain(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
