@@ -36,6 +36,7 @@ from .drafts.ngram import NGramDrafter, PromptLookupDrafter
 from .errors import (
     LARGEST_SEED,
     LARGEST_WHOLE,
+    MOST_THREADS,
     ArgumentError,
     KnobError,
     NumericalError,
@@ -131,6 +132,7 @@ __all__ = [
     "LARGEST_WHOLE",
     "LEVELS",
     "MODEL_SHAPES",
+    "MOST_THREADS",
     "PRESETS",
     "RULES",
     "SMALLEST_PREPACKED",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from specgym.decoding import (
     CHAIN,
+    MOST_THREADS,
     DecoderTraits,
     LatencyProfile,
     LatencyProfileError,
@@ -29,6 +30,7 @@ from specgym.decoding import (
     resolve,
     run_command,
     traits_of,
+    whole_number,
 )
 
 from .workloads import Workload, workload
@@ -154,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoder = None if command.decoder == CHAIN else command.decoder
     if decoder is not None and decoder not in decoder_names():
         raise LatencyProfileError(f"no decoder {decoder!r}; there are: {CHAIN}, {', '.join(decoder_names())}")
-    if command.threads:
-        torch.set_num_threads(command.threads)
+    if threads := whole_number("threads", command.threads, at_least=0, at_most=MOST_THREADS):
+        torch.set_num_threads(threads)
     with models_placed(command.dtype, command.device):
         _measure_all(command, decoder)
 

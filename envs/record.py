@@ -11,9 +11,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from specgym.decoding import ModelType, Split, models_placed, prompts_limited, run_command, traits_of
+from specgym.decoding import (
+    MOST_THREADS,
+    ModelType,
+    Split,
+    check_fields,
+    models_placed,
+    prompts_limited,
+    run_command,
+    traits_of,
+    whole_number,
+)
 
 from .recordings.archive import TraceError
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
@@ -70,6 +81,10 @@ class RecordCommand:
     option."""
     seed: int | None = None
     """Seed of all sampling, and of the choice of the settings (0)."""
+
+    def __post_init__(self) -> None:
+        threads = partial(whole_number, at_least=0, at_most=MOST_THREADS, error=TraceError)
+        check_fields(self, threads, "threads")
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from specgym.callbacks import ReplaySettings
-from specgym.decoding import ModelType, SpecgymError, check_fields, check_placement, number, text, write_sealed
+from specgym.decoding import (
+    MOST_THREADS,
+    ModelType,
+    SpecgymError,
+    check_fields,
+    check_placement,
+    number,
+    text,
+    write_sealed,
+)
 
 from ..training.run_folder import LearnedFolder, RunFileError, RunFolder, read_json
 from ..training.settings_io import (
@@ -46,8 +55,6 @@ MOST_TRANSITIONS: Final = 2**24
 MOST_EPOCHS: Final = 1000
 FASTEST_LEARNING: Final = 10.0
 """Largest learning rate of Adam, whose steps are about as long as that, whatever the gradients."""
-MOST_THREADS: Final = 1024
-"""Threads at most. OpenMP ends the process when it cannot start one: 'libgomp: Thread creation failed' (torch 2.13)."""
 
 
 @dataclass(frozen=True)

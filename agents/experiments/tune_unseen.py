@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from specgym.decoding import ModelType, file_name
+from specgym.decoding import ModelType, file_name, seed_number, sequence_of, whole_number
 
 from ..evaluation.contenders import live_verdict
 from ..evaluation.heat_map import heat_map, save_heat_maps
@@ -33,6 +34,7 @@ from .learned_tuner import LearnedSearcher, LearnedTuner, exported, practice, ta
 from .tune_knobs import knob_policy
 from .tune_unseen_settings import TunerSettings
 
+MOST_JOBS: Final = 256
 METHODS = ("default", "universal", LEARNED, "best")
 """`universal` is the best single setting over the training prompts of all workloads; `best` is the best of a dense grid
 on the very prompts that the others are judged on, which none of them could know."""
@@ -209,11 +211,11 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
         SettingsError: there is nothing to leave out, no seed, or no job.
     """
     quieten()
-    if not kinds or not seeds or min(seeds) < 0 or jobs < 1:
-        raise SettingsError(
-            f"--transfer needs something to leave out, seeds of at least 0 and at least one job, got {tuple(kinds)}, "
-            f"{tuple(seeds)} and {jobs}"
-        )
+    seed = partial(seed_number, error=SettingsError)
+    seeds = sequence_of("--seeds", seeds, seed, distinct=True, error=SettingsError)
+    jobs = whole_number("--jobs", jobs, at_most=MOST_JOBS, error=SettingsError)
+    if not kinds:
+        raise SettingsError("--transfer needs something to leave out; give --leave-out one kind at least")
     run = RunFolder.existing(folder)
     settings = load_settings(run.settings)
     with on_machine(settings), console.status("Cross-validation") as status:

@@ -11,7 +11,7 @@ import gymnasium
 from rich import box
 from rich.table import Table
 
-from specgym.decoding import build_decoder, write_json
+from specgym.decoding import build_decoder, whole_number, write_json
 from specgym.envs import ObserveContext, TraceError, TuningEnv, Workload, profile_of, replay_backend, workload
 
 from ..evaluation.contenders import contenders
@@ -19,7 +19,7 @@ from ..evaluation.live import judge_live
 from ..evaluation.replayed import Measurement, split_options
 from ..evaluation.results import Row
 from ..experiments.learned_tuner import LearnedTuner
-from ..experiments.tune_unseen_settings import TunerSettings
+from ..experiments.tune_unseen_settings import MOST_MEASUREMENTS, TunerSettings
 from ..training.settings_io import SettingsError
 from .knob_policy import ExportedPolicy
 
@@ -122,9 +122,11 @@ def recommend_pair(
         RunFileError: the policy has not learned to tune.
         SettingsError: `measurements` is negative. Loading errors as for `TuningEnv`.
     """
-    measurements = settings.measurements if measurements is None else measurements
-    if measurements < 0:
-        raise SettingsError(f"measurements must be at least 0, got {measurements}")
+    if measurements is None:
+        measurements = settings.measurements
+    measurements = whole_number(
+        "measurements", measurements, at_least=0, at_most=MOST_MEASUREMENTS, error=SettingsError
+    )
     tuner = LearnedTuner(policy)
     replayed = not live and _replays(settings, workload)
     inner = TuningEnv(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -114,6 +116,7 @@ def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
             way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
             raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
         new_folders = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+        _require_writable(next(folder for folder in (run.path, *run.path.parents) if folder.exists()))
     with on_machine(settings):
         experiment_of(settings).check(settings)
     try:
@@ -124,6 +127,13 @@ def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
         _remove(run, new_folders)
         raise
     return experiment_of(settings)(settings, run), new_folders
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise the error that writing into a folder would, before anything is loaded."""
+    code = 0 if os.access(folder, os.W_OK) else errno.EACCES
+    if code := code if folder.is_dir() else errno.ENOTDIR:
+        raise OSError(code, os.strerror(code), str(folder))
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
 
-from ..errors import FitError
+from ..errors import MOST_THREADS, FitError, check_fields, number, seed_number, whole_number
 from ..loading.find_model import shipped_models
 
+T = TypeVar("T")
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 
 
@@ -51,11 +54,34 @@ class LoopSettings:
     work: Path = Path("runs/fit")
     """Folder for the state of the run; the same command resumes a killed run from there."""
 
+    def __post_init__(self) -> None:
+        whole, real = partial(checked_option, whole_number), partial(checked_option, number)
+        check_fields(self, partial(whole, at_most=10**15), "tokens")
+        check_fields(self, partial(whole, at_most=2**24), "batch")
+        check_fields(self, partial(whole, at_least=0, at_most=2**24), "length")  # 0 where a step takes whole texts
+        check_fields(self, partial(whole, at_least=0, at_most=MOST_THREADS), "threads")
+        check_fields(self, partial(checked_option, seed_number), "seed")
+        if self.minutes is not None:
+            check_fields(self, partial(real, above=0), "minutes")
+        check_fields(self, partial(real, above=0, at_most=10), "learning_rate")
+        check_fields(self, partial(real, at_least=0, at_most=1), "warmup")
+        check_fields(self, partial(real, at_least=0), "weight_decay", "checkpoint_minutes")
+        check_fields(self, partial(real, above=0), "clip")
+
     def torch_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device != "auto":
+        """The device to train on.
+
+        Raises:
+            FitError: torch knows no such device, or this machine has none.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
             return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+            reason = str(error).partition("\n")[0]
+            raise FitError(f"--device {self.device} cannot be used ({reason}); auto takes what there is") from error
 
     def set_threads(self) -> None:
         """Limit torch to the number of CPU threads asked for, if any."""
@@ -82,6 +108,12 @@ class TextSettings:
     """Sampling temperature of the target; 0 is greedy decoding."""
     generate_batch: int = 64
     """Prompts continued at a time."""
+
+    def __post_init__(self) -> None:
+        whole = partial(checked_option, whole_number)
+        check_fields(self, partial(whole, at_most=10**9), "texts")
+        check_fields(self, whole, "prompt_tokens", "new_tokens", "generate_batch")
+        check_fields(self, partial(checked_option, number, at_least=0), "temperature")
 
     @property
     def width(self) -> int:
@@ -137,6 +169,21 @@ class PairSettings(OwnTextSettings):
     """Draft model: a folder, a hub id, or the name of a shipped model, with the token numbers of the target."""
 
 
+def checked_option(check: Callable[..., T], name: str, value: object, **limits: Any) -> T:
+    """Check the value of an option, which the message names as the command line does.
+
+    Args:
+        check: such as `number`.
+        name: of the setting.
+        value: of the setting.
+        limits: for the check.
+
+    Raises:
+        FitError: the value is refused.
+    """
+    return check(f"--{name.replace('_', '-')}", value, error=FitError, **limits)
+
+
 def require_least(settings: object, **least: int) -> None:
     """Refuse numbers below ``least``, the smallest allowed values of attributes of the settings, by name.
 
@@ -144,8 +191,7 @@ def require_least(settings: object, **least: int) -> None:
         FitError: a value is smaller; the message names the option.
     """
     for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise FitError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(settings, name)}")
+        checked_option(whole_number, name, getattr(settings, name), at_least=low)
 
 
 def check_own_text(settings: OwnTextSettings, what: str, **least: int) -> None:

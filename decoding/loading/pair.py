@@ -26,7 +26,7 @@ from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
-from ..errors import PromptError, VocabularyMismatchError
+from ..errors import ArgumentError, PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from ..models.linear_layers import PrepackedLinear, only_looking
 from ..models.supported import causal_model
@@ -187,10 +187,12 @@ def require_draft(pair: Pair, user: str) -> Drafter:
     """Return a pair's draft.
 
     Raises:
-        ValueError: it has none; the message names the user of the draft.
+        ArgumentError: it has none; the message names the user of the draft.
     """
     if pair.draft is None:
-        raise ValueError(f"{user} needs a draft, and pair {pair.name} has none: Pair(target, draft)")
+        raise ArgumentError(
+            f"{user} needs a draft, and pair {pair.name} has none: name <target>+<draft>, or give Pair(target, draft)"
+        )
     return pair.draft
 
 

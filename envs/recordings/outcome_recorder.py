@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from specgym.decoding import (
     LatencyProfile,
     Split,
     build_decoder,
+    check_fields,
     decoder_names,
     read_sealed,
+    seed_number,
     traits_of,
+    whole_number,
     write_sealed,
 )
 
@@ -47,6 +51,7 @@ _POINTS = 64  # of the sequence, drawn at a time
 _WIDE = 8  # a whole-number knob of a larger range is spread by its logarithm
 _CORNERS_SHARE = 4  # corners are left out where they would be more than one in so many settings
 _COMPARED = 20_000  # settings at most: all there are, or so many that are spread over the ranges
+_MOST_SETTINGS = 100_000
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,12 @@ class OutcomeSettings:
     def __post_init__(self) -> None:
         if self.decoder not in decoder_names():
             raise OutcomeError(f"no decoder {self.decoder!r} can be recorded; there are: {', '.join(decoder_names())}")
-        for name in ("prompts", "tokens", "draft_length"):
-            if getattr(self, name) < 1:
-                raise OutcomeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "refine"):
-            if getattr(self, name) < 0:
-                raise OutcomeError(f"{name} must be at least 0, got {getattr(self, name)}")
-        least = len(self._always(self.usual_knobs))
-        if self.settings < least:
-            raise OutcomeError(
-                f"settings must be at least {least}, the default of {self.decoder} and its presets, got {self.settings}"
-            )
+        whole = partial(whole_number, error=OutcomeError)
+        check_fields(self, whole, "prompts", "tokens", "draft_length")
+        check_fields(self, partial(whole, at_least=0, at_most=_MOST_SETTINGS), "refine")
+        check_fields(self, partial(seed_number, error=OutcomeError), "seed")
+        least, hint = len(self._always(self.usual_knobs)), f"{self.decoder}'s default and its presets are among them"
+        check_fields(self, partial(whole, at_least=least, at_most=_MOST_SETTINGS, hint=hint), "settings")
 
     @property
     def traits(self) -> type[DecoderTraits]:

@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from specgym.decoding import (
     SpeculativeDecoder,
     Split,
     ThresholdDecoder,
+    check_fields,
     levels_of,
     require_draft,
+    seed_number,
     text_settings,
+    whole_number,
 )
 
 from ..backends.replay_table import exact_chances, tokens_kept, tolerances_needed
@@ -67,13 +71,11 @@ class RecordSettings:
     """Seed of all sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("draft_length", "prompts", "tokens", "detour_tokens"):
-            if getattr(self, name) < 1:
-                raise TraceError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.detour_prompts < 0 or self.seed < 0:
-            raise TraceError("detour_prompts and seed must be at least 0")
-        if self.draft_length > LONGEST_DRAFT:
-            raise TraceError(f"draft_length must be at most {LONGEST_DRAFT}, got {self.draft_length}")
+        whole = partial(whole_number, error=TraceError)
+        check_fields(self, partial(whole, at_most=LONGEST_DRAFT), "draft_length")
+        check_fields(self, whole, "prompts", "tokens", "detour_tokens")
+        check_fields(self, partial(whole, at_least=0), "detour_prompts")
+        check_fields(self, partial(seed_number, error=TraceError), "seed")
 
 
 def record(

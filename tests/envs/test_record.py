@@ -195,9 +195,9 @@ def test_a_pair_without_a_draft_is_refused(work: Workload, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": 0}, "prompts must be at least 1"),
-        ({"draft_length": 300}, "draft_length must be at most 255"),
-        ({"detour_prompts": -1}, "must be at least 0"),
+        ({"prompts": 0}, "prompts must be a whole number of at least 1"),
+        ({"draft_length": 300}, "draft_length must be a whole number from 1 to 255"),
+        ({"detour_prompts": -1}, "detour_prompts must be a whole number of at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, int], message: str) -> None:

@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import FitError
+from ...errors import FitError, whole_number
 from ...loading.find_model import load_model
 from ...loading.link import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.pair import Pair
@@ -21,7 +21,7 @@ from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of
-from ..settings import LoopSettings, TextSettings, place_of, require_least
+from ..settings import LoopSettings, TextSettings, checked_option, place_of, require_least
 from ..text.corpus_text import TEXTS, load_tokens, require_batch
 from ..text.prompts import TRAINING, cut_prompts, set_prompts
 from ..text.states import hidden_states, join_states, whole_states
@@ -164,8 +164,8 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
     tokens, loop, more = len(output_layer(target).weight), settings.loop, settings.more_text
     require_least(settings.report, report_prompts=0, report_tokens=1, report_draft_length=1)
     require_least(more, plain_texts=0, continuations=1)
-    if not 0 <= settings.vocabulary <= tokens:
-        raise FitError(f"--vocabulary must be 1 to {tokens} tokens, or 0 for all, got {settings.vocabulary}")
+    checked_option(whole_number, "vocabulary", settings.vocabulary, at_least=0, at_most=tokens, hint="0 takes all")
+    require_least(loop, length=1)
     if settings.vocabulary and not settings.share:
         raise FitError("other engines, for which --no-share is, draft from all tokens: leave out --vocabulary")
     if settings.store == "int8" and not settings.share:

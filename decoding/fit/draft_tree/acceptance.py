@@ -25,14 +25,14 @@ from ...decoders.draft_tree.predictor import (
     calibrating_temperature,
     log_odds,
 )
-from ...errors import FitError
+from ...errors import FitError, number
 from ...files import replacing
 from ...models.identity import weights_digest
 from ...models.language_model import LanguageModel
 from ...models.output_layer import output_layer
 from ..cards import Facts, Rows, Section, show, size_of, training_lines, write_card
 from ..loop import HeldOutLoss, Outcome, train_beside
-from ..settings import LoopSettings, PairSettings, small_network_loop
+from ..settings import LoopSettings, PairSettings, checked_option, small_network_loop
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import PairedStates
 from .verifications import REPORTED, Verifications, open_pair, read_text, verifications
@@ -279,8 +279,7 @@ def make_acceptance(settings: AcceptanceSettings) -> AcceptanceReport:
         TrainingError: training cannot go on.
     """
     loop = settings.loop
-    if not 0 < settings.label_temperature < float("inf"):
-        raise FitError(f"--label-temperature must be above 0, got {settings.label_temperature}")
+    checked_option(number, "label_temperature", settings.label_temperature, above=0)
     pair, draft = open_pair(settings, children=1, depth=1, width=1)
     if settings.children > pair.target.vocabulary_size:
         raise FitError(

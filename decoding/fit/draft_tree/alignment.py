@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from ...decoders.draft_tree.alignment import AffineAlignment, RidgeFit, proposals
 from ...decoders.draft_tree.files import load_alignment, save_alignment
-from ...errors import FitError
+from ...errors import number
 from ...models.identity import weights_digest
 from ...models.output_layer import OutputLayer, output_layer
 from ..cards import Facts, Rows, Section, device_words, show, size_of, training_lines, write_card
 from ..loop import Outcome, mean_loss, spread_over, train_beside
-from ..settings import LoopSettings, PairSettings, small_network_loop
+from ..settings import LoopSettings, PairSettings, checked_option, small_network_loop
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import PairedStates
 from .verifications import REPORTED, drafted_scores, open_pair, read_text
@@ -65,8 +65,7 @@ def make_alignment(settings: AlignmentSettings) -> AlignmentReport:
         TrainingError: training cannot go on.
     """
     loop = settings.loop
-    if not 0 <= settings.penalty < float("inf"):
-        raise FitError(f"--penalty must be 0 or more, got {settings.penalty}")
+    checked_option(number, "penalty", settings.penalty, at_least=0)
     pair, draft = open_pair(settings)
     paired = read_text(settings, pair, draft)
     target, states = paired.target, paired.states

@@ -27,7 +27,7 @@ from ...errors import FitError
 from ...loading.pair import Pair, load_pair
 from ...models.language_model import LanguageModel
 from ...models.output_layer import OutputLayer
-from ..settings import PairSettings, check_out, check_own_text, dtype_of
+from ..settings import PairSettings, check_out, check_own_text, dtype_of, require_least
 from ..text.prompts import JUDGING, SPEED
 from ..text.states import PairedStates, paired_states
 from ..text.target_text import check_text_settings, own_text
@@ -63,6 +63,7 @@ def open_pair(settings: PairSettings, **least: int) -> tuple[Pair, LanguageModel
             one that is read.
     """
     check_own_text(settings, "these networks", **least)
+    require_least(settings.loop, length=1)
     check_out(settings.out, settings.target, settings.draft)
     settings.loop.set_threads()
     name, dtype = f"{settings.target}+{settings.draft}", dtype_of(settings, frozen=True)

@@ -22,7 +22,15 @@ from ...loading.pair import Pair
 from ...models.output_layer import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import Outcome, train_beside
-from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of, small_network_loop
+from ..settings import (
+    HeadsSettings,
+    LoopSettings,
+    check_out,
+    check_own_text,
+    dtype_of,
+    require_least,
+    small_network_loop,
+)
 from ..text.prompts import JUDGING
 from ..text.states import IGNORED, hidden_states
 from ..text.target_text import frequent_tokens, own_text
@@ -71,6 +79,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     loop = settings.loop
     least = {"heads": 1, "blocks": 1, "vocabulary": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
     check_own_text(settings, "heads", **least)
+    require_least(loop, length=1)
     check_out(settings.out, settings.target)
     loop.set_threads()
     dtype = dtype_of(settings, frozen=True)

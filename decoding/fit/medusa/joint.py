@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ...decoders.medusa.files import heads_for, save_heads
 from ...decoders.medusa.heads import MedusaHeads
-from ...errors import FitError
+from ...errors import FitError, number
 from ...files import write_text
 from ...loading.checkpoint import save_checkpoint
 from ...loading.find_model import load_model
@@ -30,7 +30,7 @@ from ...models.language_model import LanguageModel
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, train
 from ..measure import measure_domains
-from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, dtype_of
+from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, checked_option, dtype_of
 from ..text.corpus_text import TEXTS, PositionBatches
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import hidden_states, labels_of
@@ -247,8 +247,7 @@ def _check(settings: JointSettings) -> None:
     least = {"lora_rank": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
     check_own_text(settings, "heads", **least)
     for name in ("heads_weight", "heads_rate"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            raise FitError(f"--{name.replace('_', '-')} must be above 0, got {getattr(settings, name)}")
+        checked_option(number, name, getattr(settings, name), above=0)
     if settings.dtype == "bfloat16" and not settings.lora_rank:
         raise FitError("weights that are trained must be float32: leave out --dtype, or give --lora-rank")
     if settings.loop.length:

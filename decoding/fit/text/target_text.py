@@ -106,9 +106,7 @@ def check_text_settings(settings: TextSettings, model: PreTrainedModel, least_ne
     Raises:
         FitError: a setting is out of range, or a prompt and its continuation exceed the context of the model.
     """
-    require_least(settings, prompt_tokens=2, new_tokens=least_new_tokens, generate_batch=1)
-    if not 0 <= settings.temperature < float("inf"):
-        raise FitError(f"--temperature must be 0 or more, got {settings.temperature}")
+    require_least(settings, prompt_tokens=2, new_tokens=least_new_tokens)
     if settings.width > context_of(model):
         raise FitError(
             f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} are together more than "

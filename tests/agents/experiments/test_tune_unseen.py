@@ -203,10 +203,10 @@ def test_what_stands_in_the_way_of_a_cross_validation_is_named_before_anything_i
     [
         (["--workloads", "tiny/prosa"], "Did you mean 'prose'"),
         (["--workloads", "tiny/prose", "--recordings", "nowhere"], "nowhere"),
-        (["--environments", "2"], "environments must be a whole number of at least"),
+        (["--environments", "2"], "environments must be a whole number from"),
         (["--weights", "1", "2"], "weights must be"),
-        (["--max-divergence", "2"], "max_divergence must be above 0 and at most 1"),
-        (["--max-divergence", "0"], "max_divergence must be above 0 and at most 1"),
+        (["--max-divergence", "2"], "max_divergence must be a number above 0 and at most 1"),
+        (["--max-divergence", "0"], "max_divergence must be a number above 0 and at most 1"),
         (["--reward.max-divergence", "0.1"], "give --max-divergence 0.1 instead"),
         (["--learning.replay.alpha", "-1"], "alpha must be"),
     ],
@@ -226,9 +226,10 @@ def test_bad_options_are_one_message_and_leave_no_folder(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pair", "tiny", "--measurements", "-1"], "measurements must be at least 0"),
-        (["--transfer", "--jobs", "0"], "at least one job"),
-        (["--transfer", "--seeds"], "seeds of at least 0"),
+        (["--pair", "tiny", "--measurements", "-1"], "measurements must be a whole number from 0 to 10000, got -1"),
+        (["--transfer", "--jobs", "0"], "--jobs must be a whole number from 1 to 256, got 0"),
+        (["--transfer", "--seeds", str(2**32)], "each of --seeds must be a whole number from 0 to 4294967295"),
+        (["--transfer", "--seeds"], "--seeds must have at least 1 value"),
         (["--report", "--pair", "tiny"], "give one at a time"),
     ],
 )

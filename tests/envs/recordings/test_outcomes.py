@@ -184,9 +184,12 @@ def test_parts_of_another_recording_are_refused(work: Workload, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": 0}, "prompts must be at least 1"),
-        ({"settings": 1}, "settings must be at least 2, the default of lookahead and its presets, got 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"prompts": 0}, "prompts must be a whole number of at least 1"),
+        (
+            {"settings": 1},
+            "settings must be a whole number from 2 to 100000, got 1; lookahead.s default and its presets",
+        ),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"decoder": "beam"}, "no decoder 'beam' can be recorded; there are: threshold, speculative, lookahead"),
     ],
 )

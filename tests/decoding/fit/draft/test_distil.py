@@ -176,13 +176,16 @@ def test_a_draft_resumes_only_with_the_tokens_that_it_had(settings: DraftSetting
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"vocabulary": 301}, r"--vocabulary must be 1 to \d+ tokens, or 0 for all, got 301"),
+        ({"vocabulary": 301}, r"--vocabulary must be a whole number from 0 to \d+, got 301; 0 takes all"),
         ({"vocabulary": -1}, "--vocabulary must be .* got -1"),
-        ({"report": ReportSettings(report_draft_length=0)}, "--report-draft-length must be at least 1, got 0"),
+        (
+            {"report": ReportSettings(report_draft_length=0)},
+            "--report-draft-length must be a whole number of at least 1, got 0",
+        ),
         ({"vocabulary": 5, "share": False, "hidden": None}, "--no-share .* leave out --vocabulary"),
         ({"loop": LoopSettings(length=16, device="cpu")}, "whole texts: leave out --length"),
         ({"loop": LoopSettings(batch=100, device="cpu")}, "36 texts to train on are too few for a batch of 100"),
-        ({"writing": TextSettings(new_tokens=1)}, "--new-tokens must be at least 2, got 1"),
+        ({"writing": TextSettings(new_tokens=1)}, "--new-tokens must be a whole number of at least 2, got 1"),
         ({"writing": TextSettings()}, "together more than the model's context of 64 tokens"),
         ({"own_text": False}, "--length 512 is more than the target's context of 64 tokens"),
     ],

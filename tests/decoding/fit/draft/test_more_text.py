@@ -197,8 +197,11 @@ def test_plain_texts_count_in_the_vocabulary_and_in_what_is_trained_on(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"more_text": MoreTextSettings(plain_texts=-1)}, "--plain-texts must be at least 0, got -1"),
-        ({"more_text": MoreTextSettings(continuations=0)}, "--continuations must be at least 1, got 0"),
+        ({"more_text": MoreTextSettings(plain_texts=-1)}, "--plain-texts must be a whole number of at least 0, got -1"),
+        (
+            {"more_text": MoreTextSettings(continuations=0)},
+            "--continuations must be a whole number of at least 1, got 0",
+        ),
         (
             {"more_text": MoreTextSettings(plain_texts=1), "own_text": False},
             "add to text that the target writes: give --own",

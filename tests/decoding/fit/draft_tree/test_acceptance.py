@@ -126,11 +126,11 @@ def test_a_missing_alignment_is_named_with_the_command_that_fits_it(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"children": 0}, "--children must be at least 1, got 0"),
+        ({"children": 0}, "--children must be a whole number of at least 1, got 0"),
         ({"children": 1000}, r"--children 1000 is more than the \d+ tokens there are"),
-        ({"depth": 0}, "--depth must be at least 1"),
-        ({"width": 0}, "--width must be at least 1"),
-        ({"label_temperature": 0.0}, "--label-temperature must be above 0, got 0.0"),
+        ({"depth": 0}, "--depth must be a whole number of at least 1"),
+        ({"width": 0}, "--width must be a whole number of at least 1"),
+        ({"label_temperature": 0.0}, "--label-temperature must be a finite number above 0, got 0.0"),
     ],
     ids=str,
 )

@@ -104,11 +104,14 @@ def test_a_state_of_other_settings_is_refused(settings: AlignmentSettings) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"penalty": -1.0}, "--penalty must be 0 or more, got -1.0"),
-        ({"check_steps": 0}, "--check-steps must be at least 1, got 0"),
+        ({"penalty": -1.0}, "--penalty must be a finite number of at least 0, got -1.0"),
+        ({"check_steps": 0}, "--check-steps must be a whole number of at least 1, got 0"),
         ({"loop": {"optimiser": "muon"}}, "AdamW without weight decay"),
         ({"loop": {"batch": 100}}, "tokens of the target's own text are too few for a batch of 1600"),
-        ({"own_text": TextSettings(texts=80, prompt_tokens=1)}, "--prompt-tokens must be at least 2, got 1"),
+        (
+            {"own_text": TextSettings(texts=80, prompt_tokens=1)},
+            "--prompt-tokens must be a whole number of at least 2, got 1",
+        ),
         ({"own_text": TextSettings(texts=80, new_tokens=70)}, "are together more than the model's context of 64"),
         ({"draft": "prompt-lookup"}, "--draft prompt-lookup is no model, so it has no hidden states"),
         ({"draft": "tiny-10m"}, "--draft tiny-10m lacks tokens of --target .* or numbers them otherwise"),

@@ -147,12 +147,12 @@ def test_training_ends_early_with_the_weights_of_the_lowest_loss(settings: Medus
 @pytest.mark.parametrize(
     ("changed", "own_text", "message"),
     [
-        ({"heads": 0}, {}, "--heads must be at least 1, got 0"),
+        ({"heads": 0}, {}, "--heads must be a whole number of at least 1, got 0"),
         ({"vocabulary": 301}, {}, r"--vocabulary 301 is more than the target's \d+ tokens"),
         ({"text": (Path("nowhere.txt"),)}, {}, "no text in nowhere.txt"),
         ({}, {"new_tokens": 60}, "--prompt-tokens 6 and --new-tokens 60 are together more than .* 64"),
-        ({}, {"new_tokens": 3}, "--new-tokens must be at least 4, got 3"),
-        ({}, {"temperature": -1.0}, "--temperature must be 0 or more, got -1.0"),
+        ({}, {"new_tokens": 3}, "--new-tokens must be a whole number of at least 4, got 3"),
+        ({}, {"temperature": -1.0}, "--temperature must be a finite number of at least 0, got -1.0"),
         ({}, {"texts": 3}, "--texts 3 is too few"),
         ({"loop": LoopSettings(device="cpu")}, {}, "AdamW without weight decay"),
         ({}, {"texts": 8}, "96 tokens of the target's own text are too few for a batch of 100: give more --texts"),

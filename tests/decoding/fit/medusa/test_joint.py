@@ -182,10 +182,10 @@ def test_adapters_can_be_trained_beside_a_target_in_bfloat16(settings: JointSett
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lora_rank": -1}, "--lora-rank must be at least 0, got -1"),
+        ({"lora_rank": -1}, "--lora-rank must be a whole number of at least 0, got -1"),
         ({"dtype": "bfloat16"}, "must be float32: leave out --dtype, or give --lora-rank"),
-        ({"heads_weight": 0.0}, "--heads-weight must be above 0, got 0.0"),
-        ({"heads_rate": math.nan}, "--heads-rate must be above 0, got nan"),
+        ({"heads_weight": 0.0}, "--heads-weight must be a finite number above 0, got 0.0"),
+        ({"heads_rate": math.nan}, "--heads-rate must be a finite number above 0, got nan"),
         ({"loop": JointLoop(device="cpu")}, "AdamW without weight decay"),
     ],
 )
