@@ -79,11 +79,19 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Shapes (..., inputs) to (..., outputs)."""
-        packed = self.__dict__.get("_packed")  # None if a hook has asked for the weight since the call began
-        if packed is None or not _suits(self, packed, inputs):
+        state = self.__dict__
+        packed = state.get("_packed")  # None if a hook has asked for the weight since the call began
+        if (
+            packed is None
+            or inputs.dtype != packed.dtype
+            or torch.is_autocast_enabled("cpu")
+            or (torch.is_grad_enabled() and _needs_gradients(inputs, *state["_parameters"].values()))
+            # Decoders look for changes at the start of a text; the passes of others are looked at in full.
+            or (state["_shared"] is not None and _changed(self, in_full=not torch.is_inference_mode_enabled()))
+        ):
             _unpack_unasked(self)
             return type(self).forward(self, inputs)
-        return torch.ops.mkldnn._linear_pointwise(inputs, packed, self.__dict__["_parameters"]["bias"], "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, packed, state["_parameters"]["bias"], "none", [], "")
 
     def train(self, mode: bool = True) -> nn.Module:  # type: ignore[override]
         """Set the mode; training needs the plain weight."""
@@ -111,15 +119,8 @@ class _PrepackedConv1D(PrepackedLinear, Conv1D):  # type: ignore[misc]
     plain = Conv1D
 
 
-def _suits(layer: PrepackedLinear, packed: Tensor, inputs: Tensor) -> bool:
-    """True if a pass with these inputs can take the packed weight."""
-    weight, bias = (layer.__dict__["_parameters"][name] for name in ("weight", "bias"))
-    if inputs.dtype != packed.dtype or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (inputs, weight, bias)):
-        return False
-    # Decoders look for changes at the start of a text; the passes of others are looked at in full.
-    return not _changed(layer, in_full=not torch.is_inference_mode_enabled())
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _version(weight: Tensor) -> tuple[int, int]:
