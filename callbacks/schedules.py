@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
+
+from specgym.decoding import number, whole_number
 
 from .checkpoints import JsonState
 from .metrics import original_rewards
@@ -31,13 +32,9 @@ class Improvement:
     """
 
     def __init__(self, patience: int, threshold: float, smoothing: float) -> None:
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
-        if not 0 <= threshold < math.inf:
-            raise ValueError(f"threshold must be a finite number of at least 0, got {threshold}")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
-        self.patience, self.threshold, self.smoothing = patience, threshold, smoothing
+        self.patience = whole_number("patience", patience)
+        self.threshold = number("threshold", threshold, at_least=0)
+        self.smoothing = number("smoothing", smoothing, at_least=0, below=1)
         self.best: float | None = None
         self.waiting = 0
         self._mean, self._weight = 0.0, 0.0
@@ -159,12 +156,9 @@ class PlateauCallback(RewardWatcher):
         threshold: float = 0.005,
         smoothing: float = 0.8,
     ) -> None:
-        if not 0 < factor < 1:
-            raise ValueError(f"factor must be above 0 and below 1, got {factor}")
-        if not 0 < minimum_rate < math.inf:
-            raise ValueError(f"minimum_rate must be a finite number above 0, got {minimum_rate}")
         super().__init__(patience, threshold, smoothing)
-        self.factor, self.minimum_rate = factor, minimum_rate
+        self.factor = number("factor", factor, above=0, below=1)
+        self.minimum_rate = number("minimum_rate", minimum_rate, above=0)
 
     def _init_callback(self) -> None:
         if callable(self.model.learning_rate):
@@ -216,10 +210,8 @@ class EarlyStopCallback(RewardWatcher):
     def __init__(
         self, patience: int = 30, minimum_steps: int = 0, threshold: float = 0.005, smoothing: float = 0.8
     ) -> None:
-        if minimum_steps < 0:
-            raise ValueError(f"minimum_steps must be at least 0, got {minimum_steps}")
         super().__init__(patience, threshold, smoothing)
-        self.minimum_steps = minimum_steps
+        self.minimum_steps = whole_number("minimum_steps", minimum_steps, at_least=0)
         self.reason: str | None = None
 
     def _on_step(self) -> bool:
@@ -260,9 +252,7 @@ class EntropyScheduleCallback(BaseCallback):
 
     def __init__(self, start: float, end: float) -> None:
         super().__init__()
-        for name, value in (("start", start), ("end", end)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        start, end = number("start", start, at_least=0), number("end", end, at_least=0)
         self._schedule = LinearSchedule(start, end, 1.0)
 
     def _on_training_start(self) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
+from specgym.decoding import number
+
 from .checkpoints import JsonState
 from .metrics import Floats, WorkloadMeans, innermost, step_infos, vector_source
 
@@ -87,13 +89,9 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
 
     def __init__(self, bound: float, rate: float = 0.3, start: float = 30.0) -> None:
         super().__init__()
-        if not 0 < bound <= 1:
-            raise ValueError(f"bound must be above 0 and at most 1, got {bound}; for 0 use a lossless decoder")
-        if not 0 < rate < math.inf:
-            raise ValueError(f"rate must be a finite number above 0, got {rate}")
-        if not 0 < start <= HIGHEST:
-            raise ValueError(f"start must be above 0 and at most {HIGHEST:g}, got {start}")
-        self.bound, self.rate, self.start = bound, rate, start
+        self.bound = number("bound", bound, above=0, at_most=1, hint="for 0 use a lossless decoder")
+        self.rate = number("rate", rate, above=0)
+        self.start = number("start", start, above=0, at_most=HIGHEST)
         self.multipliers: dict[str, float] = {}
         self._rows: list[str] = []  # the workload of each single environment; empty for a vector environment
 
@@ -188,9 +186,7 @@ class RateCallback(JsonState, BaseCallback):
 
     def __init__(self, smoothing: float) -> None:
         super().__init__()
-        if not 0 < smoothing <= 1:
-            raise ValueError(f"smoothing must be above 0 and at most 1, got {smoothing}")
-        self.smoothing = smoothing
+        self.smoothing = number("smoothing", smoothing, above=0, at_most=1)
         self.rates: dict[str, float] = {}
         self._names: list[str] = []
 
@@ -298,11 +294,8 @@ class WorkloadPriorities(JsonState, BaseCallback):
 
     def __init__(self, temperature: float = 1.0, staleness_weight: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        if not 0 <= staleness_weight <= 1:
-            raise ValueError(f"staleness_weight must be between 0 and 1, got {staleness_weight}")
-        self.temperature, self.staleness_weight = temperature, staleness_weight
+        self.temperature = number("temperature", temperature, above=0)
+        self.staleness_weight = number("staleness_weight", staleness_weight, at_least=0, at_most=1)
         self.scores: dict[str, float] = {}
         self.last_seen: dict[str, int] = {}
         self.rollouts = 0

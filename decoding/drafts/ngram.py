@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..errors import whole_number
 from ..files import replacing
 from ..sampling import Sampling
 from ..sealed_files import CHECKSUM, DamagedFileError, arrays_digest, check_digest
@@ -270,11 +271,9 @@ class PromptLookupDrafter:
     """
 
     def __init__(self, vocabulary_size: int, longest: int = 3) -> None:
-        if longest < 1:
-            raise ValueError(f"longest must be at least 1 token, got {longest}")
         self.name = "prompt-lookup"
-        self.vocabulary_size = vocabulary_size
-        self.longest = longest
+        self.vocabulary_size = whole_number("vocabulary_size", vocabulary_size)
+        self.longest = whole_number("longest", longest)
 
     def digest(self) -> str:
         """Return a SHA-256 over the settings, 64 hex digits."""

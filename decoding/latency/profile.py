@@ -7,11 +7,10 @@ Reading the prompt is outside all rounds, and is not charged.
 
 from __future__ import annotations
 
-import math
-import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoders.expected_gain import KeepChances
-from ..errors import SpecgymError
+from ..errors import SpecgymError, check_fields, mapping_of, number, whole_number
 from ..sampling import Sampling
 from ..sealed_files import DamagedFileError, read_sealed, write_sealed
 from ..traits import CHAIN
@@ -39,6 +38,10 @@ _LONGEST_FITTED = 16
 
 class LatencyProfileError(SpecgymError, ValueError):
     """A profile that makes no sense, a file that holds none, or an operating point that was not measured."""
+
+
+_count = partial(whole_number, error=LatencyProfileError)
+_seconds = partial(number, error=LatencyProfileError)
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,22 @@ class LatencyProfile:
 
     def __post_init__(self) -> None:
         for name, fewest in zip(_TABLES, (0, 1), strict=True):
-            table = getattr(self, name)
-            ordered = dict(sorted((int(tokens), float(seconds)) for tokens, seconds in table.items()))
+            table = mapping_of(name, getattr(self, name), LatencyProfileError)
+            checked = (
+                (_count(f"tokens of {name}", tokens, at_least=0), _seconds(f"{name}[{tokens!r}]", seconds, at_least=0))
+                for tokens, seconds in table.items()
+            )
+            ordered = dict(sorted(checked))
             if not ordered or min(ordered) < fewest:
                 raise LatencyProfileError(f"{name} must have an entry, and none below {fewest} tokens")
             for tokens, seconds in ordered.items():
-                if not (math.isfinite(seconds) and (seconds > 0 or (seconds == 0 and fewest == 0))):
+                if seconds == 0 and fewest > 0:
                     raise LatencyProfileError(f"{name}[{tokens}] is {seconds}; seconds are finite and positive")
             object.__setattr__(self, name, ordered)
-        if not (math.isfinite(self.autoregressive_seconds) and self.autoregressive_seconds > 0):
-            raise LatencyProfileError(f"autoregressive_seconds is {self.autoregressive_seconds}; it must be positive")
+        check_fields(self, partial(_seconds, above=0), "autoregressive_seconds")
         if not (isinstance(self.kind, str) and self.kind):
             raise LatencyProfileError(f"kind must be the name of a cost kind, got {self.kind!r}")
-        object.__setattr__(self, "batch_size", operator.index(self.batch_size))
-        if self.context is not None:
-            object.__setattr__(self, "context", operator.index(self.context))
-        if self.batch_size < 1 or (self.context is not None and self.context < 1):
-            raise LatencyProfileError(f"batch size {self.batch_size} and context {self.context} must be at least 1")
+        check_fields(self, _count, "batch_size", *(["context"] if self.context is not None else []))
         object.__setattr__(self, "hardware", dict(self.hardware))
         object.__setattr__(self, "points", tuple(self.points))
         if self.points:
@@ -194,7 +196,8 @@ class LatencyProfile:
         Raises:
             LatencyProfileError: the point lies outside what was measured; the message says what that is.
         """
-        context = self.context if context is None else context
+        batch_size = _count("batch_size", batch_size)
+        context = self.context if context is None else _count("context", context)
         if (batch_size, context) == (self.batch_size, self.context):
             return replace(self, points=())
         grid = self._grid()

@@ -7,7 +7,6 @@ draft are kept is drawn anew every round, and the text goes on at the recorded p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import DraftTracker, LatencyProfile
+from specgym.decoding import DraftTracker, LatencyProfile, number
 
 from ..recordings.archive import TraceError
 from ..recordings.trace import Trace
@@ -67,8 +66,7 @@ class DraftCharges:
             LatencyProfileError: the profile does not cover the batch size and the context.
             ValueError: `decision_seconds` is negative or not finite.
         """
-        if not (math.isfinite(decision_seconds) and decision_seconds >= 0):
-            raise ValueError(f"decision_seconds must be finite and at least 0, got {decision_seconds}")
+        decision_seconds = number("decision_seconds", decision_seconds, at_least=0)
         point = profile.at(batch_size=batch_size, context=context)
         rounds = point.round_seconds(max_draft_length)
         seconds = np.empty((2, max_draft_length + 1))
@@ -168,8 +166,8 @@ class DraftReplay:
     def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
         """Begin other texts, and draft their first tokens."""
         rows = np.empty(len(which), np.intp)
-        for number, first_rows in enumerate(self._table.first_rows):
-            members = workloads == number
+        for place, first_rows in enumerate(self._table.first_rows):
+            members = workloads == place
             rows[members] = first_rows[prompts[members]]
         self._tracker.forget(which)
         self._over[which] = False

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import FEATURES, LatencyProfile, Split, one_of
+from specgym.decoding import FEATURES, LatencyProfile, Split, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
@@ -156,7 +156,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         require_single(type(self).__name__, workload=workload, recording=recording)
         one_of("split", split, (None, "train", "test"))
         one_of("render_mode", render_mode, (None, "rgb_array"))
-        check_lengths(max_draft_length, max_new_tokens)
+        max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
         if recording is not None and backend == "live":
             raise ValueError("recording is for backend='replay'; the backend is 'live'")
         self._rate = checked_rate(rate)
@@ -282,12 +282,9 @@ def observation_space() -> spaces.Box[np.float32]:
     return spaces.Box(low, high)
 
 
-def check_lengths(max_draft_length: int, max_new_tokens: int) -> None:
-    """Raise ValueError unless both are whole numbers in range."""
-    for name, value, most in (
-        ("max_draft_length", max_draft_length, LONGEST),
-        ("max_new_tokens", max_new_tokens, None),
-    ):
-        if not (value >= 1 and int(value) == value and (most is None or value <= most)):
-            upto = "" if most is None else f" and at most {most}"
-            raise ValueError(f"{name} must be a whole number of at least 1{upto}, got {value}")
+def checked_lengths(max_draft_length: int, max_new_tokens: int) -> tuple[int, int]:
+    """Return both as whole numbers; raises ArgumentError unless they are in range."""
+    return (
+        whole_number("max_draft_length", max_draft_length, at_most=LONGEST),
+        whole_number("max_new_tokens", max_new_tokens),
+    )

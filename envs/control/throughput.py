@@ -9,8 +9,6 @@ was reached raises both to the best.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import Split
+from specgym.decoding import Split, number, sequence_of, whole_number
 
 from ..backends.chain_replay import DraftCharges
 from ..backends.replay import Workloads, asked
@@ -61,9 +59,7 @@ def checked_rate(rate: float) -> float:
     Raises:
         ValueError: it is negative or not finite.
     """
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"a rate is a throughput relative to plain decoding, finite and at least 0, got {rate}")
-    return float(rate)
+    return float(number("rate", rate, at_least=0, hint="a throughput relative to plain decoding"))
 
 
 class ControlTotals(NamedTuple):
@@ -131,9 +127,8 @@ class OperatingPoints:
         known = tuple(named.name for named in workloads)
         if len(set(known)) < len(known):
             raise ValueError(f"workload must name one or more different workloads, got {workload!r}")
-        sizes = [operator.index(size) for size in (batch_size if isinstance(batch_size, Sequence) else [batch_size])]
-        if len(set(sizes)) < len(sizes) or not sizes:
-            raise ValueError(f"batch_size must be one or more different whole numbers, got {batch_size!r}")
+        several = isinstance(batch_size, Sequence) and not isinstance(batch_size, str)
+        sizes = sequence_of("batch_size", batch_size if several else [batch_size], whole_number, distinct=True)
         profiles = [
             profile_of(named, value, replayed=True)
             for named, value in zip(workloads, per_workload("profile", profile, known, shared=True), strict=True)

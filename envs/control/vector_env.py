@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from specgym.decoding import Split, one_of
+from specgym.decoding import Split, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftSteps, backend_of
 from ..backends.chain_replay import DraftReplay, DraftTable, Indices
@@ -21,7 +21,7 @@ from ..profiles import Profiles
 from ..prompt_order import PromptOrder, shared_seed
 from ..recordings.find import Recordings
 from ..workloads import constructor, reset_options
-from .env import check_lengths, observation_space
+from .env import checked_lengths, observation_space
 from .throughput import ControlTotals, OperatingPoints, checked_rate, linear_reward
 
 Floats = NDArray[np.float32]
@@ -111,9 +111,10 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
                 f"backend must be 'replay' here, got {backend!r}; live environments stand side by side with "
                 "gymnasium.make_vec(..., vectorization_mode='sync')"
             )
-        check_lengths(max_draft_length, max_new_tokens)
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
+        max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
+        num_envs = whole_number("num_envs", num_envs)
+        if max_episode_steps is not None:
+            max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
         places = OperatingPoints.find(
             workload,
             split,

@@ -181,6 +181,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
             render_mode = None
         one_of("render_mode", render_mode, (None, *_RENDER_MODES))
         tokens = whole_number("max_new_tokens", max_new_tokens)
+        max_draft_length = whole_number("max_draft_length", max_draft_length)
         self.render_mode = render_mode
         decoding: Backend
         if backend == "live":

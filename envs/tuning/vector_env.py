@@ -107,7 +107,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
             split=split,
             profile=profile,
             max_new_tokens=whole_number("max_new_tokens", max_new_tokens),
-            max_draft_length=max_draft_length,
+            max_draft_length=whole_number("max_draft_length", max_draft_length),
             options=decoder_options,
             batch_size=batch_size,
             context=context,

@@ -49,7 +49,7 @@ def test_prompt_lookup_indexes_a_growing_text_as_if_it_had_come_at_once() -> Non
 
 
 def test_prompt_lookup_needs_a_match_of_at_least_one_token() -> None:
-    with pytest.raises(ValueError, match="longest must be at least 1"):
+    with pytest.raises(ValueError, match="longest must be a whole number of at least 1"):
         PromptLookupDrafter(100, longest=0)
 
 

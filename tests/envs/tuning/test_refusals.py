@@ -76,7 +76,7 @@ def test_an_action_of_another_shape_is_refused(make_env: MakeEnv) -> None:
         ({"scales": {"speed": 1.0}}, "scales: there is no knob 'speed'"),
         ({"profile": "nowhere.json"}, "there is no latency profile nowhere.json"),
         ({"workload": "tiny/prosa"}, "Did you mean 'prose'"),
-        ({"reward": {"falloff": 0.0}}, "falloff must be above 0"),
+        ({"reward": {"falloff": 0.0}}, "falloff must be a finite number above 0"),
     ],
 )
 def test_bad_arguments_are_refused(make_env: MakeEnv, arguments: dict[str, Any], message: str) -> None:
