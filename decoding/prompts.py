@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import SpecgymError, whole_number
+from .sealed_files import CHECKSUM, DamagedFileError, unsealed
 
 Split = Literal["train", "test"]
 
 _SHIPPED = Path(__file__).parent / "data" / "prompts"
+FORMAT = "specgym-prompts-1"
+"""Format of the shipped sets, which have a checksum; files of others need neither."""
 _SUFFIXES = (".txt", ".jsonl", ".json")
 _TEST_SHARE = 0.25
 _LINE_END = re.compile(r"\r?\n")  # str.splitlines knows ten more, all of which may stand in a JSON string or a prompt
@@ -174,7 +177,15 @@ def _read(path: Path, name: str) -> PromptSet:
         lines = [(number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
         return _from_list([_parse(line, path, f", line {number}") for number, line in lines], path, name)
     value = _parse(text, path)
-    return _from_object(value, path, name) if isinstance(value, dict) else _from_list(value, path, name)
+    if not isinstance(value, dict):
+        return _from_list(value, path, name)
+    try:
+        return _from_object(unsealed(value, FORMAT), path, name)
+    except DamagedFileError as error:
+        raise PromptFileError(
+            f"prompt file {path} is damaged ({error}); reinstall specgym if the package ships it, or, if you have "
+            f'edited it, remove its "format" and "{CHECKSUM}"'
+        ) from error
 
 
 def _pieces(text: str) -> list[str]:

@@ -91,6 +91,11 @@ def read_sealed(path: str | Path, *current: str) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFileError(f"it holds a {type(content).__name__} where an object was expected")
+    return unsealed(content, *current)
+
+
+def unsealed(content: Mapping[str, Any], *current: str) -> dict[str, Any]:
+    """Check the content of a JSON object against its checksum, and return it without; as `read_sealed`."""
     plain = {name: value for name, value in content.items() if name != CHECKSUM}
     if CHECKSUM in content or plain.get("format") in current:
         check_digest(content.get(CHECKSUM), _content_digest(plain))

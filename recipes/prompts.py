@@ -13,8 +13,9 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from specgym.decoding.errors import FitError
-from specgym.decoding.files import write_json
 from specgym.decoding.fit.text.corpus_text import read_documents, unit_hash
+from specgym.decoding.prompts import FORMAT
+from specgym.decoding.sealed_files import write_sealed
 
 from . import run
 
@@ -147,13 +148,14 @@ def make_prompts(settings: PromptSettings) -> None:
             sides[side][f"{place}/{name}"] = [prompt for prompt in prompts if prompt not in seen]
         chosen = {side: choose(sides[side], getattr(settings, side)) for side in sides}
         value = {
+            "format": FORMAT,
             "name": domain,
             "description": _DESCRIPTIONS[domain],
             "source": _source(manifest[domain]["source"], domain),
             "licence": _LICENCES[domain],
             **chosen,
         }
-        write_json(settings.out / f"{domain}.json", value)
+        write_sealed(settings.out / f"{domain}.json", value)
         Console().print(f"wrote {settings.out / domain}.json: {settings.train} + {settings.test} prompts")
 
 

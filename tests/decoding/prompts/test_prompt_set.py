@@ -236,3 +236,15 @@ def test_a_division_is_complete_disjoint_and_blind_to_the_order(texts: list[str]
 
 def test_a_quarter_is_for_testing() -> None:
     assert len(prompts_module._divide([str(number) for number in range(100)], "x")[1]) == 25
+
+
+def test_a_shipped_set_that_was_changed_is_refused_and_one_of_a_user_needs_no_checksum(tmp_path: Path) -> None:
+    shipped = json.loads((Path(prompts_module.__file__).parent / "data" / "prompts" / "chat.json").read_text("utf-8"))
+    path = tmp_path / "mine.json"
+    shipped["train"][0] += "!"
+    path.write_text(json.dumps(shipped))
+    with pytest.raises(PromptFileError, match=r'mine\.json is damaged .*remove its "format" and "sha256"'):
+        load_prompts(str(path))
+    del shipped["format"], shipped["sha256"]
+    path.write_text(json.dumps(shipped))
+    assert load_prompts(str(path)).train[0] == shipped["train"][0]
