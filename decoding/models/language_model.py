@@ -118,7 +118,7 @@ class LanguageModel:
         self._text: Tensor | None = (
             torch.empty(0, dtype=torch.int64, device=self.device) if states or self._reading.switch else None
         )
-        self._last_start = 0
+        self._last_start = self._at_once = 0
         self._beyond = False
 
     def fresh(self) -> LanguageModel:
@@ -235,7 +235,7 @@ class LanguageModel:
             return self._pass(tokens, tree, start, last, rows, hidden)
         unread = self._text[self._cache.length :]  # what stayed when states were restored
         if isinstance(self._cache, RestorableCache):
-            if unread.shape[0] > _MOST_REREAD:
+            if unread.shape[0] > _MOST_REREAD and (self._cache.length or not self._at_once):
                 self._pass(unread, None, self._cache.length, 1, None, False)
                 unread = unread[:0]
             if not unread.shape[0]:
@@ -253,8 +253,9 @@ class LanguageModel:
         self, tokens: Tensor, tree: TokenTree | None, start: int, last: int | None, rows: Tensor | None, hidden: bool
     ) -> Logits:
         """Read tokens behind what the cache holds; arguments as for `forward`, and where they begin."""
-        if self._reading.singly and start and tokens.shape[0] > 1:
-            return self._read_singly(tokens, start, last, rows, hidden)
+        at_once = 1 if start else self._at_once or tokens.shape[0]
+        if self._reading.singly and tokens.shape[0] > at_once:
+            return self._read_singly(tokens, at_once, last, rows, hidden)
         started = time.perf_counter()
         count, end = tokens.shape[0], start + tokens.shape[0]
         positions = numbers(end, self.device)[start:end] if tree is None else tree.on(self.device)[0][-count:] + start
@@ -288,15 +289,17 @@ class LanguageModel:
             scores, read = scores[kept], None if read is None else read[kept]
         return Logits(scores.float(), read)
 
-    def _read_singly(self, tokens: Tensor, start: int, last: int | None, rows: Tensor | None, hidden: bool) -> Logits:
-        """Read tokens in passes of their own; arguments and result as for `_pass`."""
-        passes = [
-            self._pass(tokens[place : place + 1], None, start + place, None, None, hidden)
-            for place in range(tokens.shape[0])
-        ]
+    def _read_singly(self, tokens: Tensor, at_once: int, last: int | None, rows: Tensor | None, hidden: bool) -> Logits:
+        """Read the first tokens at once and the rest in passes of their own; the first but one are not asked about."""
+        start = self._cache.length
+        passes = [self._pass(tokens[:at_once], None, start, 1, None, hidden)]
+        if isinstance(self._cache, RestorableCache) and not start:
+            self._cache.save()
+        for place in range(at_once, tokens.shape[0]):
+            passes.append(self._pass(tokens[place : place + 1], None, start + place, 1, None, hidden))
         scores = torch.cat([result.scores for result in passes])
         states = torch.cat([result.hidden for result in passes if result.hidden is not None]) if hidden else None
-        kept = slice(-last, None) if last else slice(None) if rows is None else rows
+        kept = slice(-(last or 0), None) if rows is None else rows - (at_once - 1)
         return Logits(scores[kept], None if states is None else states[kept])
 
     def read(self, tokens: Sequence[int], *, hidden: bool = False, of: int | None = None) -> Tensor | None:
@@ -313,10 +316,13 @@ class LanguageModel:
         if switch is not None and whole > switch.position and (switch.rereads or not self.length):
             self._switch_if_due(whole)
             self._forced = self._beyond = True
-        size = max(len(tokens), 1) if self._reading.singly else _PART
+        if self._reading.singly and not self.length and not hidden:
+            # Stock decoding reads a prompt at once, its last token included: that is done when the last token comes.
+            self._text, self._at_once = torch.tensor(tokens, device=self.device), of or len(tokens)
+            return None
         try:
-            for start in range(0, len(tokens), size):
-                part = torch.tensor(tokens[start : start + size], device=self.device)
+            for start in range(0, len(tokens), _PART):
+                part = torch.tensor(tokens[start : start + _PART], device=self.device)
                 states = self.forward(part, last=1, hidden=hidden).hidden
                 state = None if states is None else states[-1]
         finally:

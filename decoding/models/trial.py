@@ -117,6 +117,12 @@ def settle(model: PreTrainedModel, wrap: Wrap) -> Reading:
         if problem is None:
             if reading.spans is None and not reading.why_no_branches:
                 reading = replace(reading, why_no_branches=problems[0] if problems else "")
+            if reading.singly:
+                _LOG.warning(
+                    "%s gives other scores in passes over several tokens than over one, so it is read a token a pass: "
+                    "texts are right, and drafts make nothing faster",
+                    type(model).__name__,
+                )
             return reading
         problems.append(problem)
     raise UnsupportedModelError(
