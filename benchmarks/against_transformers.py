@@ -17,6 +17,7 @@ import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from specgym.decoding import (
     Sampling,
     Side,
     SpeculativeDecoder,
+    TranslatedModel,
     decode_in_turns,
     load_pair,
     resolve,
@@ -114,7 +116,13 @@ def sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
     packed, plain = load_pair(name), load_pair(name, prepack=False)
     methods = {"generate": Side(TransformersGenerate(plain))}
     if isinstance(plain.draft, ModelDrafter):
-        methods["rival"] = Side(TransformersGenerate(plain, assistant_model=plain.draft.model.model))
+        draft, options = plain.draft.model, dict[str, Any]()
+        assistant = draft.model
+        if isinstance(draft, TranslatedModel):
+            options = {"tokenizer": plain.tokenizer, "assistant_tokenizer": draft.translation.draft.tokenizer}
+            # Sampling replaces its embeddings and output layer for good (transformers 5.23, candidate_generator.py).
+            assistant = deepcopy(assistant)
+        methods["rival"] = Side(TransformersGenerate(plain, assistant_model=assistant, **options))
     elif isinstance(plain.draft, PromptLookupDrafter):
         methods["rival"] = Side(TransformersGenerate(plain, prompt_lookup_num_tokens=10))
     stop, knobs = ConfidenceBelow(settings.confidence), {"draft_length": float(settings.draft_length)}

@@ -33,6 +33,7 @@ from .drafts.drafter import (
     draft_digest,
 )
 from .drafts.ngram import NGramDrafter, PromptLookupDrafter
+from .drafts.translated import TranslatedModel
 from .errors import (
     LARGEST_SEED,
     LARGEST_WHOLE,
@@ -203,6 +204,7 @@ __all__ = [
     "TokenTree",
     "TraceRule",
     "TrainingError",
+    "TranslatedModel",
     "TypicalMedusaDecoder",
     "UnknownPairError",
     "UnsupportedModelError",
