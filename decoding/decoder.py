@@ -8,14 +8,23 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .errors import TORCH_SEEDS, KnobError, NumericalError, PromptError, mapping_of, whole_number
+from .errors import (
+    TORCH_SEEDS,
+    ArgumentError,
+    KnobError,
+    NumericalError,
+    PromptError,
+    mapping_of,
+    sequence_of,
+    whole_number,
+)
 from .loading.pair import Pair, require_draft
 from .models.language_model import LanguageModel
 from .processors import TextRules, check_generation_config
@@ -240,10 +249,11 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
             ArgumentError: `max_new_tokens` is not a positive whole number, or `seed` out of its range.
         """
         longest = whole_number("max_new_tokens", max_new_tokens)
+        further = sequence_of("logits_processor", logits_processor, _processor, fewest=0)
         prompt = self.check_prompt(prompt_ids)
         self._get_ready(sampling)
         seed = None if seed is None else whole_number("seed", seed, at_least=TORCH_SEEDS[0], at_most=TORCH_SEEDS[1])
-        return self.session_class(self, prompt, longest, sampling, seed, logits_processor)
+        return self.session_class(self, prompt, longest, sampling, seed, further)
 
     def _get_ready(self, sampling: Sampling) -> None:
         """Make what a text needs beside its prompt; by default nothing."""
@@ -345,6 +355,12 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
                 "leaves no room to generate; shorten the prompt"
             )
         return prompt
+
+
+def _processor(name: str, value: object) -> LogitsProcessor:
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a transformers LogitsProcessor, got {value!r}")
+    return cast(LogitsProcessor, value)
 
 
 def synchronise(device: torch.device) -> None:

@@ -234,7 +234,7 @@ def test_a_text_ends_with_a_stop_string_where_generate_ends_it(
         ({"guidance_scale": 1.5}, "guidance_scale=1.5 .* no guidance"),
         ({"watermarking_config": {"bias": 2.0}}, "watermarking_config=.* no watermark"),
         ({"token_healing": True}, "token_healing=True"),
-        ({"force_words_ids": [[3]], "num_beams": 2}, "force_words_ids="),
+        ({"force_words_ids": [[3]]}, "force_words_ids="),
         ({"max_time": 2.0}, "max_time=2.0 .* give max_new_tokens"),
         ({"prompt_lookup_num_tokens": 4}, "prompt_lookup_num_tokens=4 .* the text is the same"),
         ({"stop_strings": ["end"]}, "stop_strings=.* without a tokenizer"),
@@ -275,6 +275,12 @@ def test_processors_that_leave_no_token_are_named(make_table: MakeTable) -> None
     decoder = AutoregressiveDecoder(Pair(make_table(4, seed=1)))
     with pytest.raises(NumericalError, match=r"NoRepeatNGramLogitsProcessor.* leave no token .* after 3 tokens"):
         decoder.generate([0], max_new_tokens=8, logits_processor=[NoRepeatNGramLogitsProcessor(1)])
+
+
+@pytest.mark.parametrize("processors", [NoRepeatNGramLogitsProcessor(1), [None], "penalty", 3])
+def test_what_is_no_list_of_processors_is_refused(make_table: MakeTable, processors: Any) -> None:
+    with pytest.raises(ValueError, match="logits_processor must be a"):
+        AutoregressiveDecoder(Pair(make_table(4, seed=1))).start([0], max_new_tokens=8, logits_processor=processors)
 
 
 def test_a_recording_is_of_the_target_as_it_is_decoded(

@@ -191,7 +191,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("kind", ["model", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["model", "translated", "prompt-lookup"])
 def test_sampling_is_exact_with_logits_processors(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str, name: str
 ) -> None:
