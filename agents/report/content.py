@@ -32,6 +32,7 @@ TABLE, HEAT_MAPS, CURVES, TRANSFER, PATTERNS, HARDWARE = (
     "table", "heat_maps", "curves", "transfer", "patterns", "hardware"
 )  # fmt: skip
 """Sections that a run may lack: the keys of `Report.missing`."""
+_NUMBERS = ("fraction", "low", "high", "within", "measurements")
 LONGEST_CURVE = 500
 """Points of a curve: a longer one is averaged over blocks of equal length."""
 
@@ -271,9 +272,9 @@ def _read_transfer(path: Path, way_out: str) -> dict[str, Any]:
             lacking = [key for key in keys if not isinstance(row, dict) or key not in row]
             if lacking:
                 raise RunFileError(f"{path} is damaged ({part}[{place}] lacks {lacking[0]!r}); {way_out}")
-            texts = [key for key in ("fraction", "low", "high", "measurements") if isinstance(row.get(key), str)]
-            if texts:
-                raise RunFileError(f"{path} is damaged ({part}[{place}].{texts[0]} is no number); {way_out}")
+            others = [key for key in _NUMBERS if key in row and not isinstance(row[key], int | float)]
+            if others:
+                raise RunFileError(f"{path} is damaged ({part}[{place}].{others[0]} is no number); {way_out}")
     return content
 
 

@@ -166,7 +166,7 @@ def _built(folder: Path, tensors: Mapping[str, Tensor], names: int, dtype: torch
     # What transformers raises for a value that it does not expect is of every kind, from its own checks
     # (StrictDataclassClassValidationError of huggingface_hub 1.x) to what torch says of a negative size.
     try:
-        _check_counts(read_json(path), names)
+        check_counts(read_json(path), names)
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -180,7 +180,7 @@ def _built(folder: Path, tensors: Mapping[str, Tensor], names: int, dtype: torch
     return model
 
 
-def _check_counts(config: object, tensors: int) -> None:
+def check_counts(config: object, tensors: int) -> None:
     """Raise CheckpointError where a configuration counts more layers than there are tensors, or asks for loops as long.
 
     Some libraries go through what is counted before they look at anything else: a number of layers or of labels beyond

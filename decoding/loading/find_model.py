@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
@@ -31,14 +37,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import SpecgymError, UnsupportedModelError
+from ..sealed_files import DamagedFileError, read_json
 from . import smollm2
-from .checkpoint import load_checkpoint
-from .link import LINK, is_checkpoint, lender, read_link, tokenizer_folder
+from .checkpoint import check_counts, load_checkpoint
+from .link import LINK, CheckpointError, is_checkpoint, lender, read_link, tokenizer_folder
 from .presets import SMOLLM2, default_placement, path_exists
 
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
 _ALIASES = {"smollm2": SMOLLM2}
 _ADAPTER = "adapter_config.json"  # as peft writes it
+_MOST_LAYERS = 1024
 _PROBE_SECONDS = 10.0  # without a probe, the hub's own client retries for over 20 s before it admits defeat
 
 
@@ -145,7 +153,8 @@ def vocabulary_rows(name: str, *, offline: bool = False) -> int:
     missing: list[str] = []
     for source in _sources(name, None, offline, missing):
         try:
-            config = AutoConfig.from_pretrained(source.location, **source.gguf, **source.hub)
+            with _blamed_on(source.place):
+                config = AutoConfig.from_pretrained(source.location, **source.gguf, **source.hub)
         except OSError as error:
             missing.append(source.excuse(error))
         else:
@@ -170,7 +179,9 @@ class _Source:
             folder = str(tokenizer_folder(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **self.gguf, **self.hub)
-        except ValueError as error:
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # tokenizers 0.22 raises what Rust says of a file as a bare Exception
             raise OSError(f"no tokenizer can be made of its files ({' '.join(str(error).split())})") from error
         # For some architectures transformers makes up an empty vocabulary when there are no files.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -178,7 +189,11 @@ class _Source:
         return tokenizer
 
     def check(self) -> None:
-        if not is_checkpoint(self.location):
+        if is_checkpoint(self.location):
+            return
+        with _blamed_on(self.place):
+            if not (self.hub or self.gguf):
+                check_counts(read_json(Path(self.location) / "config.json"), _MOST_LAYERS)
             _check_causal(self.location, {**self.gguf, **self.hub})
 
     def model(
@@ -202,9 +217,10 @@ class _Source:
             options["device_map"] = device if device == "auto" else {"": device}
         way_out = "fetch or write them again"
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=dtype, output_loading_info=True, **options
-            )
+            with _blamed_on(self.place):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.location, dtype=dtype, output_loading_info=True, **options
+                )
         except SafetensorError as error:
             raise ModelFileError(f"the weights of {self.place} are damaged ({error}): {way_out}") from error
         # transformers fills gaps with random numbers and a mere warning; such a model would generate noise.
@@ -228,6 +244,28 @@ class _Source:
         if cause is not None:
             return f"{self.place}: gated; accept its licence on its page there and log in with `hf auth login`"
         return f"{self.place}: {_first_line(error)}"
+
+
+@contextlib.contextmanager
+def _blamed_on(place: str) -> Iterator[None]:
+    """Name the place of the files in what transformers raises about their content.
+
+    That is of every kind: StrictDataclassError for a value of another type (huggingface_hub 1.x), KeyError, TypeError
+    and the like deep inside, RuntimeError for weights of another shape. What a device raises is left alone.
+
+    Raises:
+        ModelFileError: something of the kind was raised.
+    """
+    try:
+        yield
+    except (SpecgymError, OSError) as error:
+        if isinstance(error, CheckpointError | DamagedFileError):
+            raise ModelFileError(f"the configuration of {place} cannot be used: {error}") from error
+        raise
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error) and not isinstance(error, RecursionError):
+            raise
+        raise ModelFileError(f"the files of {place} cannot be used ({_first_line(error)}): write them again") from error
 
 
 def _sources(name: str, revision: str | None, offline: bool, missing: list[str]) -> Iterator[_Source]:

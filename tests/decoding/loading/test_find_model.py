@@ -350,6 +350,29 @@ def test_a_config_that_is_not_json_is_named(folder: Path) -> None:
         load_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"n_head": "many"}),
+        ("config.json", {"n_layer": 10**9}),
+        ("config.json", {"num_labels": 10**9}),
+        ("config.json", {"activation_function": "nonsense"}),
+        ("config.json", {"architectures": [None]}),
+        ("config.json", {"n_embd": 4}),
+        ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ],
+    ids=str,
+)
+def test_what_libraries_say_of_a_bad_file_becomes_an_error_that_names_the_folder(
+    folder: Path, file: str, changes: dict[str, Any]
+) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    with pytest.raises(ModelFileError, match="saved"):
+        load_model(str(folder))
+
+
 def test_a_damaged_shipped_model_is_named(package: Path) -> None:
     (package / "small" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"small.model\.safetensors"):
