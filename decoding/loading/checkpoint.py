@@ -40,9 +40,10 @@ from .link import (
 
 _MOST_HEADS = 4096
 _SPARE_ELEMENTS = 2**24
+_MOST_SHARED = 2**32
 _LARGEST_RATIO = 64
-"""Elements of a model for each that is stored, at most, beyond `_SPARE_ELEMENTS`: a draft of a few tokens stores few
-rows of its output layer, and a mask of a whole context is not stored."""
+"""Elements of a model for each that is stored, at most, beyond `_SPARE_ELEMENTS` and what another folder stores: a draft
+of a few tokens stores few rows of its output layer, and a mask of a whole context is not stored."""
 _LARGEST = 127
 _SCALE = "_scale"
 
@@ -125,7 +126,7 @@ def load_checkpoint(
     has_generation = (folder / GENERATION).is_file()
     check_digests(folder, link, [CONFIG, *([GENERATION] if has_generation else [])])
     tensors = _read(folder, link)
-    model = _built(folder, tensors, len(tensors) + len(link.shared or ()), dtype)
+    model = _built(folder, tensors, set(link.shared or ()), dtype)
     _reduce(model, tensors, folder)
     shared = dict(link.shared or {})
     if foreign := sorted((set(tensors) | set(shared)) - set(model.state_dict())):
@@ -150,13 +151,13 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _built(folder: Path, tensors: Mapping[str, Tensor], names: int, dtype: torch.dtype) -> PreTrainedModel:
+def _built(folder: Path, tensors: Mapping[str, Tensor], shared: set[str], dtype: torch.dtype) -> PreTrainedModel:
     """A model by the configuration of a folder, if that is not far larger than what is stored.
 
     Args:
         folder: with ``config.json``.
         tensors: that are stored.
-        names: number of tensors, the shared ones included.
+        shared: names of those that another folder stores.
         dtype: of the model.
 
     Raises:
@@ -166,12 +167,14 @@ def _built(folder: Path, tensors: Mapping[str, Tensor], names: int, dtype: torch
     # What transformers raises for a value that it does not expect is of every kind, from its own checks
     # (StrictDataclassClassValidationError of huggingface_hub 1.x) to what torch says of a negative size.
     try:
-        check_counts(read_json(path), names)
+        check_counts(read_json(path), len(tensors) + len(shared))
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        elements = sum(tensor.numel() for tensor in (*shape.parameters(), *shape.buffers()))
-        if elements > _SPARE_ELEMENTS + _LARGEST_RATIO * sum(tensor.numel() for tensor in tensors.values()):
+        sizes = {name: part.numel() for name, part in (*shape.named_parameters(), *shape.named_buffers())}
+        elements = sum(size for name, size in sizes.items() if name not in shared)
+        most = _SPARE_ELEMENTS + _LARGEST_RATIO * sum(tensor.numel() for tensor in tensors.values())
+        if elements > most or sum(sizes.values()) > elements + _MOST_SHARED:
             raise CheckpointError(f"it describes {elements} numbers, far more than {WEIGHTS} holds")
         with torch.random.fork_rng(devices=[]):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
