@@ -26,6 +26,7 @@ import torch
 from stable_baselines3.common.callbacks import CheckpointCallback
 
 from specgym.decoding import (
+    ArgumentError,
     DamagedFileError,
     SpecgymError,
     check_files,
@@ -171,7 +172,7 @@ class FolderCheckpointCallback(CheckpointCallback):
         names = [*_TAKEN, *(resumable.state_name for resumable in resumables)]
         repeated = [name for place, name in enumerate(names) if name in names[:place]]
         if repeated:
-            raise ValueError(f"resumables: the state name {repeated[0]!r} is taken; names must differ")
+            raise ArgumentError(f"resumables: the state name {repeated[0]!r} is taken; names must differ")
         super().__init__(save_freq, str(save_path), save_vecnormalize=True)
         self.resumables = tuple(resumables)
         self.steps_learned = 0
@@ -276,7 +277,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         present = {file.name for file in path.iterdir() if not file.name.startswith(".")} - {_STATE}
         check_files(path, state, *state["files"], *sorted(present))
         if type(state["steps"]) is not int or not 0 <= state["steps"] < 2**63:
-            raise ValueError(f"steps is {state['steps']!r}")
+            raise ArgumentError(f"steps is {state['steps']!r}")
         _generators(state["random"])
         return Checkpoint(path, state["steps"], state["random"])
     except CheckpointError:
@@ -312,7 +313,7 @@ def _generators(states: dict[str, Any]) -> tuple[random.Random, np.random.Random
     ours.setstate((version, tuple(numbers), gauss))
     name, keys, place, has_gauss, cached = states["numpy"]
     if not 0 <= place <= len(keys):  # NumPy takes any, and would read beyond the keys
-        raise ValueError(f"the place {place} is beyond the keys of NumPy's generator")
+        raise ArgumentError(f"the place {place} is beyond the keys of NumPy's generator")
     numpys.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, cached))
     torchs.set_state(torch.frombuffer(bytearray(base64.b64decode(states["torch"])), dtype=torch.uint8))
     return ours, numpys, torchs

@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 
-from specgym.decoding import number, whole_number
+from specgym.decoding import ArgumentError, number, whole_number
 
 from .checkpoints import JsonState
 from .metrics import original_rewards
@@ -162,7 +162,7 @@ class PlateauCallback(RewardWatcher):
 
     def _init_callback(self) -> None:
         if callable(self.model.learning_rate):
-            raise ValueError(
+            raise ArgumentError(
                 "the model's learning_rate is a schedule, which PlateauCallback would overrule; give a number, or "
                 "leave the callback out"
             )

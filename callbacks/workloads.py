@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specgym.decoding import number
+from specgym.decoding import ArgumentError, number
 
 from .checkpoints import JsonState
 from .metrics import Floats, WorkloadMeans, innermost, step_infos, vector_source
@@ -102,7 +102,7 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
             self._rows = [info["workload"] for info in infos if "workload" in info]
             names = list(dict.fromkeys(self._rows))
             if len(self._rows) < len(infos):
-                raise ValueError(
+                raise ArgumentError(
                     "these environments do not name their workload in their info; DivergenceBoundCallback "
                     "is for tuning environments such as specgym/Thresholds-v0"
                 )
@@ -112,7 +112,7 @@ class DivergenceBoundCallback(JsonState, BaseCallback):
         try:
             self._set()
         except AttributeError as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"these environments take no multiplier for a divergence bound ({error}); DivergenceBoundCallback is "
                 "for tuning environments such as specgym/Thresholds-v0"
             ) from error
@@ -315,7 +315,7 @@ class WorkloadPriorities(JsonState, BaseCallback):
         needed = ("workload_names", "workload_of", "set_workload_weights")
         lacking = [name for name in needed if source is None or not _has(source, name)]
         if lacking:
-            raise ValueError(
+            raise ArgumentError(
                 f"these environments cannot redraw their workloads (they have no {lacking[0]}), so that priorities "
                 "would change nothing; practise on recorded traces, as train.py --tuner does, or leave "
                 "WorkloadPriorities out"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import SpecgymError, whole_number
+from .errors import ArgumentError, SpecgymError, whole_number
 from .sealed_files import CHECKSUM, DamagedFileError, unsealed
 
 Split = Literal["train", "test"]
@@ -86,7 +86,7 @@ class PromptSet:
             return self.train
         if split == "test":
             return self.test
-        raise ValueError(f"no split {split!r}: say 'train' or 'test'")
+        raise ArgumentError(f"no split {split!r}: say 'train' or 'test'")
 
     @property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
-from .errors import KnobError, number, whole_number
+from .errors import ArgumentError, KnobError, number, whole_number
 
 CHAIN: Final = "chain"
 """Cost kind of rounds that draft tokens one after another and verify them in one pass."""
@@ -167,7 +167,7 @@ class DecoderTraits:
         known = cls.option_names()
         for name in options:
             if name not in known:
-                raise ValueError(f"decoder {cls.name} has no option {name!r}; it has: {', '.join(known) or 'none'}")
+                raise ArgumentError(f"decoder {cls.name} has no option {name!r}; it has: {', '.join(known) or 'none'}")
         return cls.Options(**options)
 
     @classmethod

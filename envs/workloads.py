@@ -24,6 +24,7 @@ from specgym.decoding import (
     GREEDY,
     HUB_SETS,
     PRESETS,
+    ArgumentError,
     PromptSet,
     Sampling,
     SpecgymError,
@@ -101,7 +102,7 @@ def reset_options(
     present = renamed(options or {}, earlier or {}, stacklevel=4)
     unknown = sorted(set(present) - set(known))
     if unknown:
-        raise ValueError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(known)}")
+        raise ArgumentError(f"unknown reset option {unknown[0]!r}; there are: {', '.join(known)}")
     return present
 
 
@@ -122,14 +123,14 @@ def per_workload(name: str, value: Any, workloads: Sequence[str], shared: bool =
     if isinstance(value, Mapping):
         unknown = sorted(set(value) - set(workloads))
         if unknown:
-            raise ValueError(f"{name}: there is no workload {unknown[0]!r}; there are: {', '.join(workloads)}")
+            raise ArgumentError(f"{name}: there is no workload {unknown[0]!r}; there are: {', '.join(workloads)}")
         return [value.get(workload) for workload in workloads]
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != len(workloads):
-            raise ValueError(f"{name}: {len(value)} were given for {len(workloads)} workloads")
+            raise ArgumentError(f"{name}: {len(value)} were given for {len(workloads)} workloads")
         return list(value)
     if len(workloads) > 1 and not shared:
-        raise ValueError(f"{name}: one was given for {len(workloads)} workloads; give a mapping from their names")
+        raise ArgumentError(f"{name}: one was given for {len(workloads)} workloads; give a mapping from their names")
     return [value] * len(workloads)
 
 
@@ -299,9 +300,9 @@ def shared_out(environments: int, weights: Sequence[float] | None, workloads: in
     """
     shares = np.ones(workloads) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (workloads,) or not (np.isfinite(shares) & (shares > 0)).all():
-        raise ValueError(f"weights must be {workloads} positive numbers, one for each workload, got {weights}")
+        raise ArgumentError(f"weights must be {workloads} positive numbers, one for each workload, got {weights}")
     if environments < workloads:
-        raise ValueError(f"num_envs must be at least {workloads}, one for each workload, got {environments}")
+        raise ArgumentError(f"num_envs must be at least {workloads}, one for each workload, got {environments}")
     chosen = np.empty(environments, np.int64)
     counts = np.zeros(workloads)
     for place in range(environments):
@@ -324,7 +325,7 @@ def probabilities(weights: Sequence[float] | Mapping[str, float], workloads: Seq
     ordered = per_workload("weights", weights if isinstance(weights, Mapping) else list(weights), workloads)
     shares = np.array([np.nan if share is None else share for share in ordered], np.float64)
     if not (np.isfinite(shares) & (shares >= 0)).all() or not shares.any():
-        raise ValueError(
+        raise ArgumentError(
             f"weights must be {len(workloads)} finite numbers of at least 0, one for each workload and not all 0, got "
             f"{weights}"
         )

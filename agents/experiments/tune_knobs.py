@@ -14,7 +14,16 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.callbacks import DivergenceBoundCallback
-from specgym.decoding import LatencyProfile, Pair, Sampling, SpecgymError, describe_hardware, measured, memory_of
+from specgym.decoding import (
+    ArgumentError,
+    LatencyProfile,
+    Pair,
+    Sampling,
+    SpecgymError,
+    describe_hardware,
+    measured,
+    memory_of,
+)
 from specgym.envs import Metrics, Trace, Workload, decode_prompts, find_recording, metrics_of, profile_of, workload
 
 from ..evaluation.contenders import (
@@ -69,9 +78,9 @@ class TuneKnobs(Experiment[KnobSettings]):
         for name in settings.workloads:  # loaded once a process, so this takes no time that would not be taken later
             try:
                 settings.build(workload(name).load())
-            except SpecgymError:
-                raise
             except ValueError as error:
+                if isinstance(error, SpecgymError) and not isinstance(error, ArgumentError):
+                    raise  # it says all by itself
                 raise SettingsError(f"{name} cannot be decoded so: {error}") from error
 
     def prepare(self) -> None:

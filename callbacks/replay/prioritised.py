@@ -19,7 +19,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specgym.decoding import check_digest, read_arrays, seed_number, write_arrays
+from specgym.decoding import ArgumentError, check_digest, read_arrays, seed_number, write_arrays
 
 from ..checkpoints import CheckpointError
 from .phase import ReplayPhase
@@ -80,9 +80,11 @@ class PrioritisedReplayCallback(BaseCallback):
             raise TypeError(f"prioritised replay adds to PPO's updates, and {type(self.model).__name__} is not a PPO")
         buffer = self.model.rollout_buffer
         if isinstance(self.model.observation_space, spaces.Dict):
-            raise ValueError("prioritised replay stores observations that are one array; flatten the dictionary first")
+            raise ArgumentError(
+                "prioritised replay stores observations that are one array; flatten the dictionary first"
+            )
         if buffer.n_envs > self.settings.capacity:
-            raise ValueError(
+            raise ArgumentError(
                 f"capacity must be at least the number of environments, {buffer.n_envs}, got {self.settings.capacity}"
             )
         observations, actions = buffer.observations, buffer.actions

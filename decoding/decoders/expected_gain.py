@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ArgumentError
 from .stop_rules import FEATURES, StopRule
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class KeepChances:
         for name, shape in (("kept", (LEVELS, BINS)), ("average", (LEVELS,))):
             values = np.asarray(getattr(self, name), np.float64)
             if values.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {values.shape}")
+                raise ArgumentError(f"{name} must have shape {shape}, got {values.shape}")
             if not ((values >= 0) & (values <= 1)).all():
-                raise ValueError(f"{name} must hold probabilities, between 0 and 1")
+                raise ArgumentError(f"{name} must hold probabilities, between 0 and 1")
             object.__setattr__(self, name, values)
 
     @classmethod
@@ -122,7 +123,7 @@ class KeepChances:
         try:
             return cls(np.array(content["kept"], np.float64), np.array(content["average"], np.float64))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"these are no chances of drafted tokens ({error})") from error
+            raise ArgumentError(f"these are no chances of drafted tokens ({error})") from error
 
 
 class ExpectedGain(StopRule):
@@ -150,9 +151,9 @@ class ExpectedGain(StopRule):
     ) -> None:
         self._seconds = np.asarray(seconds, np.float64)
         if len(self._seconds) < 2 or not (np.isfinite(self._seconds) & (self._seconds > 0)).all():
-            raise ValueError("seconds must be positive, of a round without a draft and of at least one with one")
+            raise ArgumentError("seconds must be positive, of a round without a draft and of at least one with one")
         if not (math.isfinite(plain_seconds) and plain_seconds > 0):
-            raise ValueError(f"plain_seconds must be positive, got {plain_seconds}")
+            raise ArgumentError(f"plain_seconds must be positive, got {plain_seconds}")
         self._plain_rate = 1 / plain_seconds
         self._more = np.diff(self._seconds)
         self._chances = chances

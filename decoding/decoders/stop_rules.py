@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import check_fields, number, whole_number
+from ..errors import ArgumentError, check_fields, number, whole_number
 
 Rows = NDArray[np.intp] | NDArray[np.bool_] | None
 """Some of many drafts: their numbers (each once), a mask over all, or None for all."""
@@ -83,9 +83,9 @@ class DraftTracker:
         """Say on what some drafts run from now on. Arguments and errors as for the tracker."""
         ratio, batch = np.asarray(cost_ratio, dtype=np.float64), np.asarray(batch_size, dtype=np.float64)
         if not (np.isfinite(ratio) & (ratio >= 0)).all():
-            raise ValueError(f"cost_ratio must be finite and at least 0, got {cost_ratio!r}")
+            raise ArgumentError(f"cost_ratio must be finite and at least 0, got {cost_ratio!r}")
         if not (np.isfinite(batch) & (batch >= 1)).all():
-            raise ValueError(f"batch_size must be finite and at least 1, got {batch_size!r}")
+            raise ArgumentError(f"batch_size must be finite and at least 1, got {batch_size!r}")
         where = _all_or(rows)
         self._features[where, _COST] = _clipped(ratio, _COST)
         self._features[where, _BATCH] = _clipped(np.log2(batch), _BATCH)

@@ -18,7 +18,7 @@ import difflib
 import math
 from dataclasses import dataclass, fields
 
-from ..errors import SpecgymError
+from ..errors import ArgumentError, SpecgymError
 
 _GPU_LAYER = 55e-6
 _CPU_PASS = 0.24e-3
@@ -59,7 +59,7 @@ class Hardware:
             if isinstance(value, str) or (math.isfinite(value) and (value > 0 or (overhead and value == 0))):
                 continue
             least = "at least 0" if overhead else "positive"
-            raise ValueError(f"{field.name} of {self.name} must be finite and {least}, got {value}")
+            raise ArgumentError(f"{field.name} of {self.name} must be finite and {least}, got {value}")
 
 
 HARDWARE: dict[str, Hardware] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..decoder import synchronise
 from ..drafts.drafter import ModelDrafter
 from ..drafts.translated import TranslatedModel
-from ..errors import sequence_of, whole_number
+from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.kv_cache import BranchingCache, PreallocatedLayer
 from ..models.language_model import LanguageModel
@@ -61,7 +61,7 @@ def plan_grid(
         for model in models:
             model.require_branches("timed in batches")  # whose masks are those of trees
             if lengths[-1] + longest + 1 > model.context_limit:
-                raise ValueError(
+                raise ArgumentError(
                     f"a context of {lengths[-1]} tokens with a draft of {longest} and the target's own token does not "
                     f"fit in {model.name}, whose context is {model.context_limit}; give shorter contexts (or a shorter "
                     "prompt, whose length is always one of them) or a smaller max_draft_length"

@@ -23,7 +23,7 @@ import transformers
 from ..decoder import Decoder, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..drafts.drafter import ModelDrafter
-from ..errors import sequence_of, whole_number
+from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
 from ..models.linear_layers import PrepackedLinear
@@ -253,7 +253,7 @@ def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, aske
     sizes = [size for size in fitting if probe.can_read(size)]
     if not fitting:
         needed = GROWTH + probe.room_for(probe.sizes[0])
-        raise ValueError(
+        raise ArgumentError(
             f"a context of {context} tokens leaves {shortest.name}, whose context is {shortest.context_limit}, no room "
             f"for {kind} rounds to be timed, which takes {needed} tokens; give a shorter prompt or shorter contexts"
         )
@@ -261,7 +261,7 @@ def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, aske
     if fitting[-1] < largest:
         if asked is not None:
             most = next((size for size in range(largest, 0, -1) if probe.room_for(size) <= room), 1)
-            raise ValueError(
+            raise ArgumentError(
                 f"a pass over {largest} tokens behind a context of {context} does not fit in {shortest.name}, whose "
                 f"context is {shortest.context_limit}; give a max_target_tokens of at most {most}, a shorter prompt or "
                 "shorter contexts"
@@ -274,7 +274,7 @@ def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, aske
     if sizes[-1] < fitting[-1]:
         reason = f"{kind} rounds of {pair.target.name} cannot read"
         if asked is not None:
-            raise ValueError(f"{reason} {fitting[-1]} tokens; give a max_target_tokens of at most {sizes[-1]}")
+            raise ArgumentError(f"{reason} {fitting[-1]} tokens; give a max_target_tokens of at most {sizes[-1]}")
         _LOG.warning("%s %d tokens; rounds are timed up to %d", reason, fitting[-1], sizes[-1])
     return sizes
 

@@ -22,7 +22,7 @@ from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..decoders.chain import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
-from ..errors import number, sequence_of, whole_number
+from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair
 from ..registry import build_decoder
@@ -110,7 +110,7 @@ def measure(
     limits = {"max_draft_length": max_draft_length, "max_target_tokens": max_target_tokens}
     right, wrong = sorted(limits, reverse=kind != CHAIN)
     if limits[wrong] is not None:
-        raise ValueError(f"{wrong} is not for {kind} rounds; how large those are timed is {right}")
+        raise ArgumentError(f"{wrong} is not for {kind} rounds; how large those are timed is {right}")
     largest = None if limits[right] is None else whole_number(right, limits[right])
     if decoder is None or kind == CHAIN:
         _require_draft(pair)
@@ -127,7 +127,7 @@ def measure(
         )
         return measured_with_care(measure_chains, tries=tries)
     if set(batch_sizes) - {1}:
-        raise ValueError(
+        raise ArgumentError(
             f"{kind} rounds are timed at batch size 1 alone, got batch sizes {batch_sizes}"
             + (
                 "; for others compute a profile: specgym.decoding.roofline.roofline(target, None, hardware, "
@@ -233,7 +233,7 @@ def _timed_pair(pair: Pair, decoder: Decoder[Any]) -> Pair:
 
 def _require_draft(pair: Pair) -> None:
     if pair.draft is None:
-        raise ValueError(
+        raise ArgumentError(
             f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
             "pair's name, or time a decoder that needs none: measured(pair, 'lookahead') (--decoder lookahead on the "
             "command line)"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..decoders.expected_gain import KeepChances
-from ..errors import SpecgymError, check_fields, mapping_of, number, whole_number
+from ..errors import ArgumentError, SpecgymError, check_fields, mapping_of, number, whole_number
 from ..sampling import Sampling
 from ..sealed_files import DamagedFileError, read_sealed, write_sealed
 from ..traits import CHAIN
@@ -266,7 +266,7 @@ class LatencyProfile:
         try:
             about = {name: content.pop(key) for key, name in _ABOUT.items() if key in content or name != "overlaps"}
             if not all(isinstance(about[name], kind) for name, kind in _TYPES.items() if name in about):
-                raise ValueError("pair, hardware, sampling or overlaps is of another type")
+                raise ArgumentError("pair, hardware, sampling or overlaps is of another type")
             chances = content.pop("chances", None)
             points = tuple(cls(**about, **_restored(point)) for point in content.pop("points"))
             return cls(
@@ -320,7 +320,7 @@ def _restored(point: Mapping[str, Any]) -> dict[str, Any]:
 
 def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
     if tokens < fewest:
-        raise ValueError(f"a latency is asked for at least {fewest} tokens, got {tokens}")
+        raise ArgumentError(f"a latency is asked for at least {fewest} tokens, got {tokens}")
     known = list(table)
     if len(known) == 1:
         return table[known[0]]

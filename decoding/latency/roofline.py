@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..errors import number, sequence_of, whole_number
+from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..models.output_layer import reduced_output
 from ..registry import traits_of
 from ..traits import CHAIN
@@ -60,7 +60,7 @@ class ModelShape:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, str) and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field.name} of {self.name} must be finite and positive, got {value}")
+                raise ArgumentError(f"{field.name} of {self.name} must be finite and positive, got {value}")
 
     @classmethod
     def of(
@@ -162,16 +162,16 @@ def roofline(
     kind = traits.cost_kind(greedy=True)
     whole = kind != CHAIN
     if whole and not traits.single_pass:
-        raise ValueError(
+        raise ArgumentError(
             f"{kind} rounds cannot be computed, since the shapes of the models do not tell what proposing takes; "
             f"measure them: specgym.decoding.latency_measure.measured(pair, {decoder!r})"
         )
     limits = {"max_draft_length": max_draft_length, "max_target_tokens": max_target_tokens}
     right, wrong = sorted(limits, reverse=whole)
     if limits[wrong] is not None:
-        raise ValueError(f"{wrong} is not for {kind} rounds; how large those are computed is {right}")
+        raise ArgumentError(f"{wrong} is not for {kind} rounds; how large those are computed is {right}")
     if whole and draft is not None:
-        raise ValueError(f"{kind} rounds have no draft, and {draft.name} was given; give None")
+        raise ArgumentError(f"{kind} rounds have no draft, and {draft.name} was given; give None")
     largest = limits[right]
     if largest is None:
         largest = traits.largest_pass if whole else 16

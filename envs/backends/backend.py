@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, T
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob, LatencyProfile, one_of
+from specgym.decoding import ArgumentError, Knob, LatencyProfile, one_of
 
 from ..workloads import Workload
 
@@ -42,7 +42,7 @@ def backend_of(backend: BackendName | None, source: BackendName | None, default:
         if value is not None:
             one_of(name, value, BACKENDS)
     if backend is not None and source is not None and backend != source:
-        raise ValueError(
+        raise ArgumentError(
             f"backend is {backend!r} and source {source!r}, which are two names of the same argument; give one of them"
         )
     return backend or source or default
@@ -218,14 +218,14 @@ class ReplayBackend(ABC):
     def choose(self, prompt: Any, workload: int = 0) -> int:
         """Return the number of a recorded prompt, chosen by its index."""
         if not isinstance(prompt, int | np.integer):
-            raise ValueError(
+            raise ArgumentError(
                 "reset option prompt: a recording knows its own prompts only, so backend='replay' takes an index, not "
                 f"a {type(prompt).__name__}; decode others with backend='live'"
             )
         first, recorded = self.first_prompts[workload], self.prompts[workload]
         if prompt + first not in recorded:
             named = self.workloads[workload]
-            raise ValueError(
+            raise ArgumentError(
                 f"reset option prompt={prompt}: the recording of {named} can replay the {named.split} prompts "
                 f"{', '.join(map(str, (recorded - first).tolist()))}"
             )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from specgym.decoding import (
     GREEDY,
+    ArgumentError,
     AutoregressiveDecoder,
     Decoder,
     Generation,
@@ -82,7 +83,7 @@ class LiveBackend:
         """Return the number of a prompt given by its index, as token ids or as a string."""
         if isinstance(prompt, int | np.integer):
             if not 0 <= prompt < self._count:
-                raise ValueError(
+                raise ArgumentError(
                     f"reset option prompt={prompt}: {self._workload} has {self._workload.split} prompts 0 to "
                     f"{self._count - 1}"
                 )
@@ -90,7 +91,7 @@ class LiveBackend:
         try:
             ids = tuple(self.decoder.check_prompt(prompt))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"reset option prompt (an index, token ids or a string): {error}") from error
+            raise ArgumentError(f"reset option prompt (an index, token ids or a string): {error}") from error
         self._texts[self._count :] = [ids]  # in place of another that was chosen before
         return self._count
 
@@ -238,7 +239,7 @@ def decode_prompts(
 ) -> list[Generation]:
     """Return one generation a prompt, in order. Arguments and errors as for `measure_setting`."""
     if not prompts:
-        raise ValueError("there is nothing to measure: give at least one prompt")
+        raise ArgumentError("there is nothing to measure: give at least one prompt")
     return [
         decoder.generate(
             prompt,

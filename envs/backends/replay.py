@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from specgym.decoding import Split, traits_of
+from specgym.decoding import ArgumentError, Split, traits_of
 
 from ..profiles import Profiles, profile_of
 from ..recordings.archive import TraceError
@@ -127,7 +127,7 @@ def require_single(env: str, **arguments: Any) -> None:
     """
     for name, value in arguments.items():
         if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: {env} is about a single workload, got {len(value)} in a {type(value).__name__}; give one, or "
                 f"make replayed ones that step together, gymnasium.make_vec(..., num_envs={max(len(value), 1)}, "
                 f"{name}=[...])"

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import FEATURES, LatencyProfile, Split, one_of, whole_number
+from specgym.decoding import FEATURES, ArgumentError, LatencyProfile, Split, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
@@ -158,7 +158,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         one_of("render_mode", render_mode, (None, "rgb_array"))
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
         if recording is not None and backend == "live":
-            raise ValueError("recording is for backend='replay'; the backend is 'live'")
+            raise ArgumentError("recording is for backend='replay'; the backend is 'live'")
         self._rate = checked_rate(rate)
         trace: Trace | None = None
         if backend == "replay":
@@ -245,7 +245,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             NumericalError: the target gave NaN logits.
         """
         if np.shape(action) != () or action not in (0, 1):
-            raise ValueError(f"an action is 0 (go on) or 1 (stop), got {action!r}")
+            raise ArgumentError(f"an action is 0 (go on) or 1 (stop), got {action!r}")
         if self._drafts.over[0]:
             raise gymnasium.error.ResetNeeded("there is no text, or it has ended; call reset before the next step")
         steps, _ = self._drafts.step(np.array([bool(action)]), self.np_random)
@@ -269,7 +269,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     def _checked_prompt(self, prompt: Any) -> int:
         count = len(self._drafts.prompts[0])
         if not isinstance(prompt, int | np.integer) or not 0 <= prompt < count:
-            raise ValueError(
+            raise ArgumentError(
                 f"reset option prompt is an index: {self._workload} has {self._workload.split} prompts 0 to "
                 f"{count - 1}, got {prompt!r}"
             )

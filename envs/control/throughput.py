@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import Split, number, sequence_of, whole_number
+from specgym.decoding import ArgumentError, Split, number, sequence_of, whole_number
 
 from ..backends.chain_replay import DraftCharges
 from ..backends.replay import Workloads, asked
@@ -126,7 +126,7 @@ class OperatingPoints:
         )
         known = tuple(named.name for named in workloads)
         if len(set(known)) < len(known):
-            raise ValueError(f"workload must name one or more different workloads, got {workload!r}")
+            raise ArgumentError(f"workload must name one or more different workloads, got {workload!r}")
         several = isinstance(batch_size, Sequence) and not isinstance(batch_size, str)
         sizes = sequence_of("batch_size", batch_size if several else [batch_size], whole_number, distinct=True)
         profiles = [

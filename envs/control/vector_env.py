@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from specgym.decoding import Split, one_of, whole_number
+from specgym.decoding import ArgumentError, Split, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftSteps, backend_of
 from ..backends.chain_replay import DraftReplay, DraftTable, Indices
@@ -107,7 +107,7 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         one_of("render_mode", render_mode, (None, "rgb_array"))
         backend = backend_of(backend, source, "replay")
         if backend != "replay":
-            raise ValueError(
+            raise ArgumentError(
                 f"backend must be 'replay' here, got {backend!r}; live environments stand side by side with "
                 "gymnasium.make_vec(..., vectorization_mode='sync')"
             )
@@ -127,7 +127,7 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         )
         self.workload_names, self.points = places.workloads, places.points
         if num_envs < len(self.points):
-            raise ValueError(
+            raise ArgumentError(
                 f"num_envs must be at least {len(self.points)}, one for each workload with each batch size, got "
                 f"{num_envs}"
             )
@@ -174,12 +174,12 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         if isinstance(rates, Mapping):
             for name, rate in rates.items():
                 if name not in self.workload_names:
-                    raise ValueError(f"set_rates: there is no workload {name!r}; there are: {self._known()}")
+                    raise ArgumentError(f"set_rates: there is no workload {name!r}; there are: {self._known()}")
                 changed[[point.workload == name for point in self.points]] = checked_rate(rate)
         else:
             numbers = np.asarray(rates, np.float64)
             if numbers.shape not in ((), changed.shape):
-                raise ValueError(f"set_rates takes shape {changed.shape}, one for each operating point, or a number")
+                raise ArgumentError(f"set_rates takes shape {changed.shape}, one for each operating point, or a number")
             changed[:] = numbers
             for rate in changed.tolist():
                 checked_rate(rate)
@@ -301,21 +301,21 @@ class DraftLengthVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
     def _checked_actions(self, actions: ArrayLike) -> Flags:
         numbers = np.asarray(actions)
         if numbers.shape != (self.num_envs,):
-            raise ValueError(f"actions have shape ({self.num_envs},), one for each environment, got {numbers.shape}")
+            raise ArgumentError(f"actions have shape ({self.num_envs},), one for each environment, got {numbers.shape}")
         stop = numbers == 1
         if not (stop | (numbers == 0)).all():
             wrong = numbers[~(stop | (numbers == 0))][0]
-            raise ValueError(f"an action is 0 (go on) or 1 (stop), got {wrong}")
+            raise ArgumentError(f"an action is 0 (go on) or 1 (stop), got {wrong}")
         return stop
 
     def _checked_prompts(self, prompts: ArrayLike) -> Indices:
         chosen = np.asarray(prompts)
         if chosen.shape != (self.num_envs,) or not np.issubdtype(chosen.dtype, np.integer):
-            raise ValueError(f"reset option prompt has shape ({self.num_envs},), an index for each environment")
+            raise ArgumentError(f"reset option prompt has shape ({self.num_envs},), an index for each environment")
         wrong = np.flatnonzero((chosen < -1) | (chosen >= np.array(self.prompt_counts)[self.workload_of]))
         if len(wrong):
             number = self.workload_of[wrong[0]]
-            raise ValueError(
+            raise ArgumentError(
                 f"reset option prompt: the trace of {self.workload_names[number]} has prompts 0 to "
                 f"{self.prompt_counts[number] - 1} (-1 for none), got {chosen[wrong[0]]}"
             )

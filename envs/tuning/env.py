@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile, Split, one_of, traits_of, whole_number
+from specgym.decoding import ArgumentError, LatencyProfile, Split, one_of, traits_of, whole_number
 
 from ..backends.backend import Backend, BackendName, backend_of
 from ..backends.replay import replay_backend, require_single
@@ -186,7 +186,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         decoding: Backend
         if backend == "live":
             if recording is not None:
-                raise ValueError("a recording is for backend='replay'; backend='live' runs the models")
+                raise ArgumentError("a recording is for backend='replay'; backend='live' runs the models")
             from ..backends.live import LiveBackend  # which imports torch; a replay needs none
 
             options = dict(decoder_options or {})
@@ -197,7 +197,9 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
             )
         else:
             if timing == "wall":
-                raise ValueError("timing='wall' needs backend='live'; a replay decodes nothing that a clock could time")
+                raise ArgumentError(
+                    "timing='wall' needs backend='live'; a replay decodes nothing that a clock could time"
+                )
             decoding = replay_backend(
                 decoder,
                 workload,

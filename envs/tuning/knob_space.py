@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob, KnobError, LatencyProfile, one_of, whole_number
+from specgym.decoding import ArgumentError, Knob, KnobError, LatencyProfile, one_of, whole_number
 
 from ..backends.backend import Backend, Integers, Metrics, Number
 from ..prompt_order import PromptOrder
@@ -86,11 +86,11 @@ class KnobMoves:
         """
         moves = np.asarray(action, dtype=np.float64)
         if moves.shape != state.shape:
-            raise ValueError(f"an action has shape {state.shape}, one number a knob, got {moves.shape}")
+            raise ArgumentError(f"an action has shape {state.shape}, one number a knob, got {moves.shape}")
         if not np.isfinite(moves).all():
             *where, number = np.argwhere(~np.isfinite(moves))[0].tolist()
             of = f" of environment {where[0]}" if where else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"the action for knob {self.knobs[number].name}{of} is {moves[(*where, number)]}; actions must be "
                 "finite numbers in [-1, 1]"
             )

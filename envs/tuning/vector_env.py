@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import Split, one_of, whole_number
+from specgym.decoding import ArgumentError, Split, one_of, whole_number
 
 from ..backends.backend import BackendName, backend_of
 from ..backends.replay import Workloads, replay_backend
@@ -93,7 +93,7 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         one_of("render_mode", render_mode, (None, "rgb_array"))
         backend = backend_of(backend, source, "replay")
         if backend != "replay":
-            raise ValueError(
+            raise ArgumentError(
                 f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
                 "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
             )

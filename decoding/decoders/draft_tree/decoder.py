@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...decoder import Decoder, Session, synchronise
 from ...drafts.drafter import ModelDrafter
+from ...errors import ArgumentError
 from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
 from ...rounds import Round
@@ -210,7 +211,7 @@ class DraftTreeDecoder(DraftTreeTraits, Decoder[DraftTreeSession]):
             pruning=pruning, max_candidates=max_candidates, max_depth=max_depth, max_nodes=max_nodes
         )
         if draft_sampling.greedy:
-            raise ValueError(
+            raise ArgumentError(
                 "draft_sampling has temperature 0, and a tree needs second choices: give 0.8, for instance"
             )
         self.rule = _named("rule", rule, RULES)
@@ -250,7 +251,7 @@ class DraftTreeDecoder(DraftTreeTraits, Decoder[DraftTreeSession]):
 def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
     draft = require_draft(pair, decoder)
     if not isinstance(draft, ModelDrafter):
-        raise ValueError(
+        raise ArgumentError(
             f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {draft.name}"
         )
     draft.model.require_branches(f"a draft of {decoder}")
@@ -259,5 +260,5 @@ def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
 
 def _named(what: str, name: str, known: Mapping[str, Known]) -> Known:
     if name not in known:
-        raise ValueError(f"no {what} {name!r}; there are: {', '.join(known)}")
+        raise ArgumentError(f"no {what} {name!r}; there are: {', '.join(known)}")
     return known[name]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...sampling import draw, draw_distinct, draw_several, residual
 
 
@@ -207,7 +208,7 @@ class RatioPruner(TreePruner):
 
     def __init__(self, goal: float = 0.5, gain: float = 1.0) -> None:
         if not 0 <= goal <= 1:
-            raise ValueError(f"the goal is a share of the candidates, 0 to 1, got {goal}")
+            raise ArgumentError(f"the goal is a share of the candidates, 0 to 1, got {goal}")
         self.goal, self._gain, self._shift = goal, gain, 0.0
 
     def cuts(self, scores: Sequence[float], threshold: float) -> list[bool]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...latency.probe import CostProbe
 from ...latency.profile import arithmetic_of
 from ...loading.pair import Pair
@@ -36,7 +37,7 @@ def probe(like: DraftTreeDecoder, max_target_tokens: int | None) -> CostProbe:
     target = like.pair.target
     largest, most = max_target_tokens or DraftTreeTraits.largest_pass, DEEPEST * target.vocabulary_size + 1
     if max_target_tokens is not None and largest > most:
-        raise ValueError(
+        raise ArgumentError(
             f"{target.name} has a vocabulary of {target.vocabulary_size} tokens, too few for a pass over {largest}; "
             f"give a max_target_tokens of at most {most}"
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...decoder import Decoder, Session, synchronise
+from ...errors import ArgumentError
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...rounds import Round
@@ -351,7 +352,7 @@ class LookaheadStatistics:
         decoded = [round_ for round_ in rounds if round_.tokens]
         chosen = [round_ for round_ in decoded if isinstance(round_, LookaheadRound)]
         if not chosen or len(chosen) < len(decoded):
-            raise ValueError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
+            raise ArgumentError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
         count = len(chosen)
         return cls(
             rounds=count,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...decoder import Decoder, Session, synchronise
+from ...errors import ArgumentError
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...rounds import Round
@@ -153,7 +154,7 @@ class MedusaDecoder(MedusaTraits, Decoder[MedusaSession]):
         self._trees: dict[tuple[int, int], CandidateTree] = {}
         self.knobs = self.acceptance_knobs if tree is not None else self.knobs_of_heads(shape.heads, max_tree)
         if tree is not None and (tree.heads > shape.heads or tree.ranks > shape.outputs):
-            raise ValueError(
+            raise ArgumentError(
                 f"the tree takes {tree.ranks} candidates of {tree.heads} heads, and there are {shape.heads} heads of "
                 f"{shape.outputs} tokens; give a smaller tree, or train more heads"
             )
