@@ -154,11 +154,11 @@ def save_patterns(folder: Path, tasks: Sequence[TuningTask]) -> None:
     patterned = patterns(tasks)
     rows = [row.row() for row in patterned]
     summary = verdict(patterned, preferred_ranges(tasks[0]) if tasks else {})
+    write_text(folder / "patterns.csv", to_csv(rows))
     write_sealed(
         folder / "patterns.json",
         {"format": FORMAT, "rows": rows, "correlations": correlations(patterned), "verdict": summary},
     )
-    write_text(folder / "patterns.csv", to_csv(rows))
 
 
 def preferred_ranges(task: TuningTask) -> dict[str, tuple[float, float]]:
