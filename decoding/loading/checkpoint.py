@@ -42,8 +42,10 @@ _MOST_HEADS = 4096
 _SPARE_ELEMENTS = 2**24
 _MOST_SHARED = 2**32
 _LARGEST_RATIO = 64
-"""Elements of a model for each that is stored, at most, beyond `_SPARE_ELEMENTS` and what another folder stores: a draft
-of a few tokens stores few rows of its output layer, and a mask of a whole context is not stored."""
+"""Elements of a model for each that is stored, at most, beyond `_SPARE_ELEMENTS` and what another folder stores.
+
+A draft of a few tokens stores few rows of its output layer, and a mask of a whole context is not stored.
+"""
 _LARGEST = 127
 _SCALE = "_scale"
 
