@@ -112,7 +112,7 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
     for name, size in sizes.items():
         if values.get(small.attribute_map.get(name, name)) is not None:
             setattr(small, name, size)
-    if getattr(config, "head_dim", None) == getattr(config, "qk_rope_head_dim", 0):  # latent attention rotates so many
+    if vars(config).get("head_dim") == vars(config).get("qk_rope_head_dim", 0):  # latent attention rotates so many
         small.head_dim = sizes["qk_rope_head_dim"]
     for name in _layer_names(small):
         if values.get(name):
