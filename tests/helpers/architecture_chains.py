@@ -108,6 +108,7 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="states are saved before a draft and restored after a rejection; what was kept is read again",
+        end=72,
         reason="read tokens one after another|its forward takes no",
         cases=(
             *repeats("granitemoehybrid olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next", **RECURRENT),
@@ -128,6 +129,7 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="exact, and no faster than decoding token by token: a draft is read a token a pass",
+        end=40,
         reason="read tokens one after another|its forward takes no",
         cases=(
             *repeats("falcon_mamba mamba"),

@@ -229,6 +229,7 @@ class Family(NamedTuple):
         trees: whether trees of candidates are, too.
         note: in the docs: what was tried, or the reason of the refusal and the way out.
         cases: configurations.
+        end: tokens of a text, prompt included; less than the context where passes are slow and nothing changes behind.
         reason: regular expression found in the message that refuses the family, or its trees.
     """
 
@@ -238,6 +239,7 @@ class Family(NamedTuple):
     note: str
     cases: tuple[Case, ...]
     reason: str = ""
+    end: int = CONTEXT
 
 
 def declared_fields(kind: type[PretrainedConfig]) -> set[str]:

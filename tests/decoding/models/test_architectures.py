@@ -35,11 +35,11 @@ REFUSED = [
 ]
 
 
-def generated(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], float]:
-    """Text that `generate()` gives up to the context's end, and its closest tie in standard deviations."""
+def generated(model: PreTrainedModel, prompt: Sequence[int], end: int) -> tuple[list[int], float]:
+    """Text that `generate()` gives up to a length, prompt included, and its closest tie in standard deviations."""
     ids = torch.tensor([prompt])
     settings = GenerationConfig(
-        max_length=CONTEXT, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        max_length=end, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     stock: Any = model
     with torch.inference_mode():
@@ -55,8 +55,8 @@ def test_greedy_text_equals_generate_to_the_end_of_the_context(
 ) -> None:
     model = build(case)
     prompt = [5 + place % 60 for place in range(case.prompt)]
-    expected, tie = generated(model, prompt)
-    assert len(expected) == CONTEXT - case.prompt
+    expected, tie = generated(model, prompt, family.end)
+    assert len(expected) == family.end - case.prompt
     assert len(set(expected)) >= FEWEST_TOKENS
     assert tie > CLOSEST_TIE
     pair = Pair(model, make_noisy(model, 0.02), prepack=False)
