@@ -218,7 +218,7 @@ def test_the_stored_table_has_its_command_hardware_notes_and_rows(table: ResultT
 def test_a_table_of_an_earlier_version_has_plain_decoding_under_its_present_name(
     table: ResultTable, tmp_path: Path
 ) -> None:
-    content = table.to_json()
+    content = {**table.to_json(), "format": "specgym-table-1"}
     for row in content["rows"]:
         row["method"] = row["method"].replace(PLAIN, "autoregressive")
     (tmp_path / "table.json").write_text(json.dumps(content))

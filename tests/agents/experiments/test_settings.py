@@ -24,6 +24,7 @@ from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import prolonged
 from specgym.decoding import SpecgymError, decoder_names
 from specgym.envs import RewardSettings
+from tests.helpers.sealing import reseal
 
 LOSSLESS = [name for name in decoder_names() if type(default_settings(name)) is KnobSettings]
 LOSSY = [name for name in decoder_names() if name not in LOSSLESS]
@@ -66,7 +67,7 @@ def broken(path: Path, change: dict[str, Any]) -> Path:
         for folder in folders:
             inner = inner[folder]
         inner[last] = value
-    path.write_text(json.dumps(content))
+    reseal(path, **content)
     return path
 
 
