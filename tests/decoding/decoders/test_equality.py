@@ -1,4 +1,4 @@
-"""Greedy decoding gives, token for token, what `transformers` generates: 64 tokens, float32, of 64 prompts on random
+"""Greedy decoding gives, token for token, what `transformers` generates: 64 tokens, float32, of 32 prompts on random
 models and of 8 on each shipped pair, where the pairs of a target take turns with 32."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specgym.decoding.prompts import load_prompts
 from specgym.decoding.rounds import Generation
 from tests.helpers.toy_profile import ENDS
 
-PROMPTS, NEW = 64, 64
+PROMPTS, NEW = 32, 64
 FAMILIES = ("llama", "gpt2")
 """Rotated and learned positions; `tests/decoding/models/test_architectures.py` has the other architectures."""
 Reference = Callable[..., list[list[int]]]
@@ -80,7 +80,7 @@ def test_greedy_output_on_random_models_equals_generate(
         else:
             accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
             drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
-            assert min(accepted, drafted - accepted) >= 100, (pair.name, accepted, drafted)
+            assert min(accepted, drafted - accepted) >= 40, (pair.name, accepted, drafted)
     knobs = [{"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]} for number in range(PROMPTS)]
     drafted_by: dict[str, set[int]] = {}
     for name, ends in ENDS.items():
@@ -133,4 +133,4 @@ def test_greedy_autoregressive_output_of_shipped_targets_equals_generate(
 ) -> None:
     pair = load_pair(name)
     prompts, expected = expected_of(pair)
-    check(AutoregressiveDecoder(pair), prompts[::2], expected[::2])
+    check(AutoregressiveDecoder(pair), prompts[::4], expected[::4])

@@ -207,7 +207,7 @@ def test_the_targets_own_folder_is_not_written_over(settings: MedusaSettings, tm
 
 
 def test_what_improves_nothing_is_said_to(settings: MedusaSettings, capsys: pytest.CaptureFixture[str]) -> None:
-    loop = replace(settings.loop, tokens=2 * 32, learning_rate=100.0, warmup=0.0)
+    loop = replace(settings.loop, tokens=2 * 32, learning_rate=10.0, warmup=0.0)
     report = make_medusa(replace(settings, loop=loop))
     assert report.loss.lowest == report.loss.before
     assert "Training improved nothing" in capsys.readouterr().out
@@ -234,7 +234,10 @@ def test_a_target_may_be_of_another_type_than_its_heads(
     load_heads(settings.out, target)  # which is in float32
 
 
-def test_a_target_that_stays_as_it_is_has_the_type_that_decoders_give_it(settings: MedusaSettings) -> None:
+def test_a_target_that_stays_as_it_is_has_the_type_that_decoders_give_it(
+    settings: MedusaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoopSettings, "torch_device", lambda self: torch.device(self.device))  # here or not
     cpu, cuda = LoopSettings(device="cpu"), LoopSettings(device="cuda:1")
     assert dtype_of(replace(settings, loop=cpu), frozen=True) == torch.float32
     assert dtype_of(replace(settings, loop=cuda), frozen=True) == torch.bfloat16
