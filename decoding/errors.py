@@ -24,8 +24,7 @@ LARGEST_WHOLE: Final = 2**63 - 1
 TORCH_SEEDS: Final = (-(2**63), 2**64 - 1)
 """Smallest and largest seed of `torch.Generator.manual_seed`, by its documentation (torch 2.13)."""
 MOST_THREADS: Final = 1024
-"""Threads of torch at most. OpenMP ends the process when it cannot start one, or crashes: 'libgomp: Thread creation
-failed' at 20,000 threads, nothing at all at 100,000 (torch 2.13 on Linux)."""
+"""Threads of torch at most. OpenMP ends the process when it cannot start them all (torch 2.13 on Linux)."""
 LARGEST_SEED: Final = 2**32 - 1
 """Largest seed of `numpy.random.seed` and `numpy.random.RandomState` (numpy/random/mtrand.pyx and _mt19937.pyx of NumPy
 2.3), which Stable-Baselines3 passes every seed to (common/utils.py, `set_random_seed`)."""

@@ -5,9 +5,9 @@ of an archive of arrays, an entry of a safetensors file's metadata. Files that o
 weights, are listed with their own SHA-256 under ``files`` in the JSON object that describes their folder. Readers check
 both. Files of earlier versions have neither and are read without. A checksum tells damage, not who wrote a file.
 
-Archives of arrays are ``.npz`` files, read without ever allocating more than they can hold: `numpy.load` believes what
-a file declares, and allocates an array of 72 TiB for one of 1 KB. Here every declared shape and size is compared with
-the file first. Only plain numbers and text are read; nothing is unpickled, and no header is evaluated.
+Archives of arrays are ``.npz`` files, read without ever allocating more than they can hold: every declared shape and
+size is compared with the file first. Only plain numbers and text are read; nothing is unpickled, and no header is
+evaluated.
 """
 
 from __future__ import annotations
