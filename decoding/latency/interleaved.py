@@ -86,8 +86,10 @@ _FEWEST_REPEATS = 3
 _TRIES = 8
 _SETTLING = 2
 """Untimed rounds of the same kind before a timed one; a round right after a different kind is about 20 % slower."""
-GROWTH = 16
+_GROWTH = 16
 """Tokens after which a timed text is begun anew."""
+_GROWTH_WITH_STATES = 64
+"""Tokens likewise where the target restores states; a text that has just begun has little to read again."""
 
 Item = TypeVar("Item")
 
@@ -155,10 +157,20 @@ def rotated(items: Sequence[Item], turn: int) -> list[Item]:
     return [*items[first:], *items[:first]]
 
 
-def medians(samples: Mapping[int, list[float]]) -> dict[int, float]:
-    """Return the median by number of tokens, without the numbers that came up too rarely to trust."""
+def typical(samples: Mapping[int, list[float]], target: LanguageModel) -> dict[int, float]:
+    """Return the median by number of tokens, without the numbers that came up too rarely to trust.
+
+    Where the target restores states, it is the mean: some rounds read again what several rounds before them kept, and
+    a median would leave that out.
+    """
+    middle = statistics.fmean if target.restores_states else statistics.median
     enough = min(_FEWEST_REPEATS, max(len(seconds) for seconds in samples.values()))
-    return {tokens: statistics.median(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
+    return {tokens: middle(seconds) for tokens, seconds in samples.items() if len(seconds) >= enough}
+
+
+def growth_of(pair: Pair) -> int:
+    """Return the tokens after which a timed text of a pair is begun anew."""
+    return _GROWTH_WITH_STATES if pair.target.restores_states else _GROWTH
 
 
 def repeating_prompt(pair: Pair) -> list[int]:
@@ -205,13 +217,16 @@ def time_rounds(
     plain_decoder = AutoregressiveDecoder(pair)
     samples = [_Samples() for _ in prompts]
     texts = [
-        tuple(EndlessText(decoder, prompt, sampling, growth=GROWTH) for decoder in (probe.decoder, plain_decoder))
+        tuple(
+            EndlessText(decoder, prompt, sampling, growth=growth_of(pair)) for decoder in (probe.decoder, plain_decoder)
+        )
         for prompt in prompts
     ]
     for turn, counts in turns(repeats, time_limit):
         for (text, plain), times in zip(texts, samples, strict=True):
-            text.restart()
-            plain.restart()
+            if not pair.target.restores_states:
+                text.restart()
+                plain.restart()
             for size in rotated(sizes, turn):
                 knobs = probe.knobs_for(size)
                 for _ in range(_SETTLING):
@@ -225,8 +240,8 @@ def time_rounds(
     profiles = [
         LatencyProfile(
             pair=pair.name,
-            draft_seconds=medians(times.draft) if times.draft else {0: 0.0},
-            target_seconds=medians(times.target),
+            draft_seconds=typical(times.draft, pair.target) if times.draft else {0: 0.0},
+            target_seconds=typical(times.target, pair.target),
             autoregressive_seconds=statistics.median(times.plain),
             hardware={**describe_hardware(pair), **probe.detail},
             sampling=arithmetic_of(sampling),
@@ -248,11 +263,11 @@ def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, aske
         ValueError: there are none, or the one that was asked for is not among them.
     """
     shortest = _shortest_context(pair)
-    room = shortest.context_limit - context - GROWTH
+    room = shortest.context_limit - context - growth_of(pair)
     fitting = [size for size in probe.sizes if probe.room_for(size) <= room]
     sizes = [size for size in fitting if probe.can_read(size)]
     if not fitting:
-        needed = GROWTH + probe.room_for(probe.sizes[0])
+        needed = growth_of(pair) + probe.room_for(probe.sizes[0])
         raise ArgumentError(
             f"a context of {context} tokens leaves {shortest.name}, whose context is {shortest.context_limit}, no room "
             f"for {kind} rounds to be timed, which takes {needed} tokens; give a shorter prompt or shorter contexts"

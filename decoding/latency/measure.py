@@ -33,11 +33,12 @@ from .interleaved import (
     EndlessText,
     describe_hardware,
     fingerprint,
-    medians,
+    growth_of,
     repeating_prompt,
     rotated,
     time_rounds,
     turns,
+    typical,
 )
 from .probe import MOST_SPREAD, TRIES, Uncertainty, contradictions, measured_with_care, smoothed, spread_of
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
@@ -256,16 +257,19 @@ def _measure_chains(
     prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
     stopwatch = StopwatchDrafter(pair.draft)
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
-    chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling)
-    plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling)
+    restores = pair.target.restores_states
+    growth = growth_of(pair) if restores else None  # otherwise a text ends with its turn
+    chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)
+    plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling, growth=growth)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
     places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts)
     draft: defaultdict[int, list[float]] = defaultdict(list)
     target: defaultdict[int, list[float]] = defaultdict(list)
     autoregressive: list[float] = []
     for turn, counts in turns(repeats, time_limit):
-        chains.restart()
-        plain.restart()
+        if not restores:
+            chains.restart()
+            plain.restart()
         for length in rotated(lengths, turn):
             stopwatch.length = length
             round_ = chains.step()
@@ -276,8 +280,8 @@ def _measure_chains(
                 autoregressive.append(plain_round.verify_seconds)
     profile = LatencyProfile(
         pair=pair.name,
-        draft_seconds=medians(draft),
-        target_seconds=medians(target),
+        draft_seconds=typical(draft, pair.target),
+        target_seconds=typical(target, pair.target),
         autoregressive_seconds=statistics.median(autoregressive),
         hardware=describe_hardware(pair),
         sampling=arithmetic_of(sampling),

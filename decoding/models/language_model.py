@@ -54,6 +54,7 @@ class LanguageModel:
     Attributes:
         branches: whether trees of candidates can be verified; otherwise chains alone can.
         why_no_branches: the reason, where they cannot; empty where they can.
+        restores_states: whether layers are recurrent: after tokens were taken back, those that stay are read again.
         context_limit: tokens of the longest text.
         mask_seconds: how long building the mask of the last pass took.
 
@@ -69,6 +70,7 @@ class LanguageModel:
 
     branches = True
     why_no_branches = ""
+    restores_states = False
     _reading = Reading(EVERYWHERE_FULL)
     _forced = False
 
@@ -113,10 +115,12 @@ class LanguageModel:
         self._cache: BranchingCache | RestorableCache = (
             BranchingCache() if self.branches else RestorableCache(self.model.config)
         )
-        states = isinstance(self._cache, RestorableCache) and self._cache.has_states
+        self.restores_states = isinstance(self._cache, RestorableCache) and self._cache.has_states
         # Kept where what was read may have to be read again: after a switch of the rotation, or to restore states.
         self._text: Tensor | None = (
-            torch.empty(0, dtype=torch.int64, device=self.device) if states or self._reading.switch else None
+            torch.empty(0, dtype=torch.int64, device=self.device)
+            if self.restores_states or self._reading.switch
+            else None
         )
         self._last_start = self._at_once = 0
         self._beyond = False
@@ -172,11 +176,6 @@ class LanguageModel:
     def room(self, text: Sequence[int]) -> int:
         """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""
         return self.context_limit - len(text)
-
-    @property
-    def restores_states(self) -> bool:
-        """True for recurrent layers: after tokens were taken back, those that stay are read again."""
-        return isinstance(self._cache, RestorableCache) and self._cache.has_states
 
     def pass_limit(self, start: int) -> int:
         """Length of text that a pass over the tokens from position `start` on may reach.

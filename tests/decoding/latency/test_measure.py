@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from specgym.decoding.drafts.drafter import Drafter
 from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.latency import measure as latency_measure
-from specgym.decoding.latency.interleaved import describe_hardware, fingerprint
+from specgym.decoding.latency.interleaved import describe_hardware, fingerprint, growth_of, typical
 from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile
@@ -304,3 +304,12 @@ def test_points_that_cannot_be_measured_are_refused_before_anything_is(
         model.name = name
     with pytest.raises(ValueError, match=message):
         measure(Pair(models["target"], models["draft"]), max_draft_length=4, repeats=10**9, **arguments)
+
+
+def test_what_some_rounds_read_again_is_in_the_time_of_all(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = {5: [1.0, 1.0, 1.0, 5.0], 9: [2.0]}
+    assert typical(samples, pair.target) == {5: 1.0}
+    assert growth_of(pair) == 16
+    monkeypatch.setattr(pair.target, "restores_states", True)
+    assert typical(samples, pair.target) == {5: 2.0}
+    assert growth_of(pair) == 64
