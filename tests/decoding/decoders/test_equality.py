@@ -80,7 +80,7 @@ def test_greedy_output_on_random_models_equals_generate(
         else:
             accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
             drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
-            assert min(accepted, drafted - accepted) >= 40, (pair.name, accepted, drafted)
+            assert min(accepted, drafted - accepted) >= 50, (pair.name, accepted, drafted)
     knobs = [{"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]} for number in range(PROMPTS)]
     drafted_by: dict[str, set[int]] = {}
     for name, ends in ENDS.items():
