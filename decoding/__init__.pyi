@@ -105,7 +105,7 @@ from .registry import (
     traits_of,
 )
 from .rounds import Generation, Round
-from .sampling import GREEDY, Sampling, draw, total_variation
+from .sampling import GREEDY, Sampling, draw, likeliest_of_ten, total_variation
 from .sealed_files import (
     FILES,
     DamagedFileError,
@@ -237,6 +237,7 @@ __all__ = [
     "interruption_code",
     "io_message",
     "levels_of",
+    "likeliest_of_ten",
     "load_heads",
     "load_model",
     "load_pair",

@@ -77,6 +77,18 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
+def likeliest_of_ten(scores: Tensor) -> Tensor:
+    """The likeliest token's probability among the ten likeliest alone, at temperature 1 and before any warping.
+
+    Args:
+        scores: logits, shape (..., vocabulary).
+
+    Returns:
+        Shape (...,), from 0.1 (a tenth of ten equal ones) to 1.
+    """
+    return scores.float().topk(min(10, scores.shape[-1]), dim=-1).values.softmax(-1)[..., 0]
+
+
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """Half the L1 distance of two distributions, in [0, 1]. Shapes (..., vocabulary) to (...)."""
     return (p - q).abs().sum(-1).mul(0.5).clamp(max=1.0)

@@ -27,6 +27,7 @@ from specgym.decoding import (
     TokenTree,
     bins_of,
     draw,
+    likeliest_of_ten,
     sampling_of,
     total_variation,
 )
@@ -47,12 +48,14 @@ class Level:
         distribution: what each was chosen from, as the draft sees it (at temperature 1 when greedy), shape (rows,
             vocabulary); None for a one-hot draft.
         confidence: shape (rows,).
+        top_ten: see `Trace`, shape (rows,); for a one-hot draft the confidence.
     """
 
     rows: Tensor
     tokens: Tensor
     distribution: Tensor | None
     confidence: Tensor
+    top_ten: Tensor
 
 
 class Recorder:
@@ -162,6 +165,7 @@ class Recorder:
             "p": p_of_token,
             "distance": 1 - p_of_token if q is None else total_variation(p, q),
             "target_entropy": entropy(p),
+            "top_ten": level.top_ten,
         }
 
 
@@ -175,6 +179,7 @@ PER_TOKEN = {
     "p": np.float32,
     "distance": np.float32,
     "target_entropy": np.float32,
+    "top_ten": np.float32,
 }
 """Columns of every drafted token, as `Trace` describes them, and their types."""
 
@@ -218,7 +223,7 @@ class _ModelChains:
             scores = self._model.forward(unread, TokenTree(parents), last=positions).scores.to(target_device)
             q = self._recorder.distribution(scores)
             tokens = scores.argmax(-1) if self._recorder.sampling.greedy else draw(q, self._generator)
-            yield Level(rows, tokens, q, q.amax(-1))
+            yield Level(rows, tokens, q, q.amax(-1), likeliest_of_ten(scores))
             unread = tokens.to(device)
             parents += range(len(parents) - positions, len(parents))
         self._model.keep(range(positions))
@@ -240,11 +245,13 @@ class _GivenChains:
         for place in range(max(map(len, chains))):
             reached = [row for row, chain in enumerate(chains) if len(chain) > place]
             steps = [chains[row][place] for row in reached]
+            confidence = torch.tensor([step.confidence() for step in steps], device=self._device)
             yield Level(
                 torch.tensor(reached, device=self._device),
                 torch.tensor([int(step.token) for step in steps], device=self._device),
                 None,
-                torch.tensor([step.confidence() for step in steps], device=self._device),
+                confidence,
+                confidence,
             )
 
 

@@ -22,7 +22,7 @@ FORMAT = "specgym-trace-3"
 _UNSEALED = "specgym-trace-2"  # has no checksum
 NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
 """Columns of real numbers that only the target's own texts have."""
-_SHARES = ("confidence", "q", "p", "distance")
+_SHARES = ("confidence", "q", "p", "distance", "top_ten")
 _LARGEST = 2**62
 _MANTISSA = 7  # bits kept of a float16's 10: a relative error below 0.5 %, and files a third smaller
 
@@ -72,6 +72,9 @@ class Trace:
         detour_prompts: the prompt of each detour, shape (detours,).
         detour_knobs: `fallback` and `rollback` that led to it, shape (detours, 2).
         detour_rows: its rows, shape (detours, detour tokens); -1 after its end.
+        top_ten: the likeliest token's probability among the draft's ten likeliest alone, at temperature 1 and before
+            any warping; for a draft without probabilities the confidence. Shape (own rows, K). None in a trace of an
+            earlier version.
 
     When greedy, `confidence`, `entropy`, `q`, `p`, `target_entropy` and `distance` are those at temperature 1.
     """
@@ -96,6 +99,7 @@ class Trace:
     detour_prompts: Integers
     detour_knobs: NDArray[np.float64]
     detour_rows: Integers
+    top_ten: Floats | None = None
 
     @property
     def prompts(self) -> int:
@@ -129,6 +133,8 @@ class Trace:
         }
         if np.array_equal(arrays["q"], arrays["confidence"]):
             del arrays["q"]  # the draft always takes its likeliest token
+        if self.top_ten is not None and not _certain(arrays["entropy"]):
+            arrays["top_ten"] = _rounded(self.top_ten)
         write_archive(path, FORMAT, asdict(self.info), arrays)
 
     @classmethod
@@ -151,6 +157,11 @@ class Trace:
 def trace_name(name: str, split: str) -> str:
     """Return the file name of a workload's trace."""
     return f"{file_name(name)}.{split}.npz"
+
+
+def _certain(entropy: NDArray[np.floating]) -> bool:
+    """Return whether a draft of this entropy has no probabilities."""
+    return not entropy.any()
 
 
 def _rounded(values: Floats) -> NDArray[np.float16]:
@@ -193,6 +204,8 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
         stored = "confidence" if name == "q" and "q" not in content else name
         return numbers(content, stored, "f", (rows if name == "distance" else own_rows, drafts)).astype(np.float32)
 
+    columns = {name: floats(name) for name in NUMBERS}
+    likeliest = columns["confidence"] if _certain(columns["entropy"]) else None
     match = numbers(content, "match", "u", (rows, -(-drafts // 8)))
     table = numbers(content, "chances", "f", (-1, -1)).astype(np.float64)
     return kind(
@@ -211,7 +224,8 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
         detour_prompts=integers("detour_prompts", detours),
         detour_knobs=numbers(content, "detour_knobs", "f", (detours, 2)).astype(np.float64),
         detour_rows=integers("detour_rows", detours, info.detour_tokens),
-        **{name: floats(name) for name in NUMBERS},
+        top_ten=floats("top_ten") if "top_ten" in content else likeliest,
+        **columns,
     )
 
 
@@ -239,7 +253,7 @@ def _checked(trace: Trace) -> Trace:
     for values in (trace.text, trace.tokens):
         if values.min(initial=0) < 0 or values.max(initial=0) >= trace.info.vocabulary_size:
             raise ValueError("a token is outside the vocabulary")
-    for name in (*NUMBERS, "distance", "detour_knobs"):
+    for name in (*NUMBERS, "distance", "detour_knobs", *(["top_ten"] if trace.top_ten is not None else [])):
         values = getattr(trace, name)
         most = 1 if name in _SHARES else np.inf
         if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > most:

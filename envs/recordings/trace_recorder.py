@@ -120,7 +120,7 @@ def record(
     prompts = named.prompt_ids()[: settings.prompts]
     info = _info(named, split, settings, prompts)
     parts = parts_of(path)
-    claim_parts(parts, {**asdict(info), **asdict(settings)})
+    claim_parts(parts, {**asdict(info), **asdict(settings), "columns": list(PER_TOKEN)})
     recorder = _Texts(named, settings)
 
     def part(which: str, number: int, make: Callable[[], Rows]) -> Rows:

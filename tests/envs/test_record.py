@@ -153,6 +153,20 @@ def test_real_numbers_keep_eight_bits(trace: Trace, tmp_path: Path) -> None:
     assert (rounded != exact).any()
 
 
+def test_a_trace_of_an_earlier_version_lacks_the_likeliest_of_ten_unless_its_draft_has_no_probabilities(
+    trace: Trace, tmp_path: Path
+) -> None:
+    assert trace.top_ten is not None
+    assert (trace.top_ten >= trace.confidence - 2**-8).all()
+    replace(trace, top_ten=None).save(tmp_path / "earlier.npz")
+    assert Trace.load(tmp_path / "earlier.npz").top_ten is None
+    certain = replace(trace, entropy=np.zeros_like(trace.entropy), q=np.ones_like(trace.q), top_ten=trace.confidence)
+    for number, written in enumerate((certain, replace(certain, top_ten=None))):
+        written.save(tmp_path / f"{number}.npz")
+        assert "top_ten" not in np.load(tmp_path / f"{number}.npz").files
+        np.testing.assert_array_equal(Trace.load(tmp_path / f"{number}.npz").top_ten, trace.confidence)
+
+
 @pytest.mark.parametrize("what", ["own_text", "detours"])
 def test_an_interrupted_recording_goes_on_where_it_stopped(
     work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

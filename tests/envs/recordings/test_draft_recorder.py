@@ -74,6 +74,8 @@ def test_every_position_is_as_if_drafted_and_read_alone(
                 "target_entropy": torch.special.entr(p).sum(),
                 "distance": total_variation(p, q),
             }
+            likeliest = plain(draft, context).softmax(-1).topk(10).values
+            expected["top_ten"] = likeliest[0] / likeliest.sum()
             for name, value in expected.items():
                 assert rows[name][place, depth] == pytest.approx(float(value), rel=1e-3, abs=1e-4), (name, place, depth)
             context.append(token)
@@ -103,6 +105,7 @@ def test_a_draft_without_probabilities_is_recorded_as_far_as_it_goes(make_model:
             assert (rows["q"][place, :count] == 1).all()
             assert (rows["entropy"][place, :count] == 0).all()
             assert (rows["confidence"][place, :count].astype(float) > 0).all()
+            assert (rows["top_ten"][place, :count] == rows["confidence"][place, :count]).all()
     assert 0 in lengths
     assert len(lengths) > 1
 
