@@ -60,12 +60,14 @@ from .errors import (
     whole_number,
 )
 from .files import cache_folder, digest, file_name, named_errors, remove_leftovers, replacing, write_json, write_text
-from .latency.accelerators import find_hardware
+from .latency.accelerators import HARDWARE, KINDS, Hardware, find_hardware
+from .latency.deployments import Deployment, round_costs, sensible_deployments
 from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
+from .latency.model_shapes import MODEL_SHAPES, ModelShape
 from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
-from .latency.roofline import MODEL_SHAPES, ModelShape, roofline
+from .latency.roofline import roofline
 from .loading.find_model import ModelNotFoundError, load_model
 from .loading.pair import MemoryUse, Pair, load_pair, memory_of, require_draft
 from .loading.presets import (
@@ -128,7 +130,9 @@ __all__ = [
     "FEATURES",
     "FILES",
     "GREEDY",
+    "HARDWARE",
     "HUB_SETS",
+    "KINDS",
     "LARGEST_SEED",
     "LARGEST_WHOLE",
     "LEVELS",
@@ -145,6 +149,7 @@ __all__ = [
     "Decoder",
     "DecoderRegistryError",
     "DecoderTraits",
+    "Deployment",
     "DraftSession",
     "DraftStep",
     "DraftTracker",
@@ -155,6 +160,7 @@ __all__ = [
     "ExpectedGain",
     "FixedLength",
     "Generation",
+    "Hardware",
     "JacobiDecoder",
     "KeepChances",
     "Knob",
@@ -263,9 +269,11 @@ __all__ = [
     "require_draft",
     "resolve",
     "roofline",
+    "round_costs",
     "run_command",
     "sampling_of",
     "seed_number",
+    "sensible_deployments",
     "sequence_of",
     "shipped_prompts",
     "target_digest",

@@ -33,6 +33,15 @@ def test_a_replay_environment_loads_no_model_library(make: str) -> None:
     assert not loaded & {"torch", "transformers", "stable_baselines3", "matplotlib"}
 
 
+def test_costs_of_deployments_load_no_model_library() -> None:
+    loaded = loaded_by(
+        "from specgym.decoding import HARDWARE, MODEL_SHAPES, Deployment, round_costs\n"
+        "round_costs(Deployment(MODEL_SHAPES['qwen3-8b'], MODEL_SHAPES['qwen3-0.6b'], HARDWARE['l4']), [1, 8], 4)"
+    )
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "transformers"}
+
+
 def test_the_help_of_training_loads_no_figures() -> None:
     loaded = loaded_by(
         "import sys, runpy\nsys.argv = ['train.py', '--help']\nrunpy.run_path('train.py', run_name='__main__')"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.decoding import GREEDY, MODEL_SHAPES, KnobError, LatencyProfile, Sampling
+from specgym.decoding import GREEDY, HARDWARE, MODEL_SHAPES, Deployment, KnobError, LatencyProfile, Sampling
 
 DOORS = ("decoding", "envs", "callbacks", "agents")
 NO_NUMBERS = ("3", [3], math.nan, np.arange(3), 10**400, object())
@@ -34,6 +34,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ProductBelow": {"threshold": 0.5},
     "PromptLookupDrafter": {"vocabulary_size": 100},
     "roofline": {"target": next(iter(MODEL_SHAPES.values())), "draft": None, "hardware": "h100-sxm"},
+    "Deployment": {"target": MODEL_SHAPES["opt-1.3b"], "draft": None, "hardware": HARDWARE["h100-sxm"]},
+    "round_costs": {"deployment": Deployment(MODEL_SHAPES["opt-1.3b"], None, HARDWARE["h100-sxm"]),
+                    "batch_sizes": [1], "longest": 4},
     "ContextLayout": {"ranges": {"a": (0.0, 1.0)}},
     "DraftLengthEnv": {"backend": "replay"},
     "DraftLengthVectorEnv": {"num_envs": 2},

@@ -6,24 +6,40 @@ overhead. For a transformer that generates, the bytes are the weights and every 
 arithmetic is two operations a parameter and token plus attention; see Pope et al., "Efficiently Scaling Transformer
 Inference" (arXiv 2211.05102), and Yuan et al., "LLM Inference Unveiled: Survey and Roofline Model Insights"
 (arXiv 2402.16363). So one sequence's draft is verified at nearly the price of a token, and a large batch's is not.
+
+Tensor parallelism divides the bytes and the arithmetic by the number of devices, the keys and values by at most the
+number of their heads, and adds two all-reduces a layer (Shoeybi et al., "Megatron-LM", arXiv 1909.08053): a latency,
+and what a ring of N devices sends, 2 (N - 1) / N of what layers hand on. The overheads stay. docs/replay.md compares
+all this with published rates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from ..errors import ArgumentError, number, sequence_of, whole_number
-from ..models.output_layer import reduced_output
+from ..errors import ArgumentError, number, one_of, sequence_of, whole_number
 from ..registry import traits_of
 from ..traits import CHAIN
-from .accelerators import Hardware, find_hardware
+from .accelerators import COMPILED, CONSUMER_GPU, EAGER, EAGER_LAYER, SERVER_GPU, SOFTWARE, Hardware, find_hardware
+from .model_shapes import MODEL_SHAPES, ModelShape
 from .profile import LatencyProfile
+
+__all__ = [
+    "ARITHMETIC_SHARE",
+    "BANDWIDTH_SHARE",
+    "LINK_SHARE",
+    "MODEL_SHAPES",
+    "ModelShape",
+    "pass_seconds",
+    "passes_seconds",
+    "require_devices",
+    "require_software",
+    "roofline",
+]
 
 BANDWIDTH_SHARE = 0.83
 """Share of the memory's nominal bandwidth that decoding reaches: "about 1700 GB/s" of 2,039 on an A100 (README of
@@ -32,89 +48,11 @@ ARITHMETIC_SHARE = 0.7
 """Share of the peak that large matrix products reach; Pope et al. report up to 0.76 for whole passes."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a transformer that determine its speed.
-
-    Attributes:
-        name: how profiles call it.
-        parameters: that a pass reads in full, which leaves out tables that are only looked up in, and the rows of
-            tokens that a draft never proposes.
-        bytes_per_parameter: 2 for 16-bit weights, 0.5 for 4-bit ones.
-        layers: of attention.
-        hidden_size: of all query heads together.
-        key_value_bytes_per_token: of one sequence, over all layers.
-
-    Raises:
-        ValueError: a number is not positive.
-    """
-
-    name: str
-    parameters: int
-    bytes_per_parameter: float
-    layers: int
-    hidden_size: int
-    key_value_bytes_per_token: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, str) and not (math.isfinite(value) and value > 0):
-                raise ArgumentError(f"{field.name} of {self.name} must be finite and positive, got {value}")
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel | PretrainedConfig,
-        dtype: torch.dtype | None = None,
-        *,
-        name: str | None = None,
-    ) -> ModelShape:
-        """The shape of a transformers model, computed from its configuration; no weights are loaded or made.
-
-        Args:
-            model: the model, or its configuration.
-            dtype: of the weights, keys and values; by default the model's own, and bfloat16 for a configuration.
-            name: by default what the model was loaded from, or its type.
-
-        Raises:
-            ValueError: transformers knows no causal language model for the configuration.
-        """
-        config = model.config if isinstance(model, PreTrainedModel) else model
-        config = config.get_text_config(decoder=True)
-        stored = dtype or (next(model.parameters()).dtype if isinstance(model, PreTrainedModel) else torch.bfloat16)
-        with torch.device("meta"):
-            empty: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        output = getattr(empty.get_output_embeddings(), "weight", None)
-        tables = (module.weight for module in empty.modules() if isinstance(module, nn.Embedding))
-        looked_up = sum(table.numel() for table in tables if table is not output)
-        reduced = reduced_output(model) if isinstance(model, PreTrainedModel) else None
-        left_out = 0 if reduced is None else (len(reduced.weight) - len(reduced.tokens)) * reduced.weight.shape[1]
-        heads = int(config.num_attention_heads)
-        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        key_value_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        layers = int(config.num_hidden_layers)
-        return cls(
-            name=name or str(getattr(model, "name_or_path", "")) or str(config.model_type),
-            parameters=sum(weight.numel() for weight in empty.parameters()) - looked_up - left_out,
-            bytes_per_parameter=stored.itemsize,
-            layers=layers,
-            hidden_size=heads * head_size,
-            key_value_bytes_per_token=2 * layers * key_value_heads * head_size * stored.itemsize,
-        )
-
-
-# Of `ModelShape.of` with the config.json of the models that `presets` names, in bfloat16.
-MODEL_SHAPES: dict[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        ModelShape("opt-6.7b", 6_650_077_184, 2, 32, 4096, 524_288),  # facebook/opt-6.7b
-        ModelShape("opt-1.3b", 1_311_559_680, 2, 24, 2048, 196_608),  # facebook/opt-1.3b
-        ModelShape("opt-125m", 123_664_896, 2, 12, 768, 36_864),  # facebook/opt-125m
-        ModelShape("llama-3.1-70b", 69_503_033_344, 2, 80, 8192, 327_680),  # meta-llama/Llama-3.1-70B-Instruct
-        ModelShape("llama-3.1-8b", 7_504_924_672, 2, 32, 4096, 131_072),  # meta-llama/Llama-3.1-8B-Instruct
-    )
-}
+LINK_SHARE = 0.25
+"""Share of a link's bandwidth that an all-reduce of decoding reaches. On H100s it is 0.12 of 450 GB/s for 1 MiB over 2
+to 8 devices, whose latencies are in `accelerators`, and 0.77 for gigabytes (waynehacking8.github.io/blog/
+nccl-nvlink-bandwidth); a batch that verifies drafts sends a few MiB."""
+_ACTIVATION = 2  # bytes a number that layers hand on, whatever the weights are stored in
 
 
 def roofline(
@@ -130,18 +68,21 @@ def roofline(
     pair: str | None = None,
     bandwidth_share: float = BANDWIDTH_SHARE,
     arithmetic_share: float = ARITHMETIC_SHARE,
+    devices: int = 1,
+    draft_devices: int = 1,
+    software: str = COMPILED,
 ) -> LatencyProfile:
     """The latency profile of a pair as computed for some hardware, on a grid of batch sizes and contexts.
 
     A draft of k tokens is k passes over a token each, a round's target pass reads k + 1, and both have a cache as long
     as the context. A round of a decoder that drafts nothing beforehand (`DecoderTraits.single_pass`) is one target
     pass. Choosing tokens is taken to be free, and so is a draft that
-    is no model. Whether the memory and the models' own limits allow a point is not asked.
+    is no model. Whether the memory and the models' own limits allow a point is not asked; `Deployment.fits` tells.
 
     Args:
         target: the model whose text is wanted, for instance one of `MODEL_SHAPES`.
         draft: the drafting model; None for drafts that cost nothing, such as an n-gram table's.
-        hardware: a name in `hardware_profiles.HARDWARE`, or figures of your own.
+        hardware: a name in `accelerators.HARDWARE`, or figures of your own.
         decoder: what the profile is for: a decoder that drafts chains, or one whose rounds are single passes.
         max_draft_length: of chains, the longest draft in the tables, in tokens; by default 16.
         max_target_tokens: of single passes, the most tokens that one in the table reads; by default what the decoder
@@ -151,11 +92,16 @@ def roofline(
         pair: the profile's name for the pair; by default made of the models' names, and the target's for single passes.
         bandwidth_share: of the memory bandwidth, what passes reach; above 0, at most 1.
         arithmetic_share: of the peak arithmetic, what passes reach; above 0, at most 1.
+        devices: that the target is spread over, by tensor parallelism.
+        draft_devices: that the draft is spread over: 1, or all of them.
+        software: `compiled` for kernels launched together, as serving engines do it; `eager` for GPUs that wait for
+            the host between kernels.
 
     Raises:
         UnknownHardwareError: there is no hardware of that name.
         ValueError: a number is out of its range or does not belong to this decoder, a draft is given for single passes,
-            or the decoder's rounds are neither chains nor single passes, and cannot be computed.
+            the decoder's rounds are neither chains nor single passes, and cannot be computed, or the hardware has no
+            link for several devices, or no host that launches kernels.
     """
     hardware = find_hardware(hardware)
     traits = traits_of(decoder)
@@ -183,19 +129,31 @@ def roofline(
     )
     usual = target.name if whole else f"{target.name}+{'free' if draft is None else draft.name}"
     shares = {"bandwidth_share": bandwidth_share, "arithmetic_share": arithmetic_share}
+    require_devices(hardware, devices, draft_devices)
+    require_software(hardware, software)
+    spread = {"devices": devices, "draft_devices": draft_devices, "software": software}
 
     def point(batch_size: int, context: int, points: tuple[LatencyProfile, ...] = ()) -> LatencyProfile:
-        def seconds(model: ModelShape, tokens: int) -> float:
-            return pass_seconds(model, hardware, tokens, batch_size=batch_size, context=context, **shares)
+        def seconds(model: ModelShape, tokens: int, number: int) -> float:
+            return pass_seconds(
+                model,
+                hardware,
+                tokens,
+                batch_size=batch_size,
+                context=context,
+                devices=number,
+                software=software,
+                **shares,
+            )
 
-        step = 0.0 if draft is None else seconds(draft, 1)
-        target_seconds = {tokens: seconds(target, tokens) for tokens in range(1, read + 1)}
+        step = 0.0 if draft is None else seconds(draft, 1, draft_devices)
+        target_seconds = {tokens: seconds(target, tokens, devices) for tokens in range(1, read + 1)}
         return LatencyProfile(
             pair=pair or usual,
             draft_seconds={tokens: tokens * step for tokens in range(drafted + 1)},
             target_seconds=target_seconds,
             autoregressive_seconds=target_seconds[1],
-            hardware={"device": "roofline", **asdict(hardware), **shares},
+            hardware={"device": "roofline", **asdict(hardware), **shares, **spread},
             kind=kind,
             batch_size=batch_size,
             context=context,
@@ -215,17 +173,93 @@ def pass_seconds(
     context: int = 512,
     bandwidth_share: float = BANDWIDTH_SHARE,
     arithmetic_share: float = ARITHMETIC_SHARE,
+    devices: int = 1,
+    software: str = COMPILED,
 ) -> float:
     """Seconds of one pass over so many tokens of every sequence. Arguments and errors as for `roofline`."""
     hardware = find_hardware(hardware)
     for name, value in (("tokens", tokens), ("batch_size", batch_size), ("context", context)):
         whole_number(name, value)
-    for name, share in (("bandwidth_share", bandwidth_share), ("arithmetic_share", arithmetic_share)):
+    require_devices(hardware, devices)
+    require_software(hardware, software)
+    shares = {"bandwidth_share": bandwidth_share, "arithmetic_share": arithmetic_share}
+    for name, share in shares.items():
         number(name, share, above=0, at_most=1)
-    read = model.parameters * model.bytes_per_parameter + batch_size * context * model.key_value_bytes_per_token
-    operations = (2 * model.parameters + 4 * model.layers * model.hidden_size * context) * batch_size * tokens
-    overhead = hardware.pass_overhead + model.layers * hardware.layer_overhead
-    return overhead + max(
-        read / (hardware.memory_bandwidth * bandwidth_share),
-        operations / (hardware.peak_arithmetic * arithmetic_share),
+    seconds = passes_seconds(model, hardware, tokens, batch_size, context, devices=devices, software=software, **shares)
+    return float(seconds)
+
+
+def passes_seconds(
+    model: ModelShape,
+    hardware: Hardware,
+    tokens: ArrayLike,
+    batch_size: ArrayLike,
+    context: int,
+    *,
+    devices: int = 1,
+    software: str = COMPILED,
+    bandwidth_share: float = BANDWIDTH_SHARE,
+    arithmetic_share: float = ARITHMETIC_SHARE,
+) -> NDArray[np.float64]:
+    """Seconds of many passes at once, as `pass_seconds`; numbers are not checked.
+
+    Args:
+        model: whose passes.
+        hardware: of each device.
+        tokens: that a pass reads of every sequence, an array.
+        batch_size: sequences, an array that broadcasts with `tokens`.
+        context: tokens that every sequence has read.
+        devices: that share the model.
+        software: one of `accelerators.SOFTWARE`.
+        bandwidth_share: of the memory bandwidth, what passes reach.
+        arithmetic_share: of the peak arithmetic, what passes reach.
+
+    Returns:
+        In the shape of `tokens` and `batch_size` together.
+    """
+    batch_size = np.asarray(batch_size, np.float64)
+    read = np.asarray(tokens, np.float64) * batch_size
+    cached = batch_size * model.key_value_bytes(context) / min(devices, model.key_value_heads or devices)
+    seconds = np.maximum(
+        (model.parameters * model.bytes_per_parameter / devices + cached)
+        / (hardware.memory_bandwidth * bandwidth_share),
+        (2 * model.parameters + 4 * model.layers * model.hidden_size * model.attended(context))
+        * read
+        / devices
+        / (hardware.peak_arithmetic * arithmetic_share),
     )
+    seconds = seconds + hardware.pass_overhead + model.layers * hardware.layer_overhead
+    if devices > 1 and hardware.link_bandwidth is not None:
+        sent = 2 * (devices - 1) / devices * _ACTIVATION * (model.width or model.hidden_size) * read
+        reduction = hardware.link_latency + sent / (hardware.link_bandwidth * LINK_SHARE)
+        seconds = seconds + 2 * model.layers * reduction
+    if software == EAGER:
+        seconds = np.maximum(seconds, model.layers * EAGER_LAYER)
+    return seconds
+
+
+def require_devices(hardware: Hardware, devices: int, draft_devices: int = 1) -> None:
+    """Check numbers of devices that models are spread over.
+
+    Raises:
+        ValueError: the hardware has no link for several, or the draft is spread over some devices but not all.
+    """
+    if whole_number("devices", devices) > 1 and hardware.link_bandwidth is None:
+        raise ArgumentError(
+            f"{hardware.name} has no link to spread a model over {devices} devices; give devices=1, or a "
+            "Hardware(..., link_bandwidth=bytes a second) of your own"
+        )
+    one_of("draft_devices", whole_number("draft_devices", draft_devices), (1, devices))
+
+
+def require_software(hardware: Hardware, software: str) -> None:
+    """Check the software that runs passes.
+
+    Raises:
+        ValueError: it is none of `accelerators.SOFTWARE`, or eager on hardware that no host launches kernels on.
+    """
+    if one_of("software", software, SOFTWARE) == EAGER and hardware.kind not in (SERVER_GPU, CONSUMER_GPU):
+        raise ArgumentError(
+            f"software {EAGER!r} is for GPUs that a host launches kernels on, and {hardware.name} is of kind "
+            f"{hardware.kind!r}; give {COMPILED!r}"
+        )
