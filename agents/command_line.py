@@ -76,8 +76,8 @@ class EvaluateCommand:
     transfer: bool = False
     """Learn again without each pair, each dataset and each target family, tune what was left out, and compare with
     searches that know no other workload; for a run of --tuner. About a quarter of a minute for each training."""
-    leave_out: tuple[Literal["pair", "dataset", "family"], ...] = ("pair", "dataset", "family")
-    """Kinds of things to leave out, for --transfer."""
+    leave_out: tuple[Literal["pair", "dataset", "family"], ...] | None = None
+    """Kinds of things to leave out, for --transfer. Defaults to all that the run's workloads have at least two of."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Random seeds of trainings and searches, for --transfer."""
     jobs: int = 2

@@ -20,14 +20,16 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.agents import losses, tasks_of, tuner_settings, universal_setting
+from specgym.decoding import decoder_names
+from specgym.envs import recorded_workloads
 
 
 @dataclass
 class Settings:
     """Find the best single setting of decoders."""
 
-    decoders: tyro.conf.Positional[tuple[str, ...]] = ("threshold", "speculative")
-    """Registered names."""
+    decoders: tyro.conf.Positional[tuple[str, ...]] = tuple(filter(recorded_workloads, decoder_names()))
+    """Registered names. Defaults to all decoders whose recordings ship."""
 
 
 def by_pair(loss: Mapping[str, float]) -> dict[str, float]:

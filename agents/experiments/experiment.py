@@ -40,6 +40,7 @@ from ..training.settings_io import (
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.policies import ActorCriticPolicy
@@ -297,6 +298,10 @@ class Experiment(ABC, Generic[_S]):
         Raises:
             RunFileError: the run is not finished, or a file of it is damaged.
         """
+
+    def tables(self) -> Sequence[Table]:
+        """Tables that are shown below that of the judgement, such as what is recommended."""
+        return ()
 
     def hints(self) -> Sequence[str]:
         """Sentences on what a user may do next, for the end of training."""

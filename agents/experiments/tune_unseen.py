@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from rich import box
+from rich.table import Table
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from specgym.decoding import ModelType, file_name, seed_number, sequence_of, whole_number
+from specgym.envs import TraceError, recorded_workloads
 
 from ..evaluation.contenders import live_verdict
 from ..evaluation.heat_map import heat_map, save_heat_maps
@@ -22,10 +25,10 @@ from ..evaluation.live import live_columns
 from ..evaluation.replayed import TuningTask
 from ..evaluation.results import ALL, LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
 from ..evaluation.statistics import Floats, interval, losses, universal_setting
-from ..evaluation.unseen.comparison import Kind
+from ..evaluation.unseen.comparison import Kind, kinds_to_leave_out
 from ..evaluation.unseen.cross_validation import cross_validate
 from ..export.knob_policy import ExportedPolicy
-from ..export.recommend import by_pair, save_knobs
+from ..export.recommend import by_pair, load_knobs, save_knobs
 from ..export.recommend_pair import confirm, recommend_pair, workload_of
 from ..training.run_folder import RunFolder, console, on_machine, quieten, this_command
 from ..training.settings_io import SettingsError
@@ -67,7 +70,17 @@ class TuneUnseen(Experiment[TunerSettings]):
     @classmethod
     def check(cls, settings: TunerSettings) -> None:
         """Raise an error unless every workload has its recordings."""
-        tasks_of(settings)
+        try:
+            tasks_of(settings)
+        except TraceError as error:
+            if settings.recordings is None and not recorded_workloads(settings.decoder):
+                names = " ".join(settings.workloads)
+                raise SettingsError(
+                    f"no recordings of {settings.decoder} ship with specgym; record some with `python -m "
+                    f"specgym.envs.record {names} --decoder {settings.decoder} --out recordings`, and add --workloads "
+                    f"{names} --recordings recordings"
+                ) from error
+            raise
 
     @cached_property
     def tasks(self) -> list[TuningTask]:
@@ -123,16 +136,18 @@ class TuneUnseen(Experiment[TunerSettings]):
             for task in self.tasks
         }
         paying = {name: knobs for name, knobs in self.recommended.items() if speeds[name] > 1}
+        pairs = by_pair(paying, LearnedTuner.load(run.path).policy.knobs)
         save_knobs(
             run.knobs,
             {
-                "pairs": by_pair(paying, LearnedTuner.load(run.path).policy.knobs),
+                "pairs": pairs,
                 "workloads": {name: paying.get(name) for name in self.recommended},
                 "reasons": {
                     name: f"{speed:.2f} times plain speed on the training prompts" for name, speed in speeds.items()
                 },
                 "universal": universal,
                 "loss": losses(self.tasks, universal),
+                "by_pair": judged_pairs(self.tasks, pairs, universal),
             },
         )
         maps = [
@@ -159,12 +174,79 @@ class TuneUnseen(Experiment[TunerSettings]):
         verdict = tuner_verdict(rows, settings.max_divergence)
         return ResultTable(rows, SHOWN, COLUMNS, verdict, _CAPTION, hardware, protocol)
 
+    def tables(self) -> Sequence[Table]:
+        """The settings recommended for every pair and for all of them, and what the latter loses on each."""
+        stored = load_knobs(self.run.knobs)
+        return [pairs_table(stored)] if "by_pair" in stored else []
+
     def hints(self) -> Sequence[str]:
         """Commands that use the tuner."""
         return (
             f"For a pair of your own: python evaluate.py {self.run.path} --pair <target>+<draft>.",
             f"On pairs never seen: python evaluate.py {self.run.path} --transfer.",
         )
+
+
+def judged_pairs(
+    tasks: Sequence[TuningTask], pairs: Mapping[str, Mapping[str, float]], universal: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Speedup and loss of each pair's setting and of the one for all, means over the pair's held-out prompts.
+
+    Args:
+        tasks: all workloads.
+        pairs: the setting of each pair; none where plain decoding is to be preferred.
+        universal: the one for all.
+
+    Returns:
+        By pair: `speedup` and `loss` where the pair has a setting, `universal_speedup` and `universal_loss`. A loss is
+        a share of the reward of each workload's best setting.
+    """
+    judged: dict[str, dict[str, float]] = {}
+    for pair in dict.fromkeys(task.pair for task in tasks):
+        for prefix, knobs in (("", pairs.get(pair)), ("universal_", universal)):
+            if knobs is not None:
+                worths = [task.worth([knobs]) for task in tasks if task.pair == pair]
+                speedup = float(np.mean([worth.values["speedup"][0] for worth in worths]))
+                loss = float(np.mean([1 - worth.fraction[0] for worth in worths]))
+                judged.setdefault(pair, {}).update({f"{prefix}speedup": speedup, f"{prefix}loss": loss})
+    return judged
+
+
+def pairs_table(stored: Mapping[str, Any]) -> Table:
+    """The settings recommended by pair, and the one for all, with what each loses; from the content of knobs.json."""
+    universal: Mapping[str, float] = stored["universal"]
+    table = Table(title="Recommended settings", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("pair")
+    knobs = ",\n".join(universal)
+    for heading in (knobs, "speedup", "loses", "one for all:\nspeedup", "\nloses"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    judged: Mapping[str, Mapping[str, float]] = stored["by_pair"]
+    for pair, values in judged.items():
+        setting = stored["pairs"].get(pair)
+        figures = (f"{values['speedup']:.2f}", f"{values['loss']:.1%}") if setting else ("1.00", "-")
+        shown = setting_text(setting) if setting else "do not speculate"
+        table.add_row(pair, shown, *figures, f"{values['universal_speedup']:.2f}", f"{values['universal_loss']:.1%}")
+    means = (
+        float(np.mean([values[name] for values in judged.values()])) for name in ("universal_speedup", "universal_loss")
+    )
+    table.add_row(
+        "one for all pairs",
+        setting_text(universal),
+        "",
+        "",
+        *(format(mean, form) for mean, form in zip(means, (".2f", ".1%"), strict=True)),
+        style="bold",
+    )
+    table.caption = (
+        "Held-out prompts, replayed; means over each pair's workloads. What is lost is a share of the best setting of "
+        "a dense grid on the same prompts."
+    )
+    return table
+
+
+def setting_text(knobs: Mapping[str, float]) -> str:
+    """Values of a setting in the order of its knobs, in a few characters."""
+    return ", ".join(f"{value:.3g}" for value in knobs.values())
 
 
 def judged_rows(task: TuningTask, universal: Mapping[str, float], learned: Mapping[str, float]) -> list[Row]:
@@ -197,12 +279,12 @@ def tuner_verdict(rows: Sequence[Row], max_divergence: float | None) -> str:
     return sentence if max_divergence is None else sentence + kept_bound(rows, max_divergence)
 
 
-def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jobs: int) -> None:
+def transfer_tuner(folder: Path, kinds: Sequence[Kind] | None, seeds: Sequence[int], jobs: int) -> None:
     """Cross-validate a run's settings, print what came of it, and write ``transfer.json``.
 
     Args:
         folder: of the run.
-        kinds: what to leave out.
+        kinds: what to leave out; None for all that can be.
         seeds: one training of each fold a seed.
         jobs: trainings at a time.
 
@@ -214,11 +296,15 @@ def transfer_tuner(folder: Path, kinds: Sequence[Kind], seeds: Sequence[int], jo
     seed = partial(seed_number, error=SettingsError)
     seeds = sequence_of("--seeds", seeds, seed, distinct=True, error=SettingsError)
     jobs = whole_number("--jobs", jobs, at_most=MOST_JOBS, error=SettingsError)
-    if not kinds:
+    if kinds is not None and not kinds:
         raise SettingsError("--transfer needs something to leave out; give --leave-out one kind at least")
     run = RunFolder.existing(folder)
     settings = load_settings(run.settings)
     with on_machine(settings), console.status("Cross-validation") as status:
+        if kinds is None:
+            kinds, shared = kinds_to_leave_out(tasks_of(settings))
+            for kind, name in shared.items():
+                console.print(f"No {kind} is left out: all workloads have the same, {name}.", highlight=False)
         transfer = cross_validate(
             settings, run.path / "folds", this_command(), kinds, seeds, jobs=jobs, report=status.update
         )

@@ -57,6 +57,7 @@ _KINDS: Mapping[str, Any] = {
     "by_seed": Mapping[str, tuple[Mapping[str, Number] | None, ...]],
     "universal": Mapping[str, Number],
     "loss": Mapping[str, Number],
+    "by_pair": Mapping[str, Mapping[str, Number]],
 }
 """Types of the parts of ``knobs.json``."""
 

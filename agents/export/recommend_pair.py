@@ -78,7 +78,7 @@ class Recommendation:
         table = Table(title=f"{self.workload} ({self.backend})", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("measurement")
         headings = ("speedup", "ms/token", "acceptance\nrate", "tokens\n/round", "divergence", "reward")
-        for heading in (*self.knobs, *headings):
+        for heading in (*(name.replace("_", "_\n") for name in self.knobs), *headings):
             table.add_column(heading, justify="right")
         rows = [*((str(number), trial) for number, trial in enumerate(self.tried, 1)), ("recommended", self.expected)]
         for label, trial in rows:

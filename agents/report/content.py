@@ -299,11 +299,13 @@ def _recommended(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     }
     if isinstance(stored.get("universal"), dict):
         groups["universal"] = {"universal": stored["universal"]}
-        losses = stored.get("loss", {})
-        groups["workloads"] = {
-            name: knobs | ({"lost_by_universal": losses[name]} if name in losses else {})
-            for name, knobs in groups["workloads"].items()
-        }
+        of_pairs = stored.get("by_pair", {})
+        losses = stored.get("loss", {}) | {pair: values["universal_loss"] for pair, values in of_pairs.items()}
+        for kind in ("pairs", "workloads"):
+            groups[kind] = {
+                name: groups[kind].get(name, {}) | ({"lost_by_universal": losses[name]} if name in losses else {})
+                for name in (dict.fromkeys([*groups[kind], *of_pairs]) if kind == "pairs" else groups[kind])
+            }
     return groups
 
 

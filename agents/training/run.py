@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from stable_baselines3 import PPO
 
 from specgym.callbacks import intact_checkpoints
@@ -78,7 +79,7 @@ def evaluate(folder: Path) -> list[str]:
         with console.status("Judging on held-out prompts") as status:
             table = experiment.judge(status.update)
     table.save(run.path / "evaluation.json", this_command())
-    show(table, run.path)
+    show(table, run.path, experiment.tables())
     lines = table.differences(stored)
     tell_differences(lines, run.table, experiment.FIGURES)
     return lines
@@ -95,10 +96,12 @@ def open_run(folder: Path) -> Experiment[Any]:
     return experiment_of(settings)(settings, run)
 
 
-def show(table: ResultTable, run: Path) -> None:
-    """Print a table and its verdict."""
+def show(table: ResultTable, run: Path, others: Sequence[Table] = ()) -> None:
+    """Print a table and its verdict, and then other tables."""
     console.print(table.render(f"Held-out prompts, {run}"))
     console.print(table.verdict, highlight=False)
+    for other in others:
+        console.print(other)
 
 
 def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
@@ -220,7 +223,7 @@ def _run(experiment: Experiment[Any], resumed: bool) -> None:
     with console.status("Judging on held-out prompts") as status:
         table = experiment.judge(status.update)
     table.save(run.table, this_command())
-    show(table, run.path)
+    show(table, run.path, experiment.tables())
     hints: Sequence[str] = (*experiment.hints(), f"TensorBoard: tensorboard --logdir {run.tensorboard}")
     console.print(" ".join(hints), highlight=False, soft_wrap=True)
 

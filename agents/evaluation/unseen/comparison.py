@@ -127,6 +127,26 @@ class PairedTest:
     units: int
 
 
+def kinds_to_leave_out(tasks: Sequence[TuningTask]) -> tuple[list[Kind], dict[Kind, str]]:
+    """The kinds of which something can be left out, and, by each other kind, the name that all workloads share.
+
+    Args:
+        tasks: all workloads, at least one.
+
+    Raises:
+        FoldError: nothing can be left out.
+    """
+    names = {kind: {str(getattr(task, attribute)) for task in tasks} for kind, attribute in _ATTRIBUTES.items()}
+    several = [kind for kind in _ATTRIBUTES if len(names[kind]) > 1]
+    shared = {kind: next(iter(of_kind)) for kind, of_kind in names.items() if len(of_kind) == 1}
+    if not several:
+        raise FoldError(
+            f"nothing can be left out, as all workloads are of one pair and one prompt set ({tasks[0].name}); learn on "
+            "more of them with --workloads"
+        )
+    return several, shared
+
+
 def folds(tasks: Sequence[TuningTask], kind: Kind) -> list[Fold]:
     """Every way to leave one out.
 
@@ -145,7 +165,7 @@ def folds(tasks: Sequence[TuningTask], kind: Kind) -> list[Fold]:
     if len(names) < 2:
         raise FoldError(
             f"leaving one {kind} out needs workloads of at least two, got {', '.join(names) or 'none'}; name the other "
-            "kinds with --leave-out"
+            "kinds with --leave-out, or none for all that can be left out"
         )
     return [
         Fold(

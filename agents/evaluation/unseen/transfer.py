@@ -144,6 +144,11 @@ def last_tests(results: Sequence[Result]) -> list[PairedTest]:
     return paired_tests(results, LEARNED, max(result.measurements for result in results))
 
 
+def least_p(units: int, tests: int) -> float:
+    """Least corrected p value that sign-flip tests over so many units can have: all signs alike, in the first test."""
+    return min(1.0, tests * 2.0 ** (1 - units))
+
+
 def _summary_table(results: Sequence[Result], kind: Kind) -> Table:
     """Half the width of the 95 % interval follows after ±."""
     rows = summary(results)
@@ -189,7 +194,14 @@ def _verdict(results: Sequence[Result], kind: Kind) -> str:
         sentence += "; no other method reaches as much."
     else:
         sentence += f"; {best.method} reaches {best.fraction:.3f}."
-    significant = [test for test in last_tests(results) if test.p_adjusted < LEVEL]
+    tests = last_tests(results)
+    least = least_p(tests[0].units, len(tests)) if tests else 1.0
+    if least >= LEVEL:
+        return (
+            f"{sentence} Of {tests[0].units if tests else 0} pairs no test can be significant: the least corrected p "
+            f"value that they allow is {least:.2f}."
+        )
+    significant = [test for test in tests if test.p_adjusted < LEVEL]
     better = [test.against for test in significant if test.difference > 0]
     worse = [test.against for test in significant if test.difference < 0]
     sentence += f" Significantly better than: {', '.join(better) or 'none'}."

@@ -301,14 +301,14 @@ def test_a_policy_that_sees_no_measurements_is_refused(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "workloads", "knobs"),
+    ("env", "workloads", "knobs", "left_out"),
     [
-        ("specgym/Speculative-v0", ("tiny-3m-1l/prose", "tiny-3m-ngram/prose"), ["draft_length"]),
-        ("specgym/Lookahead-v0", ("tiny-3m/prose", "tiny-10m/prose"), ["window", "ngram", "guesses"]),
+        ("specgym/Speculative-v0", ("tiny-3m-1l/prose", "tiny-3m-ngram/prose"), ["draft_length"], []),
+        ("specgym/Medusa-v0", ("tiny-3m/prose", "tiny-10m/prose"), ["heads", "tree_size"], ["--leave-out", "pair"]),
     ],
 )
 def test_a_tuner_learns_the_knobs_of_any_decoder_that_replays(
-    env: str, workloads: tuple[str, ...], knobs: list[str], tmp_path: Path, shown: Shown
+    env: str, workloads: tuple[str, ...], knobs: list[str], left_out: list[str], tmp_path: Path, shown: Shown
 ) -> None:
     words = options(tmp_path)
     words[2 : 2 + len(WORKLOADS)] = workloads
@@ -319,20 +319,43 @@ def test_a_tuner_learns_the_knobs_of_any_decoder_that_replays(
     assert len(drawn["path"]) == 4  # the default, two measurements and the recommendation
     stored = json.loads((run / "knobs.json").read_text())
     assert list(stored["universal"]) == knobs
+    recommended = shown().partition("Recommended settings")[2]
+    pairs = [name.partition("/")[0] for name in workloads]
+    assert list(stored["by_pair"]) == pairs
+    for pair in pairs:
+        loss = stored["by_pair"][pair]["universal_loss"]
+        assert loss == pytest.approx(stored["loss"][f"{pair}/prose"])
+        assert f"{loss:.1%}" in recommended.partition(f"{pair} ")[2]
     rows = json.loads((run / "patterns.json").read_text())["rows"]
     assert {row["aim"] for row in rows} == {"reward", "speed"}
     assert set(knobs) <= set(rows[0])
     assert train_command(["--resume", str(run)]) == 0
     assert evaluate_command([str(run)]) == 0
-    assert "All numbers equal those in" in shown()
+    assert "All numbers equal those in" in (said := shown())
+    assert "one for all pairs" in said
     assert evaluate_command([str(run), "--pair", workloads[0].partition("/")[0], "--measurements", "1"]) == 0
     assert (f"{knobs[-1]}=" in (said := shown())) != ("Do not speculate on" in said)
-    command = [str(run), "--transfer", "--leave-out", "pair", "--seeds", "0", "--jobs", "1"]
+    command = [str(run), "--transfer", *left_out, "--seeds", "0", "--jobs", "1"]
     assert evaluate_command(command) == 0
+    said = shown()
+    assert "Of 2 pairs no test can be significant" in said
+    assert ("No dataset is left out: all workloads have the same, prose. No family is left out" in said) != bool(
+        left_out
+    )
+    assert {fold["kind"] for fold in json.loads((run / "transfer.json").read_text())["folds"]} == {"pair"}
     assert evaluate_command([str(run), "--report"]) == 0
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") > 3
     assert f"Reward at ({', '.join(knobs)})" in page
+
+
+def test_a_decoder_without_shipped_recordings_says_how_to_make_them(tmp_path: Path, shown: Shown) -> None:
+    words = ["--tuner", "--env", "specgym/MedusaTypical-v0", "--runs", str(tmp_path / "runs")]
+    assert train_command(words) == 2
+    said = shown()
+    assert "no recordings of medusa-typical ship with specgym; record some with `python -m specgym.envs.record" in said
+    assert "--recordings recordings" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_settings_of_earlier_versions_are_read(tmp_path: Path) -> None:

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 
 from specgym.agents.evaluation.replayed import Measurement, TuningTask
-from specgym.agents.evaluation.unseen.comparison import Result, compare, folds, paired_tests, summary
+from specgym.agents.evaluation.unseen.comparison import (
+    FoldError,
+    Result,
+    compare,
+    folds,
+    kinds_to_leave_out,
+    paired_tests,
+    summary,
+)
 from specgym.agents.evaluation.unseen.search_baselines import FixedSetting, Knobs, searchers
-from specgym.agents.evaluation.unseen.transfer import JudgedFold, Transfer
+from specgym.agents.evaluation.unseen.transfer import JudgedFold, Transfer, least_p
 from specgym.agents.training.run_folder import RunFileError
 from specgym.envs.tuning.reward import RewardSettings
 
@@ -54,6 +62,22 @@ def test_every_pair_dataset_and_family_is_left_out_once() -> None:
         folds(problems[:2], "pair")
     with pytest.raises(ValueError, match="pair, dataset, family"):
         folds(problems, "draft")  # type: ignore[arg-type]
+    assert kinds_to_leave_out(problems) == (["pair", "dataset", "family"], {})
+    assert kinds_to_leave_out(problems[:2]) == (["dataset"], {"pair": "a1", "family": "a"})
+    with pytest.raises(FoldError, match=r"nothing can be left out, as all .* are of one pair and one prompt set"):
+        kinds_to_leave_out(problems[:1])
+
+
+def test_few_pairs_are_said_to_show_nothing_whatever_the_results() -> None:
+    for units, tests in ((2, 1), (5, 1), (6, 1), (6, 3)):
+        rows = over("learned", [0.9] * units)
+        for number in range(tests):
+            rows += over(f"method {number}", [0.1] * units)
+        last = paired_tests(rows)
+        assert last[0].p_adjusted == pytest.approx(least_p(units, tests))  # all signs are alike
+        fold = JudgedFold("pair", "pair0", ("pair0/prose",), {}, tuple(rows))
+        verdict = Transfer("", {}, (fold,)).verdict()
+        assert (f"Of {units} pairs no test can be significant" in verdict) == (least_p(units, tests) >= 0.05)
 
 
 @dataclass
