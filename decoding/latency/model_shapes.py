@@ -180,6 +180,10 @@ MODEL_SHAPES: dict[str, ModelShape] = {
         ModelShape("llama-3.1-8b", 7_504_924_672, 2, 32, 4096, 131_072, 8, 4096, 525_336_576, 0, None, 131072),
         ModelShape("llama-3.2-3b", 3_212_749_824, 2, 28, 3072, 114_688, 8, 3072, 0, 0, None, 131072),
         ModelShape("llama-3.2-1b", 1_235_814_400, 2, 16, 2048, 32_768, 8, 2048, 0, 0, None, 131072),
+        # meta-llama/ Llama-2-70b-hf, Llama-2-13b-hf, Llama-2-7b-hf
+        ModelShape("llama-2-70b", 68_714_504_192, 2, 80, 8192, 327_680, 8, 8192, 262_144_000, 0, None, 4096),
+        ModelShape("llama-2-13b", 12_852_024_320, 2, 40, 5120, 819_200, 40, 5120, 163_840_000, 0, None, 4096),
+        ModelShape("llama-2-7b", 6_607_343_616, 2, 32, 4096, 524_288, 32, 4096, 131_072_000, 0, None, 4096),
         # JackFram/ llama-68m
         ModelShape("llama-68m", 43_454_208, 2, 2, 768, 6_144, 12, 768, 24_576_000, 0, None, 2048),
         # Qwen/ Qwen2.5-72B, Qwen2.5-32B, Qwen2.5-14B, Qwen2.5-7B, Qwen2.5-3B, Qwen2.5-1.5B, Qwen2.5-0.5B, Qwen3-32B,

@@ -21,6 +21,7 @@ SMALLEST = {
     "lookahead": f"{COMPARISON} --prompt-sets repetitive --knobs 5 3 5 --unseeded 5 3 5",
     "lookahead_pool": f"{COMPARISON} --prompt-sets prose --presets small",
     "medusa": f"{COMPARISON} --prompt-sets prose --heads 1 --candidates 4",
+    "roofline_against_published": "",
     "replay_agreement": "--workloads tiny-3m-lookup/prose --prompts 1 --tokens 4 --replays 1",
 }
 """Arguments of runs of a few seconds."""

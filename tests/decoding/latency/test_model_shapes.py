@@ -24,13 +24,14 @@ from specgym.decoding.models.output_layer import reduce_output
 SMALL = ModelShape(
     "small", parameters=100, bytes_per_parameter=2, layers=4, hidden_size=4, key_value_bytes_per_token=10
 )
-OFTEN = 131072
+LONG = 131072
 OPT = {"vocab_size": 50272, "max_position_embeddings": 2048}
-LLAMA = {"vocab_size": 128256, "max_position_embeddings": OFTEN, "num_key_value_heads": 8}
-QWEN = {"vocab_size": 152064, "max_position_embeddings": OFTEN}
+LLAMA = {"vocab_size": 128256, "max_position_embeddings": LONG, "num_key_value_heads": 8}
+LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096}
+QWEN = {"vocab_size": 152064, "max_position_embeddings": LONG}
 QWEN3 = {"vocab_size": 151936, "max_position_embeddings": 40960, "num_key_value_heads": 8, "head_dim": 128}
 GEMMA2 = {"vocab_size": 256000, "max_position_embeddings": 8192, "sliding_window": 4096}
-GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": OFTEN, "sliding_window": 1024}
+GEMMA3 = {"vocab_size": 262208, "max_position_embeddings": LONG, "sliding_window": 1024}
 SMOL = {"vocab_size": 49152, "max_position_embeddings": 8192}
 UNTIED = {"tie_word_embeddings": False}
 TIED = {"tie_word_embeddings": True}
@@ -43,6 +44,9 @@ CONFIGURATIONS: dict[str, tuple[type[PretrainedConfig], tuple[int, ...], dict[st
     "llama-3.1-8b": (LlamaConfig, (4096, 32, 32, 14336), LLAMA | UNTIED),
     "llama-3.2-3b": (LlamaConfig, (3072, 28, 24, 8192), LLAMA | TIED),
     "llama-3.2-1b": (LlamaConfig, (2048, 16, 32, 8192), LLAMA | TIED),
+    "llama-2-70b": (LlamaConfig, (8192, 80, 64, 28672, 8), LLAMA2 | UNTIED),
+    "llama-2-13b": (LlamaConfig, (5120, 40, 40, 13824, 40), LLAMA2 | UNTIED),
+    "llama-2-7b": (LlamaConfig, (4096, 32, 32, 11008, 32), LLAMA2 | UNTIED),
     "llama-68m": (
         LlamaConfig,
         (768, 2, 12, 3072, 12),
@@ -164,7 +168,7 @@ def test_keys_and_values_of_windowed_layers_stop_growing() -> None:
     assert windowed.key_value_bytes(100) == SMALL.key_value_bytes(100)
     assert windowed.key_value_bytes(500) == pytest.approx(10 * (3 * 100 + 500) / 4)
     gemma = MODEL_SHAPES["gemma-3-27b"]
-    assert gemma.key_value_bytes(OFTEN) < 0.2 * gemma.key_value_bytes_per_token * OFTEN
+    assert gemma.key_value_bytes(LONG) < 0.2 * gemma.key_value_bytes_per_token * LONG
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(ModelShape) if field.type != "str"])

@@ -1,0 +1,205 @@
+"""Rates that others have published for real engines, beside what the roofline computes for the same model and hardware.
+
+    python -m benchmarks.roofline_against_published
+
+*Computed / published* compares times: above 1 the roofline is too slow, below 1 too fast. Rows marked `*` are where
+overheads in `decoding/latency/accelerators.py` come from, so they confirm nothing.
+
+The claim to check: half of the computed times are within a quarter of the published ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from specgym.decoding import HARDWARE, MODEL_SHAPES, Deployment, ModelShape, round_costs, write_json
+
+# princeton-nlp/Sheared-LLaMA-1.3B, whose layers are as many and as wide as Pythia-1.4B's.
+SHEARED = replace(
+    MODEL_SHAPES["pythia-1.4b"], name="sheared-llama-1.3b", parameters=1_279_887_360, looked_up=65_536_000
+)
+Q4_K_M = {"llama-3.1-8b": 4.58 * 2**30, "llama-3.1-70b": 39.59 * 2**30}
+"""Bytes of the files, by the README of the repository below."""
+
+GPT_FAST = "github.com/meta-pytorch/gpt-fast, README"
+LLAMA_CPP = "github.com/XiongjieDai/GPU-Benchmarks-on-LLM-Inference, README (llama.cpp)"
+TENSORRT = "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of v0.6.1, rates per GPU"
+BATCHED = "github.com/ggml-org/llama.cpp/pull/15131"
+VLLM = "github.com/vllm-project/vllm/pull/2192"
+ROCM = "github.com/Epliz/muiLLM/pull/5"
+GRAPHS = "cloudai.pt/tag/cuda-graphs"
+QUANTO = "github.com/huggingface/optimum-quanto/pull/62"
+IK = "github.com/ikawrakow/ik_llama.cpp/pull/128"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare computed with published rates."""
+
+    json: Path | None = None
+    """File to write the figures to, too."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published rate.
+
+    Attributes:
+        source: where.
+        seconds: that `passes` passes take, after a prompt is read if there is one.
+        deployment: what ran, at the context of the middle of the text.
+        tokens: that a pass reads of every sequence.
+        batch_size: sequences.
+        passes: number of passes.
+        prompt: tokens of every sequence whose reading is part of the seconds.
+        calibration: whether the overheads come from here.
+    """
+
+    source: str
+    seconds: float
+    deployment: Deployment
+    tokens: int = 1
+    batch_size: int = 1
+    passes: int = 1
+    prompt: int = 0
+    calibration: bool = False
+
+    @property
+    def computed(self) -> float:
+        """Seconds by the roofline."""
+        total = self.passes * pass_seconds(self.deployment, self.tokens, self.batch_size)
+        if self.prompt:
+            reading = replace(self.deployment, context=max(1, self.prompt // 2))
+            total += pass_seconds(reading, self.prompt, self.batch_size)
+        return total
+
+
+def pass_seconds(deployment: Deployment, tokens: int, batch_size: int) -> float:
+    """Seconds of a target pass over so many tokens of every sequence."""
+    _, _, target = round_costs(deployment, [batch_size], max(1, tokens - 1))
+    return float(target[0, tokens - 1])
+
+
+def run(
+    model: str | ModelShape,
+    hardware: str,
+    devices: int = 1,
+    context: int = 100,
+    *,
+    bits: int = 16,
+    software: str = "compiled",
+) -> Deployment:
+    """A target without a draft; weights of fewer bits in groups of 32."""
+    shape = MODEL_SHAPES[model] if isinstance(model, str) else model
+    return Deployment(
+        shape.quantised(bits), None, HARDWARE[hardware], devices=devices, context=context, software=software
+    )
+
+
+def q4_k_m(name: str) -> ModelShape:
+    """A model as llama.cpp's Q4_K_M stores it."""
+    shape = MODEL_SHAPES[name]
+    return replace(shape, name=f"{name}-q4_k_m", bytes_per_parameter=Q4_K_M[name] / shape.stored_parameters)
+
+
+def published() -> Iterator[Published]:
+    """All rates, by source."""
+    a100 = "a100-80gb-sxm"
+    yield Published(GPT_FAST, 1 / 93.89, run("llama-3.1-8b", a100), calibration=True)
+    yield Published(GPT_FAST, 1 / 137.64, run("llama-3.1-8b", a100, bits=8))
+    yield Published(GPT_FAST, 1 / 18.04, run("llama-3.1-70b", a100, bits=8))
+    yield Published(GPT_FAST, 1 / 196.80, run("llama-2-7b", a100, bits=4))
+    yield Published(GPT_FAST, 1 / 25.25, run("llama-2-70b", a100, bits=4))
+    for devices, rate in ((2, 149.10), (4, 217.21), (8, 276.01)):
+        yield Published(GPT_FAST, 1 / rate, run("llama-3.1-8b", a100, devices))
+    for devices, rate in ((4, 37.45), (8, 58.78)):
+        yield Published(GPT_FAST, 1 / rate, run("llama-3.1-70b", a100, devices))
+    yield Published(GPT_FAST, 1 / 75.58, run("llama-3.1-70b", a100, 8, bits=8))
+    yield Published(GPT_FAST, 1 / 15.60, run("llama-3.1-405b", a100, 8, bits=8))
+
+    for hardware, rate, calibration in (
+        ("rtx-3090", 46.51, False),
+        ("rtx-4090", 54.34, False),
+        ("l40s", 43.42, False),
+        (a100, 53.18, False),
+        ("m2-ultra-gpu", 36.25, True),
+        ("m3-max-gpu", 22.39, False),
+    ):
+        yield Published(LLAMA_CPP, 1 / rate, run("llama-3.1-8b", hardware, context=512), calibration=calibration)
+    for hardware, rate, calibration in (
+        ("rtx-4090", 127.74, False),
+        ("m2-ultra-gpu", 76.28, True),
+        ("m3-max-gpu", 50.74, False),
+    ):
+        yield Published(
+            LLAMA_CPP, 1 / rate, run(q4_k_m("llama-3.1-8b"), hardware, context=512), calibration=calibration
+        )
+    yield Published(LLAMA_CPP, 1 / 12.13, run(q4_k_m("llama-3.1-70b"), "m2-ultra-gpu", context=512))
+    for hardware, rate in (("rtx-3090", 4239.64), ("rtx-4090", 9056.26), ("m2-ultra-gpu", 1202.74)):
+        yield Published(LLAMA_CPP, 512 / rate, run("llama-3.1-8b", hardware, context=512), tokens=512)  # -ub 512
+    for tokens, rate in ((1, 65.20), (4, 246.37), (8, 485.16)):
+        yield Published(BATCHED, tokens / rate, run("llama-3.1-8b", "rtx-4090", context=256), tokens=tokens)
+
+    for model, devices, batch_size, prompt, generated, rate in (
+        ("llama-2-7b", 1, 60, 128, 2048, 1928),
+        ("llama-2-7b", 1, 384, 128, 128, 5586),
+        ("llama-2-7b", 1, 52, 2048, 128, 591),
+        ("llama-2-7b", 2, 64, 2048, 2048, 782),
+        ("llama-2-70b", 4, 240, 128, 2048, 525),
+    ):
+        yield Published(
+            TENSORRT,
+            batch_size * generated / (rate * devices),
+            run(model, a100, devices, prompt + generated // 2),
+            batch_size=batch_size,
+            passes=generated,
+            prompt=prompt,
+        )
+    yield Published(VLLM, 14.57, run("llama-2-70b", a100, 4, 384), batch_size=64, passes=256, prompt=256)
+    yield Published(ROCM, 1 / 410, run("llama-3.1-8b", "mi300x", 4))
+    yield Published(GRAPHS, 5.1e-3, run("llama-3.1-8b", "h100-sxm"))
+    yield Published(GRAPHS, 8.4e-3, run("llama-3.1-8b", "h100-sxm", software="eager"))
+    for shape, milliseconds in ((SHEARED, 21), (MODEL_SHAPES["llama-2-7b"], 37)):
+        yield Published(QUANTO, milliseconds / 1000, run(shape, "a10g", software="eager"))
+    yield Published(IK, 512 / 254, run("llama-3.1-8b", "ryzen-9-7950x", context=256, bits=4), tokens=512)
+
+
+def main() -> None:
+    """Compute and print."""
+    settings = tyro.cli(Settings, description=__doc__)
+    rows = list(published())
+    table = Table(title="one pass, or a whole batch of texts with its prompts")
+    for heading in ("runs", "batch", "tokens", "published, ms", "computed, ms", "computed / published", "source"):
+        table.add_column(heading, justify="left" if heading in ("runs", "source") else "right")
+    for row in rows:
+        what = row.deployment.label.replace("+free", "") + (f" ({row.prompt}+{row.passes})" if row.prompt else "")
+        table.add_row(
+            what,
+            str(row.batch_size),
+            str(row.tokens),
+            f"{1e3 * row.seconds:,.1f}",
+            f"{1e3 * row.computed:,.1f}",
+            f"{row.computed / row.seconds:.2f}" + ("*" if row.calibration else ""),
+            row.source,
+        )
+    Console(width=200).print(table)
+    ratios = [row.computed / row.seconds for row in rows if not row.calibration]
+    off = [max(ratio, 1 / ratio) for ratio in ratios]
+    print(
+        f"{len(ratios)} rates: off by a factor of {statistics.median(off):.2f} at the median, {max(off):.2f} at most; "
+        f"within 1.25 in {sum(factor <= 1.25 for factor in off)}, within 1.5 in {sum(factor <= 1.5 for factor in off)}"
+    )
+    if settings.json:
+        figures = [{"label": row.deployment.label, "computed": row.computed, **asdict(row)} for row in rows]
+        write_json(settings.json, {"rates": figures})
+
+
+if __name__ == "__main__":
+    main()
