@@ -5,11 +5,16 @@
 *Computed / published* compares times: above 1 the roofline is too slow, below 1 too fast. Rows marked `*` are where
 overheads in `decoding/latency/accelerators.py` come from, so they confirm nothing.
 
+A second table has what the best draft length depends on most: the time of a smaller model's pass over that of a larger
+one, wherever both were published for the same engine, hardware, number of devices and bits.
+
 The claim to check: half of the computed times are within a quarter of the published ones.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +30,8 @@ from specgym.decoding import HARDWARE, MODEL_SHAPES, Deployment, ModelShape, rou
 SHEARED = replace(
     MODEL_SHAPES["pythia-1.4b"], name="sheared-llama-1.3b", parameters=1_279_887_360, looked_up=65_536_000
 )
-Q4_K_M = {"llama-3.1-8b": 4.58 * 2**30, "llama-3.1-70b": 39.59 * 2**30}
-"""Bytes of the files, by the README of the repository below."""
+Q4_K_M = {"llama-3.1-8b": 4.58 * 2**30, "llama-3.1-70b": 39.59 * 2**30, "phi-4": 8.43 * 2**30}
+"""Bytes of the files, by the pages that have the rates."""
 
 GPT_FAST = "github.com/meta-pytorch/gpt-fast, README"
 LLAMA_CPP = "github.com/XiongjieDai/GPU-Benchmarks-on-LLM-Inference, README (llama.cpp)"
@@ -36,6 +41,8 @@ VLLM = "github.com/vllm-project/vllm/pull/2192"
 ROCM = "github.com/Epliz/muiLLM/pull/5"
 GRAPHS = "cloudai.pt/tag/cuda-graphs"
 QUANTO = "github.com/huggingface/optimum-quanto/pull/62"
+EPYC = "ahelpme.com/?p=6685 (llama.cpp; an EPYC 9554, whose memory is the same)"
+LEASEWEB = "dev.to/leaseweb/cpu-inference-on-amd-epyc-9334-real-numbers-for-llm-and-tts-workloads-54e7"
 IK = "github.com/ikawrakow/ik_llama.cpp/pull/128"
 
 
@@ -168,7 +175,24 @@ def published() -> Iterator[Published]:
     yield Published(GRAPHS, 8.4e-3, run("llama-3.1-8b", "h100-sxm", software="eager"))
     for shape, milliseconds in ((SHEARED, 21), (MODEL_SHAPES["llama-2-7b"], 37)):
         yield Published(QUANTO, milliseconds / 1000, run(shape, "a10g", software="eager"))
+    yield Published(LEASEWEB, 1 / 16.7, run("llama-3.1-8b", "l4"))
+    yield Published(EPYC, 1 / 28.74, run(q4_k_m("phi-4"), "epyc-9654"))
+    yield Published(EPYC, 1 / 19.194, run("phi-4", "epyc-9654", bits=8))
     yield Published(IK, 512 / 254, run("llama-3.1-8b", "ryzen-9-7950x", context=256, bits=4), tokens=512)
+
+
+def cost_ratios(rows: list[Published]) -> Iterator[tuple[Published, Published]]:
+    """Pairs of rows that differ in the model alone, the smaller model's first."""
+
+    def setup(row: Published) -> tuple[object, ...]:
+        run_ = row.deployment
+        stored = re.search(r"-q\w+$", run_.target.name)
+        return (row.source, run_.hardware.name, run_.devices, stored and stored.group(), run_.software)
+
+    single = [row for row in rows if row.batch_size == row.tokens == row.passes == 1]
+    for small, large in itertools.permutations(single, 2):
+        if setup(small) == setup(large) and small.deployment.target.parameters < large.deployment.target.parameters:
+            yield small, large
 
 
 def main() -> None:
@@ -189,7 +213,19 @@ def main() -> None:
             f"{row.computed / row.seconds:.2f}" + ("*" if row.calibration else ""),
             row.source,
         )
-    Console(width=200).print(table)
+    console = Console(width=200)
+    console.print(table)
+    costs = Table(title="time of a smaller model's pass over a larger one's")
+    for heading in ("models", "published", "computed"):
+        costs.add_column(heading, justify="left" if heading == "models" else "right")
+    pairs = list(cost_ratios(rows))
+    for small, large in pairs:
+        costs.add_row(
+            f"{small.deployment.target.name} / {large.deployment.label.replace('+free', '')}",
+            f"{small.seconds / large.seconds:.3f}",
+            f"{small.computed / large.computed:.3f}",
+        )
+    console.print(costs)
     ratios = [row.computed / row.seconds for row in rows if not row.calibration]
     off = [max(ratio, 1 / ratio) for ratio in ratios]
     print(

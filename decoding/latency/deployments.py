@@ -6,8 +6,8 @@ For simulations over thousands of deployments: arrays in and out, and free of to
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -97,15 +97,12 @@ class Deployment:
     @cached_property
     def stored_target(self) -> ModelShape:
         """Shape of the target as it is stored."""
-        return self._stored(self.target, self.target_bits)
+        return _stored(self.target, self.target_bits, self.hardware.kind)
 
     @cached_property
     def stored_draft(self) -> ModelShape | None:
         """Shape of the draft as it is stored."""
-        return None if self.draft is None else self._stored(self.draft, self.draft_bits)
-
-    def _stored(self, model: ModelShape, bits: int) -> ModelShape:
-        return model.quantised(bits, group_size=_GROUPS.get(self.hardware.kind, _LLAMA_CPP_GROUP))
+        return None if self.draft is None else _stored(self.draft, self.draft_bits, self.hardware.kind)
 
     def memory(self, batch_size: int = 1) -> float:
         """Bytes that the fullest device holds: its part of the models, and of the keys and values of so many sequences.
@@ -117,11 +114,7 @@ class Deployment:
         placed = [(self.stored_target, self.devices)]
         if self.stored_draft is not None:
             placed.append((self.stored_draft, self.draft_devices))
-        return sum(
-            model.weight_bytes / devices
-            + batch_size * model.key_value_bytes(self.context) / min(devices, model.key_value_heads or devices)
-            for model, devices in placed
-        )
+        return sum(_held(model, devices, batch_size, self.context) for model, devices in placed)
 
     def fits(self, batch_size: int = 1) -> bool:
         """True if the models and the keys and values of so many sequences fit in the memory of the devices.
@@ -129,9 +122,30 @@ class Deployment:
         Raises:
             ValueError: `batch_size` is not positive, or the hardware's memory is not known.
         """
-        if self.hardware.memory is None:
-            raise ArgumentError(f"memory of {self.hardware.name} is not known; give Hardware(..., memory=bytes)")
-        return self.memory(batch_size) <= MEMORY_SHARE * self.hardware.memory
+        return self.memory(batch_size) <= MEMORY_SHARE * _memory_of(self.hardware)
+
+
+@lru_cache(maxsize=1024)  # thousands of deployments store few models
+def _stored(model: ModelShape, bits: int, kind: str) -> ModelShape:
+    return model.quantised(bits, group_size=_GROUPS.get(kind, _LLAMA_CPP_GROUP))
+
+
+def _memory_of(hardware: Hardware) -> float:
+    if hardware.memory is None:
+        raise ArgumentError(f"memory of {hardware.name} is not known; give Hardware(..., memory=bytes)")
+    return hardware.memory
+
+
+def _held(model: ModelShape, devices: int, batch_size: int, context: int) -> float:
+    """Bytes of a model, its keys and its values on one of so many devices."""
+    cached = batch_size * model.key_value_bytes(context) / min(devices, model.key_value_heads or devices)
+    return model.weight_bytes / devices + cached
+
+
+@lru_cache(maxsize=32768)  # a target has many drafts, and a draft many targets
+def _seconds(model: ModelShape, hardware: Hardware, devices: int, context: int, software: str) -> float:
+    """Seconds of a pass over a token of one sequence."""
+    return float(passes_seconds(model, hardware, 1, 1, context, devices=devices, software=software))
 
 
 def round_costs(
@@ -234,26 +248,29 @@ def _spread(target: ModelShape, draft: ModelShape, hardware: Hardware, bits: int
     server = hardware.kind == SERVER_GPU
     if server and bits < 16 and target.stored_parameters < _SMALLEST_SERVED_QUANTISED:
         return
+    draft_bits = 16 if server else bits
+    stored_target, stored_draft = _stored(target, bits, hardware.kind), _stored(draft, draft_bits, hardware.kind)
+    batch_size = _SERVED_BATCH if server else 1
+    room = MEMORY_SHARE * _memory_of(hardware) - _held(stored_draft, 1, batch_size, context)
+    counts = _DEVICES if hardware.link_bandwidth is not None else (1,)
     heads = target.key_value_heads or max(_DEVICES)
-    possible = {
-        devices: deployment
-        for devices in _DEVICES
-        if heads % devices == 0 and (devices == 1 or hardware.link_bandwidth is not None)
-        for deployment in [Deployment(target, draft, hardware, devices, bits, 16 if server else bits, context)]
-        if deployment.fits(_SERVED_BATCH if server else 1)
-    }
+    possible = [
+        devices
+        for devices in counts
+        if heads % devices == 0 and _held(stored_target, devices, batch_size, context) <= room
+    ]
     if not possible:
         return
-    fewest = min(possible)
+    fewest = possible[0]
     chosen = {fewest}
     if server:
         chosen |= {2 * fewest} if target.stored_parameters >= _SMALLEST_SPREAD else set()
         chosen |= {max(_DEVICES)} if target.stored_parameters >= _WHOLE_NODE else set()
-    run = [possible[devices] for devices in sorted(chosen & set(possible))]
+    run = [(devices, COMPILED) for devices in possible if devices in chosen]
     gpu = hardware.kind in (SERVER_GPU, CONSUMER_GPU)
     if gpu and fewest == 1 and bits == 16 and target.stored_parameters <= _LARGEST_EAGER:
-        run.append(replace(possible[1], software=EAGER))
-    for deployment in run:
-        (plain,), (step,), _ = round_costs(deployment, [1], 1)
-        if step < plain <= _SLOWEST:
-            yield deployment
+        run.append((1, EAGER))
+    for devices, software in run:
+        step = _seconds(stored_draft, hardware, 1, context, software)
+        if step < _seconds(stored_target, hardware, devices, context, software) <= _SLOWEST:
+            yield Deployment(target, draft, hardware, devices, bits, draft_bits, context, software=software)
