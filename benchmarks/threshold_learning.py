@@ -49,7 +49,7 @@ from specgym.agents import (
     sign_flip_test,
 )
 from specgym.decoding import LatencyProfile, Split, traits_of, write_json
-from specgym.envs import DIVERGENCE_BOUND, profile_of, recorded_workloads, reward_terms, workload
+from specgym.envs import DIVERGENCE_BOUND, practised_workloads, profile_of, reward_terms, workload
 
 from .tuner_ablation import variants
 
@@ -157,7 +157,7 @@ def learned(settings: KnobSettings) -> tuple[list[Judged], Sequence[KnobRange]]:
 def main() -> None:
     """Run what was asked for, and print a table."""
     chosen = tyro.cli(Settings, prog="python -m benchmarks.threshold_learning", description=__doc__)
-    names = recorded_workloads("threshold") if chosen.every else traits_of("threshold").workloads
+    names = practised_workloads("threshold") if chosen.every else traits_of("threshold").workloads
     base = default_settings(workloads=tuple(names), evaluation={"during_training": 0}, checkpoint_every=10**9)
     if chosen.weights:
         Console(width=120).print(_weights(base))

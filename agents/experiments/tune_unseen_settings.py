@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import tyro
 
 from specgym.decoding import DecoderTraits, NoOptions, check_fields, seed_number, traits_of
-from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, recorded_workloads, recording_name
+from specgym.envs import DIVERGENCE_BOUND, RewardSettings, environment_id, practised_workloads, recording_name
 
 from ..training.settings_io import SettingsError, require_at_least, require_one_bound, require_weights
 from .experiment import MOST_ENVIRONMENTS, KnobLearning, RunSettings
@@ -122,7 +122,7 @@ class TunerSettings(RunSettings):
 
 
 def tuner_settings(decoder: str = "threshold", **changes: Any) -> TunerSettings:
-    """Settings for learning to tune a decoder, by default on all workloads whose recordings ship.
+    """Settings for learning to tune a decoder, by default on what `practised_workloads` returns.
 
     The range bonus of the reward is for decoders that name preferred ranges; for others speed is the reward.
 
@@ -140,7 +140,7 @@ def tuner_settings(decoder: str = "threshold", **changes: Any) -> TunerSettings:
         raise SettingsError(str(error)) from error
     settings: dict[str, Any] = {
         "decoder": decoder,
-        "workloads": recorded_workloads(decoder) or traits.workloads,
+        "workloads": practised_workloads(decoder) or traits.workloads,
         "decoder_options": traits.Options(),
     }
     if not traits.lossless:

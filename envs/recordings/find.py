@@ -152,6 +152,17 @@ def recorded_workloads(decoder: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=place))
 
 
+def practised_workloads(decoder: str) -> tuple[str, ...]:
+    """Return the recorded workloads that are practised on by default.
+
+    Those are the greedy ones, and sampled ones among the decoder's own: most shipped traces of sampled texts hold no
+    detours, without which a lossy decoder is replayed roughly.
+    """
+    return tuple(
+        name for name in recorded_workloads(decoder) if "@" not in name or name in traits_of(decoder).workloads
+    )
+
+
 def record_command(name: str) -> str:
     """Return the command that records the traces of a workload; a pair in memory has no name to give to it."""
     return f"`python -m specgym.envs.record '{name}' --out traces` (specgym.envs.record.record for a pair in memory)"

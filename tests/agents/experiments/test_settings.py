@@ -23,7 +23,7 @@ from specgym.agents.command_line import learnable
 from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import prolonged
 from specgym.decoding import SpecgymError, decoder_names
-from specgym.envs import RewardSettings
+from specgym.envs import RewardSettings, recorded_workloads
 from tests.helpers.sealing import reseal
 
 LOSSLESS = [name for name in decoder_names() if type(default_settings(name)) is KnobSettings]
@@ -38,6 +38,14 @@ def test_written_and_read_they_are_the_same(kind: Any, tmp_path: Path) -> None:
     assert type(stored) is type(settings)
     assert stored == settings
     assert json.loads((tmp_path / "settings.json").read_text())["command"] == "python train.py --name mine"
+
+
+def test_a_tuner_practises_on_sampled_texts_only_where_the_decoder_names_them() -> None:
+    for name in ("threshold", "speculative"):
+        practised = tuner_settings(name).workloads
+        assert [workload for workload in practised if "@" in workload] == ["tiny/prose@1.0"]
+        assert {"tiny-10m-xs/chat", "smollm2-4l/code"} < set(practised) < set(recorded_workloads(name))
+    assert "tiny-3m/prose@1.0" in tuner_settings("lookahead").workloads
 
 
 def test_what_is_nested_survives_being_written_and_read(tmp_path: Path) -> None:
