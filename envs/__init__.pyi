@@ -9,6 +9,7 @@ from .control.env import LONGEST, DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import profile_of
 from .prompt_order import PromptOrder, prompts_at
+from .ray_cluster import WorkerError, cluster, gpus_for, named_node, on_ray, ray_errors
 from .recordings.archive import TraceError
 from .recordings.find import (
     find_recording,
@@ -29,6 +30,7 @@ from .tuning.knob_space import KnobMoves, doublings, from_doublings
 from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
 from .tuning.reward import DIVERGENCE_BOUND, RewardSettings, preferred_ranges, reward_terms
 from .tuning.vector_env import TuningVectorEnv
+from .workers import Task, run_tasks
 from .workloads import SHIPPED_WORKLOADS, TokenPrompts, Workload, shared_out, workload
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "PromptOrder",
     "ReplayTable",
     "RewardSettings",
+    "Task",
     "TokenPrompts",
     "Trace",
     "TraceError",
@@ -57,23 +60,29 @@ __all__ = [
     "TuningVectorEnv",
     "VectorObserveContext",
     "VectorWorkloadMark",
+    "WorkerError",
     "Workload",
     "WorkloadMark",
+    "cluster",
     "decode_prompts",
     "doublings",
     "environment_id",
     "find_recording",
     "find_trace",
     "from_doublings",
+    "gpus_for",
     "is_traced",
     "measure_setting",
     "metrics_of",
+    "named_node",
+    "on_ray",
     "outcome_command",
     "outcomes_name",
     "practised_workloads",
     "preferred_ranges",
     "profile_of",
     "prompts_at",
+    "ray_errors",
     "record_command",
     "recorded_workloads",
     "recording_name",
@@ -82,6 +91,7 @@ __all__ = [
     "replay_backend",
     "require_tokens",
     "reward_terms",
+    "run_tasks",
     "shared_out",
     "summarise",
     "totals",
