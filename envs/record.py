@@ -3,16 +3,19 @@
 A *trace* has what the draft would do at every position of texts, and replays decoders that draft chains of tokens. With
 ``--decoder NAME`` the *outcomes* of that decoder are recorded, over many settings of its knobs.
 
-A recording that is interrupted goes on from the last complete text when the same command is given again.
+A recording that is interrupted goes on from the last complete text when the same command is given again. ``--jobs`` and
+``--ray`` record several workloads at a time.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from specgym.decoding import (
     MOST_THREADS,
@@ -26,18 +29,21 @@ from specgym.decoding import (
     whole_number,
 )
 
-from .recordings.archive import TraceError
+from .ray_cluster import WorkerError, cluster, on_ray
+from .recordings.archive import TraceError, parts_of
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from .recordings.outcomes import outcomes_name
 from .recordings.trace import trace_name
 from .recordings.trace_recorder import RecordSettings, record
 from .registration import register
+from .workers import Task, run_tasks
 from .workloads import workload
 
 __all__ = ["RecordCommand", "RecordSettings", "main", "record"]
 
 _OF_TRACES = ("draft_length", "prompts", "tokens", "detour_prompts", "detour_tokens", "seed")
 _OF_OUTCOMES = ("settings", "refine", "draft_length", "prompts", "tokens", "seed")
+_MOST_JOBS = 256
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,35 @@ class RecordCommand:
     option."""
     seed: int | None = None
     """Seed of all sampling, and of the choice of the settings (0)."""
+    jobs: int = 1
+    """Workloads recorded at a time, each in a process of its own if there are several."""
+    ray: tuple[str, ...] | None = None
+    """Record on a Ray cluster, a workload a worker and GPU: without an address on this machine's cluster or a new one,
+    else at that address (auto, host:port, ray://host:10001). Files come back to this machine. Give it last."""
 
     def __post_init__(self) -> None:
         threads = partial(whole_number, at_least=0, at_most=MOST_THREADS, error=TraceError)
         check_fields(self, threads, "threads")
+        check_fields(self, partial(whole_number, at_most=_MOST_JOBS, error=TraceError), "jobs")
+        if self.ray is not None and self.device not in (None, "cpu", "cuda"):
+            raise WorkerError(f"--ray gives every worker a GPU of its own: leave out --device {self.device}")
 
     @property
     def folder(self) -> Path:
         """Folder of the files."""
         return self.out or Path("traces" if self.decoder is None else "outcomes")
 
-    def numbers(self) -> dict[str, int]:
-        """Return the numbers that were set, by name, for `RecordSettings` or `OutcomeSettings`.
+    def files(self, name: str) -> list[str]:
+        """Names of a workload's files, in the order of the splits."""
+        if self.decoder is None:
+            return [trace_name(name, split) for split in self.splits]
+        return [outcomes_name(name, self.decoder, split) for split in self.splits]
+
+    def amount(self) -> RecordSettings | OutcomeSettings:
+        """Return what to record of a workload.
 
         Raises:
-            TraceError: a number does not apply to this kind of recording.
+            TraceError: a number does not apply to this kind of recording, or is out of range.
         """
         names = dict.fromkeys((*_OF_TRACES, *_OF_OUTCOMES))
         numbers = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -107,12 +127,11 @@ class RecordCommand:
                 raise TraceError(f"{option} is for traces; leave it out, or leave out --decoder {self.decoder}")
             if name == "draft_length" and self.decoder and not traits_of(self.decoder).drafts_chains():
                 raise TraceError(f"{option}: {self.decoder} drafts no tokens one after another; leave it out")
-        return numbers
+        return RecordSettings(**numbers) if self.decoder is None else OutcomeSettings(self.decoder, **numbers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command, given as on the command line. A file that is there already is left alone."""
-    import torch
     import tyro
 
     command = tyro.cli(
@@ -122,37 +141,88 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
-    if command.threads:
-        torch.set_num_threads(command.threads)
-    if command.decoder is not None and ":" in command.decoder:
-        command = replace(command, decoder=register(command.decoder))
-    traces = outcomes = None
-    if command.decoder is None:
-        traces = RecordSettings(**command.numbers())
-    else:
-        outcomes = OutcomeSettings(command.decoder, **command.numbers())
-    with models_placed(command.dtype, command.device), prompts_limited(command.max_prompt_tokens):
-        _record_all(command, traces, outcomes)
+    registered = _registered(command)
+    registered.amount()
+    with on_ray(command.ray):
+        if cluster() is None and min(command.jobs, len(command.workloads)) == 1:
+            for name in command.workloads:
+                for line in _record(registered, name, command.folder, progress=True):
+                    print(line)
+        else:
+            _record_apart(registered, command.decoder)
 
 
-def _record_all(command: RecordCommand, traces: RecordSettings | None, outcomes: OutcomeSettings | None) -> None:
-    for name in command.workloads:
-        for split in command.splits:
-            file = trace_name(name, split) if outcomes is None else outcomes_name(name, outcomes.decoder, split)
-            path = command.folder / file
+def _registered(command: RecordCommand) -> RecordCommand:
+    """Register a decoder that is given by its path, and name it."""
+    by_path = command.decoder is not None and ":" in command.decoder
+    return replace(command, decoder=register(command.decoder)) if by_path and command.decoder else command
+
+
+def _record_apart(command: RecordCommand, decoder: str | None) -> None:
+    """Record workloads in processes of their own, with the progress of all together.
+
+    Args:
+        command: whose decoder is registered here.
+        decoder: the same as it was given, to be registered there, too.
+    """
+    tasks = []
+    for name in dict.fromkeys(command.workloads):
+        files = command.files(name)
+        for path in [command.folder / file for file in files]:
             if path.is_file():
                 print(f"{path} is there already")
-            elif outcomes is None:
-                trace = record(workload(name), split, path, traces, progress=True)
+        if all((command.folder / file).is_file() for file in files):
+            continue
+        beside = [] if command.decoder else [trace_name(name, "train")]  # whose chances a test split's trace takes
+        known = dict.fromkeys([*beside, *files, *(parts_of(Path(file)).name for file in files)])
+        run = partial(_recorded, replace(command, decoder=decoder), name)
+        models = command.device != "cpu"
+        tasks.append(Task(name, run, command.folder, tuple(known), models, max(1, command.threads)))
+    texts = dict.fromkeys(range(len(tasks)), 0)
+    with tqdm(desc=f"0 of {len(tasks)} workloads", unit="text") as bar:
+
+        def watch() -> None:
+            for number, task in enumerate(tasks):  # the parts of a finished file are gone, and stay counted
+                parts = (parts_of(command.folder / name) for name in command.files(task.name))
+                texts[number] = max(texts[number], sum(len(list(folder.glob("*-*.npz"))) for folder in parts))
+            bar.update(sum(texts.values()) - bar.n)
+
+        def done(number: int, lines: list[str]) -> None:
+            finished.append(number)
+            bar.set_description_str(f"{len(finished)} of {len(tasks)} workloads")
+            bar.write("\n".join(lines))
+
+        finished: list[int] = []
+        run_tasks(tasks, command.jobs, done, watch)
+
+
+def _recorded(command: RecordCommand, name: str, folder: Path) -> list[str]:
+    """Record a workload in a process of its own."""
+    return list(_record(_registered(command), name, folder, progress=False))
+
+
+def _record(command: RecordCommand, name: str, folder: Path, progress: bool) -> Iterator[str]:
+    """Record a workload's splits that are not in a folder yet; a line about every file."""
+    import torch
+
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    settings = command.amount()
+    with models_placed(command.dtype, command.device), prompts_limited(command.max_prompt_tokens):
+        for split, file in zip(command.splits, command.files(name), strict=True):
+            path = folder / file
+            if path.is_file():
+                if progress:
+                    yield f"{path} is there already"
+            elif isinstance(settings, RecordSettings):
+                trace = record(workload(name), split, path, settings, progress)
                 rate = trace.match[: len(trace.text)].mean()
-                print(f"{path}: {len(trace.text)} positions of {trace.prompts} prompts, {rate:.0%} of the drafts match")
+                count = f"{len(trace.text)} positions of {trace.prompts} prompts"
+                yield f"{command.folder / file}: {count}, {rate:.0%} of the drafts match"
             else:
-                recorded = record_outcomes(workload(name), split, path, outcomes, progress=True)
-                length = recorded.emitted.mean()
-                print(
-                    f"{path}: {len(recorded.settings)} settings of {recorded.prompts} prompts, {length:.2f} tokens a "
-                    "round"
-                )
+                recorded = record_outcomes(workload(name), split, path, settings, progress)
+                count = f"{len(recorded.settings)} settings of {recorded.prompts} prompts"
+                yield f"{command.folder / file}: {count}, {recorded.emitted.mean():.2f} tokens a round"
 
 
 if __name__ == "__main__":
