@@ -37,7 +37,11 @@ GPT_FAST = "github.com/meta-pytorch/gpt-fast, README"
 LLAMA_CPP = "github.com/XiongjieDai/GPU-Benchmarks-on-LLM-Inference, README (llama.cpp)"
 TENSORRT = "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of v0.6.1, rates per GPU"
 BATCHED = "github.com/ggml-org/llama.cpp/pull/15131"
+VECTORS = "github.com/ggml-org/llama.cpp/pull/15802"
+METAL = "github.com/ggml-org/llama.cpp/pull/10581"
+MATRICES = "github.com/ggml-org/llama.cpp/pull/7676"
 VLLM = "github.com/vllm-project/vllm/pull/2192"
+MARLIN = "github.com/vllm-project/vllm/pull/23197 (vLLM)"
 ROCM = "github.com/Epliz/muiLLM/pull/5"
 GRAPHS = "cloudai.pt/tag/cuda-graphs"
 QUANTO = "github.com/huggingface/optimum-quanto/pull/62"
@@ -121,9 +125,9 @@ def published() -> Iterator[Published]:
     a100 = "a100-80gb-sxm"
     yield Published(GPT_FAST, 1 / 93.89, run("llama-3.1-8b", a100), calibration=True)
     yield Published(GPT_FAST, 1 / 137.64, run("llama-3.1-8b", a100, bits=8))
-    yield Published(GPT_FAST, 1 / 18.04, run("llama-3.1-70b", a100, bits=8))
+    yield Published(GPT_FAST, 1 / 18.04, run("llama-3.1-70b", a100, bits=8), calibration=True)
     yield Published(GPT_FAST, 1 / 196.80, run("llama-2-7b", a100, bits=4))
-    yield Published(GPT_FAST, 1 / 25.25, run("llama-2-70b", a100, bits=4))
+    yield Published(GPT_FAST, 1 / 25.25, run("llama-2-70b", a100, bits=4), calibration=True)
     for devices, rate in ((2, 149.10), (4, 217.21), (8, 276.01)):
         yield Published(GPT_FAST, 1 / rate, run("llama-3.1-8b", a100, devices))
     for devices, rate in ((4, 37.45), (8, 58.78)):
@@ -145,14 +149,23 @@ def published() -> Iterator[Published]:
         ("m2-ultra-gpu", 76.28, True),
         ("m3-max-gpu", 50.74, False),
     ):
-        yield Published(
-            LLAMA_CPP, 1 / rate, run(q4_k_m("llama-3.1-8b"), hardware, context=512), calibration=calibration
-        )
-    yield Published(LLAMA_CPP, 1 / 12.13, run(q4_k_m("llama-3.1-70b"), "m2-ultra-gpu", context=512))
+        small = run(q4_k_m("llama-3.1-8b"), hardware, context=512, software="llama.cpp")
+        yield Published(LLAMA_CPP, 1 / rate, small, calibration=calibration)
+    large = run(q4_k_m("llama-3.1-70b"), "m2-ultra-gpu", context=512, software="llama.cpp")
+    yield Published(LLAMA_CPP, 1 / 12.13, large)
     for hardware, rate in (("rtx-3090", 4239.64), ("rtx-4090", 9056.26), ("m2-ultra-gpu", 1202.74)):
         yield Published(LLAMA_CPP, 512 / rate, run("llama-3.1-8b", hardware, context=512), tokens=512)  # -ub 512
     for tokens, rate in ((1, 65.20), (4, 246.37), (8, 485.16)):
         yield Published(BATCHED, tokens / rate, run("llama-3.1-8b", "rtx-4090", context=256), tokens=tokens)
+    vectors = run("llama-3.1-8b", "rtx-3090", context=256, bits=4, software="llama.cpp")
+    for tokens, rate in ((1, 156.56), (2, 279.89), (4, 470.48), (8, 583.77)):
+        yield Published(VECTORS, tokens / rate, vectors, tokens=tokens, calibration=tokens == 8)
+    matrices = run("llama-3.1-8b", "rtx-4090", context=256, bits=4, software="llama.cpp")
+    for tokens, rate in ((16, 1937.21), (64, 5420.06), (512, 10358.75)):
+        yield Published(MATRICES, tokens / rate, matrices, tokens=tokens)
+    metal = run("qwen2.5-7b", "m2-ultra-gpu", bits=8, software="llama.cpp")
+    for tokens, rate in ((1, 70.41), (2, 126.66), (4, 200.40), (8, 260.76)):
+        yield Published(METAL, tokens / rate, metal, tokens=tokens, calibration=tokens == 8)
 
     for model, devices, batch_size, prompt, generated, rate in (
         ("llama-2-7b", 1, 60, 128, 2048, 1928),
@@ -169,6 +182,15 @@ def published() -> Iterator[Published]:
             passes=generated,
             prompt=prompt,
         )
+    for model, devices, bits, seconds in (
+        ("llama-3.1-8b", 1, 16, (0.236, 0.260, 0.284, 0.336)),
+        ("llama-3.1-8b", 1, 8, (0.186, 0.231, 0.248, 0.300)),
+        ("llama-3.1-8b", 1, 4, (0.154, 0.194, 0.216, 0.267)),
+        ("llama-3.1-70b", 4, 16, (0.558, 0.629, 0.700, 0.855)),
+    ):
+        for batch_size, total in zip((1, 4, 8, 16), seconds, strict=True):
+            served = run(model, "h100-sxm", devices, 272, bits=bits)
+            yield Published(MARLIN, total, served, batch_size=batch_size, passes=32, prompt=256)
     yield Published(VLLM, 14.57, run("llama-2-70b", a100, 4, 384), batch_size=64, passes=256, prompt=256)
     yield Published(ROCM, 1 / 410, run("llama-3.1-8b", "mi300x", 4))
     yield Published(GRAPHS, 5.1e-3, run("llama-3.1-8b", "h100-sxm"))

@@ -30,11 +30,24 @@ from ..errors import ArgumentError, SpecgymError, one_of
 
 SERVER_GPU, CONSUMER_GPU, APPLE, CPU = KINDS = ("server-gpu", "consumer-gpu", "apple", "cpu")
 """Classes of hardware."""
-COMPILED, EAGER = SOFTWARE = ("compiled", "eager")
-"""Ways to run a pass on a GPU: its kernels launched together, or by the host, one after the other."""
+COMPILED, EAGER, LLAMA_CPP = SOFTWARE = ("compiled", "eager", "llama.cpp")
+"""Ways to run a pass: kernels launched together; launched by the host, one by one; and the kernels of llama.cpp."""
+RUNS_ON = {COMPILED: KINDS, EAGER: (SERVER_GPU, CONSUMER_GPU), LLAMA_CPP: (SERVER_GPU, CONSUMER_GPU, APPLE)}
+"""Kinds of hardware for which the software makes a difference, by software."""
 EAGER_LAYER = 1 / 25.5 / 32
 """Seconds in which the host launches a layer: the blog of PyTorch on gpt-fast (pytorch.org/blog/
 accelerating-generative-ai-2) has 25.5 tokens/s for Llama-2-7B, of 32 layers, on an A100 that waits for the host."""
+DEQUANTISED = {8: 0.81, 4: 0.65}
+"""Speed of reading weights of so many bits on GPUs, over that of 16 bits, for kernels that widen them. gpt-fast on an
+A100 (README: Llama-3.1-70B in 8 bits 18.04 tokens/s, Llama-2-70B in 4 bits 25.25) reaches 0.67 and 0.54 of the nominal
+bandwidth once the overheads are taken off, and 0.83 in 16 bits. llama.cpp's kernels read as fast as in 16 bits."""
+VECTOR_TOKENS = 8
+"""Tokens up to which llama.cpp multiplies quantised weights with one vector after the other (`MMVQ_MAX_BATCH_SIZE` in
+ggml/src/ggml-cuda/mmvq.cuh; github.com/ggml-org/llama.cpp/pull/10581 for Metal)."""
+VECTOR_SHARE = 0.2
+"""Share of the peak that it then reaches, beside reading the weights: 0.20 on an RTX 3090 (Llama 8B in Q4_0, 1 to 8
+tokens in 6.4 to 13.7 ms, github.com/ggml-org/llama.cpp/pull/15802) and 0.22 on an M2 Ultra (Qwen2.5 7B in Q8_0, 14.2 to
+30.7 ms, pull/10581)."""
 
 _GPU_LAYER = 55e-6
 _APPLE_LAYER = 0.17e-3
@@ -293,7 +306,7 @@ HARDWARE: dict[str, Hardware] = {
             peak_arithmetic=2.454e12,
             pass_overhead=_CPU_PASS,
             layer_overhead=_CPU_LAYER,
-            kind=APPLE,
+            kind=CPU,
             memory=64e9,
             source="github.com/ggml-org/llama.cpp/pull/1642: 204.8 GB/s for the CPU; "
             "gist.github.com/philipturner/3bda14e876a635e73745c42f2eb240c8: 2,454 GFLOPS in float32 matrix products; "

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, check_fields, one_of, sequence_of, whole_number
-from .accelerators import COMPILED, CONSUMER_GPU, EAGER, HARDWARE, SERVER_GPU, Hardware, find_hardware
+from .accelerators import APPLE, COMPILED, CONSUMER_GPU, EAGER, HARDWARE, LLAMA_CPP, SERVER_GPU, Hardware, find_hardware
 from .model_shapes import MODEL_SHAPES, STORED_BITS, ModelShape
 from .roofline import passes_seconds, require_devices, require_software
 
@@ -53,11 +53,12 @@ class Deployment:
         context: tokens that every sequence has read.
         draft_devices: that the draft is spread over: 1, or all of them, as in vLLM (vllm/config/speculative.py,
             `draft_tensor_parallel_size`).
-        software: `compiled`, or `eager` for a GPU that waits for the host between kernels.
+        software: `compiled`; `eager` for a GPU that waits for the host between kernels; `llama.cpp` for a GPU that
+            multiplies quantised weights with few tokens one after the other.
 
     Raises:
-        ValueError: a number is out of its range, the hardware has no link for several devices or no host that launches
-            kernels, or a model cannot read so long a context.
+        ValueError: a number is out of its range, the hardware has no link for several devices or is not what the
+            software is for, or a model cannot read so long a context.
     """
 
     target: ModelShape
@@ -206,8 +207,8 @@ def sensible_deployments(
     16, 8 or 4 bits, the draft's 16 on servers and as many as the target's elsewhere; small targets on servers 16 alone.
     A target is spread over the fewest devices that have room for a batch (of 8 on servers, of 1 elsewhere), on servers
     also over twice as many from 6 billion parameters on, and over 8 from 60 billion on. Targets of up to 15 billion
-    parameters in 16 bits on one GPU are there with eager software, too. A target writes a token a second or more, and
-    drafting one takes less.
+    parameters in 16 bits on one GPU are there with eager software, too. Fewer bits are run by llama.cpp on Apple's
+    GPUs, and by either on a single consumer's. A target writes a token a second or more, and drafting one takes less.
 
     Args:
         targets: to choose from; by default the named shapes of 1 billion parameters or more.
@@ -267,9 +268,12 @@ def _spread(target: ModelShape, draft: ModelShape, hardware: Hardware, bits: int
         chosen |= {2 * fewest} if target.stored_parameters >= _SMALLEST_SPREAD else set()
         chosen |= {max(_DEVICES)} if target.stored_parameters >= _WHOLE_NODE else set()
     run = [(devices, COMPILED) for devices in possible if devices in chosen]
-    gpu = hardware.kind in (SERVER_GPU, CONSUMER_GPU)
-    if gpu and fewest == 1 and bits == 16 and target.stored_parameters <= _LARGEST_EAGER:
-        run.append((1, EAGER))
+    if hardware.kind == APPLE and bits < 16:
+        run = [(fewest, LLAMA_CPP)]
+    elif hardware.kind == CONSUMER_GPU and bits < 16 and fewest == 1:
+        run.append((1, LLAMA_CPP))
+    elif hardware.kind in (SERVER_GPU, CONSUMER_GPU) and fewest == 1 and target.stored_parameters <= _LARGEST_EAGER:
+        run += [(1, EAGER)] if bits == 16 else []
     for devices, software in run:
         step = _seconds(stored_draft, hardware, 1, context, software)
         if step < _seconds(stored_target, hardware, devices, context, software) <= _SLOWEST:

@@ -24,7 +24,19 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ArgumentError, number, one_of, sequence_of, whole_number
 from ..registry import traits_of
 from ..traits import CHAIN
-from .accelerators import COMPILED, CONSUMER_GPU, EAGER, EAGER_LAYER, SERVER_GPU, SOFTWARE, Hardware, find_hardware
+from .accelerators import (
+    COMPILED,
+    DEQUANTISED,
+    EAGER,
+    EAGER_LAYER,
+    LLAMA_CPP,
+    RUNS_ON,
+    SOFTWARE,
+    VECTOR_SHARE,
+    VECTOR_TOKENS,
+    Hardware,
+    find_hardware,
+)
 from .model_shapes import MODEL_SHAPES, ModelShape
 from .profile import LatencyProfile
 
@@ -95,13 +107,14 @@ def roofline(
         devices: that the target is spread over, by tensor parallelism.
         draft_devices: that the draft is spread over: 1, or all of them.
         software: `compiled` for kernels launched together, as serving engines do it; `eager` for GPUs that wait for
-            the host between kernels.
+            the host between kernels; `llama.cpp` for GPUs that multiply quantised weights with up to 8 tokens one after
+            the other, so that verifying a few drafted tokens is not free.
 
     Raises:
         UnknownHardwareError: there is no hardware of that name.
         ValueError: a number is out of its range or does not belong to this decoder, a draft is given for single passes,
             the decoder's rounds are neither chains nor single passes, and cannot be computed, or the hardware has no
-            link for several devices, or no host that launches kernels.
+            link for several devices, or is not what the software is for.
     """
     hardware = find_hardware(hardware)
     traits = traits_of(decoder)
@@ -220,14 +233,17 @@ def passes_seconds(
     batch_size = np.asarray(batch_size, np.float64)
     read = np.asarray(tokens, np.float64) * batch_size
     cached = batch_size * model.key_value_bytes(context) / min(devices, model.key_value_heads or devices)
-    seconds = np.maximum(
-        (model.parameters * model.bytes_per_parameter / devices + cached)
-        / (hardware.memory_bandwidth * bandwidth_share),
-        (2 * model.parameters + 4 * model.layers * model.hidden_size * model.attended(context))
-        * read
-        / devices
-        / (hardware.peak_arithmetic * arithmetic_share),
-    )
+    bandwidth = hardware.memory_bandwidth * bandwidth_share
+    weights = model.parameters * model.bytes_per_parameter / devices
+    quantised = model.bytes_per_parameter < _ACTIVATION
+    if quantised and software != LLAMA_CPP and hardware.kind in RUNS_ON[EAGER]:
+        weights = weights / DEQUANTISED[8 if model.bytes_per_parameter >= 1 else 4]
+    reading = (weights + cached) / bandwidth
+    operations = 2 * model.parameters + 4 * model.layers * model.hidden_size * model.attended(context)  # of a token
+    token = operations / devices / hardware.peak_arithmetic  # at its peak
+    seconds = np.maximum(reading, read * token / arithmetic_share)
+    if quantised and software == LLAMA_CPP:
+        seconds = np.maximum(seconds, reading + (np.minimum(read, VECTOR_TOKENS) - 1) * token / VECTOR_SHARE)
     seconds = seconds + hardware.pass_overhead + model.layers * hardware.layer_overhead
     if devices > 1 and hardware.link_bandwidth is not None:
         sent = 2 * (devices - 1) / devices * _ACTIVATION * (model.width or model.hidden_size) * read
@@ -256,10 +272,11 @@ def require_software(hardware: Hardware, software: str) -> None:
     """Check the software that runs passes.
 
     Raises:
-        ValueError: it is none of `accelerators.SOFTWARE`, or eager on hardware that no host launches kernels on.
+        ValueError: it is none of `accelerators.SOFTWARE`, or makes no difference on this kind of hardware.
     """
-    if one_of("software", software, SOFTWARE) == EAGER and hardware.kind not in (SERVER_GPU, CONSUMER_GPU):
+    kinds = RUNS_ON[one_of("software", software, SOFTWARE)]
+    if hardware.kind not in kinds:
         raise ArgumentError(
-            f"software {EAGER!r} is for GPUs that a host launches kernels on, and {hardware.name} is of kind "
-            f"{hardware.kind!r}; give {COMPILED!r}"
+            f"software {software!r} is for {', '.join(kinds)}, and {hardware.name} is of kind {hardware.kind!r}; give "
+            f"{COMPILED!r}"
         )

@@ -16,7 +16,9 @@ SIZES = (1, 3, 64, 256)
 DEPLOYMENTS = [
     Deployment(LLAMA, SMALL, H100, devices=4, context=700),
     Deployment(LLAMA, SMALL, H100, devices=2, target_bits=4, draft_bits=8, draft_devices=2),
-    Deployment(MODEL_SHAPES["gemma-3-12b"], None, HARDWARE["m2-ultra-gpu"], target_bits=8, context=3000),
+    Deployment(
+        MODEL_SHAPES["gemma-3-12b"], None, HARDWARE["m2-ultra-gpu"], target_bits=8, context=3000, software="llama.cpp"
+    ),
     Deployment(MODEL_SHAPES["qwen3-8b"], MODEL_SHAPES["qwen3-0.6b"], HARDWARE["rtx-4090"], software="eager"),
 ]
 
@@ -67,7 +69,7 @@ def test_a_batch_fits_up_to_the_share_of_the_memory() -> None:
 
 def test_labels_say_what_runs_where() -> None:
     assert DEPLOYMENTS[1].label == "llama-3.1-70b-q4+llama-3.2-1b-q8 on 2xh100-sxm at 2048"
-    assert DEPLOYMENTS[2].label == "gemma-3-12b-q8+free on 1xm2-ultra-gpu at 3000"
+    assert DEPLOYMENTS[2].label == "gemma-3-12b-q8+free on 1xm2-ultra-gpu llama.cpp at 3000"
     assert DEPLOYMENTS[3].label == "qwen3-8b+qwen3-0.6b on 1xrtx-4090 eager at 2048"
     assert [deployment.hardware_class for deployment in DEPLOYMENTS] == [
         "server-gpu",
@@ -82,6 +84,7 @@ def test_sensible_deployments_fit_and_draft_with_something_much_smaller() -> Non
     assert len({deployment.label for deployment in deployments}) == len(deployments) > 1000
     assert {deployment.hardware_class for deployment in deployments} == set(KINDS)
     assert {deployment.target_bits for deployment in deployments} == {16, 8, 4}
+    assert {deployment.software for deployment in deployments} == {"compiled", "eager", "llama.cpp"}
     assert len({deployment.target.name for deployment in deployments}) >= 12
     assert len({deployment.draft.name for deployment in deployments if deployment.draft}) >= 8
     for deployment in deployments:
@@ -113,7 +116,7 @@ def test_sensible_deployments_are_chosen_from_what_is_asked_for() -> None:
         ({"context": 200_000}, "context must be at most 131072, as far as llama-3.1-70b reads, got 200000"),
         ({"draft_devices": 3}, "draft_devices must be one of 1, 4, got 3"),
         ({"hardware": HARDWARE["epyc-9654"]}, "epyc-9654 has no link to spread a model over 4 devices"),
-        ({"software": "fast"}, "software must be one of 'compiled', 'eager', got 'fast'"),
+        ({"software": "fast"}, "software must be one of 'compiled', 'eager', 'llama.cpp', got 'fast'"),
     ],
 )
 def test_deployments_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from specgym.decoding.rounds import Round
 
 A100 = HARDWARE["a100-80gb-sxm"]
 TARGET, DRAFT = MODEL_SHAPES["opt-6.7b"], MODEL_SHAPES["opt-125m"]
+RTX, QUANTISED = HARDWARE["rtx-3090"], MODEL_SHAPES["llama-3.1-8b"].quantised(4)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # A pass reads 1,000 bytes of weights and 10 a token of context, and does 200 operations and 32 a token of context.
@@ -164,8 +165,9 @@ def test_the_profile_covers_every_batch_size_with_every_context(tmp_path: Path) 
         ({"devices": 0}, "devices must be a whole number of at least 1, got 0"),
         ({"devices": 8, "draft_devices": 2}, "draft_devices must be one of 1, 8, got 2"),
         ({"devices": 2, "hardware": "m2-ultra-gpu"}, "m2-ultra-gpu has no link to spread a model over 2 devices"),
-        ({"software": "fast"}, "software must be one of 'compiled', 'eager', got 'fast'"),
-        ({"software": "eager", "hardware": "epyc-9654"}, "epyc-9654 is of kind 'cpu'; give 'compiled'"),
+        ({"software": "fast"}, "software must be one of 'compiled', 'eager', 'llama.cpp', got 'fast'"),
+        ({"software": "eager", "hardware": "m3-max-gpu"}, "m3-max-gpu is of kind 'apple'; give 'compiled'"),
+        ({"software": "llama.cpp", "hardware": "epyc-9654"}, "epyc-9654 is of kind 'cpu'; give 'compiled'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -243,6 +245,48 @@ def test_eager_passes_wait_for_the_host_and_hide_what_the_device_does() -> None:
     assert passes[1] == passes[8] == TARGET.layers * EAGER_LAYER > 3 * pass_seconds(TARGET, A100, 8)
     large: dict[str, Any] = {"batch_size": 256, "context": 1000}
     assert pass_seconds(TARGET, A100, 8, software="eager", **large) == pass_seconds(TARGET, A100, 8, **large)
+
+
+def test_llama_cpp_verifies_few_tokens_of_quantised_models_one_after_the_other() -> None:
+    few = [pass_seconds(QUANTISED, RTX, tokens, software="llama.cpp") for tokens in (1, 2, 3, 8, 9)]
+    token = (few[3] - few[0]) / 7
+    assert few[1] - few[0] == pytest.approx(token)
+    assert few[2] - few[0] == pytest.approx(2 * token)
+    assert token == pytest.approx(1.05e-3, rel=0.05)  # as published for Q4_0 on this card
+    assert few[4] == few[3]  # larger batches are products of matrices
+    assert pass_seconds(QUANTISED, RTX, 512, software="llama.cpp") == pass_seconds(QUANTISED, RTX, 512)
+    whole = MODEL_SHAPES["llama-3.1-8b"]
+    assert pass_seconds(whole, RTX, 8, software="llama.cpp") == pass_seconds(whole, RTX, 8)
+
+
+@given(shapes, st.sampled_from(["compiled", "eager", "llama.cpp"]), st.integers(1, 32), st.integers(1, 256))
+def test_more_work_never_takes_less_time_whatever_the_software(
+    shape: ModelShape, software: str, tokens: int, batch_size: int
+) -> None:
+    few, more, larger = (
+        pass_seconds(shape, RTX, read, batch_size=size, software=software)
+        for read, size in ((tokens, batch_size), (tokens + 1, batch_size), (tokens, batch_size + 1))
+    )
+    assert few <= min(more, larger)
+
+
+@pytest.mark.parametrize(("bits", "speed"), [(8, 0.81), (4, 0.65)])
+def test_weights_that_a_gpu_has_to_widen_are_read_more_slowly(bits: int, speed: float) -> None:
+    where: dict[str, Any] = {"context": 1, "bandwidth_share": 1.0}
+    whole = replace(MODEL_SHAPES["llama-3.1-8b"], key_value_bytes_per_token=1)
+    reading = {
+        (name, software): pass_seconds(shape, hardware, 1, software=software, **where) - overhead
+        for name, shape in (("whole", whole), ("quantised", whole.quantised(bits)))
+        for hardware, software in ((A100, "compiled"), (A100, "llama.cpp"))
+        for overhead in [whole.layers * hardware.layer_overhead]
+    }
+    smaller = (bits + 16 / 32) / 16
+    assert reading["quantised", "llama.cpp"] / reading["whole", "llama.cpp"] == pytest.approx(smaller)
+    assert reading["quantised", "compiled"] / reading["whole", "compiled"] == pytest.approx(smaller / speed)
+    cpu = HARDWARE["epyc-9654"]
+    on_cpu = [pass_seconds(shape, cpu, 1, **where) for shape in (whole, whole.quantised(bits))]
+    overhead = cpu.pass_overhead + whole.layers * cpu.layer_overhead
+    assert (on_cpu[1] - overhead) / (on_cpu[0] - overhead) == pytest.approx(smaller)
 
 
 def test_layers_with_a_window_read_no_more_than_it() -> None:
