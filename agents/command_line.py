@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 import tyro
 
 from specgym.decoding import ModelType, check_placement, decoder_names, run_command
-from specgym.envs import environment_id
+from specgym.envs import environment_id, on_ray
 
 from .experiments.experiment import RunSettings, load_settings
 from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
@@ -82,6 +82,9 @@ class EvaluateCommand:
     """Random seeds of trainings and searches, for --transfer."""
     jobs: int = 2
     """Trainings at a time, for --transfer."""
+    ray: tuple[str, ...] | None = None
+    """Run the trainings and searches of --transfer on a Ray cluster: without an address on this machine's cluster or a
+    new one, else at that address (auto, host:port, ray://host:10001)."""
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
@@ -154,6 +157,8 @@ def _evaluate(command: EvaluateCommand) -> None:
         raise SettingsError("--dtype and --device are for --pair; all else is measured with those of the run")
     if command.pair is None and command.max_prompt_tokens is not None:
         raise SettingsError("--max-prompt-tokens is for --pair; all else is measured with that of the run")
+    if command.ray is not None and not command.transfer:
+        raise SettingsError("--ray is for --transfer; nothing else here has several things to do at a time")
     check_placement(command.dtype, command.device)
     if command.report:
         from .report.page import report_run
@@ -181,7 +186,8 @@ def _use_tuner(command: EvaluateCommand) -> None:
     from .experiments.tune_unseen import recommend_for_pair, transfer_tuner
 
     if command.pair is None:
-        transfer_tuner(command.run, command.leave_out, command.seeds, command.jobs)
+        with on_ray(command.ray):
+            transfer_tuner(command.run, command.leave_out, command.seeds, command.jobs)
         return
     live = command.live is not None
     recommend_for_pair(

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,21 +25,10 @@ from specgym.envs import record as record_module
 from specgym.envs.record import RecordSettings
 from specgym.envs.record import main as record
 from specgym.envs.workloads import Workload, WorkloadError
-from tests.helpers.lost_workers import die, load_pair_of, writing
+from tests.helpers.lost_workers import die, killed_worker, load_pair_of, writing
 
 RECORDED = ["--prompts=5", "--tokens=16", "--detour-prompts=2", "--detour-tokens=8", "--draft-length=4", "--threads=1"]
 WORKLOADS = ["tiny-3m-1l/prose", "tiny-3m-1l/code"]
-
-
-@pytest.fixture(scope="session")
-def small_cluster() -> Iterator[Any]:
-    """Ray on this machine, with two workers."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        yield ray
-        ray.shutdown()
 
 
 def written(folder: Path) -> list[str]:
@@ -160,35 +147,13 @@ def test_what_a_node_lacks_is_said_with_its_name(tmp_path: Path) -> None:
         run_tasks([Task("a", partial(load_pair_of, "nowhere/prose"), tmp_path)], 1)
 
 
-def killer(folder: Path, parts: int, killed: list[str]) -> Callable[[], None]:
-    """Return what kills the worker of a recording once some of its parts have come home."""
-    import psutil
-
-    def kill() -> None:
-        while not killed:
-            time.sleep(0.2)
-            home = list(folder.glob("*.parts/*-*.npz"))
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if process.name().startswith("ray::_run_remo")
-            ]
-            if len(home) >= parts and workers:
-                os.kill(workers[0].pid, signal.SIGKILL)
-                killed.extend(sorted(path.name for path in home))
-
-    return kill
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("small_cluster")
 def test_recordings_on_ray_are_those_without_it_though_a_worker_is_killed(tmp_path: Path) -> None:
     record([*WORKLOADS, *RECORDED, "--out", str(tmp_path / "here"), "--jobs=2"])
-    killed: list[str] = []
-    watcher = threading.Thread(target=killer(tmp_path / "there", 2, killed))
-    watcher.start()
-    record([*WORKLOADS, *RECORDED, "--out", str(tmp_path / "there"), "--ray"])
-    watcher.join()
+    parts = partial((tmp_path / "there").glob, "*.parts/*-*.npz")
+    with killed_worker(lambda: len(list(parts())) >= 2) as killed:
+        record([*WORKLOADS, *RECORDED, "--out", str(tmp_path / "there"), "--ray"])
     assert killed
     assert written(tmp_path / "there") == written(tmp_path / "here")
     for path in (tmp_path / "here").iterdir():

@@ -1,12 +1,17 @@
-"""Tasks whose worker is killed while they run."""
+"""Tasks whose worker is killed while they run, on this machine or on a Ray cluster of it."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 from specgym.envs import Task, workload
 
@@ -48,3 +53,30 @@ def writing(home: Path, parts: int, killed_at: int | None = None) -> Task[int]:
 def load_pair_of(name: str, folder: Path) -> None:
     """Load the pair of a workload."""
     workload(name).load()
+
+
+@contextmanager
+def killed_worker(due: Callable[[], bool], name: str = "ray::_run_remo") -> Iterator[list[int]]:
+    """Kill one of Ray's workers once it is due; the list has its process number then.
+
+    Args:
+        due: asked a few times a second.
+        name: beginning of the worker's name, of which Linux keeps 15 letters.
+    """
+    killed: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not killed and not over.wait(0.2):
+            processes = psutil.Process().children(recursive=True) if due() else []
+            for process in [process for process in processes if process.name().startswith(name)][:1]:
+                process.kill()
+                killed.append(process.pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        watcher.join()

@@ -1,23 +1,25 @@
 """Cross-validation: learn without a pair, a dataset or a target family, and tune what was left out.
 
 Every fold and seed is a training of its own, kept in a folder, so an interrupted cross-validation goes on where it
-stopped. A search that begins the same way in several folds is made once, and counted in all of them.
+stopped: with the trainings that are not finished, each from its beginning. From a checkpoint they would practise on
+other prompts, and what comes of a seed would depend on when a worker was lost. A search that begins the same way in
+several folds is made once, and counted in all of them.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from specgym.decoding import place_models
+from specgym.envs import Task, run_tasks
 
 from ...experiments.experiment import load_settings, save_settings
 from ...experiments.learned_tuner import LearnedSearcher, LearnedTuner, learn_tuner, tasks_of
@@ -47,7 +49,11 @@ class Training:
     @property
     def done(self) -> bool:
         """True where the folder holds this very training, finished."""
-        run = RunFolder(self.settings.folder)
+        return self.done_in(self.settings.folder)
+
+    def done_in(self, folder: Path) -> bool:
+        """Return whether a folder holds this very training, finished."""
+        run = RunFolder(folder)
         return run.learned().complete and load_settings(run.settings) == self.settings
 
 
@@ -82,7 +88,7 @@ def cross_validate(
         kinds: what to leave out.
         seeds: one training of each fold and one search of each method a seed.
         methods: of `searchers.METHODS`, to compare with.
-        jobs: trainings and searches at a time, each in a process of its own.
+        jobs: trainings and searches at a time, each in a process of its own; within `on_ray` the cluster decides.
         report: called with what is being done.
 
     Raises:
@@ -107,16 +113,17 @@ def cross_validate(
             for which, start in ((alone, ()), (warm, tuple(universal[fold].items()))):
                 search = Search(settings, name, which, start, tuple(seeds), counts)
                 searches.setdefault(fold, []).append(search)
-    context = multiprocessing.get_context("spawn")  # a fork of a process in which torch has run can hang
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        try:
-            waiting = [item for item in trainings.values() if not item.done]
-            _wait([pool.submit(train_fold, item) for item in waiting], len(trainings), "Trainings", report)
-            different = list(dict.fromkeys(search for group in searches.values() for search in group))
-            searched = _searched(pool, different, report)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    different = list(dict.fromkeys(search for group in searches.values() for search in group))
+    work: list[Task[Any]] = [
+        Task(f"searches on {search.workload}", partial(make_search, search)) for search in different
+    ]
+    work += [
+        Task(f"the training without {fold.left_out}, seed {seed}", partial(train_fold, item), item.settings.folder)
+        for (fold, seed), item in trainings.items()
+        if not item.done
+    ]
+    results_of = _run(work, len(trainings) + len(different), jobs, report)
+    searched: dict[Search, list[Result]] = dict(zip(different, results_of, strict=False))
     judged = []
     for fold in every:
         report(f"Judging without {fold.kind} {fold.left_out}")
@@ -160,15 +167,21 @@ def protocol(settings: TunerSettings, seeds: Sequence[int]) -> dict[str, object]
     }
 
 
-def train_fold(fold: Training) -> None:
-    """Learn one fold, in a process of its own; one that another version or other settings have begun begins anew."""
+def train_fold(fold: Training, folder: Path) -> None:
+    """Learn one fold, in a process of its own, from the beginning unless it is finished.
+
+    Args:
+        fold: what to learn.
+        folder: where to; on another machine it is not that of the settings.
+    """
+    if fold.done_in(folder):
+        return
     quieten()
     torch.set_num_threads(1)
     place_models(fold.settings.dtype, fold.settings.device)
-    run = RunFolder(fold.settings.folder)
-    if run.settings.is_file() and load_settings(run.settings) != fold.settings:
-        shutil.rmtree(run.path)
-    run.path.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     save_settings(fold.settings, run.settings, this_command())
     learn_tuner(fold.settings, run.learned(), fold.best)
 
@@ -181,20 +194,17 @@ def make_search(search: Search) -> list[Result]:
     return compare(tasks, searchers(dict(search.universal) or None, search.methods), search.seeds, search.counts)
 
 
-def _searched(pool: Executor, searches: Sequence[Search], report: Callable[[str], None]) -> dict[Search, list[Result]]:
-    running = {search: pool.submit(make_search, search) for search in searches}
-    _wait(list(running.values()), len(searches), "Searches that know no other workload", report)
-    return {search: future.result() for search, future in running.items()}
+def _run(tasks: Sequence[Task[Any]], total: int, jobs: int, report: Callable[[str], None]) -> list[Any]:
+    """Run tasks, and report how many of the total are done."""
+    done = total - len(tasks)
 
+    def count(finished: int = 1) -> None:
+        nonlocal done
+        done += finished
+        report(f"Trainings, and searches that know no other workload: {done} of {total} done")
 
-def _wait(running: Sequence[Future[Any]], total: int, what: str, report: Callable[[str], None]) -> None:
-    """Report how many are done, and raise what one of them raised."""
-    done = total - len(running)
-    report(f"{what}: {done} of {total} done")
-    for finished in as_completed(running):
-        finished.result()
-        done += 1
-        report(f"{what}: {done} of {total} done")
+    count(0)
+    return run_tasks(tasks, jobs, lambda *_: count())
 
 
 def _learned(tuners: Mapping[int, LearnedTuner]) -> SearcherFactory:

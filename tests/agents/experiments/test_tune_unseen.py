@@ -21,6 +21,7 @@ from specgym.agents.export.recommend_pair import SHOWN, Recommendation
 from specgym.agents.training.run_folder import RunFileError
 from specgym.envs.tuning.reward import RewardSettings
 from specgym.envs.tuning.vector_env import TuningVectorEnv
+from tests.helpers.lost_workers import killed_worker
 
 WORKLOADS = ("tiny-3m-ngram/prose", "tiny-3m-ngram/code", "tiny-3m-1l/prose", "tiny-3m-1l/code")
 Shown = Callable[[], str]
@@ -229,6 +230,7 @@ def test_bad_options_are_one_message_and_leave_no_folder(
         (["--pair", "tiny", "--measurements", "-1"], "measurements must be a whole number from 0 to 10000, got -1"),
         (["--transfer", "--jobs", "0"], "--jobs must be a whole number from 1 to 256, got 0"),
         (["--transfer", "--seeds", str(2**32)], "each of --seeds must be a whole number from 0 to 4294967295"),
+        (["--ray"], "--ray is for --transfer"),
         (["--transfer", "--seeds"], "--seeds must have at least 1 value"),
         (["--report", "--pair", "tiny"], "give one at a time"),
     ],
@@ -374,3 +376,16 @@ def test_a_lossless_decoder_has_no_divergence_to_bound(tmp_path: Path, shown: Sh
     with contextlib.suppress(SystemExit):  # tyro's own way
         assert train_command(words) == 2
     assert "no divergence to weigh or to bound" in shown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("small_cluster")
+def test_a_cross_validation_on_ray_is_that_without_it_though_a_worker_is_killed(finished: Path, tmp_path: Path) -> None:
+    here, there = (shutil.copytree(finished, tmp_path / name) for name in ("here", "there"))
+    options = ["--transfer", "--leave-out", "pair", "--seeds", "0", "1"]
+    assert evaluate_command([str(here), *options]) == 0
+    with killed_worker(lambda: bool(list(there.glob("folds/*/*/settings.json")))) as killed:
+        assert evaluate_command([str(there), *options, "--ray"]) == 0
+    assert killed
+    results = [json.loads((run / "transfer.json").read_text())["results"] for run in (here, there)]
+    assert results[0] == results[1]
