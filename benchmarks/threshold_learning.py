@@ -16,11 +16,10 @@ corrected for their number.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from specgym.agents import (
@@ -49,7 +48,8 @@ from specgym.agents import (
     sign_flip_test,
 )
 from specgym.decoding import LatencyProfile, Split, traits_of, write_json
-from specgym.envs import DIVERGENCE_BOUND, practised_workloads, profile_of, reward_terms, workload
+from specgym.envs import DIVERGENCE_BOUND, on_ray, practised_workloads, profile_of, reward_terms, run_tasks, workload
+from specgym.envs import Task as WorkerTask
 
 from .tuner_ablation import variants
 
@@ -71,6 +71,8 @@ class Settings:
     """Compare weights of the range bonus, without learning."""
     jobs: int = 2
     """Trainings at a time."""
+    ray: tuple[str, ...] | None = None
+    """Train on a Ray cluster: this machine's or a new one, or the one at an address (auto, host:port)."""
     json: Path | None = None
     """Write every result here, too."""
 
@@ -139,7 +141,12 @@ class Task:
 def learned(settings: KnobSettings) -> tuple[list[Judged], Sequence[KnobRange]]:
     """Learn with the only seed of these settings, and judge on every workload; also the knobs that were moved."""
     torch.set_num_threads(1)
-    experiment = TuneKnobs(settings, RunFolder(settings.folder))
+    with tempfile.TemporaryDirectory() as folder:
+        return _learned(settings, RunFolder(Path(folder)))
+
+
+def _learned(settings: KnobSettings, run: RunFolder) -> tuple[list[Judged], Sequence[KnobRange]]:
+    experiment = TuneKnobs(settings, run)
     tasks = [Task(name, settings) for name in settings.workloads]
     experiment.profiles = experiment.run.profile_paths(settings.workloads)
     for task, path in zip(tasks, experiment.profiles, strict=True):
@@ -164,13 +171,14 @@ def main() -> None:
         return
     kept = {name: way for name, way in variants(base.learning, base.practising).items() if name in _WAYS}
     ways = kept if chosen.ablation else {"": base.learning}
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = [
-            replace(base, learning=learning, seeds=(seed,), name=f"{name}-{seed}".replace(" ", "-"), runs=Path(folder))
-            for (name, learning), seed in itertools.product(ways.items(), chosen.seeds)
-        ]
-        with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = list(track(pool.map(learned, jobs), "Learning", total=len(jobs)))
+    jobs = [
+        replace(base, learning=learning, seeds=(seed,), name=f"{name}-{seed}".replace(" ", "-"))
+        for (name, learning), seed in itertools.product(ways.items(), chosen.seeds)
+    ]
+    trainings = [WorkerTask(job.name, partial(learned, job)) for job in jobs]
+    with on_ray(chosen.ray), Progress() as progress:
+        bar = progress.add_task("Learning", total=len(jobs))
+        results = run_tasks(trainings, chosen.jobs, lambda *_: progress.advance(bar))
     tasks = [Task(name, base) for name in base.workloads]
     judged = [of_job for of_job, _ in results]
     console = Console(width=120)

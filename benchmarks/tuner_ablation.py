@@ -2,6 +2,7 @@
 
     python -m benchmarks.tuner_ablation                       # about 20 minutes on two cores
     python -m benchmarks.tuner_ablation --steps 300000
+    python -m benchmarks.tuner_ablation --ray auto            # on all cores of a Ray cluster
 
 Every variant learns without one pair and then tunes that pair's workloads: eight measurements on training prompts,
 judged on held-out prompts as a share of the best setting of a dense grid. *More epochs* is plain PPO with as many
@@ -12,16 +13,15 @@ by pair left out and seed; their p values are of a sign-flip test, corrected for
 from __future__ import annotations
 
 import math
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from specgym.agents import (
@@ -40,6 +40,7 @@ from specgym.agents import (
 )
 from specgym.callbacks import ReplaySettings
 from specgym.decoding import write_json
+from specgym.envs import Task, on_ray, run_tasks
 
 SEARCHES = 3
 """Sessions on every workload that was left out, with other prompts and dice."""
@@ -58,6 +59,8 @@ class Settings:
     """Measurements in training."""
     jobs: int = 2
     """Trainings at a time."""
+    ray: tuple[str, ...] | None = None
+    """Train on a Ray cluster: this machine's or a new one, or the one at an address (auto, host:port)."""
     json: Path | None = None
     """Write every result here, too."""
 
@@ -98,9 +101,10 @@ def variants(learning: KnobLearning, environments: int) -> dict[str, KnobLearnin
 
 def judged(job: Job) -> list[float]:
     """Train, tune what was left out, and return the shares of the best after 0, 2 and 8 measurements."""
-    train_fold(job.training)
     settings = job.training.settings
-    tuner = LearnedTuner.load(settings.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        train_fold(job.training, Path(folder))
+        tuner = LearnedTuner.load(Path(folder))
     names = [name for name in tuner_settings().workloads if name.startswith(f"{job.left_out}/")]
     fractions = []
     for task in tasks_of(settings, names):
@@ -114,20 +118,25 @@ def judged(job: Job) -> list[float]:
 def main() -> None:
     """Run the comparison, and print a table."""
     chosen = tyro.cli(Settings, prog="python -m benchmarks.tuner_ablation", description=__doc__)
+    with on_ray(chosen.ray):  # first of all, since an address may be wrong
+        _compare(chosen)
+
+
+def _compare(chosen: Settings) -> None:
     base = tuner_settings(total_timesteps=chosen.steps, checkpoint_every=chosen.steps)
     best = {task.name: task.grid("train").best_reward for task in track(tasks_of(base), "Grids")}
     ways = variants(base.learning, base.environments)
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = []
-        for seed in chosen.seeds:
-            for pair in chosen.left_out:
-                kept = tuple(name for name in base.workloads if not name.startswith(f"{pair}/"))
-                for variant, learning in ways.items():
-                    name = f"{variant}-{pair}-{seed}".replace(" ", "-")
-                    settings = replace(base, workloads=kept, learning=learning, seed=seed, name=name, runs=Path(folder))
-                    jobs.append(Job(variant, pair, Training(settings, {w: best[w] for w in kept})))
-        with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            shares = list(track(pool.map(judged, jobs), "Learning and tuning", total=len(jobs)))
+    jobs = []
+    for seed in chosen.seeds:
+        for pair in chosen.left_out:
+            kept = tuple(name for name in base.workloads if not name.startswith(f"{pair}/"))
+            for variant, learning in ways.items():
+                settings = replace(base, workloads=kept, learning=learning, seed=seed)
+                jobs.append(Job(variant, pair, Training(settings, {w: best[w] for w in kept})))
+    tasks = [Task(f"{job.variant} without {job.left_out}", partial(judged, job)) for job in jobs]
+    with Progress() as progress:
+        bar = progress.add_task("Learning and tuning", total=len(jobs))
+        shares = run_tasks(tasks, chosen.jobs, lambda *_: progress.advance(bar))
     results = {
         variant: np.array([s for job, s in zip(jobs, shares, strict=True) if job.variant == variant])
         for variant in ways
