@@ -30,18 +30,36 @@ from specgym.decoding import HARDWARE, MODEL_SHAPES, Deployment, ModelShape, rou
 SHEARED = replace(
     MODEL_SHAPES["pythia-1.4b"], name="sheared-llama-1.3b", parameters=1_279_887_360, looked_up=65_536_000
 )
-Q4_K_M = {"llama-3.1-8b": 4.58 * 2**30, "llama-3.1-70b": 39.59 * 2**30, "phi-4": 8.43 * 2**30}
-"""Bytes of the files, by the pages that have the rates."""
+# TinyLlama/TinyLlama-1.1B; what llama-bench calls "llama 1B" reads too fast to be Llama 3.2 1B.
+TINY_LLAMA = replace(
+    MODEL_SHAPES["llama-3.2-1b"],
+    name="tinyllama-1.1b",
+    parameters=1_034_512_384,
+    layers=22,
+    key_value_bytes_per_token=22_528,
+    key_value_heads=4,
+    looked_up=65_536_000,
+)
+Q4_K_M = {
+    "llama-3.1-8b": 4.58 * 2**30,
+    "llama-3.1-70b": 39.59 * 2**30,
+    "phi-4": 8.43 * 2**30,
+    "qwen3-8b": 4.67 * 2**30,
+}
+"""Bytes of the files, by the pages that have the rates; Qwen3's with as many bits a weight as Llama's."""
 
 GPT_FAST = "github.com/meta-pytorch/gpt-fast, README"
 LLAMA_CPP = "github.com/XiongjieDai/GPU-Benchmarks-on-LLM-Inference, README (llama.cpp)"
-TENSORRT = "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of v0.6.1, rates per GPU"
+# Rates per GPU, as the heading of its H100s has it.
+TENSORRT = "github.com/NVIDIA/TensorRT-LLM, docs/source/performance.md of v0.6.1"
 BATCHED = "github.com/ggml-org/llama.cpp/pull/15131"
 VECTORS = "github.com/ggml-org/llama.cpp/pull/15802"
 METAL = "github.com/ggml-org/llama.cpp/pull/10581"
 MATRICES = "github.com/ggml-org/llama.cpp/pull/7676"
 VLLM = "github.com/vllm-project/vllm/pull/2192"
 MARLIN = "github.com/vllm-project/vllm/pull/23197 (vLLM)"
+CONTINUUM = "github.com/CambrianTech/continuum/pull/1627 (llama.cpp)"
+TINY = "github.com/ggml-org/llama.cpp/pull/24216"
 ROCM = "github.com/Epliz/muiLLM/pull/5"
 GRAPHS = "cloudai.pt/tag/cuda-graphs"
 QUANTO = "github.com/huggingface/optimum-quanto/pull/62"
@@ -159,7 +177,10 @@ def published() -> Iterator[Published]:
         yield Published(BATCHED, tokens / rate, run("llama-3.1-8b", "rtx-4090", context=256), tokens=tokens)
     vectors = run("llama-3.1-8b", "rtx-3090", context=256, bits=4, software="llama.cpp")
     for tokens, rate in ((1, 156.56), (2, 279.89), (4, 470.48), (8, 583.77)):
-        yield Published(VECTORS, tokens / rate, vectors, tokens=tokens, calibration=tokens == 8)
+        yield Published(VECTORS, tokens / rate, vectors, tokens=tokens, calibration=tokens in (1, 8))
+    small = run(q4_k_m("qwen3-8b"), "rtx-5090", software="llama.cpp")
+    yield Published(CONTINUUM, 1 / 221.7, small, calibration=True)
+    yield Published(TINY, 1 / 652.55, run(TINY_LLAMA, "rtx-5090", context=256))
     matrices = run("llama-3.1-8b", "rtx-4090", context=256, bits=4, software="llama.cpp")
     for tokens, rate in ((16, 1937.21), (64, 5420.06), (512, 10358.75)):
         yield Published(MATRICES, tokens / rate, matrices, tokens=tokens)

@@ -48,6 +48,10 @@ VECTOR_SHARE = 0.2
 """Share of the peak that it then reaches, beside reading the weights: 0.20 on an RTX 3090 (Llama 8B in Q4_0, 1 to 8
 tokens in 6.4 to 13.7 ms, github.com/ggml-org/llama.cpp/pull/15802) and 0.22 on an M2 Ultra (Qwen2.5 7B in Q8_0, 14.2 to
 30.7 ms, pull/10581)."""
+VECTOR_LAYER = 35e-6
+"""Seconds a layer of quantised weights with llama.cpp's kernels on a GPU with its own memory, instead of its
+`layer_overhead`: Llama 8B in Q4_0 on an RTX 3090 (156.56 tokens/s, pull/15802) and Qwen3-8B in Q4_K_M on an RTX 5090
+(221.7, github.com/CambrianTech/continuum/pull/1627) leave 30 and 38 microseconds."""
 
 _GPU_LAYER = 55e-6
 _APPLE_LAYER = 0.17e-3

@@ -18,8 +18,8 @@ from .model_shapes import MODEL_SHAPES, STORED_BITS, ModelShape
 from .roofline import passes_seconds, require_devices, require_software
 
 MEMORY_SHARE = 0.9
-"""Share of a device's memory that weights, keys and values may take: vLLM's `gpu_memory_utilization` (vllm/config/
-cache.py, 0.9 up to version 0.11)."""
+"""Share of a device's memory that weights, keys and values may take: vLLM's `gpu_memory_utilization` (0.9 in
+vllm/config/cache.py of version 0.11)."""
 _GROUPS = {SERVER_GPU: 128}  # weights that share a scale: AWQ and GPTQ on servers, llama.cpp's formats elsewhere
 _LLAMA_CPP_GROUP = 32
 

@@ -32,6 +32,7 @@ from .accelerators import (
     LLAMA_CPP,
     RUNS_ON,
     SOFTWARE,
+    VECTOR_LAYER,
     VECTOR_SHARE,
     VECTOR_TOKENS,
     Hardware,
@@ -235,16 +236,20 @@ def passes_seconds(
     cached = batch_size * model.key_value_bytes(context) / min(devices, model.key_value_heads or devices)
     bandwidth = hardware.memory_bandwidth * bandwidth_share
     weights = model.parameters * model.bytes_per_parameter / devices
+    layer = hardware.layer_overhead
     quantised = model.bytes_per_parameter < _ACTIVATION
-    if quantised and software != LLAMA_CPP and hardware.kind in RUNS_ON[EAGER]:
-        weights = weights / DEQUANTISED[8 if model.bytes_per_parameter >= 1 else 4]
+    if quantised and hardware.kind in RUNS_ON[EAGER]:  # a GPU with its own memory
+        if software == LLAMA_CPP:
+            layer = min(layer, VECTOR_LAYER)
+        else:
+            weights = weights / DEQUANTISED[8 if model.bytes_per_parameter >= 1 else 4]
     reading = (weights + cached) / bandwidth
     operations = 2 * model.parameters + 4 * model.layers * model.hidden_size * model.attended(context)  # of a token
     token = operations / devices / hardware.peak_arithmetic  # at its peak
     seconds = np.maximum(reading, read * token / arithmetic_share)
     if quantised and software == LLAMA_CPP:
         seconds = np.maximum(seconds, reading + (np.minimum(read, VECTOR_TOKENS) - 1) * token / VECTOR_SHARE)
-    seconds = seconds + hardware.pass_overhead + model.layers * hardware.layer_overhead
+    seconds = seconds + hardware.pass_overhead + model.layers * layer
     if devices > 1 and hardware.link_bandwidth is not None:
         sent = 2 * (devices - 1) / devices * _ACTIVATION * (model.width or model.hidden_size) * read
         reduction = hardware.link_latency + sent / (hardware.link_bandwidth * LINK_SHARE)
