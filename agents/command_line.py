@@ -20,6 +20,8 @@ from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.stop_drafts_settings import StopSettings
 from .experiments.tune_knobs_settings import default_settings
 from .experiments.tune_unseen_settings import tuner_settings
+from .experiments.tune_worlds_settings import ENV as WORLDS
+from .experiments.tune_worlds_settings import WorldsSettings
 from .training.run_folder import RunFolder
 from .training.settings_io import SettingsError
 
@@ -101,7 +103,7 @@ def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
     """Default settings for everything that `train.py --env` offers, with or without --tuner, by environment id."""
     make = tuner_settings if tuner else default_settings
     tuned = {environment_id(name): partial(make, name) for name in decoder_names()}
-    return {**tuned} if tuner else {**tuned, DRAFT_LENGTH: StopSettings}
+    return {**tuned} if tuner else {**tuned, DRAFT_LENGTH: StopSettings, WORLDS: WorldsSettings}
 
 
 def _train(arguments: list[str]) -> None:

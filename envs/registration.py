@@ -45,6 +45,12 @@ def register_environments() -> None:
             entry_point="specgym.envs.control.env:DraftLengthEnv",
             vector_entry_point="specgym.envs.control.vector_env:DraftLengthVectorEnv",
         )
+    if "specgym/SpeculativeWorlds-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="specgym/SpeculativeWorlds-v0",
+            entry_point="specgym.envs.worlds.env:WorldsEnv",
+            vector_entry_point="specgym.envs.worlds.env:WorldsVectorEnv",
+        )
 
 
 def environment_id(decoder: str) -> str:

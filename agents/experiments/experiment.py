@@ -204,6 +204,7 @@ _EARLIER_PROMPT_TOKENS = 128
 EXPERIMENTS: Final[Mapping[str, tuple[str, str]]] = {
     "tune-knobs": ("tune_knobs_settings:default_settings", "tune_knobs:TuneKnobs"),
     "stop-drafts": ("stop_drafts_settings:StopSettings", "stop_drafts:StopDrafts"),
+    "tune-worlds": ("tune_worlds_settings:WorldsSettings", "tune_worlds:TuneWorlds"),
     "tune-unseen": ("tune_unseen_settings:tuner_settings", "tune_unseen:TuneUnseen"),
 }
 """By `RunSettings.EXPERIMENT`: what makes default settings, given the decoder's name if there is one, and the class of
