@@ -9,6 +9,7 @@ Pure functions of arrays. The resamples of a bootstrap and of a permutation test
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,8 +176,14 @@ def sign_flip_test(differences: ArrayLike, *, draws: int = FLIPS, seed: int = 0)
     if len(values) <= EXACT:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(values))))
         return float((np.abs(signs @ values) >= observed).mean())
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, len(values)))
-    return float((1 + (np.abs(signs @ values) >= observed).sum()) / (1 + draws))
+    sums = _signs(draws, len(values), seed).astype(np.float64) @ values
+    return float((1 + (np.abs(sums) >= observed).sum()) / (1 + draws))
+
+
+@functools.lru_cache(maxsize=1)
+def _signs(draws: int, count: int, seed: int) -> NDArray[np.int8]:
+    """Signs drawn for so many differences, kept for the next test of as many; shape (draws, count)."""
+    return np.random.default_rng(seed).choice((-1.0, 1.0), size=(draws, count)).astype(np.int8)
 
 
 def resampled_means(values: ArrayLike, clusters: Sequence[str], *, draws: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -201,7 +208,29 @@ def resampled_means(values: ArrayLike, clusters: Sequence[str], *, draws: int = 
         raise ValueError(
             f"a bootstrap needs values and a cluster for each, got {len(members_values)} and {len(clusters)}"
         )
-    groups = [[place for place, name in enumerate(clusters) if name == cluster] for cluster in dict.fromkeys(clusters)]
+    places, there = resampled_members(clusters, draws=draws, seed=seed)
+    means: Floats = (members_values[places] * there).sum(1) / there.sum(1)
+    return means
+
+
+def resampled_members(
+    clusters: Sequence[str], *, draws: int = RESAMPLES, seed: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Members that a two-stage bootstrap draws: for many values of the same members, where `resampled_means` takes one.
+
+    Args:
+        clusters: which cluster each member belongs to.
+        draws: resamples.
+        seed: fixes them.
+
+    Returns:
+        Places of the members drawn, and which of them count, as clusters have unlike sizes; both of shape
+        (draws, most).
+    """
+    by_cluster: dict[str, list[int]] = {}
+    for place, name in enumerate(clusters):
+        by_cluster.setdefault(name, []).append(place)
+    groups = list(by_cluster.values())
     sizes = np.array([len(group) for group in groups])
     members = np.zeros((len(groups), sizes.max()), np.int64)
     for row, group in enumerate(groups):
@@ -210,9 +239,8 @@ def resampled_means(values: ArrayLike, clusters: Sequence[str], *, draws: int = 
     drawn = rng.integers(len(groups), size=(draws, len(groups)))
     within = (rng.random((*drawn.shape, members.shape[1])) * sizes[drawn][..., None]).astype(np.int64)
     there = np.arange(members.shape[1]) < sizes[drawn][..., None]  # as many members as the cluster has
-    sampled = members_values[np.take_along_axis(members[drawn], within, axis=2)]
-    means: Floats = (sampled * there).sum((1, 2)) / there.sum((1, 2))
-    return means
+    places = np.take_along_axis(members[drawn], within, axis=2)
+    return places.reshape(draws, -1), there.reshape(draws, -1)
 
 
 def interval(samples: Floats) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""Judging tuners in simulated worlds that are kept apart, beside what needs no learning."""
