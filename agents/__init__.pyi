@@ -2,7 +2,15 @@ from .command_line import evaluate_command, train_command
 from .evaluation.contenders import TrainingReplay, contenders, fixed_length
 from .evaluation.live import Contender, judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
-from .evaluation.statistics import holm, interval, losses, resampled_means, sign_flip_test, universal_setting
+from .evaluation.statistics import (
+    holm,
+    interval,
+    losses,
+    rank_correlation,
+    resampled_means,
+    sign_flip_test,
+    universal_setting,
+)
 from .evaluation.unseen.comparison import recommendations
 from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
@@ -72,6 +80,7 @@ __all__ = [
     "load_settings",
     "losses",
     "quieten",
+    "rank_correlation",
     "read_json",
     "recommendations",
     "recording_path",
