@@ -43,6 +43,9 @@ class TrainCommand(Generic[_S, _E]):
     resume: Path | None = None
     """Folder of a run to continue from its newest intact checkpoint. Its settings are kept; only --total-timesteps may
     be raised, and --seeds added where there are several."""
+    ray: tuple[str, ...] | None = None
+    """Step live environments on a Ray cluster: without an address on this machine's cluster or a new one, else at that
+    address (auto, host:port, ray://host:10001)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,12 @@ def _train(arguments: list[str]) -> None:
     command = _parsed(arguments, TrainCommand(default, chosen, tuner, None))
     from .training.run import train
 
-    train(command.settings, command.resume)
+    if command.ray is not None:
+        from .training.environments import require_apart
+
+        require_apart(command.settings)
+    with on_ray(command.ray):
+        train(command.settings, command.resume)
 
 
 def _parsed(arguments: list[str], default: TrainCommand[Any, Any]) -> TrainCommand[RunSettings, str]:

@@ -9,7 +9,7 @@ from .control.env import LONGEST, DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import profile_of
 from .prompt_order import PromptOrder, prompts_at
-from .ray_cluster import WorkerError, cluster, gpus_for, named_node, on_ray, ray_errors
+from .ray_cluster import MOST_LOST, WorkerError, cluster, named_node, on_ray, ray_errors, share_of
 from .recordings.archive import TraceError
 from .recordings.find import (
     find_recording,
@@ -67,6 +67,7 @@ __all__ = [
     "LENGTHS",
     "LEVELS",
     "LONGEST",
+    "MOST_LOST",
     "MOST_MEASUREMENTS",
     "PROFILED",
     "PROMPTS",
@@ -120,7 +121,6 @@ __all__ = [
     "find_recording",
     "find_trace",
     "from_doublings",
-    "gpus_for",
     "held_out_sampler",
     "held_out_workloads",
     "is_traced",
@@ -147,6 +147,7 @@ __all__ = [
     "reward_terms",
     "run_tasks",
     "setting_of",
+    "share_of",
     "shared_out",
     "summarise",
     "threshold_of",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from specgym.decoding import SpecgymError, Terminated
 MOST_LOST: Final = 3
 """Workers that may be lost with one task, or here one after another; Ray's own default for tasks (Ray 2.60)."""
 _CONNECT_SECONDS: Final = 5.0
+_UNITS: Final = 10_000
+"""Parts of a resource that Ray tells apart (`MIN_RESOURCE_GRANULARITY` in `_private/ray_constants.py`, Ray 2.60)."""
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -30,7 +33,7 @@ _cluster: ModuleType | None = None
 _terminated = False
 
 
-def cluster() -> Any | None:
+def cluster() -> Any:
     """Return the `ray` module within `on_ray`, else None."""
     return _cluster
 
@@ -139,23 +142,28 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def gpus_for(processes: int) -> float:
-    """Return the GPUs that each of some processes asks Ray for: one, or a part if there are fewer; 0 without any.
+def share_of(resource: str, processes: int) -> float:
+    """Return how much each of some processes asks Ray for: one, or a part if there are fewer; 0 without any.
 
     Args:
+        resource: "CPU" or "GPU".
         processes: how many there will be at a time.
     """
-    cards = int(cluster().cluster_resources().get("GPU", 0))  # type: ignore[union-attr]
-    return 1 / -(-processes // cards) if cards else 0
+    there = int(cluster().cluster_resources().get(resource, 0))
+    if not there:
+        return 0.0
+    # As many on each, so that no node is too small; rounded down as Ray counts, or the last would wait for ever.
+    return math.floor(_UNITS / -(-processes // there)) / _UNITS
 
 
 @contextlib.contextmanager
-def ray_errors(ray: Any, name: str) -> Iterator[None]:
+def ray_errors(ray: Any, name: str, way_on: str) -> Iterator[None]:
     """Raise what a task raised as it was raised there, the loss of its worker as a WorkerError, and SIGTERM as such.
 
     Args:
         ray: the module.
         name: of the task, for the message.
+        way_on: what to do when its worker was lost too often, the end of a sentence.
     """
     try:
         yield
@@ -173,7 +181,7 @@ def ray_errors(ray: Any, name: str) -> Iterator[None]:
         ray.exceptions.OutOfMemoryError,
         ray.exceptions.RayActorError,
     ) as error:
-        raise lost_workers([name], "see the logs of the node") from error
+        raise lost_workers([name], f"see the logs of its node; {way_on}") from error
 
 
 @contextlib.contextmanager
@@ -187,10 +195,10 @@ def named_node() -> Iterator[None]:
         raise
 
 
-def lost_workers(names: Sequence[str], hint: str) -> WorkerError:
+def lost_workers(names: Sequence[str], way_on: str) -> WorkerError:
     """Return the error of tasks whose workers were lost too often, with their names and a way out."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return WorkerError(
         f"{', '.join(names[:3])}{more}: the worker was lost {MOST_LOST + 1} times, killed perhaps for lack of memory; "
-        f"{hint}. What is finished is kept, and the same command goes on from there"
+        f"{way_on}"
     )

@@ -23,13 +23,14 @@ from typing import Any, Final, Generic, TypeVar
 
 from specgym.decoding import replacing
 
-from .ray_cluster import MOST_LOST, cluster, gpus_for, lost_workers, named_node, ray_errors
+from .ray_cluster import MOST_LOST, cluster, lost_workers, named_node, ray_errors, share_of
 
 T = TypeVar("T")
 Contents = Mapping[str, bytes | None]
 """Files by their name in a folder; None for one that was removed."""
 
 _SECONDS: Final = 1.0  # between two looks at what there is to bring home
+_WAY_ON: Final = "what is finished is kept, and the same command goes on from there"
 _CANCEL_SECONDS: Final = 10.0
 _Done = Callable[[int, T], object]
 
@@ -140,18 +141,18 @@ def _run_on_ray(tasks: Sequence[Task[T]], keep: _Done[T], watch: Callable[[], ob
         for number, task in enumerate(tasks):
             kind = ray.remote(
                 num_cpus=task.cpus,
-                num_gpus=gpus_for(1) if task.models else 0,
+                num_gpus=share_of("GPU", 1) if task.models else 0,
                 max_retries=MOST_LOST,
                 max_calls=1 if task.models else 0,
             )
             running[kind(_run_remotely).remote(task, number, shelf, sys.argv)] = number
         while running:
-            with ray_errors(ray, "Ray"):
+            with ray_errors(ray, "the cluster", _WAY_ON):
                 finished, _ = ray.wait(list(running), timeout=_SECONDS)
                 _bring_home(ray, shelf, tasks)
             for reference in finished:
                 number = running.pop(reference)
-                with ray_errors(ray, tasks[number].name):
+                with ray_errors(ray, tasks[number].name, _WAY_ON):
                     keep(number, ray.get(reference))
             watch()
     finally:

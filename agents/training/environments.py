@@ -13,25 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from specgym.decoding import Split, models_placed, place_models, prompts_limited, warn_once
+from specgym.decoding import LatencyProfile, Split, models_placed, place_models, prompts_limited, warn_once
 from specgym.envs import (
+    MOST_LOST,
     Outcomes,
     TraceError,
     VectorWorkloadMark,
     WorkloadMark,
+    cluster,
     environment_id,
     find_recording,
+    named_node,
     outcome_command,
     outcomes_name,
+    ray_errors,
     record_command,
     require_tokens,
+    share_of,
     shared_out,
     trace_name,
 )
 
+from ..experiments.experiment import RunSettings
 from ..experiments.tune_knobs_settings import KnobSettings
 from .run_folder import quieten
 from .sb3_vec_env import FiniteGuard, VectorEnvAdaptor
@@ -42,14 +51,19 @@ PRELOADED = "SPECGYM_PRELOADED_WORKLOADS"
 
 
 def make_env(
-    settings: KnobSettings, place: int, profile: Path, *, held_out: bool = False, threads: int | None = None
+    settings: KnobSettings,
+    place: int,
+    profile: Path | LatencyProfile,
+    *,
+    held_out: bool = False,
+    threads: int | None = None,
 ) -> gymnasium.Env[Any, Any]:
     """The environment of one workload.
 
     Args:
         settings: of the run.
         place: the workload's place in `settings.workloads`.
-        profile: the latency profile's file.
+        profile: the latency profile, or its file.
         held_out: test prompts from the decoder's defaults in short episodes, instead of training.
         threads: torch's, for this process; unchanged if None.
     """
@@ -64,7 +78,7 @@ def make_env(
             f"specgym:{environment_id(settings.decoder)}",
             workload=settings.workloads[place],
             timing=settings.environment.timing,
-            profile=str(profile),
+            profile=str(profile) if isinstance(profile, Path) else profile,
             recording=recording_path(settings, settings.workloads[place], split),
             split=split,
             start="default" if held_out else "random",
@@ -104,23 +118,47 @@ def training_environments(settings: KnobSettings, profiles: Sequence[Path]) -> V
 
     Those that replay step together, as one vector environment. Live ones have, with `settings.subprocesses`, each its
     own process and one thread. (Timed by the clock they share this process, since neighbours would disturb it.) The
-    processes are forked from one that has imported everything and loaded the models, and so share the memory of both.
+    processes are forked from one that has imported everything and loaded the models, and so share the memory of both;
+    within `on_ray` they are workers of the cluster.
     """
     if settings.replayed:
         return _wrapped(VectorEnvAdaptor(_replays(settings, profiles)), settings, training=True)
-    practising = settings.practising
-    apart = settings.subprocesses and settings.environment.timing == "profile" and practising > 1
+    apart, places = _apart(settings), shared_out(settings.practising, settings.weights or None, len(settings.workloads))
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
-        partial(make_env, settings, place, profiles[place], threads=1 if apart else None)
-        for place in shared_out(practising, settings.weights or None, len(settings.workloads)).tolist()
+        partial(make_env, settings, place, profiles[place], threads=1 if apart else None) for place in places.tolist()
     ]
     venv: VecEnv
-    if apart:
+    if apart and cluster() is not None:
+        loaded = [LatencyProfile.load(path) for path in profiles]  # whose files are on this machine alone
+        remote = [partial(make_env, settings, place, loaded[place], threads=1) for place in places.tolist()]
+        venv = RayVecEnv(remote, models=settings.device != "cpu")
+    elif apart:
         with _preloaded(settings.workloads), models_placed(settings.dtype, settings.device):
             venv = SubprocVecEnv(makers)
     else:
         venv = DummyVecEnv(makers)
     return _wrapped(venv, settings, training=True)
+
+
+def require_apart(settings: RunSettings) -> None:
+    """Raise SettingsError unless the environments are live, and each has a process of its own, which Ray can place."""
+    if not isinstance(settings, KnobSettings) or settings.replayed:
+        raise SettingsError(
+            "--ray is for --environment.backend live: replayed environments step together, in one process, faster than "
+            "they could be sent anywhere"
+        )
+    if not _apart(settings):
+        raise SettingsError(
+            "--ray steps live environments in processes of their own: leave out --no-subprocesses and "
+            "--environment.timing wall, and let at least two --environments practise"
+        )
+    if settings.device not in (None, "cpu", "cuda"):
+        raise SettingsError(f"--ray gives every environment its GPU: leave out --device {settings.device}")
+
+
+def _apart(settings: KnobSettings) -> bool:
+    """True if every environment has a process of its own."""
+    return settings.subprocesses and settings.environment.timing == "profile" and settings.practising > 1
 
 
 def held_out_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
@@ -208,3 +246,137 @@ def _preloaded(workloads: Sequence[str]) -> Iterator[None]:
 def _wrapped(venv: VecEnv, settings: KnobSettings, training: bool) -> VecNormalize:
     guarded = VecMonitor(FiniteGuard(venv))
     return VecNormalize(guarded, training=training, norm_obs=False, norm_reward=training, gamma=settings.learning.gamma)
+
+
+class RayVecEnv(VecEnv):
+    """Environments on the nodes of a Ray cluster, each in a process of its own.
+
+    One whose process ends is started again, up to three times, and brought to where it was: it repeats all calls
+    without decoding (`TuningEnv.rehearsing`), so that what is learned is what would have been.
+
+    Args:
+        makers: make an environment each, there.
+        models: whether they run models, and so share the GPUs of the cluster evenly, if it has any.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gymnasium.Env[Any, Any]]], models: bool) -> None:
+        self._ray: Any = cluster()
+        kind: Any = self._ray.remote(
+            num_cpus=share_of("CPU", len(makers)),
+            num_gpus=share_of("GPU", len(makers)) if models else 0,
+            max_restarts=MOST_LOST,
+            max_task_retries=-1,
+            scheduling_strategy="SPREAD",
+        )(_RemoteEnv)
+        self._makers = makers
+        self._actors = [kind.remote() for _ in makers]
+        self._calls: list[list[tuple[str, tuple[Any, ...], dict[str, Any]]]] = [[] for _ in makers]
+        self._asked: list[Any] = []
+        begun = [actor.begin.remote(make, []) for actor, make in zip(self._actors, makers, strict=True)]
+        spaces = [self._get(reference, place) for place, reference in enumerate(begun)]
+        super().__init__(len(makers), *spaces[0])
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Let all environments step."""
+        self._asked = [self._ask(place, "step", action[None]) for place, action in enumerate(actions)]
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Return observations, rewards, ends of episodes and infos of the step."""
+        answers = [self._answer(place, reference) for place, reference in enumerate(self._asked)]
+        steps, self.reset_infos = [step for step, _ in answers], [infos[0] for _, infos in answers]
+        observations, rewards, dones, infos = zip(*steps, strict=True)
+        return np.concatenate(observations), np.concatenate(rewards), np.concatenate(dones), [info[0] for info in infos]
+
+    def reset(self) -> VecEnvObs:
+        """Reset all environments, with the seeds and options given before; they count once."""
+        asked = []
+        for place, (seed, options) in enumerate(zip(self._seeds, self._options, strict=True)):
+            if seed is not None:
+                self._ask(place, "seed", seed)
+            if options:
+                self._ask(place, "set_options", options)
+            asked.append(self._ask(place, "reset"))
+        self._reset_seeds()
+        self._reset_options()
+        answers = [self._answer(place, reference) for place, reference in enumerate(asked)]
+        self.reset_infos = [infos[0] for _, infos in answers]
+        return np.concatenate([observation for observation, _ in answers])
+
+    def close(self) -> None:
+        """End the processes."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """Return an attribute of some environments."""
+        return self._of_each(indices, "get_attr", attr_name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of some environments."""
+        for place in self._get_indices(indices):
+            self._answer(place, self._ask(place, "set_attr", attr_name, value))
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Call a method of some environments."""
+        return self._of_each(indices, "env_method", method_name, *method_args, **method_kwargs)
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gymnasium.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        """Return whether some environments are in such a wrapper."""
+        return self._of_each(indices, "env_is_wrapped", wrapper_class)
+
+    def _of_each(self, indices: VecEnvIndices, name: str, *arguments: Any, **options: Any) -> list[Any]:
+        asked = [(place, self._ask(place, name, *arguments, **options)) for place in self._get_indices(indices)]
+        return [self._answer(place, reference)[0][0] for place, reference in asked]
+
+    def _ask(self, place: int, name: str, *arguments: Any, **options: Any) -> Any:
+        calls = self._calls[place]
+        calls.append((name, arguments, options))
+        return self._actors[place].call.remote(len(calls) - 1, *calls[-1])
+
+    def _answer(self, place: int, reference: Any) -> Any:
+        there, answer = self._get(reference, place)
+        while not there:  # another process has taken its place
+            calls, actor = self._calls[place], self._actors[place]
+            self._get(actor.begin.remote(self._makers[place], calls[:-1]), place)
+            there, answer = self._get(actor.call.remote(len(calls) - 1, *calls[-1]), place)
+        return answer
+
+    def _get(self, reference: Any, place: int) -> Any:
+        with ray_errors(self._ray, f"environment {place}", "fewer --environments need less memory"):
+            return self._ray.get(reference)
+
+
+class _RemoteEnv:
+    """Environment in a process of a Ray cluster, which counts its calls: one that was started again has had none."""
+
+    def __init__(self) -> None:
+        self._venv: DummyVecEnv | None = None
+        self._calls = -1
+        self._last: Any = None
+
+    def begin(
+        self,
+        make: Callable[[], gymnasium.Env[Any, Any]],
+        calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]],
+    ) -> tuple[Any, Any]:
+        """Make the environment, and repeat the calls that it has had; returns its spaces."""
+        with named_node():
+            self._venv = DummyVecEnv([make])
+        with self._venv.envs[0].unwrapped.rehearsing():  # type: ignore[attr-defined]
+            for name, arguments, options in calls:
+                getattr(self._venv, name)(*arguments, **options)
+        self._calls = len(calls)
+        return self._venv.observation_space, self._venv.action_space
+
+    def call(self, earlier: int, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[bool, Any]:
+        """Call a method after a number of earlier calls; False where this process has not had those."""
+        if self._calls == earlier:
+            result = getattr(self._venv, name)(*arguments, **options)
+            assert self._venv is not None
+            self._last, self._calls = (result, self._venv.reset_infos), earlier + 1
+        # Ray asks again if the answer was lost on its way.
+        return self._calls == earlier + 1, self._last

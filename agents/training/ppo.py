@@ -30,6 +30,7 @@ from specgym.callbacks import (
     intact_checkpoints,
 )
 from specgym.decoding import SpecgymError, Terminated, TrainingError, interruption_code, named_errors
+from specgym.envs import WorkerError
 
 from .run_folder import LearnedFolder, RunFileError, console
 from .sb3_vec_env import FiniteRolloutBuffer
@@ -104,6 +105,10 @@ def learn(
             model.logger.dump(model.num_timesteps)  # what the last update recorded
         except KeyboardInterrupt as interruption:
             raise _interrupted(interruption, saver, settings.folder) from None
+        except WorkerError as error:
+            if saver.begun:
+                saver.save()
+            raise TrainingInterruptedError(f"{error}. {way_on(settings.folder)}") from error
         except (EOFError, ConnectionError) as error:
             try:
                 time.sleep(_SIGNAL_SECONDS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,6 +312,18 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         if self.render_mode == "human":
             self._print()
         return self._observation(), reward, False, False, dict(info)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Let live steps inside decode nothing, and otherwise do all that later steps depend on.
+
+        With the seed and the actions of another environment this one comes to where that is, at once. What these steps
+        return means nothing.
+        """
+        from ..backends.live import LiveBackend
+
+        with self._backend.rehearsing() if isinstance(self._backend, LiveBackend) else nullcontext():
+            yield
 
     def render(self) -> str | None:
         """Return the last step as text with ANSI colours; None in human mode, which has printed it already."""

@@ -15,6 +15,7 @@ from specgym.envs.profiles import main as profile
 from specgym.envs.record import main as record
 
 STOP = ["--env", "specgym/DraftLength-v0", "--workloads", "tiny/prose"]
+LIVE = ["--environment.backend", "live", "--workloads", "tiny-3m-ngram/prose", "tiny-3m-ngram/code"]
 LONG = "é" * 200
 MEDUSA = ["medusa", "--target", "tiny-3m", "--out", "o"]
 
@@ -55,6 +56,10 @@ def as_program(main: Callable[[Sequence[str]], object]) -> Callable[[Sequence[st
         ),
         ([*STOP, "--comparison.resamples", str(2**40)], "resamples must be a whole number from 10 to 1000000"),
         ([*STOP, "--recordings", "nowhere"], "nowhere"),
+        (["--ray"], "--ray is for --environment.backend live"),
+        (["--tuner", "--ray"], "--ray is for --environment.backend live"),
+        ([*LIVE, "--no-subprocesses", "--ray"], "leave out --no-subprocesses"),
+        ([*LIVE, "--ray", "nonsense"], "--ray takes auto, local, host:port or ray://host:port, got 'nonsense'"),
         (["--tuner", "--seed", str(2**32)], "seed must be a whole number from 0 to 4294967295"),
         (["--tuner", "--measurements", "99999"], "measurements must be a whole number from 1 to 10000"),
     ],
@@ -80,6 +85,7 @@ def test_training(
         (True, ["--transfer", "--jobs", "99999"], "--jobs must be a whole number from 1 to 256"),
         (True, ["--transfer", "--seeds", "-1"], "each of --seeds must be a whole number from 0"),
         (True, ["--pair", "tiny", "--device", "gpu"], "device must be cpu"),
+        (True, ["--pair", "tiny", "--ray"], "--ray is for --transfer"),
     ],
 )
 def test_evaluation(tuner: bool, words: list[str], message: str, tmp_path: Path, shown: Callable[[], str]) -> None:

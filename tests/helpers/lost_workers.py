@@ -55,23 +55,29 @@ def load_pair_of(name: str, folder: Path) -> None:
     workload(name).load()
 
 
-@contextmanager
-def killed_worker(due: Callable[[], bool], name: str = "ray::_run_remo") -> Iterator[list[int]]:
-    """Kill one of Ray's workers once it is due; the list has its process number then.
+def kill_worker(name: str) -> int | None:
+    """Kill one of Ray's workers whose name begins like this, of which Linux keeps 15 letters; return its number."""
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith(name):
+            process.kill()
+            process.wait()
+            return process.pid
+    return None
 
-    Args:
-        due: asked a few times a second.
-        name: beginning of the worker's name, of which Linux keeps 15 letters.
+
+@contextmanager
+def killed_worker(due: Callable[[], bool]) -> Iterator[list[int]]:
+    """Kill one of Ray's workers that run tasks once it is due, which is asked a few times a second.
+
+    The list has the number of its process then.
     """
     killed: list[int] = []
     over = threading.Event()
 
     def watch() -> None:
         while not killed and not over.wait(0.2):
-            processes = psutil.Process().children(recursive=True) if due() else []
-            for process in [process for process in processes if process.name().startswith(name)][:1]:
-                process.kill()
-                killed.append(process.pid)
+            if due() and (process := kill_worker("ray::_run_remo")) is not None:
+                killed.append(process)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -230,7 +230,6 @@ def test_bad_options_are_one_message_and_leave_no_folder(
         (["--pair", "tiny", "--measurements", "-1"], "measurements must be a whole number from 0 to 10000, got -1"),
         (["--transfer", "--jobs", "0"], "--jobs must be a whole number from 1 to 256, got 0"),
         (["--transfer", "--seeds", str(2**32)], "each of --seeds must be a whole number from 0 to 4294967295"),
-        (["--ray"], "--ray is for --transfer"),
         (["--transfer", "--seeds"], "--seeds must have at least 1 value"),
         (["--report", "--pair", "tiny"], "give one at a time"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from specgym.agents.training.run_folder import on_machine
 from specgym.agents.training.settings_io import SettingsError
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.prompt_tokens import default_prompt_tokens
-from specgym.envs import TraceError
+from specgym.envs import TraceError, on_ray
 from specgym.envs.workloads import Workload
+from tests.helpers.lost_workers import kill_worker
 
 
 @pytest.fixture
@@ -90,3 +92,28 @@ def test_a_bound_on_the_divergence_adds_its_price_to_the_reward_s_own_terms(prof
     in_range = (np.exp(-((0.55 / 0.2) ** 2)) + np.exp(-((0.05 / 0.2) ** 2))) / 2
     unpriced = info["speedup"] + 0.1 * info["draft_acceptance_rate"] + 0.05 * in_range
     assert reward == pytest.approx(unpriced - 30 * (info["divergence"] - 0.001))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("small_cluster")
+def test_environments_on_ray_are_those_of_this_process_though_one_is_killed(profile: Path) -> None:
+    workloads = ("tiny-3m-ngram/prose", "tiny-3m-ngram/code@1.0", "tiny-3m-ngram/prose@1.0")
+    environment = {"backend": "live", "max_new_tokens": 6}
+    seen: list[list[Any]] = []
+    for apart in (False, True):
+        settings = default_settings("threshold", workloads=workloads, environment=environment, subprocesses=apart)
+        with on_ray(() if apart else None):
+            venv = training_environments(settings, [profile] * 3)
+            venv.seed(7)
+            venv.set_options({"knobs": {"fallback": 0.3}})
+            seen.append([np.asarray(venv.reset()).tolist()])
+            venv.env_method("set_divergence_multiplier", 12.0, indices=[1])
+            for step in range(24):  # beyond the end of an episode
+                observations, rewards, dones, infos = venv.step(np.full((3, 2), 0.05 * (step % 3 - 1), np.float32))
+                entries = [{name: value for name, value in info.items() if name != "episode"} for info in infos]
+                seen[-1].append([np.asarray(observations).tolist(), rewards.tolist(), dones.tolist(), repr(entries)])
+                if apart and step in (9, 21):
+                    assert kill_worker("ray::_RemoteEnv")
+            assert [venv.get_attr("divergence_multiplier", row)[0] for row in range(3)] == [30.0, 12.0, 30.0]
+            venv.close()
+    assert seen[0] == seen[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.find_model import shipped_models
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.sampling import Sampling
 from specgym.envs import RewardSettings, TokenPrompts, TuningEnv, Workload, measure_setting
 from specgym.envs.backends.live import summarise
 from tests.helpers.rollouts import STILL, rollout
@@ -70,6 +72,26 @@ def test_every_prompt_comes_before_any_comes_again(
 def test_sessions_get_different_seeds(make_env: MakeEnv, decoded: list[dict[str, Any]]) -> None:
     rollout(make_env(), seed=0)
     assert len({call["seed"] for call in decoded}) == len(decoded)
+
+
+def test_what_is_rehearsed_is_not_decoded_and_leads_to_the_same_steps(
+    make_env: MakeEnv, toy_workload: Workload, decoded: list[dict[str, Any]]
+) -> None:
+    actions = [np.array([0.3 * (-1) ** step, 0.2], np.float32) for step in range(7)]
+    ends: list[Any] = []
+    for rehearsed in (False, True):
+        env = make_env(workload=replace(toy_workload, sampling=Sampling(1.0)), prompts_per_step=2)
+        live: Any = env.unwrapped
+        with live.rehearsing() if rehearsed else nullcontext():
+            env.reset(seed=5)
+            for action in actions:
+                env.step(action)
+            env.reset()
+        assert len(decoded) == (0 if rehearsed else 2 * len(actions))
+        steps = [env.step(action) for action in actions]
+        ends.append([(observation.tolist(), *rest) for observation, *rest in steps])
+        decoded.clear()
+    assert ends[0] == ends[1]
 
 
 def test_info_has_the_same_plain_entries_at_the_start_and_at_every_step(make_env: MakeEnv) -> None:
