@@ -1,6 +1,6 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
-from .decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDecoder
+from .decoders.chain import SpeculativeDecoder, SpeculativeSession
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
@@ -22,6 +22,8 @@ from .decoders.stop_rules import (
     Rows,
     StopRule,
 )
+from .decoders.threshold import ThresholdDecoder
+from .decoders.traits import ENGINE_SETTINGS, EngineSettings
 from .drafts.drafter import (
     Drafter,
     DraftSession,
@@ -119,12 +121,13 @@ from .sealed_files import (
     write_arrays,
     write_sealed,
 )
-from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, TraceRule
+from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, Sureness, TraceRule
 
 __all__ = [
     "BINS",
     "CHAIN",
     "DELTA",
+    "ENGINE_SETTINGS",
     "EPSILON",
     "EXACT",
     "FEATURES",
@@ -156,6 +159,7 @@ __all__ = [
     "DraftTreeDecoder",
     "DraftTreeRound",
     "Drafter",
+    "EngineSettings",
     "EntropyAbove",
     "ExpectedGain",
     "FixedLength",
@@ -204,6 +208,7 @@ __all__ = [
     "SpeculativeSession",
     "Split",
     "StopRule",
+    "Sureness",
     "Terminated",
     "TextRules",
     "ThresholdDecoder",

@@ -21,7 +21,7 @@ ENTRY_POINTS = "specgym.decoders"
 
 _FOLDER = f"{__package__}.decoders"
 _BUILT_IN = {
-    f"{_FOLDER}.chain:ThresholdDecoder": f"{_FOLDER}.traits:ThresholdTraits",
+    f"{_FOLDER}.threshold:ThresholdDecoder": f"{_FOLDER}.traits:ThresholdTraits",
     f"{_FOLDER}.chain:SpeculativeDecoder": f"{_FOLDER}.traits:SpeculativeTraits",
     f"{_FOLDER}.lookahead.decoder:LookaheadDecoder": f"{_FOLDER}.lookahead.traits:LookaheadTraits",
     f"{_FOLDER}.medusa.decoder:MedusaDecoder": f"{_FOLDER}.medusa.traits:MedusaTraits",

@@ -58,6 +58,10 @@ class Knob:
         return float(number(what, value, at_least=self.low, at_most=self.high, error=KnobError))
 
 
+Sureness = Literal["", "drawn", "top_ten"]
+"""Measure of how sure a draft is of a token: none, the probability of the token, or `Trace.top_ten`."""
+
+
 class TraceRule(NamedTuple):
     """Verification rule of one knob setting, as the replay of a trace applies it; numbers, or arrays of one shape."""
 
@@ -69,6 +73,12 @@ class TraceRule(NamedTuple):
     """Tokens drafted a round, at most."""
     by_gain: bool = False
     """Drafts end earlier where `ExpectedGain` says so."""
+    stop: Sureness = ""
+    """Drafts end after the first token that was drawn unsurely, or before the first at which `top_ten` is low."""
+    stop_below: Any = 0.0
+    """Sureness of that token is less, 0 to 1; no token ends a draft at 0."""
+    fewest: Any = 0
+    """Tokens of a draft, at least; a shorter one is dropped, and nothing is verified."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def replays(
 def fixed_length(
     workload: Workload, recording: Path | None, profile: LatencyProfile, longest: int, max_new_tokens: int
 ) -> int:
-    """The length of drafts with which exact decoding is fastest on training prompts.
+    """The length of drafts with which exact decoding is fastest on training prompts; 0 where plain decoding is.
 
     Args:
         workload: whose prompts.
@@ -153,7 +153,7 @@ def fixed_length(
         longest: length, at most.
         max_new_tokens: decoded of each prompt, at most.
     """
-    options = {"max_draft_length": longest}
+    options = {"max_draft_length": longest, "stop": "never"}
     try:
         replay = TrainingReplay(SpeculativeDecoder.name, workload, recording, profile, options, max_new_tokens)
     except (TraceError, KnobError):
@@ -163,7 +163,7 @@ def fixed_length(
 
 
 def _measured_length(workload: Workload, profile: LatencyProfile, longest: int, max_new_tokens: int) -> int:
-    decoder = SpeculativeDecoder(workload.load(), longest)
+    decoder = SpeculativeDecoder(workload.load(), longest, "never")
     prompts, tokens = workload.prompt_ids("train")[:LIVE_PROMPTS], min(max_new_tokens, LIVE_TOKENS)
     (knob,) = decoder.knobs
     speedups = {
@@ -235,7 +235,7 @@ def contenders(
     """
     company = []
     if exact_length is not None:
-        exact = SpeculativeDecoder(decoder.pair, exact_length)
+        exact = SpeculativeDecoder(decoder.pair, max(exact_length, 1), "never")
         length = {exact.knobs[0].name: exact_length}
         company.append(Contender(FIXED, exact, length, f"length {exact_length}"))
     if exact_knobs is not None:

@@ -256,6 +256,29 @@ def current_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the content is of an unknown format.
     """
+    current = _of_this_form(content)
+    settings = current.get("settings")
+    return {**current, "settings": _with_stop(settings)} if isinstance(settings, dict) else current
+
+
+def _with_stop(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings from when exact decoding had a single knob: drafts that never end before their length."""
+    if settings.get("decoder") != "speculative":
+        return settings
+    environment = settings.get("environment")
+    if isinstance(environment, dict):
+        return {**settings, "environment": _never_stopping(environment)}
+    return _never_stopping(settings)
+
+
+def _never_stopping(holder: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = holder.get("decoder_options")
+    if not isinstance(options, dict):
+        return holder
+    return {**holder, "decoder_options": {"stop": "never", **options}}
+
+
+def _of_this_form(content: Mapping[str, Any]) -> dict[str, Any]:
     known = content.get("format")
     if known in (SETTINGS_FORMAT, _UNSEALED):
         return {**content, "format": SETTINGS_FORMAT}

@@ -1,24 +1,7 @@
-"""Decoders of chains of drafted tokens: exact speculative sampling, and threshold decoding.
-
-Exact speculative sampling: the draft's tokens, the target's distribution.
+"""Exact speculative sampling with a chain of drafted tokens, and the base of decoders that draft chains.
 
 Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192); Chen et al.,
 "Accelerating Large Language Model Decoding with Speculative Sampling" (arXiv 2302.01318).
-
-Threshold decoding: a draft token is kept where the two models are close enough, whatever the dice would say.
-
-At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
-keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
-`rollback` draft tokens back, itself included, and the target emits the token that follows those kept. A draft ends as
-soon as one more token is expected to bring less than it costs (`expected_gain`).
-
-Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
-certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
-judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
-`Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
-target's own text whatever the rollback. A token that greedy decoding would have chosen anyway does not diverge at all,
-whatever the distance between the models; any other counts with that distance, though its one-hot distribution differs
-wholly.
 """
 
 from __future__ import annotations
@@ -27,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,14 +21,9 @@ from ..decoder import Decoder, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
 from ..loading.pair import Pair, require_draft
 from ..rounds import Round
-from ..sampling import Sampling, accepts, draw, residual, residual_of_token, total_variation
-from ..traits import CHAIN
-from .expected_gain import LEVELS, ExpectedGain, levels_of
-from .stop_rules import DraftTracker, StopRule
-from .traits import SpeculativeTraits, Stop, ThresholdTraits
-
-if TYPE_CHECKING:
-    from ..latency.profile import LatencyProfile
+from ..sampling import accepts, draw, residual, residual_of_token
+from .stop_rules import DraftTracker, StopRule, TokenRule
+from .traits import EngineStop, SpeculativeTraits
 
 USUAL_COST_RATIO = 0.1
 
@@ -129,8 +107,10 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 "verify before step"
             )
         started = time.perf_counter()
-        steps = self._begin(self.decoder.draft_length(knobs))
         stop = self.decoder.stop_rule(knobs)
+        if isinstance(stop, TokenRule):
+            return self._round_by(stop, knobs, started)
+        steps = self._begin(self.decoder.draft_length(knobs))
         if stop is None:
             self._drafted.extend(steps)
             return self._finish_round(knobs, started)
@@ -142,6 +122,15 @@ class SpeculativeSession(Session["ChainDecoder"]):
         stop.verified(None, np.array([round_.drafted]), np.array([len(round_.tokens)]), seconds)
         return round_
 
+    def _round_by(self, rule: TokenRule, knobs: Mapping[str, float], started: float) -> Round:
+        length = min(self.decoder.draft_length(knobs), self._room)
+        # As in llama.cpp (tools/server), nothing is drafted where a draft would be too short anyway.
+        self._drafted, draft_steps = rule.draft(self._begin(length if length >= rule.fewest else 0))
+        dropped = None
+        if len(self._drafted) < rule.fewest:
+            dropped, self._drafted = next(iter(self._drafted), None), []
+        return self._finish_round(knobs, started, draft_steps, dropped)
+
     def _begin(self, length: int) -> Iterator[DraftStep]:
         return self.draft.steps(self.context, max(0, min(length, self._room)))
 
@@ -152,11 +141,16 @@ class SpeculativeSession(Session["ChainDecoder"]):
         self.tracker.drafted(step.confidence(), entropy)
         return self.tracker.features
 
-    def _finish_round(self, knobs: Mapping[str, float], started: float) -> Round:
+    def _finish_round(
+        self, knobs: Mapping[str, float], started: float, draft_steps: int = -1, dropped: DraftStep | None = None
+    ) -> Round:
         """Verify what was drafted, and emit.
 
         Args:
+            knobs: of this round.
             started: when what is not yet in `_spent` began.
+            draft_steps: tokens that the draft draft_steps, if more than are verified.
+            dropped: first token of a draft that was dropped, if one was.
         """
         length = len(self.context)
         proposal = Proposal.of(self._drafted, self.target.device)
@@ -167,7 +161,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
 
         pending = torch.tensor(self.context[-1:], device=self.target.device)
         scores = self.target.forward(torch.cat([pending, proposal.tokens])).scores
-        verdict = self._judge(scores, proposal, knobs)
+        verdict = self._judge(scores, proposal, knobs) if dropped is None else self._judge_dropped(scores, dropped)
         drafted = proposal.tokens.shape[0]
         values = torch.cat(
             [
@@ -191,12 +185,26 @@ class SpeculativeSession(Session["ChainDecoder"]):
             draft_seconds=draft_seconds,
             verify_seconds=time.perf_counter() - drafted_at,
             taken_back=tuple(draft_tokens[accepted:]),
+            draft_steps=draft_steps,
         )
 
     def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
         p = self.sampling.probabilities(scores)
         kept = first_false(self._passes(p, proposal))
         return Verdict(kept, self._successor(p, proposal, kept), torch.zeros(proposal.tokens.shape, device=p.device))
+
+    def _judge_dropped(self, scores: Tensor, first: DraftStep) -> Verdict:
+        """Let the target emit a token after a draft that was dropped.
+
+        Which drafts are dropped depends on what was drawn, and so would the text if a fresh token were drawn in place
+        of them. The first token of such a draft therefore takes its own test against the target's distribution, which
+        is there anyway: it is what the target emits, or else a token of the residual.
+        """
+        p = self.sampling.probabilities(scores).expand(2, -1)
+        proposal = Proposal.of([first], p.device)
+        kept = first_false(self._passes(p, proposal))
+        token = torch.where(kept > 0, proposal.tokens[0], self._successor(p, proposal, torch.zeros_like(kept)))
+        return Verdict(torch.zeros_like(kept), token, torch.zeros(0, device=p.device))
 
     def _passes(self, p: Tensor, proposal: Proposal) -> Tensor:
         """The exact acceptance test of every draft token, shape (drafted,), bool."""
@@ -259,7 +267,7 @@ class ChainDecoder(Decoder[SpeculativeSession]):
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the tokens to draft in a round with these knobs, at most."""
 
-    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
+    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | TokenRule | None:
         """Return the rule that may end a draft early in a round with these knobs."""
         return self.stop
 
@@ -270,9 +278,11 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
     Args:
         pair: a target with a draft.
         max_draft_length: upper end of the `draft_length` knob, in tokens.
-        stop: a rule that may end a draft earlier, asked after every drafted token; the knob is then the longest draft,
-            and by default as long as it may be. For a rule, the host waits for every token of a model draft, which
-            costs nothing on a CPU. All texts of this decoder share the rule, and what it learns.
+        stop: the rule of an engine that may end a draft earlier, by knobs of its own (`SpeculativeOptions`): at a
+            `stop_threshold` of 0 it asks for nothing. Or a rule without knobs, asked after every drafted token;
+            `draft_length` is then the longest draft, and by default as long as it may be. All texts of this decoder
+            share such a rule, and what it learns. None is `"never"`. Where a rule asks, the host waits for every token
+            of a model draft, which costs nothing on a CPU.
         cost_ratio: see `ChainDecoder`.
         batch_size: see `ChainDecoder`.
 
@@ -286,106 +296,26 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         self,
         pair: Pair,
         max_draft_length: int = 16,
-        stop: StopRule | None = None,
+        stop: EngineStop | StopRule | None = "transformers",
         cost_ratio: float = USUAL_COST_RATIO,
         batch_size: int = 1,
     ) -> None:
         super().__init__(pair)
-        (knob,) = self.knobs_without_pair(max_draft_length=max_draft_length)
         DraftTracker(1, cost_ratio, batch_size)  # refuses what the sessions' own would refuse
-        if stop is not None:
+        self.cost_ratio, self.batch_size = cost_ratio, batch_size
+        named: EngineStop = "never" if stop is None or isinstance(stop, StopRule) else stop
+        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, stop=named)
+        self._before = named == "llama.cpp"
+        if isinstance(stop, StopRule):
             stop.start(1, seed=0)
-            knob = replace(knob, default=max_draft_length)
-        self.knobs = (knob,)
-        self.stop, self.cost_ratio, self.batch_size = stop, cost_ratio, batch_size
+            self.stop = stop
+            self.knobs = (replace(self.knobs[0], default=max_draft_length),)
 
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the knob of this name."""
         return int(knobs["draft_length"])
 
-
-class ThresholdSession(SpeculativeSession):
-    """One prompt being generated with the fallback and rollback thresholds."""
-
-    def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
-        p = self.sampling.probabilities(scores)
-        drafted = proposal.tokens.shape[0]
-        distance = self._distances(p, scores, proposal)
-        outright, passes = distance <= knobs["fallback"], self._passes(p, proposal)
-        agreed = first_false(outright | passes)
-        rollback = self._whole_rollback(knobs["rollback"])
-        kept = torch.where(agreed < drafted, (agreed + 1 - rollback).clamp(min=0), agreed)
-        # The residual belongs to the rejected position alone; a token put further back comes from the target there.
-        successor = self._successor(p, proposal, agreed)
-        if rollback > 1:
-            further_back = p[kept].argmax(-1) if self.sampling.greedy else draw(p[kept], self.generator)
-            successor = torch.where(kept < agreed, further_back, successor)
-        strayed = outright & ~passes if self.sampling.greedy else outright  # drawn tokens are the draft's outright
-        return Verdict(kept, successor, torch.where(strayed, distance, 0.0))
-
-    def _distances(self, p: Tensor, scores: Tensor, proposal: Proposal) -> Tensor:
-        """Total variation between draft and target at every drafted position, shape (drafted,)."""
-        # One-hot distributions make the distance useless, so greedy decoding compares the models at temperature 1.
-        p = scores[:-1].softmax(-1) if self.sampling.greedy else p[:-1]
-        if proposal.logits is None:  # a one-hot draft
-            return 1 - p.gather(-1, proposal.tokens.unsqueeze(-1)).squeeze(-1)
-        q = proposal.logits.softmax(-1) if proposal.probabilities is None else proposal.probabilities
-        return total_variation(p, q)
-
-    def _whole_rollback(self, rollback: float) -> int:
-        """A neighbouring whole number, at random by the fraction, so that the mean moves smoothly with the knob."""
-        whole = int(rollback)
-        if rollback > whole:
-            whole += int(self._rng.random() < rollback - whole)
-        return whole
-
-
-class ThresholdDecoder(ThresholdTraits, ChainDecoder):
-    """Speculative decoding with a `fallback` and a `rollback` threshold; lossy unless `fallback` is 0 (and
-    `rollback` 1, when sampling).
-
-    Args:
-        pair: a target with a draft.
-        max_draft_length: longest draft, in tokens, and the upper end of the `rollback` knob.
-        stop: where drafts end. `"expected-gain"` weighs what one more token is expected to bring against what it costs
-            (`ExpectedGain`), by the profile that `charge_by` was given, and else by the pair's own, which is measured
-            on this machine when the first text is begun, and kept. `"never"` drafts `max_draft_length` tokens every
-            round. Or a rule of one's own, which all texts of this decoder share.
-
-    Raises:
-        ValueError: the pair has no draft, `max_draft_length` is not positive, or there is no such rule.
-    """
-
-    session_class = ThresholdSession
-
-    def __init__(self, pair: Pair, max_draft_length: int = 16, stop: Stop | StopRule = "expected-gain") -> None:
-        super().__init__(pair)
-        named: dict[str, Any] = {} if isinstance(stop, StopRule) else {"stop": stop}
-        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, **named)
-        self.max_draft_length = max_draft_length
-        if isinstance(stop, StopRule):
-            stop.start(1, seed=0)
-            self.stop = stop
-        self._weighs = stop == "expected-gain"
-        self._gains: list[ExpectedGain] = []  # one for each level of the fallback
-
-    def charge_by(self, profile: LatencyProfile) -> None:
-        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
-        if self._weighs:
-            profile = profile.require_kind(CHAIN)
-            tolerances = np.linspace(0, 1, LEVELS)
-            self._gains = [ExpectedGain.of(profile, self.max_draft_length, level) for level in tolerances]
-
-    def _get_ready(self, sampling: Sampling) -> None:
-        if self._weighs and not self._gains:
-            from ..latency.measure import measured  # which imports this module
-
-            self.charge_by(measured(self.pair, sampling=sampling))
-
-    def draft_length(self, knobs: Mapping[str, float]) -> int:
-        """Return the longest draft, whatever the knobs."""
-        return self.max_draft_length
-
-    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
-        """Return the rule for this fallback."""
-        return self._gains[levels_of(knobs["fallback"])] if self._weighs else self.stop
+    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | TokenRule | None:
+        """Return the rule of an engine with these knobs, if they ask for anything, or the decoder's own."""
+        threshold, fewest = knobs.get("stop_threshold", 0.0), int(knobs.get("min_draft_length", 0))
+        return TokenRule(threshold, self._before, fewest) if threshold or fewest else self.stop

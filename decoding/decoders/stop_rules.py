@@ -1,20 +1,27 @@
 """Rules that end a draft, and the features of drafted tokens that they decide by.
 
 Live and recorded decoding keep the same features, by the same code, and ask the same rules. A rule may look at the
-last drafted token because that token is verified whatever the rule says, so the text stays the target's.
+last drafted token because that token is verified whatever the rule says, so the text stays the target's. Engines have
+rules of their own (`TokenRule`), one of which leaves a token out.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, check_fields, number, whole_number
+from ..sampling import likeliest_of_ten
+
+if TYPE_CHECKING:  # replay imports this module, and no torch
+    from ..drafts.drafter import DraftStep
 
 Rows = NDArray[np.intp] | NDArray[np.bool_] | None
 """Some of many drafts: their numbers (each once), a mask over all, or None for all."""
@@ -305,3 +312,55 @@ class ProductBelow(StopRule):
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
         return features[:, _PRODUCT] < self.threshold
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Rule of an engine, which ends a draft at the first token that the draft is not sure of.
+
+    The text stays the target's: whether a token is verified depends on the tokens before it and on the distributions
+    that they lead to, never on the token itself. After the token, it is verified whatever it is. Before it, the rule
+    looks at the distribution alone, although the token may have been drawn already.
+
+    Args:
+        threshold: sureness of the token that ends the draft is less, 0 to 1, compared in float32.
+        before: whether that token is left out. Sureness is then `likeliest_of_ten`, else the probability by which the
+            token was drawn, at temperature 1 when greedy; of a one-hot draft either is its confidence.
+        fewest: tokens of a draft, at least. Of a shorter one nothing is verified.
+    """
+
+    threshold: float
+    before: bool
+    fewest: int = 0
+
+    def draft(self, steps: Iterable[DraftStep]) -> tuple[list[DraftStep], int]:
+        """Draft as far as the rule goes.
+
+        Args:
+            steps: tokens as they are drafted, up to the longest draft.
+
+        Returns:
+            Those that the draft consists of, without regard to `fewest`, and the number that were drafted.
+        """
+        threshold, kept, count = float(np.float32(self.threshold)), [], 0
+        if threshold <= 0:  # nothing is asked for, since the host would wait for every answer
+            kept = list(steps)
+            return kept, len(kept)
+        for step in steps:
+            count += 1
+            unsure = self._sureness(step) < threshold
+            if not (unsure and self.before):
+                kept.append(step)
+            if unsure:
+                break
+        return kept, count
+
+    def _sureness(self, step: DraftStep) -> float:
+        if step.logits is None or (step.probabilities is None and not self.before):
+            return step.confidence()  # when greedy, the token is the likeliest
+        if self.before:
+            value = float(likeliest_of_ten(step.logits[0]))
+        else:
+            assert step.probabilities is not None
+            value = float(step.probabilities[0, step.token])
+        return value if math.isfinite(value) else 0.0  # a broken draft knows nothing

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import check_fields, one_of, whole_number
-from ..traits import EXACT, DecoderTraits, Knob, TraceRule
+from ..traits import EXACT, DecoderTraits, Knob, Sureness, TraceRule
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,85 @@ class ThresholdOptions(ChainOptions):
         one_of("stop", self.stop, get_args(Stop))
 
 
+EngineStop = Literal["transformers", "llama.cpp", "never"]
+
+
+@dataclass(frozen=True)
+class SpeculativeOptions(ChainOptions):
+    """Build options of exact speculative sampling.
+
+    Raises:
+        ValueError: the length is not positive, or there is no such rule.
+    """
+
+    stop: EngineStop = "transformers"
+    """End of drafts before draft_length tokens, by the rule of an engine: transformers stops after a token that was
+    drawn with less probability than stop_threshold; llama.cpp stops before a token if the likeliest of the draft's ten
+    likeliest has less, and drops drafts of fewer than min_draft_length tokens; never has neither knob."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("stop", self.stop, get_args(EngineStop))
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """An engine that people serve with, as far as chains of drafted tokens go.
+
+    Attributes:
+        stop: its rule, as `SpeculativeOptions.stop` names it.
+        settings: its names of our knobs. A `draft_length` of 0 has none: serve without the draft.
+        defaults: its own values of our knobs. vLLM has none; its documentation uses this one.
+    """
+
+    stop: EngineStop
+    settings: Mapping[str, str]
+    defaults: Mapping[str, float]
+
+
+_SURENESS: Mapping[EngineStop, Sureness] = {"transformers": "drawn", "llama.cpp": "top_ten", "never": ""}
+
+ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
+    {
+        # transformers 5.23.0, generation/configuration_utils.py; the schedule is "constant". With scikit-learn
+        # installed, generation/candidate_generator.py moves the threshold while it generates.
+        "transformers": EngineSettings(
+            "transformers",
+            {"draft_length": "num_assistant_tokens", "stop_threshold": "assistant_confidence_threshold"},
+            {"draft_length": 20, "stop_threshold": 0.4},
+        ),
+        # ggml-org/llama.cpp at 001d906a: common/common.h and common/speculative.cpp. Earlier versions had 16, 0 and
+        # 0.75, called the options --draft-max, --draft-min and --draft-p-min, and stopped after the token.
+        "llama.cpp": EngineSettings(
+            "llama.cpp",
+            {
+                "draft_length": "--spec-draft-n-max",
+                "min_draft_length": "--spec-draft-n-min",
+                "stop_threshold": "--spec-draft-p-min",
+            },
+            {"draft_length": 3, "min_draft_length": 0, "stop_threshold": 0.0},
+        ),
+        # openvinotoolkit/openvino.genai, samples/python/text_generation/speculative_decoding_lm_npu.py. Its threshold
+        # excludes this setting.
+        "openvino": EngineSettings("never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}),
+        "vllm": EngineSettings("never", {"draft_length": "num_speculative_tokens"}, {"draft_length": 5}),
+    }
+)
+"""Engines by name."""
+
+
 class SpeculativeTraits(DecoderTraits):
     """Facts about exact speculative sampling."""
 
     name = "speculative"
     lossless = True
     recorded_by = "trace"
-    Options = ChainOptions
+    # Whatever the rule: no engine has a min_draft_length by default.
+    presets: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        name: {knob: value for knob, value in engine.defaults.items() if knob != "min_draft_length"}
+        for name, engine in ENGINE_SETTINGS.items()
+    }
+    Options = SpeculativeOptions
     workloads = (
         "tiny/prose",
         "tiny/code",
@@ -65,14 +138,23 @@ class SpeculativeTraits(DecoderTraits):
 
     @classmethod
     def knobs_without_pair(cls, **options: Any) -> tuple[Knob, ...]:
-        """Return the knob `draft_length`, by default 5 tokens."""
-        longest = cls.checked_options(**options).max_draft_length
-        return (Knob("draft_length", 1, longest, min(5, longest), True, "tokens drafted a round, at most"),)
+        """Return `draft_length`, by default 5 tokens, and those of the rule by which drafts end earlier."""
+        chosen = cls.checked_options(**options)
+        longest = chosen.max_draft_length
+        knobs = [Knob("draft_length", 0, longest, min(5, longest), True, "tokens drafted a round, at most; 0 for none")]
+        if chosen.stop != "never":
+            doc = "probability below which a token ends the draft; 0 for none"
+            knobs.append(Knob("stop_threshold", 0.0, 1.0, 0.0, doc=doc))
+        if chosen.stop == "llama.cpp":
+            doc = "tokens of a draft, at least; a shorter one is dropped"
+            knobs.append(Knob("min_draft_length", 0, longest, 0, True, doc))
+        return tuple(knobs)
 
     @classmethod
-    def trace_rule(cls, values: Mapping[str, Any], options: Any) -> TraceRule:
-        """Return the exact test, for drafts of `draft_length` tokens."""
-        return TraceRule(EXACT, 1.0, values["draft_length"])
+    def trace_rule(cls, values: Mapping[str, Any], options: SpeculativeOptions) -> TraceRule:
+        """Return the exact test, for drafts that end by the knobs and where the options say."""
+        below, fewest = values.get("stop_threshold", 0.0), values.get("min_draft_length", 0)
+        return TraceRule(EXACT, 1.0, values["draft_length"], False, _SURENESS[options.stop], below, fewest)
 
 
 class ThresholdTraits(DecoderTraits):

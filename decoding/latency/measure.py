@@ -20,7 +20,7 @@ import torch
 
 from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
-from ..decoders.chain import ThresholdDecoder
+from ..decoders.threshold import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
 from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..files import cache_folder, file_name

@@ -94,7 +94,7 @@ def replay_backend(
     highest = {knob.name: knob.high for knob in recorded.knobs}
     try:
         knobs = traits.recorded_knobs(highest, **built)
-        missing = sorted(set(highest) - {knob.name for knob in knobs})
+        missing = sorted(set(highest) ^ {knob.name for knob in knobs})
     except KeyError as error:
         missing = [str(error)]
     if missing:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import EXACT, LEVELS, ExpectedGain, LatencyProfile, Sampling
+from specgym.decoding import EXACT, LEVELS, ExpectedGain, LatencyProfile, Sampling, Sureness
 
 from ..recordings.archive import TraceError
+from ..recordings.find import record_command
 from ..recordings.trace import Trace
 
 COPIES = 16
@@ -56,6 +58,121 @@ def tokens_kept(agreed: Integers, drafted: Integers, back: Integers) -> Integers
     return np.maximum(agreed - back * (agreed < drafted), 0)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of many texts, the first rounds of all texts first; every array has shape (rounds,).
+
+    Attributes:
+        text: number of the text, from 0.
+        row: row where it stood.
+        drafted: draft tokens that were verified.
+        accepted: draft tokens among those emitted.
+        taken: tokens emitted.
+        cost: place of the round's seconds among those of its trace (`seconds_by_place`).
+    """
+
+    text: Integers
+    row: Integers
+    drafted: Integers
+    accepted: Integers
+    taken: Integers
+    cost: Integers
+
+
+def seconds_by_place(profile: LatencyProfile, longest: int, unverified: bool = False) -> Floats:
+    """Return the seconds of a round with drafts of up to `longest` tokens (K), at the place that `Rounds.cost` has.
+
+    Args:
+        profile: what time is charged by.
+        longest: K.
+        unverified: whether some drafted tokens may not be verified.
+
+    Returns:
+        By the number of drafted tokens, shape (K + 1,); with `unverified` they are followed by those of m drafted
+        tokens of which n are verified, at (m + 1) * (K + 1) + n, and the shape is ((K + 2) * (K + 1),).
+    """
+    seconds = profile.round_seconds(longest)
+    if unverified:
+        draft_steps, verified = np.divmod(np.arange((longest + 1) ** 2), longest + 1)
+        seconds = np.concatenate([seconds, profile.rounds_of(draft_steps, verified + 1)])
+    return seconds
+
+
+def true_bytes(flags: NDArray[np.bool_]) -> Integers:
+    """Count the true ones in each row, whose length is a multiple of 8; shape (rows, flags) to (rows,)."""
+    # Eight flags are a word of bytes that are 0 or 1, and this product has the sum of all eight in its highest byte.
+    words = (flags.view(np.uint64) * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    count = words[:, 0]
+    for column in range(1, words.shape[1]):
+        count = count + words[:, column]
+    return count.view(np.int64)
+
+
+def neighbour(known: list[float], value: float, rng: np.random.Generator) -> int:
+    """Draw between the two known values, ascending, that a value lies between, by how near it is to them."""
+    share = rng.random()
+    if len(known) == 1:
+        return 0
+    above = min(max(bisect_left(known, value), 1), len(known) - 1)
+    low, high = known[above - 1], known[above]
+    return above - int(share * (high - low) >= value - low)
+
+
+def neighbours(known: Floats, values: NDArray[np.floating], share: Floats) -> Integers:
+    """`neighbour` of many values: known values of each in a row of shape (texts, known)."""
+    if known.shape[1] == 1:
+        return np.zeros(len(values), np.int64)
+    above = np.clip((known < values[:, None]).sum(1), 1, known.shape[1] - 1)
+    rows = np.arange(len(values))
+    low, high = known[rows, above - 1], known[rows, above]
+    return above - (share * (high - low) >= values - low)
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """Ends of many drafts by how sure they are of their tokens.
+
+    Attributes:
+        doubt: `ReplayTable.doubt`.
+        sure: largest doubt of a token that does not end a draft, shape (texts, 1), float32.
+        fewest: tokens of a draft, at least, shape (texts,).
+        before: as for `TraceWalk`.
+    """
+
+    doubt: NDArray[np.float32]
+    sure: NDArray[np.float32]
+    fewest: Integers
+    before: bool
+
+    @classmethod
+    def of(
+        cls, doubt: NDArray[np.float32], stop_below: Floats | None, fewest: Integers | None, before: bool
+    ) -> Doubts | None:
+        """Return the ends of these drafts, arguments as for `decode_many`; None where nothing ends one."""
+        if stop_below is None or fewest is None or not (stop_below.any() or fewest.any()):
+            return None
+        return cls(doubt, -stop_below.astype(np.float32)[:, None], fewest, before)
+
+    def end(self, row: Integers, drafted: Integers, room: Integers, columns: int) -> tuple[Integers, Integers]:
+        """Return how many of the drafted tokens are verified, and `Rounds.cost`; all of shape (texts,).
+
+        Args:
+            row: where each text stands.
+            drafted: tokens that each draft has, were it sure of all.
+            room: tokens that it may have, at most.
+            columns: K + 1.
+        """
+        certain = true_bytes(self.doubt.take(row, 0) <= self.sure)
+        draft_steps = np.where(room < self.fewest, 0, np.minimum(certain + 1, drafted))
+        kept = np.minimum(certain, draft_steps) if self.before else draft_steps
+        kept = np.where(kept < self.fewest, 0, kept)
+        return kept, np.where(draft_steps == kept, kept, (draft_steps + 1) * columns + kept)
+
+    def take(self, which: Integers) -> Doubts:
+        """Return those of some texts."""
+        return Doubts(self.doubt, self.sure.take(which, 0), self.fewest.take(which), self.before)
+
+
 class ReplayTable:
     """Traces, ready to be replayed together.
 
@@ -67,6 +184,8 @@ class ReplayTable:
         profiles: of each trace, where drafts end by `ExpectedGain`; without chances, those of the trace are taken.
         detours: whether the paths are the detours, too, of prompts that have some. Otherwise, and for a trace that has
             none, they are the target's own texts alone, of all prompts.
+        stop: how it is measured whether a draft is sure of a token, for rules by which an unsure one ends it. The paths
+            are then the target's own texts.
         seed: of the draws of sampled traces.
 
     Attributes:
@@ -80,6 +199,9 @@ class ReplayTable:
         drafted: tokens drafted at each row, shape (rows,).
         ends: how long drafts are by `ExpectedGain`, whatever was recorded, by the level of the tolerance, shape
             (`LEVELS`, rows); of no use without `profiles`.
+        doubt: minus the least sureness among the first j + 1 tokens of a row's draft, which never falls: as many tokens
+            are sure as entries are at most minus the threshold. Shape (rows, K rounded up to a multiple of 8); (0, 0)
+            without `stop`.
         strayed: divergence of each token, were it kept only for the tolerance: the total variation, but 0 for what
             greedy decoding would have chosen anyway. Shape (rows, K).
         jump: `Trace.jump`, flat, shape (rows * (K + 1),).
@@ -91,7 +213,8 @@ class ReplayTable:
         log_taken_back: logarithms of the recorded numbers of tokens taken back, shape (traces, numbers taken back).
 
     Raises:
-        TraceError: a detour is missing among those of a prompt, or the traces have detours of more or fewer thresholds.
+        TraceError: a detour is missing among those of a prompt, the traces have detours of more or fewer thresholds, or
+            one lacks the column that `stop` asks for.
     """
 
     def __init__(
@@ -100,6 +223,7 @@ class ReplayTable:
         *,
         detours: bool,
         profiles: Sequence[LatencyProfile | None] | None = None,
+        stop: Sureness = "",
         seed: int = 0,
     ) -> None:
         self.draft_length = max(trace.draft_length for trace in traces)
@@ -112,6 +236,9 @@ class ReplayTable:
         generator = np.random.default_rng(seed)
         width = max(max(trace.info.tokens, trace.info.detour_tokens) for trace in traces)
         charged = profiles or [None] * len(traces)
+        columns = 8 * -(-self.draft_length // 8)
+        doubts = [_doubt(trace, stop, columns) for trace in traces] if stop else [np.empty((0, 0), np.float32)]
+        self.doubt = np.concatenate(doubts)
         parts = [self._part(trace, place, width, generator, charged[place]) for place, trace in enumerate(traces)]
         rows = _offsets([len(part["drafted"]) for part in parts])
         paths = _offsets([len(part["routes"]) for part in parts])
@@ -136,8 +263,7 @@ class ReplayTable:
         wider = ((0, 0), (0, self.draft_length - trace.draft_length))
         jump = np.pad(trace.jump[:rows], wider, constant_values=-1)
         copies = int(self.copies[place])
-        words = -(-self.draft_length // 8)
-        beyond = ((0, 0), (0, 8 * words - trace.draft_length))
+        beyond = ((0, 0), (0, 8 * -(-self.draft_length // 8) - trace.draft_length))
         needed = np.pad(_needed(trace, rows, copies, generator), beyond, constant_values=np.inf)
         routes = [_padded(np.arange(*ends), width) for ends in zip(trace.starts[:-1], trace.starts[1:], strict=True)]
         paths = np.full((trace.prompts, self.tolerances.shape[1], self.log_taken_back.shape[1]), -1)
@@ -179,6 +305,20 @@ def _needed(trace: Trace, rows: int, copies: int, generator: np.random.Generator
     beyond = np.arange(trace.draft_length) >= trace.drafted[:rows, None, None]
     needed = np.where(beyond, np.float32(np.inf), tolerances_needed(accepted, distance[:, None]))
     return needed.reshape(rows * copies, -1)
+
+
+def _doubt(trace: Trace, stop: Sureness, columns: int) -> NDArray[np.float32]:
+    """`ReplayTable.doubt` of one trace; of no use beyond the draft."""
+    # A draft without probabilities has q = 1 and is sure as far as its confidence goes; for others q is the smaller.
+    sureness = np.minimum(trace.q, trace.confidence) if stop == "drawn" else trace.top_ten
+    if sureness is None:
+        name = f"the trace of {trace.info.workload} ({trace.info.split})"
+        raise TraceError(
+            f"{name} was recorded by an earlier version and has no `{stop}`, by which these drafts end; record it "
+            f"again: {record_command(trace.info.workload)}"
+        )
+    doubt = np.maximum.accumulate(-sureness, axis=1)
+    return np.pad(doubt, ((0, 0), (0, columns - trace.draft_length))).astype(np.float32)
 
 
 def _ends(trace: Trace, rows: int, profile: LatencyProfile | None) -> NDArray[np.uint8]:

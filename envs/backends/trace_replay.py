@@ -2,7 +2,8 @@
 
 A rule says what is verified (`specgym.decoding.TraceRule`): drafts have up to `draft_length` tokens; one that fails the
 exact test is kept all the same up to a `tolerance`; a rejection takes back so many tokens. Drafts may end earlier, by
-`specgym.decoding.ExpectedGain`, which needs nothing but the draft's recorded confidences and the latency profile.
+`specgym.decoding.ExpectedGain`, which needs nothing but the draft's recorded confidences and the latency profile, or at
+a token of which the draft is less sure than a threshold, for any threshold as live decoding would end them.
 
 Every round looks up what the pair did at the row where the text stands: how many tokens were drafted, and how many of
 them are kept. Then the text goes on at the row that the recording says follows. Where the recording does not say, since
@@ -22,9 +23,8 @@ from __future__ import annotations
 
 import functools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,26 +35,7 @@ from specgym.decoding import DecoderTraits, LatencyProfile, levels_of
 from ..recordings.trace import Trace
 from ..workloads import Workload
 from .backend import Floats, Integers, Metrics, ReplayBackend
-from .replay_table import ReplayTable, tokens_kept
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Rounds of many texts, the first rounds of all texts first; every array has shape (rounds,).
-
-    Attributes:
-        text: number of the text, from 0.
-        row: row where it stood.
-        drafted: draft tokens that were verified.
-        accepted: draft tokens among those emitted.
-        taken: tokens emitted.
-    """
-
-    text: Integers
-    row: Integers
-    drafted: Integers
-    accepted: Integers
-    taken: Integers
+from .replay_table import Doubts, ReplayTable, Rounds, neighbour, neighbours, seconds_by_place, tokens_kept, true_bytes
 
 
 class TraceWalk:
@@ -62,12 +43,15 @@ class TraceWalk:
 
     Args:
         table: what was recorded.
-        round_seconds: seconds of a round by the number of drafted tokens, shape (traces, K + 1).
+        round_seconds: `seconds_by_place` of every trace, shape (traces, places).
         tokens: generated of each text, at most.
         by_gain: whether drafts end by `ReplayTable.ends`.
+        before: whether the token that ends a draft because the draft is unsure of it is left out.
     """
 
-    def __init__(self, table: ReplayTable, round_seconds: Floats, tokens: int, by_gain: bool = False) -> None:
+    def __init__(
+        self, table: ReplayTable, round_seconds: Floats, tokens: int, by_gain: bool = False, before: bool = False
+    ) -> None:
         self.table = table
         self.tokens = tokens
         self._round_seconds = np.ascontiguousarray(round_seconds)
@@ -80,17 +64,25 @@ class TraceWalk:
         # Single numbers come out of a memoryview several times faster than out of an array.
         self._needed, self._strayed = table.needed.ravel().data, table.strayed.ravel().data
         self._jump, self._routes = table.jump.data, table.routes.ravel().data
-        self._levelled = by_gain
+        self._levelled, self._before, self._doubt = by_gain, before, table.doubt.ravel().data
         drafted = np.minimum(table.drafted, table.ends) if by_gain else table.drafted[None]
         self._drafted_at: NDArray[np.uint8] = drafted.astype(np.uint8).ravel()  # by level, if that matters, and row
         self._drafted, self._places = self._drafted_at.data, table.places.data
 
     def __reduce__(self) -> tuple[type[TraceWalk], tuple[Any, ...]]:
         """Leave views of memory out of pickles and copies."""
-        return type(self), (self.table, self._round_seconds, self.tokens, self._levelled)
+        return type(self), (self.table, self._round_seconds, self.tokens, self._levelled, self._before)
 
     def decode(
-        self, prompt: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
+        self,
+        prompt: int,
+        trace: int,
+        tolerance: float,
+        taken_back: float,
+        longest: int,
+        rng: np.random.Generator,
+        stop_below: float = 0.0,
+        fewest: int = 0,
     ) -> tuple[float, float, float, float, float, float]:
         """Decode one text, and sum over its rounds.
 
@@ -101,6 +93,9 @@ class TraceWalk:
             taken_back: 1 or more; a fraction is rounded at random every round.
             longest: tokens drafted, at most.
             rng: draws where the decoder would, and the path.
+            stop_below: sureness of a token that ends a draft, 0 to 1; at 0 none does. As `fewest`, for a table with
+                `doubt`.
+            fewest: tokens of a draft, at least; of a shorter one nothing is verified.
 
         Returns:
             `tokens`, `rounds`, `drafted`, `accepted`, `total_variation` and `seconds`, as `Metrics` has them.
@@ -110,12 +105,13 @@ class TraceWalk:
         tokens = rounds = drafted = accepted = 0
         variation = seconds = 0.0
         path = self.choose_path(prompt, trace, tolerance, taken_back, rng)
-        for row, drafts, kept, emitted in self.walk(path, trace, tolerance, taken_back, longest, rng):
+        steps = self.walk(path, trace, tolerance, taken_back, longest, rng, stop_below, fewest)
+        for row, drafts, kept, emitted, cost in steps:
             rounds += 1
             tokens += emitted
             drafted += drafts
             accepted += kept
-            seconds += costs[drafts]
+            seconds += costs[cost]
             if tolerance >= 0:
                 start = row * width
                 for distance in self._strayed[start : start + kept]:
@@ -124,9 +120,17 @@ class TraceWalk:
         return tokens, rounds, drafted, accepted, variation, seconds
 
     def walk(
-        self, path: int, trace: int, tolerance: float, taken_back: float, longest: int, rng: np.random.Generator
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the rounds of one text: row, tokens drafted, accepted and emitted.
+        self,
+        path: int,
+        trace: int,
+        tolerance: float,
+        taken_back: float,
+        longest: int,
+        rng: np.random.Generator,
+        stop_below: float = 0.0,
+        fewest: int = 0,
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """Yield the rounds of one text: row, tokens drafted and verified, accepted, emitted, and `Rounds.cost`.
 
         Arguments as for `decode`, but a path instead of a prompt, and a tolerance as float32 has it.
         """
@@ -139,20 +143,33 @@ class TraceWalk:
         needed, jump, routes, drafted_at, places = self._needed, self._jump, self._routes, self._drafted, self._places
         sampled, draw, first = table.sampled, rng.random, path * width
         row, count, room = routes[first], 0, tokens - 1
-        level = self._level(tolerance)
+        level = self._level(tolerance) if self._levelled else 0
+        stops, before, doubt = stop_below > 0 or fewest > 0, self._before, self._doubt
+        sure = -float(np.float32(stop_below)) if stops else 0.0
         while True:
             drafted = drafted_at[level + row]
             if drafted > room:
                 drafted = room
             if drafted > longest:
                 drafted = longest
+            cost = drafted
+            if stops:
+                draft_steps = 0
+                if min(room, longest) >= fewest:
+                    start = row * reach
+                    certain = bisect_right(doubt, sure, start, start + drafted) - start
+                    draft_steps = min(certain + 1, drafted)
+                    drafted = certain if before else draft_steps
+                if drafted < fewest:
+                    drafted = 0
+                cost = drafted if draft_steps == drafted else (draft_steps + 1) * columns + drafted
             start = (places[row] + int(draw() * copies) if sampled else places[row]) * reach
             kept = bisect_right(needed, tolerance, start, start + drafted) - start
             back = int(further + draw() if fractional else further)
             if kept < drafted:
                 kept = kept - back if kept > back else 0
             taken = kept + 1 if kept < end - count else end - count
-            yield row, drafted, kept if kept < taken else taken, taken
+            yield row, drafted, kept if kept < taken else taken, taken, cost
             count += taken
             if count >= end:
                 return
@@ -172,8 +189,8 @@ class TraceWalk:
         table = self.table
         if not table.has_detours:
             return int(table.paths[prompt, 0, 0])
-        above = _neighbour(self._tolerances[trace], tolerance, rng)
-        return int(table.paths[prompt, above, _neighbour(self._log_taken_back[trace], math.log(taken_back), rng)])
+        above = neighbour(self._tolerances[trace], tolerance, rng)
+        return int(table.paths[prompt, above, neighbour(self._log_taken_back[trace], math.log(taken_back), rng)])
 
     def decode_many(
         self,
@@ -183,8 +200,10 @@ class TraceWalk:
         taken_back: Floats,
         longest: Integers,
         rng: np.random.Generator,
+        stop_below: Floats | None = None,
+        fewest: Integers | None = None,
     ) -> dict[str, Floats]:
-        """Decode many texts, and sum over the rounds of each; every argument but the last has shape (texts,).
+        """Decode many texts, and sum over the rounds of each; every argument but `rng` has shape (texts,).
 
         Args:
             prompts: as for `decode`.
@@ -193,6 +212,8 @@ class TraceWalk:
             taken_back: as for `decode`.
             longest: as for `decode`.
             rng: as for `decode`.
+            stop_below: as for `decode`.
+            fewest: as for `decode`.
 
         Returns:
             By name, as `decode`, arrays of shape (texts,).
@@ -200,8 +221,8 @@ class TraceWalk:
         texts = len(prompts)
         limits = tolerance.astype(np.float32)
         paths = self.choose_paths(prompts, traces, limits, taken_back, rng)
-        rounds = self.walk_many(paths, traces, limits, taken_back, longest, rng)
-        cost = self._round_seconds.ravel().take(traces[rounds.text] * self._round_seconds.shape[1] + rounds.drafted)
+        rounds = self.walk_many(paths, traces, limits, taken_back, longest, rng, stop_below, fewest)
+        cost = self._round_seconds.ravel().take(traces[rounds.text] * self._round_seconds.shape[1] + rounds.cost)
 
         def summed(values: NDArray[np.generic] | None = None) -> Floats:
             return np.bincount(rounds.text, values, texts).astype(np.float64)
@@ -223,6 +244,8 @@ class TraceWalk:
         taken_back: Floats,
         longest: Integers,
         rng: np.random.Generator,
+        stop_below: Floats | None = None,
+        fewest: Integers | None = None,
     ) -> Rounds:
         """Return the rounds of many texts; arguments as for `decode_many`, with a path instead of a prompt."""
         table, columns = self.table, self.table.draft_length + 1
@@ -238,17 +261,22 @@ class TraceWalk:
         here: Integers = paths * table.routes.shape[1]
         end, last = here + self._ends[paths], here + (self.tokens - 1)
         row: Integers = routes.take(here)
+        doubts = Doubts.of(table.doubt, stop_below, fewest, self._before)
         done: list[tuple[Integers, ...]] = []
         while True:
-            drafted = np.minimum(self._drafted_at.take(level + row), np.minimum(last - here, longest))
+            room = np.minimum(last - here, longest)
+            drafted = np.minimum(self._drafted_at.take(level + row), room)
+            cost: list[Integers] = []
+            if doubts is not None:
+                drafted, *cost = doubts.end(row, drafted, room, columns)
             place = row
             if table.sampled:
                 place = table.places.take(row) + (rng.random(len(row)) * copies).astype(np.int64)
-            kept = np.minimum(_true_bytes(table.needed.take(place, 0) <= limits), drafted)
+            kept = np.minimum(true_bytes(table.needed.take(place, 0) <= limits), drafted)
             back = (further + rng.random(len(row)) if fractional else further).astype(np.int64)
             kept = tokens_kept(kept, drafted, back)
             taken = np.minimum(kept + 1, end - here)
-            done.append((text, row, drafted, np.minimum(kept, taken), taken))
+            done.append((text, row, drafted, np.minimum(kept, taken), taken, *cost))
             here = here + taken
             following = table.jump.take(row * columns + kept)
             going = (here < end).nonzero()[0]
@@ -259,8 +287,10 @@ class TraceWalk:
                 text, here, end, last = text.take(going), here.take(going), end.take(going), last.take(going)
                 limits, further, following = limits.take(going, 0), further.take(going), following.take(going)
                 copies, longest, level = copies.take(going), longest.take(going), level.take(going)
+                doubts = doubts and doubts.take(going)
             row = np.where(following < 0, routes.take(here), following)
-        return Rounds(*(np.concatenate(values) for values in zip(*done, strict=True)))
+        columns_of = [np.concatenate(values) for values in zip(*done, strict=True)]
+        return Rounds(*columns_of, *([] if doubts is not None else columns_of[2:3]))
 
     def choose_paths(
         self,
@@ -275,7 +305,7 @@ class TraceWalk:
         if not table.has_detours:
             return table.paths[prompts, 0, 0]
         levels = [
-            _neighbours(known[traces], values, rng.random(len(prompts)))
+            neighbours(known[traces], values, rng.random(len(prompts)))
             for known, values in ((table.tolerances, tolerance), (table.log_taken_back, np.log(taken_back)))
         ]
         return table.paths[prompts, levels[0], levels[1]]
@@ -315,11 +345,13 @@ class TraceReplay(ReplayBackend):
     ) -> None:
         knobs = decoder.knobs_without_pair(**options)
         self._rule = functools.partial(decoder.trace_rule, options=decoder.checked_options(**options))
-        by_gain = self._rule({knob.name: knob.default for knob in knobs}).by_gain
-        table = ReplayTable(traces, detours=not decoder.lossless, profiles=profiles if by_gain else None)
+        usual = self._rule({knob.name: knob.default for knob in knobs})
+        charged = profiles if usual.by_gain else None
+        table = ReplayTable(traces, detours=not decoder.lossless, profiles=charged, stop=usual.stop)
         super().__init__(workloads, profiles, knobs, table.prompts, table.first_prompts)
-        seconds = np.array([profile.round_seconds(table.draft_length) for profile in profiles])
-        self._walk = TraceWalk(table, seconds, max_new_tokens, by_gain)
+        before = usual.stop == "top_ten"
+        seconds = np.array([seconds_by_place(profile, table.draft_length, before) for profile in profiles])
+        self._walk = TraceWalk(table, seconds, max_new_tokens, usual.by_gain, before)
 
     def decode(
         self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
@@ -329,7 +361,16 @@ class TraceReplay(ReplayBackend):
             return super().decode(prompts, workloads, knobs, rng)
         workload = workloads.item()
         rule = self._rule({name: values.item() for name, values in knobs.items()})
-        sums = self._walk.decode(prompts.item(), workload, rule.tolerance, rule.taken_back, int(rule.draft_length), rng)
+        sums = self._walk.decode(
+            prompts.item(),
+            workload,
+            rule.tolerance,
+            rule.taken_back,
+            int(rule.draft_length),
+            rng,
+            rule.stop_below,
+            int(rule.fewest),
+        )
         return Metrics(*np.array([*sums, self.profiles[workload].autoregressive_seconds * sums[0]])[:, None])
 
     def sums(
@@ -338,35 +379,6 @@ class TraceReplay(ReplayBackend):
         """Return the sums of `Metrics` but `plain_seconds`, by name."""
         texts, rule = len(prompts), self._rule(knobs)
         tolerance, taken_back = (np.full(texts, number) for number in (rule.tolerance, rule.taken_back))
-        longest = np.full(texts, rule.draft_length).astype(np.int64)
-        return self._walk.decode_many(prompts, workloads, tolerance, taken_back, longest, rng)
-
-
-def _true_bytes(flags: NDArray[np.bool_]) -> Integers:
-    """Count the true ones in each row, whose length is a multiple of 8; shape (rows, flags) to (rows,)."""
-    # Eight flags are a word of bytes that are 0 or 1, and this product has the sum of all eight in its highest byte.
-    words = (flags.view(np.uint64) * np.uint64(0x0101010101010101)) >> np.uint64(56)
-    count = words[:, 0]
-    for column in range(1, words.shape[1]):
-        count = count + words[:, column]
-    return count.view(np.int64)
-
-
-def _neighbour(known: list[float], value: float, rng: np.random.Generator) -> int:
-    """Draw between the two known values, ascending, that a value lies between, by how near it is to them."""
-    share = rng.random()
-    if len(known) == 1:
-        return 0
-    above = min(max(bisect_left(known, value), 1), len(known) - 1)
-    low, high = known[above - 1], known[above]
-    return above - int(share * (high - low) >= value - low)
-
-
-def _neighbours(known: Floats, values: NDArray[np.floating], share: Floats) -> Integers:
-    """`_neighbour` of many values: known values of each in a row of shape (texts, known)."""
-    if known.shape[1] == 1:
-        return np.zeros(len(values), np.int64)
-    above = np.clip((known < values[:, None]).sum(1), 1, known.shape[1] - 1)
-    rows = np.arange(len(values))
-    low, high = known[rows, above - 1], known[rows, above]
-    return above - (share * (high - low) >= values - low)
+        longest, fewest = (np.full(texts, number).astype(np.int64) for number in (rule.draft_length, rule.fewest))
+        below = np.full(texts, rule.stop_below)
+        return self._walk.decode_many(prompts, workloads, tolerance, taken_back, longest, rng, below, fewest)

@@ -119,7 +119,10 @@ class OutcomeSettings:
     def _always(self, knobs: Sequence[Knob]) -> list[tuple[float, ...]]:
         """The default and the presets, in the order of the knobs."""
         default = {knob.name: float(knob.default) for knob in knobs}
-        presets = (default | dict(preset) for preset in self.traits.presets.values())
+        presets = (
+            default | {name: value for name, value in preset.items() if name in default}
+            for preset in self.traits.presets.values()
+        )
         return list(dict.fromkeys(tuple(map(float, setting.values())) for setting in (default, *presets)))
 
 

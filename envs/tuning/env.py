@@ -51,8 +51,8 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
     | 0     | move of fallback  | 0.2        | -1  | 1    |
     | 1     | move of rollback  | (K - 1)/10 tokens, 1.5 for K = 16 | -1 | 1 |
 
-    and for the speculative decoder the move of `draft_length` by (K - 1)/10 tokens. The docs page of a decoder has its
-    table; `knobs`, `ranges` and `scales` have the numbers of any.
+    and for the speculative decoder the moves of `draft_length` by K/10 tokens and of `stop_threshold` by 0.1. The docs
+    page of a decoder has its table; `knobs`, `ranges` and `scales` have the numbers of any.
 
     ## Observation space
     `Box(low, high, (knobs,), float32)`: the knobs in their own units. For the threshold decoder:
@@ -62,7 +62,8 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
     | 0     | fallback    | 0    | 1    | total variation                   |
     | 1     | rollback    | 1    | K    | draft tokens that a rejection takes back |
 
-    and for the speculative decoder `draft_length`, from 1 to K tokens.
+    and for the speculative decoder `draft_length`, from 0 to K tokens, and `stop_threshold`, from 0 to 1; with
+    `decoder_options={"stop": ...}` other knobs (docs/draft-length.md).
 
     A whole-number knob is a real number here, so that small actions add up; the decoder gets the nearest whole number,
     which is what `info` shows.

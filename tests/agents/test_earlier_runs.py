@@ -22,6 +22,7 @@ from specgym.agents import (
     tuner_settings,
 )
 from specgym.agents.command_line import evaluate_command, train_command
+from tests.helpers.sealing import reseal
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 DECODERS = {
@@ -152,6 +153,23 @@ def test_settings_of_format_2_under_a_bound_were_for_speed_alone(tmp_path: Path)
     for reward in (settings.reward, tuner.bounded_reward):
         assert (reward.max_divergence, reward.speed_weight) == (0.1, 1)
         assert reward.acceptance_weight == reward.range_weight == 0
+
+
+@pytest.mark.parametrize("usual", [default_settings("speculative"), tuner_settings("speculative")])
+def test_exact_decoding_of_an_earlier_version_has_the_single_knob_that_it_had(
+    tmp_path: Path, usual: RunSettings
+) -> None:
+    path = tmp_path / "settings.json"
+    save_settings(usual, path, "python train.py")
+    assert load_settings(path) == usual
+    settings = json.loads(path.read_text())["settings"]
+    holder = settings.get("environment", settings)
+    assert holder["decoder_options"].pop("stop") == "transformers"
+    reseal(path, settings=settings)
+    earlier: Any = load_settings(path)
+    options = earlier.options if isinstance(earlier, TunerSettings) else earlier.decoder_options
+    assert options == {"max_draft_length": 16, "stop": "never"}
+    assert [knob.name for knob in earlier.traits.knobs_without_pair(**options)] == ["draft_length"]
 
 
 @pytest.mark.parametrize("decoder", ["lookahead", "threshold"])

@@ -5,19 +5,31 @@ On the path of imports by `pythonpath` in pyproject.toml, since test modules can
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from specgym.decoding.decoder import Decoder
+from specgym.decoding.decoders import autoregressive, threshold
+from specgym.decoding.decoders import chain as speculative
+from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.drafts import drafter as drafters
+from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
+from tests.helpers.other_words import translated_table
 
 Joint = dict[tuple[int, ...], float]
 """Probabilities of texts, by their tokens."""
+
+PROMPT = (1, 0, 1)
+MakeTable = Callable[..., Any]
 
 SAMPLINGS = {
     "plain": Sampling(),
@@ -111,3 +123,72 @@ class Branches:
                 return
             options, taken = self._trail[-1]
             self._trail[-1] = (options, taken + 1)
+
+
+def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
+    """A draft that is often right and often wrong."""
+    if kind in ("model", "reduced"):
+        table = make_table(vocabulary, seed=2, spread=1.0)
+        if kind == "reduced":  # as `reduced_output` leaves a token out
+            table.table[..., 0] = torch.finfo(torch.float32).min
+        return ModelDrafter(table)
+    if kind == "translated":
+        return ModelDrafter(translated_table(vocabulary, seed=2))
+    if kind == "ngram":
+        text = torch.randint(0, vocabulary, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+        return NGramDrafter.fit([text], vocabulary, order=3)
+    return PromptLookupDrafter(vocabulary, longest=2)
+
+
+def walk(
+    monkeypatch: pytest.MonkeyPatch,
+    decoder: Decoder,
+    sampling: Sampling,
+    length: int,
+    knobs: dict[str, float] | None = None,
+    ahead: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
+) -> tuple[dict[tuple[int, ...], float], float, float]:
+    """All outcomes of a decoder: the joint distribution of the first tokens, and the mean reported divergence.
+
+    Args:
+        ahead: how many tokens more the session may generate, so that drafts reach beyond those that are looked at.
+        processors: logits processors of the text.
+
+    Returns:
+        The joint distribution, the expected sum of the divergences reported, and the expected number of tokens.
+    """
+    branches = Branches()
+
+    def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        choice = branches.choose(p.double().flatten().tolist())
+        return torch.tensor(choice).expand(p.shape[:-1])
+
+    def accepts(p: Tensor, q: Tensor | float, uniform: Tensor) -> Tensor:
+        q = torch.as_tensor(q).expand(p.shape)
+        chances = [min(1.0, a / b) if b > 0 else float(a > 0) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
+        flags = []
+        for chance in chances:
+            # A speculative session stops at the first rejection; the threshold decoder may overrule it.
+            pointless = not isinstance(decoder, ThresholdDecoder) and False in flags
+            flags.append(False if pointless else bool(branches.choose([1 - chance, chance])))
+        return torch.tensor(flags, dtype=torch.bool)
+
+    joint: dict[tuple[int, ...], float] = {}
+    divergence = tokens = 0.0
+    with monkeypatch.context() as patch:
+        for module in (autoregressive, drafters, speculative, threshold):
+            patch.setattr(module, "draw", draw)
+        patch.setattr(speculative, "accepts", accepts)
+        for _ in branches:
+            session = decoder.start(
+                PROMPT, max_new_tokens=length + ahead, sampling=sampling, seed=0, logits_processor=processors
+            )
+            reported = 0.0
+            while len(session.tokens) < length:
+                reported += session.step(knobs).divergence
+            text = tuple(session.tokens[:length])
+            joint[text] = joint.get(text, 0.0) + branches.weight
+            divergence += branches.weight * reported
+            tokens += branches.weight * len(session.tokens)
+    return joint, divergence, tokens

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from specgym.decoding.decoder import Decoder
+from specgym.decoding.decoders.traits import SpeculativeTraits
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import Outcomes, Workload
@@ -18,6 +21,15 @@ from specgym.envs.tuning.vector_env import TuningVectorEnv
 
 TOKENS = 16
 """Tokens recorded of a prompt, and decoded in a step."""
+
+
+@contextmanager
+def lengths_alone() -> Iterator[None]:
+    """Let exact decoding have a single knob, of which every value can be recorded."""
+    knobs = SpeculativeTraits.knobs_without_pair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpeculativeTraits, "knobs_without_pair", lambda *decoder, **options: knobs(**options)[:1])
+        yield
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from specgym.decoding.decoder import Decoder
-from specgym.decoding.decoders.chain import ThresholdDecoder
 from specgym.decoding.decoders.expected_gain import KeepChances
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 

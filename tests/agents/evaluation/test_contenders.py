@@ -16,6 +16,7 @@ from specgym.agents.evaluation.contenders import (
     ONE_FOR_ALL,
     STOP_RULE,
     TrainingReplay,
+    contenders,
     fixed_length,
     live_verdict,
     replays,
@@ -36,12 +37,15 @@ def test_the_fixed_length_is_the_fastest_on_recorded_training_prompts(
     chosen = workload(small_workloads[0])
     folder = record_traces(small_workloads[:1], tmp_path)
     (recording,) = folder.glob("*train*")
-    replay = TrainingReplay("speculative", chosen, recording, PROFILE, {"max_draft_length": 4}, 12)
+    replay = TrainingReplay("speculative", chosen, recording, PROFILE, {"max_draft_length": 4, "stop": "never"}, 12)
     speedups = replay.measure(replay.grid)["speedup"]
-    assert len(speedups) == 4
-    assert fixed_length(chosen, recording, PROFILE, 4, 12) == 1 + np.argmax(speedups)
+    assert len(speedups) == 5
+    assert fixed_length(chosen, recording, PROFILE, 4, 12) == np.argmax(speedups)
     dear = LatencyProfile("pair", {0: 0.0, 1: 0.1}, {1: 0.010}, 0.010, {"name": "made up"})
-    assert fixed_length(chosen, recording, dear, 4, 12) == 1
+    assert fixed_length(chosen, recording, dear, 4, 12) == 0
+    fixed = contenders(SpeculativeDecoder(chosen.load(), 4), {}, exact_length=0)[0]
+    assert fixed.decoder is not None
+    assert fixed.decoder.generate([1, 2], max_new_tokens=4, knobs=fixed.knobs).draft_acceptance_rate == 0
 
 
 def test_where_nothing_is_recorded_a_few_lengths_are_decoded(

@@ -46,11 +46,11 @@ def test_workloads_without_a_fitting_recording_have_no_map(upward: ExportedPolic
 
 
 def test_heat_maps_of_any_decoder_have_its_knobs_as_axes(tmp_path: Path) -> None:
-    task = TuningTask("tiny-3m-1l/prose", RewardSettings(), "speculative")
+    task = TuningTask("tiny-3m-1l/prose", RewardSettings(), "speculative", options={"stop": "never"})
     drawn = heat_map(task, [task.default], {"draft_length": 3.0})
     save_heat_maps(tmp_path / "maps.json", [drawn], "python maps")
     ((read,), _) = load_heat_maps(tmp_path / "maps.json", "write them again")
     assert list(read.axes) == ["draft_length"]
     assert read.reward.tolist() == drawn.reward.tolist() == task.grid().reward.tolist()
-    assert [row["draft_length"] for row in read.rows()] == list(range(1, 17))
+    assert [row["draft_length"] for row in read.rows()] == list(range(17))
     assert read.recommended == {"draft_length": 3.0}

@@ -204,12 +204,12 @@ SPEED_ALONE = RewardSettings(acceptance_weight=0, range_weight=0, ranges={})
 
 
 def test_a_decoder_with_one_knob_has_a_grid_of_one_axis() -> None:
-    task = TuningTask("tiny-3m-1l/prose", SPEED_ALONE, "speculative", options={"max_draft_length": 8})
+    task = TuningTask("tiny-3m-1l/prose", SPEED_ALONE, "speculative", options={"max_draft_length": 8, "stop": "never"})
     grid = task.grid()
     assert task.default == {"draft_length": 5.0}
-    assert {name: axis.tolist() for name, axis in grid.axes.items()} == {"draft_length": list(range(1, 9))}
+    assert {name: axis.tolist() for name, axis in grid.axes.items()} == {"draft_length": list(range(9))}
     assert grid.reward.tolist() == grid.values["speedup"].tolist()
-    assert grid.best["draft_length"] == 1 + grid.reward.argmax()
+    assert grid.best["draft_length"] == grid.reward.argmax()
     assert not grid.values["divergence"].any()
     assert task.worth([grid.best]).fraction.tolist() == [1]
     measured = task.measure({"draft_length": 3.0}, 0, 0)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgym.decoding.decoders.chain import ThresholdDecoder
 from specgym.decoding.decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, DraftTracker, StopRule
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.decoders.traits import Stop
 from specgym.decoding.drafts.ngram import PromptLookupDrafter
 from specgym.decoding.latency.profile import LatencyProfileError

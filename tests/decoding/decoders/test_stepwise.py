@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession, ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter, ModelStep
 from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.errors import KnobError, NumericalError

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.drafter import ModelDrafter, propose
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.fit.draft.init_from_target import take_layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.chain import ThresholdDecoder
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import measure_setting

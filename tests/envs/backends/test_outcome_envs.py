@@ -16,7 +16,8 @@ from specgym.decoding.latency.profile import LatencyProfile
 from specgym.envs import TokenPrompts, TuningEnv, Workload
 from specgym.envs.recordings import find
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, record_outcomes
-from tests.helpers.recorded_outcomes import TOKENS, Recorded
+from specgym.envs.recordings.outcomes import OutcomeError
+from tests.helpers.recorded_outcomes import TOKENS, Recorded, lengths_alone
 
 LIMITS = {
     "lookahead": ([1, 2, 0], [16, 6, 16]),
@@ -122,13 +123,17 @@ def test_outcomes_may_be_a_file_and_may_replay_what_a_trace_replays(
 ) -> None:
     work = Workload(pair, TokenPrompts([[1, 2, 3], [4, 5]], [[11]]))
     settings = OutcomeSettings("speculative", prompts=2, tokens=8, draft_length=4)
+    with lengths_alone():
+        record_outcomes(work, "train", tmp_path / "earlier.npz", settings)
+    with pytest.raises(OutcomeError, match=r"have other knobs than the decoder \(stop_threshold\); record them again"):
+        lookahead.single(decoder="speculative", recording=tmp_path / "earlier.npz", max_new_tokens=8, profile=profile)
     record_outcomes(work, "train", tmp_path / "toy.npz", settings)
     changes = {"recording": str(tmp_path / "toy.npz"), "max_new_tokens": 8, "max_draft_length": 4, "profile": profile}
     env = lookahead.single(decoder="speculative", **changes).unwrapped
     assert isinstance(env, TuningEnv)
     assert (env.workload.name, env.workload.split) == ("toy/ids", "train")
     env.reset(seed=0)
-    assert env.step(np.zeros(1, np.float32))[4]["tokens"] == 8
+    assert env.step(np.zeros(2, np.float32))[4]["tokens"] == 8
 
 
 def test_shipped_outcomes_are_found_by_workload_decoder_and_split(

@@ -23,6 +23,7 @@ from specgym.envs.recordings.find import find_recording, shipped_trace
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, design, record_outcomes
 from specgym.envs.recordings.outcomes import QUANTITIES, OutcomeError, OutcomeInfo, Outcomes, RecordedKnob, totals
 from specgym.envs.tuning.knob_space import KnobMoves
+from tests.helpers.recorded_outcomes import lengths_alone
 
 Floats = NDArray[np.float64]
 Text = Sequence[tuple[int, int, int]]
@@ -53,7 +54,7 @@ def from_trace(replay: TraceWalk, lengths: Sequence[int]) -> Outcomes:
     """The outcomes of draft lengths as the trace of a greedy pair replays them, which is exactly."""
     random, paths = np.random.default_rng(0), replay.table.paths[:, 0, 0]
     texts = [
-        [(taken, drafted, kept) for _, drafted, kept, taken in replay.walk(int(path), 0, EXACT, 1.0, length, random)]
+        [(taken, drafted, kept) for _, drafted, kept, taken, _ in replay.walk(int(path), 0, EXACT, 1.0, length, random)]
         for length in lengths
         for path in paths
     ]
@@ -65,7 +66,8 @@ def exact(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Every draft length of a toy pair."""
     work = Workload(pair, TokenPrompts([[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], [[11]]))
     settings = OutcomeSettings("speculative", prompts=4, tokens=20, draft_length=4)
-    return record_outcomes(work, "train", tmp_path_factory.mktemp("exact") / "toy.npz", settings)
+    with lengths_alone():
+        return record_outcomes(work, "train", tmp_path_factory.mktemp("exact") / "toy.npz", settings)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 20])
@@ -247,7 +249,7 @@ def test_thresholds_are_replayed_nearly_as_a_trace_replays_them(profile: Latency
             for prompt in np.repeat(prompts, times):
                 path = truth.choose_path(int(prompt), 0, fallback, rollback, random)
                 walk = truth.walk(path, 0, float(np.float32(fallback)), rollback, 16, random)
-                texts.append([(taken, drafted, kept) for _, drafted, kept, taken in walk])
+                texts.append([(taken, drafted, kept) for _, drafted, kept, taken, _ in walk])
         return built("threshold", knobs, settings, texts)
 
     replay = OutcomeReplay([outcomes(design(knobs, 48, [], seed=0))], [profile], max_new_tokens=32)
@@ -267,7 +269,7 @@ def test_what_was_not_recorded_is_refused(exact: Outcomes, profile: LatencyProfi
     other = replace(exact, info=replace(exact.info, draft_length=5))
     with pytest.raises(OutcomeError, match="record them alike"):
         OutcomeReplay([exact, other], [profile, profile], max_new_tokens=20)
-    with pytest.raises(OutcomeError, match=r"draft_length goes from 1 to 9, .* recorded from 1 to 4; .*--decoder"):
+    with pytest.raises(OutcomeError, match=r"draft_length goes from 1 to 9, .* recorded from 0 to 4; .*--decoder"):
         OutcomeReplay([exact], [profile], max_new_tokens=20).check_ranges({"draft_length": (1.0, 9.0)})
 
 

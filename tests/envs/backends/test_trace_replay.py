@@ -113,7 +113,7 @@ def replayed_rounds(
     draws = np.random.default_rng(0)
     limit = float(np.float32(fallback))
     path = replay.choose_path(prompt, 0, limit, rollback, draws)
-    return [round_[1:] for round_ in replay.walk(path, 0, limit, rollback, longest, draws)]
+    return [round_[1:4] for round_ in replay.walk(path, 0, limit, rollback, longest, draws)]
 
 
 # Exactness.
@@ -200,7 +200,7 @@ def test_what_was_not_recorded_goes_on_at_as_many_tokens_of_the_path(recorded: R
     replay = replay_of(replace(trace, jump=np.full_like(trace.jump, -1)), DETOUR_TOKENS)
     path = int(replay.table.paths[1, 2, 0])
     count = 0
-    for row, _, _, taken in replay.walk(path, 0, 0.6, 2.0, K, np.random.default_rng(0)):
+    for row, _, _, taken, _ in replay.walk(path, 0, 0.6, 2.0, K, np.random.default_rng(0)):
         assert row == replay.table.routes[path, count]
         count += taken
     assert count == DETOUR_TOKENS

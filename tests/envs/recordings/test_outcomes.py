@@ -20,6 +20,7 @@ from specgym.envs.recordings import outcome_recorder as module
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.outcome_recorder import OutcomeSettings, design, fastest, record_outcomes
 from specgym.envs.recordings.outcomes import COUNTS, FORMAT, OutcomeError, Outcomes, RecordedKnob
+from tests.helpers.recorded_outcomes import lengths_alone
 
 FEW = OutcomeSettings("lookahead", settings=4, prompts=2, tokens=12)
 
@@ -61,9 +62,14 @@ def test_the_end_of_a_whole_number_range_is_as_likely_as_its_middle() -> None:
 
 
 def test_where_there_are_fewer_settings_than_asked_for_all_are_taken() -> None:
-    settings = OutcomeSettings("speculative", settings=48, draft_length=6).designed()
+    settings = design((RecordedKnob("draft_length", 1, 6, True),), 48, [[5]], seed=0)
     assert settings[0, 0] == 5
     assert sorted(settings[:, 0]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_presets_beyond_the_longest_draft_are_moved_to_it() -> None:
+    settings = OutcomeSettings("speculative", settings=8, draft_length=6).designed()
+    assert settings[:3].tolist() == [[5, 0], [6, 0.4], [3, 0]]
 
 
 def test_another_seed_gives_other_settings() -> None:
@@ -169,9 +175,10 @@ def test_refining_adds_the_settings_that_would_be_fastest_and_goes_on_where_it_s
 
 def test_nothing_is_refined_where_all_settings_are_recorded(work: Workload, tmp_path: Path) -> None:
     profile = LatencyProfile("toy", {0: 0.0, 1: 0.1}, {1: 1.0, 2: 1.1}, 1.0, {})
-    settings = OutcomeSettings("speculative", settings=4, refine=3, prompts=2, tokens=8, draft_length=4)
-    result = record_outcomes(work, "train", tmp_path / "all.npz", settings, profile=profile)
-    assert sorted(result.settings[:, 0]) == [1, 2, 3, 4]
+    settings = OutcomeSettings("speculative", settings=5, refine=3, prompts=2, tokens=8, draft_length=4)
+    with lengths_alone():
+        result = record_outcomes(work, "train", tmp_path / "all.npz", settings, profile=profile)
+    assert sorted(result.settings[:, 0]) == [0, 1, 2, 3, 4]
 
 
 def test_parts_of_another_recording_are_refused(work: Workload, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from specgym.decoding.decoders.chain import SpeculativeDecoder, ThresholdDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.find_model import shipped_models
 from specgym.decoding.loading.pair import Pair
@@ -50,7 +51,7 @@ def test_the_decoder_gets_the_knobs_that_info_and_observation_show(
 def test_small_actions_add_up_for_a_whole_number_knob(make_env: MakeEnv) -> None:
     env = make_env(decoder="speculative", start="default", scales={"draft_length": 1.0})
     env.reset(seed=0, options={"knobs": {"draft_length": 2}})
-    lengths = [env.step(np.array([0.3], np.float32))[4]["knobs/draft_length"] for _ in range(3)]
+    lengths = [env.step(np.array([0.3, 0.0], np.float32))[4]["knobs/draft_length"] for _ in range(3)]
     assert lengths == [2.0, 3.0, 3.0]
 
 
@@ -192,7 +193,7 @@ def test_it_shows_its_knobs_ranges_workload_and_decoder(make_env: MakeEnv, toy_w
 def test_any_callable_may_make_the_decoder(make_env: MakeEnv) -> None:
     env = make_env(decoder=lambda pair: SpeculativeDecoder(pair, 3)).unwrapped
     space: Any = env.observation_space
-    assert space.high.tolist() == [3.0]
+    assert space.high.tolist() == [3.0, 1.0]
 
 
 def test_a_profile_may_be_a_file(make_env: MakeEnv, profile: LatencyProfile, tmp_path: Path) -> None:

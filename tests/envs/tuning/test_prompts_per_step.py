@@ -38,7 +38,7 @@ def test_metrics_are_of_all_prompts_together(make_env: MakeEnv, make_single: Mak
     make = make_env if backend == "live" else make_single
     # Exact greedy decoding draws nothing, so the order of the prompts does not matter.
     changes: dict[str, Any] = {"decoder": "speculative", "max_new_tokens": 7, "start": "default"}
-    still = np.zeros(1, np.float32)
+    still = np.zeros(2, np.float32)
     item, many = make(**changes), make(**changes, prompts_per_step=4)
     infos = []
     for prompt in range(4):

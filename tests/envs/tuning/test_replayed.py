@@ -56,7 +56,7 @@ def test_exact_greedy_steps_are_those_of_the_live_environment(make_single: MakeE
         for env in (replayed, live):
             env.reset(seed=0, options={"prompt": prompt, "knobs": {"draft_length": 1 + prompt}})
         for action in (0.0, 0.7, -1.0):
-            ours, theirs = (env.step(np.array([action], np.float32)) for env in (replayed, live))
+            ours, theirs = (env.step(np.array([action, 0.0], np.float32)) for env in (replayed, live))
             assert ours[1] == pytest.approx(theirs[1])
             assert ours[4] == {
                 name: value if isinstance(value, str) else pytest.approx(value) for name, value in theirs[4].items()
@@ -130,7 +130,7 @@ def test_time_is_charged_at_the_operating_point(make_single: MakeEnv, profile: L
     big = replace(small, batch_size=8, draft_seconds={0: 0.0, 1: 0.003}, autoregressive_seconds=0.02)
     env = make_single(profile=replace(small, points=(big,)), batch_size=8, decoder="speculative")
     env.reset(seed=0)
-    info = env.step(np.zeros(1, np.float32))[4]
+    info = env.step(np.zeros(2, np.float32))[4]
     seconds = 0.010 * info["rounds"] + 0.004 * info["drafted"]
     assert info["seconds"] == pytest.approx(seconds)
     assert info["speedup"] == pytest.approx(0.02 * info["tokens"] / seconds)
@@ -194,7 +194,7 @@ def test_bad_arguments_are_refused(make_single: MakeEnv, arguments: dict[str, An
 def test_exact_decoding_takes_shorter_drafts_than_recorded(make_single: MakeEnv) -> None:
     env = make_single(decoder="speculative", max_draft_length=3, max_new_tokens=20)
     env.reset(seed=0, options={"knobs": {"draft_length": 3}})
-    info = env.step(np.zeros(1, np.float32))[4]
+    info = env.step(np.zeros(2, np.float32))[4]
     assert info["drafted"] <= 3 * info["rounds"]
 
 

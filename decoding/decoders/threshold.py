@@ -1,0 +1,123 @@
+"""Threshold decoding: a draft token is kept where the two models are close enough, whatever the dice would say.
+
+At a drafted position let TV be the total variation between the draft's and the target's distribution. TV <= `fallback`
+keeps the token outright; otherwise the exact test of speculative sampling decides. A rejection takes the last
+`rollback` draft tokens back, itself included, and the target emits the token that follows those kept. A draft ends as
+soon as one more token is expected to bring less than it costs (`expected_gain`).
+
+Both ways of keeping a token leave a conditional distribution within `fallback` of the target's, which is this decoder's
+certificate when sampling with `rollback` = 1; `fallback` = 0 is then exact speculative sampling. A larger rollback
+judges tokens by what came after them, so that the text is biased even at `fallback` = 0, by an amount that
+`Round.divergence` cannot see: it knows only what each token was drawn from. Greedy decoding at `fallback` = 0 gives the
+target's own text whatever the rollback. A token that greedy decoding would have chosen anyway does not diverge at all,
+whatever the distance between the models; any other counts with that distance, though its one-hot distribution differs
+wholly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..drafts.drafter import Proposal
+from ..loading.pair import Pair
+from ..sampling import Sampling, draw, total_variation
+from ..traits import CHAIN
+from .chain import ChainDecoder, SpeculativeSession, Verdict, first_false
+from .expected_gain import LEVELS, ExpectedGain, levels_of
+from .stop_rules import StopRule
+from .traits import Stop, ThresholdTraits
+
+if TYPE_CHECKING:
+    from ..latency.profile import LatencyProfile
+
+
+class ThresholdSession(SpeculativeSession):
+    """One prompt being generated with the fallback and rollback thresholds."""
+
+    def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
+        p = self.sampling.probabilities(scores)
+        drafted = proposal.tokens.shape[0]
+        distance = self._distances(p, scores, proposal)
+        outright, passes = distance <= knobs["fallback"], self._passes(p, proposal)
+        agreed = first_false(outright | passes)
+        rollback = self._whole_rollback(knobs["rollback"])
+        kept = torch.where(agreed < drafted, (agreed + 1 - rollback).clamp(min=0), agreed)
+        # The residual belongs to the rejected position alone; a token put further back comes from the target there.
+        successor = self._successor(p, proposal, agreed)
+        if rollback > 1:
+            further_back = p[kept].argmax(-1) if self.sampling.greedy else draw(p[kept], self.generator)
+            successor = torch.where(kept < agreed, further_back, successor)
+        strayed = outright & ~passes if self.sampling.greedy else outright  # drawn tokens are the draft's outright
+        return Verdict(kept, successor, torch.where(strayed, distance, 0.0))
+
+    def _distances(self, p: Tensor, scores: Tensor, proposal: Proposal) -> Tensor:
+        """Total variation between draft and target at every drafted position, shape (drafted,)."""
+        # One-hot distributions make the distance useless, so greedy decoding compares the models at temperature 1.
+        p = scores[:-1].softmax(-1) if self.sampling.greedy else p[:-1]
+        if proposal.logits is None:  # a one-hot draft
+            return 1 - p.gather(-1, proposal.tokens.unsqueeze(-1)).squeeze(-1)
+        q = proposal.logits.softmax(-1) if proposal.probabilities is None else proposal.probabilities
+        return total_variation(p, q)
+
+    def _whole_rollback(self, rollback: float) -> int:
+        """A neighbouring whole number, at random by the fraction, so that the mean moves smoothly with the knob."""
+        whole = int(rollback)
+        if rollback > whole:
+            whole += int(self._rng.random() < rollback - whole)
+        return whole
+
+
+class ThresholdDecoder(ThresholdTraits, ChainDecoder):
+    """Speculative decoding with a `fallback` and a `rollback` threshold; lossy unless `fallback` is 0 (and
+    `rollback` 1, when sampling).
+
+    Args:
+        pair: a target with a draft.
+        max_draft_length: longest draft, in tokens, and the upper end of the `rollback` knob.
+        stop: where drafts end. `"expected-gain"` weighs what one more token is expected to bring against what it costs
+            (`ExpectedGain`), by the profile that `charge_by` was given, and else by the pair's own, which is measured
+            on this machine when the first text is begun, and kept. `"never"` drafts `max_draft_length` tokens every
+            round. Or a rule of one's own, which all texts of this decoder share.
+
+    Raises:
+        ValueError: the pair has no draft, `max_draft_length` is not positive, or there is no such rule.
+    """
+
+    session_class = ThresholdSession
+
+    def __init__(self, pair: Pair, max_draft_length: int = 16, stop: Stop | StopRule = "expected-gain") -> None:
+        super().__init__(pair)
+        named: dict[str, Any] = {} if isinstance(stop, StopRule) else {"stop": stop}
+        self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, **named)
+        self.max_draft_length = max_draft_length
+        if isinstance(stop, StopRule):
+            stop.start(1, seed=0)
+            self.stop = stop
+        self._weighs = stop == "expected-gain"
+        self._gains: list[ExpectedGain] = []  # one for each level of the fallback
+
+    def charge_by(self, profile: LatencyProfile) -> None:
+        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
+        if self._weighs:
+            profile = profile.require_kind(CHAIN)
+            tolerances = np.linspace(0, 1, LEVELS)
+            self._gains = [ExpectedGain.of(profile, self.max_draft_length, level) for level in tolerances]
+
+    def _get_ready(self, sampling: Sampling) -> None:
+        if self._weighs and not self._gains:
+            from ..latency.measure import measured  # which imports this module
+
+            self.charge_by(measured(self.pair, sampling=sampling))
+
+    def draft_length(self, knobs: Mapping[str, float]) -> int:
+        """Return the longest draft, whatever the knobs."""
+        return self.max_draft_length
+
+    def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
+        """Return the rule for this fallback."""
+        return self._gains[levels_of(knobs["fallback"])] if self._weighs else self.stop
