@@ -4,6 +4,7 @@ from .decoders.chain import SpeculativeDecoder, SpeculativeSession
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
+from .decoders.engine_arguments import engine_arguments, takes_threshold
 from .decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
 from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound, LookaheadStatistics
 from .decoders.lookahead.pool import PoolSettings, Retention
@@ -21,9 +22,10 @@ from .decoders.stop_rules import (
     ProductBelow,
     Rows,
     StopRule,
+    TokenRule,
 )
 from .decoders.threshold import ThresholdDecoder
-from .decoders.traits import ENGINE_SETTINGS, EngineSettings
+from .decoders.traits import ENGINE_SETTINGS, EngineSettings, EngineStop
 from .drafts.drafter import (
     Drafter,
     DraftSession,
@@ -160,6 +162,7 @@ __all__ = [
     "DraftTreeRound",
     "Drafter",
     "EngineSettings",
+    "EngineStop",
     "EntropyAbove",
     "ExpectedGain",
     "FixedLength",
@@ -212,6 +215,7 @@ __all__ = [
     "Terminated",
     "TextRules",
     "ThresholdDecoder",
+    "TokenRule",
     "TokenTree",
     "TraceRule",
     "TrainingError",
@@ -240,6 +244,7 @@ __all__ = [
     "draw",
     "encode",
     "encode_once",
+    "engine_arguments",
     "environment_names",
     "file_digests",
     "file_name",
@@ -281,6 +286,7 @@ __all__ = [
     "sensible_deployments",
     "sequence_of",
     "shipped_prompts",
+    "takes_threshold",
     "target_digest",
     "text",
     "text_settings",

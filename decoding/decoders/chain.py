@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -157,6 +157,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         synchronise(self.target.device)
         drafted_at = time.perf_counter()
         draft_seconds = self._spent + drafted_at - started
+        verified = self._drafted
         self._steps, self._drafted, self._spent = None, [], 0.0
 
         pending = torch.tensor(self.context[-1:], device=self.target.device)
@@ -177,7 +178,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         accepted = min(kept, taken)
         self.draft.truncate(length + accepted)
         self.tracker.verified(drafted, accepted, taken)
-        return Round(
+        round_ = Round(
             tokens=tuple(self.tokens[-taken:]),
             drafted=drafted,
             accepted=accepted,
@@ -187,6 +188,9 @@ class SpeculativeSession(Session["ChainDecoder"]):
             taken_back=tuple(draft_tokens[accepted:]),
             draft_steps=draft_steps,
         )
+        if self.decoder.on_round is not None:
+            self.decoder.on_round(verified, round_)
+        return round_
 
     def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
         p = self.sampling.probabilities(scores)
@@ -250,12 +254,15 @@ class ChainDecoder(Decoder[SpeculativeSession]):
         cost_ratio: what the rule or a controller is told that one more drafted token costs, in seconds that it adds to
             a round over autoregressive seconds per token.
         batch_size: what they are told of how many sequences are decoded together.
+        on_round: called after every round with the draft tokens that were verified and the round, in whose times the
+            call is not.
 
     Raises:
         ValueError: the pair has no draft.
     """
 
     stop: StopRule | None = None
+    on_round: Callable[[Sequence[DraftStep], Round], None] | None = None
     cost_ratio: float = USUAL_COST_RATIO
     batch_size: int = 1
 

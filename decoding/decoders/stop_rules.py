@@ -348,14 +348,15 @@ class TokenRule:
             return kept, len(kept)
         for step in steps:
             count += 1
-            unsure = self._sureness(step) < threshold
+            unsure = self.sureness(step) < threshold
             if not (unsure and self.before):
                 kept.append(step)
             if unsure:
                 break
         return kept, count
 
-    def _sureness(self, step: DraftStep) -> float:
+    def sureness(self, step: DraftStep) -> float:
+        """Return how sure the draft is of a token, 0 to 1."""
         if step.logits is None or (step.probabilities is None and not self.before):
             return step.confidence()  # when greedy, the token is the likeliest
         if self.before:

@@ -57,7 +57,7 @@ def test_a_rule_that_leaves_a_token_out_for_what_was_drawn_is_found_out(
         assert step.probabilities is not None
         return float(step.probabilities[0, step.token])
 
-    monkeypatch.setattr(TokenRule, "_sureness", of_the_drawn_token)
+    monkeypatch.setattr(TokenRule, "sureness", of_the_drawn_token)
     knobs = {"draft_length": 3, "stop_threshold": 0.6}
     joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, knobs, ahead=2)
     assert distance(joint, exact_joint(target, Sampling(), PROMPT, 3)) > 0.01
