@@ -56,6 +56,7 @@ from .worlds.catalogue import (
 )
 from .worlds.env import WorldsEnv, WorldsVectorEnv
 from .worlds.pool import AcceptancePool
+from .worlds.real_pairs import LivePair, RealWorld, ReplayedPair, knobs_of, real_world
 from .worlds.worlds import BATCH_SIZES, ENGINE_NAMES, ENGINES, PROMPTS, Charges, Readings, Worlds, WorldSampler
 
 __all__ = [
@@ -85,13 +86,16 @@ __all__ = [
     "DraftTable",
     "Facts",
     "KnobMoves",
+    "LivePair",
     "Metrics",
     "ObserveContext",
     "OutcomeReplay",
     "Outcomes",
     "PromptOrder",
     "Readings",
+    "RealWorld",
     "ReplayTable",
+    "ReplayedPair",
     "RewardSettings",
     "Rows",
     "Task",
@@ -124,6 +128,7 @@ __all__ = [
     "held_out_sampler",
     "held_out_workloads",
     "is_traced",
+    "knobs_of",
     "length_of",
     "measure_setting",
     "metrics_of",
@@ -137,6 +142,7 @@ __all__ = [
     "profile_of",
     "prompts_at",
     "ray_errors",
+    "real_world",
     "record_command",
     "recorded_workloads",
     "recording_name",
