@@ -14,6 +14,7 @@ from .evaluation.statistics import (
 from .evaluation.unseen.comparison import recommendations
 from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
+from .evaluation.worlds.methods import ClosedForm, Learned
 from .experiments.experiment import (
     Experiment,
     KnobLearning,
@@ -30,7 +31,9 @@ from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSett
 from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
 from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import Recommendation, fastest_within, load_knobs, settle
+from .export.recommend_exact import play, usual_setting
 from .export.stop_rule import ExportedStopRule
+from .export.worlds_policy import shipped_tuner
 from .policy import KnobPolicy
 from .training.environments import recording_path, training_environments
 from .training.ppo import learn
@@ -39,6 +42,7 @@ from .training.run_folder import RunFolder, quieten, read_json, this_command
 from .training.settings_io import SettingsError
 
 __all__ = [
+    "ClosedForm",
     "Column",
     "Contender",
     "EnvironmentSettings",
@@ -50,6 +54,7 @@ __all__ = [
     "KnobPolicy",
     "KnobRange",
     "KnobSettings",
+    "Learned",
     "LearnedSearcher",
     "LearnedTuner",
     "LearningSettings",
@@ -79,6 +84,7 @@ __all__ = [
     "load_knobs",
     "load_settings",
     "losses",
+    "play",
     "quieten",
     "rank_correlation",
     "read_json",
@@ -88,6 +94,7 @@ __all__ = [
     "reward_of",
     "save_settings",
     "settle",
+    "shipped_tuner",
     "sign_flip_test",
     "tasks_of",
     "this_command",
@@ -97,5 +104,6 @@ __all__ = [
     "training_environments",
     "tuner_settings",
     "universal_setting",
+    "usual_setting",
     "whole_numbers",
 ]

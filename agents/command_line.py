@@ -26,6 +26,7 @@ from .training.run_folder import RunFolder
 from .training.settings_io import SettingsError
 
 DEFAULT_DECODER: Final = "threshold"
+EngineName = Literal["transformers", "llama.cpp", "openvino", "vllm"]
 _S = TypeVar("_S", bound=RunSettings)
 _E = TypeVar("_E", bound=str)
 
@@ -53,11 +54,12 @@ class EvaluateCommand:
     """Measure a saved run again on held-out prompts, and compare the table with the stored one.
 
     Or write a report of it; or, for a run of train.py --tuner, recommend settings for any pair, or test how well that
-    works on pairs, datasets and targets that were left out of training.
+    works on pairs, datasets and targets that were left out of training. Without a run, --pair recommends settings of
+    exact decoding for an engine, by the policy that ships.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/thresholds-20260101-120000."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Folder of the run, such as runs/thresholds-20260101-120000. Needed for all but --pair."""
     live: tuple[str, ...] | None = None
     """Workloads to decode live (by the clock too) and compare with their replay, for a run of --env
     specgym/DraftLength-v0. With --pair: measure and confirm by decoding."""
@@ -65,13 +67,20 @@ class EvaluateCommand:
     """Write report.html into the run's folder, one page with every table and figure there is, and the tables as CSV and
     JSON into report/."""
     pair: str | None = None
-    """Pair to recommend settings for after a few measurements, such as my-target+my-draft; for a run of --tuner."""
+    """Pair to recommend settings for after a few measurements, such as my-target+my-draft; with a run of --tuner for
+    its decoder, else for exact decoding."""
+    engine: EngineName | None = None
+    """Engine to serve with, for --pair without a run of --tuner: its stop rule is measured with, and its arguments are
+    printed. Defaults to transformers."""
+    out: Path | None = None
+    """Folder of recommendation.json, for --pair without a run of --tuner. Defaults to one in recommendations/."""
     prompts: str = "prose"
     """Prompt set, or file of prompts, for --pair; part of them is kept for confirming."""
     temperature: float = 0.0
     """Sampling temperature for --pair; 0 for greedy decoding."""
     measurements: int | None = None
-    """Settings to try before recommending one, for --pair; by default as many as the tuner has learned with."""
+    """Settings to try before recommending one, for --pair. Defaults to as many as the tuner of the run has learned
+    with, or 4."""
     dtype: ModelType | None = None
     """Type of the models' weights, for --pair. Defaults to the run's own."""
     device: str | None = None
@@ -159,8 +168,6 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _evaluate(command: EvaluateCommand) -> None:
-    settings: RunSettings = load_settings(RunFolder.existing(command.run).settings)
-    kind = settings.EXPERIMENT
     if command.report + command.transfer + (command.pair is not None) > 1:
         raise SettingsError("--report, --transfer and --pair are three things to do; give one at a time")
     if command.pair is None and (command.dtype, command.device) != (None, None):
@@ -170,38 +177,71 @@ def _evaluate(command: EvaluateCommand) -> None:
     if command.ray is not None and not command.transfer:
         raise SettingsError("--ray is for --transfer; nothing else here has several things to do at a time")
     check_placement(command.dtype, command.device)
+    if command.run is None and command.pair is None:
+        raise SettingsError("name the folder of a run, or a pair to recommend settings for with --pair")
+    run, kind = command.run, None
+    if run is not None:
+        settings: RunSettings = load_settings(RunFolder.existing(run).settings)
+        kind = settings.EXPERIMENT
+    exact = command.pair is not None and kind in (None, WorldsSettings.EXPERIMENT)
+    if not exact and (command.engine, command.out) != (None, None):
+        raise SettingsError("--engine and --out are for --pair without a run, or with one of --env " + WORLDS)
+    if exact:
+        _use_worlds_tuner(command)
+        return
+    assert run is not None
     if command.report:
         from .report.page import report_run
 
-        report_run(command.run)
+        report_run(run)
     elif command.pair is not None or command.transfer:
         if kind != "tune-unseen":
-            raise SettingsError(f"--pair and --transfer are for runs of train.py --tuner; {command.run} is none")
-        _use_tuner(command)
+            raise SettingsError(f"--pair and --transfer are for runs of train.py --tuner; {run} is none")
+        _use_tuner(command, run)
     elif command.live is not None:
         if kind == "tune-unseen":
             raise SettingsError("--live needs --pair: which pair should be decoded?")
         if kind != "stop-drafts":
-            raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {command.run} always is")
+            raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {run} always is")
         from .experiments.stop_drafts import evaluate_live
 
-        evaluate_live(command.run, command.live)
+        evaluate_live(run, command.live)
     else:
         from .training.run import evaluate
 
-        evaluate(command.run)
+        evaluate(run)
 
 
-def _use_tuner(command: EvaluateCommand) -> None:
+def _use_worlds_tuner(command: EvaluateCommand) -> None:
+    from .export.recommend_exact import recommend_for_pair
+    from .export.worlds_policy import WorldsTuner, shipped_tuner
+
+    assert command.pair is not None
+    recommend_for_pair(
+        shipped_tuner() if command.run is None else WorldsTuner.load(RunFolder(command.run).first_policy),
+        command.pair,
+        command.prompts,
+        command.temperature,
+        command.engine or "transformers",
+        command.measurements,
+        live=command.live is not None,
+        out=command.out,
+        dtype=command.dtype,
+        device=command.device,
+        max_prompt_tokens=command.max_prompt_tokens,
+    )
+
+
+def _use_tuner(command: EvaluateCommand, run: Path) -> None:
     from .experiments.tune_unseen import recommend_for_pair, transfer_tuner
 
     if command.pair is None:
         with on_ray(command.ray):
-            transfer_tuner(command.run, command.leave_out, command.seeds, command.jobs)
+            transfer_tuner(run, command.leave_out, command.seeds, command.jobs)
         return
     live = command.live is not None
     recommend_for_pair(
-        command.run,
+        run,
         command.pair,
         command.prompts,
         command.temperature,

@@ -36,6 +36,7 @@ from .results import ALL, LEARNED, PLAIN, ResultTable, Row, kept_bound
 from .statistics import Floats, grid_axes, settings_of
 
 FIXED, STOP_RULE, DEFAULT, ONE_FOR_ALL = "exact, fixed", "exact, stop rule", "default", "one for all"
+CLOSED_FORM = "closed form"
 """Methods beside plain decoding and what was learned."""
 DO_NOT_SPECULATE = "do not speculate"
 """Rule of a row whose method advises plain decoding."""
@@ -281,6 +282,7 @@ class _Judge:
             STOP_RULE: "exact decoding with the stop rule",
             BEST_EXACT: "exact decoding",
             DEFAULT: "the defaults",
+            CLOSED_FORM: "the closed form",
             ONE_FOR_ALL: "one setting for all",
             LEARNED: learned,
         }
@@ -312,7 +314,11 @@ class _Judge:
         """Means over all workloads, and the way to be preferred."""
         sentences = [kept_bound(rows, self._bound).strip()] if self._bound is not None else []
         means = [_with_best_exact(methods, self._aim) for methods in workloads]
-        known = [method for method in (BEST_EXACT, DEFAULT, ONE_FOR_ALL, LEARNED) if all(method in of for of in means)]
+        known = [
+            method
+            for method in (BEST_EXACT, DEFAULT, CLOSED_FORM, ONE_FOR_ALL, LEARNED)
+            if all(method in of for of in means)
+        ]
         speeds = ", ".join(
             f"{method} {_mean(means, method, 'speedup'):.2f} ({_mean(means, method, 'wall_speedup'):.2f})"
             for method in known

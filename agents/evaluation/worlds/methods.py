@@ -8,7 +8,6 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import traits_of
 from specgym.envs import (
     ENGINES,
     LENGTHS,
@@ -20,8 +19,20 @@ from specgym.envs import (
     setting_of,
 )
 
-from .sessions import Fixed, Flags, Floats, Integers, Method, Problem, Session
+from .sessions import Fixed, Flags, Floats, Integers, Known, Method, Problem, Session
 
+DEFAULTS: Final = {
+    # transformers 5: GenerationConfig of an assistant, 20 tokens, of which worlds have 16, and a threshold of 0.4.
+    "transformers": (16, 0.4),
+    # llama.cpp, common/common.h: n_max and p_min of common_params_speculative.
+    "llama.cpp": (16, 0.75),
+    # openvino.genai, continuous_batching/speculative_decoding: default_num_assistant_tokens.
+    "openvino": (5, 0.0),
+    # vLLM has no default; 5 is what its documentation's examples take as num_speculative_tokens.
+    "vllm": (5, 0.0),
+}
+"""Draft length and stop threshold of each engine, if one sets nothing."""
+_DEFAULT_SETTINGS = np.array([int(setting_of(*DEFAULTS[engine.name])) for engine in ENGINES])
 FIRST_LENGTH: Final = PROFILED[0]
 """Draft length that closed forms measure where they would not speculate."""
 _SCHEDULE_START = 5.0
@@ -54,12 +65,8 @@ class Universal(NamedTuple):
 
 
 def default_settings(problem: Problem) -> Integers:
-    """Return each engine's own setting, as near as worlds have it, shape (n,)."""
-    presets = [traits_of("speculative").presets[engine.name] for engine in ENGINES]
-    by_engine = setting_of(
-        *np.array([(knobs["draft_length"], knobs.get("stop_threshold", 0.0)) for knobs in presets]).T
-    )
-    settings: Integers = by_engine[problem.worlds.engine]
+    """Return each engine's own setting, shape (n,)."""
+    settings: Integers = _DEFAULT_SETTINGS[problem.worlds.engine]
     return settings
 
 
@@ -77,7 +84,7 @@ def best_on_training_texts(problem: Problem) -> Integers:
 class _Believing(Session):
     """A session that keeps beliefs."""
 
-    def __init__(self, problem: Problem, budget: int) -> None:
+    def __init__(self, problem: Known, budget: int) -> None:
         super().__init__(problem, budget)
         self.beliefs = Beliefs(len(problem))
         self.beliefs.begin(np.arange(len(problem)), problem.facts, budget)
@@ -141,7 +148,7 @@ class Schedule(_Believing):
     the length on, by the mean of what they would: by the rates at which tokens were kept so far.
     """
 
-    def __init__(self, problem: Problem, budget: int) -> None:
+    def __init__(self, problem: Known, budget: int) -> None:
         super().__init__(problem, budget)
         self._length = np.full(len(problem), _SCHEDULE_START)
 
@@ -179,7 +186,7 @@ class Learned(_Believing):
 
     plans = True
 
-    def __init__(self, problem: Problem, budget: int, policy: Tuner) -> None:
+    def __init__(self, problem: Known, budget: int, policy: Tuner) -> None:
         super().__init__(problem, budget)
         self._policy = policy
         self._kept: Integers = np.zeros(len(problem), np.int64)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,11 +90,24 @@ class Problem:
         return self.worlds.measure(np.arange(len(self)), settings, np.random.default_rng([*self.seed, 1, number]))
 
 
+class Known(Protocol):
+    """Worlds of which something is known before anything is tried, real ones or those of a `Problem`."""
+
+    @property
+    def facts(self) -> Facts:
+        """Facts of n worlds."""
+        ...
+
+    def __len__(self) -> int:
+        """Return n."""
+        ...
+
+
 class Session(ABC):
     """Tunes all worlds of a problem at once.
 
     Args:
-        problem: whose worlds are tuned; only its facts may be looked at.
+        problem: whose worlds are tuned.
         budget: measurements that may be taken in each world.
 
     Attributes:
@@ -106,7 +119,7 @@ class Session(ABC):
     plans: ClassVar = False
     """True if proposals depend on the budget, so that every budget needs a session of its own."""
 
-    def __init__(self, problem: Problem, budget: int) -> None:
+    def __init__(self, problem: Known, budget: int) -> None:
         self.facts, self.budget = problem.facts, budget
         self.stopped = np.zeros(len(problem), np.bool_)
         self.tried: list[Integers] = []
