@@ -22,7 +22,6 @@ SMALLEST = {
     "lookahead_pool": f"{COMPARISON} --prompt-sets prose --presets small",
     "medusa": f"{COMPARISON} --prompt-sets prose --heads 1 --candidates 4",
     "roofline_against_published": "",
-    "worlds_agreement": "--workloads tiny-3m-lookup/prose --replays 1",
     "replay_agreement": "--workloads tiny-3m-lookup/prose --prompts 1 --tokens 4 --replays 1",
 }
 """Arguments of runs of a few seconds."""
