@@ -200,7 +200,8 @@ class Counts:
 
     Attributes:
         tokens: of each text, shape (texts,).
-        drafts: rounds that drafted k tokens, shape (settings, texts, K + 1).
+        drafts: rounds that drafted k tokens, and last the tokens that were drafted and thrown away, since the rule
+            stopped before them; shape (settings, texts, K + 2).
         kept: rounds that kept more than j drafted tokens, shape (settings, texts, K).
         reached: rounds in which the target judged more than j: those kept, and the one that was not; likewise.
         judged: tokens that the target judged, by the level of their probability, shape (settings, texts, levels).
@@ -227,7 +228,7 @@ def count_rounds(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Cou
         stop: whether a draft ends after the token below the threshold or before it.
     """
     texts = len(rows.starts) - 1
-    count, place, row, drafted, stays = _walk(passing, seen, rows, stop)
+    count, place, row, drafted, stays, thrown = _walk(passing, seen, rows, stop)
     level = np.minimum((seen * LEVELS).astype(np.int64), LEVELS - 1)
     so_far = np.pad(np.cumsum(level[..., None] == np.arange(LEVELS), 1), ((0, 0), (1, 0), (0, 0)))
     entropy_so_far = np.pad(np.cumsum(rows.entropy, 1), ((0, 0), (1, 0)))
@@ -239,7 +240,7 @@ def count_rounds(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Cou
     by_text = (count // texts, texts)
     return Counts(
         np.diff(rows.starts),
-        _counted(place, drafted, count).reshape(*by_text, -1),
+        _charged(place, drafted, thrown, count).astype(np.uint8).reshape(*by_text, -1),
         _more_than(place, stays, count).reshape(*by_text, -1),
         _more_than(place, reached, count).reshape(*by_text, -1),
         judged.astype(np.uint8).reshape(*by_text, -1),
@@ -249,23 +250,24 @@ def count_rounds(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Cou
 
 
 def rounds_a_token(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Floats:
-    """Return the rounds a token by what they draft, shape (settings, K + 1); arguments as for `count_rounds`."""
+    """Return `Counts.drafts` a token of all texts, shape (settings, K + 2); arguments as for `count_rounds`."""
     texts = len(rows.starts) - 1
-    count, place, _, drafted, _ = _walk(passing, seen, rows, stop)
-    rounds: Floats = _counted(place // texts, drafted, count // texts, np.int64) / rows.starts[-1]
+    count, place, _, drafted, _, thrown = _walk(passing, seen, rows, stop)
+    rounds: Floats = _charged(place // texts, drafted, thrown, count // texts) / rows.starts[-1]
     return rounds
 
 
 def _walk(
     passing: Integers, seen: Floats, rows: Rows, stop: Stop
-) -> tuple[int, Integers, Integers, Integers, Integers]:
-    """Number of texts times settings, and of every round which of them, its row, and tokens drafted and kept."""
+) -> tuple[int, Integers, Integers, Integers, Integers, Integers]:
+    """Number of texts times settings; of every round which of them, its row, and tokens drafted, kept, thrown away."""
     texts = len(rows.starts) - 1
     surest = np.minimum.accumulate(seen, 1)
     # By threshold: how long drafts get before the rule ends them.
     lengths = (surest[None] >= THRESHOLDS[:, None, None]).sum(2) + (stop == "after")
     lengths[0] = LONGEST
     drafts = np.minimum(lengths, rows.drafted).ravel()
+    ruled = ((lengths < rows.drafted) & (stop == "before")).ravel()
     place: Integers = np.arange(SETTINGS * texts)
     setting, text = np.divmod(place, texts)
     level, longest = setting // len(LENGTHS) * len(seen), length_of(setting)
@@ -275,22 +277,30 @@ def _walk(
     while len(place):
         drafted = np.minimum(drafts.take(level + row), np.minimum(longest, last - row))
         stays = np.minimum(passing.take(row), np.minimum(drafted, end - row))
-        done.append((place, row, drafted, stays))
+        # Where the rule, and nothing else, has ended a draft before a token, that token was drafted all the same.
+        thrown = ruled.take(level + row) & (drafted < np.minimum(longest, last - row))
+        done.append((place, row, drafted, stays, thrown))
         row = row + stays + 1
         going = np.flatnonzero(row < end)
         if len(going) < len(place):
             all_of_them = (place, level, longest, row, last, end)
             place, level, longest, row, last, end = (values.take(going) for values in all_of_them)
-    return SETTINGS * texts, *(np.concatenate(values) for values in zip(*done, strict=True))
+    place, row, drafted, stays, thrown = (np.concatenate(values) for values in zip(*done, strict=True))
+    return SETTINGS * texts, place, row, drafted, stays, thrown
 
 
-def _counted(place: Integers, tokens: Integers, places: int, dtype: type[np.integer[Any]] = np.uint8) -> Any:
+def _charged(place: Integers, drafted: Integers, thrown: Integers, places: int) -> Integers:
+    """Rounds of each place by what they draft, and tokens thrown away, shape (places, K + 2)."""
+    return np.column_stack([_counted(place, drafted, places), np.bincount(place, thrown, places).astype(np.int64)])
+
+
+def _counted(place: Integers, tokens: Integers, places: int) -> Integers:
     """Number of times that each place has so many tokens, shape (places, K + 1)."""
     width = LONGEST + 1
-    return np.bincount(place * width + tokens, minlength=places * width).astype(dtype).reshape(places, width)
+    return np.bincount(place * width + tokens, minlength=places * width).reshape(places, width)
 
 
 def _more_than(place: Integers, tokens: Integers, places: int) -> NDArray[np.uint8]:
     """Number of times that each place has more than j tokens, shape (places, K)."""
-    counts: NDArray[np.uint8] = _counted(place, tokens, places)[:, :0:-1].cumsum(1, dtype=np.uint8)[:, ::-1]
+    counts: NDArray[np.uint8] = _counted(place, tokens, places)[:, :0:-1].cumsum(1)[:, ::-1].astype(np.uint8)
     return counts

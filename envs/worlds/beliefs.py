@@ -67,9 +67,8 @@ class Beliefs:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.facts = Facts(
-            *np.zeros((2, count), np.bool_), np.zeros(count), np.ones(count, np.int64), *np.ones((2, count))
-        )
+        after, before = np.zeros((2, count), np.bool_)
+        self.facts = Facts(after, before, np.zeros(count), np.ones(count, np.int64), np.ones(count), np.ones(count))
         self.done: Integers = np.zeros(count, np.int64)
         self.left: Integers = np.zeros(count, np.int64)
         self._reached = np.zeros((count, LONGEST))
@@ -135,7 +134,8 @@ class Beliefs:
         form of Leviathan et al. (arXiv 2211.17192) with a rate for every place instead of one for all, and with a
         verification that costs more the more it reads. A threshold changes both as if the levels of a draft's tokens
         were drawn one by one: with a share c of tokens at or above it, of which a share a is kept, a draft goes on to
-        the next token with chance c, and reaches it intact with chance c a.
+        the next token with chance c, and reaches it intact with chance c a. A rule that stops before a token has
+        drafted it, and throws it away.
 
         Returns:
             Shape (n, levels, K + 1), by the level where the threshold lies, and by length; what an engine cannot set
@@ -156,10 +156,16 @@ class Beliefs:
         below = np.minimum(drafted.astype(np.int64), LONGEST - 1)
         by_length = costs[:, None]
         rest = drafted - below
+        thrown = np.where(stopping_before, 1 - above, 0.0)[..., None] * goes_on.cumsum(2)  # that many ends by the rule
         cost = (1 - rest) * np.take_along_axis(by_length, below, 2) + rest * np.take_along_axis(by_length, below + 1, 2)
+        cost += self._token_cost()[:, None, None] * np.pad(thrown, ((0, 0), (0, 0), (1, 0)))
         speedups: Floats = (tokens / costs)[:, None] * (emitted / emitted[:, :1]) / (cost / cost[:, :1])
         speedups[self.facts.fixed, 1:] = 0
         return speedups
+
+    def _token_cost(self) -> Floats:
+        """Seconds that a drafted token adds to a round, over those of a plain token, shape (n,)."""
+        return (self.facts.long_round - self.facts.short_round) / (PROFILED[1] - PROFILED[0])
 
     def round_costs(self) -> Floats:
         """Seconds of rounds over those of a plain token, on lines through the timed ones, shape (n, K + 1)."""
@@ -184,7 +190,6 @@ class Beliefs:
         level, length = self._starts(predicted)
         pooled, by_place = self.acceptance()
         share, rates = self.levels()
-        slope = (facts.long_round - facts.short_round) / (PROFILED[1] - PROFILED[0])
         single = (
             ~facts.fixed & ~facts.before,
             ~facts.fixed & facts.before,
@@ -193,7 +198,7 @@ class Beliefs:
             np.log2(facts.batch_size) / 8,
             np.log2(facts.short_round) / _DOUBLINGS,
             np.log2(facts.long_round) / _DOUBLINGS,
-            np.log2(np.maximum(slope, 2.0**-_CHEAPEST)) / _CHEAPEST,
+            np.log2(np.maximum(self._token_cost(), 2.0**-_CHEAPEST)) / _CHEAPEST,
             self.done / MOST_MEASUREMENTS,
             np.minimum(self.left, MOST_MEASUREMENTS) / MOST_MEASUREMENTS,
             self.left <= 0,

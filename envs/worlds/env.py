@@ -28,7 +28,7 @@ BUDGETS: Final = (0, 1, 2, 4, 4, 8)
 MEASUREMENT_COST: Final = 0.001
 """Price of a measurement, beside a part of what was lost while decoding for it."""
 _REGRET_SHARE: Final = 0.001
-SLOWER_COST: Final = 0.15
+SLOWER_COST: Final = 0.25
 """Price of a recommendation that is slower than plain decoding."""
 _INFO: Final = ("speedup", "share_of_best", "measured_speedup", "measurements", "draft_length", "stop_threshold")
 
@@ -70,7 +70,7 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
     of the draft's probability, entropy, what a closed form predicts, the best measurement, and the newest four.
 
     ## Rewards
-    For a measurement -0.001 (1 + loss), and for a recommendation -loss, less another 0.15 if it is slower than plain
+    For a measurement -0.001 (1 + loss), and for a recommendation -loss, less another 0.25 if it is slower than plain
     decoding; the loss is 1 - the setting's speedup over the best one's.
 
     ## Episode end
@@ -231,7 +231,8 @@ class WorldsEnv(gymnasium.Env[Array, Array], EzPickle):
     ) -> None:
         self.render_mode = None
         self._sessions = WorldsVectorEnv(1, sampler, measurements, acceptance_worlds, seed, render_mode)
-        self.observation_space, self.action_space = observation_space(), action_space()
+        self.observation_space: spaces.Space[Any] = observation_space()
+        self.action_space: spaces.Space[Any] = action_space()
 
     @property
     def worlds(self) -> Worlds:

@@ -60,12 +60,12 @@ class AcceptancePool:
         stops: each world's kind of stop rule.
         warps: of each world.
         measured: what training texts gave in each world.
-        rounds: a token on held-out texts of each world, by what they draft, shape (settings, K + 1).
+        rounds: a token on held-out texts of each world, as `rounds_a_token` has them.
 
     Attributes:
         before: worlds whose drafts stop before a token, shape (worlds,).
         texts: training texts of each world, shape (worlds,).
-        rounds: rounds a token on held-out texts, by what they draft, shape (worlds, settings, K + 1).
+        rounds: rounds a token on held-out texts, by what they draft, shape (worlds, settings, K + 2).
     """
 
     def __init__(

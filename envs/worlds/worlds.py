@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -85,9 +86,10 @@ class Charges:
         labels: of the deployments.
         classes: kind of the hardware of each, or `MEASURED`.
         software: that each runs; `cpu` for processors, on which it matters less, and `MEASURED`.
-        verify: seconds of a target pass that verifies k drafted tokens, over those of a plain token, by deployment,
-            batch size and k, shape (deployments, batch sizes, K + 1); NaN where the batch does not fit in memory.
-        draft: seconds of a drafted token, over the same, shape (deployments, batch sizes).
+        verify: seconds of a round that verifies k drafted tokens, without those of drafting each, over those of a plain
+            token, by deployment, batch size and k, shape (deployments, batch sizes, K + 1); NaN where the batch does
+            not fit in memory.
+        draft: seconds that each drafted token adds, over the same, shape (deployments, batch sizes).
     """
 
     labels: NDArray[np.str_]
@@ -112,9 +114,11 @@ class Charges:
                     f"profile of {profile.pair}: batch size {profile.batch_size} is none of {BATCH_SIZES}"
                 )
             column, plain_seconds = BATCH_SIZES.index(profile.batch_size), profile.autoregressive_seconds
-            verified = [profile.target(tokens + 1) / plain_seconds for tokens in LENGTHS[1:].tolist()]
-            verify[place, column] = [1.0, *verified]  # what drafts nothing is plain decoding
-            draft[place, column] = profile.draft(LONGEST) / LONGEST / plain_seconds
+            token = (profile.draft(LONGEST) - profile.draft(1)) / (LONGEST - 1)
+            beginning = profile.draft(1) - token
+            verified = [beginning + profile.target(tokens + 1) for tokens in LENGTHS[1:].tolist()]
+            verify[place, column] = np.array([plain_seconds, *verified]) / plain_seconds  # no draft is plain decoding
+            draft[place, column] = token / plain_seconds
         return cls(
             np.array([item.label for item in deployments] + [profile.pair for profile in profiles]),
             np.array([item.hardware_class for item in deployments] + [MEASURED] * len(profiles)),
@@ -144,7 +148,8 @@ class Worlds:
         batch_size: sequences decoded together.
         deployment: place among the deployments.
         noise: standard deviation of the logarithm of a measured time.
-        costs: seconds of a round that drafts k tokens, over those of a plain token, shape (n, K + 1).
+        costs: seconds of a round that drafts k tokens, and last of a token that is thrown away, over those of a plain
+            token, shape (n, K + 2).
     """
 
     pool: AcceptancePool
@@ -204,7 +209,9 @@ class Worlds:
         drafts, kept, reached, judged, passed = (counts[where].sum(1, dtype=np.int64) for counts in counted)
         seconds = (drafts * self.costs[rows]).sum(1) * self.noisy(rows, rng)
         entropy = pool.entropy[where].sum(1, dtype=np.float64) / np.maximum(judged.sum(1), 1)
-        return Readings(pool.tokens[where[0], texts].sum(1) / seconds, drafts, kept, reached, judged, passed, entropy)
+        return Readings(
+            pool.tokens[where[0], texts].sum(1) / seconds, drafts[:, :-1], kept, reached, judged, passed, entropy
+        )
 
     def noisy(self, rows: Integers, rng: np.random.Generator) -> Floats:
         """Draw what a measured time is multiplied by in some rows."""
@@ -271,8 +278,9 @@ class WorldSampler:
                 deployment[rows[of_kind]] = places[(where[of_kind] * len(places)).astype(np.int64)]
             batch[rows] = np.where(fits[deployment[rows]], rng.random((len(rows), len(BATCH_SIZES))), -1).argmax(1)
         verify, draft = self.charges.verify[deployment, batch], self.charges.draft[deployment, batch]
-        factor = np.exp(rng.uniform(*np.log(_DRAFT_FACTOR), count))
+        factor = np.exp(rng.uniform(math.log(_DRAFT_FACTOR[0]), math.log(_DRAFT_FACTOR[1]), count))
         overhead = rng.uniform(0, _LARGEST_OVERHEAD, count)
-        costs = verify + LENGTHS * (draft * factor)[:, None] + (LENGTHS > 0) * overhead[:, None]
-        noise = np.exp(rng.uniform(*np.log(_NOISE), count))
+        token = (draft * factor)[:, None]
+        costs = np.concatenate([verify + LENGTHS * token + (LENGTHS > 0) * overhead[:, None], token], 1)
+        noise = np.exp(rng.uniform(math.log(_NOISE[0]), math.log(_NOISE[1]), count))
         return Worlds(self.pool, acceptance, engine, np.array(BATCH_SIZES)[batch], deployment, noise, costs)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specgym.decoding import Split
 from specgym.envs.backends.replay import replay_backend
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.find import find_recording
@@ -34,7 +35,7 @@ GREEDY, SAMPLED = "tiny-3m-1l/definitions", "tiny/prose@1.0"
 TEXTS = 5
 
 
-def trace_of(name: str, split: str) -> Trace:
+def trace_of(name: str, split: Split) -> Trace:
     trace, _ = find_recording("speculative", None, name, split)
     assert isinstance(trace, Trace)
     return trace
@@ -51,23 +52,24 @@ def sampled() -> Rows:
 
 
 def decoded_one_by_one(passing: np.ndarray, seen: np.ndarray, rows: Rows, stop: Stop, setting: int) -> list[tuple]:
-    """Rounds of every text, by a loop that follows the words of the rule: text, row, drafted, kept."""
+    """Rounds of every text, by a loop that follows the words of the rule: text, row, drafted, kept, thrown away."""
     length, threshold = int(length_of(np.array(setting))), float(threshold_of(np.array(setting)))
     rounds = []
     for text in range(TEXTS):
         row, end = int(rows.starts[text]), int(rows.starts[text + 1])
         last = row + rows.room - 1
         while row < end:
-            drafted = 0
+            drafted = thrown = 0
             for place in range(min(length, int(rows.drafted[row]), last - row)):
                 unsure = threshold > 0 and seen[row, place] < threshold
                 if unsure and stop == "before":
+                    thrown = 1
                     break
                 drafted += 1
                 if unsure:
                     break
             kept = min(int(passing[row]), drafted, end - row)
-            rounds.append((text, row, drafted, kept))
+            rounds.append((text, row, drafted, kept, thrown))
             row += kept + 1
     return rounds
 
@@ -107,8 +109,8 @@ def test_counts_of_fixed_lengths_are_those_of_exact_replay() -> None:
         sums = replay.sums(prompts, np.zeros(TEXTS, np.int64), knobs, np.random.default_rng(0))
         setting = setting_of(length, 0.0)
         assert counts.tokens.tolist() == sums["tokens"].tolist()
-        assert counts.drafts[setting].sum(1).tolist() == sums["rounds"].tolist()
-        assert (counts.drafts[setting] @ LENGTHS).tolist() == sums["drafted"].tolist()
+        assert counts.drafts[setting, :, :-1].sum(1).tolist() == sums["rounds"].tolist()
+        assert (counts.drafts[setting, :, :-1] @ LENGTHS).tolist() == sums["drafted"].tolist()
 
 
 @pytest.mark.parametrize("stop", ["after", "before"])
@@ -118,10 +120,10 @@ def test_counts_are_those_of_decoding_one_by_one(rows: Rows, stop: Stop) -> None
     counts = count_rounds(passing, seen, rows, stop)
     level = np.minimum((seen * LEVELS).astype(int), LEVELS - 1)
     for setting in rng.choice(SETTINGS, 12, replace=False).tolist():
-        drafts, kept, reached = np.zeros((TEXTS, LONGEST + 1)), *np.zeros((2, TEXTS, LONGEST))
+        drafts, kept, reached = np.zeros((TEXTS, LONGEST + 2)), *np.zeros((2, TEXTS, LONGEST))
         judged, passed, entropy = *np.zeros((2, TEXTS, LEVELS)), np.zeros(TEXTS)
-        for text, row, drafted, stays in decoded_one_by_one(passing, seen, rows, stop, setting):
-            drafts[text, drafted] += 1
+        for text, row, drafted, stays, thrown in decoded_one_by_one(passing, seen, rows, stop, setting):
+            drafts[text, [drafted, LONGEST + 1]] += 1, thrown
             kept[text, :stays] += 1
             upto = min(stays + 1, drafted)
             reached[text, :upto] += 1
@@ -201,7 +203,7 @@ def test_held_out_texts_are_not_those_measured() -> None:
 
 def test_every_round_and_token_is_counted_once(rows: Rows) -> None:
     counts: Counts = count_rounds(*warped(rows, Warp(0.7), "after", np.random.default_rng(5)), rows, "after")
-    emitted = counts.drafts.sum(2, dtype=np.int64) + counts.kept.sum(2, dtype=np.int64)
+    emitted = counts.drafts[..., :-1].sum(2, dtype=np.int64) + counts.kept.sum(2, dtype=np.int64)
     # A draft that is kept whole to the last token of a text leaves no room for one of the target's own.
     assert (emitted - counts.tokens >= 0).all()
     assert (emitted - counts.tokens <= 1).all()

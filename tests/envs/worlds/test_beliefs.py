@@ -59,7 +59,8 @@ def test_thresholds_are_predicted_from_the_levels() -> None:
         # Expected: sure tokens s with chance 1/2 each; before the unsure one, or after it, which is never kept.
         places = np.arange(LONGEST)
         kept = (0.5 ** (places + 1)).sum()
-        drafted = (0.5**places).sum() if not before else kept
+        # Before the unsure one: it is drafted and thrown away, in every round but those that are sure to the end.
+        drafted = (0.5**places).sum() if not before else kept + 1 - 0.5**LONGEST
         assert speeds[level, LONGEST] == pytest.approx((1 + kept) / (1 + 0.1 * drafted), rel=2e-2)
 
 

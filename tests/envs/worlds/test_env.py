@@ -20,8 +20,9 @@ from specgym.envs.worlds.worlds import WorldSampler
 GO, STOP = np.array([0.0, 0.0, -1.0], np.float32), np.array([0.0, 0.0, 1.0], np.float32)
 
 
-def run(env: WorldsVectorEnv, seed: int, steps: int = 12) -> list[np.ndarray]:
-    rng, seen = np.random.default_rng(9), [env.reset(seed=seed)[0]]
+def run(env: WorldsVectorEnv, seed: int, steps: int = 12) -> list[Any]:
+    rng = np.random.default_rng(9)
+    seen: list[Any] = [env.reset(seed=seed)[0]]
     for _ in range(steps):
         actions = rng.uniform(-1, 1, (env.num_envs, 3)).astype(np.float32)
         observations, rewards, over, _, _ = env.step(actions)
@@ -136,7 +137,7 @@ def test_pickles_go_on_where_the_original_stands(sampler: WorldSampler) -> None:
 )
 def test_bad_arguments_are_named(sampler: WorldSampler, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        WorldsVectorEnv(**{"num_envs": 1, "sampler": sampler} | arguments)
+        WorldsVectorEnv(**{"num_envs": 1, **arguments}, sampler=sampler)
 
 
 def test_bad_actions_options_and_a_missing_reset_are_named(sampler: WorldSampler) -> None:

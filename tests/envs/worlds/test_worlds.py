@@ -24,6 +24,7 @@ from specgym.envs.worlds.catalogue import (
     training_sampler,
     training_workloads,
 )
+from specgym.envs.worlds.pool import AcceptancePool
 from specgym.envs.worlds.worlds import BATCH_SIZES, ENGINES, Charges, WorldSampler
 
 
@@ -48,6 +49,9 @@ def test_a_measured_profile_is_charged_at_its_batch_size_alone() -> None:
     assert table.fits.tolist() == [[True] + [False] * 8]
     assert table.draft[0, 0] == pytest.approx(0.05)
     assert table.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.6])  # nothing drafted is plain decoding
+    late = Charges.of([], [replace(profile, draft_seconds={0: 0.0, 1: 2e-4, 16: 9.5e-4})])
+    assert late.draft[0, 0] == pytest.approx(0.05)  # what the first token costs beyond that belongs to the round
+    assert late.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.6 + 0.15])
     with pytest.raises(ArgumentError, match=r"profile of a\+b: batch size 3 is none of"):
         Charges.of([], [replace(profile, batch_size=3)])
 
@@ -66,7 +70,8 @@ def test_draws_suit_their_engines(sampler: WorldSampler) -> None:
     column = np.searchsorted(BATCH_SIZES, worlds.batch_size)
     assert sampler.charges.fits[worlds.deployment, column].all()
     assert np.isfinite(worlds.costs).all()
-    assert (np.diff(worlds.costs, axis=1) > -1e-12).all()
+    assert (np.diff(worlds.costs[:, :-1], axis=1) > -1e-12).all()
+    assert (worlds.costs[:, -1] >= 0).all()
 
 
 def test_not_speculating_is_worth_1_and_engines_lack_what_they_cannot_set(sampler: WorldSampler) -> None:
@@ -144,3 +149,18 @@ def test_worlds_with_everything_new_can_be_drawn() -> None:
     worlds = held_out_sampler("all").draw(50, rng())
     assert set(worlds.temperature.tolist()) <= set(HELD_OUT_TEMPERATURES)
     assert set(worlds.batch_size.tolist()) <= {1, *HELD_OUT_BATCH_SIZES}
+
+
+def test_a_token_that_is_thrown_away_costs_its_draft(sampler: WorldSampler) -> None:
+    """With the same rounds, a rule that stops before a token pays for more drafting than it verifies."""
+    pool = AcceptancePool.recorded(["tiny-3m-1l/definitions"])
+    before = int(np.flatnonzero(pool.before)[0])
+    setting = int(setting_of(16, 0.6))
+    assert pool.rounds[before, setting, -1] > 0
+    assert (pool.rounds[~pool.before][..., -1] == 0).all()
+    assert (pool.rounds[before, : len(LENGTHS), -1] == 0).all()  # without a threshold no rule ends a draft
+    alone = replace(sampler, pool=pool, engines=("llama.cpp",))
+    worlds = alone.draw(30, rng())
+    free = worlds.taken(np.arange(30))
+    free.costs[:, -1] = 0
+    assert (free.speedups()[:, setting] > worlds.speedups()[:, setting]).all()
