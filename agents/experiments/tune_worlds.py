@@ -11,9 +11,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from specgym.envs import WorldsVectorEnv, training_sampler
 
 from ..evaluation.results import ResultTable
+from ..evaluation.worlds.judge import judge_worlds
 from ..export.worlds_policy import WorldsTuner
 from ..policy import KnobPolicy
-from ..training.run_folder import console
+from ..training.run_folder import console, this_command
 from ..training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
 from .experiment import Experiment, Learner, PolicyChoice
 from .tune_worlds_settings import WorldsSettings
@@ -22,6 +23,7 @@ from .tune_worlds_settings import WorldsSettings
 class TuneWorlds(Experiment[WorldsSettings]):
     """Learning to tune exact decoding in simulated worlds."""
 
+    RESULTS = ("transfer.json",)
     FIGURES = "numbers"
 
     @classmethod
@@ -63,4 +65,12 @@ class TuneWorlds(Experiment[WorldsSettings]):
 
     def judge(self, report: Callable[[str], None]) -> ResultTable:
         """Let every policy tune worlds of all kinds that it never saw, beside simpler methods."""
-        raise NotImplementedError
+        policies = {learner.seed: WorldsTuner.load(learner.folder.path) for learner in self.learners()}
+        transfer = judge_worlds(policies, this_command(), worlds=self.settings.judged_worlds, report=report)
+        transfer.save(self.run.path / "transfer.json")
+        return transfer.table
+
+    def hints(self) -> Sequence[str]:
+        """Sentence on how to use the policy."""
+        folder = self.learners()[0].folder.path
+        return (f"For a pair of your own: python evaluate.py {folder} --pair <target>+<draft>.",)

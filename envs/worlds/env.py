@@ -25,6 +25,8 @@ Array = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 BUDGETS: Final = (0, 1, 2, 4, 4, 8)
 """Measurements of a session, to draw from, where their number is not fixed."""
+RETICENT: Final = 0.25
+"""Share of sessions in which the engine does not tell its draft's probabilities, so that nothing is known by level."""
 MEASUREMENT_COST: Final = 0.001
 """Price of a measurement, beside a part of what was lost while decoding for it."""
 _REGRET_SHARE: Final = 0.001
@@ -67,7 +69,8 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
     ## Observation space
     `Box(-1, 1, (78,), float32)`: `Beliefs.observations`, whose entries `observation_names()` names: engine,
     temperature, batch size, the times of two rounds, measurements so far and left, acceptance by place and by the level
-    of the draft's probability, entropy, what a closed form predicts, the best measurement, and the newest four.
+    of the draft's probability, entropy, what a closed form predicts, the best measurement, and the newest four. In a
+    quarter of the sessions the engine does not tell the draft's probabilities.
 
     ## Rewards
     For a measurement -0.001 (1 + loss), and for a recommendation -loss, less another 0.25 if it is slower than plain
@@ -128,6 +131,7 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self.worlds: Worlds = sampler.draw(num_envs, np.random.default_rng(seed))
         self._speedups = self.worlds.speedups()
         self._best = self._speedups.max(1)
+        self._reticent = np.zeros(num_envs, np.bool_)  # whose engine does not tell the draft's probabilities
         self._started = False
 
     def reset(
@@ -174,6 +178,7 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         going = np.flatnonzero(~over)
         if len(going):
             readings = self.worlds.measure(going, settings[going], self.np_random)
+            readings = readings.without_probabilities(self._reticent[going])
             self.beliefs.add(going, settings[going], readings)
             measured[going] = readings.speedup
         info = {
@@ -198,6 +203,7 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
         self.worlds.put(rows, drawn)
         self._speedups[rows] = drawn.speedups()
         self._best[rows] = self._speedups[rows].max(1)
+        self._reticent[rows] = self.np_random.random(len(rows)) < RETICENT
         budget = self.np_random.choice(BUDGETS, len(rows)) if self._measurements is None else self._measurements
         self.beliefs.begin(rows, Facts.of(drawn, self.np_random), budget)
 

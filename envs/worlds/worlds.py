@@ -77,6 +77,13 @@ class Readings(NamedTuple):
     passed: Integers
     entropy: Floats
 
+    def without_probabilities(self, rows: NDArray[np.bool_]) -> Readings:
+        """Return the readings as of an engine that does not tell its draft's probabilities, in some rows."""
+        seen = ~rows
+        return self._replace(
+            judged=self.judged * seen[:, None], passed=self.passed * seen[:, None], entropy=self.entropy * seen
+        )
+
 
 @dataclass(frozen=True)
 class Charges:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specgym.decoding import ArgumentError
-from specgym.envs import AXES, WorldSampler, held_out_sampler, training_sampler
+from specgym.envs import AXES, PROMPTS, WorldSampler, held_out_sampler, training_sampler
 
 from ..results import LEARNED, Row, machine
 from ..statistics import FLIPS, holm, interval, resampled_means, resampled_members, sign_flip_test
@@ -177,7 +177,7 @@ def protocol(universal: Universal, policies: Mapping[int, Tuner], worlds: int) -
     return {
         "worlds_of_each_kind_and_seed": worlds,
         "seeds": list(policies),
-        "measured_on": "8 training texts a measurement, the same for every method",
+        "measured_on": f"{PROMPTS} training texts a measurement, the same for every method",
         "judged_on": "held-out texts, as a share of the best of all settings there",
         "universal_settings": {"fixed, stopping after, before": universal.by_kind.tolist(), "single": universal.single},
         "intervals": "95 %, bootstrap over recorded workloads and over the worlds of each",

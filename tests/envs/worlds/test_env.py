@@ -13,8 +13,9 @@ from gymnasium.vector import AutoresetMode
 
 import specgym  # noqa: F401  # registers the environments
 from specgym.decoding import ArgumentError
-from specgym.envs.worlds.acceptance import length_of, setting_of
-from specgym.envs.worlds.env import BUDGETS, MEASUREMENT_COST, SLOWER_COST, WorldsEnv, WorldsVectorEnv
+from specgym.envs.worlds.acceptance import LEVELS, length_of, setting_of
+from specgym.envs.worlds.beliefs import observation_names
+from specgym.envs.worlds.env import BUDGETS, MEASUREMENT_COST, RETICENT, SLOWER_COST, WorldsEnv, WorldsVectorEnv
 from specgym.envs.worlds.worlds import WorldSampler
 
 GO, STOP = np.array([0.0, 0.0, -1.0], np.float32), np.array([0.0, 0.0, 1.0], np.float32)
@@ -151,3 +152,16 @@ def test_bad_actions_options_and_a_missing_reset_are_named(sampler: WorldSampler
         env.step(np.full((2, 3), np.nan, np.float32))
     with pytest.raises(ArgumentError, match="unknown reset option 'knobs'"):
         env.reset(options={"knobs": {}})
+
+
+def test_some_engines_do_not_tell_the_probabilities_of_their_drafts(sampler: WorldSampler) -> None:
+    env = WorldsVectorEnv(2000, sampler, measurements=2)
+    env.reset(seed=0)
+    env.step(np.tile(np.array([0.5, -1.0, -1.0], np.float32), (2000, 1)))
+    names = observation_names()
+    levels = [names.index(f"level_tokens/{level}") for level in range(LEVELS)]
+    shown = env.beliefs.observations()
+    drafted = shown[:, names.index("before/1/length")] > 0
+    assert drafted.any()
+    silent = shown[drafted][:, levels].sum(1) == 0
+    assert silent.mean() == pytest.approx(RETICENT, abs=0.05)
