@@ -60,7 +60,8 @@ def of_world(name: str, engine: str) -> NDArray[np.float64]:
     """Speedups in the world of a workload as it was recorded, shape (settings,)."""
     pool = AcceptancePool.recorded([name])
     charges = Charges.of([], [profile_of(workload(name), None, replayed=True).at()])
-    costs = charges.verify[0, :1] + LENGTHS * charges.draft[0, :1, None]
+    token = charges.draft[0, :1, None]
+    costs = np.concatenate([charges.verify[0, :1] + LENGTHS * token, token], 1)
     where = np.flatnonzero(pool.before == (engine == "llama.cpp"))
     alone, nothing = np.ones(1, np.int64), np.zeros(1, np.int64)
     world = Worlds(pool, where, alone * ENGINE_NAMES.index(engine), alone, nothing, np.zeros(1), costs)
