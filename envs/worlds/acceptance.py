@@ -118,7 +118,8 @@ class Rows:
         starts = trace.starts[: texts + 1]
         here = slice(0, int(starts[-1]))
         chance = exact_chances(trace.match[here], trace.p[here], trace.q[here], trace.info.sampling)
-        columns = (trace.q, trace.top_ten, trace.entropy)
+        # A draft without probabilities has q = 1 and is as sure as its confidence; for others q is the smaller.
+        columns = (np.minimum(trace.q, trace.confidence), trace.top_ten, trace.entropy)
         drawn, likeliest, entropy = (_fitted(column[here]) for column in columns)
         drafted = np.minimum(trace.drafted[here].astype(np.int64), LONGEST)
         return cls(_fitted(chance), drawn, likeliest, entropy, drafted, starts, trace.info.tokens)

@@ -21,12 +21,20 @@ def profile() -> LatencyProfile:
     return profile_of(workload("tiny-3m-1l/prose"), None, replayed=True)
 
 
-@pytest.mark.parametrize(("engine", "stop"), [("transformers", "after"), ("llama.cpp", "before"), ("vllm", None)])
+@pytest.mark.parametrize(
+    ("engine", "stop", "pair"),
+    [
+        ("transformers", "after", "tiny-3m-1l"),
+        ("llama.cpp", "before", "tiny-3m-1l"),
+        ("vllm", None, "tiny-3m-1l"),
+        ("transformers", "after", "tiny-3m-ngram"),
+    ],
+)
 def test_decoding_measures_what_the_trace_of_the_same_texts_holds(
-    engine: str, stop: str | None, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
+    engine: str, stop: str | None, pair: str, profile: LatencyProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_pairs, "PROMPTS", TEXTS)
-    named = workload("tiny-3m-1l/prose")
+    named = workload(f"{pair}/prose")
     trace, _ = find_recording("speculative", None, named, "train")
     assert isinstance(trace, Trace)
     world = LivePair(named, engine, profile, trace.info.tokens)
