@@ -54,7 +54,7 @@ from .worlds.catalogue import (
     training_sampler,
     training_workloads,
 )
-from .worlds.env import WorldsEnv, WorldsVectorEnv
+from .worlds.env import RETICENT, WorldsEnv, WorldsVectorEnv
 from .worlds.pool import AcceptancePool
 from .worlds.real_pairs import LivePair, RealWorld, ReplayedPair, knobs_of, real_world
 from .worlds.worlds import BATCH_SIZES, ENGINE_NAMES, ENGINES, PROMPTS, Charges, Readings, Worlds, WorldSampler
@@ -72,6 +72,7 @@ __all__ = [
     "MOST_MEASUREMENTS",
     "PROFILED",
     "PROMPTS",
+    "RETICENT",
     "SETTINGS",
     "SHIPPED_WORKLOADS",
     "THRESHOLDS",

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.envs import PROMPTS, Facts, Readings, Worlds, WorldSampler, length_of
+from specgym.envs import PROMPTS, RETICENT, Facts, Readings, Worlds, WorldSampler, length_of
 
 from ..unseen.comparison import WITHIN
 
@@ -35,11 +35,13 @@ class Problem:
     Attributes:
         worlds: that are tuned.
         facts: what is known of them, with its noise.
+        reticent: worlds whose engine does not tell its draft's probabilities, as in `WorldsVectorEnv`; shape (n,).
         seed: fixes the texts and the noise of measurements.
     """
 
     worlds: Worlds
     facts: Facts
+    reticent: Flags
     seed: tuple[int, ...]
 
     @classmethod
@@ -47,7 +49,7 @@ class Problem:
         """Draw so many worlds, and learn what is known of them."""
         rng = np.random.default_rng([*seed, 0])
         worlds = sampler.draw(count, rng)
-        return cls(worlds, Facts.of(worlds, rng), tuple(seed))
+        return cls(worlds, Facts.of(worlds, rng), rng.random(count) < RETICENT, tuple(seed))
 
     def __len__(self) -> int:
         return len(self.worlds)
@@ -55,7 +57,8 @@ class Problem:
     def first(self, count: int) -> Problem:
         """Return the first so many worlds as a problem of their own."""
         rows = np.arange(count)
-        return Problem(self.worlds.taken(rows), Facts._make(column[rows] for column in self.facts), self.seed)
+        facts = Facts._make(column[rows] for column in self.facts)
+        return Problem(self.worlds.taken(rows), facts, self.reticent[rows], self.seed)
 
     @cached_property
     def speedups(self) -> Floats:
@@ -87,7 +90,8 @@ class Problem:
             settings: shape (n,).
             number: of the measurement in each world's session; it has the same texts and noise whatever is measured.
         """
-        return self.worlds.measure(np.arange(len(self)), settings, np.random.default_rng([*self.seed, 1, number]))
+        rng = np.random.default_rng([*self.seed, 1, number])
+        return self.worlds.measure(np.arange(len(self)), settings, rng).without_probabilities(self.reticent)
 
 
 class Known(Protocol):

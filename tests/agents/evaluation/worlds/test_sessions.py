@@ -71,3 +71,11 @@ def test_a_measurement_is_the_same_whatever_else_was_measured(problem: Problem) 
     plain = problem.measure(0 * settings, 2).speedup
     mixed = np.where(np.arange(len(problem)) < 20, 0, settings)
     assert (problem.measure(mixed, 2).speedup[:20] == plain[:20]).all()
+
+
+def test_some_engines_do_not_tell_their_drafts_probabilities(problem: Problem) -> None:
+    readings = problem.measure(np.full(len(problem), 3), 0)
+    assert 0 < problem.reticent.mean() < 1
+    assert ((readings.judged.sum(1) == 0) == problem.reticent).all()
+    assert (readings.kept.sum(1) > 0).any()
+    assert (readings.reached[:, 0] > 0).all()
