@@ -138,7 +138,8 @@ class ReplayedPair(_Pair):
         seconds = profile.round_seconds(LONGEST)
         seconds[0] = profile.autoregressive_seconds  # what drafts nothing is plain decoding
         nothing = np.zeros(1, np.int64)
-        costs = (seconds / profile.autoregressive_seconds)[None]
+        thrown_away = (profile.draft(LONGEST) - profile.draft(1)) / (LONGEST - 1)
+        costs = np.append(seconds, thrown_away)[None] / profile.autoregressive_seconds
         engines = np.array([ENGINE_NAMES.index(engine)])
         self._worlds = Worlds(pool, np.array([place]), engines, np.array([1]), nothing, np.zeros(1), costs)
         self._rng = np.random.default_rng(seed)

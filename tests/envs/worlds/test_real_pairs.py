@@ -47,6 +47,7 @@ def test_decoding_measures_what_the_trace_of_the_same_texts_holds(
     passing, seen = warped(rows, Warp(), rule, np.random.default_rng(0))
     replayed = count_rounds(passing, seen, rows, rule)
     expected = {name: getattr(replayed, name)[setting].sum(0, dtype=np.int64) for name in Readings._fields[1:6]}
+    expected["drafts"] = expected["drafts"][:-1]  # the last are tokens thrown away, which are charged and not shown
     for name in ("drafts", "kept", "reached"):
         np.testing.assert_array_equal(getattr(live, name)[0], expected[name], err_msg=name)
     for name in ("judged", "passed"):  # a probability in between two levels may be rounded to either
