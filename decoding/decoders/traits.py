@@ -107,6 +107,7 @@ ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
         # openvinotoolkit/openvino.genai, samples/python/text_generation/speculative_decoding_lm_npu.py. Its threshold
         # excludes this setting.
         "openvino": EngineSettings("never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}),
+        # docs.vllm.ai/en/v0.25.0/features/speculative_decoding/draft_model
         "vllm": EngineSettings("never", {"draft_length": "num_speculative_tokens"}, {"draft_length": 5}),
     }
 )

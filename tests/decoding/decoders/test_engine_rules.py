@@ -2,18 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specgym.decoding.decoders import chain as speculative
 from specgym.decoding.decoders.chain import SpeculativeDecoder
-from specgym.decoding.decoders.stop_rules import TokenRule
-from specgym.decoding.decoders.traits import EngineStop
+from specgym.decoding.decoders.stop_rules import FixedLength, TokenRule
+from specgym.decoding.decoders.traits import ENGINE_SETTINGS, EngineStop
 from specgym.decoding.drafts.drafter import ModelStep
+from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import PROMPT, MakeTable, distance, exact_joint, make_drafter, walk
+
+MakeModel = Callable[..., PreTrainedModel]
+
+
+def test_greedy_output_equals_generate_whatever_the_rule_and_the_threshold(
+    make_model: MakeModel, make_noisy: MakeModel, reference: Callable[..., list[list[int]]]
+) -> None:
+    model = make_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 96, (1 + 4 * (number % 2),), generator=generator).tolist() for number in range(8)]
+    expected = reference(model, prompts, 40)
+    seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
+    for draft in (make_noisy(model, 0.02), NGramDrafter.fit(seen, 96, order=3), PromptLookupDrafter(96, longest=2)):
+        for stop in get_args(EngineStop):
+            decoder = SpeculativeDecoder(Pair(model, draft), 8, stop)
+            lengths = set()
+            for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True)):
+                # From 0 over what a draft of random weights is sure of to 1, which ends every draft at its first token.
+                threshold = (0.0, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 0.2)[number]
+                usual = {"draft_length": (8, 8, 5, 8, 3, 8, 8, 0)[number], "stop_threshold": threshold}
+                usual["min_draft_length"] = (0, 2, 0, 0, 1, 0, 3, 0)[number]
+                knobs = {knob.name: usual[knob.name] for knob in decoder.knobs}
+                generation = decoder.generate(prompt, max_new_tokens=40, knobs=knobs)
+                assert generation.tokens == tokens, (stop, knobs)
+                lengths |= {round_.drafted for round_ in generation.rounds[:-8]}
+            assert len(lengths) > 1
+
+
+def test_a_threshold_of_0_asks_for_nothing(make_table: MakeTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(rule: TokenRule, step: ModelStep) -> float:
+        raise AssertionError("the host would wait for the answer")
+
+    monkeypatch.setattr(TokenRule, "_sureness", refused)
+    pair = Pair(make_table(6, seed=1), make_drafter("model", make_table, 6))
+    decoder = SpeculativeDecoder(pair, 4, "llama.cpp")
+    for knobs in ({"draft_length": 4}, {"draft_length": 4, "min_draft_length": 2}):
+        rounds = decoder.generate(PROMPT, max_new_tokens=12, sampling=Sampling(), seed=0, knobs=knobs).rounds
+        assert {round_.drafted for round_ in rounds[:-4]} == {4}
+
+
+def test_a_round_says_what_was_drafted_beyond_what_is_verified(make_table: MakeTable) -> None:
+    pair = Pair(make_table(6, seed=1), make_drafter("model", make_table, 6))
+    decoder = SpeculativeDecoder(pair, 4, "llama.cpp")
+    knobs = {"draft_length": 4, "stop_threshold": 1.0}
+    session = decoder.start(PROMPT, max_new_tokens=8, seed=0)
+    round_ = session.step(knobs)
+    assert (round_.drafted, round_.draft_steps, round_.target_tokens, len(round_.tokens)) == (0, 1, 1, 1)
+    plain = session.step({**knobs, "draft_length": 0})
+    assert (plain.drafted, plain.draft_steps, len(plain.tokens)) == (0, 0, 1)
+
+
+def test_rules_have_their_knobs_and_wrong_names_are_refused(make_table: MakeTable) -> None:
+    pair = Pair(make_table(6, seed=1), make_drafter("model", make_table, 6))
+    names = {stop: [knob.name for knob in SpeculativeDecoder(pair, 4, stop).knobs] for stop in get_args(EngineStop)}
+    assert names == {
+        "transformers": ["draft_length", "stop_threshold"],
+        "llama.cpp": ["draft_length", "stop_threshold", "min_draft_length"],
+        "never": ["draft_length"],
+    }
+    for stop in (None, FixedLength(2)):
+        assert [knob.name for knob in SpeculativeDecoder(pair, 4, stop).knobs] == ["draft_length"]
+    with pytest.raises(ValueError, match=r"stop must be one of 'transformers', 'llama\.cpp', 'never', got 'vllm'"):
+        SpeculativeDecoder(pair, 4, "vllm")  # type: ignore[arg-type]
+    for settings in ENGINE_SETTINGS.values():
+        known = {knob.name for knob in SpeculativeDecoder.knobs_without_pair(stop=settings.stop)}
+        assert set(settings.settings) == set(settings.defaults) == known
+
 
 ENGINE_RULES: dict[str, tuple[tuple[EngineStop, dict[str, float]], ...]] = {
     "model": (
