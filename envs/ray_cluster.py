@@ -115,7 +115,11 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address, log_to_driver=False, configure_logging=False, runtime_env=checkout, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise WorkerError(f"--ray: cannot use Ray at {address or 'this machine'}: {reason}") from error
+        # With an address Ray looks for a token only if it is told to (`ray.init` in `_private/worker.py`, Ray 2.60).
+        token = (
+            "" if address in (None, "auto", "local") else "; where the cluster asks for a token, RAY_AUTH_MODE=token"
+        )
+        raise WorkerError(f"--ray: cannot use Ray at {address or 'this machine'}: {reason}{token}") from error
     finally:
         if main and before is not None:
             signal.signal(signal.SIGTERM, before)  # Ray's own ends the driver at once (`_private/worker.py`, Ray 2.60)
@@ -154,6 +158,16 @@ def share_of(resource: str, processes: int) -> float:
         return 0.0
     # As many on each, so that no node is too small; rounded down as Ray counts, or the last would wait for ever.
     return math.floor(_UNITS / -(-processes // there)) / _UNITS
+
+
+def warn_unless_roomy(name: str, cpus: float, gpus: float) -> None:
+    """Log a warning unless a node of the cluster is large enough for a task, which else waits for one to be added."""
+    nodes = [node["Resources"] for node in cluster().nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        also = f" and {gpus:g} GPU" if gpus else ""
+        logging.getLogger(__name__).warning(
+            f"{name} waits for a node with {cpus:g} CPUs{also}; the cluster has none (fewer --threads need fewer CPUs)"
+        )
 
 
 @contextlib.contextmanager

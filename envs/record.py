@@ -178,21 +178,18 @@ def _record_apart(command: RecordCommand, decoder: str | None) -> None:
         run = partial(_recorded, replace(command, decoder=decoder), name)
         models = command.device != "cpu"
         tasks.append(Task(name, run, command.folder, tuple(known), models, max(1, command.threads)))
-    texts = dict.fromkeys(range(len(tasks)), 0)
-    with tqdm(desc=f"0 of {len(tasks)} workloads", unit="text") as bar:
+    with tqdm(desc="Recording", total=len(tasks), unit="workload") as bar:
 
         def watch() -> None:
-            for number, task in enumerate(tasks):  # the parts of a finished file are gone, and stay counted
-                parts = (parts_of(command.folder / name) for name in command.files(task.name))
-                texts[number] = max(texts[number], sum(len(list(folder.glob("*-*.npz"))) for folder in parts))
-            bar.update(sum(texts.values()) - bar.n)
+            parts = (parts_of(command.folder / file) for task in tasks for file in command.files(task.name))
+            bar.set_postfix_str(
+                f"{sum(len(list(folder.glob('*-*.npz'))) for folder in parts)} texts of unfinished ones"
+            )
 
         def done(number: int, lines: list[str]) -> None:
-            finished.append(number)
-            bar.set_description_str(f"{len(finished)} of {len(tasks)} workloads")
             bar.write("\n".join(lines))
+            bar.update()
 
-        finished: list[int] = []
         run_tasks(tasks, command.jobs, done, watch)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from specgym.decoding import replacing
 
-from .ray_cluster import MOST_LOST, cluster, lost_workers, named_node, ray_errors, share_of
+from .ray_cluster import MOST_LOST, cluster, lost_workers, named_node, ray_errors, share_of, warn_unless_roomy
 
 T = TypeVar("T")
 Contents = Mapping[str, bytes | None]
@@ -139,9 +139,11 @@ def _run_on_ray(tasks: Sequence[Task[T]], keep: _Done[T], watch: Callable[[], ob
     running = {}
     try:
         for number, task in enumerate(tasks):
+            gpus = share_of("GPU", 1) if task.models else 0
+            warn_unless_roomy(task.name, task.cpus, gpus)
             kind = ray.remote(
                 num_cpus=task.cpus,
-                num_gpus=share_of("GPU", 1) if task.models else 0,
+                num_gpus=gpus,
                 max_retries=MOST_LOST,
                 max_calls=1 if task.models else 0,
             )

@@ -49,11 +49,12 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small_cluster() -> Iterator[None]:
-    """Ray on this machine, with two workers."""
+    """Ray on this machine, with two workers, and two GPUs as far as Ray knows."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+        ray.init("local", num_cpus=2, num_gpus=2, **quiet)
         yield
         ray.shutdown()
 

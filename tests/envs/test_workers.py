@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,12 @@ import numpy as np
 import pytest
 
 from specgym.decoding import run_command
-from specgym.envs import Task, WorkerError, on_ray, run_tasks
+from specgym.envs import Task, WorkerError, on_ray, run_tasks, share_of
 from specgym.envs import record as record_module
 from specgym.envs.record import RecordSettings
 from specgym.envs.record import main as record
 from specgym.envs.workloads import Workload, WorkloadError
-from tests.helpers.lost_workers import die, killed_worker, load_pair_of, writing
+from tests.helpers.lost_workers import cards_seen, die, killed_worker, load_pair_of, writing
 
 RECORDED = ["--prompts=5", "--tokens=16", "--detour-prompts=2", "--detour-tokens=8", "--draft-length=4", "--threads=1"]
 WORKLOADS = ["tiny-3m-1l/prose", "tiny-3m-1l/code"]
@@ -135,6 +136,26 @@ def test_a_task_on_ray_goes_on_from_its_files_when_its_worker_is_killed(tmp_path
 def test_a_worker_on_ray_that_is_always_killed_ends_all_with_its_name(tmp_path: Path) -> None:
     with on_ray(()), pytest.raises(WorkerError, match=r"^deadly: the worker was lost 4 times"):
         run_tasks([Task("deadly", die, tmp_path)], 1)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("small_cluster")
+def test_tasks_with_models_have_a_gpu_each(tmp_path: Path) -> None:
+    with on_ray(()):
+        tasks = [Task(str(number), partial(cards_seen, number, tmp_path), models=True) for number in range(2)]
+        assert sorted(run_tasks(tasks, 1)) == ["0", "1"]
+        assert [share_of("GPU", processes) for processes in (1, 2, 3, 13)] == [1, 1, 0.5, 0.1428]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("small_cluster")
+def test_a_task_that_no_node_has_room_for_is_said_to_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def give_up() -> None:
+        raise TimeoutError
+
+    with on_ray(()), pytest.raises(TimeoutError):
+        run_tasks([replace(writing(tmp_path, 1), name="vast", cpus=64)], 1, watch=give_up)
+    assert "vast waits for a node with 64 CPUs; the cluster has none" in caplog.text
 
 
 @pytest.mark.ray

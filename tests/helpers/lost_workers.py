@@ -50,6 +50,14 @@ def writing(home: Path, parts: int, killed_at: int | None = None) -> Task[int]:
     return Task(home.name, partial(write_parts, parts, killed_at, home), home)
 
 
+def cards_seen(number: int, meeting: Path) -> str:
+    """Return the GPUs that a worker sees, while another of two looks, too."""
+    (meeting / str(number)).touch()
+    while len(list(meeting.iterdir())) < 2:
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
 def load_pair_of(name: str, folder: Path) -> None:
     """Load the pair of a workload."""
     workload(name).load()
