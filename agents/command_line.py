@@ -199,7 +199,7 @@ def _evaluate(command: EvaluateCommand) -> None:
             raise SettingsError(f"--pair and --transfer are for runs of train.py --tuner; {run} is none")
         _use_tuner(command, run)
     elif command.live is not None:
-        if kind == "tune-unseen":
+        if kind in ("tune-unseen", WorldsSettings.EXPERIMENT):
             raise SettingsError("--live needs --pair: which pair should be decoded?")
         if kind != "stop-drafts":
             raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {run} always is")

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from specgym.agents import save_settings
 from specgym.agents.command_line import evaluate_command
+from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export import worlds_policy
 from specgym.agents.export.recommend_exact import recommend_exact, usual_setting
 from specgym.decoding import ENGINE_SETTINGS
@@ -159,3 +161,21 @@ def test_an_engine_s_own_setting_has_a_threshold_only_where_drafts_can_be_unsure
     assert engines["transformers"] == {"draft_length": 20, "stop_threshold": 0.4}
     assert usual_setting("transformers", False) == {"draft_length": 5}
     assert usual_setting("vllm", False) == engines["vllm"] == {"draft_length": 5}
+
+
+def test_with_a_run_its_own_policy_recommends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Shown) -> None:
+    run, loaded = tmp_path / "mine", list[Path]()
+    run.mkdir()
+    save_settings(WorldsSettings(name="mine", runs=tmp_path), run / "settings.json", "command")
+
+    def load(folder: Path) -> Follower:
+        loaded.append(folder)
+        return Follower()
+
+    monkeypatch.setattr(worlds_policy.WorldsTuner, "load", load)
+    words = ["--pair", "tiny-3m-lookup", "--measurements", "1", "--out", str(tmp_path / "out")]
+    assert evaluate_command([str(run), *words]) == 0
+    assert loaded == [run]
+    assert "tiny-3m-lookup/prose, transformers (replay)" in shown()
+    assert evaluate_command([str(run), "--live"]) == 2
+    assert "--live needs --pair" in shown()
