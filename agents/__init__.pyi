@@ -15,6 +15,7 @@ from .evaluation.unseen.comparison import recommendations
 from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
 from .evaluation.worlds.methods import ClosedForm, Learned
+from .evaluation.worlds.transfer import WorldsTransfer
 from .experiments.experiment import (
     Experiment,
     KnobLearning,
@@ -29,11 +30,13 @@ from .experiments.stop_policy import StoppingPolicy
 from .experiments.tune_knobs import TuneKnobs
 from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
 from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
+from .experiments.tune_worlds import TuneWorlds
+from .experiments.tune_worlds_settings import WorldsSettings
 from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import Recommendation, fastest_within, load_knobs, settle
 from .export.recommend_exact import play, usual_setting
 from .export.stop_rule import ExportedStopRule
-from .export.worlds_policy import shipped_tuner
+from .export.worlds_policy import SHIPPED_TUNER, WorldsTuner, shipped_tuner
 from .policy import KnobPolicy
 from .training.environments import recording_path, training_environments
 from .training.ppo import learn
@@ -42,6 +45,7 @@ from .training.run_folder import RunFolder, quieten, read_json, this_command
 from .training.settings_io import SettingsError
 
 __all__ = [
+    "SHIPPED_TUNER",
     "ClosedForm",
     "Column",
     "Contender",
@@ -70,7 +74,11 @@ __all__ = [
     "TrainingReplay",
     "Transfer",
     "TuneKnobs",
+    "TuneWorlds",
     "TunerSettings",
+    "WorldsSettings",
+    "WorldsTransfer",
+    "WorldsTuner",
     "contenders",
     "default_settings",
     "evaluate",

@@ -47,6 +47,10 @@ from .worlds.acceptance import (
 from .worlds.beliefs import MOST_MEASUREMENTS, PROFILED, Beliefs, Facts, observation_names
 from .worlds.catalogue import (
     AXES,
+    HELD_OUT_BATCH_SIZES,
+    HELD_OUT_CLASSES,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TEMPERATURES,
     Axis,
     charges,
     held_out_sampler,
@@ -65,6 +69,10 @@ __all__ = [
     "DIVERGENCE_BOUND",
     "ENGINES",
     "ENGINE_NAMES",
+    "HELD_OUT_BATCH_SIZES",
+    "HELD_OUT_CLASSES",
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_TEMPERATURES",
     "LENGTHS",
     "LEVELS",
     "LONGEST",

@@ -14,7 +14,7 @@ from ..policy import KnobPolicy
 from ..training.run_folder import RunFileError
 from .knob_policy import ExportedPolicy, KnobRange
 
-SHIPPED: Final = Path(__file__).parent.parent / "data" / "tuner"
+SHIPPED_TUNER: Final = Path(__file__).parent.parent / "data" / "tuner"
 """Folder of the policy that ships."""
 
 
@@ -64,4 +64,4 @@ class WorldsTuner:
 
 def shipped_tuner() -> WorldsTuner:
     """Load the policy that ships with the package."""
-    return WorldsTuner.load(SHIPPED)
+    return WorldsTuner.load(SHIPPED_TUNER)
