@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from specgym.agents import RunFolder, WorldsTransfer, load_settings
+from specgym.agents import SHIPPED_TUNER, RunFolder, WorldsTransfer, load_settings
 from specgym.decoding import replacing
 from specgym.envs import HELD_OUT_BATCH_SIZES, HELD_OUT_CLASSES, HELD_OUT_PAIRS, HELD_OUT_TEMPERATURES
 
@@ -30,8 +30,8 @@ tags: [reinforcement-learning, speculative-decoding, stable-baselines3]
 # Tuner of exact speculative decoding
 
 A policy that measures a few settings of draft length and stop threshold on a pair that it never saw, and recommends
-one: `python evaluate.py --pair my-target+my-draft`. Two tanh layers of 64 units, {bytes:,} bytes of float32 weights; what it
-sees and does is in `specgym.envs.WorldsVectorEnv`. The policy of seed {seed} ships, whatever the others reach.
+one: `python evaluate.py --pair my-target+my-draft`. Two tanh layers of 64 units, {bytes:,} bytes of float32 weights;
+what it sees and does is in `specgym.envs.WorldsVectorEnv`. The policy of seed {seed} ships, whatever the others reach.
 
 ## Made by
 

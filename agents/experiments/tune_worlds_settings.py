@@ -43,7 +43,7 @@ class WorldsSettings(RunSettings):
 
     workloads: tuple[str, ...] = field(default_factory=training_workloads)
     """Recorded workloads that acceptance is warped from: pair/prompts, or pair/prompts@temperature."""
-    total_timesteps: int = 6_000_000
+    total_timesteps: int = 5_000_000
     """Measurements and recommendations over all environments; rounded up to whole rollouts."""
     checkpoint_every: int = 1_000_000
     """Steps between two checkpoints, which --resume continues from."""
