@@ -59,7 +59,7 @@ from .worlds.catalogue import (
     training_workloads,
 )
 from .worlds.env import RETICENT, WorldsEnv, WorldsVectorEnv
-from .worlds.pool import AcceptancePool
+from .worlds.pool import AcceptancePool, Source
 from .worlds.real_pairs import LivePair, RealWorld, ReplayedPair, knobs_of, real_world
 from .worlds.worlds import BATCH_SIZES, ENGINE_NAMES, ENGINES, PROMPTS, Charges, Readings, Worlds, WorldSampler
 
@@ -107,6 +107,7 @@ __all__ = [
     "ReplayedPair",
     "RewardSettings",
     "Rows",
+    "Source",
     "Task",
     "TokenPrompts",
     "Trace",

@@ -8,7 +8,7 @@ from pathlib import Path
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
-from specgym.envs import WorldsVectorEnv, training_sampler
+from specgym.envs import Source, WorldsVectorEnv, training_sampler
 
 from ..evaluation.results import ResultTable
 from ..evaluation.worlds.judge import judge_worlds
@@ -29,7 +29,8 @@ class TuneWorlds(Experiment[WorldsSettings]):
     @classmethod
     def check(cls, settings: WorldsSettings) -> None:
         """Raise an error unless every workload has its recordings."""
-        training_sampler(len(settings.workloads), names=settings.workloads, engines=settings.engines)
+        for name in settings.workloads:
+            Source.find(name)
 
     def learners(self) -> Sequence[Learner]:
         """A policy for each seed; a single one lies in the run's own folder."""

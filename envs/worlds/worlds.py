@@ -254,7 +254,10 @@ class WorldSampler:
         for name in self.engines:
             acceptance, _, classes = self._candidates[ENGINE_NAMES.index(name)]
             if not (len(acceptance) and classes):
-                raise ArgumentError(f"no world is left to draw for {name}: hold out less, or leave the engine out")
+                raise ArgumentError(
+                    f"no world is left to draw for {name}: hold out less, ask for more acceptance worlds, or leave the "
+                    "engine out"
+                )
 
     @cached_property
     def _candidates(self) -> list[tuple[Integers, NDArray[np.bool_], list[Integers]]]:
