@@ -59,9 +59,7 @@ def main() -> None:
     print("|---|---:|---:|")
     print(f"| environments alone | {60 * alone:,.0f} | 1 |")
     print(f"| learning | {60 * learning:,.0f} | {learning / alone:.2f} |")
-    print(
-        f"\nDecoding {options.acceptance_worlds} acceptance worlds: {options.acceptance_worlds / decoding:.0f} a second."
-    )
+    print(f"\nAcceptance worlds: {options.acceptance_worlds / decoding:.0f} decoded a second.")
 
 
 if __name__ == "__main__":
