@@ -25,7 +25,6 @@ from specgym.agents import rank_correlation
 from specgym.decoding import write_json
 from specgym.envs import (
     ENGINE_NAMES,
-    LENGTHS,
     AcceptancePool,
     Charges,
     Trace,
@@ -60,10 +59,9 @@ def of_world(name: str, engine: str) -> NDArray[np.float64]:
     """Speedups in the world of a workload as it was recorded, shape (settings,)."""
     pool = AcceptancePool.recorded([name])
     charges = Charges.of([], [profile_of(workload(name), None, replayed=True).at()])
-    token = charges.draft[0, :1, None]
-    costs = np.concatenate([charges.verify[0, :1] + LENGTHS * token, token], 1)
     where = np.flatnonzero(pool.before == (engine == "llama.cpp"))
     alone, nothing = np.ones(1, np.int64), np.zeros(1, np.int64)
+    costs = charges.costs(nothing, nothing)
     world = Worlds(pool, where, alone * ENGINE_NAMES.index(engine), alone, nothing, np.zeros(1), costs)
     speedups: NDArray[np.float64] = world.speedups()[0, setting_of(*GRID.T)].astype(np.float64)
     return speedups

@@ -201,8 +201,8 @@ class Counts:
 
     Attributes:
         tokens: of each text, shape (texts,).
-        drafts: rounds that drafted k tokens, and last the tokens that were drafted and thrown away, since the rule
-            stopped before them; shape (settings, texts, K + 2).
+        drafts: rounds that drafted k tokens; tokens that were drafted and thrown away, since the rule stopped before
+            them; and rounds that drafted nothing else; shape (settings, texts, K + 3).
         kept: rounds that kept more than j drafted tokens, shape (settings, texts, K).
         reached: rounds in which the target judged more than j: those kept, and the one that was not; likewise.
         judged: tokens that the target judged, by the level of their probability, shape (settings, texts, levels).
@@ -251,7 +251,7 @@ def count_rounds(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Cou
 
 
 def rounds_a_token(passing: Integers, seen: Floats, rows: Rows, stop: Stop) -> Floats:
-    """Return `Counts.drafts` a token of all texts, shape (settings, K + 2); arguments as for `count_rounds`."""
+    """Return `Counts.drafts` a token of all texts, shape (settings, K + 3); arguments as for `count_rounds`."""
     texts = len(rows.starts) - 1
     count, place, _, drafted, _, thrown = _walk(passing, seen, rows, stop)
     rounds: Floats = _charged(place // texts, drafted, thrown, count // texts) / rows.starts[-1]
@@ -291,8 +291,10 @@ def _walk(
 
 
 def _charged(place: Integers, drafted: Integers, thrown: Integers, places: int) -> Integers:
-    """Rounds of each place by what they draft, and tokens thrown away, shape (places, K + 2)."""
-    return np.column_stack([_counted(place, drafted, places), np.bincount(place, thrown, places).astype(np.int64)])
+    """Rounds of each place by what they draft, tokens thrown away, and rounds without others, shape (places, K + 3)."""
+    alone = thrown & (drafted == 0)
+    wasted = [np.bincount(place, counted, places).astype(np.int64) for counted in (thrown, alone)]
+    return np.column_stack([_counted(place, drafted, places), *wasted])
 
 
 def _counted(place: Integers, tokens: Integers, places: int) -> Integers:

@@ -65,7 +65,7 @@ class AcceptancePool:
     Attributes:
         before: worlds whose drafts stop before a token, shape (worlds,).
         texts: training texts of each world, shape (worlds,).
-        rounds: rounds a token on held-out texts, by what they draft, shape (worlds, settings, K + 2).
+        rounds: rounds a token on held-out texts, by what they draft, shape (worlds, settings, K + 3).
     """
 
     def __init__(

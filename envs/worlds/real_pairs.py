@@ -19,7 +19,7 @@ from ..workloads import Workload
 from .acceptance import LENGTHS, LEVELS, LONGEST, length_of, threshold_of
 from .beliefs import PROFILED, Facts
 from .pool import AcceptancePool
-from .worlds import ENGINE_NAMES, ENGINES, PROMPTS, Readings, Worlds
+from .worlds import ENGINE_NAMES, ENGINES, PROMPTS, Charges, Readings, Worlds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,11 +135,8 @@ class ReplayedPair(_Pair):
         super().__init__(workload, engine, profile)
         pool = AcceptancePool.recorded([workload.name], seed)
         (place, *_) = np.flatnonzero(pool.before == self.facts.before[0])
-        seconds = profile.round_seconds(LONGEST)
-        seconds[0] = profile.autoregressive_seconds  # what drafts nothing is plain decoding
         nothing = np.zeros(1, np.int64)
-        thrown_away = (profile.draft(LONGEST) - profile.draft(1)) / (LONGEST - 1)
-        costs = np.append(seconds, thrown_away)[None] / profile.autoregressive_seconds
+        costs = Charges.of([], [profile]).costs(nothing, nothing)
         engines = np.array([ENGINE_NAMES.index(engine)])
         self._worlds = Worlds(pool, np.array([place]), engines, np.array([1]), nothing, np.zeros(1), costs)
         self._rng = np.random.default_rng(seed)

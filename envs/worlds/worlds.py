@@ -93,10 +93,10 @@ class Charges:
         labels: of the deployments.
         classes: kind of the hardware of each, or `MEASURED`.
         software: that each runs; `cpu` for processors, on which it matters less, and `MEASURED`.
-        verify: seconds of a round that verifies k drafted tokens, without those of drafting each, over those of a plain
-            token, by deployment, batch size and k, shape (deployments, batch sizes, K + 1); NaN where the batch does
-            not fit in memory.
+        verify: seconds of a target pass that verifies k drafted tokens, over those of a plain token, by deployment,
+            batch size and k, shape (deployments, batch sizes, K + 1); NaN where the batch does not fit in memory.
         draft: seconds that each drafted token adds, over the same, shape (deployments, batch sizes).
+        begin: seconds that a round with a draft takes beside, likewise.
     """
 
     labels: NDArray[np.str_]
@@ -104,6 +104,7 @@ class Charges:
     software: NDArray[np.str_]
     verify: Floats
     draft: Floats
+    begin: Floats
 
     @classmethod
     def of(cls, deployments: Sequence[Deployment], profiles: Sequence[LatencyProfile] = ()) -> Charges:
@@ -111,6 +112,7 @@ class Charges:
         count = len(deployments) + len(profiles)
         verify = np.full((count, len(BATCH_SIZES), LONGEST + 1), np.nan)
         draft = np.full((count, len(BATCH_SIZES)), np.nan)
+        begin = np.zeros_like(draft)
         for place, deployment in enumerate(deployments):
             fit = [size for size in BATCH_SIZES if deployment.fits(size)]
             plain, step, target = round_costs(deployment, fit, LONGEST)
@@ -122,9 +124,10 @@ class Charges:
                 )
             column, plain_seconds = BATCH_SIZES.index(profile.batch_size), profile.autoregressive_seconds
             token = (profile.draft(LONGEST) - profile.draft(1)) / (LONGEST - 1)
-            beginning = profile.draft(1) - token
-            verified = [beginning + profile.target(tokens + 1) for tokens in LENGTHS[1:].tolist()]
-            verify[place, column] = np.array([plain_seconds, *verified]) / plain_seconds  # no draft is plain decoding
+            verify[place, column] = [profile.target(tokens + 1) / plain_seconds for tokens in LENGTHS.tolist()]
+            # Plain decoding takes no round's time, so what a round without a draft takes beyond it belongs to drafting.
+            begin[place, column] = (profile.draft(1) - token + profile.target(1)) / plain_seconds - 1
+            verify[place, column] -= verify[place, column, 0] - 1
             draft[place, column] = token / plain_seconds
         return cls(
             np.array([item.label for item in deployments] + [profile.pair for profile in profiles]),
@@ -132,6 +135,24 @@ class Charges:
             np.array([_software(item) for item in deployments] + [MEASURED] * len(profiles)),
             verify,
             draft,
+            begin,
+        )
+
+    def costs(
+        self, deployment: Integers, batch: Integers, factor: Floats | float = 1.0, overhead: Floats | float = 0.0
+    ) -> Floats:
+        """Return the costs of rounds, as `Worlds.costs` has them, shape (n, K + 3).
+
+        Args:
+            deployment: places among the deployments, shape (n,).
+            batch: places among `BATCH_SIZES`, shape (n,).
+            factor: on the cost of a drafted token, a number or of shape (n,).
+            overhead: of a round with a draft, in plain tokens, likewise.
+        """
+        token = (self.draft[deployment, batch] * factor)[:, None]
+        begin = (self.begin[deployment, batch] + overhead)[:, None]
+        return np.concatenate(
+            [self.verify[deployment, batch] + LENGTHS * token + (LENGTHS > 0) * begin, token, begin], 1
         )
 
     @property
@@ -155,8 +176,8 @@ class Worlds:
         batch_size: sequences decoded together.
         deployment: place among the deployments.
         noise: standard deviation of the logarithm of a measured time.
-        costs: seconds of a round that drafts k tokens, and last of a token that is thrown away, over those of a plain
-            token, shape (n, K + 2).
+        costs: seconds of a round that drafts k tokens, of a token that is thrown away, and of drafting at all, over
+            those of a plain token, shape (n, K + 3).
     """
 
     pool: AcceptancePool
@@ -216,9 +237,8 @@ class Worlds:
         drafts, kept, reached, judged, passed = (counts[where].sum(1, dtype=np.int64) for counts in counted)
         seconds = (drafts * self.costs[rows]).sum(1) * self.noisy(rows, rng)
         entropy = pool.entropy[where].sum(1, dtype=np.float64) / np.maximum(judged.sum(1), 1)
-        return Readings(
-            pool.tokens[where[0], texts].sum(1) / seconds, drafts[:, :-1], kept, reached, judged, passed, entropy
-        )
+        speedup, rounds = pool.tokens[where[0], texts].sum(1) / seconds, drafts[:, : LONGEST + 1]
+        return Readings(speedup, rounds, kept, reached, judged, passed, entropy)
 
     def noisy(self, rows: Integers, rng: np.random.Generator) -> Floats:
         """Draw what a measured time is multiplied by in some rows."""
@@ -287,10 +307,8 @@ class WorldSampler:
                 of_kind = kind == number
                 deployment[rows[of_kind]] = places[(where[of_kind] * len(places)).astype(np.int64)]
             batch[rows] = np.where(fits[deployment[rows]], rng.random((len(rows), len(BATCH_SIZES))), -1).argmax(1)
-        verify, draft = self.charges.verify[deployment, batch], self.charges.draft[deployment, batch]
         factor = np.exp(rng.uniform(math.log(_DRAFT_FACTOR[0]), math.log(_DRAFT_FACTOR[1]), count))
         overhead = rng.uniform(0, _LARGEST_OVERHEAD, count)
-        token = (draft * factor)[:, None]
-        costs = np.concatenate([verify + LENGTHS * token + (LENGTHS > 0) * overhead[:, None], token], 1)
+        costs = self.charges.costs(deployment, batch, factor, overhead)
         noise = np.exp(rng.uniform(math.log(_NOISE[0]), math.log(_NOISE[1]), count))
         return Worlds(self.pool, acceptance, engine, np.array(BATCH_SIZES)[batch], deployment, noise, costs)

@@ -109,8 +109,8 @@ def test_counts_of_fixed_lengths_are_those_of_exact_replay() -> None:
         sums = replay.sums(prompts, np.zeros(TEXTS, np.int64), knobs, np.random.default_rng(0))
         setting = setting_of(length, 0.0)
         assert counts.tokens.tolist() == sums["tokens"].tolist()
-        assert counts.drafts[setting, :, :-1].sum(1).tolist() == sums["rounds"].tolist()
-        assert (counts.drafts[setting, :, :-1] @ LENGTHS).tolist() == sums["drafted"].tolist()
+        assert counts.drafts[setting, :, : LONGEST + 1].sum(1).tolist() == sums["rounds"].tolist()
+        assert (counts.drafts[setting, :, : LONGEST + 1] @ LENGTHS).tolist() == sums["drafted"].tolist()
 
 
 @pytest.mark.parametrize("stop", ["after", "before"])
@@ -120,10 +120,10 @@ def test_counts_are_those_of_decoding_one_by_one(rows: Rows, stop: Stop) -> None
     counts = count_rounds(passing, seen, rows, stop)
     level = np.minimum((seen * LEVELS).astype(int), LEVELS - 1)
     for setting in rng.choice(SETTINGS, 12, replace=False).tolist():
-        drafts, kept, reached = np.zeros((TEXTS, LONGEST + 2)), *np.zeros((2, TEXTS, LONGEST))
+        drafts, kept, reached = np.zeros((TEXTS, LONGEST + 3)), *np.zeros((2, TEXTS, LONGEST))
         judged, passed, entropy = *np.zeros((2, TEXTS, LEVELS)), np.zeros(TEXTS)
         for text, row, drafted, stays, thrown in decoded_one_by_one(passing, seen, rows, stop, setting):
-            drafts[text, [drafted, LONGEST + 1]] += 1, thrown
+            drafts[text, [drafted, LONGEST + 1, LONGEST + 2]] += 1, thrown, thrown and drafted == 0
             kept[text, :stays] += 1
             upto = min(stays + 1, drafted)
             reached[text, :upto] += 1
@@ -203,7 +203,7 @@ def test_held_out_texts_are_not_those_measured() -> None:
 
 def test_every_round_and_token_is_counted_once(rows: Rows) -> None:
     counts: Counts = count_rounds(*warped(rows, Warp(0.7), "after", np.random.default_rng(5)), rows, "after")
-    emitted = counts.drafts[..., :-1].sum(2, dtype=np.int64) + counts.kept.sum(2, dtype=np.int64)
+    emitted = counts.drafts[..., : LONGEST + 1].sum(2, dtype=np.int64) + counts.kept.sum(2, dtype=np.int64)
     # A draft that is kept whole to the last token of a text leaves no room for one of the target's own.
     assert (emitted - counts.tokens >= 0).all()
     assert (emitted - counts.tokens <= 1).all()

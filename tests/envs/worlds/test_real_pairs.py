@@ -9,7 +9,7 @@ from specgym.decoding import LatencyProfile
 from specgym.envs import LivePair, ReplayedPair, find_recording, knobs_of, profile_of, setting_of, workload
 from specgym.envs.recordings.trace import Trace
 from specgym.envs.worlds import real_pairs
-from specgym.envs.worlds.acceptance import Rows, Stop, Warp, count_rounds, warped
+from specgym.envs.worlds.acceptance import LONGEST, Rows, Stop, Warp, count_rounds, warped
 from specgym.envs.worlds.worlds import Readings
 
 TEXTS = 2
@@ -47,7 +47,7 @@ def test_decoding_measures_what_the_trace_of_the_same_texts_holds(
     passing, seen = warped(rows, Warp(), rule, np.random.default_rng(0))
     replayed = count_rounds(passing, seen, rows, rule)
     expected = {name: getattr(replayed, name)[setting].sum(0, dtype=np.int64) for name in Readings._fields[1:6]}
-    expected["drafts"] = expected["drafts"][:-1]  # the last are tokens thrown away, which are charged and not shown
+    expected["drafts"] = expected["drafts"][: LONGEST + 1]  # after them comes what is charged and not shown
     for name in ("drafts", "kept", "reached"):
         np.testing.assert_array_equal(getattr(live, name)[0], expected[name], err_msg=name)
     for name in ("judged", "passed"):  # a probability in between two levels may be rounded to either

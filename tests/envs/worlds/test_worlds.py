@@ -48,10 +48,13 @@ def test_a_measured_profile_is_charged_at_its_batch_size_alone() -> None:
     table = Charges.of([], [profile])
     assert table.fits.tolist() == [[True] + [False] * 8]
     assert table.draft[0, 0] == pytest.approx(0.05)
-    assert table.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.6])  # nothing drafted is plain decoding
+    assert table.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.5])  # nothing drafted is plain decoding
+    assert table.begin[0, 0] == pytest.approx(0.1)
     late = Charges.of([], [replace(profile, draft_seconds={0: 0.0, 1: 2e-4, 16: 9.5e-4})])
-    assert late.draft[0, 0] == pytest.approx(0.05)  # what the first token costs beyond that belongs to the round
-    assert late.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.6 + 0.15])
+    assert late.draft[0, 0] == pytest.approx(0.05)
+    # What the first token costs beyond that, and a round without a draft beyond a plain token, is what drafting costs.
+    assert late.begin[0, 0] == pytest.approx(0.15 + 0.1)
+    assert late.verify[0, 0, [0, 16]] == pytest.approx([1.0, 1.5])
     with pytest.raises(ArgumentError, match=r"profile of a\+b: batch size 3 is none of"):
         Charges.of([], [replace(profile, batch_size=3)])
 
@@ -70,8 +73,8 @@ def test_draws_suit_their_engines(sampler: WorldSampler) -> None:
     column = np.searchsorted(BATCH_SIZES, worlds.batch_size)
     assert sampler.charges.fits[worlds.deployment, column].all()
     assert np.isfinite(worlds.costs).all()
-    assert (np.diff(worlds.costs[:, :-1], axis=1) > -1e-12).all()
-    assert (worlds.costs[:, -1] >= 0).all()
+    assert (np.diff(worlds.costs[:, : LONGEST + 1], axis=1) > -1e-12).all()
+    assert (worlds.costs[:, LONGEST + 1 :] >= 0).all()
 
 
 def test_not_speculating_is_worth_1_and_engines_lack_what_they_cannot_set(sampler: WorldSampler) -> None:
@@ -156,11 +159,13 @@ def test_a_token_that_is_thrown_away_costs_its_draft(sampler: WorldSampler) -> N
     pool = AcceptancePool.recorded(["tiny-3m-1l/definitions"])
     before = int(np.flatnonzero(pool.before)[0])
     setting = int(setting_of(16, 0.6))
-    assert pool.rounds[before, setting, -1] > 0
-    assert (pool.rounds[~pool.before][..., -1] == 0).all()
-    assert (pool.rounds[before, : len(LENGTHS), -1] == 0).all()  # without a threshold no rule ends a draft
+    thrown, alone = pool.rounds[..., LONGEST + 1], pool.rounds[..., LONGEST + 2]
+    assert thrown[before, setting] > alone[before, setting] > 0
+    assert (thrown[~pool.before] == 0).all()
+    assert (thrown[before, : len(LENGTHS)] == 0).all()  # without a threshold no rule ends a draft
     alone = replace(sampler, pool=pool, engines=("llama.cpp",))
     worlds = alone.draw(30, rng())
-    free = worlds.taken(np.arange(30))
-    free.costs[:, -1] = 0
-    assert (free.speedups()[:, setting] > worlds.speedups()[:, setting]).all()
+    for column in (LONGEST + 1, LONGEST + 2):
+        free = worlds.taken(np.arange(30))
+        free.costs[:, column] = 0
+        assert (free.speedups()[:, setting] > worlds.speedups()[:, setting]).all()
