@@ -29,29 +29,30 @@ def test_greedy_output_equals_generate_whatever_the_rule_and_the_threshold(
     model = make_model("llama")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 96, (1 + 4 * (number % 2),), generator=generator).tolist() for number in range(8)]
-    expected = reference(model, prompts, 40)
+    expected = reference(model, prompts, 16)
     seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
     for draft in (make_noisy(model, 0.02), NGramDrafter.fit(seen, 96, order=3), PromptLookupDrafter(96, longest=2)):
         for stop in get_args(EngineStop):
             decoder = SpeculativeDecoder(Pair(model, draft), 8, stop)
             lengths = set()
-            for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True)):
+            some = range(8) if len(decoder.knobs) == 3 else range(3, 8)
+            for number in some:
                 # From 0 over what a draft of random weights is sure of to 1, which ends every draft at its first token.
                 threshold = (0.0, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 0.2)[number]
                 usual = {"draft_length": (8, 8, 5, 8, 3, 8, 8, 0)[number], "stop_threshold": threshold}
                 usual["min_draft_length"] = (0, 2, 0, 0, 1, 0, 3, 0)[number]
                 knobs = {knob.name: usual[knob.name] for knob in decoder.knobs}
-                generation = decoder.generate(prompt, max_new_tokens=40, knobs=knobs)
-                assert generation.tokens == tokens, (stop, knobs)
-                lengths |= {round_.drafted for round_ in generation.rounds[:-8]}
-            assert len(lengths) > 1
+                generation = decoder.generate(prompts[number], max_new_tokens=16, knobs=knobs)
+                assert generation.tokens == expected[number], (stop, knobs)
+                lengths |= {round_.drafted for round_ in generation.rounds}
+            assert len(lengths) > 2
 
 
 def test_a_threshold_of_0_asks_for_nothing(make_table: MakeTable, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(rule: TokenRule, step: ModelStep) -> float:
         raise AssertionError("the host would wait for the answer")
 
-    monkeypatch.setattr(TokenRule, "_sureness", refused)
+    monkeypatch.setattr(TokenRule, "sureness", refused)
     pair = Pair(make_table(6, seed=1), make_drafter("model", make_table, 6))
     decoder = SpeculativeDecoder(pair, 4, "llama.cpp")
     for knobs in ({"draft_length": 4}, {"draft_length": 4, "min_draft_length": 2}):

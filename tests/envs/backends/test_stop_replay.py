@@ -25,7 +25,7 @@ from specgym.envs.backends.trace_replay import TraceReplay
 from specgym.envs.record import RecordSettings, record
 from specgym.envs.recordings.archive import TraceError
 
-K, TOKENS = 6, 24
+K, TOKENS = 6, 16
 PROMPTS = [[1, 2, 3], [4, 5], [6, 2, 9, 9], [7]]
 # Draft and target grow unevenly, so that no two ways of drafting cost the same.
 PROFILE = LatencyProfile("toy", {0: 0.0, 1: 0.003, 7: 0.025}, {1: 0.010, 3: 0.011, 8: 0.019}, 0.010, {})
@@ -69,12 +69,12 @@ def settings(trace: Trace, stop: str) -> Iterator[dict[str, float]]:
     known = np.unique(np.concatenate([[0.0], sureness[np.arange(K) < trace.drafted[: len(sureness), None]], [1.0]]))
     clear = known[1:] > 1.02 * known[:-1] + 1e-3
     middles = ((known[1:] + known[:-1]) / 2)[clear]
-    for number, length in enumerate((0, 1, 2, 4, K, K, K)):
+    for number, length in enumerate((0, 2, K, K, K, K) if stop != "never" else (0, 2, K)):
         knobs: dict[str, float] = {"draft_length": length}
         if stop != "never":
-            knobs["stop_threshold"] = float(middles[number % len(middles)]) if number != 2 else 0.0
+            knobs["stop_threshold"] = float(middles[number * (len(middles) - 1) // 5]) if number != 1 else 0.0
         if stop == "llama.cpp":
-            knobs["min_draft_length"] = (0, 0, 2, 3, 1, 2, 4)[number]
+            knobs["min_draft_length"] = (0, 2, 0, 1, 2, 4)[number]
         yield knobs
 
 
@@ -90,7 +90,7 @@ def test_greedy_decoding_is_replayed_round_for_round(
     for knobs in settings(trace, stop):
         rule = SpeculativeTraits.trace_rule(knobs, SpeculativeTraits.checked_options(max_draft_length=K, stop=stop))
         some = (np.array([rule.stop_below]), np.array([rule.fewest]))
-        for number, prompt in enumerate(PROMPTS):
+        for number, prompt in enumerate(PROMPTS if "model" in kind or stop == "llama.cpp" else PROMPTS[:2]):
             live = decoder.generate(prompt, max_new_tokens=TOKENS, knobs=knobs).rounds
             expected = [(round_.drafted, round_.accepted, len(round_.tokens)) for round_ in live]
             ends = (rule.stop_below, rule.fewest)
@@ -127,7 +127,7 @@ def test_a_sampled_text_is_replayed_alone_as_among_many(
         for name, values in together.items():
             assert getattr(alone, name) == pytest.approx(values), name
         lengths.add(float(alone.drafted[0] / alone.rounds[0]))
-    assert len(lengths) > 3
+    assert len(lengths) > 2
 
 
 def test_texts_side_by_side_have_each_their_threshold(recorded: dict[str, tuple[Workload, Trace]]) -> None:
