@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -274,7 +275,7 @@ class RayVecEnv(VecEnv):
         self._asked: list[Any] = []
         begun = [actor.begin.remote(make, []) for actor, make in zip(self._actors, makers, strict=True)]
         spaces = [self._get(reference, place) for place, reference in enumerate(begun)]
-        super().__init__(len(makers), *spaces[0])
+        super().__init__(len(makers), *copy.deepcopy(spaces[0]))  # Ray's arrays cannot be written, of which torch warns
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Let all environments step."""
