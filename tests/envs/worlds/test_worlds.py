@@ -159,8 +159,8 @@ def test_a_token_that_is_thrown_away_costs_its_draft(sampler: WorldSampler) -> N
     pool = AcceptancePool.recorded(["tiny-3m-1l/definitions"])
     before = int(np.flatnonzero(pool.before)[0])
     setting = int(setting_of(16, 0.6))
-    thrown, alone = pool.rounds[..., LONGEST + 1], pool.rounds[..., LONGEST + 2]
-    assert thrown[before, setting] > alone[before, setting] > 0
+    thrown, idle = pool.rounds[..., LONGEST + 1], pool.rounds[..., LONGEST + 2]
+    assert thrown[before, setting] > idle[before, setting] > 0
     assert (thrown[~pool.before] == 0).all()
     assert (thrown[before, : len(LENGTHS)] == 0).all()  # without a threshold no rule ends a draft
     alone = replace(sampler, pool=pool, engines=("llama.cpp",))
