@@ -195,6 +195,8 @@ def _evaluate(command: EvaluateCommand) -> None:
 
         report_run(run)
     elif command.pair is not None or command.transfer:
+        if kind == WorldsSettings.EXPERIMENT:
+            raise SettingsError(f"{run} is always judged in worlds that were kept apart; leave out --transfer")
         if kind != "tune-unseen":
             raise SettingsError(f"--pair and --transfer are for runs of train.py --tuner; {run} is none")
         _use_tuner(command, run)
