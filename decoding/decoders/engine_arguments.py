@@ -78,7 +78,8 @@ def _transformers(target: str, draft: str | None, length: int, knobs: Mapping[st
 
 
 def _llama_cpp(target: str, draft: str | None, length: int, knobs: Mapping[str, float]) -> str:
-    # ggml-org/llama.cpp, common/common.h and common/arg.cpp at 001d906a: nothing is drafted but by the types named.
+    # `llama-server --help` since the option --spec-type, whose default is none; before, the names were --draft-max,
+    # --draft-min and --draft-p-min.
     if draft is None:
         return f"llama-server -m {target}.gguf --spec-type ngram-simple --spec-ngram-simple-size-m {length}"
     return (
