@@ -25,6 +25,7 @@ from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import SettingsError
 from specgym.callbacks import intact_checkpoints
 from specgym.decoding import TrainingError, run_command
+from specgym.envs import WorkerError
 
 ROLLOUT = 36  # steps of 2 environments together
 
@@ -111,6 +112,19 @@ def test_a_signal_saves_what_was_learned_and_says_how_to_go_on(
     assert run_command(lambda: train(resume=settings.folder)) == 143
     assert f"Going on from step {2 * ROLLOUT}" in shown()
     assert next(intact_checkpoints(settings.folder / "checkpoints")).steps == 3 * ROLLOUT
+
+
+def test_an_environment_that_a_cluster_loses_for_good_leaves_what_was_learned(
+    experiment: type[SmallExperiment], settings: TunerSettings, shown: Any
+) -> None:
+    def lose() -> None:
+        raise WorkerError("environment 1: the worker was lost 4 times")
+
+    experiment.ending = [Ending(3 * ROLLOUT - 4, lose)]
+    assert run_command(lambda: train(settings)) == 2
+    said = shown()
+    assert "error: environment 1: the worker was lost 4 times. Go on with: python train.py --resume" in said
+    assert next(intact_checkpoints(settings.folder / "checkpoints")).steps == 2 * ROLLOUT
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, None])
