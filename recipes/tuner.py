@@ -85,7 +85,7 @@ def between(page: str, mark: str, content: str) -> str:
 def ship(settings: Settings) -> None:
     """Copy the first policy, and write its card and the tables."""
     run = RunFolder.existing(settings.run)
-    learned, transfer = load_settings(run.settings), WorldsTransfer.load(settings.run / "transfer.json")
+    learned, transfer = load_settings(run.settings), WorldsTransfer.load(settings.run / "worlds.json")
     folder = SHIPPED_TUNER
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("policy.safetensors", "policy.json"):

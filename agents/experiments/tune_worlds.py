@@ -23,7 +23,7 @@ from .tune_worlds_settings import WorldsSettings
 class TuneWorlds(Experiment[WorldsSettings]):
     """Learning to tune exact decoding in simulated worlds."""
 
-    RESULTS = ("transfer.json",)
+    RESULTS = ("worlds.json",)
     FIGURES = "numbers"
 
     @classmethod
@@ -68,10 +68,9 @@ class TuneWorlds(Experiment[WorldsSettings]):
         """Let every policy tune worlds of all kinds that it never saw, beside simpler methods."""
         policies = {learner.seed: WorldsTuner.load(learner.folder.path) for learner in self.learners()}
         transfer = judge_worlds(policies, this_command(), worlds=self.settings.judged_worlds, report=report)
-        transfer.save(self.run.path / "transfer.json")
+        transfer.save(self.run.path / "worlds.json")
         return transfer.table
 
     def hints(self) -> Sequence[str]:
         """Sentence on how to use the policy."""
-        folder = self.learners()[0].folder.path
-        return (f"For a pair of your own: python evaluate.py {folder} --pair <target>+<draft>.",)
+        return (f"For a pair of your own: python evaluate.py {self.run.path} --pair <target>+<draft>.",)

@@ -304,7 +304,7 @@ def test_a_policy_that_sees_no_measurements_is_refused(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("env", "workloads", "knobs", "left_out"),
     [
-        ("specgym/Speculative-v0", ("tiny-3m-1l/prose", "tiny-3m-ngram/prose"), ["draft_length"], []),
+        ("specgym/Speculative-v0", ("tiny-3m-1l/prose", "tiny-3m-ngram/prose"), ["draft_length", "stop_threshold"], []),
         ("specgym/Medusa-v0", ("tiny-3m/prose", "tiny-10m/prose"), ["heads", "tree_size"], ["--leave-out", "pair"]),
     ],
 )

@@ -15,6 +15,7 @@ from specgym.agents.evaluation.worlds.transfer import WorldsTransfer
 from specgym.agents.experiments import tune_worlds
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export.worlds_policy import WorldsTuner, shipped_tuner
+from specgym.agents.report.page import report_run
 from specgym.agents.training.run import evaluate, train
 from specgym.agents.training.run_folder import RunFileError
 from specgym.agents.training.settings_io import SettingsError
@@ -62,9 +63,11 @@ def test_a_run_leaves_policies_that_act_as_they_were_learned_and_goes_on(tmp_pat
         model = PPO.load(run / f"seed-{seed}" / "policy.zip", device="cpu")
         assert tuner.actions(seen) == pytest.approx(model.predict(seen, deterministic=True)[0], abs=1e-5)
     assert not np.array_equal(tuners[0].actions(seen), tuners[1].actions(seen))
-    transfer = WorldsTransfer.load(run / "transfer.json")
+    transfer = WorldsTransfer.load(run / "worlds.json")
     assert {row.method for row in transfer.table.rows} == {"learned", "default", "universal"}
     assert evaluate(run) == []
+    report_run(run)
+    assert transfer.verdict()[:40] in (run / "report.html").read_text()
     before = (run / "seed-0" / "policy.safetensors").read_bytes()
     train(small(tmp_path, seeds=(0, 1), total_timesteps=2048), resume=run)
     assert (run / "seed-0" / "policy.safetensors").read_bytes() != before

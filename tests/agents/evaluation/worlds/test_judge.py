@@ -139,7 +139,7 @@ def test_the_verdict_says_of_every_aim_whether_it_is_met() -> None:
 
 
 def test_the_file_keeps_everything(results: WorldsTransfer, tmp_path: Path) -> None:
-    path = tmp_path / "transfer.json"
+    path = tmp_path / "worlds.json"
     results.save(path)
     loaded = WorldsTransfer.load(path)
     assert loaded.to_json() == results.to_json()
