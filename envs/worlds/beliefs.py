@@ -178,11 +178,6 @@ class Beliefs:
         )
         return np.maximum(costs, 1e-3)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the entries of an observation."""
-        return observation_names()
-
     def observations(self) -> NDArray[np.float32]:
         """Return all beliefs as numbers between -1 and 1, shape (n, entries)."""
         facts, predicted = self.facts, self.predicted()

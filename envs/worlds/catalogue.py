@@ -71,6 +71,12 @@ def training_workloads() -> tuple[str, ...]:
     return _Workloads.shipped().training
 
 
+def held_out_workloads() -> tuple[str, ...]:
+    """Return the recorded workloads that are kept apart: those of a pair or a temperature that is held out."""
+    names = _Workloads.shipped()
+    return names.pair + names.temperature + names.both
+
+
 def training_sampler(
     worlds: int,
     seed: int = 0,
@@ -146,9 +152,3 @@ def _trained_on() -> NDArray[np.bool_]:
 
 def _trained_sizes() -> tuple[int, ...]:
     return tuple(size for size in BATCH_SIZES if size not in HELD_OUT_BATCH_SIZES)
-
-
-def held_out_workloads() -> tuple[str, ...]:
-    """Return the recorded workloads that are kept apart: those of a pair or a temperature that is held out."""
-    names = _Workloads.shipped()
-    return names.pair + names.temperature + names.both

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.envs import Beliefs
+from specgym.envs import observation_names
 
 
 class Moves:
@@ -13,7 +13,7 @@ class Moves:
 
     def __init__(self, length: float, threshold: float, stop_after: int = 99) -> None:
         self._action, self._stop_after = (length, threshold), stop_after
-        self._done = Beliefs(1).names.index("measured")
+        self._done = observation_names().index("measured")
 
     def actions(self, observations: NDArray[np.float32]) -> NDArray[np.float64]:
         stops = np.rint(observations[:, self._done] * 8) >= self._stop_after
