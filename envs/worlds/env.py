@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, one_of, whole_number
+from specgym.decoding import ArgumentError, one_of, seed_number, whole_number
 
 from ..prompt_order import shared_seed
 from ..workloads import constructor, reset_options
@@ -119,6 +119,7 @@ class WorldsVectorEnv(gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
     ) -> None:
         one_of("render_mode", render_mode, (None, "rgb_array"))
         self.num_envs = whole_number("num_envs", num_envs)
+        seed = seed_number("seed", seed)
         if measurements is not None:
             measurements = whole_number("measurements", measurements, at_least=0, at_most=MOST_MEASUREMENTS)
         if sampler is None:
