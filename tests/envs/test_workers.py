@@ -193,4 +193,5 @@ def test_a_recording_on_ray_that_is_terminated_keeps_its_parts(tmp_path: Path) -
     assert process.returncode == 143
     assert said.endswith("terminated. The same command goes on from the last complete text.\n")
     assert "Traceback" not in said
-    assert list(tmp_path.glob("*.parts/*-*.npz"))
+    # Parts come home once a second, so a workload may be finished, and its parts be one file, when the signal arrives.
+    assert [*tmp_path.glob("*.parts/*-*.npz"), *tmp_path.glob("*.npz")]
