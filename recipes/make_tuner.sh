@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the tuner that the package ships, and the tables of docs/tuner.md. Run it from the repository root. Five policies
-# are learned, some four minutes each on an idle core, and judged in worlds that they never saw; the first one ships. Then
+# are learned, some five minutes each on a core, and judged in worlds that they never saw; the first one ships. Then
 # it is tried by the clock on six real pairs, for which the machine should do nothing else. Last come tuners of the other
 # decoders, an hour on two cores. A run that was interrupted goes on where it was when this script is started again.
 set -eu

@@ -149,7 +149,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         Args:
             knobs: of this round.
             started: when what is not yet in `_spent` began.
-            draft_steps: tokens that the draft draft_steps, if more than are verified.
+            draft_steps: tokens that were drafted, if more than are verified; -1 for as many.
             dropped: first token of a draft that was dropped, if one was.
         """
         length = len(self.context)

@@ -7,6 +7,7 @@ universal one of those that speculate.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Final
@@ -57,9 +58,9 @@ class Search(Session):
         """Return the universal setting first, if there is one, then what the search says."""
         return self.start if self.warm and not self.tried else self.searched()
 
+    @abstractmethod
     def searched(self) -> Integers:
         """Return what the search measures next."""
-        raise NotImplementedError
 
     def recommend(self) -> Integers:
         """Return the best measured setting, or plain decoding if that is faster."""
