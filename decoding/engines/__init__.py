@@ -1,0 +1,1 @@
+"""Engines that people serve with, started and told by specgym: other programs that decode speculatively."""
