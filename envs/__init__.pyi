@@ -1,5 +1,6 @@
 from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
+from .backends.engine import ComparedText, EngineBackend
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
 from .backends.replay import replay_backend
@@ -89,10 +90,12 @@ __all__ = [
     "Backend",
     "Beliefs",
     "Charges",
+    "ComparedText",
     "ContextLayout",
     "DraftLengthEnv",
     "DraftLengthVectorEnv",
     "DraftTable",
+    "EngineBackend",
     "Facts",
     "KnobMoves",
     "LivePair",
