@@ -38,6 +38,8 @@ EARLIER_FORMATS = ("agents/training/settings_io.py",)
 """Readers of earlier file formats, which do."""
 ENTRY_POINTS = ("specgym/moved.py", "agents/training/preloading.py")
 """Short files that are files for what importing them does."""
+STAND_ALONE = "decoding/engines/workers/"
+"""Programs that are files because they run by themselves, short ones too."""
 FIRST_WORDS = re.compile(r"(What|Of|The same|As|How|Whether|Where|When|From)\b")
 BANNED_NAMES = frozenset({"found", "made", "told", "given", "one", "each", "own", "dice", "cycle", "wanted"})
 
@@ -258,7 +260,8 @@ def lone_files() -> Iterator[Offender]:
                 importers[node.value.partition(":")[0]].add(file.path)
     for file in package_sources():
         lines = len(file.text.splitlines())
-        if lines < FEWEST_LINES and not file.path.endswith(("__init__.py", "__main__.py", *ENTRY_POINTS)):
+        alone = file.path.endswith(("__init__.py", "__main__.py", *ENTRY_POINTS)) or file.folder + "/" == STAND_ALONE
+        if lines < FEWEST_LINES and not alone:
             using = importers[file.module] - {file.path}
             if len(using) <= 1:
                 importer = next(iter(using), "no file")
