@@ -15,6 +15,7 @@ import tyro
 from specgym.decoding import ModelType, check_placement, decoder_names, run_command
 from specgym.envs import environment_id, on_ray
 
+from .engines.settings import EngineSettings, is_engine_run
 from .experiments.experiment import RunSettings, load_settings
 from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.stop_drafts_settings import StopSettings
@@ -101,6 +102,15 @@ class EvaluateCommand:
     new one, else at that address (auto, host:port, ray://host:10001)."""
 
 
+@dataclass(frozen=True)
+class EngineCommand:
+    """Options of train.py --engine."""
+
+    settings: Annotated[EngineSettings, tyro.conf.arg(name="")]
+    resume: Path | None = None
+    """Folder of a run to go on with after it was interrupted; what it has measured is not measured again."""
+
+
 def train_command(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``. Returns the exit code, as of `run_command`."""
     return run_command(lambda: _train(list(sys.argv[1:] if arguments is None else arguments)))
@@ -120,6 +130,15 @@ def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
 
 def _train(arguments: list[str]) -> None:
     env, tuner, resume = _value_of("--env", arguments), "--tuner" in arguments, _value_of("--resume", arguments)
+    if _value_of("--engine", arguments) is not None or (resume is not None and is_engine_run(Path(resume))):
+        description = (inspect.getdoc(EngineSettings) or "").partition("\n\nRaises:")[0]
+        engine = tyro.cli(
+            EngineCommand, args=arguments, default=EngineCommand(EngineSettings()), description=description
+        )
+        from .engines.command import tune_engine
+
+        tune_engine(engine.settings, engine.resume)
+        return
     # An unknown id is left for the parser to refuse.
     chosen = env if env in learnable(tuner) else environment_id(DEFAULT_DECODER)
     default = learnable(tuner)[chosen]()
@@ -147,7 +166,8 @@ def _parsed(arguments: list[str], default: TrainCommand[Any, Any]) -> TrainComma
     if not default.tuner:
         description += (
             f"\n\nThe options are those of --env {default.env}; --env <another> --help shows those of another, and "
-            "--tuner --help those of a tuner for pairs never seen."
+            "--tuner --help those of a tuner for pairs never seen. --engine llama.cpp --help shows those of tuning an "
+            "engine that you serve with."
         )
     kind: Any = TrainCommand  # mypy takes no type parameter that is a variable
     command: TrainCommand[RunSettings, str] = tyro.cli(
@@ -180,6 +200,9 @@ def _evaluate(command: EvaluateCommand) -> None:
     if command.run is None and command.pair is None:
         raise SettingsError("name the folder of a run, or a pair to recommend settings for with --pair")
     run, kind = command.run, None
+    if run is not None and is_engine_run(run):
+        _evaluate_engine(command, run)
+        return
     if run is not None:
         settings: RunSettings = load_settings(RunFolder.existing(run).settings)
         kind = settings.EXPERIMENT
@@ -212,6 +235,16 @@ def _evaluate(command: EvaluateCommand) -> None:
         from .training.run import evaluate
 
         evaluate(run)
+
+
+def _evaluate_engine(command: EvaluateCommand, run: Path) -> None:
+    if command != EvaluateCommand(run):
+        raise SettingsError(
+            f"{run} is a run of train.py --engine, whose setting can be judged again; leave all options out"
+        )
+    from .engines.command import judge_again
+
+    judge_again(run)
 
 
 def _use_worlds_tuner(command: EvaluateCommand) -> None:

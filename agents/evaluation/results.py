@@ -29,6 +29,8 @@ PLAIN = "plain"
 """`Row.method` of the target alone."""
 LEARNED = "learned"
 """`Row.method` of what was learned."""
+RECOMMENDED = "recommended"
+"""`Row.method` of the setting to use, where one was searched for."""
 RESAMPLES = 1000
 SAME = 1e-6
 """Relative difference below which a figure counts as reproduced. Divergences are sums of float32 numbers, whose last
@@ -168,7 +170,9 @@ class ResultTable:
             for method, row in methods.items():
                 cells = (_cell({method: row}, column) for column in self.columns)
                 setting = _setting_of(row, _RULE_WIDTH if names else None)
-                table.add_row(f"  {method}", setting, *cells, style="bold" if method == LEARNED else None)
+                table.add_row(
+                    f"  {method}", setting, *cells, style="bold" if method in (LEARNED, RECOMMENDED) else None
+                )
         table.caption = " ".join([self.caption, *self.notes])
         return table
 

@@ -22,6 +22,7 @@ from ..traits import Knob
 LOOKUP: Final = "prompt-lookup"
 """Name of the draft that copies what followed the same tokens in prompt and text."""
 _FEW_ROUNDS = 3  # from which on what was drafted says something
+_FOLLOWED = 0.75  # share of the tokens of a fixed length that must have been drafted
 
 
 class EngineError(SpecgymError, RuntimeError):
@@ -221,18 +222,17 @@ class Engine(ABC):
             SettingIgnoredError: nothing was drafted, or more than the setting allows, or less where drafts from a model
                 have a fixed length.
         """
-        counted = [
-            (text.drafted, text.rounds) for text in texts if text.drafted is not None and text.rounds is not None
-        ]
-        drafted, rounds = sum(pair[0] for pair in counted), sum(pair[1] for pair in counted)
+        counted = [text for text in texts if text.drafted is not None and text.rounds is not None]
+        drafted, rounds = sum(text.drafted or 0 for text in counted), sum(text.rounds or 0 for text in counted)
         length = int(knobs[self.length_knob])
         if rounds < _FEW_ROUNDS:
             return
         threshold = 0.0 if self.threshold_knob is None else knobs[self.threshold_knob]
         fixed = self.draft != LOOKUP and not threshold and length > 0
-        # The last round of a text may have room for fewer tokens, down to none.
-        least = length * (rounds - len(counted)) if fixed else 0
-        if not least <= drafted <= length * rounds:
+        # At the end of a text there is room for fewer: in the rounds of its last tokens, half as many in the mean.
+        last_rounds = length * rounds / max(sum(text.timed_tokens for text in counted), 1)
+        full = length * (rounds - len(counted) * last_rounds / 2)
+        if drafted > length * rounds or (fixed and drafted < _FOLLOWED * full):
             asked_for = f"{length} tokens" if fixed else f"at most {length} tokens"
             setting = ", ".join(f"{name}={value:g}" for name, value in knobs.items())
             raise SettingIgnoredError(

@@ -52,12 +52,7 @@ class ComparedText:
     prompt: int
     plain: EngineText
     drafted: EngineText
-
-    @property
-    def equal(self) -> bool:
-        if self.plain.tokens is None or self.drafted.tokens is None:
-            return self.plain.text == self.drafted.text
-        return list(self.plain.tokens) == list(self.drafted.tokens)
+    equal: bool
 
 
 class EngineBackend:
@@ -72,7 +67,8 @@ class EngineBackend:
         max_new_tokens: tokens generated of each prompt, at most; at least 2, as the first is not timed.
         temperature: of sampling; 0 for greedy decoding.
         seed: of sampling.
-        plain: the engine at work without a draft, where it runs already; it stays the caller's to close.
+        plain: a backend of the same engine and target with another draft or split, whose plain decoding this one uses
+            too, so that the target is started once; it is closed after this one.
 
     Raises:
         ArgumentError: a number is out of range. Loading errors as for `load_prompts`.
@@ -90,7 +86,7 @@ class EngineBackend:
         max_new_tokens: int = 48,
         temperature: float = 0.0,
         seed: int = 0,
-        plain: Served | None = None,
+        plain: EngineBackend | None = None,
     ) -> None:
         self.engine, self.knobs, self.split = engine, engine.knobs, split
         self._tokens = whole_number("max_new_tokens", max_new_tokens, at_least=2)
@@ -106,7 +102,8 @@ class EngineBackend:
         self.prompts: Sequence[Integers] = [
             np.arange(len(texts)) + first for texts, first in zip(self.texts, self.first_prompts, strict=True)
         ]
-        self._lent, self._plain = plain, None if plain is None else plain
+        self._lender = plain
+        self._plain: Served | None = None
         self._served: tuple[Mapping[str, float], Served] | None = None
         self._decoded: set[str] = set()
         self._turn = 0
@@ -164,7 +161,7 @@ class EngineBackend:
             order = sorted(sides, reverse=self._turn % 2 == 0)  # plain first in every other turn
             self._turn += 1
             decoded = {side: sides[side].generate(text, self._tokens, self._temperature, self._seed) for side in order}
-            compared.append(ComparedText(workload, prompt, decoded["plain"], decoded["drafted"]))
+            compared.append(ComparedText(workload, prompt, **decoded, equal=_equal(**decoded)))
         if knobs is not None and self._drafts(knobs):
             self.engine.check_effect(knobs, [text.drafted for text in compared])
         self.last = compared
@@ -174,6 +171,8 @@ class EngineBackend:
         return knobs is not None and knobs[self.engine.length_knob] > 0
 
     def _started_plainly(self) -> Served:
+        if self._lender is not None:
+            return self._lender._started_plainly()
         if self._plain is None:
             self._plain = self.engine.serve(None)
             self._warm_up(self._plain)
@@ -208,8 +207,8 @@ class EngineBackend:
     def close(self) -> None:
         """Stop what this backend has started; the engine stays open."""
         served, self._served = self._served, None
-        plain, self._plain = self._plain, self._lent
-        for running in (None if served is None else served[1], None if plain is self._lent else plain):
+        plain, self._plain = self._plain, None
+        for running in (None if served is None else served[1], plain):
             if running is not None:
                 running.close()
 
@@ -218,6 +217,12 @@ class EngineBackend:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _equal(plain: EngineText, drafted: EngineText) -> bool:
+    if plain.tokens is None or drafted.tokens is None:
+        return plain.text == drafted.text
+    return list(plain.tokens) == list(drafted.tokens)
 
 
 def _metrics(texts: Sequence[ComparedText]) -> Metrics[Floats]:

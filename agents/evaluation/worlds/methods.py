@@ -9,30 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specgym.envs import (
-    ENGINES,
     LENGTHS,
     PROFILED,
     THRESHOLDS,
     Beliefs,
     Readings,
     length_of,
-    setting_of,
 )
 
 from .sessions import Fixed, Flags, Floats, Integers, Known, Method, Problem, Session
 
-DEFAULTS: Final = {
-    # transformers 5: GenerationConfig of an assistant, 20 tokens, of which worlds have 16, and a threshold of 0.4.
-    "transformers": (16, 0.4),
-    # llama.cpp, common/common.h: n_max and p_min of common_params_speculative.
-    "llama.cpp": (16, 0.75),
-    # openvino.genai, continuous_batching/speculative_decoding: default_num_assistant_tokens.
-    "openvino": (5, 0.0),
-    # vLLM has no default; 5 is what its documentation's examples take as num_speculative_tokens.
-    "vllm": (5, 0.0),
-}
-"""Draft length and stop threshold of each engine, if one sets nothing."""
-_DEFAULT_SETTINGS = np.array([int(setting_of(*DEFAULTS[engine.name])) for engine in ENGINES])
 FIRST_LENGTH: Final = PROFILED[0]
 """Draft length that closed forms measure where they would not speculate."""
 _SCHEDULE_START = 5.0
@@ -62,12 +48,6 @@ class Universal(NamedTuple):
         by_kind[0, lengths:] = 0
         drafting = np.where(length_of(np.arange(shares.shape[1])) > 0, by_kind, 0)
         return cls(by_kind.argmax(1), int(shares.mean(0).argmax()), drafting.argmax(1))
-
-
-def default_settings(problem: Problem) -> Integers:
-    """Return each engine's own setting, shape (n,)."""
-    settings: Integers = _DEFAULT_SETTINGS[problem.worlds.engine]
-    return settings
 
 
 def best_on_training_texts(problem: Problem) -> Integers:
@@ -216,7 +196,7 @@ def learned(policy: Tuner) -> Method:
 def simple_methods(universal: Universal) -> dict[str, Method]:
     """Return what measures nothing, the closed forms and the schedule, by name."""
     return {
-        "default": lambda problem, budget: Fixed(problem, budget, default_settings(problem)),
+        "default": lambda problem, budget: Fixed(problem, budget, problem.defaults),
         "not speculating": partial(Fixed, settings=0),
         "universal": lambda problem, budget: Fixed(problem, budget, universal.by_kind[problem.kinds]),
         "single setting": lambda problem, budget: Fixed(

@@ -21,8 +21,8 @@ from specgym.envs import LENGTHS, THRESHOLDS, length_of, setting_of, threshold_o
 
 from ..replayed import Measurement
 from ..unseen.search_baselines import Searcher, SearchSpace, searcher
-from .methods import Universal, default_settings
-from .sessions import Floats, Integers, Method, Problem, Readings, Session
+from .methods import Universal
+from .sessions import Floats, Integers, Method, Readings, Searchable, Session
 
 ARM_LENGTHS: Final = (1, 2, 4, 8, 16)
 ARM_THRESHOLDS: Final = (0.0, 0.3, 0.6)
@@ -47,11 +47,11 @@ class Search(Session):
         universal: with the settings to start from; None for each engine's default.
     """
 
-    def __init__(self, problem: Problem, budget: int, universal: Universal | None = None) -> None:
+    def __init__(self, problem: Searchable, budget: int, universal: Universal | None = None) -> None:
         super().__init__(problem, budget)
         self.rows = np.arange(len(problem))
         self.warm = universal is not None
-        self.start = default_settings(problem) if universal is None else universal.speculating[problem.kinds]
+        self.start = problem.defaults if universal is None else universal.speculating[problem.kinds]
         self._rng = np.random.default_rng([*problem.seed, 2])
 
     def propose(self) -> Integers:
@@ -74,7 +74,7 @@ class Search(Session):
 class Sobol(Search):
     """Points of a Sobol sequence, shifted at random in every world."""
 
-    def __init__(self, problem: Problem, budget: int, universal: Universal | None = None) -> None:
+    def __init__(self, problem: Searchable, budget: int, universal: Universal | None = None) -> None:
         super().__init__(problem, budget, universal)
         points = torch.quasirandom.SobolEngine(2).draw(max(budget, 1), dtype=torch.float64).numpy()
         self._shares = (points + self._rng.random((len(problem), 1, 2))) % 1
@@ -94,7 +94,7 @@ class UCB(Search):
     fixed lengths those without a threshold.
     """
 
-    def __init__(self, problem: Problem, budget: int, universal: Universal | None = None) -> None:
+    def __init__(self, problem: Searchable, budget: int, universal: Universal | None = None) -> None:
         super().__init__(problem, budget, universal)
         grid = [int(setting_of(length, threshold)) for threshold in ARM_THRESHOLDS for length in ARM_LENGTHS]
         self._arms = np.broadcast_to(np.array(grid), (len(problem), len(grid)))
@@ -138,7 +138,7 @@ class GaussianProcess(Search):
     decoding is an exact observation. It begins with Sobol points, or with the universal setting.
     """
 
-    def __init__(self, problem: Problem, budget: int, universal: Universal | None = None) -> None:
+    def __init__(self, problem: Searchable, budget: int, universal: Universal | None = None) -> None:
         super().__init__(problem, budget, universal)
         self._points = Sobol(problem, budget)
         lengths = len(LENGTHS)
@@ -202,7 +202,7 @@ class Optuna(Search):
         name: of the search, as `searcher` has it.
     """
 
-    def __init__(self, problem: Problem, budget: int, universal: Universal | None = None, name: str = "tpe") -> None:
+    def __init__(self, problem: Searchable, budget: int, universal: Universal | None = None, name: str = "tpe") -> None:
         super().__init__(problem, budget, universal)
         seeds = np.random.SeedSequence([*problem.seed, 3]).generate_state(len(problem)).tolist()
         self._histories: list[list[Measurement]] = [[] for _ in seeds]
@@ -224,10 +224,12 @@ class Optuna(Search):
 
     def add(self, settings: Integers, readings: Readings) -> None:
         """Tell every world's search what came of its setting."""
-        first = self.warm and not self.tried
+        asked_for = bool(self._proposed)  # the first settings may be others'
         super().add(settings, readings)
         for row, speed in enumerate(readings.speedup.tolist()):
-            knobs = _knobs(settings[row], KNOBS[: 1 if self.facts.fixed[row] else 2]) if first else self._proposed[row]
+            knobs = (
+                self._proposed[row] if asked_for else _knobs(settings[row], KNOBS[: 1 if self.facts.fixed[row] else 2])
+            )
             self._histories[row].append(Measurement(knobs, {}, speed))
 
 

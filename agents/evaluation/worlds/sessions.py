@@ -6,18 +6,31 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.envs import PROMPTS, RETICENT, Facts, Readings, Worlds, WorldSampler, length_of
+from specgym.envs import ENGINES, PROMPTS, RETICENT, Facts, Readings, Worlds, WorldSampler, length_of, setting_of
 
 from ..unseen.comparison import WITHIN
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+
+DEFAULTS: Final = {
+    # transformers 5: GenerationConfig of an assistant, 20 tokens, of which worlds have 16, and a threshold of 0.4.
+    "transformers": (16, 0.4),
+    # llama.cpp, common/common.h: n_max and p_min of common_params_speculative.
+    "llama.cpp": (16, 0.75),
+    # openvino.genai, continuous_batching/speculative_decoding: default_num_assistant_tokens.
+    "openvino": (5, 0.0),
+    # vLLM has no default; 5 is what its documentation's examples take as num_speculative_tokens.
+    "vllm": (5, 0.0),
+}
+"""Draft length and stop threshold of each engine, if one sets nothing."""
+_DEFAULT_SETTINGS = np.array([int(setting_of(*DEFAULTS[engine.name])) for engine in ENGINES])
 
 Judged = dict[tuple[str, int], dict[str, Floats]]
 """Judgement by method and number of measurements, and by column (`Outcome.judged`)."""
@@ -76,6 +89,12 @@ class Problem:
         """Kind of each world's engine: 0 drafts a fixed length, 1 stops after a token, 2 before it; shape (n,)."""
         return np.where(self.worlds.fixed, 0, np.where(self.worlds.before, 2, 1))
 
+    @property
+    def defaults(self) -> Integers:
+        """Each engine's own setting, shape (n,)."""
+        settings: Integers = _DEFAULT_SETTINGS[self.worlds.engine]
+        return settings
+
     @cached_property
     def tokens_measured(self) -> Floats:
         """Tokens that a measurement decodes, in the mean over the texts that it may draw, shape (n,)."""
@@ -104,6 +123,27 @@ class Known(Protocol):
 
     def __len__(self) -> int:
         """Return n."""
+        ...
+
+
+class Searchable(Known, Protocol):
+    """Worlds that a search can begin in.
+
+    Attributes:
+        seed: fixes what is drawn.
+    """
+
+    @property
+    def seed(self) -> tuple[int, ...]: ...
+
+    @property
+    def defaults(self) -> Integers:
+        """Settings to begin with where no better is known, shape (n,)."""
+        ...
+
+    @property
+    def kinds(self) -> Integers:
+        """Kind of each world's engine, as `Problem.kinds` has it, shape (n,)."""
         ...
 
 

@@ -11,7 +11,6 @@ from specgym.agents.evaluation.worlds.methods import (
     Learned,
     Schedule,
     Universal,
-    default_settings,
     learned,
     simple_methods,
 )
@@ -60,7 +59,7 @@ def test_every_method_tunes_every_world_within_what_its_engine_can_be_set_to(
 
 
 def test_defaults_are_those_of_the_engines(problem: Problem) -> None:
-    settings = default_settings(problem)
+    settings = problem.defaults
     for place, (length, threshold) in enumerate([(16, 0.4), (16, 0.75), (5, 0), (5, 0)]):
         here = problem.worlds.engine == place
         assert set(length_of(settings[here])) == {length}, ENGINES[place].name

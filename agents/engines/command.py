@@ -1,0 +1,229 @@
+"""``train.py --engine``: tune an engine that one serves with, judge the setting on held-out prompts, tell it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from specgym.decoding import (
+    LOOKUP,
+    Engine,
+    PromptSet,
+    interruption_code,
+    load_prompts,
+    open_engine,
+    remove_leftovers,
+    write_json,
+    write_sealed,
+)
+from specgym.envs import EngineBackend
+
+from ..evaluation.contenders import CLOSED_FORM, DEFAULT
+from ..evaluation.results import RECOMMENDED, ResultTable
+from ..training.ppo import TrainingInterruptedError, way_on
+from ..training.run_folder import RunFolder, console, quieten, read_json, this_command
+from ..training.settings_io import SETTINGS_FORMAT, SettingsError, to_json
+from .judge import Setting, judge, verdict
+from .search import Candidate, EngineSearch
+from .settings import EXPERIMENT, EngineSettings, load_engine_settings
+from .trials import Journal, Measuring, Speeds, Trial
+
+FORMAT: Final = "specgym-engine-recommendation-1"
+
+
+def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
+    """Tune an engine, and write ``settings.json``, ``measurements.json``, ``table.json`` and ``recommendation.json``.
+
+    Args:
+        settings: what to tune; ignored when resuming.
+        resume: folder of a run to go on with. What it has measured is not measured again.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        SettingsError: the settings do not suit each other, or the folder is taken.
+        EngineError: the engine cannot be started, has died or failed.
+        TrainingInterruptedError: interrupted by the user.
+    """
+    quieten()
+    if resume is not None:
+        settings = load_engine_settings(resume)
+    settings.check()
+    sets = [load_prompts(name) for name in settings.prompts]
+    if not settings.name:
+        settings = replace(settings, name=time.strftime(f"{settings.engine}-%Y%m%d-%H%M%S"))
+    folder = settings.folder
+    with ExitStack() as stack:
+        engines = _opened(settings, stack)
+        if resume is None:
+            _begin(settings)
+        remove_leftovers(folder)
+        journal = Journal.at(folder / "measurements.json")
+        if journal.trials:
+            console.print(f"Going on after {len(journal.trials)} measurements.")
+        try:
+            _tune(settings, engines, sets, journal)
+        except KeyboardInterrupt as interruption:
+            message = f"interrupted after {len(journal.trials)} measurements. {way_on(folder)}"
+            raise TrainingInterruptedError(message, interruption_code(interruption)) from None
+    return folder
+
+
+def judge_again(folder: Path) -> None:
+    """Decode the held-out prompts of a run once more, and print the table. Errors as for `tune_engine`."""
+    quieten()
+    settings = load_engine_settings(folder)
+    stored = ResultTable.load(folder / "table.json", f"go on with: python train.py --resume {folder}")
+    content = read_json(folder / "recommendation.json", f"go on with: python train.py --resume {folder}")
+    judged = {name: Setting(**setting) for name, setting in content["judged"].items()}
+    sets = [load_prompts(name) for name in settings.prompts]
+    with ExitStack() as stack:
+        engines = _opened(settings, stack)
+        with _measuring(settings, engines, sets, Journal(folder / "judged-again.json"), "test") as measuring:
+            table = judge(measuring, judged, settings.judged_prompts, settings.temperature == 0)
+    table.save(folder / "evaluation.json", this_command())
+    console.print(table.render(f"Held-out prompts of {folder}, once more"))
+    console.print(verdict(table), highlight=False)
+    console.print(f"Before: {stored.verdict}", highlight=False)
+
+
+def _opened(settings: EngineSettings, stack: ExitStack) -> dict[str, Engine]:
+    """The engine with every draft, by the draft's name."""
+    names = {draft: draft if draft == LOOKUP else Path(draft).stem for draft in settings.draft}
+    if len(set(names.values())) < len(names):
+        names = {draft: draft for draft in names}
+    assert settings.engine is not None
+    return {
+        name: stack.enter_context(open_engine(settings.engine, settings.target, draft, settings.options))
+        for draft, name in names.items()
+    }
+
+
+@contextmanager
+def _measuring(
+    settings: EngineSettings,
+    engines: Mapping[str, Engine],
+    sets: Sequence[PromptSet],
+    journal: Journal,
+    split: Literal["train", "test"],
+) -> Iterator[Measuring]:
+    """The engines at work on the prompts of a split, until the context is left."""
+    backends: dict[str, EngineBackend] = {}
+    with ExitStack() as stack, console.status("Starting") as status:
+        for name, engine in engines.items():
+            first = next(iter(backends.values()), None)
+            backends[name] = EngineBackend(
+                engine, sets, split, settings.tokens, settings.temperature, settings.seed, plain=first
+            )
+        for backend in backends.values():  # the first, whose plain engine the others use, is closed last
+            stack.callback(backend.close)
+        yield Measuring(backends, journal, settings.measured_prompts, settings.seed, status.update)
+
+
+def _begin(settings: EngineSettings) -> None:
+    folder = settings.folder
+    if folder.exists() and (not folder.is_dir() or any(path.name != "engine.log" for path in folder.iterdir())):
+        raise SettingsError(f"{folder} exists already; go on with --resume {folder}, or choose another --name")
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {"experiment": EXPERIMENT, "command": this_command(), "settings": to_json(settings)}
+    write_sealed(RunFolder(folder).settings, {"format": SETTINGS_FORMAT, **stored})
+
+
+def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequence[PromptSet], journal: Journal) -> None:
+    chosen: dict[str, Candidate | None] = {}
+    with _measuring(settings, engines, sets, journal, "train") as measuring:
+        searches = [
+            EngineSearch(
+                measuring,
+                method,
+                temperature=settings.temperature,
+                measurements=settings.measurements,
+                seconds=60 * settings.minutes,
+                slower_sets=settings.slower_sets,
+                seed=settings.seed,
+                tell=_tell,
+            )
+            for method in settings.methods
+        ]
+        for search in searches:
+            chosen[search.method] = search.run()
+    first = chosen[settings.methods[0]]
+    judged = _judged(settings, engines, searches[0], chosen)
+    console.print("Judging on held-out prompts.")
+    with _measuring(settings, engines, sets, journal, "test") as measuring:
+        table = judge(measuring, judged, settings.judged_prompts, settings.temperature == 0)
+    notes = [note for search in searches for note in search.notes]
+    table = replace(table, verdict=verdict(table), notes=[*table.notes, *notes])
+    folder = settings.folder
+    table.save(folder / "table.json", this_command())
+    engine = engines[judged[RECOMMENDED].draft]
+    knobs = None if first is None else first.knobs
+    recommendation: dict[str, Any] = {
+        "format": FORMAT,
+        "command": this_command(),
+        "engine": settings.engine,
+        "version": engine.version(),
+        "target": settings.target,
+        "draft": engine.draft,
+        "temperature": settings.temperature,
+        "recommended": knobs,
+        "draft_length": 0 if knobs is None else int(knobs[engine.length_knob]),
+        "stop_threshold": 0.0 if knobs is None or engine.threshold_knob is None else knobs[engine.threshold_knob],
+        "measurements": len(searches[0].trials),
+        "seconds": sum(trial.seconds for trial in searches[0].trials),
+        "advice": table.verdict,
+        "judged": {name: vars(setting) for name, setting in judged.items()},
+    }
+    write_json(folder / "recommendation.json", recommendation)
+    console.print(table.render(f"Held-out prompts, {settings.engine} {engine.version()}, {Path(settings.target).name}"))
+    console.print(table.verdict, highlight=False, soft_wrap=True)
+    console.print(
+        f"Found with {len(searches[0].trials)} measurements in {recommendation['seconds']:.0f} s. Stored in {folder}; "
+        f"how your engine is told: python evaluate.py {shlex.quote(str(folder))} --export {settings.engine}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _judged(
+    settings: EngineSettings,
+    engines: Mapping[str, Engine],
+    search: EngineSearch,
+    chosen: Mapping[str, Candidate | None],
+) -> dict[str, Setting]:
+    """Settings to decode held-out prompts with, by method."""
+    recommended = chosen[settings.methods[0]]
+    any_draft = next(iter(engines))
+    draft = any_draft if recommended is None else recommended.draft
+    judged = {DEFAULT: Setting(draft, engines[draft].defaults)}
+    for name, engine in engines.items():
+        if name != draft:
+            judged[f"{DEFAULT}, {name}"] = Setting(name, engine.defaults)
+    if search.closed_forms:
+        name, (speedup, knobs) = max(search.closed_forms.items(), key=lambda item: item[1][0])
+        judged[CLOSED_FORM] = Setting(name, knobs if speedup > 1 else None)
+    for method, candidate in chosen.items():
+        label = RECOMMENDED if method == settings.methods[0] else method
+        judged[label] = Setting(draft, None) if candidate is None else Setting(candidate.draft, candidate.knobs)
+    return judged
+
+
+def _tell(trial: Trial) -> None:
+    """Print a line on a measurement."""
+    setting = ", ".join(f"{name}={value:g}" for name, value in (trial.knobs or {}).items())
+    if not trial.texts:
+        console.print(f"  {trial.draft}, {setting}: {trial.failed}", highlight=False, soft_wrap=True)
+        return
+    speeds = Speeds.of(trial.texts)
+    console.print(
+        f"  {trial.draft}, {setting}: {speeds.speedup[0]:.2f} times plain decoding's {speeds.plain[0]:.0f} tokens/s "
+        f"({trial.why}, {trial.seconds:.0f} s)",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,273 @@
+"""Search for an engine's best setting within a number of measurements and minutes, and what comes of it.
+
+1. The engine's own setting is measured, and a second one of another draft length: two points of what a round costs.
+2. A method proposes settings, which are measured: the tuner that ships, or a rival.
+3. The fastest so far and the next are measured again, on other prompts, until their intervals part, or the fastest is
+   known to a fiftieth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from specgym.decoding import Engine
+from specgym.envs import MOST_MEASUREMENTS, Facts, length_of, setting_of, threshold_of
+
+from ..evaluation.statistics import interval
+from ..evaluation.worlds.methods import ClosedForm, Learned
+from ..evaluation.worlds.searches import GaussianProcess, Optuna
+from ..evaluation.worlds.sessions import Integers, Searchable, Session
+from .readings import Counts, RoundCost, facts_of, readings_of, rounds_with_draft
+from .settings import MethodName
+from .trials import Measuring, Speeds, Trial, setting_key
+
+NEEDS_COUNTS: Final = ("tuner", "closed-form")
+"""Methods that go by what was drafted and kept, not by speed alone."""
+PRECISE: Final = 0.02
+"""Half the width of the interval of a speedup, as a share, from which on it is known well enough."""
+LEAST: Final = 0.98
+"""Speedup on a set of prompts below which a setting counts as slower than plain decoding there."""
+_LONG, _SHORT = 12, 4  # draft lengths of the second measurement
+_RACES: Final = 2  # measurements kept for the last part
+_UNKNOWN = Facts(np.array([True]), np.array([False]), np.array([0.0]), np.array([1]), np.array([1.0]), np.array([1.0]))
+
+
+@dataclass(frozen=True)
+class KnownEngine:
+    """An engine with a draft as a single world, after its first measurements.
+
+    Attributes:
+        facts: known of it.
+        defaults: the engine's own setting, nearest of those that worlds have, shape (1,).
+        seed: fixes what searches draw.
+    """
+
+    facts: Facts
+    defaults: Integers
+    seed: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def kinds(self) -> Integers:
+        """Kind of the engine, as `Problem.kinds` has it, shape (1,)."""
+        return np.where(self.facts.fixed, 0, np.where(self.facts.before, 2, 1))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was measured, with all texts of all its measurements.
+
+    Attributes:
+        draft: that drafts, by its name.
+        knobs: in the engine's terms.
+        speeds: of all its texts.
+        slowest: its speedup on the set of prompts where it is the least.
+        texts: how many.
+    """
+
+    draft: str
+    knobs: Mapping[str, float]
+    speeds: Speeds
+    slowest: float
+    texts: int
+
+    @property
+    def speedup(self) -> float:
+        """Speed over that of plain decoding."""
+        return float(self.speeds.speedup[0])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the speedup."""
+        return interval(self.speeds.speedup)
+
+
+def candidates_of(trials: Sequence[Trial]) -> list[Candidate]:
+    """Return the settings of some trials, the fastest first."""
+    by_setting: dict[object, list[Trial]] = {}
+    for trial in trials:
+        if trial.texts and trial.knobs is not None:
+            by_setting.setdefault(setting_key(trial.draft, trial.knobs), []).append(trial)
+    candidates = []
+    for same in by_setting.values():
+        texts = [text for trial in same for text in trial.texts]
+        sets = {text.workload for text in texts}
+        slowest = min(Speeds.of([text for text in texts if text.workload == place]).speedup[0] for place in sets)
+        knobs = same[0].knobs or {}
+        candidates.append(Candidate(same[0].draft, knobs, Speeds.of(texts), float(slowest), len(texts)))
+    return sorted(candidates, key=lambda candidate: -candidate.speedup)
+
+
+class EngineSearch:
+    """Search with one method over one draft or several.
+
+    Args:
+        measuring: measures settings.
+        method: that proposes.
+        temperature: of sampling.
+        measurements: at most, for all drafts together; 3 for each draft at least.
+        seconds: of measuring, at most; no measurement begins that would probably end later.
+        slower_sets: whether a setting may be slower than plain decoding on one of the sets of prompts.
+        seed: fixes what the method draws.
+        tell: called with each measurement.
+    """
+
+    def __init__(
+        self,
+        measuring: Measuring,
+        method: MethodName,
+        *,
+        temperature: float,
+        measurements: int,
+        seconds: float,
+        slower_sets: bool = False,
+        seed: int = 0,
+        tell: Callable[[Trial], None] = lambda trial: None,
+    ) -> None:
+        self._measuring, self.method, self._tell = measuring, method, tell
+        self._temperature, self._seed = temperature, seed
+        self._budget, self._seconds, self._slower_sets = measurements, seconds, slower_sets
+        self._begun = measuring.journal.seconds
+        self.trials: list[Trial] = []
+        self.notes: list[str] = []
+        """Sentences on what this search could not do."""
+        self.closed_forms: dict[str, tuple[float, dict[str, float]]] = {}
+        """Setting by the closed form of each draft and the speedup that it expects, from the same measurements."""
+
+    def run(self) -> Candidate | None:
+        """Measure, and return the setting to serve with; None for plain decoding.
+
+        Raises:
+            EngineError: the engine has died or failed.
+        """
+        backends = self._measuring.backends
+        share = min((self._budget - _RACES) // len(backends), MOST_MEASUREMENTS)
+        for draft in backends:
+            self._explore(draft, max(share, 2))
+        self._race()
+        return self.recommended()
+
+    def recommended(self) -> Candidate | None:
+        """Return the fastest setting that was measured and pays; None if none does."""
+        for candidate in candidates_of(self.trials):
+            if candidate.speedup > 1 and (self._slower_sets or candidate.slowest >= LEAST):
+                return candidate
+        return None
+
+    def _explore(self, draft: str, share: int) -> None:
+        engine = self._measuring.backends[draft].engine
+        usual = engine.defaults
+        length = _SHORT if usual[engine.length_knob] > (_LONG + _SHORT) / 2 else _LONG
+        settings = {"default": usual, "second length": engine.setting(length)}
+        first = [self._measure(draft, knobs, why) for why, knobs in settings.items()]
+        taken = [trial for trial in first if trial is not None and trial.texts]
+        if not taken:
+            return
+        session, method = self._session(engine, taken, share, draft)
+        for trial in taken:
+            self._add(session, engine, trial)
+        proposed = len(first)
+        while proposed < share:
+            setting = session.propose()
+            if session.stopped[0] or not length_of(setting)[0]:
+                break
+            knobs = engine.setting(int(length_of(setting)[0]), float(threshold_of(setting)[0]))
+            measured = self._measure(draft, knobs, method)
+            proposed += 1
+            if measured is None:
+                break
+            if measured.texts:
+                self._add(session, engine, measured)
+        self._recall_closed_form(draft, engine)
+
+    def _session(self, engine: Engine, taken: Sequence[Trial], share: int, draft: str) -> tuple[Session, MethodName]:
+        """Session of the method, which knows what the first measurements tell of rounds."""
+        costs, method = _costs(engine, taken), self.method
+        if not costs and method in NEEDS_COUNTS:
+            self.notes.append(f"{engine.name} does not tell what it drafts from {draft}, so gp proposes its settings.")
+            method = "gp"
+        usual = engine.defaults
+        threshold = 0.0 if engine.threshold_knob is None else usual[engine.threshold_knob]
+        start = setting_of(np.array([usual[engine.length_knob]]), np.array([threshold]))
+        facts = facts_of(engine, self._temperature, costs) if costs else _UNKNOWN
+        return _begin(method, KnownEngine(facts, start, (self._seed,)), share), method
+
+    def _recall_closed_form(self, draft: str, engine: Engine) -> None:
+        """Let the closed form recommend by all that was measured of a draft."""
+        taken = [trial for trial in self.trials if trial.draft == draft and trial.texts]
+        if not (costs := _costs(engine, taken)):
+            return
+        known = KnownEngine(facts_of(engine, self._temperature, costs), np.zeros(1, np.int64), (self._seed,))
+        formula = ClosedForm(known, len(taken))
+        for trial in taken:
+            self._add(formula, engine, trial)
+        length = int(length_of(formula.recommend())[0])
+        self.closed_forms[draft] = float(formula.predicted()[0, length]), engine.setting(length)
+
+    def _add(self, session: Session, engine: Engine, trial: Trial) -> None:
+        assert trial.knobs is not None
+        threshold = 0.0 if engine.threshold_knob is None else trial.knobs[engine.threshold_knob]
+        length = int(trial.knobs[engine.length_knob])
+        counts = Counts.of(trial.texts)
+        if counts is None:
+            speedup = float(Speeds.of(trial.texts).speedup[0])
+            readings = readings_of(Counts(1, 0, 0, 0, 1.0, speedup), 0, length)
+        else:
+            readings = readings_of(counts, rounds_with_draft(engine, trial.knobs, counts), length)
+        session.add(setting_of(np.array([length]), np.array([threshold])), readings)
+
+    def _race(self) -> None:
+        """Measure the fastest settings again until it is clear which is best, and whether it pays."""
+        while ranked := candidates_of(self.trials):
+            best = ranked[0]
+            low, high = best.interval
+            rival = ranked[1] if len(ranked) > 1 else None
+            bar = max(1.0, rival.interval[1] if rival else 1.0)
+            if high < 1 or low > bar or (high - low) / 2 < PRECISE * best.speedup:
+                return
+            chosen = rival if rival and rival.interval[1] > low and rival.texts < best.texts else best
+            if self._measure(chosen.draft, chosen.knobs, "once more") is None:
+                return
+
+    def _measure(self, draft: str, knobs: Mapping[str, float], why: str) -> Trial | None:
+        """Measure a setting if measurements and time are left."""
+        spent = self._measuring.journal.seconds - self._begun
+        expected = max((trial.seconds for trial in self.trials), default=0.0)
+        if len(self.trials) >= self._budget or spent + expected > self._seconds:
+            return None
+        trial = self._measuring.measure(draft, knobs, why)
+        self.trials.append(trial)
+        self._tell(trial)
+        return trial
+
+
+def _costs(engine: Engine, trials: Sequence[Trial]) -> list[RoundCost]:
+    """Cost of the rounds of some trials, the shortest and the longest drafts; none where the engine tells no counts."""
+    costs = []
+    for trial in trials:
+        counts = Counts.of(trial.texts)
+        if counts is None or trial.knobs is None:
+            return []
+        drafting = rounds_with_draft(engine, trial.knobs, counts)
+        if drafting:
+            costs.append(RoundCost.of(counts, drafting))
+    return [min(costs), max(costs)] if costs else []
+
+
+def _begin(method: MethodName, known: Searchable, share: int) -> Session:
+    if method == "tuner":
+        from ..export.worlds_policy import shipped_tuner
+
+        return Learned(known, share, shipped_tuner())
+    beginnings: Mapping[MethodName, Callable[[Searchable, int], Session]] = {
+        "closed-form": ClosedForm,
+        "gp": GaussianProcess,
+        "tpe": Optuna,
+    }
+    return beginnings[method](known, share)
