@@ -1,4 +1,6 @@
 from .command_line import evaluate_command, train_command
+from .engines.command import tune_engine
+from .engines.settings import EngineSettings
 from .evaluation.contenders import TrainingReplay, contenders, fixed_length
 from .evaluation.live import Contender, judge_live, reward_of, whole_numbers
 from .evaluation.results import Column, ResultTable, Row
@@ -49,6 +51,7 @@ __all__ = [
     "ClosedForm",
     "Column",
     "Contender",
+    "EngineSettings",
     "EnvironmentSettings",
     "EvaluationSettings",
     "Experiment",
@@ -110,6 +113,7 @@ __all__ = [
     "train_command",
     "train_fold",
     "training_environments",
+    "tune_engine",
     "tuner_settings",
     "universal_setting",
     "usual_setting",

@@ -23,7 +23,7 @@ from specgym.decoding import (
 )
 from specgym.envs import EngineBackend
 
-from ..evaluation.contenders import CLOSED_FORM, DEFAULT
+from ..evaluation.contenders import CLOSED_FORM, DEFAULT, ONE_FOR_ALL
 from ..evaluation.results import RECOMMENDED, ResultTable
 from ..training.ppo import TrainingInterruptedError, way_on
 from ..training.run_folder import RunFolder, console, quieten, read_json, this_command
@@ -34,6 +34,8 @@ from .settings import EXPERIMENT, EngineSettings, load_engine_settings
 from .trials import Journal, Measuring, Speeds, Trial
 
 FORMAT: Final = "specgym-engine-recommendation-1"
+ONE_LENGTH: Final = 4
+"""Draft length of the single setting for all engines and drafts that others are compared with."""
 
 
 def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
@@ -205,6 +207,7 @@ def _judged(
     for name, engine in engines.items():
         if name != draft:
             judged[f"{DEFAULT}, {name}"] = Setting(name, engine.defaults)
+    judged[ONE_FOR_ALL] = Setting(draft, engines[draft].setting(ONE_LENGTH))
     if search.closed_forms:
         name, (speedup, knobs) = max(search.closed_forms.items(), key=lambda item: item[1][0])
         judged[CLOSED_FORM] = Setting(name, knobs if speedup > 1 else None)

@@ -28,7 +28,8 @@ COLUMNS: Final = (
 CAPTION: Final = (
     "By the engine's own clock, without reading the prompts; each text decoded plainly and with the setting in turns. "
     "Speedup: over plain decoding; ± half of a 95 % interval over the prompts. Tokens/s: those of plain decoding times "
-    "the speedup. Equal texts: of a greedy text with the engine's own plain one."
+    "the speedup. Equal texts: of a greedy text with the engine's own plain one. One for all: four tokens, whatever "
+    "the engine and the draft. Closed form: arXiv 2211.17192, by the same measurements."
 )
 
 

@@ -46,7 +46,7 @@ def test_the_best_draft_is_recommended_judged_and_stored(
     assert recommendation["measurements"] <= 12
     assert "Recommended: num_tokens=" in recommendation["advice"]
     rows = json.loads((tmp_path / "run" / "table.json").read_text())["rows"]
-    methods = ["plain", "default", f"default, {LOOKUP}", "closed form", "recommended", "gp"]
+    methods = ["plain", "default", f"default, {LOOKUP}", "one for all", "closed form", "recommended", "gp"]
     assert [row["method"] for row in rows] == methods * 3
     assert {row["workload"] for row in rows} == {"fake+target+good/prose", "fake+target+good/code", "all workloads"}
     by_method: dict[str, Any] = {row["method"]: row for row in rows if row["workload"] == "all workloads"}
