@@ -238,13 +238,13 @@ def _evaluate(command: EvaluateCommand) -> None:
 
 
 def _evaluate_engine(command: EvaluateCommand, run: Path) -> None:
-    if command != EvaluateCommand(run):
+    if command not in (EvaluateCommand(run), EvaluateCommand(run, report=True)):
         raise SettingsError(
-            f"{run} is a run of train.py --engine, whose setting can be judged again; leave all options out"
+            f"{run} is a run of train.py --engine, which is judged again or reported on: leave out all but --report"
         )
-    from .engines.command import judge_again
+    from .engines.command import judge_again, report_engine
 
-    judge_again(run)
+    (report_engine if command.report else judge_again)(run)
 
 
 def _use_worlds_tuner(command: EvaluateCommand) -> None:

@@ -25,11 +25,13 @@ from specgym.envs import EngineBackend
 
 from ..evaluation.contenders import CLOSED_FORM, DEFAULT, ONE_FOR_ALL
 from ..evaluation.results import RECOMMENDED, ResultTable
+from ..report.content import Report, versions
+from ..report.page import write_report
 from ..training.ppo import TrainingInterruptedError, way_on
 from ..training.run_folder import RunFolder, console, quieten, read_json, this_command
 from ..training.settings_io import SETTINGS_FORMAT, SettingsError, to_json
-from .judge import Setting, judge, verdict
-from .search import Candidate, EngineSearch
+from .judge import CAPTION, Setting, judge, tried_table, verdict
+from .search import Candidate, EngineSearch, candidates_of
 from .settings import EXPERIMENT, EngineSettings, load_engine_settings
 from .trials import Journal, Measuring, Speeds, Trial
 
@@ -95,6 +97,31 @@ def judge_again(folder: Path) -> None:
     console.print(f"Before: {stored.verdict}", highlight=False)
 
 
+def report_engine(folder: Path) -> Path:
+    """Write the report of a run that tuned an engine, one page with its table, and return its path.
+
+    Raises:
+        RunFileError: the run is not finished, or a file of it is damaged.
+    """
+    settings, way_out = load_engine_settings(folder), f"go on with: python train.py --resume {folder}"
+    table = ResultTable.load(folder / "table.json", way_out)
+    content = read_json(folder / "recommendation.json", way_out)
+    report = Report(
+        title=f"{settings.engine} tuned in {folder.resolve().name}",
+        command=this_command(),
+        created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
+        summary=[table.verdict],
+        settings=to_json(settings),
+        versions={**versions(), str(content["engine"]): str(content["version"])},
+        missing={},
+        table=replace(table, caption=CAPTION),
+        made_by={"the run": str(content["command"])},
+    )
+    path = write_report(report, folder)
+    console.print(f"The report is in {path}.", soft_wrap=True)
+    return path
+
+
 def _opened(settings: EngineSettings, stack: ExitStack) -> dict[str, Engine]:
     """The engine with every draft, by the draft's name."""
     names = {draft: draft if draft == LOOKUP else Path(draft).stem for draft in settings.draft}
@@ -139,6 +166,7 @@ def _begin(settings: EngineSettings) -> None:
 
 def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequence[PromptSet], journal: Journal) -> None:
     chosen: dict[str, Candidate | None] = {}
+    ranked: dict[str, list[Candidate]] = {}
     with _measuring(settings, engines, sets, journal, "train") as measuring:
         searches = [
             EngineSearch(
@@ -155,6 +183,8 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
         ]
         for search in searches:
             chosen[search.method] = search.run()
+            ranked[search.method] = candidates_of(search.trials)
+            console.print(tried_table(ranked[search.method], [texts.name for texts in sets]))
     first = chosen[settings.methods[0]]
     judged = _judged(settings, engines, searches[0], chosen)
     console.print("Judging on held-out prompts.")
@@ -180,6 +210,20 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
         "measurements": len(searches[0].trials),
         "seconds": sum(trial.seconds for trial in searches[0].trials),
         "advice": table.verdict,
+        "tried": {
+            method: [
+                {
+                    "draft": tried.draft,
+                    "knobs": dict(tried.knobs),
+                    "speedup": tried.speedup,
+                    "interval": tried.interval,
+                    "by_set": tried.by_set,
+                    "texts": tried.texts,
+                }
+                for tried in of_method
+            ]
+            for method, of_method in ranked.items()
+        },
         "judged": {name: vars(setting) for name, setting in judged.items()},
     }
     write_json(folder / "recommendation.json", recommendation)

@@ -8,13 +8,15 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
 
 from specgym.envs import ComparedText, EngineBackend
 
 from ..evaluation.contenders import DEFAULT
 from ..evaluation.results import ALL, PLAIN, RECOMMENDED, Column, ResultTable, Row, machine, with_intervals
 from .readings import Counts
-from .search import LEAST
+from .search import LEAST, Candidate
 from .trials import Measuring, Speeds, setting_key
 
 COLUMNS: Final = (
@@ -129,6 +131,37 @@ def _rows(
     return rows
 
 
+def tried_table(candidates: Sequence[Candidate], sets: Sequence[str]) -> Table:
+    """Show what was measured, the fastest first, as a rich table.
+
+    Args:
+        candidates: settings, in order.
+        sets: names of the sets of prompts.
+    """
+    table = Table(title="Measured on training prompts", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("draft")
+    table.add_column("setting", overflow="fold")
+    for heading in ("texts", "tokens/s", "speedup", *(name if len(sets) > 1 else "" for name in sets)):
+        if heading:
+            table.add_column(heading, justify="right")
+    for candidate in candidates:
+        low, high = candidate.interval
+        table.add_row(
+            candidate.draft,
+            _written(candidate.knobs),
+            str(candidate.texts),
+            f"{candidate.speeds.drafted[0]:.1f}",
+            f"{candidate.speedup:.2f} ({low:.2f} to {high:.2f})",
+            *(f"{speedup:.2f}" for speedup in candidate.by_set if len(sets) > 1),
+        )
+    table.caption = "Speedup: over plain decoding of the same texts on the same engine, with a 95 % interval."
+    return table
+
+
+def _written(knobs: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in knobs.items())
+
+
 def verdict(table: ResultTable) -> str:
     """Return what to serve with, in sentences, by the held-out prompts."""
     by_workload = table.by_workload()
@@ -141,7 +174,7 @@ def verdict(table: ResultTable) -> str:
     )
     if not recommended.knobs:
         return f"Do not speculate: nothing that was tried pays. That is 1.00 times plain decoding{times}."
-    setting = ", ".join(f"{name}={value:g}" for name, value in recommended.knobs.items())
+    setting = _written(recommended.knobs)
     sentences = [
         f"Recommended: {setting}. On held-out prompts {_shown(recommended, 'speedup')} times plain decoding{times}."
     ]

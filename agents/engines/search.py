@@ -67,14 +67,14 @@ class Candidate:
         draft: that drafts, by its name.
         knobs: in the engine's terms.
         speeds: of all its texts.
-        slowest: its speedup on the set of prompts where it is the least.
+        by_set: its speedup on every set of prompts.
         texts: how many.
     """
 
     draft: str
     knobs: Mapping[str, float]
     speeds: Speeds
-    slowest: float
+    by_set: Sequence[float]
     texts: int
 
     @property
@@ -97,10 +97,10 @@ def candidates_of(trials: Sequence[Trial]) -> list[Candidate]:
     candidates = []
     for same in by_setting.values():
         texts = [text for trial in same for text in trial.texts]
-        sets = {text.workload for text in texts}
-        slowest = min(Speeds.of([text for text in texts if text.workload == place]).speedup[0] for place in sets)
-        knobs = same[0].knobs or {}
-        candidates.append(Candidate(same[0].draft, knobs, Speeds.of(texts), float(slowest), len(texts)))
+        sets = sorted({text.workload for text in texts})
+        by_set = [Speeds.of([text for text in texts if text.workload == place]) for place in sets]
+        speedups = [float(speeds.speedup[0]) for speeds in by_set]
+        candidates.append(Candidate(same[0].draft, same[0].knobs or {}, Speeds.of(texts), speedups, len(texts)))
     return sorted(candidates, key=lambda candidate: -candidate.speedup)
 
 
@@ -156,7 +156,7 @@ class EngineSearch:
     def recommended(self) -> Candidate | None:
         """Return the fastest setting that was measured and pays; None if none does."""
         for candidate in candidates_of(self.trials):
-            if candidate.speedup > 1 and (self._slower_sets or candidate.slowest >= LEAST):
+            if candidate.speedup > 1 and (self._slower_sets or min(candidate.by_set) >= LEAST):
                 return candidate
         return None
 

@@ -193,7 +193,7 @@ def gather(run_folder: Path, command: str) -> Report:
         created=time.strftime("%Y-%m-%d %H:%M %Z").strip(),
         summary=summary,
         settings=stored["settings"],
-        versions=_versions(),
+        versions=versions(),
         missing={section: way for section, way in ways.items() if not sections.get(section)},
         table=table,
         heat_maps=maps,
@@ -309,6 +309,7 @@ def _recommended(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     return groups
 
 
-def _versions() -> dict[str, str]:
-    versions = {"specgym": __version__, "python": platform.python_version()}
-    return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that write a report, by name."""
+    ours = {"specgym": __version__, "python": platform.python_version()}
+    return ours | {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from specgym.decoding import write_text
 
 from ..evaluation.heat_map import save_missing_heat_maps
-from ..evaluation.results import ALL, LEARNED, Row, to_csv
+from ..evaluation.results import ALL, LEARNED, RECOMMENDED, Row, to_csv
 from ..evaluation.unseen.transfer import LEVEL
 from ..experiments.experiment import load_settings
 from ..training.run_folder import RunFolder, console, quieten, this_command
@@ -75,8 +75,13 @@ class View:
     """True for a list of values by long names."""
 
 
-def results_view(rows: Sequence[Row]) -> View:
-    """Every method on every workload's held-out prompts, the means over the workloads first."""
+def results_view(rows: Sequence[Row], caption: str = "") -> View:
+    """Every method on every workload's held-out prompts, the means over the workloads first.
+
+    Args:
+        rows: of the table.
+        caption: how they were measured, where that was not by latency profiles.
+    """
     knobs, values = _names(row.knobs for row in rows), _names(row.values for row in rows)
     known = [name for name in _COLUMNS if name in values]
     values = [*known, *(name for name in values if name not in known)]
@@ -92,7 +97,7 @@ def results_view(rows: Sequence[Row]) -> View:
                 workload,
                 [
                     [
-                        Cell(row.method, strong=row.method == LEARNED, number=False),
+                        Cell(row.method, strong=row.method in (LEARNED, RECOMMENDED), number=False),
                         *([Cell(row.rule or ABSENT.text, number=False)] if rules else []),
                         *(_knob(row.knobs, knob) for knob in knobs),
                         *(_value(row, name, name == aim and row.values.get(name) == highest) for name in values),
@@ -101,10 +106,13 @@ def results_view(rows: Sequence[Row]) -> View:
                 ],
             )
         )
+    charged = (
+        "Time is charged by latency profiles, except in columns of the clock. Speedup is over plain decoding, by the "
+        "target alone."
+    )
     caption = (
-        "Held-out prompts. Below a number stands its 95 % interval over prompts. Time is charged by latency profiles, "
-        f"except in columns of the clock. Speedup is over plain decoding, by the target alone. The highest {aim} of "
-        "each workload is bold."
+        f"Held-out prompts. Below a number stands its 95 % interval over prompts. {caption or charged} The highest "
+        f"{aim} of each workload is bold."
     )
     headings = (_COLUMNS[name][0] if name in _COLUMNS else name.replace("_", " ") for name in values)
     return View(caption, ["method", *(["rule"] if rules else []), *knobs, *headings], groups)
@@ -323,7 +331,7 @@ def rendered(report: Report) -> str:
     transfer, hardware = report.transfer or {}, report.table.hardware
     return template.render(
         report=report,
-        results=results_view(report.table.rows) if report.table.rows else None,
+        results=results_view(report.table.rows, report.table.caption) if report.table.rows else None,
         recommended=recommended_view(report.recommended) if report.recommended else None,
         heat_legend=Markup(heat_legend("heat-legend")),
         heat_maps=[

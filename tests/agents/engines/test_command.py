@@ -54,6 +54,10 @@ def test_the_best_draft_is_recommended_judged_and_stored(
     assert by_method["default"]["over_default"] == pytest.approx(1)
     assert by_method["recommended"]["intervals"]["speedup"][0] > 1
     assert "Held-out prompts, llama.cpp 1, target.gguf" in output
+    assert output.count("Measured on training prompts") == 2  # a table for each method
+    tried = recommendation["tried"]["tuner"]
+    assert tried[0]["speedup"] == max(setting["speedup"] for setting in tried)
+    assert len(tried[0]["by_set"]) == 2
     assert all(behaviour.open == 0 for behaviour in behaviours.values())
     assert behaviours[LOOKUP].asked.count(None) == 0  # both drafts share the plain engine
 
@@ -64,8 +68,12 @@ def test_the_best_draft_is_recommended_judged_and_stored(
     assert len(behaviours["good.gguf"].asked) == asked  # all was measured already
     assert evaluate_command([str(tmp_path / "run")]) == 0
     assert "once more" in capsys.readouterr().out
-    assert evaluate_command([str(tmp_path / "run"), "--report"]) == 2
-    assert "leave all options out" in capsys.readouterr().err
+    assert evaluate_command([str(tmp_path / "run"), "--report"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "By the engine&#39;s own clock" in page
+    assert "latency profiles" not in page
+    assert evaluate_command([str(tmp_path / "run"), "--transfer"]) == 2
+    assert "leave out all but --report" in capsys.readouterr().err
 
 
 def test_plain_decoding_is_recommended_where_nothing_pays(
