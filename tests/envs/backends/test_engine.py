@@ -71,6 +71,14 @@ def test_a_setting_that_is_ignored_is_an_error() -> None:
         engine.compare({"num_tokens": 8}, [(0, 1)])
 
 
+def test_drafts_that_the_end_of_a_text_cuts_short_are_no_sign_of_an_ignored_setting() -> None:
+    for alpha in (0.0, 0.3):
+        for length in (1, 5, 16):
+            for tokens in (5, 9, 20, 48):
+                engine = backend(Behaviour(alpha=alpha), max_new_tokens=tokens)
+                engine.compare({"num_tokens": length}, [(0, place) for place in range(4)])
+
+
 def test_other_text_than_the_plain_one_is_seen() -> None:
     for strays in (False, True):
         (text,) = backend(Behaviour(strays=strays)).compare({"num_tokens": 3}, [(0, 0)])
