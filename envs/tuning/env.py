@@ -32,7 +32,134 @@ SHOWN = ("speedup", "ms_per_token", "draft_acceptance_rate", "mean_acceptance_le
 _RENDER_MODES = ("ansi", "human")
 
 
-class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
+class BackendEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
+    """Tuning of the knobs of one workload on any backend; a subclass opens the backend."""
+
+    metadata = {"render_modes": list(_RENDER_MODES), "render_fps": 4}  # noqa: RUF012  # gymnasium declares it so
+
+    def _check_render_mode(self, render_mode: str | None) -> None:
+        # Stable-Baselines3's make_vec_env asks pictures of every environment.
+        self.render_mode = None if render_mode == "rgb_array" else render_mode
+        one_of("render_mode", self.render_mode, (None, *_RENDER_MODES))
+
+    def _set_up_single(
+        self,
+        backend: Backend,
+        ranges: Mapping[str, tuple[float, float]] | None,
+        scales: Mapping[str, float] | None,
+        action: ActionKind,
+        reward: RewardSettings | Mapping[str, Any] | None,
+    ) -> None:
+        """Keep the backend, and what follows from it; arguments as for `TuningEnv`."""
+        self._set_up(backend, ranges, scales, action, reward, np.zeros(1, np.int64))
+        self.observation_space = self._moves.observation_space
+        self.action_space = self._moves.action_space
+        self._state = self._moves.defaults()
+        self._fixed_prompts: NDArray[np.int64] | None = None
+        self._divergence_multiplier = MULTIPLIER
+        self._last_info: dict[str, Any] = {}
+
+    @property
+    def workload(self) -> Workload:
+        """Pair, prompts and sampling that the knobs are tuned for; its split is the one in use."""
+        return self.workloads[0]
+
+    @property
+    def divergence_multiplier(self) -> float:
+        """Price of an excess over `RewardSettings.max_divergence`; at first 30. Without a bound it does nothing."""
+        return self._divergence_multiplier
+
+    def set_divergence_multiplier(self, value: float) -> None:
+        """Set the price of an excess over the bound, from the next step on.
+
+        Args:
+            value: reward per unit of mean total variation, finite and at least 0.
+
+        Raises:
+            ValueError: it is not.
+        """
+        self._divergence_multiplier = checked_multiplier(self.workload.name, value)
+
+    def knob_values(self) -> dict[str, float]:
+        """Return the knobs as the decoder gets them, by name, in their own units."""
+        return self._moves.values(self._state)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: fixes the knobs to start from, the order of the prompts and all sampling.
+            options: `knobs`, a mapping from names to values, and `prompt`, an index; live also token ids or a string.
+
+        Raises:
+            ValueError: an unknown option, a knob that does not exist or is out of range, a prompt that cannot be used.
+        """
+        super().reset(seed=seed)
+        options = reset_options(options, OPTIONS)
+        chosen = self._moves.checked(options.get("knobs") or {})
+        prompt = options.get("prompt")
+        self._fixed_prompts = None if prompt is None else np.array([self._backend.choose(prompt)])
+        if seed is not None:
+            self._orders.restart()
+        self._state = self._first_states()
+        for place, name in enumerate(self._moves.ranges):
+            self._state[place] = chosen.get(name, self._state[place])
+        self._last_info = {}
+        if self.render_mode == "human":
+            self._print()
+        self._began = True
+        return self._observation(), self._unmeasured(self.knob_values(), self.workload.name)
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Move the knobs, and decode the next prompt or prompts with them.
+
+        Args:
+            action: shape (knobs,), in [-1, 1]; what is beyond is clipped.
+
+        Returns:
+            Observation, reward, False, False (an episode never ends by itself), info.
+
+        Raises:
+            ValueError: the action has another shape, or is not finite.
+            gymnasium.error.ResetNeeded: before the first `reset`.
+            NumericalError: the target gave NaN logits.
+        """
+        self._require_reset()
+        self._state = self._moves.moved(self._state, action)
+        values = self.knob_values()
+        arrays = {name: np.array([value]) for name, value in values.items()}
+        metrics = self._decode(arrays, self._fixed_prompts).single()
+        reward, info = self._judge(metrics, values, self._divergence_multiplier, self.workload.name)
+        self._last_info = info
+        if self.render_mode == "human":
+            self._print()
+        return self._observation(), reward, False, False, dict(info)
+
+    def render(self) -> str | None:
+        """Return the last step as text with ANSI colours; None in human mode, which has printed it already."""
+        from .render import to_ansi  # which imports rich
+
+        return to_ansi(self._text()) if self.render_mode == "ansi" else None
+
+    def _text(self, marks: bool = False) -> Text:
+        from .render import render_step
+
+        shown = {name: self._last_info[name] for name in SHOWN} if self._last_info else {}
+        prompt, rounds = self._backend.last_text() if shown else ((), [])
+        pair = None if self._backend.decoder is None else self._backend.decoder.pair
+        title = self.workload.name
+        return render_step(pair, prompt, rounds, title=title, knobs=self.knob_values(), metrics=shown, marks=marks)
+
+    def _print(self) -> None:
+        from .render import print_step, shows_colour
+
+        print_step(self._text(marks=not shows_colour()))
+
+    def _observation(self) -> Array:
+        return self._state.astype(np.float32)
+
+
+class TuningEnv(BackendEnv):
     """Tune the knobs of a speculative decoder on one workload.
 
     ## Description
@@ -149,8 +276,6 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
     * v0: first version.
     """
 
-    metadata = {"render_modes": list(_RENDER_MODES), "render_fps": 4}  # noqa: RUF012  # gymnasium declares it so
-
     @constructor(tokens_per_step="max_new_tokens", draft_length="max_draft_length")
     def __init__(
         self,
@@ -179,12 +304,9 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         backend = backend_of(backend, source, "live")
         require_single(type(self).__name__, workload=workload, recording=recording)
         one_of("timing", timing, ("profile", "wall"))
-        if render_mode == "rgb_array":  # Stable-Baselines3's make_vec_env asks it of every environment
-            render_mode = None
-        one_of("render_mode", render_mode, (None, *_RENDER_MODES))
+        self._check_render_mode(render_mode)
         tokens = whole_number("max_new_tokens", max_new_tokens)
         max_draft_length = whole_number("max_draft_length", max_draft_length)
-        self.render_mode = render_mode
         decoding: Backend
         if backend == "live":
             if recording is not None:
@@ -214,18 +336,7 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
                 batch_size=batch_size,
                 context=context,
             )
-        self._set_up(decoding, ranges, scales, action, reward, np.zeros(1, np.int64))
-        self.observation_space = self._moves.observation_space
-        self.action_space = self._moves.action_space
-        self._state = self._moves.defaults()
-        self._fixed_prompts: NDArray[np.int64] | None = None
-        self._divergence_multiplier = MULTIPLIER
-        self._last_info: dict[str, Any] = {}
-
-    @property
-    def workload(self) -> Workload:
-        """Pair, prompts and sampling that the knobs are tuned for; its split is the one in use."""
-        return self.workloads[0]
+        self._set_up_single(decoding, ranges, scales, action, reward)
 
     @property
     def decoder(self) -> Decoder[Any]:
@@ -243,77 +354,6 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
         """Latency profile that charges time, at the operating point."""
         return self.profiles[0]
 
-    @property
-    def divergence_multiplier(self) -> float:
-        """Price of an excess over `RewardSettings.max_divergence`; at first 30. Without a bound it does nothing."""
-        return self._divergence_multiplier
-
-    def set_divergence_multiplier(self, value: float) -> None:
-        """Set the price of an excess over the bound, from the next step on.
-
-        Args:
-            value: reward per unit of mean total variation, finite and at least 0.
-
-        Raises:
-            ValueError: it is not.
-        """
-        self._divergence_multiplier = checked_multiplier(self.workload.name, value)
-
-    def knob_values(self) -> dict[str, float]:
-        """Return the knobs as the decoder gets them, by name, in their own units."""
-        return self._moves.values(self._state)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Start an episode.
-
-        Args:
-            seed: fixes the knobs to start from, the order of the prompts and all sampling.
-            options: `knobs`, a mapping from names to values, and `prompt`, an index; live also token ids or a string.
-
-        Raises:
-            ValueError: an unknown option, a knob that does not exist or is out of range, a prompt that cannot be used.
-        """
-        super().reset(seed=seed)
-        options = reset_options(options, OPTIONS)
-        chosen = self._moves.checked(options.get("knobs") or {})
-        prompt = options.get("prompt")
-        self._fixed_prompts = None if prompt is None else np.array([self._backend.choose(prompt)])
-        if seed is not None:
-            self._orders.restart()
-        self._state = self._first_states()
-        for place, name in enumerate(self._moves.ranges):
-            self._state[place] = chosen.get(name, self._state[place])
-        self._last_info = {}
-        if self.render_mode == "human":
-            self._print()
-        self._began = True
-        return self._observation(), self._unmeasured(self.knob_values(), self.workload.name)
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Move the knobs, and decode the next prompt or prompts with them.
-
-        Args:
-            action: shape (knobs,), in [-1, 1]; what is beyond is clipped.
-
-        Returns:
-            Observation, reward, False, False (an episode never ends by itself), info.
-
-        Raises:
-            ValueError: the action has another shape, or is not finite.
-            gymnasium.error.ResetNeeded: before the first `reset`.
-            NumericalError: the target gave NaN logits.
-        """
-        self._require_reset()
-        self._state = self._moves.moved(self._state, action)
-        values = self.knob_values()
-        arrays = {name: np.array([value]) for name, value in values.items()}
-        metrics = self._decode(arrays, self._fixed_prompts).single()
-        reward, info = self._judge(metrics, values, self._divergence_multiplier, self.workload.name)
-        self._last_info = info
-        if self.render_mode == "human":
-            self._print()
-        return self._observation(), reward, False, False, dict(info)
-
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Let live steps inside decode nothing, and otherwise do all that later steps depend on.
@@ -325,26 +365,3 @@ class TuningEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
 
         with self._backend.rehearsing() if isinstance(self._backend, LiveBackend) else nullcontext():
             yield
-
-    def render(self) -> str | None:
-        """Return the last step as text with ANSI colours; None in human mode, which has printed it already."""
-        from .render import to_ansi  # which imports rich
-
-        return to_ansi(self._text()) if self.render_mode == "ansi" else None
-
-    def _text(self, marks: bool = False) -> Text:
-        from .render import render_step
-
-        shown = {name: self._last_info[name] for name in SHOWN} if self._last_info else {}
-        prompt, rounds = self._backend.last_text() if shown else ((), [])
-        pair = None if self._backend.decoder is None else self._backend.decoder.pair
-        title = self.workload.name
-        return render_step(pair, prompt, rounds, title=title, knobs=self.knob_values(), metrics=shown, marks=marks)
-
-    def _print(self) -> None:
-        from .render import print_step, shows_colour
-
-        print_step(self._text(marks=not shows_colour()))
-
-    def _observation(self) -> Array:
-        return self._state.astype(np.float32)

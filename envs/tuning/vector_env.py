@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from specgym.decoding import ArgumentError, Split, one_of, whole_number
 
-from ..backends.backend import BackendName, backend_of
+from ..backends.backend import Backend, BackendName, backend_of
 from ..backends.replay import Workloads, replay_backend
 from ..profiles import Profiles
 from ..prompt_order import shared_seed
@@ -26,105 +26,37 @@ Array = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
-class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
-    """Many replayed environments of `specgym.envs.TuningEnv`, of one or several workloads, that step together.
-
-    Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
-    workload, steps are the same to the last digit but for rounding. Pickles and copies go on where the original stands.
-    All environments run in step and are cut off after `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the
-    observation is that of the next episode, and `infos` has the last one's as `final_obs` and `final_info`, in the form
-    of `gymnasium.vector.SyncVectorEnv`.
-
-    Args:
-        num_envs: how many environments.
-        decoder: a registered name.
-        workload: a name, a `Workload`, or several; by default that of the recordings given, or the one of `TuningEnv`.
-        weights: how many environments each workload gets, in proportion; by default as many as any other.
-        max_new_tokens: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `max_draft_length`, `batch_size`,
-            `context`, `prompts_per_step`, `action` and `decoder_options`.
-        profile: a single one for all workloads, one for each in order, or a mapping from their names; by default the
-            pairs' reference profiles (`specgym.envs.profiles`).
-        split: of the prompts.
-        recording: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
-            default those that ship.
-        backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
-        max_episode_steps: length of an episode.
-        source: a second name of `backend`, for libraries that take a `backend` for themselves.
-        render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
-
-    Attributes:
-        workload_names: of the workloads, in order.
-        autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
-
-    Raises:
-        ValueError: as for `TuningEnv`; or the numbers of workloads, recordings, profiles and weights do not agree.
-    """
+class BackendVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArray[Any]]):
+    """Tuning of knobs on any backend in many environments that step together; a subclass opens the backend."""
 
     # Gymnasium's own vector environments have it as an attribute, too, and torchrl 0.14 (envs/libs/gym.py) reads that.
     autoreset_mode: ClassVar = AutoresetMode.SAME_STEP
     metadata = {"autoreset_mode": autoreset_mode, "render_modes": []}  # noqa: RUF012  # as gymnasium has it
 
-    @constructor(tokens_per_step="max_new_tokens", draft_length="max_draft_length")
-    def __init__(
+    def _check_counts(self, num_envs: int, max_episode_steps: int) -> None:
+        self.num_envs = whole_number("num_envs", num_envs)
+        self.max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
+
+    def _set_up_together(
         self,
-        num_envs: int = 1,
-        decoder: str = "threshold",
-        workload: Workloads = None,
-        weights: Sequence[float] | None = None,
-        max_new_tokens: int = 32,
-        ranges: Mapping[str, tuple[float, float]] | None = None,
-        scales: Mapping[str, float] | None = None,
-        reward: RewardSettings | Mapping[str, Any] | None = None,
-        profile: Profiles = None,
-        start: Start = "random",
-        split: Split | None = None,
-        backend: BackendName | None = None,
-        max_draft_length: int = 16,
-        recording: Recordings = None,
-        batch_size: int = 1,
-        context: int | None = None,
-        max_episode_steps: int = 20,
-        prompts_per_step: int = 1,
-        action: ActionKind = "move",
-        decoder_options: Mapping[str, Any] | None = None,
-        source: BackendName | None = None,
-        render_mode: Literal["rgb_array"] | None = None,
+        backend: Backend,
+        weights: Sequence[float] | None,
+        ranges: Mapping[str, tuple[float, float]] | None,
+        scales: Mapping[str, float] | None,
+        action: ActionKind,
+        reward: RewardSettings | Mapping[str, Any] | None,
     ) -> None:
-        one_of("render_mode", render_mode, (None, "rgb_array"))
-        backend = backend_of(backend, source, "replay")
-        if backend != "replay":
-            raise ArgumentError(
-                f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
-                "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
-            )
-        self._check(start, action, split, prompts_per_step)
-        num_envs = whole_number("num_envs", num_envs)
-        max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
-        replay = replay_backend(
-            decoder,
-            workload,
-            recording,
-            split=split,
-            profile=profile,
-            max_new_tokens=whole_number("max_new_tokens", max_new_tokens),
-            max_draft_length=whole_number("max_draft_length", max_draft_length),
-            options=decoder_options,
-            batch_size=batch_size,
-            context=context,
-        )
-        self.workload_names = [named.name for named in replay.workloads]
-        self._shares = shared_out(num_envs, weights, len(self.workload_names))
+        """Keep the backend, and what follows from it; arguments as for `TuningVectorEnv`."""
+        self.workload_names = [named.name for named in backend.workloads]
+        self._shares = shared_out(self.num_envs, weights, len(self.workload_names))
         self._probabilities: NDArray[np.float64] | None = None
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps
-        self._set_up(replay, ranges, scales, action, reward, self._shares)
+        self._set_up(backend, ranges, scales, action, reward, self._shares)
         self._multipliers = np.full(len(self.workload_names), MULTIPLIER)
         self.single_observation_space = self._moves.observation_space
         self.single_action_space = self._moves.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
-        self._state = np.tile(self._moves.defaults(), (num_envs, 1))
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._state = np.tile(self._moves.defaults(), (self.num_envs, 1))
         self._elapsed = 0
         self._fixed_prompts: NDArray[np.int64] | None = None
         self._belong(self._shares)
@@ -258,3 +190,87 @@ class TuningVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDArr
         pairs = list(zip(indices.tolist(), self.workload_of.tolist(), strict=True))
         numbers = {pair: self._backend.choose(*pair) for pair in set(pairs)}
         return np.array([numbers[pair] for pair in pairs])
+
+
+class TuningVectorEnv(BackendVectorEnv):
+    """Many replayed environments of `specgym.envs.TuningEnv`, of one or several workloads, that step together.
+
+    Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
+    workload, steps are the same to the last digit but for rounding. Pickles and copies go on where the original stands.
+    All environments run in step and are cut off after `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the
+    observation is that of the next episode, and `infos` has the last one's as `final_obs` and `final_info`, in the form
+    of `gymnasium.vector.SyncVectorEnv`.
+
+    Args:
+        num_envs: how many environments.
+        decoder: a registered name.
+        workload: a name, a `Workload`, or several; by default that of the recordings given, or the one of `TuningEnv`.
+        weights: how many environments each workload gets, in proportion; by default as many as any other.
+        max_new_tokens: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `max_draft_length`, `batch_size`,
+            `context`, `prompts_per_step`, `action` and `decoder_options`.
+        profile: a single one for all workloads, one for each in order, or a mapping from their names; by default the
+            pairs' reference profiles (`specgym.envs.profiles`).
+        split: of the prompts.
+        recording: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
+            default those that ship.
+        backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
+        max_episode_steps: length of an episode.
+        source: a second name of `backend`, for libraries that take a `backend` for themselves.
+        render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
+
+    Attributes:
+        workload_names: of the workloads, in order.
+        autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
+
+    Raises:
+        ValueError: as for `TuningEnv`; or the numbers of workloads, recordings, profiles and weights do not agree.
+    """
+
+    @constructor(tokens_per_step="max_new_tokens", draft_length="max_draft_length")
+    def __init__(
+        self,
+        num_envs: int = 1,
+        decoder: str = "threshold",
+        workload: Workloads = None,
+        weights: Sequence[float] | None = None,
+        max_new_tokens: int = 32,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+        scales: Mapping[str, float] | None = None,
+        reward: RewardSettings | Mapping[str, Any] | None = None,
+        profile: Profiles = None,
+        start: Start = "random",
+        split: Split | None = None,
+        backend: BackendName | None = None,
+        max_draft_length: int = 16,
+        recording: Recordings = None,
+        batch_size: int = 1,
+        context: int | None = None,
+        max_episode_steps: int = 20,
+        prompts_per_step: int = 1,
+        action: ActionKind = "move",
+        decoder_options: Mapping[str, Any] | None = None,
+        source: BackendName | None = None,
+        render_mode: Literal["rgb_array"] | None = None,
+    ) -> None:
+        one_of("render_mode", render_mode, (None, "rgb_array"))
+        backend = backend_of(backend, source, "replay")
+        if backend != "replay":
+            raise ArgumentError(
+                f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
+                "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
+            )
+        self._check(start, action, split, prompts_per_step)
+        self._check_counts(num_envs, max_episode_steps)
+        replay = replay_backend(
+            decoder,
+            workload,
+            recording,
+            split=split,
+            profile=profile,
+            max_new_tokens=whole_number("max_new_tokens", max_new_tokens),
+            max_draft_length=whole_number("max_draft_length", max_draft_length),
+            options=decoder_options,
+            batch_size=batch_size,
+            context=context,
+        )
+        self._set_up_together(replay, weights, ranges, scales, action, reward)
