@@ -139,6 +139,11 @@ def _train(arguments: list[str]) -> None:
 
         tune_engine(engine.settings, engine.resume)
         return
+    if env == "specgym/Engine-v0":
+        raise SettingsError(
+            f"--env {env} has nothing to learn beforehand; a few measurements tune an engine: train.py --engine, with "
+            "its models as --target and --draft (docs/engines.md)"
+        )
     # An unknown id is left for the parser to refuse.
     chosen = env if env in learnable(tuner) else environment_id(DEFAULT_DECODER)
     default = learnable(tuner)[chosen]()

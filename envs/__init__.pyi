@@ -26,6 +26,7 @@ from .recordings.find import (
 from .recordings.outcomes import Outcomes, outcomes_name, totals
 from .recordings.trace import Trace, trace_name
 from .registration import environment_id, register, register_environments
+from .tuning.engine_env import EngineEnv, EngineVectorEnv
 from .tuning.env import TuningEnv
 from .tuning.knob_space import KnobMoves, doublings, from_doublings
 from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
@@ -96,6 +97,8 @@ __all__ = [
     "DraftLengthVectorEnv",
     "DraftTable",
     "EngineBackend",
+    "EngineEnv",
+    "EngineVectorEnv",
     "Facts",
     "KnobMoves",
     "LivePair",

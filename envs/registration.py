@@ -45,6 +45,14 @@ def register_environments() -> None:
             entry_point="specgym.envs.control.env:DraftLengthEnv",
             vector_entry_point="specgym.envs.control.vector_env:DraftLengthVectorEnv",
         )
+    if "specgym/Engine-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="specgym/Engine-v0",
+            entry_point="specgym.envs.tuning.engine_env:EngineEnv",
+            vector_entry_point="specgym.envs.tuning.engine_env:EngineVectorEnv",
+            max_episode_steps=20,
+            nondeterministic=True,
+        )
     if "specgym/SpeculativeWorlds-v0" not in gymnasium.registry:
         gymnasium.register(
             id="specgym/SpeculativeWorlds-v0",

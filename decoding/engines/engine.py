@@ -240,6 +240,10 @@ class Engine(ABC):
                 f"rounds, where the setting means {asked_for} a round. Do not serve with it before you know why."
             )
 
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the engine itself: gymnasium copies arguments of environments, and processes have no copies."""
+        return self
+
     def __enter__(self) -> Self:
         return self
 

@@ -151,7 +151,7 @@ class EngineBackend:
 
         Raises:
             SettingIgnoredError: the engine did not follow the setting.
-            EngineError: it has died or failed.
+            EngineError: it has died or failed; the next comparison starts it anew.
         """
         compared = []
         for workload, prompt in texts:
@@ -160,7 +160,13 @@ class EngineBackend:
             sides = {"plain": plain, "drafted": drafting}
             order = sorted(sides, reverse=self._turn % 2 == 0)  # plain first in every other turn
             self._turn += 1
-            decoded = {side: sides[side].generate(text, self._tokens, self._temperature, self._seed) for side in order}
+            try:
+                decoded = {
+                    side: sides[side].generate(text, self._tokens, self._temperature, self._seed) for side in order
+                }
+            except BaseException:  # Ctrl-C, too: an answer still under way must not be taken for the next text's
+                self.close()
+                raise
             compared.append(ComparedText(workload, prompt, **decoded, equal=_equal(**decoded)))
         if knobs is not None and self._drafts(knobs):
             self.engine.check_effect(knobs, [text.drafted for text in compared])

@@ -42,7 +42,7 @@ class ContextLayout:
     |---------|------|-----|------|
     | knobs | as they stand now, in their own units | their ranges | |
     | `temperature` | of sampling; 0 for greedy decoding | 0 | 2 |
-    | `cost_ratio` | cost of one more drafted token, in plain tokens (`LatencyProfile.marginal_cost`) | 0 | 2 |
+    | `cost_ratio` | plain tokens that one drafted token more costs (`LatencyProfile.marginal_cost`), or 0 | 0 | 2 |
     | `measurements` | settings tried before in this episode, at most `history` | 0 | history |
     | `last1/<knob>` | a setting tried, the newest first; the low end where there was none | their ranges | |
     | `last1/speedup` | its speedup; 0 where there was none, like the next two | 0 | 8 |
@@ -172,7 +172,9 @@ class _Context(_Extension):
         self.layout = ContextLayout(env.ranges, history)
         self.space = self.layout.space
         self._temperature = np.array([float(named.sampling.temperature) for named in env.workloads])
-        self._cost_ratio = np.array([profile.marginal_cost() for profile in env.profiles])
+        # An engine has no latency profile: what its drafts cost shows in what it measures.
+        costs = [profile.marginal_cost() for profile in env.profiles]
+        self._cost_ratio = np.array(costs or [0.0] * len(env.workloads))
         self.begin()
 
     def begin(self) -> None:

@@ -15,6 +15,7 @@ from specgym.decoding import Pair, Round
 
 ACCEPTED, TAKEN_BACK, TARGET = "green", "red strike", "bold blue"
 _PROMPT_CHARACTERS = 160
+_NOTHING = "nothing decoded yet"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -40,19 +41,34 @@ def render_step(
         metrics: values by name, shown in order; none before the first step.
         marks: put [- -] round what was taken back, where colours will not be seen.
     """
-    text = Text()
-    text.append(f"{title}  ", style="bold")
-    if pair is None:
-        text.append("replayed  ", style="dim")
-    text.append("  ".join(f"{name}={value:.4g}" for name, value in knobs.items()) + "\n")
+    text = _heading(title, knobs, "" if pair else "replayed")
     if not metrics:
-        return text.append("nothing decoded yet")
+        return text.append(_NOTHING)
     if pair is not None:
         text.append_text(render_rounds(pair, prompt, rounds, marks=marks)).append("\n")
         text.append("draft, accepted", style=ACCEPTED).append("  ")
         text.append("[-taken back-]" if marks else "taken back", style=TAKEN_BACK).append("  ")
         text.append("the target's own", style=TARGET).append("\n")
-    return text.append("  ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
+    return text.append(_numbers(metrics))
+
+
+def render_engine_step(
+    prompt: str, generated: str, *, title: str, knobs: Mapping[str, float], metrics: Mapping[str, float]
+) -> Text:
+    """Render the last step of an engine, which does not tell its rounds: prompt (dim), text, knobs and metrics.
+
+    Args:
+        prompt: its last part is shown.
+        generated: text that follows it.
+        title: begins the first line.
+        knobs: values by name.
+        metrics: values by name, shown in order; none before the first step.
+    """
+    text = _heading(title, knobs)
+    if not metrics:
+        return text.append(_NOTHING)
+    text.append(_shortened(_harmless(prompt)), style="dim").append(_harmless(generated)).append("\n")
+    return text.append(_numbers(metrics))
 
 
 def render_rounds(pair: Pair, prompt: Sequence[int], rounds: Iterable[Round], *, marks: bool = False) -> Text:
@@ -99,7 +115,23 @@ def _piece(pair: Pair, before: Sequence[int], tokens: Sequence[int]) -> str:
     recent = list(before[-8:])
     start, whole = pair.decode(recent) or "", pair.decode([*recent, *tokens]) or ""
     added = whole[len(start) :] if whole.startswith(start) else pair.decode(tokens) or ""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", added)  # a model must not steer the reader's terminal
+    return _harmless(added)
+
+
+def _harmless(text: str) -> str:
+    """Text without control characters: a model must not steer the reader's terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _heading(title: str, knobs: Mapping[str, float], note: str = "") -> Text:
+    text = Text().append(f"{title}  ", style="bold")
+    if note:
+        text.append(f"{note}  ", style="dim")
+    return text.append(_numbers(knobs) + "\n")
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name}={value:.4g}" for name, value in values.items())
 
 
 def _shortened(text: str) -> str:

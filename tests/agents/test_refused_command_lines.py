@@ -57,6 +57,7 @@ def as_program(main: Callable[[Sequence[str]], object]) -> Callable[[Sequence[st
         ([*STOP, "--comparison.resamples", str(2**40)], "resamples must be a whole number from 10 to 1000000"),
         ([*STOP, "--recordings", "nowhere"], "nowhere"),
         (["--ray"], "--ray is for --environment.backend live"),
+        (["--env", "specgym/Engine-v0"], "a few measurements tune an engine: train.py --engine"),
         (["--tuner", "--ray"], "--ray is for --environment.backend live"),
         ([*LIVE, "--no-subprocesses", "--ray"], "leave out --no-subprocesses"),
         ([*LIVE, "--ray", "nonsense"], "--ray takes auto, local, host:port or ray://host:port, got 'nonsense'"),

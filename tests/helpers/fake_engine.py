@@ -25,6 +25,9 @@ class Behaviour:
         asked: settings that were served, in order; None for plain.
         prompts: texts decoded by each of them.
         open: number of those served that are not closed.
+        texts: number of texts so far.
+        opened: options of engines that were opened by name.
+        closed: number of engines that were closed.
     """
 
     alpha: float = 0.8
@@ -38,6 +41,8 @@ class Behaviour:
     prompts: list[list[str]] = field(default_factory=list)
     open: int = 0
     texts: int = 0
+    opened: list[EngineOptions | None] = field(default_factory=list)
+    closed: int = 0
 
 
 class FakeEngine(Engine):
@@ -71,6 +76,10 @@ class FakeEngine(Engine):
         self.behaviour.open += 1
         length = 0 if values is None else int(values["num_tokens"])
         return FakeServed(self.behaviour, length, self.draft == LOOKUP, self.behaviour.prompts[-1])
+
+    def close(self) -> None:
+        """Count itself as closed."""
+        self.behaviour.closed += 1
 
 
 class FakeServed(Served):
