@@ -154,20 +154,22 @@ class EngineBackend:
             EngineError: it has died or failed; the next comparison starts it anew.
         """
         compared = []
-        for workload, prompt in texts:
-            text = self.texts[workload][prompt]
-            plain, drafting = self._started_plainly(), self._started(knobs, text)
-            sides = {"plain": plain, "drafted": drafting}
-            order = sorted(sides, reverse=self._turn % 2 == 0)  # plain first in every other turn
-            self._turn += 1
-            try:
+        try:
+            for workload, prompt in texts:
+                text = self.texts[workload][prompt]
+                plain, drafting = self._started_plainly(), self._started(knobs, text)
+                sides = {"plain": plain, "drafted": drafting}
+                order = sorted(sides, reverse=self._turn % 2 == 0)  # plain first in every other turn
+                self._turn += 1
                 decoded = {
                     side: sides[side].generate(text, self._tokens, self._temperature, self._seed) for side in order
                 }
-            except BaseException:  # Ctrl-C, too: an answer still under way must not be taken for the next text's
-                self.close()
-                raise
-            compared.append(ComparedText(workload, prompt, **decoded, equal=_equal(**decoded)))
+                compared.append(ComparedText(workload, prompt, **decoded, equal=_equal(**decoded)))
+        except BaseException:  # Ctrl-C, too: an answer still under way must not be taken for the next text's
+            for backend in (self, self._lender):
+                if backend is not None:
+                    backend.close()
+            raise
         if knobs is not None and self._drafts(knobs):
             self.engine.check_effect(knobs, [text.drafted for text in compared])
         self.last = compared

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specgym.decoding import ArgumentError, PromptSet, SettingIgnoredError
+from specgym.decoding import ArgumentError, EngineError, EngineText, PromptSet, SettingIgnoredError
 from specgym.envs import EngineBackend
-from tests.helpers.fake_engine import PLAIN_SECONDS, Behaviour, FakeEngine
+from tests.helpers.fake_engine import PLAIN_SECONDS, Behaviour, FakeEngine, FakeServed
 
 TEXTS = PromptSet("texts", tuple(f"train {place}" for place in range(8)), ("test 0", "test 1"), "made up", "CC0")
 
@@ -100,3 +100,21 @@ def test_prompts_are_chosen_by_their_index() -> None:
         engine.choose(8)
     with pytest.raises(ArgumentError, match="at least one set"):
         EngineBackend(FakeEngine(), [])
+
+
+def test_an_engine_that_dies_while_it_warms_up_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    behaviour = Behaviour()
+    first = backend(behaviour)
+    second = EngineBackend(first.engine, [TEXTS], plain=first)
+    second.compare({"num_tokens": 2}, [(0, 0)])
+
+    def die(*_: object) -> EngineText:
+        raise EngineError("died")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeServed, "generate", die)
+        with pytest.raises(EngineError, match="died"):
+            second.compare({"num_tokens": 3}, [(0, 0)])
+    assert behaviour.open == 0  # the plain one that was borrowed, too
+    second.compare({"num_tokens": 3}, [(0, 0)])
+    assert behaviour.asked == [None, {"num_tokens": 2}, {"num_tokens": 3}, None, {"num_tokens": 3}]
