@@ -47,8 +47,10 @@ class EngineText:
         prompt_seconds: time to the first token.
         drafted: draft tokens that the target verified.
         accepted: draft tokens among the generated ones.
-        rounds: verifications after the first token.
+        rounds: verifications after the first token, and the prompt's where an engine verifies draft tokens with it.
         accepted_by_place: draft tokens accepted by their place in a draft.
+        first_tokens: tokens that came at once with the first, itself included; several where an engine verifies draft
+            tokens while it reads the prompt.
     """
 
     text: str
@@ -60,11 +62,12 @@ class EngineText:
     accepted: int | None = None
     rounds: int | None = None
     accepted_by_place: Sequence[int] | None = None
+    first_tokens: int = 1
 
     @property
     def timed_tokens(self) -> int:
-        """Tokens generated in `seconds`: all but the first, at least 1."""
-        return max(self.new_tokens - 1, 1)
+        """Tokens generated in `seconds`: all but those that came with the first, at least 1."""
+        return max(self.new_tokens - self.first_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class EngineOptions:
     """Address of an engine that runs already, such as http://localhost:8000; it is not restarted, and never stopped."""
     threads: int | None = None
     """Threads that the engine computes with. Defaults to the machine's cores."""
+    float32: bool = False
+    """Compute in float32 where the engine would round to fewer bits: slower, and greedy text is then the same at every
+    setting."""
     context: int = 2048
     """Tokens of prompt and text together, at most."""
     seconds_to_start: float = 300.0
@@ -154,7 +160,7 @@ class Engine(ABC):
     name: ClassVar[str]
     package: ClassVar[str]
     stop: ClassVar[EngineStop] = "never"
-    lossless_when_sampling: ClassVar[bool] = True
+    lossless_when_sampling: bool = True
     remembers: bool = False
     knobs: tuple[Knob, ...]
     length_knob: str
