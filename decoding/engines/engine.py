@@ -86,15 +86,15 @@ class EngineOptions:
     """Address of an engine that runs already, such as http://localhost:8000; it is not restarted, and never stopped."""
     threads: int | None = None
     """Threads that the engine computes with. Defaults to the machine's cores."""
-    float32: bool = False
-    """Compute in float32 where the engine would round to fewer bits: slower, and greedy text is then the same at every
-    setting."""
     context: int = 2048
     """Tokens of prompt and text together, at most."""
     seconds_to_start: float = 300.0
     """Time that the engine may take to start."""
     log: Path | None = None
     """File for what the engine prints. Defaults to a temporary one."""
+    float32: bool = False
+    """Compute in float32 where the engine would round to fewer bits: slower, and greedy text is then the same at every
+    setting."""
 
     def __post_init__(self) -> None:
         if self.threads is not None:
