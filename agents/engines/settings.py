@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from specgym.decoding import (
+    LARGEST_SEED,
     LOOKUP,
     EngineOptions,
     SpecgymError,
@@ -83,6 +84,9 @@ class EngineSettings:
         for name in ("measurements", "measured_prompts", "judged_prompts", "context"):
             check_fields(self, whole_number, name)
         whole_number("tokens", self.tokens, at_least=2)
+        whole_number("seed", self.seed, at_least=0, at_most=LARGEST_SEED)
+        if self.threads is not None:
+            whole_number("threads", self.threads)
         number("minutes", self.minutes, above=0)
         number("temperature", self.temperature, at_least=0)
 

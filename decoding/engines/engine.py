@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import ClassVar, Final, Self
 
 from ..decoders.traits import EngineStop
-from ..errors import ArgumentError, KnobError, SpecgymError, mapping_of, one_of, whole_number
+from ..errors import ArgumentError, KnobError, SpecgymError, mapping_of, number, one_of, whole_number
 from ..traits import Knob
 
 LOOKUP: Final = "prompt-lookup"
@@ -100,6 +100,7 @@ class EngineOptions:
         if self.threads is not None:
             whole_number("threads", self.threads)
         whole_number("context", self.context)
+        number("seconds_to_start", self.seconds_to_start, above=0)
 
 
 class Served(ABC):

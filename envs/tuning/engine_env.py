@@ -59,12 +59,20 @@ class EngineTuning(KnobTuning):
         engine: str | Engine | None,
         target: str | Path | None,
         options: EngineOptions | Mapping[str, Any] | None,
-        unequal_weight: float,
+        max_new_tokens: int,
         temperature: float,
+        unequal_weight: float,
         backend: BackendName | None,
         source: BackendName | None,
     ) -> None:
         """Check arguments before anything is loaded or started."""
+        whole_number("max_new_tokens", max_new_tokens, at_least=2)
+        self._unequal_weight = number("unequal_weight", unequal_weight, at_least=0)
+        if number("temperature", temperature, at_least=0) and self._unequal_weight:
+            raise ArgumentError(
+                "unequal_weight is for greedy decoding: sampled text may differ and follow the same distribution; "
+                "leave it at 0, or the temperature"
+            )
         if backend_of(backend, source, "live") != "live":
             raise ArgumentError(
                 "backend: an engine is at work, so backend='replay' is for specgym/Speculative-v0, whose "
@@ -81,12 +89,6 @@ class EngineTuning(KnobTuning):
         else:
             one_of("engine", engine, engine_names())
         self._options = _engine_options(options)
-        self._unequal_weight = number("unequal_weight", unequal_weight, at_least=0)
-        if number("temperature", temperature, at_least=0) and self._unequal_weight:
-            raise ArgumentError(
-                "unequal_weight is for greedy decoding: sampled text may differ and follow the same distribution; "
-                "leave it at 0, or the temperature"
-            )
 
     def _open(
         self,
@@ -235,8 +237,7 @@ class EngineEnv(EngineTuning, BackendEnv):
     ) -> None:
         self._check(start, action, split, prompts_per_step)
         self._check_render_mode(render_mode)
-        self._check_engine(engine, target, options, unequal_weight, temperature, backend, source)
-        whole_number("max_new_tokens", max_new_tokens, at_least=2)
+        self._check_engine(engine, target, options, max_new_tokens, temperature, unequal_weight, backend, source)
         texts = _prompt_set("prompts", prompts, "for several sets use gymnasium.make_vec(..., num_envs=2)")
         try:
             decoding = self._open(engine, target, draft, [texts], split, max_new_tokens, temperature)
@@ -329,8 +330,7 @@ class EngineVectorEnv(EngineTuning, BackendVectorEnv):
         one_of("render_mode", render_mode, (None, "rgb_array"))
         self._check(start, action, split, prompts_per_step)
         self._check_counts(num_envs, max_episode_steps)
-        self._check_engine(engine, target, options, unequal_weight, temperature, backend, source)
-        whole_number("max_new_tokens", max_new_tokens, at_least=2)
+        self._check_engine(engine, target, options, max_new_tokens, temperature, unequal_weight, backend, source)
         single = isinstance(prompts, str | Path | PromptSet)
         sets = sequence_of("prompts", [prompts] if single else prompts, _prompt_set)
         try:
