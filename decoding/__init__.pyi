@@ -4,7 +4,6 @@ from .decoders.chain import SpeculativeDecoder, SpeculativeSession
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
-from .decoders.engine_arguments import engine_arguments, takes_threshold
 from .decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
 from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound, LookaheadStatistics
 from .decoders.lookahead.pool import PoolSettings, Retention
@@ -49,6 +48,8 @@ from .engines.engine import (
     engine_names,
     open_engine,
 )
+from .engines.export.setting import Export, ServedSetting
+from .engines.export.writers import EXPORT_ENGINES, engine_arguments, export_setting, setting_of_pair, takes_threshold
 from .errors import (
     LARGEST_SEED,
     LARGEST_WHOLE,
@@ -143,6 +144,7 @@ __all__ = [
     "ENGINE_SETTINGS",
     "EPSILON",
     "EXACT",
+    "EXPORT_ENGINES",
     "FEATURES",
     "FILES",
     "GREEDY",
@@ -181,6 +183,7 @@ __all__ = [
     "EngineText",
     "EntropyAbove",
     "ExpectedGain",
+    "Export",
     "FixedLength",
     "Generation",
     "Hardware",
@@ -221,6 +224,7 @@ __all__ = [
     "Rows",
     "Sampling",
     "Served",
+    "ServedSetting",
     "Session",
     "SettingIgnoredError",
     "Side",
@@ -265,6 +269,7 @@ __all__ = [
     "engine_arguments",
     "engine_names",
     "environment_names",
+    "export_setting",
     "file_digests",
     "file_name",
     "find_hardware",
@@ -305,6 +310,7 @@ __all__ = [
     "seed_number",
     "sensible_deployments",
     "sequence_of",
+    "setting_of_pair",
     "shipped_prompts",
     "takes_threshold",
     "target_digest",

