@@ -92,6 +92,11 @@ class PipeWorker:
             )
         return f"{self.name} failed. {error}"
 
+    @property
+    def running(self) -> bool:
+        """False once the process has ended."""
+        return self._process.running
+
     def stop(self) -> None:
         """Stop the process; twice does nothing."""
         self._process.stop()
@@ -138,11 +143,13 @@ class PipeEngine(Engine):
 
     @property
     def worker(self) -> PipeWorker:
-        """The worker with the models, started when it is first needed.
+        """The worker with the models, started when it is first needed, and anew if it has died.
 
         Raises:
             EngineError: it does not start.
         """
+        if self._worker is not None and not self._worker.running:
+            self.close()
         if self._worker is None:
             models = self.models()
             worker = PipeWorker(self.name, self.module, self.options, self.installed_as)

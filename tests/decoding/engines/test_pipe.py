@@ -88,13 +88,12 @@ def test_a_failed_request_leaves_the_worker_at_work(toy: Toy) -> None:
     assert served.generate("x", 8).new_tokens == 8
 
 
-def test_a_worker_that_dies_leaves_its_last_words_and_another_can_be_started(path: None) -> None:
+def test_a_worker_that_dies_leaves_its_last_words_and_another_is_started(path: None) -> None:
     with Toy("there", "draft") as toy:
         served = toy.serve(None)
         for _ in range(2):
             with pytest.raises(EngineError, match=r"(?s)toy has ended with exit code 7.*out of tokens"):
                 served.generate("die", 8)
-        toy.close()
         assert toy.serve(None).generate("x", 8).new_tokens == 8
 
 
