@@ -234,8 +234,7 @@ class Engine(ABC):
         length = int(knobs[self.length_knob])
         if rounds < _FEW_ROUNDS:
             return
-        threshold = 0.0 if self.threshold_knob is None else knobs[self.threshold_knob]
-        fixed = self.draft != LOOKUP and not threshold and length > 0
+        fixed = length > 0 and self.fixed_length(knobs)
         # At the end of a text there is room for fewer: in the rounds of its last tokens, half as many in the mean.
         last_rounds = length * rounds / max(sum(text.timed_tokens for text in counted), 1)
         full = length * (rounds - len(counted) * last_rounds / 2)
@@ -246,6 +245,10 @@ class Engine(ABC):
                 f"{self.name} {self.version()} did not follow {setting}: it drafted {drafted} tokens in {rounds} "
                 f"rounds, where the setting means {asked_for} a round. Do not serve with it before you know why."
             )
+
+    def fixed_length(self, knobs: Mapping[str, float]) -> bool:
+        """True if every round of a setting drafts its whole length, where the text has room for it."""
+        return self.draft != LOOKUP and (self.threshold_knob is None or not knobs[self.threshold_knob])
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return the engine itself: gymnasium copies arguments of environments, and processes have no copies."""

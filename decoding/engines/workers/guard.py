@@ -1,8 +1,8 @@
 """A guard of an engine: starts it, and stops it with all that it has started when we say so, or die.
 
-``python guard.py PID SECONDS COMMAND...`` runs the command in a session of its own and ends with its exit code (128
-and the signal's number if a signal ended it). When the guard is sent SIGTERM, or the process PID is no longer its
-parent, the command and its process group are terminated, and killed after some seconds. A guard is a process, and no thread or
+``python guard.py PID SECONDS COMMAND...`` runs the command in a session of its own and ends with its exit code (128 and
+the signal's number if a signal ended it). When the guard is sent SIGTERM, or the process PID is no longer its parent,
+the command and its process group are terminated, and killed after some seconds. A guard is a process, and no thread or
 exit handler of ours, since nothing of ours is left to run after SIGKILL. For POSIX systems.
 """
 
