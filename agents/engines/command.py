@@ -217,7 +217,7 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
                     "knobs": dict(tried.knobs),
                     "speedup": tried.speedup,
                     "interval": tried.interval,
-                    "by_set": tried.by_set,
+                    "by_set": [float(speeds.speedup[0]) for speeds in tried.by_set],
                     "texts": tried.texts,
                 }
                 for tried in of_method

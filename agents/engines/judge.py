@@ -77,7 +77,7 @@ def judge(measuring: Measuring, settings: Mapping[str, Setting], prompts: int, g
         method: [] if setting.knobs is None else by_setting[setting_key(setting.draft, setting.knobs)]
         for method, setting in settings.items()
     }
-    names = [named.name for named in first.workloads]
+    names = [str(named.prompts if isinstance(named.prompts, str) else named.prompts.name) for named in first.workloads]
     groups = [(name, [place]) for place, name in enumerate(names)]
     if len(groups) > 1:
         groups.append((ALL, list(range(len(names)))))
@@ -139,21 +139,21 @@ def tried_table(candidates: Sequence[Candidate], sets: Sequence[str]) -> Table:
         sets: names of the sets of prompts.
     """
     table = Table(title="Measured on training prompts", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("draft")
     table.add_column("setting", overflow="fold")
-    for heading in ("texts", "tokens/s", "speedup", *(name if len(sets) > 1 else "" for name in sets)):
-        if heading:
-            table.add_column(heading, justify="right")
-    for candidate in candidates:
-        low, high = candidate.interval
-        table.add_row(
-            candidate.draft,
-            _written(candidate.knobs),
-            str(candidate.texts),
-            f"{candidate.speeds.drafted[0]:.1f}",
-            f"{candidate.speedup:.2f} ({low:.2f} to {high:.2f})",
-            *(f"{speedup:.2f}" for speedup in candidate.by_set if len(sets) > 1),
-        )
+    for heading in ("texts", "tokens/s", "speedup", *(sets if len(sets) > 1 else ())):
+        table.add_column(heading, justify="right")
+    for draft in dict.fromkeys(candidate.draft for candidate in candidates):
+        same = [candidate for candidate in candidates if candidate.draft == draft]
+        table.add_row(f"{draft}: {', '.join(same[0].knobs)}")
+        for candidate in same:
+            low, high = candidate.interval
+            table.add_row(
+                f"  {', '.join(f'{value:g}' for value in candidate.knobs.values())}",
+                str(candidate.texts),
+                f"{candidate.speeds.drafted[0]:.1f}",
+                f"{candidate.speedup:.2f} ({low:.2f} to {high:.2f})",
+                *(f"{speeds.speedup[0]:.2f}" for speeds in candidate.by_set if len(sets) > 1),
+            )
     table.caption = "Speedup: over plain decoding of the same texts on the same engine, with a 95 % interval."
     return table
 

@@ -3,7 +3,7 @@
 1. The engine's own setting is measured, and a second one of another draft length: two points of what a round costs.
 2. A method proposes settings, which are measured: the tuner that ships, or a rival.
 3. The fastest so far and the next are measured again, on other prompts, until their intervals part, or the fastest is
-   known to a fiftieth.
+   known to a fiftieth, and it is clear whether it is slower than plain decoding on one of the sets of prompts.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Candidate:
         draft: that drafts, by its name.
         knobs: in the engine's terms.
         speeds: of all its texts.
-        by_set: its speedup on every set of prompts.
+        by_set: its speedups on every set of prompts, likewise.
         texts: how many.
     """
 
     draft: str
     knobs: Mapping[str, float]
     speeds: Speeds
-    by_set: Sequence[float]
+    by_set: Sequence[Speeds]
     texts: int
 
     @property
@@ -86,6 +86,16 @@ class Candidate:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the speedup."""
         return interval(self.speeds.speedup)
+
+    def loses(self, surely: bool) -> bool:
+        """Return whether it is slower than plain decoding on some set of prompts, by less than `LEAST`.
+
+        Args:
+            surely: whether the whole interval must be below 1.
+        """
+        return any(
+            speeds.speedup[0] < LEAST and (not surely or interval(speeds.speedup)[1] < 1) for speeds in self.by_set
+        )
 
 
 def candidates_of(trials: Sequence[Trial]) -> list[Candidate]:
@@ -99,8 +109,7 @@ def candidates_of(trials: Sequence[Trial]) -> list[Candidate]:
         texts = [text for trial in same for text in trial.texts]
         sets = sorted({text.workload for text in texts})
         by_set = [Speeds.of([text for text in texts if text.workload == place]) for place in sets]
-        speedups = [float(speeds.speedup[0]) for speeds in by_set]
-        candidates.append(Candidate(same[0].draft, same[0].knobs or {}, Speeds.of(texts), speedups, len(texts)))
+        candidates.append(Candidate(same[0].draft, same[0].knobs or {}, Speeds.of(texts), by_set, len(texts)))
     return sorted(candidates, key=lambda candidate: -candidate.speedup)
 
 
@@ -156,7 +165,7 @@ class EngineSearch:
     def recommended(self) -> Candidate | None:
         """Return the fastest setting that was measured and pays; None if none does."""
         for candidate in candidates_of(self.trials):
-            if candidate.speedup > 1 and (self._slower_sets or min(candidate.by_set) >= LEAST):
+            if candidate.speedup > 1 and (self._slower_sets or not candidate.loses(surely=True)):
                 return candidate
         return None
 
@@ -224,12 +233,17 @@ class EngineSearch:
 
     def _race(self) -> None:
         """Measure the fastest settings again until it is clear which is best, and whether it pays."""
-        while ranked := candidates_of(self.trials):
+        while ranked := [
+            candidate
+            for candidate in candidates_of(self.trials)
+            if self._slower_sets or not candidate.loses(surely=True)
+        ]:
             best = ranked[0]
             low, high = best.interval
             rival = ranked[1] if len(ranked) > 1 else None
             bar = max(1.0, rival.interval[1] if rival else 1.0)
-            if high < 1 or low > bar or (high - low) / 2 < PRECISE * best.speedup:
+            doubtful = not self._slower_sets and best.loses(surely=False) and not best.loses(surely=True)
+            if not doubtful and (high < 1 or low > bar or (high - low) / 2 < PRECISE * best.speedup):
                 return
             chosen = rival if rival and rival.interval[1] > low and rival.texts < best.texts else best
             if self._measure(chosen.draft, chosen.knobs, "once more") is None:

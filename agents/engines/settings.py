@@ -71,6 +71,9 @@ class EngineSettings:
     """Address of an engine that runs already, such as http://localhost:8000; it is never restarted or stopped."""
     threads: int | None = None
     """Threads that the engine computes with. Defaults to the machine's cores."""
+    float32: bool = False
+    """Let the engine compute in float32 where it would round to fewer bits: slower, and greedy text is then the same at
+    every setting."""
     context: int = 2048
     """Tokens of prompt and text together, at most."""
     seed: int = 0
@@ -99,9 +102,14 @@ class EngineSettings:
     def options(self) -> EngineOptions:
         """Ways to run the engine."""
         return EngineOptions(
-            self.engine_python, self.engine_program, self.engine_address, self.threads, self.context,
+            python=self.engine_python,
+            program=self.engine_program,
+            address=self.engine_address,
+            threads=self.threads,
+            float32=self.float32,
+            context=self.context,
             log=self.folder / "engine.log",
-        )  # fmt: skip
+        )
 
     def check(self) -> None:
         """Refuse what cannot be tuned, before anything is started.

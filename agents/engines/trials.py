@@ -19,7 +19,7 @@ from ..training.run_folder import read_json
 
 FORMAT: Final = "specgym-engine-measurements-1"
 Floats = NDArray[np.float64]
-_COUNTS: Final = ("new_tokens", "seconds", "prompt_seconds", "drafted", "accepted", "rounds")
+_COUNTS: Final = ("new_tokens", "seconds", "prompt_seconds", "drafted", "accepted", "rounds", "first_tokens")
 
 
 @dataclass(frozen=True)

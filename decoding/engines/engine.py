@@ -123,6 +123,17 @@ class Served(ABC):
             ArgumentError: the engine takes no token ids, or no such temperature.
         """
 
+    def chat_prompt(self, message: str) -> str | Sequence[int]:
+        """Return the prompt that a user's message makes, in the target's chat template.
+
+        Returns:
+            A prompt for `generate`; by default, and where the target has no template, the message as it is.
+
+        Raises:
+            EngineError: the engine has died or failed.
+        """
+        return message
+
     def close(self) -> None:  # noqa: B027  # few have something to stop
         """Stop what was started for this setting; closing twice does nothing."""
 

@@ -214,3 +214,8 @@ class PipeServed(Served):
             seed=seed_number("seed", seed),
         )
         return EngineText(**answer)
+
+    def chat_prompt(self, message: str) -> str | Sequence[int]:
+        """Return a user's message as token ids, in the target's chat template if it has one."""
+        tokens: Sequence[int] | None = self._worker.ask("chat_prompt", message=message)
+        return message if tokens is None else tokens

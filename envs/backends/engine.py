@@ -106,6 +106,8 @@ class EngineBackend:
         self._plain: Served | None = None
         self._served: tuple[Mapping[str, float], Served] | None = None
         self._decoded: set[str] = set()
+        self._chats = [texts.chat for texts in sets]
+        self._templated: dict[str, str | Sequence[int]] = {}
         self._turn = 0
         self.last: list[ComparedText] = []
         """Texts of the last `decode` or `compare`."""
@@ -158,11 +160,12 @@ class EngineBackend:
             for workload, prompt in texts:
                 text = self.texts[workload][prompt]
                 plain, drafting = self._started_plainly(), self._started(knobs, text)
+                asked = self._prompt(plain, workload, text)
                 sides = {"plain": plain, "drafted": drafting}
                 order = sorted(sides, reverse=self._turn % 2 == 0)  # plain first in every other turn
                 self._turn += 1
                 decoded = {
-                    side: sides[side].generate(text, self._tokens, self._temperature, self._seed) for side in order
+                    side: sides[side].generate(asked, self._tokens, self._temperature, self._seed) for side in order
                 }
                 compared.append(ComparedText(workload, prompt, **decoded, equal=_equal(**decoded)))
         except BaseException:  # Ctrl-C, too: an answer still under way must not be taken for the next text's
@@ -174,6 +177,14 @@ class EngineBackend:
             self.engine.check_effect(knobs, [text.drafted for text in compared])
         self.last = compared
         return compared
+
+    def _prompt(self, served: Served, workload: int, text: str) -> str | Sequence[int]:
+        """A text of a set of prompts as the engine gets it: messages of a chat in the target's template."""
+        if not self._chats[workload]:
+            return text
+        if text not in self._templated:
+            self._templated[text] = served.chat_prompt(text)
+        return self._templated[text]
 
     def _drafts(self, knobs: Mapping[str, float] | None) -> bool:
         return knobs is not None and knobs[self.engine.length_knob] > 0

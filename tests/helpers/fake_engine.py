@@ -77,6 +77,10 @@ class FakeEngine(Engine):
         length = 0 if values is None else int(values["num_tokens"])
         return FakeServed(self.behaviour, length, self.draft == LOOKUP, self.behaviour.prompts[-1])
 
+    def chat_prompt(self, message: str) -> str | Sequence[int]:
+        """Return a message in a template."""
+        return f"<user>{message}<answer>"
+
     def close(self) -> None:
         """Count itself as closed."""
         self.behaviour.closed += 1
@@ -114,6 +118,10 @@ class FakeServed(Served):
         ids = [int(1000 * share) for share in tokens]
         counted = (drafted, accepted, rounds) if behaviour.counts and self._length else (None, None, None)
         return EngineText(" ".join(map(str, ids)), ids, max_new_tokens, seconds, 0.0, *counted)
+
+    def chat_prompt(self, message: str) -> str | Sequence[int]:
+        """Return a message in a template."""
+        return f"<user>{message}<answer>"
 
     def close(self) -> None:
         """Count itself as closed."""

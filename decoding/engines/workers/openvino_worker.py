@@ -63,6 +63,14 @@ class Worker:
             )
         return self._pipelines[drafting]
 
+    def chat_prompt(self, message: str) -> list[int] | None:
+        """Return the token ids of a user's message in the chat template; None where the tokenizer has none."""
+        if not self._tokenizer.chat_template:
+            return None
+        text = self._tokenizer.apply_chat_template([{"role": "user", "content": message}], True)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).input_ids
+        return [int(token) for token in np.array(ids.data).ravel()]
+
     def generate(
         self,
         prompt: str | list[int],

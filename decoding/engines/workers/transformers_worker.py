@@ -51,6 +51,15 @@ class Worker:
             "for good, so that a text changes those after it. Give a draft of the target's family"
         )
 
+    def chat_prompt(self, message: str) -> list[int] | None:
+        """Return the token ids of a user's message in the chat template; None where the tokenizer has none."""
+        if self.tokenizer.chat_template is None:
+            return None
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return ids
+
     def generate(
         self,
         prompt: str | list[int],

@@ -48,7 +48,7 @@ def test_the_best_draft_is_recommended_judged_and_stored(
     rows = json.loads((tmp_path / "run" / "table.json").read_text())["rows"]
     methods = ["plain", "default", f"default, {LOOKUP}", "one for all", "closed form", "recommended", "gp"]
     assert [row["method"] for row in rows] == methods * 3
-    assert {row["workload"] for row in rows} == {"fake+target+good/prose", "fake+target+good/code", "all workloads"}
+    assert {row["workload"] for row in rows} == {"prose", "code", "all workloads"}
     by_method: dict[str, Any] = {row["method"]: row for row in rows if row["workload"] == "all workloads"}
     assert by_method["recommended"]["speedup"] > max(1.5, by_method[f"default, {LOOKUP}"]["speedup"])
     assert by_method["default"]["over_default"] == pytest.approx(1)

@@ -118,3 +118,11 @@ def test_an_engine_that_dies_while_it_warms_up_is_not_asked_again(monkeypatch: p
     assert behaviour.open == 0  # the plain one that was borrowed, too
     second.compare({"num_tokens": 3}, [(0, 0)])
     assert behaviour.asked == [None, {"num_tokens": 2}, {"num_tokens": 3}, None, {"num_tokens": 3}]
+
+
+def test_messages_of_a_chat_are_decoded_in_the_targets_template() -> None:
+    behaviour = Behaviour()
+    chat = PromptSet("chat", ("Who are you?",), ("Why?",), "made up", "CC0", chat=True)
+    EngineBackend(FakeEngine(behaviour=behaviour), [TEXTS, chat]).compare({"num_tokens": 2}, [(0, 0), (1, 0)])
+    for prompts in behaviour.prompts:  # of plain decoding and of the setting
+        assert prompts[1:] == ["train 0", "<user>Who are you?<answer>"]  # after the warm-up
