@@ -1,6 +1,7 @@
 """Search for an engine's best setting within a number of measurements and minutes, and what comes of it.
 
-1. The engine's own setting is measured, and a second one of another draft length: two points of what a round costs.
+1. The engine's own setting is measured, and a second one of another draft length: two points of what a round costs. Of
+   a look-up the second also looks up another number of tokens; whichever is faster goes on with its number.
 2. A method proposes settings, which are measured: the tuner that ships, or a rival.
 3. The fastest so far and the next are measured again, on other prompts, until their intervals part, or the fastest is
    known to a fiftieth, and it is clear whether it is slower than plain decoding on one of the sets of prompts.
@@ -8,13 +9,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from specgym.decoding import Engine
+from specgym.decoding import LOOKUP, Engine
 from specgym.envs import MOST_MEASUREMENTS, Facts, length_of, setting_of, threshold_of
 
 from ..evaluation.statistics import interval
@@ -171,9 +173,9 @@ class EngineSearch:
 
     def _explore(self, draft: str, share: int) -> None:
         engine = self._measuring.backends[draft].engine
-        usual = engine.defaults
+        usual, others = engine.defaults, _middle(engine)
         length = _SHORT if usual[engine.length_knob] > (_LONG + _SHORT) / 2 else _LONG
-        settings = {"default": usual, "second length": engine.setting(length)}
+        settings = {"default": usual, "second setting": {**engine.setting(length), **others}}
         first = [self._measure(draft, knobs, why) for why, knobs in settings.items()]
         taken = [trial for trial in first if trial is not None and trial.texts]
         if not taken:
@@ -181,19 +183,21 @@ class EngineSearch:
         session, method = self._session(engine, taken, share, draft)
         for trial in taken:
             self._add(session, engine, trial)
+        fastest = candidates_of(taken)[0].knobs
+        kept = {name: fastest[name] for name in others}
         proposed = len(first)
         while proposed < share:
             setting = session.propose()
             if session.stopped[0] or not length_of(setting)[0]:
                 break
             knobs = engine.setting(int(length_of(setting)[0]), float(threshold_of(setting)[0]))
-            measured = self._measure(draft, knobs, method)
+            measured = self._measure(draft, {**knobs, **kept}, method)
             proposed += 1
             if measured is None:
                 break
             if measured.texts:
                 self._add(session, engine, measured)
-        self._recall_closed_form(draft, engine)
+        self._recall_closed_form(draft, engine, kept)
 
     def _session(self, engine: Engine, taken: Sequence[Trial], share: int, draft: str) -> tuple[Session, MethodName]:
         """Session of the method, which knows what the first measurements tell of rounds."""
@@ -207,7 +211,7 @@ class EngineSearch:
         facts = facts_of(engine, self._temperature, costs) if costs else _UNKNOWN
         return _begin(method, KnownEngine(facts, start, (self._seed,)), share), method
 
-    def _recall_closed_form(self, draft: str, engine: Engine) -> None:
+    def _recall_closed_form(self, draft: str, engine: Engine, kept: Mapping[str, float]) -> None:
         """Let the closed form recommend by all that was measured of a draft."""
         taken = [trial for trial in self.trials if trial.draft == draft and trial.texts]
         if not (costs := _costs(engine, taken)):
@@ -217,7 +221,7 @@ class EngineSearch:
         for trial in taken:
             self._add(formula, engine, trial)
         length = int(length_of(formula.recommend())[0])
-        self.closed_forms[draft] = float(formula.predicted()[0, length]), engine.setting(length)
+        self.closed_forms[draft] = float(formula.predicted()[0, length]), {**engine.setting(length), **kept}
 
     def _add(self, session: Session, engine: Engine, trial: Trial) -> None:
         assert trial.knobs is not None
@@ -259,6 +263,14 @@ class EngineSearch:
         self.trials.append(trial)
         self._tell(trial)
         return trial
+
+
+def _middle(engine: Engine) -> dict[str, float]:
+    """Further knobs of a look-up, such as the tokens looked up, in the middle of their search ranges, in doublings."""
+    if engine.draft != LOOKUP:
+        return {}
+    further = [knob for knob in engine.knobs if knob.name not in (engine.length_knob, engine.threshold_knob)]
+    return {knob.name: float(round(math.sqrt(low * high))) for knob in further for low, high in [knob.search or (0, 0)]}
 
 
 def _costs(engine: Engine, trials: Sequence[Trial]) -> list[RoundCost]:

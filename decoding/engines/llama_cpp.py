@@ -100,6 +100,7 @@ class LlamaCpp(Engine):
             self.knobs, self.length_knob, self.threshold_knob = _DRAFT_KNOBS, "n_max", "p_min"
         if self.options.address is not None:
             self._running: HttpClient | None = HttpClient(self.name, self.options.address)
+            self._chats = True
             self._command: list[str] = []
             build = str(self._running.get("/props").get("build_info", "of an unknown build"))
             self._version = build.partition("-")[0]
@@ -108,6 +109,7 @@ class LlamaCpp(Engine):
             if draft not in (LOOKUP, None):
                 require_same_vocabulary(header, read_header(Path(draft)))
             self._running = None
+            self._chats = header.get("tokenizer.chat_template") is not None  # without one the server has its own
             self._command, self._version = _find_program(self.options)
         number = re.fullmatch(r"b(\d+)", self._version)
         self.remembers = number is None or int(number[1]) < _FIRST_FORGETTING
@@ -145,7 +147,7 @@ class LlamaCpp(Engine):
         process = EngineProcess(self.name, [*self._command, *self.arguments(knobs, port)], self.options.log)
         client = HttpClient(self.name, f"http://127.0.0.1:{port}", process)
         process.wait_until(lambda: client.answers("/health"), self.options.seconds_to_start)
-        return _LlamaServed(client, process, self.options.context)
+        return _LlamaServed(client, process, self.options.context, chats=self._chats)
 
     def arguments(self, knobs: Mapping[str, float] | None, port: int) -> list[str]:
         """Return the arguments of llama-server for a setting.
@@ -201,6 +203,7 @@ class _LlamaServed(Served):
         process: the server, if it is ours.
         context: tokens of prompt and text, at most.
         request: added to every request.
+        chats: whether the target has a chat template.
     """
 
     def __init__(
@@ -209,7 +212,9 @@ class _LlamaServed(Served):
         process: EngineProcess | None,
         context: int,
         request: Mapping[str, object] | None = None,
+        chats: bool = True,
     ) -> None:
+        self._chats = chats
         self._client, self._process, self._context = client, process, context
         self._request = request or {}
         self._counts = self._read_counts()
@@ -253,6 +258,12 @@ class _LlamaServed(Served):
             rounds=max(new_tokens - 1 - accepted, drafts),
             accepted_by_place=[counts[place] - before.get(place, 0) for place in places] or None,
         )
+
+    def chat_prompt(self, message: str) -> str:
+        if not self._chats:
+            return message
+        messages = [{"role": "user", "content": message}]
+        return str(self._client.post("/apply-template", {"messages": messages})["prompt"])
 
     def close(self) -> None:
         if self._process is not None:
