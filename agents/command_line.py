@@ -28,6 +28,7 @@ from .training.settings_io import SettingsError
 
 DEFAULT_DECODER: Final = "threshold"
 EngineName = Literal["transformers", "llama.cpp", "openvino", "vllm"]
+ExportName = Literal["transformers", "llama.cpp", "openvino", "vllm", "sglang", "tensorrt-llm"]
 _S = TypeVar("_S", bound=RunSettings)
 _E = TypeVar("_E", bound=str)
 
@@ -67,6 +68,9 @@ class EvaluateCommand:
     report: bool = False
     """Write report.html into the run's folder, one page with every table and figure there is, and the tables as CSV and
     JSON into report/."""
+    export: ExportName | None = None
+    """Engine to write the settings for: flags, JSON or YAML of its current version, printed and stored in export/ in
+    the folder, with what has no equivalent there. The folder is that of a run, or of a recommendation.json."""
     pair: str | None = None
     """Pair to recommend settings for after a few measurements, such as my-target+my-draft; with a run of --tuner for
     its decoder, else for exact decoding."""
@@ -193,6 +197,9 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _evaluate(command: EvaluateCommand) -> None:
+    if command.export is not None:
+        _export(command, command.export)
+        return
     if command.report + command.transfer + (command.pair is not None) > 1:
         raise SettingsError("--report, --transfer and --pair are three things to do; give one at a time")
     if command.pair is None and (command.dtype, command.device) != (None, None):
@@ -240,6 +247,16 @@ def _evaluate(command: EvaluateCommand) -> None:
         from .training.run import evaluate
 
         evaluate(run)
+
+
+def _export(command: EvaluateCommand, engine: ExportName) -> None:
+    if command != EvaluateCommand(command.run, export=engine):
+        raise SettingsError("--export writes settings that there are; leave out all options but the folder")
+    if command.run is None:
+        raise SettingsError("name the folder of a run, or of a recommendation, to --export")
+    from .export.engine_files import export_for_engine
+
+    export_for_engine(command.run, engine)
 
 
 def _evaluate_engine(command: EvaluateCommand, run: Path) -> None:

@@ -105,6 +105,7 @@ class VLLM(Engine):
         process = EngineProcess(self.name, self.command(port, config), self.options.log, environment=self.environment())
         client = HttpClient(self.name, f"http://127.0.0.1:{port}", process)
         process.wait_until(lambda: client.answers("/health"), self.options.seconds_to_start)
+        self._version = str(client.get("/version")["version"])
         self._started.append(VLLMServed(client, self.target, process))
         return self._started[-1]
 
@@ -122,6 +123,7 @@ class VLLM(Engine):
             *("--host", "127.0.0.1", "--port", str(port)),
             # One text at a time is what is measured, and a key/value cache for more would take memory.
             *("--max-num-seqs", "1", "--max-model-len", str(length)),
+            *(["--dtype", "float32"] if options.float32 else []),
             *drafting,
         ]
 
