@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
+from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.engines import llama_cpp
 from specgym.decoding.engines.engine import (
     LOOKUP,
@@ -20,12 +21,15 @@ from specgym.decoding.engines.engine import (
     SettingIgnoredError,
     open_engine,
 )
-from specgym.decoding.engines.gguf import GgufSettings, write_gguf
+from specgym.decoding.engines.gguf import GgufSettings, write_gguf, write_model
 from specgym.decoding.engines.gguf_header import read_header
 from specgym.decoding.engines.llama_cpp import LlamaCpp, require_same_vocabulary
 from specgym.decoding.engines.process import EngineProcess, free_port
 from specgym.decoding.engines.workers import llama_server
 from specgym.decoding.errors import ArgumentError, KnobError, VocabularyMismatchError
+from specgym.decoding.loading.find_model import load_model
+from specgym.decoding.loading.pair import Pair
+from specgym.decoding.sampling import Sampling
 from tests.helpers import fake_llama_server
 
 PROMPTS = (
@@ -280,9 +284,6 @@ def real_options() -> EngineOptions:
 
 @pytest.mark.engines
 def test_llama_cpp_generates_our_tokens_and_accepts_drafts(exported: dict[str, Path]) -> None:
-    from specgym.decoding import Pair, Sampling, load_model
-    from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-
     model, tokenizer = load_model("tiny-10m")
     ours = AutoregressiveDecoder(Pair(model, None, tokenizer))
     with LlamaCpp(str(exported["tiny-10m"]), str(exported["tiny-10m-draft-1l"]), real_options()) as engine:
@@ -320,8 +321,13 @@ def test_sampled_text_of_a_seed_stays_the_plain_one(exported: dict[str, Path]) -
         ]
     assert sum(drafted.accepted or 0 for _, drafted in texts) > 0
     assert len({text.text for text, _ in texts}) == 8
-    # The same draws decide; sums of other batches round otherwise, which moves a draw's token now and then.
-    assert sum(text.tokens == drafted.tokens for text, drafted in texts) >= 6
+    # The same draws decide. Sums of other batches round otherwise, which moves a draw to a neighbour of its token now
+    # and then: among tokens so unlikely that rounding matters.
+    first = [
+        next(((ours, theirs) for ours, theirs in zip(*pair, strict=True) if ours != theirs), (0, 0))
+        for pair in ((text.tokens or (), drafted.tokens or ()) for text, drafted in texts)
+    ]
+    assert max(abs(ours - theirs) for ours, theirs in first) <= 4
 
 
 @pytest.mark.engines
@@ -334,3 +340,36 @@ def test_a_running_b11549_ignores_settings_of_requests(exported: dict[str, Path]
             with pytest.raises(SettingIgnoredError):
                 running.serve(setting)
         assert running.serve({"n_max": 3}).generate(PROMPTS[0], 30).drafted
+
+
+@pytest.mark.engines
+def test_what_llama_cpp_does_with_settings_that_are_refused_or_added_here(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    """Facts of b11549 that the adaptor is made for."""
+    target, draft = (str(path) for path in exported.values())
+    model, tokenizer = load_model("tiny-10m-draft-1l")
+    model.resize_token_embeddings(4296, mean_resizing=False)
+    other = tmp_path / "other.gguf"
+    write_model(model, tokenizer, other, kind="f32")
+    with pytest.raises(VocabularyMismatchError, match=r"4096 tokens and draft other.gguf has 4296"):
+        LlamaCpp(target, str(other), real_options())
+    with LlamaCpp(target, draft, real_options()) as engine:
+        draft_simple = ["--spec-type", "draft-simple", "--spec-draft-model"]
+        words = {
+            "draft alone": ["--spec-draft-model", draft],
+            "n_min above n_max": [*draft_simple, draft, "--spec-draft-n-max", "2", "--spec-draft-n-min", "4"],
+            "another vocabulary": [*draft_simple, str(other)],
+            "n-grams": ["--spec-type", "ngram-simple", "--spec-draft-n-max", "1", "--spec-ngram-simple-size-n", "2"],
+        }
+        texts = {}
+        for name, more in words.items():
+            port = free_port()
+            with EngineProcess(name, [*engine._command, *engine.arguments(None, port), *more]) as process:
+                client = llama_cpp.HttpClient(name, f"http://127.0.0.1:{port}", process)
+                process.wait_until(lambda client=client: client.answers("/health"), 60)
+                texts[name] = llama_cpp._LlamaServed(client, process, 1024).generate(PROMPTS[0], 60)
+    lookup = texts.pop("n-grams")
+    assert {text.drafted for text in texts.values()} == {0}
+    assert len(lookup.accepted_by_place or ()) == 48
+    assert (lookup.accepted_by_place or (0, 0))[1] > 0
