@@ -166,7 +166,7 @@ class LlamaCpp(Engine):
         if self.draft == LOOKUP:
             arguments += ["--spec-type", "ngram-simple"]
         else:
-            # A draft model alone is loaded and never used (b11549).
+            # A draft model alone is loaded and never used (ggml-org/llama.cpp, pull request 23988).
             arguments += ["--spec-type", "draft-simple", "--spec-draft-model", str(self.draft)]
             arguments += [word for number in threads for word in ("--spec-draft-threads", number)]
         return arguments + [word for name, value in knobs.items() for word in (_FLAGS[name], f"{value:g}")]

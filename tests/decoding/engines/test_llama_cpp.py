@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -367,7 +368,7 @@ def test_what_llama_cpp_does_with_settings_that_are_refused_or_added_here(
             port = free_port()
             with EngineProcess(name, [*engine._command, *engine.arguments(None, port), *more]) as process:
                 client = llama_cpp.HttpClient(name, f"http://127.0.0.1:{port}", process)
-                process.wait_until(lambda client=client: client.answers("/health"), 60)
+                process.wait_until(partial(client.answers, "/health"), 60)
                 texts[name] = llama_cpp._LlamaServed(client, process, 1024).generate(PROMPTS[0], 60)
     lookup = texts.pop("n-grams")
     assert {text.drafted for text in texts.values()} == {0}
