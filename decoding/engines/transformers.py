@@ -67,8 +67,7 @@ def plain_folder(name: str) -> str:
     """Return a folder that transformers reads without specgym, or a hub id.
 
     What only specgym reads is written once, in float32, to its cache: shipped models, other folders of its own format,
-    GGUF files. An output layer that scores some tokens only becomes the whole one again, which transformers has no
-    substitute for.
+    GGUF files. A draft that scores some tokens only scores the others 0 there, which is low for a likely token.
 
     Args:
         name: of a model, as `load_model` takes it.
@@ -90,7 +89,7 @@ def plain_folder(name: str) -> str:
     if kept.is_dir():
         return str(kept)
     model, tokenizer = load_model(name, device="cpu")
-    _undo_reduction(model)
+    _score_all(model)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=kept.parent) as scratch:
         unfinished = Path(scratch) / "model"
@@ -101,8 +100,9 @@ def plain_folder(name: str) -> str:
     return str(kept)
 
 
-def _undo_reduction(model: Any) -> None:
-    """Give a model the whole output layer in the place of one that scores some tokens only."""
+def _score_all(model: Any) -> None:
+    """Replace an output layer that scores some tokens only by a whole one, which scores the others 0."""
+    import torch
     from torch import nn
 
     from ..models.output_layer import ReducedOutput, output_module
@@ -110,5 +110,11 @@ def _undo_reduction(model: Any) -> None:
     layer = output_module(model)
     if isinstance(layer, ReducedOutput):
         whole = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None)
-        whole.weight, whole.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        with torch.no_grad():
+            for part in whole.parameters():
+                part.zero_()
+            whole.weight[layer.tokens] = layer.weight[layer.tokens]
+            if layer.bias is not None:
+                whole.bias[layer.tokens] = layer.bias[layer.tokens]
         model.set_output_embeddings(whole)
+        model.config.tie_word_embeddings = False
