@@ -37,16 +37,31 @@ class Worker:
             kept: folder for IR that is made of GGUF, by the file's name, size and time.
 
         Returns:
-            The version of openvino-genai.
+            The version of openvino-genai, or why a model is refused.
         """
         self._properties = dict(_FLOAT32) if float32 else {}
         if threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = threads
         self._lookup = lookup
-        self._target = _ir(target, Path(kept))
-        self._draft = None if draft is None else _ir(draft, Path(kept))
+        folders: dict[str, Path] = {}
+        for model in (target, draft):
+            if model is not None:
+                try:
+                    folders[model] = _ir(model, Path(kept))
+                except RuntimeError as error:
+                    reason = str(error).strip().splitlines()[-1]
+                    return {
+                        "refused": f"no IR can be made of {model} ({reason}). It takes Llama and Qwen models whose "
+                        "matrices are of type F16, Q8_0, Q6_K, Q4_K, Q4_1 or Q4_0"
+                    }
+        self._target = folders[target]
+        self._draft = None if draft is None else folders[draft]
         self._pipelines: dict[bool, Any] = {}
         self._tokenizer = openvino_genai.Tokenizer(str(self._target))
+        # The pipeline itself compares how many tokens one sentence has (are_tokenizers_equal in openvino.genai,
+        # src/cpp/src/speculative_decoding/continuous_batching/fast_draft_strategy.cpp).
+        if self._draft and openvino_genai.Tokenizer(str(self._draft)).get_vocab() != self._tokenizer.get_vocab():
+            return {"refused": f"the draft {draft} has other tokens than the target; give one of the target's family"}
         self._pipeline(False)
         return {"version": openvino_genai.get_version()}
 
