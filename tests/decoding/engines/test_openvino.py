@@ -42,19 +42,19 @@ class Pipeline:
     """A pipeline that answers with recorded rounds, and refuses what the real one refuses.
 
     Attributes:
-        made: arguments of all that were made.
+        built: arguments of all that were built.
         asked: settings of all requests.
         fail: let the next request fail.
     """
 
-    made: list[tuple[str, Mapping[str, Any]]] = []  # noqa: RUF012  # a record across instances
+    built: list[tuple[str, Mapping[str, Any]]] = []  # noqa: RUF012  # a record across instances
     asked: list[SimpleNamespace] = []  # noqa: RUF012
     fail = False
 
     def __init__(self, path: str, device: str, **properties: Any) -> None:
         assert device == "CPU"
         self.properties = properties
-        Pipeline.made.append((path, properties))
+        Pipeline.built.append((path, properties))
         if properties.get("enable_save_ov_model"):
             if "float32" in path:
                 raise RuntimeError("Exception from building_blocks.cpp:716:\nUnsupported quantization type\n\n")
@@ -135,7 +135,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(genai, name, value, raising=False)
     monkeypatch.setitem(sys.modules, "openvino", engine)
     monkeypatch.setitem(sys.modules, "openvino_genai", genai)
-    monkeypatch.setattr(Pipeline, "made", [])
+    monkeypatch.setattr(Pipeline, "built", [])
     monkeypatch.setattr(Pipeline, "asked", [])
     name = "specgym.decoding.engines.workers.openvino_worker"
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -202,7 +202,7 @@ def test_a_length_that_is_not_set_would_draft_five(worker: Any, models: Path) ->
         text = engine.serve(knobs).generate("text", 30)
         assert text.drafted is None
         assert not hasattr(Pipeline.asked[-1], "num_assistant_tokens")
-    assert [list(properties) for _, properties in Pipeline.made] == [[], ["draft_model"]]
+    assert [list(properties) for _, properties in Pipeline.built] == [[], ["draft_model"]]
 
 
 def test_a_threshold_would_draft_one_token_and_is_no_knob(worker: Any, models: Path) -> None:
@@ -245,10 +245,10 @@ def test_a_pipeline_that_has_failed_is_made_anew_as_it_would_draft_no_more(worke
     Pipeline.fail = True
     with pytest.raises(RuntimeError, match="content_length"):
         served.generate("text", 30, temperature=1.0)
-    before = len(Pipeline.made)
+    before = len(Pipeline.built)
     served.generate("text", 30)
-    assert len(Pipeline.made) == before + 1
-    assert "draft_model" in Pipeline.made[-1][1]
+    assert len(Pipeline.built) == before + 1
+    assert "draft_model" in Pipeline.built[-1][1]
 
 
 def test_a_setting_is_served_after_a_text_that_is_not_timed(worker: Any, models: Path) -> None:
@@ -267,7 +267,7 @@ def test_ids_are_read_as_they_are_and_an_empty_prompt_is_refused(worker: Any, mo
 
 def test_arithmetic_and_threads_are_the_plugins_unless_set(worker: Any, models: Path) -> None:
     opened(worker, models / "target", models / "draft")
-    assert Pipeline.made[-1][1] == {}
+    assert Pipeline.built[-1][1] == {}
     engine = opened(worker, models / "target", models / "draft", float32=True, threads=2)
     engine.serve({"num_assistant_tokens": 2})
     float32 = {
@@ -276,7 +276,7 @@ def test_arithmetic_and_threads_are_the_plugins_unless_set(worker: Any, models: 
         "KV_CACHE_PRECISION": "f32",
         "INFERENCE_NUM_THREADS": 2,
     }
-    path, properties = Pipeline.made[-1]
+    path, properties = Pipeline.built[-1]
     assert path == str(models / "target")
     assert properties == {**float32, "draft_model": (str(models / "draft"), "CPU", float32)}
 
@@ -287,7 +287,7 @@ def test_ir_is_made_of_gguf_once_the_drafts_too(
     monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
         opened(worker, models / "target.gguf", models / "draft.gguf").serve({"num_assistant_tokens": 2})
-    converted = [path for path, properties in Pipeline.made if properties.get("enable_save_ov_model")]
+    converted = [path for path, properties in Pipeline.built if properties.get("enable_save_ov_model")]
     assert [Path(path).name for path in converted] == ["target.gguf", "draft.gguf"]
     kept = sorted((tmp_path / "cache" / "engines" / "openvino").iterdir())
     assert [folder.name.split("-")[0] for folder in kept] == ["draft", "target"]
@@ -296,7 +296,7 @@ def test_ir_is_made_of_gguf_once_the_drafts_too(
         "openvino_tokenizer.xml",
         "openvino_detokenizer.xml",
     }
-    assert Pipeline.made[-1][0] == str(kept[1])
+    assert Pipeline.built[-1][0] == str(kept[1])
     (models / "draft.gguf").write_text("another GGUF of the draft")
     opened(worker, models / "target.gguf", models / "draft.gguf")
     assert len(list(kept[0].parent.iterdir())) == 3

@@ -91,7 +91,7 @@ def test_a_threshold_ends_drafts(assisted: Worker) -> None:
 
 
 def test_a_length_that_is_an_argument_of_generate_is_ignored(assisted: Worker) -> None:
-    """As an argument it changes nothing; it is on the assistant's configuration that the adaptor sets it."""
+    """It changes nothing there; the adaptor sets it on the assistant's configuration."""
     text(assisted, {"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.0})
     counts = assisted._counts
     before = (counts.drafted, counts.rounds)
