@@ -40,6 +40,8 @@ _SECONDS_TO_COUNT: Final = 5.0
 _SAMPLE: Final = re.compile(r"(vllm:\w+)\{(.*)\} (\S+)")
 _POSITION: Final = re.compile(r'position="(\d+)"')
 _PREFIX: Final = "vllm:spec_decode_num_"
+_NO_TEMPLATE: Final = "chat template"
+"""Words of the refusal to apply a template that the tokenizer lacks (vllm/renderers/hf.py)."""
 
 
 class VLLM(Engine):
@@ -138,11 +140,9 @@ class VLLM(Engine):
             ours["OMP_NUM_THREADS"] = str(self.options.threads)
         return {name: value for name, value in ours.items() if name not in os.environ}
 
-    def check_effect(self, knobs: Mapping[str, float], texts: Sequence[EngineText]) -> None:
-        """Compare what was drafted with the setting; drafts of suffixes have no fixed length at any threshold."""
-        if self.draft == SUFFIX and self.threshold_knob is not None:
-            knobs = {**knobs, self.threshold_knob: max(knobs[self.threshold_knob], 1e-9)}
-        super().check_effect(knobs, texts)
+    def fixed_length(self, knobs: Mapping[str, float]) -> bool:
+        """True for drafts of a model; what is looked up is as long as what matches."""
+        return self.draft not in (LOOKUP, SUFFIX)
 
     def close(self) -> None:
         """Stop the servers that were started; closing twice does nothing."""
@@ -237,6 +237,16 @@ class VLLMServed(Served):
             int(counted.value("vllm:inter_token_latency_seconds_count")),
             counted.by_place if drafted else None,
         )
+
+    def chat_prompt(self, message: str) -> str | Sequence[int]:
+        """Return a user's message in the target's chat template, as token ids; the message where there is none."""
+        messages = [{"role": "user", "content": message}]
+        try:
+            return [int(token) for token in self._client.post("/tokenize", {"messages": messages})["tokens"]]
+        except EngineError as error:
+            if _NO_TEMPLATE in str(error):
+                return message
+            raise
 
     def close(self) -> None:
         """Stop the server if it is ours."""

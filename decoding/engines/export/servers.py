@@ -9,7 +9,7 @@ from typing import Any
 
 from ...decoders.traits import ENGINE_SETTINGS
 from ..engine import LOOKUP
-from .setting import LONGEST_MATCH, Export, ServedSetting, notes_on
+from .setting import LONGEST_MATCH, NO_DRAFT, Export, ServedSetting, notes_on
 
 _DEEPEST = 18
 """SGLang's depth of its trie of n-grams, the default of --speculative-ngram-max-trie-depth (sglang 0.5.23)."""
@@ -36,6 +36,8 @@ def llama_cpp(setting: ServedSetting) -> Export:
         note = (
             f"ngram-simple looks up exactly {LONGEST_MATCH} tokens (12 unless told); specgym also shorter runs where "
             "those did not occur."
+            if not setting.extra
+            else ""
         )
     else:
         options = {
@@ -46,21 +48,23 @@ def llama_cpp(setting: ServedSetting) -> Export:
             "--spec-draft-p-min": f"{setting.stop_threshold:g}",
         }
         note = ""
-        if setting.temperature:
+        if setting.draws_drafts:
             options["--spec-draft-sampling"] = "probabilistic"
             note = (
                 "--spec-draft-sampling probabilistic draws drafts and verifies them by rejection sampling, as specgym "
                 "does; the text of a seed is then another one than without a draft."
             )
     for name, value in setting.extra.items():
-        options[_option(name)] = f"{value:g}"
+        options[_option(name, draft is None)] = f"{value:g}"
     words = ["llama-server", "-m", target, *(word for pair in options.items() for word in pair)]
     return _export("llama.cpp", _line(*words), setting, note)
 
 
-def _option(name: str) -> str:
-    """The option of `llama-server` that a knob is, by its name."""
+def _option(name: str, copied: bool) -> str:
+    """The option of `llama-server` that a knob of `LlamaCpp` is, by its name or that of the option."""
     words = name.lstrip("-").replace("_", "-").removeprefix("spec-")
+    if not words.startswith(("draft-", "ngram-")):
+        words = f"ngram-simple-{words}" if copied else f"draft-{words}"
     return f"--spec-{words}"
 
 
@@ -79,7 +83,7 @@ def vllm(setting: ServedSetting) -> Export:
         config = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": LONGEST_MATCH}
     else:
         config = {"method": "draft_model", "model": setting.draft}
-        if setting.temperature:
+        if setting.draws_drafts:
             config["draft_sample_method"] = "probabilistic"
     config["num_speculative_tokens"] = setting.longest
     config |= {name: int(value) if float(value).is_integer() else value for name, value in setting.extra.items()}
@@ -163,16 +167,19 @@ def tensorrt_llm(setting: ServedSetting) -> Export:
             else ""
         ]
     if setting.schedule:
-        # A key is the largest batch size of its length, and the first must have max_draft_len. Up to 1.2 a key was the
-        # smallest (TensorRT-LLM, tensorrt_llm/_torch/speculative/drafter.py and interface.py).
+        # A key is the largest batch size of its length, and the first must have max_draft_len (llm_args.py). Earlier a
+        # key was the smallest (NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/speculative/drafter.py).
         schedule = dict(sorted(setting.schedule.items()))
         config["max_draft_len"] = longest = next(iter(schedule.values()))
+        if not longest:
+            note = "Drafts cannot get longer with the batch, and a small one should have none."
+            return Export("tensorrt-llm", ENGINE_SETTINGS["tensorrt-llm"].version, f"# {NO_DRAFT}", notes=[note])
         if max(schedule.values()) > longest:
             notes.append(f"Drafts cannot get longer with the batch; they are cut to {longest} tokens.")
         config["draft_len_schedule"] = {size: min(length, longest) for size, length in schedule.items()}
         notes.append(
-            f"Above {max(schedule)} texts it stops drafting. Some versions up to 1.2 read a key of draft_len_schedule "
-            "as the smallest batch size, not as the largest."
+            f"Above {max(schedule)} texts it stops drafting. Earlier versions read a key of draft_len_schedule as the "
+            "smallest batch size, not as the largest."
         )
     written = _yaml({"speculative_config": config})
     line = _line("trtllm-serve", setting.target, "--config", "speculative.yaml")

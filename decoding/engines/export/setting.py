@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ...decoders.traits import ENGINE_SETTINGS, EngineStop
 from ...errors import number, text, whole_number
@@ -12,7 +13,9 @@ from ...files import write_text
 from ...loading.presets import path_exists
 from ..engine import LOOKUP
 
-LONGEST_MATCH = 3
+NO_DRAFT: Final = "No draft model and no speculative setting: decode with the target alone."
+"""Advice where drafts have no tokens."""
+LONGEST_MATCH: Final = 3
 """Tokens that `PromptLookupDrafter` looks up first; it tries shorter runs where they did not occur before."""
 _SHIPPED = Path(__file__).parents[2] / "data" / "models"
 
@@ -62,6 +65,11 @@ class ServedSetting:
     def speculates(self) -> bool:
         """False where the advice is plain decoding."""
         return self.draft is not None and self.longest > 0
+
+    @property
+    def draws_drafts(self) -> bool:
+        """True if it was found by decoding of ours that draws drafts, rather than by an engine at its own defaults."""
+        return self.temperature > 0 and not self.extra
 
     @property
     def longest(self) -> int:

@@ -15,10 +15,8 @@ from ...errors import ArgumentError, one_of
 from ...loading.presets import PROMPT_LOOKUP, resolve
 from ..engine import LOOKUP
 from .servers import llama_cpp, sglang, tensorrt_llm, vllm
-from .setting import LONGEST_MATCH, Export, ServedSetting, notes_on
+from .setting import LONGEST_MATCH, NO_DRAFT, Export, ServedSetting, notes_on
 
-NO_DRAFT: Final = "No draft model and no speculative setting: decode with the target alone."
-"""Advice where drafts have no tokens."""
 EXPORT_ENGINES: Final = tuple(ENGINE_SETTINGS)
 """Engines that settings can be written for."""
 
@@ -133,7 +131,7 @@ def _transformers(setting: ServedSetting) -> Export:
     note = (
         "generate divides the draft's scores by the temperature twice: the text is exact, but other tokens are "
         "accepted than specgym measured."
-        if setting.temperature
+        if setting.draws_drafts
         else ""
     )
     return _library("transformers", setting, lines, {"draft_generation_config.json": config}, note)

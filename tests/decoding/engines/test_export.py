@@ -28,7 +28,8 @@ from specgym.decoding import (
     setting_of_pair,
     takes_threshold,
 )
-from specgym.decoding.engines.export.writers import NO_DRAFT
+from specgym.decoding.engines import llama_cpp, vllm
+from specgym.decoding.engines.export.setting import NO_DRAFT
 
 SETTING = {"draft_length": 7, "stop_threshold": 0.35, "min_draft_length": 2}
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "engines" / "options.json"
@@ -108,10 +109,29 @@ def test_llama_cpp_is_told_the_kind_of_draft_and_all_knobs() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["draft_n_max", "spec-draft-n-max", "--spec-draft-n-max"])
+@pytest.mark.parametrize("name", ["n_max", "draft_n_max", "--spec-draft-n-max"])
 def test_a_knob_in_llama_cpp_s_own_terms_is_its_option(name: str) -> None:
     stated = options(export_setting("llama.cpp", drafted(extra={name: 12.0})).arguments)
     assert stated["--spec-draft-n-max"] == "12"
+
+
+def test_knobs_of_an_engine_that_was_tuned_live_are_its_options() -> None:
+    for name, option in llama_cpp._FLAGS.items():
+        setting = (copied if "ngram" in option else drafted)(extra={name: 9.0})
+        assert options(export_setting("llama.cpp", setting).arguments)[option] == "9"
+    for draft in ("gpt2", LOOKUP):
+        values = {knob.name: 4.0 for knob in vllm._knobs(draft)}
+        stated = export_setting("vllm", ServedSetting("gpt2-xl", draft, 7, extra=values)).files[
+            "speculative_config.json"
+        ]
+        assert values.items() <= json.loads(stated).items()
+
+
+def test_what_an_engine_was_measured_with_is_not_changed_for_sampling() -> None:
+    lengths = {"llama.cpp": "n_max", "vllm": "num_speculative_tokens"}
+    for engine, name in lengths.items():
+        assert "probabilistic" in export_setting(engine, drafted(temperature=0.7)).arguments
+        assert "probabilistic" not in export_setting(engine, drafted(temperature=0.7, extra={name: 7.0})).arguments
 
 
 def test_vllm_gets_one_object_of_settings() -> None:
@@ -166,6 +186,7 @@ def test_schedules_by_batch_size_are_written_where_they_exist_and_refused_where_
     growing = export_setting("tensorrt-llm", drafted(schedule={1: 2, 8: 5}))
     assert yaml.safe_load(growing.files["speculative.yaml"])["speculative_config"]["draft_len_schedule"] == {1: 2, 8: 2}
     assert "cut to 2 tokens" in " ".join(growing.notes)
+    assert NO_DRAFT in export_setting("tensorrt-llm", drafted(schedule={1: 0, 8: 5})).arguments
     for engine in ("llama.cpp", "sglang", "transformers", "openvino"):
         assert "by batch size" in " ".join(export_setting(engine, drafted(schedule=schedule)).notes)
 

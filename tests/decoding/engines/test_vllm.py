@@ -164,6 +164,27 @@ def test_counters_that_are_not_of_one_text_are_refused(
         served.generate("x", 1)
 
 
+def test_a_message_is_put_in_the_target_s_template_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [
+        # As vLLM 0.32.0 refuses a model whose tokenizer has no template.
+        "vllm refused /tokenize (400): As of transformers v4.44, default chat template is no longer allowed",
+        "vllm at http://x refused /tokenize (404): Not Found",
+    ]
+
+    def post(client: HttpClient, path: str, body: Mapping[str, object]) -> Any:
+        assert (path, body) == ("/tokenize", {"messages": [{"role": "user", "content": "Hello"}]})
+        if refusals:
+            raise EngineError(refusals.pop(0))
+        return {"tokens": [1, 2]}
+
+    monkeypatch.setattr(HttpClient, "post", post)
+    served = vllm.VLLMServed(HttpClient("vllm", "http://x"), "target")
+    assert served.chat_prompt("Hello") == "Hello"
+    with pytest.raises(EngineError, match="Not Found"):
+        served.chat_prompt("Hello")
+    assert served.chat_prompt("Hello") == [1, 2]
+
+
 def test_a_server_is_started_by_the_interpreter_or_by_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
