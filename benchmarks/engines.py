@@ -19,8 +19,7 @@ from typing import Literal
 import tyro
 
 from specgym.agents import EngineSettings, ResultTable, tune_engine
-from specgym.decoding import LOOKUP, resolve
-from specgym.decoding.engines.gguf import GgufSettings, write_gguf
+from specgym.decoding import LOOKUP, GgufSettings, resolve, write_gguf
 
 EngineName = Literal["llama.cpp", "openvino", "transformers"]
 AIM_OVER_DEFAULT, AIM_OVER_PLAIN = 1.25, 0.98
@@ -61,7 +60,7 @@ def model_files(pair: str, engine: EngineName, folder: Path) -> tuple[str, str]:
         raise SystemExit(f"{pair} has no draft that is a model")
     if engine == "transformers":
         return preset.target, preset.draft
-    kind: Literal["f16", "f32"] = "f32" if preset.target.startswith("tiny") else "f16"
+    kind: Literal["f16"] = "f16"  # which OpenVINO GenAI 2026.4.1 reads from GGUF, and float32 not
     folder.mkdir(parents=True, exist_ok=True)
     target, draft = (folder / f"{name}-{kind}.gguf" for name in (preset.target, preset.draft))
     if not target.is_file():
@@ -104,15 +103,15 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for (engine, pair), folder in folders.items():
         results = ResultTable.load(folder / "table.json").by_workload()
-        told = json.loads((folder / "recommendation.json").read_text(encoding="utf-8"))
+        recommendation = json.loads((folder / "recommendation.json").read_text(encoding="utf-8"))
         rows = results[ALL]
         best, closed_form = rows["recommended"], rows.get("closed form")
         least = min(methods["recommended"].values["speedup"] for name, methods in results.items() if name != ALL)
         met = best.values["over_default"] >= AIM_OVER_DEFAULT and least >= AIM_OVER_PLAIN
         setting = ", ".join(f"{name}={value:g}" for name, value in best.knobs.items())
-        of_draft = "look-up" if told["draft"] == LOOKUP else "draft"
+        of_draft = "look-up" if recommendation["draft"] == LOOKUP else "draft"
         cells = (
-            f"{engine} {told['version']}",
+            f"{engine} {recommendation['version']}",
             f"`{pair}`",
             f"{of_draft}, `{setting}`" if setting else "plain decoding",
             _with_interval(best.values["speedup"], best.intervals.get("speedup")),
@@ -120,8 +119,8 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
             f"{least:.2f}",
             f"{rows['one for all'].values['speedup']:.2f}",
             "-" if closed_form is None else f"{closed_form.values['speedup']:.2f}",
-            str(told["measurements"]),
-            f"{told['seconds']:.0f}",
+            str(recommendation["measurements"]),
+            f"{recommendation['seconds']:.0f}",
             "met" if met else "missed",
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -50,6 +50,7 @@ from .engines.engine import (
 )
 from .engines.export.setting import Export, ServedSetting
 from .engines.export.writers import EXPORT_ENGINES, engine_arguments, export_setting, setting_of_pair, takes_threshold
+from .engines.gguf import GgufSettings, write_gguf
 from .errors import (
     LARGEST_SEED,
     LARGEST_WHOLE,
@@ -186,6 +187,7 @@ __all__ = [
     "Export",
     "FixedLength",
     "Generation",
+    "GgufSettings",
     "Hardware",
     "JacobiDecoder",
     "KeepChances",
@@ -324,6 +326,7 @@ __all__ = [
     "weights_digest",
     "whole_number",
     "write_arrays",
+    "write_gguf",
     "write_json",
     "write_sealed",
     "write_text",
