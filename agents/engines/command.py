@@ -31,6 +31,7 @@ from ..training.ppo import TrainingInterruptedError, way_on
 from ..training.run_folder import RunFolder, console, quieten, read_json, this_command
 from ..training.settings_io import SETTINGS_FORMAT, SettingsError, to_json
 from .judge import CAPTION, Setting, judge, tried_table, verdict
+from .practice import check_recorded
 from .search import Candidate, EngineSearch, candidates_of
 from .settings import EXPERIMENT, EngineSettings, load_engine_settings
 from .trials import Journal, Measuring, Speeds, Trial
@@ -59,6 +60,7 @@ def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
     if resume is not None:
         settings = load_engine_settings(resume)
     settings.check()
+    check_recorded(settings.recorded)
     sets = [load_prompts(name) for name in settings.prompts]
     if not settings.name:
         settings = replace(settings, name=time.strftime(f"{settings.engine}-%Y%m%d-%H%M%S"))
@@ -177,6 +179,7 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
                 seconds=60 * settings.minutes,
                 slower_sets=settings.slower_sets,
                 seed=settings.seed,
+                recorded=settings.recorded,
                 tell=_tell,
             )
             for method in settings.methods

@@ -23,6 +23,7 @@ from ..evaluation.statistics import interval
 from ..evaluation.worlds.methods import ClosedForm, Learned
 from ..evaluation.worlds.searches import GaussianProcess, Optuna
 from ..evaluation.worlds.sessions import Integers, Searchable, Session
+from .practice import practised
 from .readings import Counts, RoundCost, facts_of, readings_of, rounds_with_draft
 from .settings import MethodName
 from .trials import Measuring, Speeds, Trial, setting_key
@@ -34,6 +35,7 @@ PRECISE: Final = 0.02
 LEAST: Final = 0.98
 """Speedup on a set of prompts below which a setting counts as slower than plain decoding there."""
 _LONG, _SHORT = 12, 4  # draft lengths of the second measurement
+_REHEARSED: Final = 2  # settings that practice may propose for a draft
 _RACES: Final = 2  # measurements kept for the last part
 _UNKNOWN = Facts(np.array([True]), np.array([False]), np.array([0.0]), np.array([1]), np.array([1.0]), np.array([1.0]))
 
@@ -126,6 +128,7 @@ class EngineSearch:
         seconds: of measuring, at most; no measurement begins that would probably end later.
         slower_sets: whether a setting may be slower than plain decoding on one of the sets of prompts.
         seed: fixes what the method draws.
+        recorded: workloads to practise on before the method proposes anything, as `practised` takes them.
         tell: called with each measurement.
     """
 
@@ -139,10 +142,11 @@ class EngineSearch:
         seconds: float,
         slower_sets: bool = False,
         seed: int = 0,
+        recorded: Sequence[str] = (),
         tell: Callable[[Trial], None] = lambda trial: None,
     ) -> None:
         self._measuring, self.method, self._tell = measuring, method, tell
-        self._temperature, self._seed = temperature, seed
+        self._temperature, self._seed, self._recorded = temperature, seed, recorded
         self._budget, self._seconds, self._slower_sets = measurements, seconds, slower_sets
         self._begun = measuring.journal.seconds
         self.trials: list[Trial] = []
@@ -185,19 +189,30 @@ class EngineSearch:
             self._add(session, engine, trial)
         fastest = candidates_of(taken)[0].knobs
         kept = {name: fastest[name] for name in others}
-        proposed = len(first)
-        while proposed < share:
-            setting = session.propose()
-            if session.stopped[0] or not length_of(setting)[0]:
-                break
-            knobs = engine.setting(int(length_of(setting)[0]), float(threshold_of(setting)[0]))
-            measured = self._measure(draft, {**knobs, **kept}, method)
-            proposed += 1
+        rehearsed = self._practised(engine, taken)
+        for proposed in range(share - len(first)):
+            if proposed < len(rehearsed):
+                knobs, why = rehearsed[proposed], "practice"
+            else:
+                setting, why = session.propose(), method
+                if session.stopped[0] or not length_of(setting)[0]:
+                    break
+                knobs = engine.setting(int(length_of(setting)[0]), float(threshold_of(setting)[0]))
+            measured = self._measure(draft, {**knobs, **kept}, why)
             if measured is None:
                 break
             if measured.texts:
                 self._add(session, engine, measured)
         self._recall_closed_form(draft, engine, kept)
+
+    def _practised(self, engine: Engine, taken: Sequence[Trial]) -> Sequence[Mapping[str, float]]:
+        """Settings that practice recommends, the best first; none without traces, or counts to charge them by."""
+        costs = _costs(engine, taken)
+        if not self._recorded or not costs:
+            return []
+        plain = 1 / Speeds.of([text for trial in taken for text in trial.texts]).plain[0]
+        facts = facts_of(engine, self._temperature, costs)
+        return practised(self._recorded, engine, facts, float(plain), self._seed)[:_REHEARSED]
 
     def _session(self, engine: Engine, taken: Sequence[Trial], share: int, draft: str) -> tuple[Session, MethodName]:
         """Session of the method, which knows what the first measurements tell of rounds."""

@@ -55,6 +55,9 @@ class EngineSettings:
     methods: tuple[MethodName, ...] = ("tuner",)
     """Methods that propose settings, each with its own measurements and minutes: the tuner that ships, and rivals. The
     first one's setting is recommended."""
+    recorded: tuple[str, ...] = ()
+    """Workloads of the same pair whose traces ship, such as smollm2-4l/prose: the tuner practises on them, at the costs
+    that it measured on the engine, and measures what was best there first."""
     measured_prompts: int = 2
     """Prompts of every set to decode for a measurement."""
     judged_prompts: int = 6

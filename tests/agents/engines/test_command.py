@@ -96,6 +96,7 @@ def test_plain_decoding_is_recommended_where_nothing_pays(
         (["--minutes", "0"], "minutes must be"),
         (["--draft", "good.gguf", "good.gguf"], "one or several different names"),
         (["--prompts", "no-such-set"], "no-such-set"),
+        (["--recorded", "tiny/nothing"], "no trace of tiny/nothing ships to practise on; there are, among others: "),
         (["--target", ""], "name the target for llama.cpp with --target"),
     ],
 )

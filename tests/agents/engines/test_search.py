@@ -113,6 +113,21 @@ def test_an_ignored_setting_is_noted_and_others_are_tried(tmp_path: Path) -> Non
     assert all("did not follow" in trial.failed for trial in failed)
 
 
+def test_practice_on_traces_is_charged_by_the_engine_and_measured_on_it(tmp_path: Path) -> None:
+    lengths = {}
+    for cost in (0.02, 0.5):
+        (tmp_path / str(cost)).mkdir()
+        search = search_of(Behaviour(alpha=0.7, token_cost=cost), tmp_path / str(cost))
+        search._measuring.backends["draft"].engine.name = "vllm"  # type: ignore[misc]  # whose drafts have one length
+        search._recorded = ("tiny/prose", "tiny/code", "tiny-10m-lookup/prose")
+        search.run()
+        rehearsed = [trial for trial in search.trials if trial.why == "practice"]
+        assert 1 <= len(rehearsed) <= 2
+        assert all(trial.texts for trial in rehearsed)
+        lengths[cost] = rehearsed[0].knobs["num_tokens"] if rehearsed[0].knobs else 0
+    assert lengths[0.02] > lengths[0.5]
+
+
 def test_an_engine_without_counts_is_searched_by_speed(tmp_path: Path) -> None:
     search = search_of(Behaviour(counts=False, alpha=0.9, token_cost=0.05), tmp_path)
     best = search.run()
