@@ -220,6 +220,14 @@ class Engine(ABC):
             values[name] = value
         return {knob.name: knob.checked(values[knob.name]) for knob in self.knobs}
 
+    def nearest(self, knobs: Mapping[str, float]) -> dict[str, float]:
+        """Return the nearest setting that can be served, where values within their ranges do not suit each other.
+
+        Args:
+            knobs: every knob's value.
+        """
+        return dict(knobs)
+
     def setting(self, draft_length: int, stop_threshold: float = 0.0) -> dict[str, float]:
         """Return a setting of ours in the engine's own terms, its other knobs at their defaults.
 

@@ -127,6 +127,10 @@ class LlamaCpp(Engine):
             )
         return values
 
+    def nearest(self, knobs: Mapping[str, float]) -> dict[str, float]:
+        fewest = {"n_min": min(knobs["n_min"], knobs["n_max"])} if "n_min" in knobs else {}
+        return {**knobs, **fewest}
+
     def fixed_length(self, knobs: Mapping[str, float]) -> bool:
         return super().fixed_length(knobs) and not knobs.get("n_min")
 

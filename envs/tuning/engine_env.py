@@ -113,6 +113,13 @@ class EngineTuning(KnobTuning):
             )
         return EngineBackend(engine, sets, split, max_new_tokens, temperature)
 
+    def _values(self, state: NDArray[np.float64]) -> dict[str, Any]:
+        values = super()._values(state)
+        if state.ndim == 1:
+            return self.engine.nearest(values)
+        rows = [self.engine.nearest(dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True)]
+        return {name: np.array([row[name] for row in rows]) for name in values}
+
     def _judge(
         self, metrics: Metrics[Number], values: Mapping[str, Number], multiplier: Any, workload: Any
     ) -> tuple[Number, dict[str, Any]]:
@@ -155,7 +162,8 @@ class EngineEnv(EngineTuning, BackendEnv):
     `Box(-1, 1, (knobs,), float32)`: how far to move each knob, in units of its scale, as in `specgym.envs.TuningEnv`;
     or with `action="place"` where to put it. The knobs are `Engine.knobs`, in the engine's own terms and order, the
     draft length first: for llama.cpp `n_max`, `n_min` and `p_min`. `docs/engines.md` has the tables; `knobs`, `ranges`
-    and `scales` have the numbers of any.
+    and `scales` have the numbers of any. Knobs that do not suit each other (`n_min` above `n_max`) are served as the
+    nearest that do (`Engine.nearest`), which `info` shows.
 
     ## Observation space
     `Box(low, high, (knobs,), float32)`: the knobs in their own units. A whole-number knob is a real number here; the

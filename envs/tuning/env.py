@@ -82,7 +82,7 @@ class BackendEnv(KnobTuning, gymnasium.Env[Array, Array], EzPickle):
 
     def knob_values(self) -> dict[str, float]:
         """Return the knobs as the decoder gets them, by name, in their own units."""
-        return self._moves.values(self._state)
+        return self._values(self._state)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode.

@@ -329,6 +329,10 @@ class KnobTuning:
         """Weights and ranges of the reward."""
         return self._reward
 
+    def _values(self, state: Floats) -> dict[str, Any]:
+        """Knobs as the decoder gets them; arguments and result as for `KnobMoves.values`."""
+        return self._moves.values(state)
+
     def _first_states(self, *environments: int) -> Floats:
         """States at the start of an episode, shape (*environments, knobs)."""
         if self._start == "random":

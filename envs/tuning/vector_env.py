@@ -138,7 +138,7 @@ class BackendVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDAr
         """
         self._require_reset()
         self._state = self._moves.moved(self._state, actions)
-        values = self._moves.values(self._state)
+        values = self._values(self._state)
         metrics = self._decode(values, self._fixed_prompts)
         multiplier = self._multipliers[self.workload_of]
         reward, entries = self._judge(metrics, values, multiplier, self._names.copy())
@@ -169,7 +169,7 @@ class BackendVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDAr
         return self._state.astype(np.float32)
 
     def _start_info(self) -> dict[str, Any]:
-        return self._masked(self._unmeasured(self._moves.values(self._state), self._names.copy()))
+        return self._masked(self._unmeasured(self._values(self._state), self._names.copy()))
 
     def _masked(self, entries: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         """Add the masks that say for which environments an entry holds: for all, so a single mask will do."""

@@ -181,6 +181,7 @@ def test_a_setting_that_is_ignored_is_noticed_and_one_with_few_drafts_is_not(
 def test_a_minimum_above_the_length_is_refused(engine: Engine) -> None:
     with pytest.raises(KnobError, match=r"n_min is 4 and n_max 3: .* drop every draft"):
         engine.serve({"n_min": 4})
+    assert engine.nearest({"n_max": 3, "n_min": 4, "p_min": 0.5}) == {"n_max": 3, "n_min": 3, "p_min": 0.5}
 
 
 def test_a_server_that_dies_says_why(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -14,7 +15,15 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
-from specgym.decoding import ArgumentError, EngineError, EngineOptions, EngineText, PromptSet, SettingIgnoredError
+from specgym.decoding import (
+    ArgumentError,
+    EngineError,
+    EngineOptions,
+    EngineText,
+    KnobError,
+    PromptSet,
+    SettingIgnoredError,
+)
 from specgym.decoding.engines import engine as engines
 from specgym.envs import EngineEnv, ObserveContext, VectorObserveContext, VectorWorkloadMark
 from tests.helpers.fake_engine import Behaviour, FakeEngine, FakeServed
@@ -225,6 +234,28 @@ def test_the_spec_survives_json_and_a_copy_has_the_same_arguments(named: Behavio
     for twin in (again, copied):
         assert twin.reset(seed=2)[0].tolist() == env.reset(seed=2)[0].tolist()
         assert twin.observation_space == env.observation_space
+
+
+class Choosy(FakeEngine):
+    """An engine that refuses odd numbers."""
+
+    def nearest(self, knobs: Mapping[str, float]) -> dict[str, float]:
+        return {name: value - value % 2 for name, value in knobs.items()}
+
+    def resolve_knobs(self, knobs: Mapping[str, float]) -> dict[str, float]:
+        if any(value % 2 for value in knobs.values()):
+            raise KnobError("odd")
+        return super().resolve_knobs(knobs)
+
+
+def test_knobs_that_do_not_suit_each_other_are_served_as_the_nearest_that_do() -> None:
+    env = gymnasium.make(ID, engine=Choosy(), prompts=TEXTS)
+    _, info = env.reset(seed=0, options={"knobs": {"num_tokens": 5}})
+    assert info["knobs/num_tokens"] == env.step(STILL)[4]["knobs/num_tokens"] == 4
+    vector = gymnasium.make_vec(ID, num_envs=3, engine=Choosy(), prompts=TEXTS)
+    _, info = vector.reset(seed=0, options={"knobs": {"num_tokens": np.array([3, 4, 5])}})
+    seen = vector.step(np.zeros((3, 1), np.float32))[4]["knobs/num_tokens"]
+    assert info["knobs/num_tokens"].tolist() == seen.tolist() == [2, 4, 4]
 
 
 def test_environments_that_step_together_share_one_engine() -> None:
