@@ -27,11 +27,19 @@ class Worker:
         transformers.logging.set_verbosity_error()
         if threads is not None:
             torch.set_num_threads(threads)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(target)
-        self.target = _model(target)
-        self.draft: Any = None if draft is None else _model(draft)
-        if self.draft is not None and (reason := self._mismatch(AutoTokenizer.from_pretrained(draft))):
-            return {"refused": f"draft {draft} {reason}"}
+        loaded = {"target": target} if draft is None else {"target": target, "draft": draft}
+        models: dict[str, Any] = {}
+        for role, name in loaded.items():
+            try:
+                models[role] = AutoTokenizer.from_pretrained(name), _model(name)
+            except (OSError, ValueError) as error:
+                return {"refused": f"the {role} {name} is no folder or hub id that it can load: {error}"}
+        self.tokenizer, self.target = models["target"]
+        self.draft: Any = None
+        if draft is not None:
+            tokenizer, self.draft = models["draft"]
+            if reason := self._mismatch(tokenizer):
+                return {"refused": f"draft {draft} {reason}"}
         # The candidate generators are made anew for every text, and here is the one place that they all pass.
         self._generator_of = self.target._get_candidate_generator
         self.target._get_candidate_generator = self._counted

@@ -240,3 +240,12 @@ def test_transformers_in_an_interpreter_of_its_own(cache: Path, draft: str) -> N
             running.serve(None).generate([10**6], 4)
         assert running.version().count(".") == 2
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_model_that_does_not_load_is_named(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    for target, draft, named in (
+        (str(tmp_path), None, f"the target {tmp_path} is no folder or hub id that it can load"),
+        (plain_folder(TARGET), str(tmp_path / "notes.txt"), f"the draft {tmp_path / 'notes.txt'} is no folder"),
+    ):
+        assert named in Worker().load(target, draft, None)["refused"]
