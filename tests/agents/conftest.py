@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -13,8 +13,18 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike
 
 from specgym.decoding import KeepChances, LatencyProfile, bins_of
+from specgym.decoding.latency import measure as latency_measure
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.made_up import trace_info
+from tests.helpers.toy_profile import nobodys_profile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nobody_measures() -> Iterator[None]:
+    """Latency profiles without timing rounds, which takes longest of all in a small run and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_measure, "measure", nobodys_profile)
+        yield
 
 
 class FakeTuning(gymnasium.Env[np.ndarray, np.ndarray]):

@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-CONTEXT = 96
+CONTEXT = 64
 WINDOW = 16
 
 SMALL: dict[str, Any] = {

@@ -8,8 +8,12 @@ from typing import Any, TypeVar
 from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders.expected_gain import KeepChances
 from specgym.decoding.decoders.threshold import ThresholdDecoder
-from specgym.decoding.latency.profile import LatencyProfile
+from specgym.decoding.latency.interleaved import describe_hardware
+from specgym.decoding.latency.probe import Uncertainty
+from specgym.decoding.latency.profile import LatencyProfile, arithmetic_of
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.sampling import GREEDY, Sampling
+from specgym.decoding.traits import CHAIN
 
 DecoderT = TypeVar("DecoderT", bound=Decoder[Any])
 LONGEST = 32
@@ -30,6 +34,28 @@ def toy_profile(drafting: float = 0.1, reading: float = 0.02, chances: KeepChanc
         1.0,
         {},
         chances=chances,
+    )
+
+
+def nobodys_profile(pair: Pair, decoder: Decoder[Any] | None = None, *, sampling: Sampling = GREEDY) -> LatencyProfile:
+    """Profile in place of `latency.measure.measure`'s, for tests of what is done with one; nothing is timed.
+
+    A plain token takes a millisecond, a drafted one a fifth of that, and a token more in a pass a fortieth.
+    """
+    kind = CHAIN if decoder is None else decoder.cost_kind(sampling.greedy)
+    probe = None if decoder is None or kind == CHAIN else decoder.cost_probe()
+    drafts: tuple[int, ...] = (0, 16) if probe is None else tuple(sorted(probe.drafting or (0,)))
+    passes: tuple[int, ...] = (1, 17) if probe is None else tuple(probe.sizes)
+    return LatencyProfile(
+        pair.name,
+        {steps: 0.0002 * steps for steps in drafts},
+        {tokens: 0.001 + 0.000025 * (tokens - 1) for tokens in passes},
+        0.001,
+        {**describe_hardware(pair), **(probe.detail if probe else {})},
+        sampling=arithmetic_of(sampling),
+        kind=kind,
+        overlaps=probe is not None and probe.overlaps,
+        uncertainty=Uncertainty({}, {}, 0.0, 0.0),
     )
 
 

@@ -17,29 +17,11 @@ import pytest
 from specgym.agents.command_line import train_command
 from specgym.agents.training.run_folder import torch_threads
 from specgym.decoding.latency import measure as latency_measure
-from specgym.decoding.latency.interleaved import describe_hardware
-from specgym.decoding.latency.probe import Uncertainty
-from specgym.decoding.latency.profile import LatencyProfile, arithmetic_of
-from specgym.decoding.loading.pair import Pair
-from specgym.decoding.sampling import Sampling
 from specgym.envs.workloads import workload
 from tests.helpers.killed_runs import KILLED_TRAINING
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 600  # seconds for one command on a busy machine
-
-
-def nobodys_profile(pair: Pair, decoder: None, sampling: Sampling) -> LatencyProfile:
-    """Costs of chains that nobody measured; of a busy machine's, which are not kept, every process has others."""
-    return LatencyProfile(
-        pair.name,
-        {0: 0.0, 16: 0.0032},
-        {1: 0.001, 17: 0.0014},
-        0.001,
-        describe_hardware(pair),
-        sampling=arithmetic_of(sampling),
-        uncertainty=Uncertainty({}, {}, 0.0, 0.0),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +30,6 @@ def environment(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempP
     cache = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch, torch_threads(1):
         patch.setenv("SPECGYM_CACHE", cache)
-        patch.setattr(latency_measure, "measure", nobodys_profile)
         for name in small_workloads:
             latency_measure.measured(workload(name).load(), sampling=workload(name).sampling)
     changes = {"SPECGYM_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
