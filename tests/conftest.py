@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tests.helpers.table_models import TableModel, random_table
+from tests.helpers.warm_python import WarmPython
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -46,6 +47,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Server of processes that need not import torch first."""
+    server = WarmPython()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

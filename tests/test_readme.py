@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.warm_python import ROOT, WarmPython
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
 
 
@@ -27,14 +26,12 @@ def runs_alone(snippet: str) -> bool:
 
 
 @pytest.mark.parametrize("number", [number for number, snippet in enumerate(SNIPPETS) if runs_alone(snippet)])
-def test_a_snippet_of_the_readme_runs_and_prints(number: int, tmp_path: Path) -> None:
+def test_a_snippet_of_the_readme_runs_and_prints(number: int, tmp_path: Path, warm_python: WarmPython) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPETS[number], encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 2
+    done = warm_python.run(script, environment=ENVIRONMENT)
+    assert done.returncode == 0, done.output
+    assert len(done.output.splitlines()) > 2
 
 
 DOCUMENTED = [
@@ -56,12 +53,3 @@ def test_the_readme_shows_an_environment_and_a_decoder() -> None:
     alone = [snippet for snippet in SNIPPETS if runs_alone(snippet)]
     assert any("gymnasium.make" in snippet for snippet in alone)
     assert any("SpeculativeDecoder(" in snippet for snippet in alone)
-
-
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_every_option_is_explained(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--help" in done.stdout

@@ -108,7 +108,7 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="states are saved before a draft and restored after a rejection; what was kept is read again",
-        end=72,
+        end=56,
         reason="read tokens one after another|its forward takes no",
         cases=(
             *repeats("granitemoehybrid olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next", **RECURRENT),

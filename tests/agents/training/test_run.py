@@ -19,9 +19,7 @@ from specgym.agents.training.run_folder import torch_threads
 from specgym.decoding.latency import measure as latency_measure
 from specgym.envs.workloads import workload
 from tests.helpers.killed_runs import KILLED_TRAINING
-
-ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT = 600  # seconds for one command on a busy machine
+from tests.helpers.warm_python import ROOT, TIMEOUT, WarmPython
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +34,30 @@ def environment(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempP
     return os.environ | changes
 
 
-def command(script: str, *options: object) -> list[str]:
-    return [sys.executable, str(ROOT / script) if script.endswith(".py") else script, *map(str, options)]
-
-
-def finished(environment: dict[str, str], script: str, *options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(script, *options), capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False
-    )
-
-
 def test_killed_resumed_finished_and_reproduced(
-    small_workloads: tuple[str, str], environment: dict[str, str], tmp_path: Path
+    small_workloads: tuple[str, str], environment: dict[str, str], warm_python: WarmPython, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "runs" / "killed"
-    killed = subprocess.run(
-        command(
-            "-c", KILLED_TRAINING, "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
-            "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1,
-            "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
-            "--learning.batch-size", 10, "--environment.max-new-tokens", 8, "--environment.max-draft-length", 4,
-            "--evaluation.prompts", 2, "--evaluation.max-new-tokens", 8, "--evaluation.during-training", 2,
-        ),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, timeout=TIMEOUT, check=False,
+    killed = warm_python.run(
+        "-c", KILLED_TRAINING, "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
+        "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1,
+        "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
+        "--learning.batch-size", 10, "--environment.max-new-tokens", 8, "--environment.max-draft-length", 4,
+        "--evaluation.prompts", 2, "--evaluation.max-new-tokens", 8, "--evaluation.during-training", 2,
+        environment=environment,
     )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.returncode == -signal.SIGKILL, killed.output
     assert not (run / "policy.zip").exists()
     checkpoints = sorted(run.glob("checkpoints/step_*"))
     newest, former = checkpoints[-1], checkpoints[-2]
     (newest / "policy.zip").write_bytes((newest / "policy.zip").read_bytes()[:1000])
     (run / "checkpoints" / ".unfinished-x").mkdir()
 
-    resumed = finished(environment, "train.py", "--resume", run)
-    assert resumed.returncode == 0, resumed.stderr
-    text = " ".join((resumed.stdout + resumed.stderr).split())
+    resumed = warm_python.run("train.py", "--resume", run, environment=environment)
+    assert resumed.returncode == 0, resumed.output
+    text = " ".join(resumed.output.split())
     assert f"Going on from step {int(former.name.removeprefix('step_'))}." in text
     assert "does not match its checksum" in text
     assert not (run / "checkpoints" / ".unfinished-x").exists()
@@ -95,17 +81,17 @@ def test_killed_resumed_finished_and_reproduced(
     assert "eval/mean_reward" in events.Tags()["scalars"]
 
     (run / "table.json").unlink()
-    again = finished(environment, "train.py", "--resume", run)
-    assert again.returncode == 0, again.stderr
-    assert "All 240 steps are done" in again.stdout
+    again = warm_python.run("train.py", "--resume", run, environment=environment)
+    assert again.returncode == 0, again.output
+    assert "All 240 steps are done" in again.output
     charged = table["protocol"]["charged"]
     remade = json.loads((run / "table.json").read_text())["rows"]
     assert [[row.get(name) for name in charged] for row in remade] == [
         [row.get(name) for name in charged] for row in table["rows"]
     ]
-    evaluated = finished(environment, "evaluate.py", run)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "All charged numbers equal" in " ".join(evaluated.stdout.split())
+    evaluated = warm_python.run("evaluate.py", run, environment=environment)
+    assert evaluated.returncode == 0, evaluated.output
+    assert "All charged numbers equal" in " ".join(evaluated.output.split())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
@@ -114,11 +100,12 @@ def test_interrupted_it_saves_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "runs" / "interrupted"
     started = subprocess.Popen(
-        command(
-            "train.py", "--workloads", small_workloads[0], "--runs", run.parent, "--name", run.name,
-            "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1,
-            "--total-timesteps", 100_000, "--checkpoint-every", 100_000, "--evaluation.during-training", 0,
-            "--environment.max-new-tokens", 4, "--environment.max-draft-length", 2,
+        (
+            sys.executable, str(ROOT / "train.py"), "--workloads", small_workloads[0],
+            "--runs", str(run.parent), "--name", run.name,
+            "--environment.backend", "live", "--seeds", "0", "--environment.prompts-per-step", "1",
+            "--total-timesteps", "100000", "--checkpoint-every", "100000", "--evaluation.during-training", "0",
+            "--environment.max-new-tokens", "4", "--environment.max-draft-length", "2",
         ),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         # Where the tests run in the background of a script, they and their children ignore the signal.
@@ -163,8 +150,11 @@ def test_bad_options_are_one_message_and_exit_code_2(
 
 
 def test_help_explains_every_option(environment: dict[str, str]) -> None:
-    shown = finished(environment, "train.py", "--help")
-    assert shown.returncode == 0
+    help_of = [[sys.executable, script, "--help"] for script in ("train.py", "evaluate.py")]
+    shown, other = (
+        subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment) for words in help_of
+    )
+    assert shown.returncode == other.returncode == 0
     for option in ("--resume", "--workloads", "--learning.gae-lambda", "--environment.reward.divergence-weight"):
         assert option in shown.stdout
-    assert finished(environment, "evaluate.py", "--help").returncode == 0
+    assert "--help" in other.stdout

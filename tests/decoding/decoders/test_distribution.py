@@ -5,8 +5,8 @@ Two ways, both through the real sessions on toy models whose distribution is kno
 - *exactly*: every random choice (a draft token, an acceptance, the target's token) is replaced by a branch with its
   probability, and all branches are walked, so that the joint distribution comes out to rounding error;
 - *sampled*: thousands of seeded texts, and a chi-square test of the joint distribution of their first three tokens.
-  Each test's significance is 1e-3, so that with the fifteen here (Bonferroni) one run in sixty-six would fail for no
-  reason, were the seeds not fixed.
+  Each test's significance is 1e-3, so that with the fourteen here (Bonferroni) one run in seventy would fail for no
+  reason, were the seeds not fixed. The usual mistakes are 1000 times as significant with 3,000 and 5,000 texts.
 """
 
 from __future__ import annotations
@@ -183,14 +183,14 @@ def test_a_draft_distribution_of_another_temperature_is_found_out(
     assert sampled_p_value(decoder, Sampling(), 5_000, {"draft_length": 2}) < SIGNIFICANCE / 1000
 
 
-@pytest.mark.parametrize(("kind", "name"), [("model", "all"), ("ngram", "hot"), ("prompt-lookup", "cold")])
-def test_20_000_texts_follow_the_target(make_table: MakeTable, kind: str, name: str) -> None:
+def test_20_000_texts_follow_the_target(make_table: MakeTable) -> None:
     target = make_table(6, seed=1, spread=1.2)
-    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 6)))
-    assert sampled_p_value(decoder, SAMPLINGS[name], 20_000, {"draft_length": 2}) > SIGNIFICANCE
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
+    assert sampled_p_value(decoder, SAMPLINGS["all"], 20_000, {"draft_length": 2}) > SIGNIFICANCE
 
 
 CASES = list(itertools.product(["model", "reduced", "ngram", "prompt-lookup"], ["hot", "top-k", "top-p"]))
+CASES.append(("prompt-lookup", "cold"))
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
