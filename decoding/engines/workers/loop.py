@@ -52,7 +52,14 @@ def _answer(worker: Any, do: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"answer": getattr(worker, do)(**arguments)}
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"}
+        root = error
+        while isinstance(root.__cause__, Exception):  # libraries wrap what would help in what does not
+            root = root.__cause__
+        return {"error": _words(error) if root is error else f"{_words(error)} ({_words(root)})"}
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 def _write(replies: IO[str], reply: dict[str, Any]) -> None:

@@ -122,10 +122,14 @@ class Worker:
             setattr(config, name, value)
         try:
             output = pipeline.generate(ids, config)
-        except RuntimeError:
-            # Sampling with a draft fails in some texts ("content_length <= prompt_ids.size() + ..."), and the pipeline
-            # then decodes all others without its draft, and says nothing (openvino-genai 2026.4.1).
+        except RuntimeError as error:
+            # The pipeline would decode all other texts without its draft, and say nothing (openvino-genai 2026.4.1).
             del self._pipelines[settings is not None]
+            if settings and temperature and self._draft:
+                raise RuntimeError(
+                    f"{str(error).strip()}; many texts that are sampled with a draft fail so (openvino-genai "
+                    "2026.4.1): decode greedily, with prompt lookup, or without a draft"
+                ) from None
             raise
         tokens = [int(token) for token in output.tokens[0]]
         return {

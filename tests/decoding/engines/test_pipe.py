@@ -21,7 +21,7 @@ class Worker:
         print("chatter")
         os.system("echo chatter from below")
         if prompt == "fail":
-            raise KeyError("a layer")
+            raise KeyError("a layer") from OSError("a disk is full")
         if prompt == "die":
             print("out of tokens", file=sys.stderr)
             os._exit(7)
@@ -83,7 +83,7 @@ def test_what_is_out_of_range_is_refused_before_it_is_sent(toy: Toy) -> None:
 
 def test_a_failed_request_leaves_the_worker_at_work(toy: Toy) -> None:
     served = toy.serve(None)
-    with pytest.raises(EngineError, match=r"toy failed\. KeyError: 'a layer'"):
+    with pytest.raises(EngineError, match=r"toy failed\. KeyError: 'a layer' \(OSError: a disk is full\)"):
         served.generate("fail", 8)
     assert served.generate("x", 8).new_tokens == 8
 
