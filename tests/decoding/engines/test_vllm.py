@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -223,6 +224,43 @@ def _without_packages(folder: Path) -> Path:
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     path.chmod(0o755)
     return path
+
+
+_CONFIGS = r"""
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+for config in json.load(sys.stdin):
+    try:
+        made = EngineArgs(model=sys.argv[1], speculative_config=config).create_engine_config().speculative_config
+        print("\n" + json.dumps([made.num_speculative_tokens, made.prompt_lookup_min, made.prompt_lookup_max]))
+    except ValueError as error:
+        print("\n" + json.dumps(str(error)))
+"""
+
+
+@pytest.mark.engines
+def test_vllm_s_own_configuration_behaves_as_the_documentation_of_ours_says(tmp_path: Path) -> None:
+    from specgym.decoding import load_model
+
+    if (python := os.environ.get("SPECGYM_PYTHON_VLLM")) is None:
+        pytest.skip("SPECGYM_PYTHON_VLLM names no interpreter that has vLLM")
+    for part in load_model("tiny-10m"):
+        part.save_pretrained(tmp_path)
+    configs = [
+        {"method": "ngram", "prompt_lookup_max": 4, "num_speculative_tokens": 3},
+        {"method": "ngram", "prompt_lookup_max": 4},
+        {"method": "suffix"},
+        {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3, "num_speculative_tokens": 3},
+    ]
+    done = subprocess.run(
+        [python, "-c", _CONFIGS, str(tmp_path)], input=json.dumps(configs), capture_output=True, text=True, check=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))]
+    both, without_length, suffix, crossed = lines[-4:]
+    assert both == [3, 4, 4]  # the longer end sets the shorter one
+    assert "num_speculative_tokens" in str(without_length)
+    assert suffix[0] == 24
+    assert "prompt_lookup_min=3 must" in crossed
 
 
 @pytest.mark.engines
