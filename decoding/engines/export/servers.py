@@ -86,7 +86,7 @@ def vllm(setting: ServedSetting) -> Export:
         if setting.draws_drafts:
             config["draft_sample_method"] = "probabilistic"
     config["num_speculative_tokens"] = setting.longest
-    config |= {name: int(value) if float(value).is_integer() else value for name, value in setting.extra.items()}
+    config |= setting.whole_extra
     if setting.schedule:
         config["num_speculative_tokens_per_batch_size"] = [list(step) for step in setting.ranges]
     note = (

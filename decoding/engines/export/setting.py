@@ -72,6 +72,11 @@ class ServedSetting:
         return self.temperature > 0 and not self.extra
 
     @property
+    def whole_extra(self) -> dict[str, float]:
+        """The further settings, whole numbers as `int`."""
+        return {name: int(value) if float(value).is_integer() else value for name, value in self.extra.items()}
+
+    @property
     def longest(self) -> int:
         """Longest draft of any batch size."""
         return max(self.schedule.values(), default=self.draft_length)

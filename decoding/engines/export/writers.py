@@ -111,8 +111,11 @@ def _ours(pair: str, knobs: Mapping[str, float]) -> str:
 
 def _transformers(setting: ServedSetting) -> Export:
     if setting.draft == LOOKUP:
-        copied = {"prompt_lookup_num_tokens": setting.draft_length, "max_matching_ngram_size": LONGEST_MATCH}
-        copied |= {name: int(value) for name, value in setting.extra.items()}
+        copied = {
+            "prompt_lookup_num_tokens": setting.draft_length,
+            "max_matching_ngram_size": LONGEST_MATCH,
+            **setting.whole_extra,
+        }
         lines = [f"target.generate(**inputs, {_keywords(copied)})"]
         return _library("transformers", setting, lines, {"generation_config.json": copied})
     # transformers 5.23.0, generation/candidate_generator.py: AssistedCandidateGenerator reads all three from the
@@ -121,9 +124,8 @@ def _transformers(setting: ServedSetting) -> Export:
         "num_assistant_tokens": setting.draft_length,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": setting.stop_threshold,
-        **setting.extra,
+        **setting.whole_extra,
     }
-    config["num_assistant_tokens"] = int(str(config["num_assistant_tokens"]).partition(".")[0])
     lines = [
         f"draft.generation_config.update({_keywords(config)})",
         "target.generate(**inputs, assistant_model=draft)",
@@ -143,7 +145,7 @@ def _openvino(setting: ServedSetting) -> Export:
     config: dict[str, object] = {"num_assistant_tokens": setting.draft_length}
     if setting.draft == LOOKUP:
         config["max_ngram_size"] = LONGEST_MATCH
-    config |= {name: int(value) for name, value in setting.extra.items()}
+    config |= setting.whole_extra
     drafted = (
         "prompt_lookup=True"
         if setting.draft == LOOKUP
