@@ -30,6 +30,8 @@ _INSTALL: Final = (
 )
 _FIRST_FORGETTING: Final = 11549
 """Build that drafts a prompt sent twice as it did the first time; b9093 drafts its own last answer."""
+_ALL_FLOAT32: Final = 0
+"""Number of the file type whose tensors are all in float32 (`llama_ftype` in include/llama.h)."""
 _MOST_DIFFERENCE: Final = 128
 _FIRST_COMPARED: Final = 5
 """Tokens by which vocabularies may differ in size, and the first one whose text must be the same
@@ -80,7 +82,7 @@ class LlamaCpp(Engine):
 
     Raises:
         EngineError: there is no llama.cpp, or the running one does not answer.
-        ArgumentError: a file is missing or is no GGUF file.
+        ArgumentError: a file is missing or is no GGUF file, or float32 is asked for and the target is in another type.
         VocabularyMismatchError: the draft has another vocabulary than the target, with which llama.cpp would start,
             and draft nothing.
     """
@@ -106,6 +108,11 @@ class LlamaCpp(Engine):
             self._version = build.partition("-")[0]
         else:
             header = read_header(Path(target))
+            if self.options.float32 and header.get("general.file_type") != _ALL_FLOAT32:
+                raise ArgumentError(
+                    f"{target} is not in float32, and llama.cpp computes with the types of the file; write it with "
+                    "python -m specgym.decoding.engines.gguf ... --type f32, or leave float32 out"
+                )
             if draft not in (LOOKUP, None):
                 require_same_vocabulary(header, read_header(Path(draft)))
             self._running = None

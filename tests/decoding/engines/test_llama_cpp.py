@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,8 +42,9 @@ PROMPTS = (
 )
 
 
-def vocabulary_file(path: Path, tokens: list[str], eos: int = 0) -> Path:
+def vocabulary_file(path: Path, tokens: list[str], eos: int = 0, file_type: int = 1) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_eos_token_id(eos)
@@ -222,6 +224,13 @@ def test_files_that_are_no_models_are_named(tmp_path: Path) -> None:
             path.write_bytes(content)
         with pytest.raises(ArgumentError, match=f"model.gguf {message}"):
             LlamaCpp(str(path), None)
+
+
+def test_float32_is_a_matter_of_the_file(files: tuple[str, str], options: EngineOptions, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"target.gguf is not in float32, and llama.cpp .* --type f32, or leave"):
+        LlamaCpp(*files, replace(options, float32=True))
+    path = vocabulary_file(tmp_path / "float32.gguf", ["a"], file_type=gguf.LlamaFileType.ALL_F32)
+    LlamaCpp(str(path), None, replace(options, float32=True))
 
 
 def test_llama_cpp_that_is_missing_says_how_to_get_it(
