@@ -14,6 +14,7 @@ from specgym.decoding import (
     LOOKUP,
     Engine,
     PromptSet,
+    SpecgymError,
     interruption_code,
     load_prompts,
     open_engine,
@@ -78,6 +79,10 @@ def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
         except KeyboardInterrupt as interruption:
             message = f"interrupted after {len(journal.trials)} measurements. {way_on(folder)}"
             raise TrainingInterruptedError(message, interruption_code(interruption)) from None
+        except SpecgymError:
+            if resume is None and not journal.trials:  # so that the command can be given again; the log stays
+                RunFolder(folder).settings.unlink(missing_ok=True)
+            raise
     return folder
 
 

@@ -25,9 +25,13 @@ from .process import EngineProcess, free_port
 
 _WORKER: Final = Path(__file__).parent / "workers" / "llama_server.py"
 _INSTALL: Final = (
-    "pip install xllamacpp, for this Python or one that you name (python of EngineOptions), or name a llama-server "
-    "(program of EngineOptions)"
+    "pip install xllamacpp, for this Python or one that you name (--engine-python; python of EngineOptions), or name a "
+    "llama-server (--engine-program; program of EngineOptions)"
 )
+_LEAST_CONTEXT: Final = 256
+"""Tokens that b11549 gives to a text at least; it fails an assertion where it was told fewer than a draft is long."""
+_QUIET: Final = {"GGML_NO_BACKTRACE": "1"}
+"""Environment in which the last words of a server that fails an assertion are the assertion (ggml/src/ggml.c)."""
 _FIRST_FORGETTING: Final = 11549
 """Build that drafts a prompt sent twice as it did the first time; b9093 drafts its own last answer."""
 _ALL_FLOAT32: Final = 0
@@ -155,7 +159,8 @@ class LlamaCpp(Engine):
 
     def _start(self, knobs: Mapping[str, float] | None) -> _LlamaServed:
         port = free_port()
-        process = EngineProcess(self.name, [*self._command, *self.arguments(knobs, port)], self.options.log)
+        command = [*self._command, *self.arguments(knobs, port)]
+        process = EngineProcess(self.name, command, self.options.log, environment=_QUIET)
         client = HttpClient(self.name, f"http://127.0.0.1:{port}", process)
         process.wait_until(lambda: client.answers("/health"), self.options.seconds_to_start)
         return _LlamaServed(client, process, self.options.context, chats=self._chats)
@@ -169,7 +174,14 @@ class LlamaCpp(Engine):
         """
         arguments = ["--model", self.target, "--host", "127.0.0.1", "--port", str(port), "--metrics"]
         # One text at a time. The cache of earlier prompts' states would be filled between two texts.
-        arguments += ["--ctx-size", str(self.options.context), "--parallel", "1", "--cache-ram", "0"]
+        arguments += [
+            "--ctx-size",
+            str(max(self.options.context, _LEAST_CONTEXT)),
+            "--parallel",
+            "1",
+            "--cache-ram",
+            "0",
+        ]
         threads = [] if self.options.threads is None else [str(self.options.threads)]
         arguments += [word for number in threads for word in ("--threads", number)]
         if knobs is None:

@@ -10,7 +10,7 @@ import pytest
 
 from specgym.agents import evaluate_command, train_command
 from specgym.agents.engines import command
-from specgym.decoding import LOOKUP, EngineOptions
+from specgym.decoding import LOOKUP, EngineError, EngineOptions, Served
 from tests.helpers.fake_engine import Behaviour, FakeEngine
 
 
@@ -111,3 +111,21 @@ def test_impossible_settings_are_refused_before_anything_is_started(
     assert message in capsys.readouterr().err
     assert not behaviours["good.gguf"].asked
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_engine_does_not_start_can_be_begun_again(
+    behaviours: dict[str | None, Behaviour],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = arguments(tmp_path, "--draft", "good.gguf", "--measurements", "3", "--judged-prompts", "1")
+
+    def fail(*_: object) -> Served:
+        raise EngineError("fake does not start")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeEngine, "serve", fail)
+        assert train_command(words) == 2
+    assert "fake does not start" in capsys.readouterr().err
+    assert train_command(words) == 0

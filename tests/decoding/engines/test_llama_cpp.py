@@ -80,6 +80,8 @@ def test_a_draft_is_switched_on_and_a_plain_server_has_none(files: tuple[str, st
     engine = LlamaCpp(*files, options)
     plain = engine.arguments(None, 8080)
     assert not [word for word in plain if word.startswith("--spec")]
+    short = LlamaCpp(*files, replace(options, context=10)).arguments(None, 8080)
+    assert short == plain  # with a context of 256
     drafting = engine.arguments(engine.resolve_knobs({"p_min": 0.25}), 8080)
     assert drafting[: len(plain)] == plain
     assert " ".join(drafting[len(plain) :]) == (
