@@ -7,10 +7,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
 from specgym.decoding.engines.gguf import GgufSettings, GgufType, main, write_gguf, write_model
-from specgym.decoding.engines.gguf_header import read_header
+from specgym.decoding.engines.gguf_header import GgufHeader, read_header
 from specgym.decoding.errors import ArgumentError, UnsupportedModelError, VocabularyMismatchError
 from specgym.decoding.loading.find_model import load_model, load_tokenizer
 from specgym.decoding.models.output_layer import reduce_output
@@ -103,6 +104,19 @@ def test_padded_rows_have_tokens_of_no_use(tokenizer: PreTrainedTokenizerBase, t
     )
 
 
+def test_digits_on_their_own_are_smollm(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("tiny-10m")
+    assert header_of(tokenizer, tmp_path / "plain.gguf").get("tokenizer.ggml.pre") == "gpt-2"
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    assert header_of(tokenizer, tmp_path / "digits.gguf").get("tokenizer.ggml.pre") == "smollm"
+
+
+def header_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> GgufHeader:
+    write_model(llama(), tokenizer, path)
+    return read_header(path)
+
+
 def test_what_cannot_be_written_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -118,7 +132,7 @@ def test_what_cannot_be_written_is_named(tokenizer: PreTrainedTokenizerBase, tmp
     with pytest.raises(UnsupportedModelError, match=r"no tokenizer .* give the GGUF file of the target"):
         write_model(llama(), None, path)
     other = load_tokenizer("tiny-10m")
-    other.backend_tokenizer.pre_tokenizer = type(other.backend_tokenizer.pre_tokenizer)(use_regex=False)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     with pytest.raises(UnsupportedModelError, match=r"BPE with the pre-tokenizer .*none of those .*gpt-2, smollm"):
         write_model(llama(), other, path)
     path.write_bytes(b"mine")
