@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from specgym.decoding import LOOKUP, Engine
+from specgym.decoding import Engine
 from specgym.envs import LENGTHS, LEVELS, PROFILED, ComparedText, Facts, Readings
 
 _LONGEST: Final = int(LENGTHS[-1])
@@ -69,7 +69,7 @@ class RoundCost(NamedTuple):
 
 def rounds_with_draft(engine: Engine, knobs: Mapping[str, float], counts: Counts) -> float:
     """Return the number of rounds that drafted anything: of look-ups those that had a match, of a model all."""
-    if engine.draft != LOOKUP:
+    if engine.fixed_length(engine.setting(1)):
         return counts.rounds if counts.drafted else 0
     return min(counts.drafted / knobs[engine.length_knob], counts.rounds)
 
