@@ -31,7 +31,7 @@ from ..report.page import write_report
 from ..training.ppo import TrainingInterruptedError, way_on
 from ..training.run_folder import RunFolder, console, quieten, read_json, this_command
 from ..training.settings_io import SETTINGS_FORMAT, SettingsError, to_json
-from .judge import CAPTION, Setting, judge, tried_table, verdict
+from .judge import CAPTION, Setting, judge, pays, tried_table, verdict
 from .practice import check_recorded
 from .search import Candidate, EngineSearch, candidates_of
 from .settings import EXPERIMENT, EngineSettings, load_engine_settings
@@ -203,7 +203,7 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
     folder = settings.folder
     table.save(folder / "table.json", this_command())
     engine = engines[judged[RECOMMENDED].draft]
-    knobs = None if first is None else first.knobs
+    knobs = None if first is None or not pays(table) else first.knobs
     recommendation: dict[str, Any] = {
         "format": FORMAT,
         "command": this_command(),

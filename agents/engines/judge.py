@@ -162,6 +162,13 @@ def _written(knobs: Mapping[str, float]) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in knobs.items())
 
 
+def pays(table: ResultTable) -> bool:
+    """Return whether the recommended setting is faster than plain decoding on held-out prompts."""
+    by_workload = table.by_workload()
+    every = by_workload.get(ALL) or next(iter(by_workload.values()), {})
+    return RECOMMENDED in every and every[RECOMMENDED].values["speedup"] > 1
+
+
 def verdict(table: ResultTable) -> str:
     """Return what to serve with, in sentences, by the held-out prompts."""
     by_workload = table.by_workload()
@@ -183,7 +190,7 @@ def verdict(table: ResultTable) -> str:
         for name, rows in by_workload.items()
         if name != ALL and (row := rows.get(RECOMMENDED)) is not None and row.values["speedup"] < LEAST
     ]
-    if recommended.values["speedup"] <= 1:
+    if not pays(table):
         sentences.append("It did not hold on held-out prompts: do not speculate.")
     elif slower:
         sentences.append(f"Slower than plain decoding on {', '.join(slower)}: do not speculate there.")
@@ -193,10 +200,10 @@ def verdict(table: ResultTable) -> str:
             f"{unequal:.0%} of the greedy texts differ from the engine's own plain ones: its arithmetic depends on how "
             "many tokens it verifies at a time."
         )
-    rivals = {name: row.values["speedup"] for name, row in every.items() if name not in (RECOMMENDED, PLAIN, DEFAULT)}
+    rivals = {name: row.values["speedup"] for name, row in every.items() if name not in (RECOMMENDED, PLAIN)}
     better = {name: speedup for name, speedup in rivals.items() if speedup > recommended.values["speedup"] * 1.01}
     for name, speedup in better.items():
-        sentences.append(f"{name.capitalize()} is faster here: {speedup:.2f} times plain decoding.")
+        sentences.append(f"Faster here: {name}, {speedup:.2f} times plain decoding.")
     return " ".join(sentences)
 
 

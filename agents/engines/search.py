@@ -148,7 +148,7 @@ class EngineSearch:
         self._measuring, self.method, self._tell = measuring, method, tell
         self._temperature, self._seed, self._recorded = temperature, seed, recorded
         self._budget, self._seconds, self._slower_sets = measurements, seconds, slower_sets
-        self._begun = measuring.journal.seconds
+        self._begun = 0.0
         self.trials: list[Trial] = []
         self.notes: list[str] = []
         """Sentences on what this search could not do."""
@@ -161,6 +161,7 @@ class EngineSearch:
         Raises:
             EngineError: the engine has died or failed.
         """
+        self._begun = self._measuring.journal.seconds
         backends = self._measuring.backends
         share = min((self._budget - _RACES) // len(backends), MOST_MEASUREMENTS)
         for draft in backends:

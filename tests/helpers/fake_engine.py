@@ -22,6 +22,8 @@ class Behaviour:
         ignores: whether it drafts three tokens whatever it is set to.
         strays: whether drafted text differs from plain text.
         counts: whether it tells counts.
+        remembers: whether it drafts otherwise what it has seen.
+        slow: prompts with these letters take nine times as long with a draft; none if empty.
         asked: settings that were served, in order; None for plain.
         prompts: texts decoded by each of them.
         open: number of those served that are not closed.
@@ -39,6 +41,7 @@ class Behaviour:
     remembers: bool = False
     asked: list[Mapping[str, float] | None] = field(default_factory=list)
     prompts: list[list[str]] = field(default_factory=list)
+    slow: str = ""
     open: int = 0
     texts: int = 0
     opened: list[EngineOptions | None] = field(default_factory=list)
@@ -115,6 +118,8 @@ class FakeServed(Served):
             place += right + 1
             cost += 1 + behaviour.token_cost * length
         seconds = cost * PLAIN_SECONDS * (1 + behaviour.drift) ** behaviour.texts
+        if behaviour.slow and behaviour.slow in key and self._length:
+            seconds *= 9
         ids = [int(1000 * share) for share in tokens]
         counted = (drafted, accepted, rounds) if behaviour.counts and self._length else (None, None, None)
         return EngineText(" ".join(map(str, ids)), ids, max_new_tokens, seconds, 0.0, *counted)

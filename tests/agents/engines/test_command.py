@@ -89,6 +89,22 @@ def test_plain_decoding_is_recommended_where_nothing_pays(
     assert all(row["speedup"] == 1 and row["over_default"] > 1.25 for row in recommended)
 
 
+def test_a_setting_that_does_not_hold_on_held_out_prompts_is_withdrawn(
+    behaviours: dict[str | None, Behaviour], tmp_path: Path
+) -> None:
+    behaviours["good.gguf"].slow = "held out"
+    prompts = tmp_path / "mine.json"
+    texts = {"train": [f"seen {place}" for place in range(6)], "test": [f"held out {place}" for place in range(6)]}
+    prompts.write_text(json.dumps(texts))
+    command_line = arguments(tmp_path, "--draft", "good.gguf")
+    assert train_command([*command_line[: command_line.index("--prompts")], "--prompts", str(prompts),
+                          "--draft", "good.gguf"]) == 0  # fmt: skip
+    recommendation = json.loads((tmp_path / "run" / "recommendation.json").read_text())
+    assert recommendation["tried"]["tuner"][0]["speedup"] > 1.5
+    assert recommendation["recommended"] is None
+    assert "It did not hold on held-out prompts: do not speculate." in recommendation["advice"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
