@@ -193,4 +193,6 @@ def _ending(code: int) -> str:
         return "was stopped"
     if code == 128 + getattr(signal, "SIGKILL", 9):
         return "was killed, which systems do when memory runs out"
+    with contextlib.suppress(ValueError):
+        return f"crashed ({signal.Signals(code - 128).name}), as a damaged model file may cause"
     return f"has ended with exit code {code}"

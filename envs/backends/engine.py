@@ -126,7 +126,8 @@ class EngineBackend:
     ) -> Metrics[Floats]:
         """Decode n texts; those of one setting together, so that an engine restarts once for each.
 
-        Where an engine tells no counts, it counts as a round for every token and nothing drafted.
+        Where an engine tells no rounds, it counts as a round for every token; where it does not tell what it drafted,
+        as nothing drafted and nothing accepted.
 
         Raises:
             EngineError: the engine fails, or ignores a setting.
@@ -251,7 +252,7 @@ def _metrics(texts: Sequence[ComparedText]) -> Metrics[Floats]:
             text.drafted.timed_tokens,
             text.drafted.timed_tokens if text.drafted.rounds is None else text.drafted.rounds,
             text.drafted.drafted or 0,
-            text.drafted.accepted or 0,
+            0 if text.drafted.drafted is None else text.drafted.accepted or 0,
             0.0,
             text.drafted.seconds,
             text.plain.seconds / text.plain.timed_tokens * text.drafted.timed_tokens,

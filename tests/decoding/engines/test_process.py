@@ -79,6 +79,9 @@ def test_only_the_end_of_a_log_is_quoted_and_nothing_of_an_earlier_engine(tmp_pa
     quiet = EngineProcess("toy", python("raise SystemExit(3)"), log)
     with pytest.raises(EngineError, match=r"exit code 3\. It has printed nothing"):
         quiet.wait_until(lambda: False, 60)
+    crashing = EngineProcess("toy", python("import os; os.kill(os.getpid(), 11)"), log)
+    with pytest.raises(EngineError, match=r"toy crashed \(SIGSEGV\), as a damaged model file may cause"):
+        crashing.wait_until(lambda: False, 60)
 
 
 def test_what_cannot_be_run_or_logged_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,15 @@ def test_an_engine_without_counts_is_timed_all_the_same() -> None:
     assert (metrics.drafted[0], metrics.accepted[0]) == (0, 0)
     assert metrics.rounds[0] == metrics.tokens[0]
     assert metrics.speedup[0] > 1
+
+
+def test_what_is_accepted_of_an_unknown_number_is_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = FakeServed.generate
+    monkeypatch.setattr(FakeServed, "generate", lambda *words: replace(generate(*words), drafted=None))
+    knobs = {"num_tokens": np.array([4.0])}
+    metrics = backend().decode(np.array([0]), np.array([0]), knobs, np.random.default_rng(0))
+    assert metrics.mean_acceptance_length[0] > 1
+    assert metrics.draft_acceptance_rate[0] == metrics.accepted[0] == 0
 
 
 def test_prompts_are_chosen_by_their_index() -> None:
