@@ -260,7 +260,8 @@ class _LlamaServed(Served):
         )
         if answer.get("truncated"):
             raise ArgumentError(
-                f"prompt and text do not fit into {self._context} tokens of context; raise it (--context; context of EngineOptions)"
+                f"prompt and text do not fit into {self._context} tokens of context; raise it (--context; context of "
+                "EngineOptions)"
             )
         timings = answer["timings"]
         new_tokens = int(timings["predicted_n"])

@@ -194,5 +194,5 @@ def _ending(code: int) -> str:
     if code == 128 + getattr(signal, "SIGKILL", 9):
         return "was killed, which systems do when memory runs out"
     with contextlib.suppress(ValueError):
-        return f"crashed ({signal.Signals(code - 128).name}), as a damaged model file may cause"
+        return f"crashed with {signal.Signals(code - 128).name} (a damaged model file can do that)"
     return f"has ended with exit code {code}"

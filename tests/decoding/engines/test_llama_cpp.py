@@ -156,7 +156,7 @@ def test_counts_are_the_servers_and_absent_ones_are_none_drafted(engine: Engine)
     with engine.serve(None) as plain:
         text = plain.generate("once", 20)
         assert (text.drafted, text.accepted, text.rounds, text.accepted_by_place) == (0, 0, 19, None)
-        with pytest.raises(ArgumentError, match="256 tokens of context; raise it .*context of EngineOptions"):
+        with pytest.raises(ArgumentError, match=r"256 tokens of context; raise it .*context of EngineOptions"):
             plain.generate("once", 300)
     assert engine.version() == "b11549"
     assert not engine.remembers
@@ -193,7 +193,7 @@ def test_a_server_that_dies_says_why(engine: Engine, monkeypatch: pytest.MonkeyP
     with pytest.raises(EngineError, match=r"(?s)exit code 1.*invalid argument: --spec-type"):
         engine.serve({})
     monkeypatch.setenv("FAKE_LLAMA", "breaks")
-    with engine.serve({}) as served, pytest.raises(EngineError, match=r"(?s)code 134.*GGML_ASSERT\(n_tokens > 0\)"):
+    with engine.serve({}) as served, pytest.raises(EngineError, match=r"(?s)SIGABRT.*GGML_ASSERT\(n_tokens > 0\)"):
         served.generate("once", 30)
 
 
