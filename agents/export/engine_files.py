@@ -183,11 +183,12 @@ def _of_engine(content: Mapping[str, Any], engine: str) -> Item:
         rule=None if same else ENGINE_SETTINGS[tuned].stop,
         extra=knobs if same and knobs else {},
     )
-    note = (
-        "Measured on this engine."
-        if same
-        else (f"Measured on {tuned}, as whose files the models are named; measure it here before you serve with it.")
-    )
+    if not knobs:
+        note = f"On {tuned} nothing paid."
+    elif same:
+        note = "Measured on this engine."
+    else:
+        note = f"Measured on {tuned}, as whose files the models are named; measure it here before you serve with it."
     return Item(Path(str(content["target"])).stem, setting, note)
 
 

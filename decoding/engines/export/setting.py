@@ -154,8 +154,11 @@ def notes_on(engine: str, setting: ServedSetting, *others: str) -> list[str]:
         )
     for name in (setting.target, setting.model):
         if name is not None and not path_exists(name) and (_SHIPPED / name).is_dir():
-            notes.append(
-                f"{name} ships with specgym; write it as a folder that engines load: model, tokenizer = "
-                f"specgym.decoding.load_model({name!r}); then save_pretrained of both."
+            way = (
+                f"as GGUF: python -m specgym.decoding.engines.gguf {name} {name}.gguf"
+                if engine == "llama.cpp"
+                else "as a folder that engines load: model, tokenizer = "
+                f"specgym.decoding.load_model({name!r}); then save_pretrained of both"
             )
+            notes.append(f"{name} ships with specgym; write it {way}.")
     return [*notes, *(note for note in others if note)]
