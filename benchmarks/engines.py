@@ -53,14 +53,20 @@ class Settings:
     """Threads of the engines. Defaults to the machine's cores."""
 
 
-def model_files(pair: str, engine: EngineName, folder: Path) -> tuple[str, str]:
-    """Return a pair's target and draft in a format of the engine, written first where they are missing."""
+def model_files(pair: str, engine: EngineName, folder: Path, kind: Literal["f16", "f32"] = "f16") -> tuple[str, str]:
+    """Return a pair's target and draft in a format of the engine, written first where they are missing.
+
+    Args:
+        pair: name of it, with a draft that is a model.
+        engine: that reads them.
+        folder: for the files.
+        kind: of matrices in GGUF files; OpenVINO GenAI 2026.4.1 reads f16 and not f32.
+    """
     preset = resolve(pair)
     if preset.draft is None or not preset.draft_is_model:
         raise SystemExit(f"{pair} has no draft that is a model")
     if engine == "transformers":
         return preset.target, preset.draft
-    kind: Literal["f16"] = "f16"  # which OpenVINO GenAI 2026.4.1 reads from GGUF, and float32 not
     folder.mkdir(parents=True, exist_ok=True)
     target, draft = (folder / f"{name}-{kind}.gguf" for name in (preset.target, preset.draft))
     if not target.is_file():

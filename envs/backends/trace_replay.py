@@ -129,10 +129,12 @@ class TraceWalk:
         rng: np.random.Generator,
         stop_below: float = 0.0,
         fewest: int = 0,
+        before_rounds: int = 0,
     ) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield the rounds of one text: row, tokens drafted and verified, accepted, emitted, and `Rounds.cost`.
 
-        Arguments as for `decode`, but a path instead of a prompt, and a tolerance as float32 has it.
+        Arguments as for `decode`, but a path instead of a prompt, and a tolerance as float32 has it; and the tokens
+        that the text has before its first round.
         """
         table, tokens = self.table, self.tokens
         width, columns, reach = table.routes.shape[1], table.draft_length + 1, table.needed.shape[1]
@@ -142,7 +144,9 @@ class TraceWalk:
         fractional = further % 1 > 0
         needed, jump, routes, drafted_at, places = self._needed, self._jump, self._routes, self._drafted, self._places
         sampled, draw, first = table.sampled, rng.random, path * width
-        row, count, room = routes[first], 0, tokens - 1
+        if before_rounds >= end:
+            return
+        row, count, room = routes[first + before_rounds], before_rounds, tokens - 1 - before_rounds
         level = self._level(tolerance) if self._levelled else 0
         stops, before, doubt = stop_below > 0 or fewest > 0, self._before, self._doubt
         sure = -float(np.float32(stop_below)) if stops else 0.0
