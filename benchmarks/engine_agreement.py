@@ -66,7 +66,7 @@ class Compared:
     @property
     def pairs(self) -> list[tuple[EngineCounts, EngineCounts]]:
         """Counts of the texts that are the same."""
-        return [(told, ours) for told, ours in zip(self.engine, self.replay, strict=True) if told is not None]
+        return [(theirs, ours) for theirs, ours in zip(self.engine, self.replay, strict=True) if theirs is not None]
 
 
 def settings_of(engine: EngineName) -> list[dict[str, float]]:
@@ -104,20 +104,21 @@ def compared(name: EngineName, pair: str, settings: Settings) -> list[Compared]:
             with engine.serve(in_its_terms(engine, knobs)) as served:
                 for prompts, (trace, ids) in traces.items():
                     tokens = min(settings.tokens, trace.info.tokens)
-                    told: list[EngineCounts | None] = []
+                    theirs: list[EngineCounts | None] = []
                     for place, prompt in enumerate(ids):
                         text = served.generate(prompt, tokens)
                         start, end = trace.starts[place : place + 2].tolist()
                         same = list(text.tokens or ()) == trace.text[start:end][:tokens].tolist()
                         counts = EngineCounts(text.drafted or 0, text.accepted or 0, text.rounds or 0)
-                        told.append(counts if same else None)
+                        theirs.append(counts if same else None)
                     replayed = engine_counts(trace, name, knobs, tokens)[: len(ids)]
-                    results.append(Compared(prompts, knobs, told, replayed))
+                    results.append(Compared(prompts, knobs, theirs, replayed))
     return results
 
 
-def main(settings: Settings) -> None:
+def main() -> None:
     """Compare, and print a table with a row for each engine and pair."""
+    settings = tyro.cli(Settings, prog="python -m benchmarks.engine_agreement", description=__doc__)
     print("| engine | pair | settings | texts | other text | equal counts | drafted | replayed | accepted | replayed |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     everything = {}
@@ -128,7 +129,7 @@ def main(settings: Settings) -> None:
         ]
         texts = sum(len(result.engine) for result in results)
         same = [both for result in results for both in result.pairs]
-        equal = sum(told == ours for told, ours in same)
+        equal = sum(theirs == ours for theirs, ours in same)
         sums = [sum(both[side][what] for both in same) for what in (0, 1) for side in (0, 1)]
         cells = [
             name, f"`{pair}`", len(settings_of(name)), texts, texts - len(same), f"{equal} of {len(same)}", *sums,
@@ -139,4 +140,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main()

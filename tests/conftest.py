@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too; before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("SPECGYM_TIMING_REPEATS", "1")  # of one sample nobody says that it spreads, to time again
+os.environ.setdefault("SPECGYM_TIMING_REPEATS", "3")  # latency profiles that only have to be there
 
 import pytest
 import torch

@@ -34,9 +34,9 @@ def test_counts_are_those_that_the_engine_told(name: str) -> None:
     for entry in COUNTS[name]:
         trace, _ = find_trace(None, f"{pair}/{entry['prompts']}", "test")
         ours = engine_counts(trace, engine, entry["knobs"], min(TOKENS, trace.info.tokens))
-        told = [None if counts is None else EngineCounts(*counts) for counts in entry["counts"]]
-        assert [counts and mine for counts, mine in zip(told, ours, strict=False)] == told, entry
-        drafted |= {counts.drafted for counts in told if counts}
+        theirs = [None if counts is None else EngineCounts(*counts) for counts in entry["counts"]]
+        assert [counts and mine for counts, mine in zip(theirs, ours, strict=False)] == theirs, entry
+        drafted |= {counts.drafted for counts in theirs if counts}
     assert len(drafted) > 20
 
 
@@ -53,7 +53,7 @@ def test_engines_begin_and_count_differently() -> None:
 def test_a_tellable_threshold_compares_with_what_was_rounded_as_before(threshold: float, probability: float) -> None:
     chosen = tellable_threshold(threshold)
     assert chosen == pytest.approx(threshold, rel=0.005)
-    near = np.float32([probability, *(chosen * (1 + share) for share in (-1e-6, 1e-6))])
+    near = np.array([probability, *(chosen * (1 + share) for share in (-1e-6, 1e-6))], np.float32)
     assert ((near < np.float32(chosen)) == (_rounded(near) < np.float32(chosen))).all()
 
 
@@ -72,5 +72,6 @@ def test_no_threshold_stays_none() -> None:
 )
 def test_what_cannot_be_replayed_is_refused(workload: str, changed: dict[str, Any], message: str) -> None:
     trace, _ = find_trace(None, workload, "test")
+    usual: dict[str, Any] = {"engine": "vllm", "knobs": {"draft_length": 3.0}, "tokens": 8}
     with pytest.raises(ArgumentError, match=message):
-        engine_counts(**{"trace": trace, "engine": "vllm", "knobs": {"draft_length": 3.0}, "tokens": 8} | changed)
+        engine_counts(trace, **usual | changed)
