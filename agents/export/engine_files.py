@@ -26,6 +26,7 @@ from specgym.decoding import (
 from specgym.envs import environment_id, workload
 
 from ..engines.command import FORMAT as OF_ENGINE
+from ..engines.settings import is_engine_run
 from ..evaluation.results import ALL, LEARNED, ResultTable
 from ..experiments.experiment import load_settings
 from ..training.run_folder import RunFileError, RunFolder, console, read_json
@@ -100,6 +101,8 @@ def _items(folder: Path, engine: str) -> Iterator[Item]:
         run = RunFolder.existing(folder)
     except RunFileError as error:
         raise RunFileError(f"{error}; nor has it a recommendation.json") from error
+    if is_engine_run(folder):
+        raise RunFileError(f"{folder} recommends nothing yet; go on with: python train.py --resume {folder}")
     settings = load_settings(run.settings)
     if getattr(settings, "decoder", SpeculativeDecoder.name) != SpeculativeDecoder.name:
         known = load_knobs(run.knobs)["workloads"].values() if run.knobs.is_file() else ()

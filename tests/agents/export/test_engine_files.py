@@ -12,13 +12,15 @@ import pytest
 
 from specgym.agents import save_settings
 from specgym.agents.command_line import ExportName, evaluate_command
+from specgym.agents.engines.settings import EXPERIMENT
 from specgym.agents.evaluation.results import LEARNED, ResultTable, Row
 from specgym.agents.experiments.stop_drafts_settings import StopSettings
 from specgym.agents.experiments.tune_knobs_settings import default_settings
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export.engine_files import export_for_engine
 from specgym.agents.export.recommend import save_knobs
-from specgym.decoding import EXPORT_ENGINES, LOOKUP
+from specgym.agents.training.settings_io import SETTINGS_FORMAT
+from specgym.decoding import EXPORT_ENGINES, LOOKUP, write_sealed
 
 Shown = Callable[[], str]
 RUNS = Path(__file__).parents[2] / "fixtures" / "runs"
@@ -178,6 +180,7 @@ def test_an_engine_s_own_run_is_written_in_its_terms_and_for_others_in_ours(tmp_
         (["RUN", "--report"], "leave out all options but the folder"),
         (["EMPTY"], "nor has it a recommendation.json"),
         (["WORLDS"], "--pair target+draft writes the folder of a recommendation"),
+        (["UNFINISHED"], "unfinished recommends nothing yet; go on with: python train.py --resume"),
         (["DAMAGED"], "is damaged"),
         (["OTHER"], "holds no recommendation"),
     ],
@@ -185,13 +188,16 @@ def test_an_engine_s_own_run_is_written_in_its_terms_and_for_others_in_ours(tmp_
 def test_what_cannot_be_written_is_refused_in_one_line(
     words: list[str], message: str, learned: Path, tmp_path: Path, shown: Shown
 ) -> None:
-    for name in ("empty", "worlds"):
+    for name in ("empty", "worlds", "unfinished"):
         (tmp_path / name).mkdir()
+    begun = {"format": SETTINGS_FORMAT, "experiment": EXPERIMENT, "settings": {}}
+    write_sealed(tmp_path / "unfinished" / "settings.json", begun)
     save_settings(WorldsSettings(name="worlds", runs=tmp_path), tmp_path / "worlds" / "settings.json", "command")
     places = {
         "RUN": learned,
         "EMPTY": tmp_path / "empty",
         "WORLDS": tmp_path / "worlds",
+        "UNFINISHED": tmp_path / "unfinished",
         "DAMAGED": store(tmp_path / "damaged", format="specgym-exact-recommendation-1", workload="tiny/prose"),
         "OTHER": store(tmp_path / "other", format="specgym-something-1"),
     }
