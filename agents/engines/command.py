@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,7 @@ def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
             _begin(settings)
         remove_leftovers(folder)
         journal = Journal.at(folder / "measurements.json")
+        _warn_if_busy()
         if journal.trials:
             console.print(f"Going on after {len(journal.trials)} measurements.")
         try:
@@ -127,6 +129,19 @@ def report_engine(folder: Path) -> Path:
     path = write_report(report, folder)
     console.print(f"The report is in {path}.", soft_wrap=True)
     return path
+
+
+def _warn_if_busy() -> None:
+    """Say that others compute on this machine: whoever runs fewer passes then waits less, and looks faster."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores:
+        console.print(
+            f"This machine is busy (load {load:.1f} on {cores} cores). Speedups measured now are those of a machine "
+            "that is busy; measure again on an idle one before you rely on them.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _opened(settings: EngineSettings, stack: ExitStack) -> dict[str, Engine]:

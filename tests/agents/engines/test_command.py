@@ -89,6 +89,19 @@ def test_plain_decoding_is_recommended_where_nothing_pays(
     assert all(row["speedup"] == 1 and row["over_default"] > 1.25 for row in recommended)
 
 
+@pytest.mark.parametrize("load", [0.5, 1000.0])
+def test_a_busy_machine_is_warned_of(
+    behaviours: dict[str | None, Behaviour],
+    load: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    assert train_command(arguments(tmp_path, "--draft", "slow.gguf", "--measurements", "3")) == 0
+    assert ("This machine is busy (load 1000.0" in capsys.readouterr().out) is (load > 100)
+
+
 def test_a_setting_that_does_not_hold_on_held_out_prompts_is_withdrawn(
     behaviours: dict[str | None, Behaviour], tmp_path: Path
 ) -> None:
