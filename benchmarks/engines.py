@@ -12,13 +12,14 @@ cores, most of it for SmolLM2.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from specgym.agents import EngineSettings, ResultTable, tune_engine
+from specgym.agents import EngineSettings, ResultTable, Row, tune_engine
 from specgym.decoding import LOOKUP, GgufSettings, resolve, write_gguf
 
 EngineName = Literal["llama.cpp", "openvino", "transformers"]
@@ -104,8 +105,8 @@ def tuned(engine: EngineName, pair: str, settings: Settings) -> Path:
 
 def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
     """Return the lines of a Markdown table with a row for each run, of held-out prompts."""
-    headings = ("engine", "pair", "recommended", "times plain", "times default", "least of a set", "one for all",
-                "closed form", "measurements", "seconds", "aim")  # fmt: skip
+    headings = ("engine", "pair", "recommended", "times plain", "times default", "least of a set", "default, draft",
+                "default, look-up", "one for all", "closed form", "measurements", "seconds", "aim")  # fmt: skip
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for (engine, pair), folder in folders.items():
         results = ResultTable.load(folder / "table.json").by_workload()
@@ -123,6 +124,7 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
             _with_interval(best.values["speedup"], best.intervals.get("speedup")),
             _with_interval(best.values["over_default"], best.intervals.get("over_default")),
             f"{least:.2f}",
+            *(f"{rows[name].values['speedup']:.2f}" if name in rows else "-" for name in _defaults(rows)),
             f"{rows['one for all'].values['speedup']:.2f}",
             "-" if closed_form is None else f"{closed_form.values['speedup']:.2f}",
             str(recommendation["measurements"]),
@@ -131,6 +133,12 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _defaults(rows: Mapping[str, Row]) -> tuple[str, str]:
+    """Methods that are the engine's defaults for the draft and for look-up: which is compared with has a short name."""
+    (other,) = (name for name in rows if name.startswith("default, "))
+    return ("default", other) if other == f"default, {LOOKUP}" else (other, "default")
 
 
 def _with_interval(value: float, ends: tuple[float, float] | None) -> str:
