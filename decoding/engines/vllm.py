@@ -165,8 +165,8 @@ class VLLM(Engine):
             package = self.package.replace(" ", "==")
             raise EngineError(
                 f"vLLM is not installed for {self._python}. It wants other versions than specgym, so give it an "
-                f"interpreter of its own: python -m venv vllm && vllm/bin/pip install {package}; then name "
-                "vllm/bin/python with --engine-python"
+                f"interpreter of its own: python -m venv vllm && vllm/bin/pip install {package} "
+                "transformers==5.19.0; then name vllm/bin/python with --engine-python"
             )
         return version
 
