@@ -1,12 +1,10 @@
-"""Modules that a process loads: replay needs no models, and a help text no figures."""
+"""Modules that a process loads: costs of deployments need no models, and a help text no figures."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
@@ -17,20 +15,6 @@ def loaded_by(script: str) -> set[str]:
     command = [sys.executable, "-c", f"import atexit\natexit.register(lambda: exec({LOADED!r}))\n{script}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return set(ended.stderr.splitlines()[-1].split())
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        "gymnasium.make('specgym/Thresholds-v0', backend='replay').reset(seed=0)",
-        "gymnasium.make_vec('specgym/Lookahead-v0', num_envs=2).reset(seed=0)",
-        "gymnasium.make_vec('specgym/DraftLength-v0', num_envs=2).reset(seed=0)",
-    ],
-)
-def test_a_replay_environment_loads_no_model_library(make: str) -> None:
-    loaded = loaded_by(f"import gymnasium, specgym\n{make}")
-    assert "numpy" in loaded
-    assert not loaded & {"torch", "transformers", "stable_baselines3", "matplotlib"}
 
 
 def test_costs_of_deployments_load_no_model_library() -> None:
