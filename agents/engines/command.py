@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from specgym.decoding import (
     LOOKUP,
     Engine,
+    EngineError,
     PromptSet,
     SpecgymError,
     interruption_code,
@@ -82,8 +83,9 @@ def tune_engine(settings: EngineSettings, resume: Path | None = None) -> Path:
             message = f"interrupted after {len(journal.trials)} measurements. {way_on(folder)}"
             raise TrainingInterruptedError(message, interruption_code(interruption)) from None
         except SpecgymError:
-            if resume is None and not journal.trials:  # so that the command can be given again; the log stays
-                RunFolder(folder).settings.unlink(missing_ok=True)
+            if resume is None and not any(trial.texts for trial in journal.trials):
+                for path in (RunFolder(folder).settings, journal.path):  # so that the command can be given again
+                    path.unlink(missing_ok=True)
             raise
     return folder
 
@@ -208,6 +210,9 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
             chosen[search.method] = search.run()
             ranked[search.method] = candidates_of(search.trials)
             console.print(tried_table(ranked[search.method], [texts.name for texts in sets]))
+    if not any(ranked.values()):
+        failures = [trial.failed for trial in journal.trials if trial.failed]
+        raise EngineError(f"nothing could be measured. {failures[0] if failures else 'Give it more --minutes'}")
     first = chosen[settings.methods[0]]
     judged = _judged(settings, engines, searches[0], chosen)
     console.print("Judging on held-out prompts.")

@@ -10,7 +10,7 @@ import pytest
 
 from specgym.agents import evaluate_command, train_command
 from specgym.agents.engines import command
-from specgym.decoding import LOOKUP, EngineError, EngineOptions, Served
+from specgym.decoding import LOOKUP, EngineError, EngineOptions, Served, SettingIgnoredError
 from tests.helpers.fake_engine import Behaviour, FakeEngine
 
 
@@ -142,7 +142,7 @@ def test_impossible_settings_are_refused_before_anything_is_started(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_engine_does_not_start_can_be_begun_again(
+def test_a_run_that_measured_nothing_is_an_error_and_can_be_begun_again(
     behaviours: dict[str | None, Behaviour],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -157,4 +157,12 @@ def test_a_run_whose_engine_does_not_start_can_be_begun_again(
         patched.setattr(FakeEngine, "serve", fail)
         assert train_command(words) == 2
     assert "fake does not start" in capsys.readouterr().err
+
+    def ignore(*_: object) -> None:
+        raise SettingIgnoredError("fake drafts as it likes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeEngine, "check_effect", ignore)
+        assert train_command(words) == 2
+    assert "nothing could be measured. fake drafts as it likes" in capsys.readouterr().err
     assert train_command(words) == 0
