@@ -79,6 +79,8 @@ class EngineSettings:
     every setting."""
     context: int = 2048
     """Tokens of prompt and text together, at most."""
+    seconds_to_start: float = 600.0
+    """Time that the engine may take to start. vLLM needs minutes on a CPU."""
     seed: int = 0
     """Seed of the order of the prompts, of sampling and of searches."""
     name: str = ""
@@ -94,6 +96,7 @@ class EngineSettings:
         if self.threads is not None:
             whole_number("threads", self.threads)
         number("minutes", self.minutes, above=0)
+        number("seconds_to_start", self.seconds_to_start, above=0)
         number("temperature", self.temperature, at_least=0)
 
     @property
@@ -111,6 +114,7 @@ class EngineSettings:
             threads=self.threads,
             float32=self.float32,
             context=self.context,
+            seconds_to_start=self.seconds_to_start,
             log=self.folder / "engine.log",
         )
 
