@@ -50,8 +50,9 @@ class Settings:
     """Tokens decoded of each prompt."""
     judged_prompts: int = 6
     """Held-out prompts of every set."""
-    threads: int | None = None
-    """Threads of the engines. Defaults to the machine's cores."""
+    threads: int = 1
+    """Threads of the engines. As many as there are cores wait for one another whenever the machine does something else,
+    llama.cpp's most of all."""
 
 
 def model_files(pair: str, engine: EngineName, folder: Path, kind: Literal["f16", "f32"] = "f16") -> tuple[str, str]:

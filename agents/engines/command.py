@@ -102,9 +102,10 @@ def judge_again(folder: Path) -> None:
         engines = _opened(settings, stack)
         with _measuring(settings, engines, sets, Journal(folder / "judged-again.json"), "test") as measuring:
             table = judge(measuring, judged, settings.judged_prompts, settings.temperature == 0)
+    table = replace(table, verdict=verdict(table))
     table.save(folder / "evaluation.json", this_command())
     console.print(table.render(f"Held-out prompts of {folder}, once more"))
-    console.print(verdict(table), highlight=False)
+    console.print(table.verdict, highlight=False)
     console.print(f"Before: {stored.verdict}", highlight=False)
 
 
@@ -219,6 +220,12 @@ def _tune(settings: EngineSettings, engines: Mapping[str, Engine], sets: Sequenc
     with _measuring(settings, engines, sets, journal, "test") as measuring:
         table = judge(measuring, judged, settings.judged_prompts, settings.temperature == 0)
     notes = [note for search in searches for note in search.notes]
+    if settings.temperature:
+        notes += [
+            f"Text sampled with {name} does not follow the target's distribution in {settings.engine}."
+            for name, engine in engines.items()
+            if not engine.lossless_when_sampling
+        ]
     table = replace(table, verdict=verdict(table), notes=[*table.notes, *notes])
     folder = settings.folder
     table.save(folder / "table.json", this_command())

@@ -104,6 +104,11 @@ class Speeds:
         return self.drafted / self.plain
 
 
+def _timed(text: ComparedText) -> bool:
+    """True if both sides took a time that can be compared; a text may end with its first token."""
+    return all(side.seconds > 0 and side.new_tokens > side.first_tokens for side in (text.plain, text.drafted))
+
+
 @dataclass
 class Journal:
     """Record of all measurements of a run, from which it goes on.
@@ -201,11 +206,13 @@ class Measuring:
         def measured() -> Trial:
             setting = ", ".join(f"{name}={value:g}" for name, value in knobs.items())
             self._report(f"{backend.engine.name}, {draft}: {setting} ({why})")
-            started, failed = time.monotonic(), ""
+            started = time.monotonic()
+            compared: list[ComparedText] = []
             try:
-                compared: list[ComparedText] = backend.compare(knobs, texts)
+                compared = [text for text in backend.compare(knobs, texts) if _timed(text)]
+                failed = "" if compared else "no text was longer than its first tokens, which are not timed"
             except SettingIgnoredError as error:
-                compared, failed = [], str(error)
+                failed = str(error)
             return Trial(draft, dict(knobs), why, compared, time.monotonic() - started, failed)
 
         return self.journal.take(draft, knobs, why, measured)

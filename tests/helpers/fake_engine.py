@@ -23,6 +23,7 @@ class Behaviour:
         strays: whether drafted text differs from plain text.
         counts: whether it tells counts.
         remembers: whether it drafts otherwise what it has seen.
+        short: prompts with these letters end with the first token; none if empty.
         slow: prompts with these letters take nine times as long with a draft; none if empty.
         asked: settings that were served, in order; None for plain.
         prompts: texts decoded by each of them.
@@ -42,6 +43,7 @@ class Behaviour:
     asked: list[Mapping[str, float] | None] = field(default_factory=list)
     prompts: list[list[str]] = field(default_factory=list)
     slow: str = ""
+    short: str = ""
     open: int = 0
     texts: int = 0
     opened: list[EngineOptions | None] = field(default_factory=list)
@@ -104,6 +106,8 @@ class FakeServed(Served):
         behaviour, key = self._behaviour, str(prompt)
         self._prompts.append(key)
         behaviour.texts += 1
+        if behaviour.short and behaviour.short in key:
+            max_new_tokens = 1
         tokens = [_share(key, place, "token") for place in range(max_new_tokens)]
         if behaviour.strays and self._length:
             tokens[-1] = -1.0

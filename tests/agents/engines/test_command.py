@@ -102,6 +102,16 @@ def test_a_busy_machine_is_warned_of(
     assert ("This machine is busy (load 1000.0" in capsys.readouterr().out) is (load > 100)
 
 
+def test_an_engine_that_does_not_sample_exactly_is_not_called_lossless(
+    behaviours: dict[str | None, Behaviour], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "lossless_when_sampling", False)
+    assert train_command(arguments(tmp_path, "--draft", "good.gguf", "--temperature", "1")) == 0
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert table["notes"] == ["Text sampled with good does not follow the target's distribution in llama.cpp."]
+    assert all("equal_texts" not in row for row in table["rows"])
+
+
 def test_a_setting_that_does_not_hold_on_held_out_prompts_is_withdrawn(
     behaviours: dict[str | None, Behaviour], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,18 @@ def test_practice_on_traces_is_charged_by_the_engine_and_measured_on_it(tmp_path
         assert all(trial.texts for trial in rehearsed)
         lengths[cost] = rehearsed[0].knobs["num_tokens"] if rehearsed[0].knobs else 0
     assert lengths[0.02] > lengths[0.5]
+
+
+def test_texts_that_end_with_their_first_token_are_left_out(tmp_path: Path) -> None:
+    search = search_of(Behaviour(alpha=0.9, short="second"), tmp_path)
+    best = search.run()
+    assert best is not None
+    assert len(best.by_set) == 1
+    assert math.isfinite(best.speedup)
+    (tmp_path / "all").mkdir()
+    none = search_of(Behaviour(short="train"), tmp_path / "all")
+    assert none.run() is None
+    assert "no text was longer than its first tokens" in none.trials[0].failed
 
 
 def test_an_engine_without_counts_is_searched_by_speed(tmp_path: Path) -> None:
