@@ -42,7 +42,7 @@ def test_killed_resumed_finished_and_reproduced(
     run = tmp_path / "runs" / "killed"
     killed = warm_python.run(
         "-c", KILLED_TRAINING, "--workloads", *small_workloads, "--runs", run.parent, "--name", run.name,
-        "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1,
+        "--environment.backend", "live", "--seeds", 0, "--environment.prompts-per-step", 1, "--no-subprocesses",
         "--total-timesteps", 240, "--checkpoint-every", 20, "--learning.rollout-steps", 10,
         "--learning.batch-size", 10, "--environment.max-new-tokens", 8, "--environment.max-draft-length", 4,
         "--evaluation.prompts", 2, "--evaluation.max-new-tokens", 8, "--evaluation.during-training", 2,
