@@ -12,14 +12,13 @@ cores, most of it for SmolLM2.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from specgym.agents import EngineSettings, ResultTable, Row, tune_engine
+from specgym.agents import EngineSettings, ResultTable, tune_engine
 from specgym.decoding import LOOKUP, GgufSettings, resolve, write_gguf
 
 EngineName = Literal["llama.cpp", "openvino", "transformers"]
@@ -125,7 +124,8 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
             _with_interval(best.values["speedup"], best.intervals.get("speedup")),
             _with_interval(best.values["over_default"], best.intervals.get("over_default")),
             f"{least:.2f}",
-            *(f"{rows[name].values['speedup']:.2f}" if name in rows else "-" for name in _defaults(rows)),
+            f"{rows['default'].values['speedup']:.2f}",
+            f"{rows[f'default, {LOOKUP}'].values['speedup']:.2f}",
             f"{rows['one for all'].values['speedup']:.2f}",
             "-" if closed_form is None else f"{closed_form.values['speedup']:.2f}",
             str(recommendation["measurements"]),
@@ -134,12 +134,6 @@ def summary(folders: dict[tuple[EngineName, str], Path]) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _defaults(rows: Mapping[str, Row]) -> tuple[str, str]:
-    """Methods that are the engine's defaults for the draft and for look-up: which is compared with has a short name."""
-    (other,) = (name for name in rows if name.startswith("default, "))
-    return ("default", other) if other == f"default, {LOOKUP}" else (other, "default")
 
 
 def _with_interval(value: float, ends: tuple[float, float] | None) -> str:

@@ -280,12 +280,12 @@ def _judged(
 ) -> dict[str, Setting]:
     """Settings to decode held-out prompts with, by method."""
     recommended = chosen[settings.methods[0]]
-    any_draft = next(iter(engines))
-    draft = any_draft if recommended is None else recommended.draft
-    judged = {DEFAULT: Setting(draft, engines[draft].defaults)}
-    for name, engine in engines.items():
-        if name != draft:
-            judged[f"{DEFAULT}, {name}"] = Setting(name, engine.defaults)
+    first = next(iter(engines))
+    draft = first if recommended is None else recommended.draft
+    judged = {
+        DEFAULT if name == first else f"{DEFAULT}, {name}": Setting(name, engine.defaults)
+        for name, engine in engines.items()
+    }
     judged[ONE_FOR_ALL] = Setting(draft, engines[draft].setting(ONE_LENGTH))
     if search.closed_forms:
         name, (speedup, knobs) = max(search.closed_forms.items(), key=lambda item: item[1][0])

@@ -43,7 +43,8 @@ class EngineSettings:
     target: str = ""
     """Target in a format of the engine: a GGUF file, an OpenVINO folder, a Hugging Face folder or name."""
     draft: tuple[str, ...] = (LOOKUP,)
-    """Drafts to choose from, likewise; prompt-lookup copies from the prompt and needs no model."""
+    """Drafts to choose from, likewise; prompt-lookup copies from the prompt and needs no model. Settings are compared
+    with the engine's default for the first."""
     prompts: tuple[str, ...] = SETS
     """Sets of prompts: shipped ones, or files (.txt, .jsonl, .json). A quarter of a file is kept for judging."""
     temperature: float = 0.0
