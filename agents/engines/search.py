@@ -33,7 +33,7 @@ NEEDS_COUNTS: Final = ("tuner", "closed-form")
 PRECISE: Final = 0.02
 """Half the width of the interval of a speedup, as a share, from which on it is known well enough."""
 LEAST: Final = 0.98
-"""Speedup on a set of prompts below which a setting counts as slower than plain decoding there."""
+"""Speedup below which a setting counts as slower than plain decoding."""
 _LONG, _SHORT = 12, 4  # draft lengths of the second measurement
 _REHEARSED: Final = 2  # settings that practice may propose for a draft
 _RACES: Final = 2  # measurements kept for the last part
@@ -170,9 +170,14 @@ class EngineSearch:
         return self.recommended()
 
     def recommended(self) -> Candidate | None:
-        """Return the fastest setting that was measured and pays; None if none does."""
+        """Return the fastest setting that was measured and pays; None if none does.
+
+        It pays if it is faster than plain decoding, by an interval that reaches down to `LEAST` at most, and is not
+        surely slower on a set of prompts.
+        """
         for candidate in candidates_of(self.trials):
-            if candidate.speedup > 1 and (self._slower_sets or not candidate.loses(surely=True)):
+            pays = candidate.speedup > 1 and candidate.interval[0] >= LEAST
+            if pays and (self._slower_sets or not candidate.loses(surely=True)):
                 return candidate
         return None
 

@@ -10,8 +10,8 @@ import pytest
 from specgym.agents.engines.search import EngineSearch
 from specgym.agents.engines.settings import MethodName
 from specgym.agents.engines.trials import Journal, Measuring, Trial
-from specgym.decoding import PromptSet
-from specgym.envs import EngineBackend
+from specgym.decoding import EngineText, PromptSet
+from specgym.envs import ComparedText, EngineBackend
 from tests.helpers.fake_engine import Behaviour, FakeEngine
 
 TEXTS = [
@@ -55,7 +55,7 @@ def test_a_setting_that_is_slower_on_one_set_of_prompts_is_not_recommended_unles
     for trial in search.trials:  # as if the second set had been slow
         slowed = []
         for text in trial.texts:
-            seconds = 1.25 * text.plain.seconds if text.workload == 1 else text.drafted.seconds
+            seconds = 1.03 * text.plain.seconds if text.workload == 1 else text.drafted.seconds
             drafted = text.drafted.__class__(**{**vars(text.drafted), "seconds": seconds})
             slowed.append(text.__class__(**{**vars(text), "drafted": drafted}))
         object.__setattr__(trial, "texts", slowed)
@@ -63,6 +63,18 @@ def test_a_setting_that_is_slower_on_one_set_of_prompts_is_not_recommended_unles
     assert best is None
     search._slower_sets = True
     assert search.recommended() is not None
+
+
+@pytest.mark.parametrize(("spread", "recommended"), [(0.02, True), (0.3, False)])
+def test_a_setting_that_may_be_slower_is_not_recommended(spread: float, recommended: bool, tmp_path: Path) -> None:
+    search = search_of(Behaviour(), tmp_path)
+    texts = []
+    for place in range(12):
+        speedup = 1.05 + (spread if place % 2 else -spread)
+        plain, drafted = (EngineText("", None, 41, seconds) for seconds in (1.0, 1 / speedup))
+        texts.append(ComparedText(place // 6, place, plain, drafted, True))
+    search.trials = [Trial("draft", {"num_tokens": 4.0}, "made up", texts, 1.0)]
+    assert (search.recommended() is not None) is recommended
 
 
 def test_a_search_keeps_its_measurements_and_its_time(tmp_path: Path) -> None:
