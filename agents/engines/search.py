@@ -224,7 +224,11 @@ class EngineSearch:
         """Session of the method, which knows what the first measurements tell of rounds."""
         costs, method = _costs(engine, taken), self.method
         if not costs and method in NEEDS_COUNTS:
-            self.notes.append(f"{engine.name} does not tell what it drafts from {draft}, so gp proposes its settings.")
+            uncounted = any(Counts.of(trial.texts) is None for trial in taken)
+            why = (
+                f"{engine.name} does not tell what it drafts from {draft}" if uncounted else f"{draft} drafted nothing"
+            )
+            self.notes.append(f"{why}, so gp proposes its settings.")
             method = "gp"
         usual = engine.defaults
         threshold = 0.0 if engine.threshold_knob is None else usual[engine.threshold_knob]

@@ -24,6 +24,7 @@ class Behaviour:
         counts: whether it tells counts.
         remembers: whether it drafts otherwise what it has seen.
         short: prompts with these letters end with the first token; none if empty.
+        silent: whether it finds nothing to draft.
         slow: prompts with these letters take nine times as long with a draft; none if empty.
         asked: settings that were served, in order; None for plain.
         prompts: texts decoded by each of them.
@@ -44,6 +45,7 @@ class Behaviour:
     prompts: list[list[str]] = field(default_factory=list)
     slow: str = ""
     short: str = ""
+    silent: bool = False
     open: int = 0
     texts: int = 0
     opened: list[EngineOptions | None] = field(default_factory=list)
@@ -96,7 +98,8 @@ class FakeServed(Served):
 
     def __init__(self, behaviour: Behaviour, length: int, lookup: bool, prompts: list[str]) -> None:
         self._behaviour, self._lookup, self._prompts = behaviour, lookup, prompts
-        self._length = 3 if behaviour.ignores and length else length
+        self._length = 0 if behaviour.silent else 3 if behaviour.ignores and length else length
+        self._drafts = length > 0
         self._open = True
 
     def generate(
@@ -125,7 +128,7 @@ class FakeServed(Served):
         if behaviour.slow and behaviour.slow in key and self._length:
             seconds *= 9
         ids = [int(1000 * share) for share in tokens]
-        counted = (drafted, accepted, rounds) if behaviour.counts and self._length else (None, None, None)
+        counted = (drafted, accepted, rounds) if behaviour.counts and self._drafts else (None, None, None)
         return EngineText(" ".join(map(str, ids)), ids, max_new_tokens, seconds, 0.0, *counted)
 
     def chat_prompt(self, message: str) -> str | Sequence[int]:

@@ -10,7 +10,7 @@ import pytest
 from specgym.agents.engines.search import EngineSearch
 from specgym.agents.engines.settings import MethodName
 from specgym.agents.engines.trials import Journal, Measuring, Trial
-from specgym.decoding import EngineText, PromptSet
+from specgym.decoding import LOOKUP, EngineText, PromptSet
 from specgym.envs import ComparedText, EngineBackend
 from tests.helpers.fake_engine import Behaviour, FakeEngine
 
@@ -158,4 +158,11 @@ def test_an_engine_without_counts_is_searched_by_speed(tmp_path: Path) -> None:
     best = search.run()
     assert best is not None
     assert best.speedup > 1.5
-    assert "gp proposes its settings" in search.notes[0]
+    assert search.notes == ["fake does not tell what it drafts from draft, so gp proposes its settings."]
+
+
+def test_a_look_up_that_finds_nothing_is_told_from_one_that_is_not_counted(tmp_path: Path) -> None:
+    search = search_of(Behaviour(silent=True), tmp_path)
+    search._measuring.backends["draft"].engine.draft = LOOKUP
+    assert search.run() is None
+    assert search.notes == ["draft drafted nothing, so gp proposes its settings."]
