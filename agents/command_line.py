@@ -15,7 +15,7 @@ import tyro
 from specgym.decoding import ModelType, check_placement, decoder_names, run_command
 from specgym.envs import environment_id, on_ray
 
-from .engines.settings import EngineSettings, is_engine_run
+from .engines.settings import EngineName, EngineSettings, is_engine_run
 from .experiments.experiment import RunSettings, load_settings
 from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.stop_drafts_settings import StopSettings
@@ -27,7 +27,6 @@ from .training.run_folder import RunFolder
 from .training.settings_io import SettingsError
 
 DEFAULT_DECODER: Final = "threshold"
-EngineName = Literal["transformers", "llama.cpp", "openvino", "vllm"]
 ExportName = Literal["transformers", "llama.cpp", "openvino", "vllm", "sglang", "tensorrt-llm"]
 _S = TypeVar("_S", bound=RunSettings)
 _E = TypeVar("_E", bound=str)

@@ -73,6 +73,7 @@ def judge(measuring: Measuring, settings: Mapping[str, Setting], prompts: int, g
             trial = measuring.take(setting.draft, setting.knobs, "held out", texts)
             by_setting[key] = trial.texts
             failed += [trial.failed] if trial.failed else []
+    decoded = [text for same in by_setting.values() for text in same]
     of_method = {
         method: [] if setting.knobs is None else by_setting[setting_key(setting.draft, setting.knobs)]
         for method, setting in settings.items()
@@ -81,7 +82,9 @@ def judge(measuring: Measuring, settings: Mapping[str, Setting], prompts: int, g
     groups = [(name, [place]) for place, name in enumerate(names)]
     if len(groups) > 1:
         groups.append((ALL, list(range(len(names)))))
-    rows = [row for name, places in groups for row in _rows(name, places, backends, settings, of_method, greedy)]
+    rows = [
+        row for name, places in groups for row in _rows(name, places, backends, settings, of_method, decoded, greedy)
+    ]
     columns = COLUMNS if greedy else COLUMNS[:-1]
     return ResultTable(rows, columns, caption=CAPTION, hardware=machine(), notes=failed)
 
@@ -92,6 +95,7 @@ def _rows(
     backends: Mapping[str, EngineBackend],
     settings: Mapping[str, Setting],
     of_method: Mapping[str, Sequence[ComparedText]],
+    decoded: Sequence[ComparedText],
     greedy: bool,
 ) -> list[Row]:
     """A row for plain decoding and one for every method on some workloads."""
@@ -99,8 +103,7 @@ def _rows(
     speeds = {method: Speeds.of(same) for method, same in texts.items() if same}
     if not speeds:
         return []
-    plain = [text.plain for same in {id(same): same for same in of_method.values()}.values() for text in same
-             if text.workload in places]  # fmt: skip
+    plain = [text.plain for text in decoded if text.workload in places]
     rate = sum(text.timed_tokens for text in plain) / sum(text.seconds for text in plain)
     still = np.ones_like(next(iter(speeds.values())).speedup)
     default = speeds[DEFAULT].speedup if DEFAULT in speeds else None

@@ -22,7 +22,7 @@ Flags = NDArray[np.bool_]
 DEFAULTS: Final = {
     # transformers 5: GenerationConfig of an assistant, 20 tokens, of which worlds have 16, and a threshold of 0.4.
     "transformers": (16, 0.4),
-    # llama.cpp, common/common.h: n_max and p_min of common_params_speculative.
+    # llama.cpp before --spec-type (b9093), as the worlds were judged; b11549 has 3 tokens and no threshold.
     "llama.cpp": (16, 0.75),
     # openvino.genai, continuous_batching/speculative_decoding: default_num_assistant_tokens.
     "openvino": (5, 0.0),
