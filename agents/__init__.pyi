@@ -18,6 +18,8 @@ from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
 from .evaluation.worlds.methods import ClosedForm, Learned
 from .evaluation.worlds.transfer import WorldsTransfer
+from .experiments.control.stop_drafts_settings import StopSettings
+from .experiments.control.stop_policy import StoppingPolicy
 from .experiments.experiment import (
     Experiment,
     KnobLearning,
@@ -27,8 +29,6 @@ from .experiments.experiment import (
     save_settings,
 )
 from .experiments.learned_tuner import LearnedSearcher, LearnedTuner, tasks_of
-from .experiments.stop_drafts_settings import StopSettings
-from .experiments.stop_policy import StoppingPolicy
 from .experiments.tune_knobs import TuneKnobs
 from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSettings, KnobSettings, default_settings
 from .experiments.tune_unseen_settings import TunerSettings, tuner_settings

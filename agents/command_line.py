@@ -16,9 +16,9 @@ from specgym.decoding import ModelType, check_placement, decoder_names, run_comm
 from specgym.envs import environment_id, on_ray
 
 from .engines.settings import EngineName, EngineSettings, is_engine_run
+from .experiments.control.stop_drafts_settings import ENV as DRAFT_LENGTH
+from .experiments.control.stop_drafts_settings import StopSettings
 from .experiments.experiment import RunSettings, load_settings
-from .experiments.stop_drafts_settings import ENV as DRAFT_LENGTH
-from .experiments.stop_drafts_settings import StopSettings
 from .experiments.tune_knobs_settings import default_settings
 from .experiments.tune_unseen_settings import tuner_settings
 from .experiments.tune_worlds_settings import ENV as WORLDS
@@ -239,7 +239,7 @@ def _evaluate(command: EvaluateCommand) -> None:
             raise SettingsError("--live needs --pair: which pair should be decoded?")
         if kind != "stop-drafts":
             raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {run} always is")
-        from .experiments.stop_drafts import evaluate_live
+        from .experiments.control.stop_drafts import evaluate_live
 
         evaluate_live(run, command.live)
     else:

@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "specgym.agents.experiments.stop_policy": "specgym.agents.experiments.control.stop_policy",
     "specgym.agents.numerics": "specgym.agents.training.sb3_vec_env",
     "specgym.agents.stopping": "specgym.agents",
     "specgym.agents.stopping.export": "specgym.agents.export.stop_rule",
-    "specgym.agents.stopping.policy": "specgym.agents.experiments.stop_policy",
+    "specgym.agents.stopping.policy": "specgym.agents.experiments.control.stop_policy",
     "specgym.agents.vec_adaptor": "specgym.agents.training.sb3_vec_env",
     "specgym.callbacks.prioritised_replay": "specgym.callbacks.replay.prioritised",
     "specgym.decoding.latency_measure": "specgym.decoding.latency.measure",

@@ -203,7 +203,7 @@ _EARLIER_PROMPT_TOKENS = 128
 
 EXPERIMENTS: Final[Mapping[str, tuple[str, str]]] = {
     "tune-knobs": ("tune_knobs_settings:default_settings", "tune_knobs:TuneKnobs"),
-    "stop-drafts": ("stop_drafts_settings:StopSettings", "stop_drafts:StopDrafts"),
+    "stop-drafts": ("control.stop_drafts_settings:StopSettings", "control.stop_drafts:StopDrafts"),
     "tune-worlds": ("tune_worlds_settings:WorldsSettings", "tune_worlds:TuneWorlds"),
     "tune-unseen": ("tune_unseen_settings:tuner_settings", "tune_unseen:TuneUnseen"),
 }

@@ -21,7 +21,7 @@ from torch import nn
 
 from specgym.decoding import FEATURES, StopRule
 
-from ..experiments.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
+from ..experiments.control.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
 from .knob_policy import as_arrays, layer_tensors, load_description, load_weights, save_network
 
@@ -104,7 +104,7 @@ class ExportedStopRule(StopRule):
         description = {
             "format": FORMAT,
             "about": (__doc__ or "").strip(),
-            "features": [asdict(feature) for feature in FEATURES],
+            "features": [asdict(feature) for feature in FEATURES[: len(self.weights["middle"])]],
             "hidden": [len(bias) for _, bias in self._layers],
         }
         save_network(folder, self.weights, description)
@@ -122,7 +122,8 @@ class ExportedStopRule(StopRule):
             known = [(feature["name"], feature["low"], feature["high"]) for feature in content["features"]]
         except (KeyError, TypeError) as error:
             raise RunFileError(f"{described} is damaged ({error!r}); {_WAY_OUT}") from error
-        if known != [(feature.name, feature.low, feature.high) for feature in FEATURES]:
+        # Features are only ever added at the end, so an earlier rule sees the first of them.
+        if known != [(feature.name, feature.low, feature.high) for feature in FEATURES][: len(known)]:
             raise RunFileError(f"{described} is for other features than this version's; {_WAY_OUT}")
         try:
             rule = cls(load_weights(Path(folder), _WAY_OUT))
@@ -151,9 +152,9 @@ def _folded(weights: Mapping[str, Array]) -> list[tuple[Array, Array]]:
     if not all(np.isfinite(array).all() for array in weights.values()):
         raise ValueError("a weight is NaN or infinite")
     middle, spread = weights["middle"].astype(np.float64), weights["spread"].astype(np.float64)
-    inputs = len(FEATURES)
-    if middle.shape != (inputs,) or spread.shape != (inputs,) or not (spread > 0).all():
-        raise ValueError(f"the scaling must be positive and of shape ({inputs},)")
+    inputs = middle.size
+    if not (middle.shape == spread.shape == (inputs,) and 0 < inputs <= len(FEATURES) and (spread > 0).all()):
+        raise ValueError(f"the scaling must be positive and of shape ({len(FEATURES)},), or shorter in earlier files")
     layers: list[tuple[Array, Array]] = []
     for name in names:
         weight, bias = (weights[f"{name}.{part}"].astype(np.float64) for part in ("weight", "bias"))
@@ -163,6 +164,7 @@ def _folded(weights: Mapping[str, Array]) -> list[tuple[Array, Array]]:
         if not layers:
             weight = weight / spread
             bias = bias - weight @ middle
+            weight = np.pad(weight, ((0, 0), (0, len(FEATURES) - inputs)))  # looks at no feature that was added since
         layers.append((np.ascontiguousarray(weight.T, np.float32), bias.astype(np.float32)))
         inputs = operator.index(outputs)
     return layers

@@ -14,7 +14,7 @@ from specgym.agents import save_settings
 from specgym.agents.command_line import ExportName, evaluate_command
 from specgym.agents.engines.settings import EXPERIMENT
 from specgym.agents.evaluation.results import LEARNED, ResultTable, Row
-from specgym.agents.experiments.stop_drafts_settings import StopSettings
+from specgym.agents.experiments.control.stop_drafts_settings import StopSettings
 from specgym.agents.experiments.tune_knobs_settings import default_settings
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export.engine_files import export_for_engine

@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from safetensors.numpy import load_file, save_file
 
-from specgym.agents.experiments.stop_policy import StoppingPolicy
+from specgym.agents.experiments.control.stop_policy import StoppingPolicy
 from specgym.agents.export.stop_rule import ExportedStopRule
 from specgym.agents.training.run_folder import RunFileError
 from specgym.decoding.decoders.stop_rules import FEATURES
@@ -75,6 +75,20 @@ def test_saved_and_loaded_it_decides_the_same(policy: StoppingPolicy, seen: np.n
     described = json.loads((tmp_path / "policy.json").read_text())
     assert [feature["name"] for feature in described["features"]] == [feature.name for feature in FEATURES]
     assert described["hidden"] == [16, 8]
+
+
+def test_a_rule_that_knows_only_the_first_features_is_read_and_looks_at_no_other(
+    policy: StoppingPolicy, seen: np.ndarray, tmp_path: Path
+) -> None:
+    weights = {name: array.copy() for name, array in ExportedStopRule.of(policy).weights.items()}
+    blind = {**weights, "hidden.0.weight": weights["hidden.0.weight"].copy()}
+    blind["hidden.0.weight"][:, -3:] = 0
+    short = {**weights, "hidden.0.weight": weights["hidden.0.weight"][:, :-3]}
+    short |= {name: weights[name][:-3] for name in ("middle", "spread")}
+    ExportedStopRule(short).save(tmp_path)
+    earlier = ExportedStopRule.load(tmp_path)
+    assert len(json.loads((tmp_path / "policy.json").read_text())["features"]) == len(FEATURES) - 3
+    assert earlier.preference(seen) == pytest.approx(ExportedStopRule(blind).preference(seen), abs=1e-4)
 
 
 def truncate(folder: Path) -> None:

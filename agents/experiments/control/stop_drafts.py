@@ -26,8 +26,7 @@ from specgym.decoding import (
 )
 from specgym.envs import DraftLengthVectorEnv, DraftTable, Trace, trace_in, workload
 
-from ..evaluation.results import ResultTable, machine
-from ..evaluation.stop_comparison import (
+from ...evaluation.control.stop_comparison import (
     AGREEMENT,
     CAPTION,
     LIVE_CAPTION,
@@ -37,10 +36,11 @@ from ..evaluation.stop_comparison import (
     live_agreement,
     stop_verdict,
 )
-from ..export.stop_rule import ExportedStopRule
-from ..training.run_folder import RunFolder, console, on_machine, quieten, this_command
-from ..training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
-from .experiment import Experiment, Learner, PolicyChoice, load_settings
+from ...evaluation.results import ResultTable, machine
+from ...export.stop_rule import ExportedStopRule
+from ...training.run_folder import RunFolder, console, on_machine, quieten, this_command
+from ...training.sb3_vec_env import FiniteGuard, VectorEnvAdaptor
+from ..experiment import Experiment, Learner, PolicyChoice, load_settings
 from .stop_drafts_settings import StopSettings
 from .stop_policy import RoundEpisodes, StoppingPolicy
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specgym.agents.evaluation.stop_baselines import (
+from specgym.agents.evaluation.control.stop_baselines import (
     Clairvoyant,
     ReplayedPrompts,
     UpperConfidenceBound,

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, Side, SpeculativeDecoder, StopRule
 from specgym.envs import Trace, workload
 
-from .live import decode_repeatedly
-from .results import ALL, LEARNED, PLAIN, Column, Row, interval
+from ..live import decode_repeatedly
+from ..results import ALL, LEARNED, PLAIN, Column, Row, interval
 from .stop_baselines import Decoded, ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
 if TYPE_CHECKING:
-    from ..experiments.stop_drafts_settings import StopSettings
+    from ...experiments.control.stop_drafts_settings import StopSettings
 
 METHODS = (PLAIN, "fixed", "confidence", "entropy", "product", "bandit", LEARNED, "oracle")
 SIMPLE = ("fixed", "confidence", "entropy", "product")

@@ -11,14 +11,14 @@ from typing import Final
 from specgym.decoding import check_fields, find_hardware, seed_number, sequence_of, whole_number
 from specgym.envs import LONGEST, SHIPPED_WORKLOADS
 
-from ..training.settings_io import (
+from ...training.settings_io import (
     SettingsError,
     require_above_zero,
     require_at_least,
     require_several,
     require_within,
 )
-from .experiment import LearningSettings, RunSettings
+from ..experiment import LearningSettings, RunSettings
 
 WIDEST: Final = 2**16
 ENV = "specgym/DraftLength-v0"

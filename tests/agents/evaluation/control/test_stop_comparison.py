@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from specgym.agents import ResultTable, Row, RunFolder
+from specgym.agents.evaluation.control.stop_comparison import GAP, METHODS, RATIO, TABLE, compare, stop_verdict
 from specgym.agents.evaluation.results import ALL
-from specgym.agents.evaluation.stop_comparison import GAP, METHODS, RATIO, TABLE, compare, stop_verdict
-from specgym.agents.experiments.stop_drafts import StopDrafts
-from specgym.agents.experiments.stop_drafts_settings import ComparisonSettings, StopLearning, StopSettings
+from specgym.agents.experiments.control.stop_drafts import StopDrafts
+from specgym.agents.experiments.control.stop_drafts_settings import ComparisonSettings, StopLearning, StopSettings
 from specgym.agents.export.stop_rule import ExportedStopRule
 from specgym.agents.training.ppo import learn
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, FixedLength, StopRule
