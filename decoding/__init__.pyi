@@ -1,6 +1,7 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
 from .decoders.chain import SpeculativeDecoder, SpeculativeSession
+from .decoders.choice_rules import MOST_DRAFTS, ChoiceRule
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
@@ -34,7 +35,9 @@ from .drafts.drafter import (
     OneHotStep,
     Proposal,
     draft_digest,
+    is_free,
 )
+from .drafts.mixed import MixedDraft, MixedDraftSession, draft_models, drafts_of
 from .drafts.ngram import NGramDrafter, PromptLookupDrafter
 from .drafts.translated import TranslatedModel
 from .engines.engine import (
@@ -86,7 +89,8 @@ from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency.roofline import roofline
 from .loading.find_model import ModelNotFoundError, load_model
-from .loading.pair import MemoryUse, Pair, load_pair, memory_of, require_draft
+from .loading.memory import MemoryUse, memory_of
+from .loading.pair import Pair, load_pair, require_draft
 from .loading.presets import (
     PRESETS,
     ModelType,
@@ -157,12 +161,14 @@ __all__ = [
     "LEVELS",
     "LOOKUP",
     "MODEL_SHAPES",
+    "MOST_DRAFTS",
     "MOST_THREADS",
     "PRESETS",
     "RULES",
     "SMALLEST_PREPACKED",
     "ArgumentError",
     "AutoregressiveDecoder",
+    "ChoiceRule",
     "ConfidenceBelow",
     "CostProbe",
     "DamagedFileError",
@@ -203,6 +209,8 @@ __all__ = [
     "MedusaDecoder",
     "MedusaHeads",
     "MemoryUse",
+    "MixedDraft",
+    "MixedDraftSession",
     "ModelDrafter",
     "ModelNotFoundError",
     "ModelShape",
@@ -265,6 +273,8 @@ __all__ = [
     "describe_hardware",
     "digest",
     "draft_digest",
+    "draft_models",
+    "drafts_of",
     "draw",
     "encode",
     "encode_once",
@@ -278,6 +288,7 @@ __all__ = [
     "heads_for",
     "interruption_code",
     "io_message",
+    "is_free",
     "levels_of",
     "likeliest_of_ten",
     "load_heads",

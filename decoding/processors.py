@@ -16,8 +16,8 @@ import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,8 @@ from transformers import (
     StopStringCriteria,
 )
 
-from .drafts.drafter import Drafter, ModelDrafter
+from .drafts.drafter import Drafter
+from .drafts.mixed import with_models
 from .loading.pair import Pair
 from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
@@ -205,12 +206,8 @@ class TextRules:
         return _following(model, self.processors, finite=True) if self.processors and alike else model
 
     def drafter(self, drafter: Drafter, target: LanguageModel) -> Drafter:
-        """Return a drafter whose model obeys the rules as far as `draft` makes it; one without a model as it is."""
-        if not (self.processors and isinstance(drafter, ModelDrafter)):
-            return drafter
-        following = copy(drafter)
-        following.model = self.draft(drafter.model, target)
-        return following
+        """Return a drafter whose models obey the rules as far as `draft` makes them; one without a model as it is."""
+        return with_models(drafter, partial(self.draft, target=target)) if self.processors else drafter
 
     def stops(self, text: Sequence[int]) -> bool:
         """Return whether a text, prompt included, ends here by a stop string."""

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..decoder import Decoder, Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal
+from ..drafts.mixed import MixedDraftSession
+from ..errors import ArgumentError
 from ..loading.pair import Pair, require_draft
 from ..rounds import Round
 from ..sampling import accepts, draw, residual, residual_of_token
@@ -58,15 +60,20 @@ class SpeculativeSession(Session["ChainDecoder"]):
         self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})
         self._steps: Iterator[DraftStep] | None = None  # the draft under way in a round of draft_one and verify
+        self._drafting: int | None = None  # number of the draft whose steps these are, where there are several
         self._drafted: list[DraftStep] = []
         self._spent = 0.0  # seconds of such a round so far
 
     @torch.inference_mode()
-    def draft_one(self) -> NDArray[np.float32] | None:
+    def draft_one(self, draft: int | None = None) -> NDArray[np.float32] | None:
         """Draft one more token of this round, beginning one if none is under way.
 
         Up to as many tokens as the decoder's knobs allow at most; neither the knobs' defaults nor the decoder's rule
         are asked.
+
+        Args:
+            draft: number of the draft that proposes it, where the pair has several; by default its own fixed rule
+                chooses. It goes on from whatever was drafted in this round.
 
         Returns:
             What is known now (`stopping.FEATURES`), shape (8,), a copy. None if no token was drafted, because the text
@@ -75,8 +82,9 @@ class SpeculativeSession(Session["ChainDecoder"]):
         if self.finished:
             return None
         started = time.perf_counter()
-        if self._steps is None:
-            self._steps = self._begin(self._longest_draft)
+        if self._steps is None or draft != self._drafting:
+            self._steps = self._begin(self._longest_draft, draft)
+            self._drafting = draft
         step = next(self._steps, None)
         features = None if step is None else self._observe(step)[0].copy()
         self._spent += time.perf_counter() - started
@@ -131,8 +139,15 @@ class SpeculativeSession(Session["ChainDecoder"]):
             dropped, self._drafted = next(iter(self._drafted), None), []
         return self._finish_round(knobs, started, draft_steps, dropped)
 
-    def _begin(self, length: int) -> Iterator[DraftStep]:
-        return self.draft.steps(self.context, max(0, min(length, self._room)))
+    def _begin(self, length: int, draft: int | None = None) -> Iterator[DraftStep]:
+        drafted = len(self._drafted)
+        count = max(0, min(length, self._room) - drafted)
+        context = [*self.context, *(int(step.token) for step in self._drafted)] if drafted else self.context
+        if draft is None:
+            return self.draft.steps(context, count)
+        if not isinstance(self.draft, MixedDraftSession):
+            raise ArgumentError(f"pair {self.decoder.pair.name} has one draft; draft_one takes no number of one")
+        return self.draft.steps_by(draft, context, count)
 
     def _observe(self, step: DraftStep, with_entropy: bool = True) -> NDArray[np.float32]:
         """Add a token to the draft; what is known then, shape (1, 8). The entropy costs most; left out, it is 0."""
@@ -158,7 +173,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         drafted_at = time.perf_counter()
         draft_seconds = self._spent + drafted_at - started
         verified = self._drafted
-        self._steps, self._drafted, self._spent = None, [], 0.0
+        self._steps, self._drafting, self._drafted, self._spent = None, None, [], 0.0
 
         pending = torch.tensor(self.context[-1:], device=self.target.device)
         scores = self.target.forward(torch.cat([pending, proposal.tokens])).scores

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from ..drafts.drafter import Proposal
+from ..drafts.mixed import drafts_of
+from ..errors import ArgumentError
 from ..loading.pair import Pair
 from ..sampling import Sampling, draw, total_variation
 from ..traits import CHAIN
@@ -85,7 +87,8 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
             round. Or a rule of one's own, which all texts of this decoder share.
 
     Raises:
-        ValueError: the pair has no draft, `max_draft_length` is not positive, or there is no such rule.
+        ValueError: the pair has no draft, `max_draft_length` is not positive, there is no such rule, or the pair has
+            several drafts, each with costs of its own, and they are to end by the expected gain.
     """
 
     session_class = ThresholdSession
@@ -99,6 +102,11 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
             stop.start(1, seed=0)
             self.stop = stop
         self._weighs = stop == "expected-gain"
+        if self._weighs and len(drafts_of(self.draft)) > 1:
+            raise ArgumentError(
+                f"stop='expected-gain' weighs the costs of one draft, and pair {pair.name} has several; give "
+                "stop='never' or a rule"
+            )
         self._gains: list[ExpectedGain] = []  # one for each level of the fallback
 
     def charge_by(self, profile: LatencyProfile) -> None:

@@ -1,7 +1,7 @@
 """Drafts that propose a token at a time: the interface, and drafts that are models.
 
 A drafter that proposes one token with certainty (an n-gram table, the prompt itself) returns no probabilities: its
-distribution is one-hot, and the acceptance test treats it so.
+distribution is one-hot, and the acceptance test treats it so. A proposal may mix both, token by token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot as _one_hot
 
 from ..models.identity import weights_digest
 from ..models.language_model import LanguageModel
@@ -44,12 +45,21 @@ class DraftStep(Protocol):
         """Probabilities after warping, shape (1, vocabulary); None for a one-hot draft and when greedy."""
         ...
 
+    @property
+    def matched(self) -> int:
+        """Tokens of context that a look-up matched; 0 for a model."""
+        ...
+
     def confidence(self) -> float:
         """Confidence of the draft in this token, 0 to 1; see the implementations."""
         ...
 
     def entropy(self) -> float:
         """Entropy in nats of what the token was drawn from, at least 0."""
+        ...
+
+    def drawn_probability(self) -> float:
+        """Probability with which this very token was drawn, 0 to 1; at temperature 1 when greedy."""
         ...
 
 
@@ -60,11 +70,14 @@ class OneHotStep:
 
     Attributes:
         token: its number.
-        match: how long a context the draft found, as a share of the longest it knows, in (0, 1].
+        match: confidence of the draft, in (0, 1]: for an n-gram table and prompt lookup how long a context it matched,
+            as a share of the longest it looks for.
+        matched: tokens of that context; 0 where it is not known.
     """
 
     token: int
     match: float = 1.0
+    matched: int = 0
 
     @property
     def logits(self) -> None:
@@ -82,6 +95,10 @@ class OneHotStep:
         """0."""
         return 0.0
 
+    def drawn_probability(self) -> float:
+        """1."""
+        return 1.0
+
 
 @dataclass(slots=True, eq=False)
 class ModelStep:
@@ -92,6 +109,11 @@ class ModelStep:
     probabilities: Tensor | None = None
     _confidence: float | None = field(default=None, init=False, repr=False)
     _entropy: float | None = field(default=None, init=False, repr=False)
+
+    @property
+    def matched(self) -> int:
+        """0."""
+        return 0
 
     def confidence(self) -> float:
         """The largest probability of what the token was drawn from, at temperature 1 when greedy.
@@ -112,6 +134,13 @@ class ModelStep:
         if self._entropy is None:
             self._confidence, self._entropy = _certainty(self.logits, self.probabilities)
         return self._entropy
+
+    def drawn_probability(self) -> float:
+        """Return that of the drawn token; when greedy that is the likeliest. Waits for the device."""
+        if self.probabilities is None:
+            return self.confidence()
+        drawn = float(self.probabilities[0, self.token])
+        return min(drawn, 1.0) if math.isfinite(drawn) else 0.0
 
 
 def _certainty(logits: Tensor, probabilities: Tensor | None) -> tuple[float, float]:
@@ -134,8 +163,10 @@ class Proposal:
 
     Attributes:
         tokens: shape (drafted,), int64, on the target's device.
-        logits: shape (drafted, vocabulary), float32, what each token was chosen from; None for a one-hot draft.
-        probabilities: the same after warping, shape (drafted, vocabulary); None for a one-hot draft and when greedy.
+        logits: shape (drafted, vocabulary), float32, what each token was chosen from; None if all tokens are one-hot.
+        probabilities: the same after warping, shape (drafted, vocabulary); None if all are one-hot, and when greedy.
+
+    Where one-hot tokens stand beside those of a model, theirs are the rows of one-hot distributions.
     """
 
     tokens: Tensor
@@ -144,16 +175,35 @@ class Proposal:
 
     @classmethod
     def of(cls, steps: Sequence[DraftStep], device: torch.device) -> Proposal:
-        """Put the steps of one draft, in order, into one tensor a field, on the target's device."""
-        if not steps or steps[0].logits is None:
+        """Put the steps of a draft, in order, into one tensor a field, on the target's device.
+
+        Steps of several drafts may follow one another; those of models all have probabilities, or none has.
+        """
+        model = next((step for step in steps if step.logits is not None), None)
+        if model is None:
             numbers = np.array([step.token for step in steps], dtype=np.int64)
             return cls(torch.from_numpy(numbers).to(device))
-        warped = steps[0].probabilities is not None
+        tokens = [torch.as_tensor(step.token, device=device).reshape(1) for step in steps]
+        logits = cast("list[Tensor | None]", [step.logits for step in steps])
+        probabilities = [step.probabilities for step in steps]
+        warped = model.probabilities is not None
+        if any(rows is None for rows in logits):
+            vocabulary = cast(Tensor, model.logits).shape[-1]
+            certain = [
+                one_hot(token, vocabulary) if rows is None else None for token, rows in zip(tokens, logits, strict=True)
+            ]
+            logits = [rows if row is None else row.log() for rows, row in zip(logits, certain, strict=True)]
+            probabilities = [rows if row is None else row for rows, row in zip(probabilities, certain, strict=True)]
         return cls(
-            torch.cat(cast("list[Tensor]", [step.token for step in steps])),
-            torch.cat(cast("list[Tensor]", [step.logits for step in steps])),
-            torch.cat(cast("list[Tensor]", [step.probabilities for step in steps])) if warped else None,
+            torch.cat(tokens),
+            torch.cat(cast("list[Tensor]", logits)),
+            torch.cat(cast("list[Tensor]", probabilities)) if warped else None,
         )
+
+
+def one_hot(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Return the distribution of a certain token, float32; shape (n,) to (n, vocabulary)."""
+    return _one_hot(tokens, vocabulary).float()
 
 
 class DraftSession(Protocol):
@@ -185,7 +235,7 @@ def propose(session: DraftSession, context: Sequence[int], count: int, device: t
 
 
 class Drafter(Protocol):
-    """Anything that can propose tokens for a target."""
+    """Anything that can propose tokens for a target. May be `free`, see `is_free`."""
 
     name: str
     vocabulary_size: int
@@ -230,6 +280,14 @@ def draft_digest(draft: Drafter) -> str:
     """
     digest = getattr(draft, "digest", None)
     return str(digest()) if digest is not None else hashlib.sha256(draft.name.encode()).hexdigest()
+
+
+def is_free(draft: Drafter) -> bool:
+    """Return whether a draft's proposals cost microseconds, so that they may be looked at without being asked for.
+
+    A drafter says so by an attribute `free`; without one it is not.
+    """
+    return bool(getattr(draft, "free", False))
 
 
 class _ModelDraftSession:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class NGramDrafter:
         tokens: for each context length the likeliest next token of each context; int32, same shapes.
         name: how reports call it.
     """
+
+    free: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class NGramDrafter:
             if looked_up is None:
                 return
             token, matched = looked_up
-            yield OneHotStep(token, matched / self.longest_context)
+            yield OneHotStep(token, matched / self.longest_context, matched)
             length = min(length + 1, self.longest_context)
             number = number % self._powers[self.longest_context - 1] * self.vocabulary_size + token
 
@@ -270,6 +272,8 @@ class PromptLookupDrafter:
         ValueError: `longest` is not positive.
     """
 
+    free: ClassVar[bool] = True
+
     def __init__(self, vocabulary_size: int, longest: int = 3) -> None:
         self.name = "prompt-lookup"
         self.vocabulary_size = whole_number("vocabulary_size", vocabulary_size)
@@ -302,7 +306,8 @@ class _PromptLookupSession:
         for length in range(min(len(self._after), len(context)), 0, -1):
             start = self._after[length - 1].get(tuple(context[-length:]))
             if start is not None:
-                return map(OneHotStep, context[start : start + count], repeat(length / len(self._after)))
+                share = length / len(self._after)
+                return map(OneHotStep, context[start : start + count], repeat(share), repeat(length))
         return iter(())
 
     def truncate(self, length: int) -> None:

@@ -22,7 +22,7 @@ import transformers
 
 from ..decoder import Decoder, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
-from ..drafts.drafter import ModelDrafter
+from ..drafts.mixed import draft_models, drafts_of
 from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
@@ -58,8 +58,8 @@ def fingerprint(pair: Pair) -> str:
         "draft": type(draft).__name__,
         **{name: repr(value) for name, value in text_settings(pair.target.model).items()},  # they take time every pass
     }
-    if isinstance(draft, ModelDrafter):
-        parts["draft"] = _shape(draft.model)
+    if models := draft_models(draft):
+        parts["draft"] = _shape(models[0]) if len(drafts_of(draft)) == 1 else list(map(_shape, models))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -296,8 +296,7 @@ def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, aske
 
 def _shortest_context(pair: Pair) -> LanguageModel:
     """The model with the shortest context among those that take part."""
-    draft = pair.draft
-    models = [pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])]
+    models = [pair.target, *draft_models(pair.draft)]
     return min(models, key=lambda model: model.context_limit)
 
 

@@ -22,6 +22,7 @@ from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..decoders.threshold import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
+from ..drafts.mixed import drafts_of
 from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair
@@ -238,6 +239,11 @@ def _require_draft(pair: Pair) -> None:
             f"a latency profile of chains needs a draft, and pair {pair.name} has none: give Pair(target, draft) or a "
             "pair's name, or time a decoder that needs none: measured(pair, 'lookahead') (--decoder lookahead on the "
             "command line)"
+        )
+    if len(drafts_of(pair.draft)) > 1:
+        raise ArgumentError(
+            f"a latency profile of chains times one draft, and pair {pair.name} has {len(drafts_of(pair.draft))}, each "
+            "with costs of its own: name a pair with one of them"
         )
 
 

@@ -1,21 +1,11 @@
-"""A target and its draft, and the memory that they take.
-
-Weights are counted as they lie in memory: parameters, buffers and prepacked layers of the target, and of the draft what
-it does not share with the target; of a draft that is a table, the table. Keys and values are measured by reading a
-token. What is allocated at the peak cannot be told apart by pairs: on CUDA it is the most that torch ever had allocated
-on the target's devices since the process began (or since `torch.cuda.reset_peak_memory_stats`), on a CPU the largest
-resident memory of the process, with Python, its libraries and all that was loaded. Processes of environments are not in
-it.
-"""
+"""A target and its draft, or several."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -23,16 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.drafter import Drafter, ModelDrafter
+from ..drafts.mixed import MixedDraft, draft_models
 from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
-from ..models.linear_layers import PrepackedLinear, only_looking
 from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
 
+AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter
+"""Anything that `Pair` takes for a draft."""
 _TABLES = Path(__file__).parents[1] / "data" / "ngrams"
 _SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", presets.SMOLLM2: "smollm2", "smollm2": "smollm2"}
 
@@ -42,16 +34,18 @@ class Pair:
 
     Args:
         target: a Hugging Face causal LM.
-        draft: a smaller model, or any `Drafter`; None where no draft is needed.
+        draft: a smaller model, or any `Drafter`; several of them in the order of preference (`MixedDraft`); None where
+            no draft is needed.
         tokenizer: the target's; optional. With it, prompts may be strings and generations carry text.
         draft_tokenizer: the draft's, if it is a model; by default the target's. With another one the draft proposes the
             tokens that both have, and the text is still the target's (`TranslatedModel`). Neither tokenizer is needed
-            where both models have the same vocabulary.
+            where both models have the same vocabulary. Of several drafts one each, or one for all.
         name: how reports call the pair; by default made from the models' names.
         prepack: see `LanguageModel`. On CPU the target's large linear layers are packed in place unless this is
             False (`unpack` undoes it); a draft model is left as it is.
 
     Raises:
+        ArgumentError: a sequence of drafts is empty, or has not as many tokenizers.
         VocabularyMismatchError: the draft's tokens cannot be told in terms of the target's.
         UnsupportedModelError: a model cannot be decoded speculatively, or is none.
     """
@@ -59,26 +53,19 @@ class Pair:
     def __init__(
         self,
         target: PreTrainedModel | LanguageModel,
-        draft: PreTrainedModel | LanguageModel | Drafter | None = None,
+        draft: AnyDraft | Sequence[AnyDraft] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
         name: str | None = None,
         prepack: bool | None = None,
     ) -> None:
         if not isinstance(target, LanguageModel):
             target = LanguageModel(causal_model(target), prepack=prepack)
-        if isinstance(draft, nn.Module):
-            # It reads a token at a time, where plain weights are as fast.
-            draft = LanguageModel(causal_model(draft, "draft"), prepack=False)
-        if isinstance(draft, LanguageModel):
-            draft = ModelDrafter(draft)
-        if draft is not None:
-            draft = _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
         self.target = target
-        self.draft: Drafter | None = draft
+        self.draft = _drafter(target, draft, tokenizer, draft_tokenizer)
         self.tokenizer = tokenizer
-        self.name = name or (f"{target.name}+{draft.name}" if draft is not None else target.name)
+        self.name = name or (f"{target.name}+{self.draft.name}" if self.draft is not None else target.name)
         self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
 
     def unpack(self) -> None:
@@ -87,9 +74,8 @@ class Pair:
         Anything that asks for a packed weight gets it (`state_dict`, `parameters`, `to`, `train`, `copy.deepcopy`,
         pickle, merging an adapter), layer by layer and with a warning; this does it for all layers at once.
         """
-        self.target.unpack()
-        if isinstance(self.draft, ModelDrafter):
-            self.draft.model.unpack()
+        for model in (self.target, *draft_models(self.draft)):
+            model.unpack()
 
     def pack(self) -> None:
         """Prepack the target's large linear layers that are plain, where its device and type allow it."""
@@ -112,6 +98,30 @@ class Pair:
     def decode(self, tokens: Sequence[int]) -> str | None:
         """The text of some tokens, or None without a tokenizer."""
         return None if self.tokenizer is None else str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _drafter(
+    target: LanguageModel,
+    draft: AnyDraft | Sequence[AnyDraft] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draft_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+) -> Drafter | None:
+    """Return what drafts for a target, in its vocabulary. Arguments and errors as for `Pair`."""
+    if isinstance(draft, Sequence):
+        tokenizers = draft_tokenizer if isinstance(draft_tokenizer, Sequence) else [draft_tokenizer] * len(draft)
+        if not draft or len(tokenizers) != len(draft):
+            raise ArgumentError(f"{len(draft)} drafts have {len(tokenizers)} tokenizers; give a draft, and one each")
+        parts = [_drafter(target, part, tokenizer, its) for part, its in zip(draft, tokenizers, strict=True)]
+        drafts = [part for part in parts if part is not None]
+        return drafts[0] if len(drafts) == 1 else MixedDraft(drafts)
+    if isinstance(draft_tokenizer, Sequence):
+        raise ArgumentError("several draft_tokenizers are for several drafts; give the draft's own")
+    if isinstance(draft, nn.Module):
+        # It reads a token at a time, where plain weights are as fast.
+        draft = LanguageModel(causal_model(draft, "draft"), prepack=False)
+    if isinstance(draft, LanguageModel):
+        draft = ModelDrafter(draft)
+    return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
 
 
 _MOST_PADDING = 1024
@@ -214,7 +224,8 @@ def load_pair(
     Args:
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
             draft may also be ``prompt-lookup``, ``ngram`` (a table that ships with the package) or the path of a table
-            made by ``python -m specgym.decoding.fit ngram``. A folder or ``owner/model`` is a target without a draft.
+            made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A folder or
+            ``owner/model`` is a target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -235,22 +246,26 @@ def load_pair(
     key = (*identity(preset.target), dtype, place, prepack)
     model, tokenizer = _loaded(models, key, partial(load, preset.target))
     vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
-    draft: PreTrainedModel | Drafter | None = None
-    draft_tokenizer: PreTrainedTokenizerBase | None = None
-    if preset.draft is None:
-        pass
-    elif preset.draft == presets.PROMPT_LOOKUP:
-        draft = PromptLookupDrafter(vocabulary_size)
-    elif preset.draft == presets.NGRAM:
-        draft = NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM)
-    elif preset.draft.endswith(".safetensors"):
-        draft = NGramDrafter.load(preset.draft)
-    else:
+
+    def drafted_by(name: str) -> tuple[PreTrainedModel | Drafter, PreTrainedTokenizerBase | None]:
+        if name == presets.PROMPT_LOOKUP:
+            return PromptLookupDrafter(vocabulary_size), None
+        if name == presets.NGRAM:
+            return NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM), None
+        if name.endswith(".safetensors"):
+            return NGramDrafter.load(name), None
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
-        draft, draft_tokenizer = _loaded(
-            models, (*identity(preset.draft), *key), partial(load, preset.draft, shared_from=model)
-        )
-    return Pair(model, draft, tokenizer, draft_tokenizer=draft_tokenizer, name=preset.name, prepack=prepack)
+        return _loaded(models, (*identity(name), *key), partial(load, name, shared_from=model))
+
+    drafts = [drafted_by(name) for name in preset.drafts]
+    return Pair(
+        model,
+        [draft for draft, _ in drafts] if drafts else None,
+        tokenizer,
+        draft_tokenizer=[tokens for _, tokens in drafts] if drafts else None,
+        name=preset.name,
+        prepack=prepack,
+    )
 
 
 _models: WeakValueDictionary[tuple[Hashable, ...], PreTrainedModel] = WeakValueDictionary()
@@ -287,97 +302,3 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         if ids is not None:
             return frozenset(ids if isinstance(ids, list | tuple) else [ids])
     return frozenset()
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes that a pair takes.
-
-    Attributes:
-        pair: name of the pair.
-        target: of the target's weights.
-        draft: of the draft's weights beside the target's; 0 for none and for drafts that copy from the text.
-        per_token: of keys and values for every token of a text, of both models.
-        peak: most that was in use so far, by everything; None where the system does not say.
-        peak_of: what the peak is of: `process`, or the CUDA devices.
-    """
-
-    pair: str
-    target: int
-    draft: int
-    per_token: int
-    peak: int | None
-    peak_of: str
-
-    def __str__(self) -> str:
-        text = f"{self.pair}: weights {_amount(self.target)} (target)"
-        text += f" + {_amount(self.draft)} (draft)" if self.draft else ""
-        text += f", keys and values {_amount(self.per_token)} a token"
-        if self.peak is None:
-            return text
-        whole = "resident in this process, Python included" if self.peak_of == "process" else f"on {self.peak_of}"
-        return f"{text}; peak {_amount(self.peak)} {whole}"
-
-
-def memory_of(pair: Pair) -> MemoryUse:
-    """Count the memory of a pair and read the peak so far; after decoding that is the peak of decoding.
-
-    Args:
-        pair: loaded, with or without a draft.
-    """
-    model = pair.draft.model if isinstance(pair.draft, ModelDrafter) else None
-    target = dict(_parts(pair.target.model))
-    draft = {} if model is None else dict(_parts(model.model))
-    beside = sum(size for place, size in draft.items() if place not in target)
-    per_token = _bytes_per_token(pair.target) + (0 if model is None else _bytes_per_token(model))
-    peak, peak_of = _peak(pair.target.model)
-    table = int(getattr(pair.draft, "nbytes", 0))
-    return MemoryUse(pair.name, sum(target.values()), beside + table, per_token, peak, peak_of)
-
-
-def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
-    """Every storage of a model's weights with its bytes, by what tells it from others."""
-    with only_looking():
-        tensors = (*model.parameters(), *model.buffers())
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        yield (tensor.device, storage.data_ptr()), storage.nbytes()
-    for module in model.modules():
-        if isinstance(module, PrepackedLinear):
-            yield module, module.nbytes
-
-
-def _bytes_per_token(model: LanguageModel) -> int:
-    trial = model.fresh()
-    trial.forward(torch.zeros(1, dtype=torch.int64, device=model.device))
-    return trial.cache_bytes
-
-
-def _peak(model: nn.Module) -> tuple[int | None, str]:
-    with only_looking():
-        devices = sorted({str(weight.device) for weight in model.parameters() if weight.device.type == "cuda"})
-    if devices:
-        return sum(torch.cuda.max_memory_allocated(device) for device in devices), " and ".join(devices)
-    return _peak_resident(), "process"
-
-
-def _peak_resident() -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass  # not Linux
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    usage: Any = resource.getrusage(resource.RUSAGE_SELF)
-    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
-
-
-def _amount(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} B"

@@ -42,7 +42,7 @@ class PairPreset:
         name: of the preset, or ``target+draft``.
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text) or ``prompt-lookup`` (copied from the text so
-            far); None for a target alone.
+            far), or several of these with commas between them; None for a target alone.
         doc: one line on what the pair is for.
     """
 
@@ -52,9 +52,14 @@ class PairPreset:
     doc: str
 
     @property
+    def drafts(self) -> tuple[str, ...]:
+        """Names of the drafts, in the order of preference."""
+        return () if self.draft is None else tuple(self.draft.split(","))
+
+    @property
     def draft_is_model(self) -> bool:
-        """True if the draft is a language model that has to be loaded."""
-        return self.draft not in (NGRAM, PROMPT_LOOKUP, None)
+        """True if the draft is a single language model that has to be loaded."""
+        return len(self.drafts) == 1 and self.draft not in (NGRAM, PROMPT_LOOKUP)
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -75,6 +80,24 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset("smollm2-4l", SMOLLM2, "smollm2-draft-4l", "the same model; four layers: better guesses, dearer"),
         PairPreset("smollm2-ngram", SMOLLM2, NGRAM, "a real 135M chat model, an n-gram table as draft"),
         PairPreset("smollm2-lookup", SMOLLM2, PROMPT_LOOKUP, "a real 135M chat model, drafts copied"),
+        PairPreset(
+            "tiny-10m-mixed",
+            "tiny-10m",
+            f"tiny-10m-draft-1l,tiny-10m-draft-2l,{NGRAM},{PROMPT_LOOKUP}",
+            "shipped; two models, a table and copying, chosen round by round",
+        ),
+        PairPreset(
+            "tiny-3m-mixed",
+            "tiny-3m",
+            f"tiny-3m-draft-1l,{NGRAM},{PROMPT_LOOKUP}",
+            "shipped; the smallest target, drafts chosen round by round",
+        ),
+        PairPreset(
+            "smollm2-mixed",
+            SMOLLM2,
+            f"smollm2-draft-2l,smollm2-draft-4l,{NGRAM},{PROMPT_LOOKUP}",
+            "a real 135M chat model, drafts chosen round by round",
+        ),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
         PairPreset("tiny-3m", "tiny-3m", None, "shipped; the smallest target, no draft"),
         PairPreset("smollm2", SMOLLM2, None, "a real 135M chat model, no draft"),
@@ -92,8 +115,9 @@ def resolve(name: str) -> PairPreset:
 
     Args:
         name: a preset, or ``target+draft`` where each side is what `load_model` takes and the draft may also be
-            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. A target alone, for decoders that
-            need no draft, is a folder or ``owner/model``. Whether the models exist is seen when they are loaded.
+            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Several drafts have commas between
+            them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a folder or
+            ``owner/model``. Whether the models exist is seen when they are loaded.
 
     Raises:
         UnknownPairError: the name is none of these; the message lists the presets, the closest first.
@@ -103,7 +127,8 @@ def resolve(name: str) -> PairPreset:
     # A folder's name may itself contain a plus, so every plus is tried as the one in the middle.
     for plus in (match.start() for match in re.finditer(r"\+", name)):
         target, draft = name[:plus], name[plus + 1 :]
-        if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and _may_be_model(draft):
+        named = _may_be_model(draft) or ("," in draft and all(map(_may_be_model, draft.split(","))))
+        if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and named:
             return PairPreset(name, target, draft, f"{target} with the draft {draft}")
     of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
     if of_hub or _may_be_folder(name):
@@ -133,7 +158,8 @@ def _unknown(name: str) -> str:
     table = "".join(f"\n  {preset.name:18} {preset.doc}" for preset in PRESETS.values())
     return (
         f"{name!r} is no known pair.{hint} Give target+draft (hub ids, folders or shipped models; the draft may be "
-        f"{NGRAM!r} or {PROMPT_LOOKUP!r}), a target alone (a folder or owner/model), or one of:{table}"
+        f"{NGRAM!r} or {PROMPT_LOOKUP!r}, or several with commas between them), a target alone (a folder or "
+        f"owner/model), or one of:{table}"
     )
 
 

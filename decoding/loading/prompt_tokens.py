@@ -58,10 +58,9 @@ def _set(max_tokens: int | None) -> None:
 
 def prompt_limit(pair: Pair, asked: int | None) -> tuple[int, str]:
     """Tokens of a prompt, at most, and the reason in words: what is asked for, or the room in the shortest context."""
-    models = [pair.target]
-    draft: Any = getattr(pair.draft, "model", None)
-    if hasattr(draft, "context_limit"):
-        models.append(draft)
+    from ..drafts.mixed import draft_models  # which imports torch; whoever only cuts texts needs none
+
+    models = [pair.target, *draft_models(pair.draft)]
     shortest = min(models, key=lambda model: model.context_limit)
     context = shortest.context_limit
     free = min(ROOM, context // 2)

@@ -26,6 +26,7 @@ from specgym.decoding import (
     TextRules,
     TokenTree,
     bins_of,
+    draft_models,
     draw,
     likeliest_of_ten,
     sampling_of,
@@ -109,8 +110,7 @@ class Recorder:
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
     def _check_room(self, context: Sequence[int], prompt: int) -> None:
-        draft = self.pair.draft
-        for model in (self.pair.target, *([draft.model] if isinstance(draft, ModelDrafter) else [])):
+        for model in (self.pair.target, *draft_models(self.pair.draft)):
             model.require_branches("recorded")
             switch = model.pass_limit(prompt - 1)
             if switch < min(model.context_limit, len(context) + self.draft_length):

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from specgym.decoding import MemoryUse, NGramDrafter, Pair, memory_of
 from specgym.decoding.drafts.ngram import PromptLookupDrafter
-from specgym.decoding.loading import pair as pair_module
+from specgym.decoding.loading import memory
 
 USE = MemoryUse("toy", 42_200_000, 3_170_000, 26_600, 509_000_000, "process")
 
@@ -62,7 +62,7 @@ def test_the_peak_holds_the_weights_and_decoding_leaves_the_pair_alone(target: P
 
 
 def test_a_system_that_says_nothing_has_no_peak(target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_module, "_peak_resident", lambda: None)
+    monkeypatch.setattr(memory, "_peak_resident", lambda: None)
     assert "peak" not in str(memory_of(Pair(target)))
 
 

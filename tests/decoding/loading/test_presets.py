@@ -29,8 +29,8 @@ def test_every_preset_resolves_to_itself(name: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_model_of_a_preset_could_be_a_hub_id_or_is_shipped(preset: PairPreset) -> None:
-    for model in (preset.target, preset.draft):
-        if model not in (NGRAM, PROMPT_LOOKUP, None):
+    for model in (preset.target, *preset.drafts):
+        if model not in (NGRAM, PROMPT_LOOKUP):
             validate_repo_id(model)
             assert "/" in model or model in shipped_models()
 
