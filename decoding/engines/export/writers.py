@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ...decoders.traits import ENGINE_SETTINGS
 from ...errors import ArgumentError, one_of
-from ...loading.presets import PROMPT_LOOKUP, resolve
+from ...loading.presets import PROMPT_LOOKUP, PairPreset, resolve
 from ..engine import LOOKUP
 from .servers import llama_cpp, sglang, tensorrt_llm, vllm
 from .setting import LONGEST_MATCH, NO_DRAFT, Export, ServedSetting, notes_on
@@ -68,7 +68,7 @@ def setting_of_pair(pair: str, knobs: Mapping[str, float], **more: Any) -> Serve
     if preset.draft is None:
         raise ArgumentError(f"the pair {pair} has no draft; give target+draft")
     if not (preset.draft_is_model or preset.draft == PROMPT_LOOKUP):
-        raise ArgumentError(f"engines draft from no {preset.draft} table; {_ours(pair, knobs)}")
+        raise ArgumentError(f"engines draft from no {_lacking(preset)}; {_ours(pair, knobs)}")
     return ServedSetting(
         preset.target,
         preset.draft if preset.draft_is_model else LOOKUP,
@@ -101,8 +101,12 @@ def engine_arguments(engine: str, pair: str, knobs: Mapping[str, float]) -> str:
     if not knobs["draft_length"]:
         return NO_DRAFT
     if not (preset.draft_is_model or preset.draft == PROMPT_LOOKUP):
-        return f"{engine} drafts from no {preset.draft} table; {_ours(pair, knobs)}"
+        return f"{engine} drafts from no {_lacking(preset)}; {_ours(pair, knobs)}"
     return export_setting(engine, setting_of_pair(pair, knobs)).arguments
+
+
+def _lacking(preset: PairPreset) -> str:
+    return f"{preset.draft} table" if len(preset.drafts) == 1 else f"choice among {preset.draft}"
 
 
 def _ours(pair: str, knobs: Mapping[str, float]) -> str:

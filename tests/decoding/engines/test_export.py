@@ -230,6 +230,8 @@ def test_a_setting_is_checked_and_written_whole(tmp_path: Path) -> None:
             ServedSetting(**values)
     with pytest.raises(ArgumentError, match="draft from no ngram table"):
         setting_of_pair("tiny-10m-ngram", SETTING)
+    with pytest.raises(ArgumentError, match="draft from no choice among"):
+        setting_of_pair("tiny-10m-mixed", SETTING)
     paths = export_setting("tensorrt-llm", drafted(stop_threshold=0.4)).save(tmp_path / "deep")
     script = paths[0].read_text()
     assert script.startswith("# For tensorrt-llm 1.4.0rc4.\n# stop_threshold 0.4 has no equivalent")
