@@ -84,6 +84,7 @@ from .latency.accelerators import HARDWARE, KINDS, Hardware, find_hardware
 from .latency.deployments import Deployment, round_costs, sensible_deployments
 from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
+from .latency.mixed_profile import DraftCosts, MixedProfile
 from .latency.model_shapes import MODEL_SHAPES, ModelShape
 from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
@@ -176,6 +177,7 @@ __all__ = [
     "DecoderRegistryError",
     "DecoderTraits",
     "Deployment",
+    "DraftCosts",
     "DraftSession",
     "DraftStep",
     "DraftTracker",
@@ -211,6 +213,7 @@ __all__ = [
     "MemoryUse",
     "MixedDraft",
     "MixedDraftSession",
+    "MixedProfile",
     "ModelDrafter",
     "ModelNotFoundError",
     "ModelShape",

@@ -14,9 +14,11 @@ from .prompt_order import PromptOrder, prompts_at
 from .ray_cluster import MOST_LOST, WorkerError, cluster, named_node, on_ray, ray_errors, share_of
 from .recordings.archive import TraceError
 from .recordings.find import (
+    find_mixed_trace,
     find_recording,
     find_trace,
     is_traced,
+    mixed_workloads,
     outcome_command,
     practised_workloads,
     record_command,
@@ -24,6 +26,7 @@ from .recordings.find import (
     recording_name,
     trace_in,
 )
+from .recordings.mixed_trace import MixedTrace
 from .recordings.outcomes import Outcomes, outcomes_name, totals
 from .recordings.trace import Trace, tellable_threshold, trace_name
 from .registration import environment_id, register, register_environments
@@ -105,6 +108,7 @@ __all__ = [
     "KnobMoves",
     "LivePair",
     "Metrics",
+    "MixedTrace",
     "ObserveContext",
     "OutcomeReplay",
     "Outcomes",
@@ -141,6 +145,7 @@ __all__ = [
     "doublings",
     "engine_counts",
     "environment_id",
+    "find_mixed_trace",
     "find_recording",
     "find_trace",
     "from_doublings",
@@ -151,6 +156,7 @@ __all__ = [
     "length_of",
     "measure_setting",
     "metrics_of",
+    "mixed_workloads",
     "named_node",
     "observation_names",
     "on_ray",

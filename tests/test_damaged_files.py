@@ -27,6 +27,7 @@ from specgym.decoding import (
     LanguageModel,
     LatencyProfile,
     MedusaHeads,
+    MixedProfile,
     NGramDrafter,
     SpecgymError,
     load_heads,
@@ -36,8 +37,9 @@ from specgym.decoding.decoders.draft_tree.files import load_acceptance, load_ali
 from specgym.decoding.decoders.draft_tree.predictor import AcceptancePredictor, PredictorShape
 from specgym.decoding.decoders.medusa.files import save_heads
 from specgym.decoding.loading.checkpoint import load_checkpoint, save_checkpoint
-from specgym.envs import Outcomes, Trace
+from specgym.envs import MixedTrace, Outcomes, Trace
 from tests.helpers.damage import change_array, change_tensor, cut, flip, reseal, swap
+from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "tests" / "fixtures" / "runs"
@@ -137,6 +139,14 @@ FORMATS = {
         ("p.json",),
         copied(ROOT / "envs/data/latency/tiny-3m-1l.greedy.json", "p.json"),
         fields_of(LatencyProfile, "p.json"),
+    ),
+    "mixed trace": Format(
+        ("m.npz",), lambda folder: made_up_mixed().save(folder / "m.npz"), fields_of(MixedTrace, "m.npz")
+    ),
+    "mixed profile": Format(
+        ("m.json",),
+        lambda folder: made_up_costs(made_up_mixed()).save(folder / "m.json"),
+        fields_of(MixedProfile, "m.json"),
     ),
     "n-grams": Format(
         ("n.safetensors",), fit_table, lambda folder: NGramDrafter.load(folder / "n.safetensors").digest()
@@ -261,7 +271,10 @@ def test_a_changed_file_is_read_alike_or_refused_by_name(
     assert not {number: text for number, text in refusals.items() if str(tmp_path / str(number)) not in text}
 
 
-@pytest.mark.parametrize("name", ["trace", "outcomes", "profile", "n-grams", "policy", "knobs", "table", "settings"])
+@pytest.mark.parametrize(
+    "name",
+    ["trace", "outcomes", "profile", "mixed trace", "mixed profile", "n-grams", "policy", "knobs", "table", "settings"],
+)
 def test_a_file_of_this_version_without_its_checksum_is_refused(name: str, tmp_path: Path) -> None:
     form = FORMATS[name]
     form.write(tmp_path)

@@ -231,23 +231,31 @@ def measured_with_care(
         ordered: as for `contradictions`.
         tries: measurements at most, 1 or more.
     """
-    best, judged = None, (0, 0.0)
+    return measured_together(lambda: (measure(),), ordered=ordered, tries=tries)[0]
+
+
+def measured_together(
+    measure: Callable[[], Sequence[LatencyProfile]], *, ordered: bool = True, tries: int = TRIES
+) -> list[LatencyProfile]:
+    """Do `measured_with_care` with several profiles that come of one measurement, and are judged together."""
+    best: Sequence[LatencyProfile] = ()
+    judged = (0, 0.0)
     for attempt in range(tries):
-        profile = measure()
-        figures = len(contradictions(profile, ordered=ordered)), spread_of(profile)
-        if best is None or figures < judged:
-            best, judged = profile, figures
+        profiles = measure()
+        clauses = [clause for profile in profiles for clause in contradictions(profile, ordered=ordered)]
+        figures = len(clauses), max(map(spread_of, profiles))
+        if not best or figures < judged:
+            best, judged = profiles, figures
         if not judged[0] and judged[1] <= MOST_SPREAD:
             break
         if attempt + 1 < tries:
-            _LOG.info("the machine is busy: the latency of %s is measured again", profile.pair)
-    assert best is not None
+            _LOG.info("the machine is busy: the latency of %s is measured again", best[0].pair)
     if judged[0]:
-        clauses = "; ".join(contradictions(best, ordered=ordered))
-        _LOG.warning("the latency profile of %s cannot be right: %s. %s", best.pair, clauses, MEASURE_AGAIN)
+        text = "; ".join(clause for profile in best for clause in contradictions(profile, ordered=ordered))
+        _LOG.warning("the latency profile of %s cannot be right: %s. %s", best[0].pair, text, MEASURE_AGAIN)
     elif judged[1] > MOST_SPREAD:
-        warn_of_spread(best)
-    return smoothed(best, ordered=ordered)
+        warn_of_spread(max(best, key=spread_of))
+    return [smoothed(profile, ordered=ordered) for profile in best]
 
 
 def spread_of(profile: LatencyProfile) -> float:

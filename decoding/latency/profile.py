@@ -96,18 +96,7 @@ class LatencyProfile:
 
     def __post_init__(self) -> None:
         for name, fewest in zip(_TABLES, (0, 1), strict=True):
-            table = mapping_of(name, getattr(self, name), LatencyProfileError)
-            checked = (
-                (_count(f"tokens of {name}", tokens, at_least=0), _seconds(f"{name}[{tokens!r}]", seconds, at_least=0))
-                for tokens, seconds in table.items()
-            )
-            ordered = dict(sorted(checked))
-            if not ordered or min(ordered) < fewest:
-                raise LatencyProfileError(f"{name} must have an entry, and none below {fewest} tokens")
-            for tokens, seconds in ordered.items():
-                if seconds == 0 and fewest > 0:
-                    raise LatencyProfileError(f"{name}[{tokens}] is {seconds}; seconds are finite and positive")
-            object.__setattr__(self, name, ordered)
+            object.__setattr__(self, name, checked_seconds(name, getattr(self, name), fewest))
         check_fields(self, partial(_seconds, above=0), "autoregressive_seconds")
         if not (isinstance(self.kind, str) and self.kind):
             raise LatencyProfileError(f"kind must be the name of a cost kind, got {self.kind!r}")
@@ -125,11 +114,11 @@ class LatencyProfile:
 
     def draft(self, tokens: int) -> float:
         """Seconds of this many drafting steps, 0 or more: linear between measured numbers, and beyond the last two."""
-        return _interpolate(self.draft_seconds, tokens, 0)
+        return interpolated(self.draft_seconds, tokens, 0)
 
     def target(self, tokens: int) -> float:
         """Seconds of a target pass over so many tokens, 1 or more, verification included; linear as in `draft`."""
-        return _interpolate(self.target_seconds, tokens, 1)
+        return interpolated(self.target_seconds, tokens, 1)
 
     def round(self, drafted: int) -> float:
         """Seconds of a round that drafts so many tokens, 0 or more; of a tree's with as many levels as it can have."""
@@ -255,14 +244,7 @@ class LatencyProfile:
             LatencyProfileError: the file is missing, damaged, or not one of `save`.
         """
         way_out = "measure it again with specgym.decoding.latency.measure.measured(pair, refresh=True)"
-        try:
-            content = read_sealed(path, _FORMAT)
-        except FileNotFoundError:
-            raise LatencyProfileError(f"there is no latency profile {path}; {way_out}") from None
-        except (OSError, DamagedFileError) as error:
-            raise LatencyProfileError(f"latency profile {path} cannot be read ({error}); {way_out}") from error
-        if content.pop("format", None) not in (_FORMAT, _UNSEALED):
-            raise LatencyProfileError(f"{path} is not a latency profile of this version ({_FORMAT}); {way_out}")
+        content = profile_content(path, "latency profile", way_out, _FORMAT, _UNSEALED)
         try:
             about = {name: content.pop(key) for key, name in _ABOUT.items() if key in content or name != "overlaps"}
             if not all(isinstance(about[name], kind) for name, kind in _TYPES.items() if name in about):
@@ -306,6 +288,54 @@ class LatencyProfile:
                 raise LatencyProfileError(f"the points share no number of tokens in {table}, so nothing lies between")
 
 
+def checked_seconds(name: str, table: Mapping[int, float], fewest: int) -> dict[int, float]:
+    """Return a table of seconds by numbers of tokens, ascending.
+
+    Args:
+        name: of the table, for messages.
+        table: as it was given.
+        fewest: tokens that an entry has at least. If that is not 0, all seconds must be positive.
+
+    Raises:
+        LatencyProfileError: it is empty, or has a number that makes no sense.
+    """
+    checked = (
+        (_count(f"tokens of {name}", tokens, at_least=0), _seconds(f"{name}[{tokens!r}]", seconds, at_least=0))
+        for tokens, seconds in mapping_of(name, table, LatencyProfileError).items()
+    )
+    ordered = dict(sorted(checked))
+    if not ordered or min(ordered) < fewest:
+        raise LatencyProfileError(f"{name} must have an entry, and none below {fewest} tokens")
+    for tokens, seconds in ordered.items():
+        if seconds == 0 and fewest > 0:
+            raise LatencyProfileError(f"{name}[{tokens}] is {seconds}; seconds are finite and positive")
+    return ordered
+
+
+def profile_content(path: str | Path, noun: str, way_out: str, current: str, *earlier: str) -> dict[str, Any]:
+    """Read the JSON of a profile, without its format.
+
+    Args:
+        path: the file.
+        noun: name of such profiles in messages.
+        way_out: of a file that cannot be used, for messages.
+        current: format that it must have, sealed.
+        earlier: formats that it may have.
+
+    Raises:
+        LatencyProfileError: the file is missing, damaged, or of another format.
+    """
+    try:
+        content = read_sealed(path, current)
+    except FileNotFoundError:
+        raise LatencyProfileError(f"there is no {noun} {path}; {way_out}") from None
+    except (OSError, DamagedFileError) as error:
+        raise LatencyProfileError(f"{noun} {path} cannot be read ({error}); {way_out}") from error
+    if content.pop("format", None) not in (current, *earlier):
+        raise LatencyProfileError(f"{path} is not a {noun} of this version ({current}); {way_out}")
+    return content
+
+
 def arithmetic_of(sampling: Sampling) -> str:
     """Which sampling settings take the same time: `greedy`, or `sampled` with `-top-k` and `-top-p` where used."""
     if sampling.greedy:
@@ -318,7 +348,12 @@ def _restored(point: Mapping[str, Any]) -> dict[str, Any]:
     return {**point, **{table: dict(point[table]) for table in _TABLES}, **known}
 
 
-def _interpolate(table: Mapping[int, float], tokens: int, fewest: int) -> float:
+def interpolated(table: Mapping[int, float], tokens: int, fewest: int) -> float:
+    """Return the seconds of a number of tokens: linear between those of a table, ascending, and beyond the last two.
+
+    Raises:
+        ArgumentError: there are fewer tokens than the fewest that make sense.
+    """
     if tokens < fewest:
         raise ArgumentError(f"a latency is asked for at least {fewest} tokens, got {tokens}")
     known = list(table)

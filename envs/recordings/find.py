@@ -20,10 +20,11 @@ from ..workloads import (
     workload,
 )
 from .archive import EARLIER_LIMIT, TraceError
+from .mixed_trace import MixedTrace
 from .outcomes import OutcomeError, OutcomeInfo, Outcomes, holds_outcomes, outcomes_name
 from .trace import Trace, TraceInfo, trace_name
 
-TRACES, OUTCOMES = (Path(__file__).parents[1] / "data" / folder for folder in ("traces", "outcomes"))
+TRACES, MIXED, OUTCOMES = (Path(__file__).parents[1] / "data" / folder for folder in ("traces", "mixed", "outcomes"))
 """Folders of the recordings that ship with the package."""
 
 Recording = Trace | Outcomes
@@ -91,6 +92,42 @@ def find_trace(
     return trace, _recorded_workload(trace, name, split, record_command)
 
 
+def find_mixed_trace(
+    recording: MixedTrace | str | Path | None, name: str | Workload | None = None, split: Split | None = None
+) -> tuple[MixedTrace, Workload]:
+    """Find the mixed trace of a workload whose pair has several drafts, and the workload. No model is loaded.
+
+    Args:
+        recording: a mixed trace or its file; None for the one that ships with the package.
+        name: a workload or its name; None for the one that was recorded. It is needed where `recording` is None.
+        split: of the prompts; None for that of the recording, or else the workload's own.
+
+    Raises:
+        TraceError: there is no such recording, its file is damaged, or it is of another workload or split than asked
+            for; the message says how to make one.
+        WorkloadError: the workload's name is not known.
+    """
+    if recording is None:
+        if name is None:
+            raise TraceError(f"name a workload or give a recording; shipped are: {', '.join(mixed_workloads())}")
+        named = workload(name)
+        named = named if split is None else named.with_split(split)
+        name, split, recording = named, named.split, MIXED / trace_name(named.name, named.split)
+        if not recording.is_file():
+            raise TraceError(
+                f"no mixed trace of {named.name} ({split} prompts) ships with specgym (shipped: "
+                f"{', '.join(mixed_workloads()) or 'none'}); record one with {record_command(named.name)}, and give "
+                "its file as recording="
+            )
+    trace = recording if isinstance(recording, MixedTrace) else _loaded(MixedTrace, Path(recording).resolve())
+    return trace, _recorded_workload(trace, name, split, record_command)
+
+
+def mixed_workloads() -> tuple[str, ...]:
+    """Return the workloads that ship with mixed traces, greedy ones first, in the order of the presets."""
+    return _workloads_in(MIXED, ".train.npz")
+
+
 def is_traced(decoder: str) -> bool:
     """Return whether traces replay a registered decoder; others are replayed by their outcomes."""
     return traits_of(decoder).recorded_by == "trace"
@@ -140,7 +177,10 @@ def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
 
 def recorded_workloads(decoder: str) -> tuple[str, ...]:
     """Return the workloads that ship with recordings of a decoder, greedy ones first, in the order of the presets."""
-    folder, end = (TRACES, ".train.npz") if is_traced(decoder) else (OUTCOMES, f".{decoder}.train.npz")
+    return _workloads_in(*((TRACES, ".train.npz") if is_traced(decoder) else (OUTCOMES, f".{decoder}.train.npz")))
+
+
+def _workloads_in(folder: Path, end: str) -> tuple[str, ...]:
     names = [path.name.removesuffix(end).replace("_", "/", 1) for path in folder.glob(f"*{end}")]
     pairs, sets = list(PRESETS), [name.partition("/")[2] for name in SHIPPED_WORKLOADS]
 
@@ -182,7 +222,10 @@ def recording_name(name: str, decoder: str, split: str) -> str:
 
 
 def _recorded_workload(
-    recording: Recording, name: str | Workload | None, split: Split | None, command: Callable[[str], str]
+    recording: Recording | MixedTrace,
+    name: str | Workload | None,
+    split: Split | None,
+    command: Callable[[str], str],
 ) -> Workload:
     """The workload of a recording. By its name alone it can be loaded only if the pair is known.
 
@@ -219,7 +262,7 @@ def _recorded_workload(
     return named.with_split("train" if info.split == "train" else "test")
 
 
-def _require_length(recording: Recording, named: Workload, command: Callable[[str], str]) -> None:
+def _require_length(recording: Recording | MixedTrace, named: Workload, command: Callable[[str], str]) -> None:
     """Raise TraceError where prompts were recorded that are cut in another way than those of the workload."""
     recorded, asked = recording.info.max_prompt_tokens, named.prompt_limit
     longest = _longest_prompt(recording)
@@ -249,7 +292,7 @@ def _require_texts(info: TraceInfo | OutcomeInfo, named: Workload, command: Call
         )
 
 
-def _longest_prompt(recording: Recording) -> float:
+def _longest_prompt(recording: Recording | MixedTrace) -> float:
     """Tokens of the longest recorded prompt before it was cut, or the most that it can have had."""
     info = recording.info
     if info.longest_prompt is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ NUMBERS = ("confidence", "entropy", "q", "p", "target_entropy")
 """Columns of real numbers that only the target's own texts have."""
 _SHARES = ("confidence", "q", "p", "distance", "top_ten")
 _LARGEST = 2**62
+_EARLIER_LONGEST = 3
+"""Tokens that drafts without probabilities looked for, at most, by default, while traces had no column `matched`."""
+_LONGEST_MATCH = 255
 _MANTISSA = 7  # bits kept of a float16's 10: a relative error below 0.5 %, and files a third smaller
 
 Floats = NDArray[np.float32]
@@ -76,6 +79,8 @@ class Trace:
         top_ten: the likeliest token's probability among the draft's ten likeliest alone, at temperature 1 and before
             any warping; for a draft without probabilities the confidence. Shape (own rows, K). None in a trace of an
             earlier version.
+        matched: tokens of context that decided on a token, up to 255; 0 for a draft that is a model. Shape (own rows,
+            K). In a trace of an earlier version, if it is given none, they are estimated from the confidence.
 
     When greedy, `confidence`, `entropy`, `q`, `p`, `target_entropy` and `distance` are those at temperature 1.
     """
@@ -101,6 +106,11 @@ class Trace:
     detour_knobs: NDArray[np.float64]
     detour_rows: Integers
     top_ten: Floats | None = None
+    matched: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not self.matched.size:
+            object.__setattr__(self, "matched", self._estimated_matches())
 
     @property
     def prompts(self) -> int:
@@ -112,8 +122,17 @@ class Trace:
         """K, the most tokens drafted at a row."""
         return self.info.draft_length
 
+    @property
+    def certain(self) -> bool:
+        """True if the draft has no probabilities."""
+        return not self.entropy.any()
+
     def save(self, path: str | Path) -> None:
         """Write the trace; a reader never sees half of one. Real numbers keep eight significant bits."""
+        write_archive(path, FORMAT, asdict(self.info), self.arrays())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of the trace's file, by name."""
         small = np.uint16 if self.info.vocabulary_size <= 2**16 else np.uint32
         arrays: dict[str, NDArray[Any]] = {
             "prompt_lengths": self.prompt_lengths.astype(np.uint32),
@@ -124,19 +143,21 @@ class Trace:
             "drafted": self.drafted.astype(np.uint8),
             "bins": self.bins,
             "match": np.packbits(self.match, axis=1),
-            "distance": _rounded(self.distance),
+            "distance": rounded(self.distance),
             "jump": _relative(self.jump).astype(np.int32),
             "chances": np.column_stack([self.chances.kept, self.chances.average]).astype(np.float32),
             "detour_prompts": self.detour_prompts.astype(np.uint32),
             "detour_knobs": self.detour_knobs.astype(np.float32),
             "detour_rows": self.detour_rows.astype(np.int32),
-            **{name: _rounded(getattr(self, name)) for name in NUMBERS},
+            **{name: rounded(getattr(self, name)) for name in NUMBERS},
         }
         if np.array_equal(arrays["q"], arrays["confidence"]):
             del arrays["q"]  # the draft always takes its likeliest token
-        if self.top_ten is not None and not _certain(arrays["entropy"]):
-            arrays["top_ten"] = _rounded(self.top_ten)
-        write_archive(path, FORMAT, asdict(self.info), arrays)
+        if self.top_ten is not None and arrays["entropy"].any():
+            arrays["top_ten"] = rounded(self.top_ten)
+        if not np.array_equal(self.matched, self._estimated_matches()):
+            arrays["matched"] = self.matched.clip(max=_LONGEST_MATCH).astype(np.uint8)
+        return arrays
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -150,19 +171,27 @@ class Trace:
             (FORMAT, _UNSEALED),
             "trace",
             TraceError,
-            _info,
-            lambda info, content: _checked(_decoded(cls, info, content)),
+            lambda metadata: check_info(typed(TraceInfo, metadata)),
+            cls.of_arrays,
         )
+
+    @classmethod
+    def of_arrays(cls, info: TraceInfo, content: Mapping[str, NDArray[Any]]) -> Trace:
+        """Return the trace that `arrays` are of.
+
+        Raises:
+            KeyError, ValueError, IndexError: an array is missing, of a wrong type or shape, or contradicts another.
+        """
+        return _checked(_decoded(cls, info, content))
+
+    def _estimated_matches(self) -> Integers:
+        shares = self.confidence if self.certain else np.zeros_like(self.confidence)
+        return np.rint(shares * _EARLIER_LONGEST).astype(np.int64)
 
 
 def trace_name(name: str, split: str) -> str:
     """Return the file name of a workload's trace."""
     return f"{file_name(name)}.{split}.npz"
-
-
-def _certain(entropy: NDArray[np.floating]) -> bool:
-    """Return whether a draft of this entropy has no probabilities."""
-    return not entropy.any()
 
 
 def tellable_threshold(threshold: float) -> float:
@@ -178,9 +207,9 @@ def tellable_threshold(threshold: float) -> float:
     return math.ldexp((math.floor(share * steps) + 0.5) / steps - 2.0**-12, exponent)
 
 
-def _rounded(values: Floats) -> NDArray[np.float16]:
-    """Convert to float16 with `_MANTISSA` bits after the leading one, rounded to nearest; the zeros compress well."""
-    dropped = 10 - _MANTISSA
+def rounded(values: NDArray[np.floating], mantissa: int = _MANTISSA) -> NDArray[np.float16]:
+    """Convert to float16 with so many bits after the leading one, rounded to nearest; the zeros compress well."""
+    dropped = 10 - mantissa
     bits = values.astype(np.float16).view(np.uint16).astype(np.uint32)
     return ((bits + (1 << (dropped - 1))) >> dropped << dropped).astype(np.uint16).view(np.float16)
 
@@ -194,8 +223,8 @@ def _absolute(relative: Integers) -> Integers:
     return np.where(relative == 0, -1, relative + np.arange(len(relative))[:, None])
 
 
-def _info(metadata: dict[str, Any]) -> TraceInfo:
-    info = typed(TraceInfo, metadata)
+def check_info(info: TraceInfo) -> TraceInfo:
+    """Return the facts of a trace; raises ValueError unless every number is one that can have been recorded."""
     info.check()
     if info.draft_length < 1 or info.vocabulary_size < 1 or info.detour_tokens < 0:
         raise ValueError("draft_length and vocabulary_size must be at least 1, and detour_tokens 0")
@@ -219,7 +248,8 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
         return numbers(content, stored, "f", (rows if name == "distance" else own_rows, drafts)).astype(np.float32)
 
     columns = {name: floats(name) for name in NUMBERS}
-    likeliest = columns["confidence"] if _certain(columns["entropy"]) else None
+    likeliest = None if columns["entropy"].any() else columns["confidence"]
+    nothing = np.empty(0, np.int64)
     match = numbers(content, "match", "u", (rows, -(-drafts // 8)))
     table = numbers(content, "chances", "f", (-1, -1)).astype(np.float64)
     return kind(
@@ -239,6 +269,7 @@ def _decoded(kind: type[Trace], info: TraceInfo, content: Mapping[str, NDArray[A
         detour_knobs=numbers(content, "detour_knobs", "f", (detours, 2)).astype(np.float64),
         detour_rows=integers("detour_rows", detours, info.detour_tokens),
         top_ten=floats("top_ten") if "top_ten" in content else likeliest,
+        matched=integers("matched", own_rows, drafts) if "matched" in content else nothing,
         **columns,
     )
 
@@ -264,6 +295,8 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError("detour_prompts is out of range")
     if trace.prompt_lengths.min() < 1:
         raise ValueError("prompt_lengths is out of range")
+    if trace.matched.min(initial=0) < 0:
+        raise ValueError("matched is out of range")
     for values in (trace.text, trace.tokens):
         if values.min(initial=0) < 0 or values.max(initial=0) >= trace.info.vocabulary_size:
             raise ValueError("a token is outside the vocabulary")

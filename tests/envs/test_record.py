@@ -167,6 +167,17 @@ def test_a_trace_of_an_earlier_version_lacks_the_likeliest_of_ten_unless_its_dra
         np.testing.assert_array_equal(Trace.load(tmp_path / f"{number}.npz").top_ten, trace.confidence)
 
 
+def test_matched_tokens_are_kept_and_estimated_for_a_trace_of_an_earlier_version(trace: Trace, tmp_path: Path) -> None:
+    assert not trace.matched.any()  # of a model
+    shares = np.random.default_rng(0).integers(0, 4, trace.confidence.shape)
+    certain = replace(trace, entropy=np.zeros_like(trace.entropy), confidence=(shares / 3).astype(np.float32))
+    for name, matched in (("earlier", np.empty(0, np.int64)), ("known", shares + 300 * (shares > 2))):
+        replace(certain, matched=matched).save(tmp_path / f"{name}.npz")
+    assert "matched" not in np.load(tmp_path / "earlier.npz").files
+    np.testing.assert_array_equal(Trace.load(tmp_path / "earlier.npz").matched, shares)
+    np.testing.assert_array_equal(Trace.load(tmp_path / "known.npz").matched, np.where(shares > 2, 255, shares))
+
+
 @pytest.mark.parametrize("what", ["own_text", "detours"])
 def test_an_interrupted_recording_goes_on_where_it_stopped(
     work: Workload, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

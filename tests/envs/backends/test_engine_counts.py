@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from specgym.decoding.errors import ArgumentError
 from specgym.envs.backends.engine_counts import EngineCounts, engine_counts
 from specgym.envs.recordings.find import find_trace
-from specgym.envs.recordings.trace import _rounded, tellable_threshold
+from specgym.envs.recordings.trace import rounded, tellable_threshold
 
 COUNTS: dict[str, list[dict[str, Any]]] = json.loads(
     (Path(__file__).parents[2] / "fixtures" / "engines" / "counts.json").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_a_tellable_threshold_compares_with_what_was_rounded_as_before(threshold
     chosen = tellable_threshold(threshold)
     assert chosen == pytest.approx(threshold, rel=0.005)
     near = np.array([probability, *(chosen * (1 + share) for share in (-1e-6, 1e-6))], np.float32)
-    assert ((near < np.float32(chosen)) == (_rounded(near) < np.float32(chosen))).all()
+    assert ((near < np.float32(chosen)) == (rounded(near) < np.float32(chosen))).all()
 
 
 def test_no_threshold_stays_none() -> None:

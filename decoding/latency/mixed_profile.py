@@ -1,0 +1,145 @@
+"""Latency profiles of pairs with several drafts: seconds of every draft's next token, and of the target's passes.
+
+A draft that is a model reads what was emitted or drafted by others since it was last asked, in the same pass in which
+it proposes its next token; that is what its time depends on. Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import check_fields, number, whole_number
+from ..sealed_files import write_sealed
+from .profile import LatencyProfileError, checked_seconds, interpolated, profile_content
+
+FORMAT = "specgym-mixed-latency-1"
+_WAY_OUT = "measure it again: python -m specgym.envs.profiles PAIR/PROMPTS, or specgym.decoding.measured_mixed(pair)"
+_TYPES = {"pair": str, "hardware": dict, "sampling": str, "doubts": list}
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """Seconds of a draft's tokens.
+
+    Attributes:
+        name: of the draft.
+        free: whether its proposals cost microseconds, so that they may be looked at without being asked for.
+        reading_seconds: seconds of the step that reads so many unread tokens of context (1 or more) in one pass, and
+            proposes the next token. A chain of k tokens takes `reading(unread) + (k - 1) * reading(1)`.
+
+    Raises:
+        LatencyProfileError: the table is empty, or seconds are not finite and positive.
+    """
+
+    name: str
+    free: bool
+    reading_seconds: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and type(self.free) is bool):
+            raise LatencyProfileError(f"a draft has a name, and is free or not, got {self.name!r} and {self.free!r}")
+        object.__setattr__(self, "reading_seconds", checked_seconds("reading_seconds", self.reading_seconds, 1))
+
+    def reading(self, tokens: int) -> float:
+        """Seconds of reading so many tokens, 1 or more, and proposing one; linear between and beyond those measured."""
+        return interpolated(self.reading_seconds, tokens, 1)
+
+
+@dataclass(frozen=True)
+class MixedProfile:
+    """Seconds of drafting by any of several drafts, and of verifying; one text at a time.
+
+    Attributes:
+        pair: name of the pair.
+        drafts: costs of its drafts, in the order of the pair.
+        target_seconds: seconds of a target pass over so many tokens (1 or more) and its verification, by number.
+        autoregressive_seconds: seconds per token of plain decoding with the target.
+        hardware: what it was measured on, as in `LatencyProfile`.
+        sampling: which arithmetic was measured, likewise.
+        context: tokens of the text that were read before; None where it is not known.
+        spread: relative interquartile range of the times of one size, as in `Uncertainty`; 0 where it is not known.
+        doubts: what contradicted itself when it was measured, a clause each; none for a profile to be trusted.
+
+    Raises:
+        LatencyProfileError: there is no draft, a table is empty, or seconds are not finite and positive.
+    """
+
+    pair: str
+    drafts: tuple[DraftCosts, ...]
+    target_seconds: Mapping[int, float]
+    autoregressive_seconds: float
+    hardware: Mapping[str, Any]
+    sampling: str = "greedy"
+    context: int | None = None
+    spread: float = 0.0
+    doubts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drafts", tuple(self.drafts))
+        if not self.drafts:
+            raise LatencyProfileError(f"the mixed latency profile of {self.pair} has no draft")
+        object.__setattr__(self, "target_seconds", checked_seconds("target_seconds", self.target_seconds, 1))
+        check_fields(self, partial(number, above=0, error=LatencyProfileError), "autoregressive_seconds")
+        check_fields(self, partial(number, at_least=0, error=LatencyProfileError), "spread")
+        if self.context is not None:
+            check_fields(self, partial(whole_number, error=LatencyProfileError), "context")
+        object.__setattr__(self, "hardware", dict(self.hardware))
+        object.__setattr__(self, "doubts", tuple(map(str, self.doubts)))
+
+    def reading(self, draft: int, tokens: int) -> float:
+        """Seconds of the step in which a draft, by its number, reads so many tokens (1 or more) and proposes one."""
+        return self.drafts[draft].reading(tokens)
+
+    def target(self, tokens: int) -> float:
+        """Seconds of a target pass over so many tokens, 1 or more, verification included; linear likewise."""
+        return interpolated(self.target_seconds, tokens, 1)
+
+    def require_drafts(self, names: tuple[str, ...]) -> MixedProfile:
+        """Return the profile itself, if it is of these drafts, in this order.
+
+        Raises:
+            LatencyProfileError: it is of others; the message names both.
+        """
+        known = tuple(draft.name for draft in self.drafts)
+        if known != names:
+            raise LatencyProfileError(
+                f"the mixed latency profile of {self.pair} is of the drafts {', '.join(known)}, and charged are to be "
+                f"{', '.join(names)}; {_WAY_OUT}"
+            )
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON; a reader never sees half a file."""
+        content = {
+            **asdict(self),
+            "drafts": [
+                {"name": draft.name, "free": draft.free, "reading_seconds": [*draft.reading_seconds.items()]}
+                for draft in self.drafts
+            ],
+            "target_seconds": [*self.target_seconds.items()],  # JSON would make strings of the numbers of tokens
+        }
+        write_sealed(path, {"format": FORMAT, **content})
+
+    @classmethod
+    def load(cls, path: str | Path) -> MixedProfile:
+        """Read a profile.
+
+        Raises:
+            LatencyProfileError: the file is missing, damaged, or not one of `save`.
+        """
+        content = profile_content(path, "mixed latency profile", _WAY_OUT, FORMAT)
+        try:
+            for name, kind in _TYPES.items():
+                if not isinstance(content[name], kind):
+                    raise ValueError(f"{name} is of another type")
+            drafts = tuple(
+                DraftCosts(**{**draft, "reading_seconds": dict(draft["reading_seconds"])})
+                for draft in content.pop("drafts")
+            )
+            return cls(**{**content, "drafts": drafts, "target_seconds": dict(content["target_seconds"])})
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise LatencyProfileError(f"mixed latency profile {path} is damaged ({error}); {_WAY_OUT}") from error
