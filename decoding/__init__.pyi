@@ -26,6 +26,7 @@ from .decoders.stop_rules import (
 )
 from .decoders.threshold import ThresholdDecoder
 from .decoders.traits import ENGINE_SETTINGS, EngineSettings, EngineStop
+from .drafts.copying import PromptLookupDrafter, SuffixDrafter
 from .drafts.drafter import (
     Drafter,
     DraftSession,
@@ -38,7 +39,7 @@ from .drafts.drafter import (
     is_free,
 )
 from .drafts.mixed import MixedDraft, MixedDraftSession, draft_models, drafts_of
-from .drafts.ngram import NGramDrafter, PromptLookupDrafter
+from .drafts.ngram import NGramDrafter
 from .drafts.translated import TranslatedModel
 from .engines.engine import (
     LOOKUP,
@@ -246,6 +247,7 @@ __all__ = [
     "SpeculativeSession",
     "Split",
     "StopRule",
+    "SuffixDrafter",
     "Sureness",
     "Terminated",
     "TextRules",

@@ -33,6 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "EntropyAbove": {"threshold": 0.5},
     "ProductBelow": {"threshold": 0.5},
     "PromptLookupDrafter": {"vocabulary_size": 100},
+    "SuffixDrafter": {"vocabulary_size": 100},
     "roofline": {"target": next(iter(MODEL_SHAPES.values())), "draft": None, "hardware": "h100-sxm"},
     "Deployment": {"target": MODEL_SHAPES["opt-1.3b"], "draft": None, "hardware": HARDWARE["h100-sxm"]},
     "round_costs": {"deployment": Deployment(MODEL_SHAPES["opt-1.3b"], None, HARDWARE["h100-sxm"]),

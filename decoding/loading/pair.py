@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafts.copying import PromptLookupDrafter, SuffixDrafter
 from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.mixed import MixedDraft, draft_models
-from ..drafts.ngram import NGramDrafter, PromptLookupDrafter
+from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, VocabularyMismatchError
@@ -223,9 +224,9 @@ def load_pair(
 
     Args:
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
-            draft may also be ``prompt-lookup``, ``ngram`` (a table that ships with the package) or the path of a table
-            made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A folder or
-            ``owner/model`` is a target without a draft.
+            draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package) or the path
+            of a table made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A
+            folder or ``owner/model`` is a target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -250,6 +251,8 @@ def load_pair(
     def drafted_by(name: str) -> tuple[PreTrainedModel | Drafter, PreTrainedTokenizerBase | None]:
         if name == presets.PROMPT_LOOKUP:
             return PromptLookupDrafter(vocabulary_size), None
+        if name == presets.SUFFIX:
+            return SuffixDrafter(vocabulary_size), None
         if name == presets.NGRAM:
             return NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM), None
         if name.endswith(".safetensors"):

@@ -18,12 +18,14 @@ from ..errors import SpecgymError
 
 NGRAM = "ngram"
 PROMPT_LOOKUP = "prompt-lookup"
+SUFFIX = "suffix"
 DEFAULT = "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the chat model that can also be fetched from the package index (`smollm2`)."""
 ModelType = Literal["float32", "bfloat16", "float16"]
 """Types of weights that a command can ask for."""
 DTYPES: Final = ("float32", "bfloat16", "float16")
+_NO_MODELS = (NGRAM, PROMPT_LOOKUP, SUFFIX)
 _VARIABLES = ("SPECGYM_DTYPE", "SPECGYM_DEVICE")
 """Environment variables that tell processes started later; they are set here, and not meant for users."""
 _DEVICE = re.compile(r"cpu|auto|(cuda|xpu|mps)(:\d+)?")
@@ -41,8 +43,9 @@ class PairPreset:
     Attributes:
         name: of the preset, or ``target+draft``.
         target: a model's name, as `load_model` takes it.
-        draft: another model's name, ``ngram`` (a table counted on text) or ``prompt-lookup`` (copied from the text so
-            far), or several of these with commas between them; None for a target alone.
+        draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
+            far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
+            a target alone.
         doc: one line on what the pair is for.
     """
 
@@ -59,7 +62,7 @@ class PairPreset:
     @property
     def draft_is_model(self) -> bool:
         """True if the draft is a single language model that has to be loaded."""
-        return len(self.drafts) == 1 and self.draft not in (NGRAM, PROMPT_LOOKUP)
+        return len(self.drafts) == 1 and self.draft not in _NO_MODELS
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -83,19 +86,19 @@ PRESETS: dict[str, PairPreset] = {
         PairPreset(
             "tiny-10m-mixed",
             "tiny-10m",
-            f"tiny-10m-draft-1l,tiny-10m-draft-2l,{NGRAM},{PROMPT_LOOKUP}",
+            f"tiny-10m-draft-1l,tiny-10m-draft-2l,{NGRAM},{PROMPT_LOOKUP},{SUFFIX}",
             "shipped; two models, a table and copying, chosen round by round",
         ),
         PairPreset(
             "tiny-3m-mixed",
             "tiny-3m",
-            f"tiny-3m-draft-1l,{NGRAM},{PROMPT_LOOKUP}",
+            f"tiny-3m-draft-1l,{NGRAM},{PROMPT_LOOKUP},{SUFFIX}",
             "shipped; the smallest target, drafts chosen round by round",
         ),
         PairPreset(
             "smollm2-mixed",
             SMOLLM2,
-            f"smollm2-draft-2l,smollm2-draft-4l,{NGRAM},{PROMPT_LOOKUP}",
+            f"smollm2-draft-2l,smollm2-draft-4l,{NGRAM},{PROMPT_LOOKUP},{SUFFIX}",
             "a real 135M chat model, drafts chosen round by round",
         ),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
@@ -115,9 +118,9 @@ def resolve(name: str) -> PairPreset:
 
     Args:
         name: a preset, or ``target+draft`` where each side is what `load_model` takes and the draft may also be
-            ``ngram`` or ``prompt-lookup``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Several drafts have commas between
-            them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a folder or
-            ``owner/model``. Whether the models exist is seen when they are loaded.
+            ``ngram``, ``prompt-lookup`` or ``suffix``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Several drafts have
+            commas between them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a
+            folder or ``owner/model``. Whether the models exist is seen when they are loaded.
 
     Raises:
         UnknownPairError: the name is none of these; the message lists the presets, the closest first.
@@ -128,7 +131,7 @@ def resolve(name: str) -> PairPreset:
     for plus in (match.start() for match in re.finditer(r"\+", name)):
         target, draft = name[:plus], name[plus + 1 :]
         named = _may_be_model(draft) or ("," in draft and all(map(_may_be_model, draft.split(","))))
-        if _may_be_model(target) and target not in (NGRAM, PROMPT_LOOKUP) and named:
+        if _may_be_model(target) and target not in _NO_MODELS and named:
             return PairPreset(name, target, draft, f"{target} with the draft {draft}")
     of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
     if of_hub or _may_be_folder(name):
@@ -158,8 +161,8 @@ def _unknown(name: str) -> str:
     table = "".join(f"\n  {preset.name:18} {preset.doc}" for preset in PRESETS.values())
     return (
         f"{name!r} is no known pair.{hint} Give target+draft (hub ids, folders or shipped models; the draft may be "
-        f"{NGRAM!r} or {PROMPT_LOOKUP!r}, or several with commas between them), a target alone (a folder or "
-        f"owner/model), or one of:{table}"
+        f"{NGRAM!r}, {PROMPT_LOOKUP!r} or {SUFFIX!r}, or several with commas between them), a target alone (a folder "
+        f"or owner/model), or one of:{table}"
     )
 
 

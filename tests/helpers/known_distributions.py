@@ -19,8 +19,9 @@ from specgym.decoding.decoders import autoregressive, threshold
 from specgym.decoding.decoders import chain as speculative
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts import drafter as drafters
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 from tests.helpers.other_words import translated_table

@@ -14,8 +14,9 @@ from specgym.decoding.decoders import chain as speculative
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.decoders.stop_rules import FixedLength, TokenRule
 from specgym.decoding.decoders.traits import ENGINE_SETTINGS, EngineStop
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import ModelStep
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import PROMPT, MakeTable, distance, exact_joint, make_drafter, walk

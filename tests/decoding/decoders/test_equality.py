@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.loading.presets import PRESETS
 from specgym.decoding.prompts import load_prompts

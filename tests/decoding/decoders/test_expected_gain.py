@@ -15,7 +15,7 @@ from specgym.decoding.decoders.expected_gain import BINS, LEVELS, ExpectedGain, 
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, DraftTracker, StopRule
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.decoders.traits import Stop
-from specgym.decoding.drafts.ngram import PromptLookupDrafter
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.latency.profile import LatencyProfileError
 from specgym.decoding.loading.pair import Pair
 from tests.helpers.table_models import TableModel, random_table

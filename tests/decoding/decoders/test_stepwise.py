@@ -18,8 +18,9 @@ from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
 from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter, ModelStep
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.errors import KnobError, NumericalError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel

@@ -1,4 +1,4 @@
-"""Proposals and refusals of the three drafts."""
+"""Proposals and refusals of models and tables as drafts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal, propose
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
@@ -30,27 +31,6 @@ def steps(drafter: Drafter, text: list[int], count: int, sampling: Sampling = GR
 
 def drafted(drafter: Drafter, text: list[int], count: int) -> list[int]:
     return [int(step.token) for step in steps(drafter, text, count)]
-
-
-def test_prompt_lookup_copies_what_followed_the_longest_and_latest_match() -> None:
-    drafter = PromptLookupDrafter(100, longest=2)
-    assert drafted(drafter, [1, 2, 3, 9, 2, 4, 1, 2], 3) == [3, 9, 2]  # two tokens match before one does
-    assert drafted(drafter, [5, 7, 5, 8, 5], 2) == [8, 5]  # of equal matches the latest
-    assert drafted(drafter, [1, 2, 3], 4) == []
-    assert drafted(drafter, [4, 4], 5) == [4]  # a text that has just begun to repeat
-
-
-def test_prompt_lookup_indexes_a_growing_text_as_if_it_had_come_at_once() -> None:
-    text = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    drafter = PromptLookupDrafter(4)
-    growing = drafter.start(text[:1], Sampling(0.0), torch.Generator(), CPU)
-    for length in range(1, len(text) + 1):
-        assert [int(step.token) for step in growing.steps(text[:length], 5)] == drafted(drafter, text[:length], 5)
-
-
-def test_prompt_lookup_needs_a_match_of_at_least_one_token() -> None:
-    with pytest.raises(ValueError, match="longest must be a whole number of at least 1"):
-        PromptLookupDrafter(100, longest=0)
 
 
 @given(text=st.lists(st.integers(0, 3), min_size=8, max_size=40), order=st.integers(2, 4))

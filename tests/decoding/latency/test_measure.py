@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.interleaved import describe_hardware, fingerprint, growth_of, typical
 from specgym.decoding.latency.measure import measure, measured

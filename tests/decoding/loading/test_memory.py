@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from specgym.decoding import MemoryUse, NGramDrafter, Pair, memory_of
-from specgym.decoding.drafts.ngram import PromptLookupDrafter
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.loading import memory
 
 USE = MemoryUse("toy", 42_200_000, 3_170_000, 26_600, 509_000_000, "process")

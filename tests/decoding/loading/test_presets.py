@@ -14,6 +14,7 @@ from specgym.decoding.loading.presets import (
     NGRAM,
     PRESETS,
     PROMPT_LOOKUP,
+    SUFFIX,
     PairPreset,
     UnknownPairError,
     resolve,
@@ -30,7 +31,7 @@ def test_every_preset_resolves_to_itself(name: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_model_of_a_preset_could_be_a_hub_id_or_is_shipped(preset: PairPreset) -> None:
     for model in (preset.target, *preset.drafts):
-        if model not in (NGRAM, PROMPT_LOOKUP):
+        if model not in (NGRAM, PROMPT_LOOKUP, SUFFIX):
             validate_repo_id(model)
             assert "/" in model or model in shipped_models()
 
@@ -61,6 +62,7 @@ def test_a_preset_cannot_be_changed() -> None:
         ("facebook/opt-6.7b+facebook/opt-125m", "facebook/opt-6.7b", "facebook/opt-125m", True),
         ("tiny-3m+ngram", "tiny-3m", NGRAM, False),
         ("some.one/Model_1+prompt-lookup", "some.one/Model_1", PROMPT_LOOKUP, False),
+        ("some.one/Model_1+suffix", "some.one/Model_1", SUFFIX, False),
     ],
 )
 def test_target_plus_draft_is_split_at_the_plus(name: str, target: str, draft: str, draft_is_model: bool) -> None:

@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
+from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter
-from specgym.decoding.drafts.ngram import NGramDrafter, PromptLookupDrafter
+from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
