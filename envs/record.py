@@ -1,7 +1,8 @@
 """``python -m specgym.envs.record``: record workloads, so that decoding can be replayed without the models.
 
-A *trace* has what the draft would do at every position of texts, and replays decoders that draft chains of tokens. With
-``--decoder NAME`` the *outcomes* of that decoder are recorded, over many settings of its knobs.
+A *trace* has what the draft would do at every position of texts, and replays decoders that draft chains of tokens. Of a
+pair with several drafts, ``target+draftA,draftB``, a *mixed trace* has what each of them would do along the same texts.
+With ``--decoder NAME`` the *outcomes* of that decoder are recorded, over many settings of its knobs.
 
 A recording that is interrupted goes on from the last complete text when the same command is given again. ``--jobs`` and
 ``--ray`` record several workloads at a time.
@@ -22,8 +23,10 @@ from specgym.decoding import (
     ModelType,
     Split,
     check_fields,
+    drafts_of,
     models_placed,
     prompts_limited,
+    resolve,
     run_command,
     traits_of,
     whole_number,
@@ -31,13 +34,15 @@ from specgym.decoding import (
 
 from .ray_cluster import WorkerError, cluster, on_ray
 from .recordings.archive import TraceError, parts_of
+from .recordings.mixed_recorder import record_mixed
 from .recordings.outcome_recorder import OutcomeSettings, record_outcomes
 from .recordings.outcomes import outcomes_name
+from .recordings.own_texts import RecordSettings
 from .recordings.trace import trace_name
-from .recordings.trace_recorder import RecordSettings, record
+from .recordings.trace_recorder import record
 from .registration import register
 from .workers import Task, run_tasks
-from .workloads import workload
+from .workloads import Workload, workload
 
 __all__ = ["RecordCommand", "RecordSettings", "main", "record"]
 
@@ -78,7 +83,7 @@ class RecordCommand:
     """Tokens of the text after each prompt, at most (64)."""
     detour_prompts: int | None = None
     """Traces: prompts for which the texts that threshold decoding leads to are recorded too, at most; 0 for none
-    (12)."""
+    (12). Not for several drafts, of which the target's own texts alone are recorded."""
     detour_tokens: int | None = None
     """Traces: tokens of each of those texts, at most (32)."""
     max_prompt_tokens: int | None = None
@@ -129,6 +134,16 @@ class RecordCommand:
                 raise TraceError(f"{option}: {self.decoder} drafts no tokens one after another; leave it out")
         return RecordSettings(**numbers) if self.decoder is None else OutcomeSettings(self.decoder, **numbers)
 
+    def check_drafts(self) -> None:
+        """Raise TraceError where detours are asked for of a pair with several drafts; errors as for `workload`."""
+        mixed = next((name for name in self.workloads if self.decoder is None and _is_mixed(workload(name))), None)
+        for option in ("detour_prompts", "detour_tokens"):
+            if mixed is not None and getattr(self, option):
+                raise TraceError(
+                    f"--{option.replace('_', '-')}: {mixed} has several drafts, which are recorded along the target's "
+                    "own texts alone; leave it out"
+                )
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command, given as on the command line. A file that is there already is left alone."""
@@ -143,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     registered = _registered(command)
     registered.amount()
+    registered.check_drafts()
     with on_ray(command.ray):
         if cluster() is None and min(command.jobs, len(command.workloads)) == 1:
             for name in command.workloads:
@@ -211,6 +227,12 @@ def _record(command: RecordCommand, name: str, folder: Path, progress: bool) -> 
             if path.is_file():
                 if progress:
                     yield f"{path} is there already"
+            elif isinstance(settings, RecordSettings) and _is_mixed(workload(name)):
+                mixed = record_mixed(workload(name), split, path, settings, progress)
+                pairs = zip(mixed.drafts, mixed.traces, strict=True)
+                rates = ", ".join(f"{trace.match[:, 0].mean():.0%} {draft}" for draft, trace in pairs)
+                count = f"{len(mixed.first.text)} positions of {mixed.prompts} prompts"
+                yield f"{command.folder / file}: {count}, first tokens that match: {rates}"
             elif isinstance(settings, RecordSettings):
                 trace = record(workload(name), split, path, settings, progress)
                 rate = trace.match[: len(trace.text)].mean()
@@ -220,6 +242,11 @@ def _record(command: RecordCommand, name: str, folder: Path, progress: bool) -> 
                 recorded = record_outcomes(workload(name), split, path, settings, progress)
                 count = f"{len(recorded.settings)} settings of {recorded.prompts} prompts"
                 yield f"{command.folder / file}: {count}, {recorded.emitted.mean():.2f} tokens a round"
+
+
+def _is_mixed(named: Workload) -> bool:
+    """Return whether a workload's pair has several drafts; one that is given by name is not loaded."""
+    return len(resolve(named.pair).drafts if isinstance(named.pair, str) else drafts_of(named.pair.draft)) > 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Recording: what a draft would have done at every position of a text, and what the target would have said of it.
+"""Recording: what drafts would have done at every position of a text, and what the target would have said of it.
 
 All positions of a stretch of text go through each model together, as the branches of one token tree: at every position
 hangs the chain that the draft proposes there. The draft grows the chains by one token a pass; the target reads them all
-in one.
+in one, those of several drafts together, and what they have in common once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specgym.decoding import (
     Drafter,
+    DraftStep,
     LanguageModel,
     ModelDrafter,
     NumericalError,
@@ -27,6 +28,7 @@ from specgym.decoding import (
     TokenTree,
     bins_of,
     draft_models,
+    drafts_of,
     draw,
     likeliest_of_ten,
     sampling_of,
@@ -50,6 +52,7 @@ class Level:
             vocabulary); None for a one-hot draft.
         confidence: shape (rows,).
         top_ten: see `Trace`, shape (rows,); for a one-hot draft the confidence.
+        matched: tokens of context that decided, up to 255, shape (rows,), uint8; 0 for a model.
     """
 
     rows: Tensor
@@ -57,14 +60,15 @@ class Level:
     distribution: Tensor | None
     confidence: Tensor
     top_ten: Tensor
+    matched: Tensor
 
 
 class Recorder:
     """Records what a pair does at every position of given texts.
 
     Args:
-        pair: a target with a draft.
-        sampling: how both choose tokens.
+        pair: a target with a draft, or several.
+        sampling: how all choose tokens.
         draft_length: K, the most tokens drafted at a position.
     """
 
@@ -73,19 +77,24 @@ class Recorder:
         self.sampling = sampling_of(pair, sampling)
         self.draft_length = draft_length
 
-    @torch.inference_mode()
     def record(self, prompt: Sequence[int], text: Sequence[int], seed: int) -> Rows:
+        """Return the rows of a pair's only draft, as `record_each` does of all."""
+        (rows,) = self.record_each(prompt, text, seed)
+        return rows
+
+    @torch.inference_mode()
+    def record_each(self, prompt: Sequence[int], text: Sequence[int], seed: int) -> list[Rows]:
         """One row for each token of a text; row t is about a draft that begins after `prompt + text[:t]`.
 
         Args:
             prompt: token ids, at least one.
             text: the token ids that continue it, at least one.
-            seed: of the draft's choices when sampling.
+            seed: of each draft's choices when sampling, whichever drafts are recorded beside it.
 
         Returns:
-            `drafted`, shape (tokens of text,), the arrays of `PER_TOKEN`, shape (tokens of text, K), and `successor`,
-            shape (tokens of text, K + 1): the target's likeliest token after 0, 1, ... of the drafted ones; -1 beyond
-            the draft.
+            For each draft `drafted`, shape (tokens of text,), the arrays of `PER_TOKEN`, shape (tokens of text, K), and
+            `successor`, shape (tokens of text, K + 1): the target's likeliest token after 0, 1, ... of the drafted
+            ones; -1 beyond the draft.
 
         Raises:
             PromptError: prompt, text and a draft after them do not fit into a model's context.
@@ -97,13 +106,20 @@ class Recorder:
         rules = TextRules.of(self.pair, prompt, len(text), self.sampling)
         target = rules.target(self.pair.target)
         target.read(prompt[:-1])
-        generator = torch.Generator(target.device).manual_seed(seed)
-        chains = _chains(rules.drafter(self.pair.draft, target), self, prompt, generator)
-        parts: list[Rows] = []
+        chains = [
+            _chains(draft, self, prompt, torch.Generator(target.device).manual_seed(seed))
+            for draft in drafts_of(rules.drafter(self.pair.draft, target))
+        ]
+        parts: list[list[Rows]] = []
         for start in range(len(prompt) - 1, len(context) - 1, STRETCH):
             stretch = context[start : min(start + STRETCH, len(context) - 1)]
-            parts.append(self._read(target, stretch, list(chains.grow(context, start, len(stretch)))))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(
+                self._read(target, stretch, [list(chain.grow(context, start, len(stretch))) for chain in chains])
+            )
+        return [
+            {name: np.concatenate([part[name] for part in draft]) for name in draft[0]}
+            for draft in zip(*parts, strict=True)
+        ]
 
     def distribution(self, scores: Tensor) -> Tensor:
         """Return the distribution of tokens; at temperature 1 when greedy, where it would be one-hot."""
@@ -124,31 +140,43 @@ class Recorder:
                     f"context of {model.name} ({model.context_limit}); record fewer tokens, or shorten the prompts"
                 )
 
-    def _read(self, target: LanguageModel, stretch: Sequence[int], levels: Sequence[Level]) -> Rows:
+    def _read(self, target: LanguageModel, stretch: Sequence[int], drafts: Sequence[Sequence[Level]]) -> list[Rows]:
         """Let the target read a stretch with all its branches, and compare; only the stretch stays in the cache."""
         positions = len(stretch)
-        nodes = torch.cat([torch.tensor(stretch, device=target.device), *(level.tokens for level in levels)])
-        parents, owners = _comb(positions, [level.rows for level in levels])
-        scores = target.forward(nodes, TokenTree([*range(-1, positions - 1), *parents])).scores
+        comb = _Comb(stretch)
+        places = [comb.add(levels) for levels in drafts]
+        scores = target.forward(torch.tensor(comb.tokens, device=target.device), TokenTree(comb.parents)).scores
         if not bool(torch.isfinite(scores.amax(-1).sum())):
             raise NumericalError(
                 f"{target.name} gave NaN or infinite logits; load it in float32 or bfloat16, or check its weights"
             )
         target.keep(range(positions))
+        likeliest = scores.argmax(-1).cpu().numpy()
+        return [
+            self._rows(scores, likeliest, positions, levels, nodes)
+            for levels, nodes in zip(drafts, places, strict=True)
+        ]
+
+    def _rows(
+        self,
+        scores: Tensor,
+        likeliest: NDArray[np.integer],
+        positions: int,
+        levels: Sequence[Level],
+        nodes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    ) -> Rows:
+        """Rows of one draft, of whose tokens the nodes in the tree and those before them are known by level."""
         rows: Rows = {name: np.zeros((positions, self.draft_length), dtype) for name, dtype in PER_TOKEN.items()}
         drafted = np.zeros(positions, np.uint8)
-        likeliest = scores.argmax(-1).cpu().numpy()
         successor = np.full((positions, self.draft_length + 1), -1)
         successor[:, 0] = likeliest[:positions]
-        first = 0
-        for place, level in enumerate(levels):
-            before = scores[torch.tensor(parents[first : first + len(level.rows)], device=scores.device)]
-            reached = owners[first : first + len(level.rows)]
+        for place, (level, (parents, ends)) in enumerate(zip(levels, nodes, strict=True)):
+            reached = level.rows.cpu().numpy()
+            before = scores[torch.from_numpy(parents).to(scores.device)]
             for name, values in self._compare(before, level).items():
                 rows[name][reached, place] = values.cpu().numpy()
             drafted[reached] += 1
-            successor[reached, place + 1] = likeliest[positions + first : positions + first + len(level.rows)]
-            first += len(level.rows)
+            successor[reached, place + 1] = likeliest[ends]
         return {"drafted": drafted, "successor": successor, **rows}
 
     def _compare(self, scores: Tensor, level: Level) -> dict[str, Tensor]:
@@ -166,6 +194,7 @@ class Recorder:
             "distance": 1 - p_of_token if q is None else total_variation(p, q),
             "target_entropy": entropy(p),
             "top_ten": level.top_ten,
+            "matched": level.matched,
         }
 
 
@@ -180,6 +209,7 @@ PER_TOKEN = {
     "distance": np.float32,
     "target_entropy": np.float32,
     "top_ten": np.float32,
+    "matched": np.uint8,
 }
 """Columns of every drafted token, as `Trace` describes them, and their types."""
 
@@ -189,18 +219,39 @@ def entropy(distribution: Tensor) -> Tensor:
     return torch.special.entr(distribution).sum(-1)
 
 
-def _comb(positions: int, rows: Sequence[Tensor]) -> tuple[list[int], NDArray[np.int64]]:
-    """The nodes of all levels, in order: each one's parent in the tree, and the position whose chain it belongs to."""
-    ends = np.arange(positions)
-    parents, owners = [], []
-    count = positions
-    for level in rows:
-        reached = level.cpu().numpy()
-        parents += ends[reached].tolist()
-        owners.append(reached)
-        ends[reached] = np.arange(count, count + len(reached))
-        count += len(reached)
-    return parents, np.concatenate(owners) if owners else np.empty(0, np.int64)
+class _Comb:
+    """A stretch of text, and the chains that drafts hang at its positions, as one tree.
+
+    A token that follows the same tokens as another, in the text or in the chain of any draft, shares its node.
+
+    Attributes:
+        tokens: of the nodes, those of the stretch first.
+        parents: the node before each, -1 for the first.
+    """
+
+    def __init__(self, stretch: Sequence[int]) -> None:
+        self.tokens = list(stretch)
+        self.parents = list(range(-1, len(stretch) - 1))
+        self._positions = len(stretch)
+        self._nodes = dict(zip(zip(self.parents, self.tokens, strict=True), range(len(stretch)), strict=True))
+
+    def add(self, levels: Sequence[Level]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Hang the chains of a draft; for each level the nodes before its tokens, and those of its tokens."""
+        ends = np.arange(self._positions)
+        places = []
+        for level in levels:
+            reached = level.rows.cpu().numpy()
+            before = ends[reached]
+            ends[reached] = [self._node(*key) for key in zip(before.tolist(), level.tokens.tolist(), strict=True)]
+            places.append((before, ends[reached]))
+        return places
+
+    def _node(self, parent: int, token: int) -> int:
+        node = self._nodes.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+        return node
 
 
 class _ModelChains:
@@ -219,18 +270,19 @@ class _ModelChains:
         unread = torch.tensor(context[start : start + positions], device=device)
         parents = list(range(-1, positions - 1))
         rows = torch.arange(positions, device=target_device)
+        matched = torch.zeros(positions, dtype=torch.uint8)
         for _ in range(self._recorder.draft_length):
             scores = self._model.forward(unread, TokenTree(parents), last=positions).scores.to(target_device)
             q = self._recorder.distribution(scores)
             tokens = scores.argmax(-1) if self._recorder.sampling.greedy else draw(q, self._generator)
-            yield Level(rows, tokens, q, q.amax(-1), likeliest_of_ten(scores))
+            yield Level(rows, tokens, q, q.amax(-1), likeliest_of_ten(scores), matched)
             unread = tokens.to(device)
             parents += range(len(parents) - positions, len(parents))
         self._model.keep(range(positions))
 
 
-class _GivenChains:
-    """The chains of a draft that proposes with certainty: asked for at one position after another."""
+class _AskedChains:
+    """The chains of a draft that is no model, asked for at one position after another."""
 
     def __init__(self, drafter: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator) -> None:
         self._recorder = recorder
@@ -238,26 +290,38 @@ class _GivenChains:
         self._session = drafter.start(prompt, recorder.sampling, generator, generator.device)
 
     def grow(self, context: Sequence[int], start: int, positions: int) -> Iterator[Level]:
-        chains = [
-            list(self._session.steps(context[: start + 1 + row], self._recorder.draft_length))
-            for row in range(positions)
-        ]
+        chains = []
+        for end in range(start + 1, start + 1 + positions):
+            chains.append(list(self._session.steps(context[:end], self._recorder.draft_length)))
+            self._session.truncate(end)  # the text stays, as if all this had been rejected
         for place in range(max(map(len, chains))):
             reached = [row for row, chain in enumerate(chains) if len(chain) > place]
-            steps = [chains[row][place] for row in reached]
-            confidence = torch.tensor([step.confidence() for step in steps], device=self._device)
-            yield Level(
-                torch.tensor(reached, device=self._device),
-                torch.tensor([int(step.token) for step in steps], device=self._device),
-                None,
-                confidence,
-                confidence,
-            )
+            yield self._level(reached, [chains[row][place] for row in reached])
+
+    def _level(self, reached: Sequence[int], steps: Sequence[DraftStep]) -> Level:
+        confidence = torch.tensor([step.confidence() for step in steps], device=self._device)
+        tokens = torch.tensor([int(step.token) for step in steps], device=self._device)
+        top_ten, distribution = confidence, None
+        scored = [(number, step.logits) for number, step in enumerate(steps) if step.logits is not None]
+        if scored:  # some of its tokens are a model's
+            numbers, scores = torch.tensor([number for number, _ in scored]), torch.cat([rows for _, rows in scored])
+            distribution = torch.nn.functional.one_hot(tokens, scores.shape[-1]).float()
+            distribution[numbers] = self._recorder.distribution(scores)
+            top_ten = confidence.clone()
+            top_ten[numbers] = likeliest_of_ten(scores)
+        return Level(
+            torch.tensor(reached, device=self._device),
+            tokens,
+            distribution,
+            confidence,
+            top_ten,
+            torch.tensor([min(step.matched, 255) for step in steps], dtype=torch.uint8),
+        )
 
 
 def _chains(
     draft: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator
-) -> _ModelChains | _GivenChains:
+) -> _ModelChains | _AskedChains:
     if isinstance(draft, ModelDrafter):
         return _ModelChains(draft.model.fresh(), recorder, prompt, generator)
-    return _GivenChains(draft, recorder, prompt, generator)
+    return _AskedChains(draft, recorder, prompt, generator)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from specgym.decoding import NGramDrafter, Pair, PromptError, PromptLookupDrafter, Sampling
-from specgym.decoding.drafts.drafter import Drafter, ModelDrafter, propose
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    LanguageModel,
+    NGramDrafter,
+    OneHotStep,
+    Pair,
+    PromptError,
+    PromptLookupDrafter,
+    Sampling,
+)
+from specgym.decoding.drafts.drafter import Drafter, DraftSession, DraftStep, ModelDrafter, propose
 from specgym.decoding.sampling import total_variation
 from specgym.envs.recordings.draft_recorder import Recorder
 from tests.helpers.other_words import SPELLED, translated_twin
@@ -153,3 +163,83 @@ def test_a_text_that_leaves_no_room_for_a_draft_is_refused(make_model: MakeModel
     assert len(recorder.record(PROMPT, text, 0)["drafted"]) == len(text)
     with pytest.raises(PromptError, match=r"do not fit into the context of .* \(64\); record fewer tokens"):
         recorder.record(PROMPT, [*text, 1], 0)
+
+
+class _Alternating:
+    """A draft that is no model, and whose tokens are now certain, now drawn from a model's distribution."""
+
+    name, vocabulary_size = "alternating", 96
+
+    def __init__(self, inner: ModelDrafter) -> None:
+        self.inner = inner
+
+    def start(self, *arguments: Any) -> Any:
+        return _AlternatingSession(self.inner.start(*arguments))
+
+
+class _AlternatingSession:
+    def __init__(self, inner: DraftSession) -> None:
+        self._inner = inner
+
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        for number, step in enumerate(self._inner.steps(context, count)):
+            certain = (len(context) + number) % 2
+            yield OneHotStep(int(step.token), 0.5, matched=300) if certain else step
+
+    def truncate(self, length: int) -> None:
+        self._inner.truncate(length)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_draft_of_both_kinds_of_tokens_is_recorded_token_by_token(
+    make_model: MakeModel, make_noisy: MakeModel, sampling: Sampling
+) -> None:
+    target = make_model("llama")
+    model = ModelDrafter(LanguageModel(make_noisy(target, 0.3), prepack=False))
+    pair = Pair(target, _Alternating(model), prepack=False)
+    text = continuation(pair, 6)
+    rows = Recorder(pair, sampling, K).record(PROMPT, text, seed=0)
+    for place in range(len(text)):
+        context = [*PROMPT, *text[:place]]
+        for depth in range(K):
+            token, certain = int(rows["tokens"][place, depth]), (len(context)) % 2
+            q = plain(model.model.model, context).softmax(-1)
+            top = q.topk(10).values
+            p = plain(target, context).softmax(-1)
+            one_hot = torch.nn.functional.one_hot(torch.tensor(token), 96).float()
+            expected = {
+                "q": 1.0 if certain else float(q[token]),
+                "confidence": 0.5 if certain else float(q.max()),
+                "entropy": 0.0 if certain else float(torch.special.entr(q).sum()),
+                "top_ten": 0.5 if certain else float(top[0] / top.sum()),
+                "matched": 255 if certain else 0,
+                "distance": float(total_variation(p, one_hot if certain else q)),
+            }
+            for name, value in expected.items():
+                assert rows[name][place, depth] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, place, depth)
+            context.append(token)
+
+
+def test_what_drafts_have_in_common_is_read_once(
+    make_model: MakeModel, make_noisy: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = LanguageModel(make_model("llama"), prepack=False)
+    drafts = [ModelDrafter(LanguageModel(make_noisy(target.model, noise), prepack=False)) for noise in (0.0, 0.3)]
+    read: list[int] = []
+    forward = LanguageModel.forward
+
+    def counting(self: LanguageModel, tokens: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if self.model is target.model:
+            read.append(len(tokens))
+        return forward(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(LanguageModel, "forward", counting)
+    text = AutoregressiveDecoder(Pair(target)).generate(PROMPT, max_new_tokens=12).tokens
+    counts = {}
+    for name, chosen in (("right", drafts[:1]), ("noisy", drafts[1:]), ("both", drafts), ("twice", [drafts[1]] * 2)):
+        read.clear()
+        Recorder(Pair(target, chosen), Sampling(0.0), K).record_each(PROMPT, text, 0)
+        counts[name] = sum(read)
+    assert counts["right"] < len(PROMPT) + len(text) + 2 * K  # its chains are the text, and go on at its end
+    assert counts["twice"] == counts["noisy"] > counts["right"]
+    assert counts["both"] < counts["noisy"] + K + 1
