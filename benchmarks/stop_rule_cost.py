@@ -67,7 +67,7 @@ def microseconds(name: str, rule: ExportedStopRule, settings: Settings) -> tuple
             began = time.perf_counter()
             step = next(steps)
             drafted = time.perf_counter()
-            tracker.drafted(step.confidence(), step.entropy())
+            tracker.drafted(step.confidence(), step.entropy(), step.matched, step.drawn_probability())
             observed = time.perf_counter()
             rule(tracker.features)
             decided = time.perf_counter()

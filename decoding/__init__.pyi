@@ -1,6 +1,7 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
 from .decoders.chain import SpeculativeDecoder, SpeculativeSession
+from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
 from .decoders.choice_rules import MOST_DRAFTS, ChoiceRule
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
@@ -18,6 +19,7 @@ from .decoders.stop_rules import (
     ConfidenceBelow,
     DraftTracker,
     EntropyAbove,
+    Feature,
     FixedLength,
     ProductBelow,
     Rows,
@@ -147,6 +149,7 @@ from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, Sureness, Trac
 __all__ = [
     "BINS",
     "CHAIN",
+    "CHOICE_FEATURES",
     "DELTA",
     "ENGINE_SETTINGS",
     "EPSILON",
@@ -167,10 +170,12 @@ __all__ = [
     "MOST_THREADS",
     "PRESETS",
     "RULES",
+    "SLOT_FEATURES",
     "SMALLEST_PREPACKED",
     "ArgumentError",
     "AutoregressiveDecoder",
     "ChoiceRule",
+    "ChoiceTracker",
     "ConfidenceBelow",
     "CostProbe",
     "DamagedFileError",
@@ -194,6 +199,7 @@ __all__ = [
     "EntropyAbove",
     "ExpectedGain",
     "Export",
+    "Feature",
     "FixedLength",
     "Generation",
     "GgufSettings",

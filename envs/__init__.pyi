@@ -7,7 +7,8 @@ from .backends.outcome_replay import OutcomeReplay, require_tokens
 from .backends.replay import replay_backend
 from .backends.replay_table import ReplayTable
 from .backends.trace_replay import TraceReplay, TraceWalk
-from .control.env import LONGEST, DraftLengthEnv
+from .control.control_env import LONGEST
+from .control.env import DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import profile_of
 from .prompt_order import PromptOrder, prompts_at

@@ -57,7 +57,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         decoder = self.decoder
         drafter = self.rules.drafter(decoder.draft, self.target)
         self.draft = drafter.start(prompt, self.sampling, self.generator, self.target.device)
-        self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size)
+        self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size, self.sampling.temperature)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})
         self._steps: Iterator[DraftStep] | None = None  # the draft under way in a round of draft_one and verify
         self._drafting: int | None = None  # number of the draft whose steps these are, where there are several
@@ -76,7 +76,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 chooses. It goes on from whatever was drafted in this round.
 
         Returns:
-            What is known now (`stopping.FEATURES`), shape (8,), a copy. None if no token was drafted, because the text
+            What is known now (`stopping.FEATURES`), shape (11,), a copy. None if no token was drafted, because the text
             has no room for more or is finished, the draft knows none, or the draft is as long as it may be.
         """
         if self.finished:
@@ -150,10 +150,10 @@ class SpeculativeSession(Session["ChainDecoder"]):
         return self.draft.steps_by(draft, context, count)
 
     def _observe(self, step: DraftStep, with_entropy: bool = True) -> NDArray[np.float32]:
-        """Add a token to the draft; what is known then, shape (1, 8). The entropy costs most; left out, it is 0."""
+        """Add a token to the draft; what is known then, shape (1, 11). Entropy and drawn probability cost most."""
         self._drafted.append(step)
-        entropy = step.entropy() if with_entropy else 0.0
-        self.tracker.drafted(step.confidence(), entropy)
+        entropy, drawn = (step.entropy(), step.drawn_probability()) if with_entropy else (0.0, 1.0)
+        self.tracker.drafted(step.confidence(), entropy, step.matched, drawn)
         return self.tracker.features
 
     def _finish_round(

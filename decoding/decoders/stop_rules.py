@@ -51,14 +51,20 @@ FEATURES = (
     Feature("mean_acceptance_length", 1, 33, "emitted tokens a round, averaged over the text's rounds; first 2"),
     Feature("cost_ratio", 0, 4, "seconds that one more drafted token adds to a round, over those of a plain token"),
     Feature("batch_size", 0, 10, "sequences decoded together, as the logarithm to base 2"),
+    Feature("matched", 0, 32, "tokens of context that a look-up found the last token by (`DraftStep.matched`)"),
+    Feature("drawn_probability", 0, 1, "with which the draft drew that very token; 1 before the first"),
+    Feature("temperature", 0, 2, "of the sampling, 0 when greedy"),
 )
 """The columns, in order. The two averages give the newest round a weight of `RECENT`, older ones ever less."""
 
-_CONFIDENCE, _ENTROPY, _PRODUCT, _PLACE, _ACCEPTANCE, _LENGTH, _COST, _BATCH = range(len(FEATURES))
+(_CONFIDENCE, _ENTROPY, _PRODUCT, _PLACE, _ACCEPTANCE, _LENGTH, _COST, _BATCH, _MATCHED, _DRAWN, _TEMPERATURE) = range(
+    len(FEATURES)
+)
 _probability = partial(number, at_least=0, at_most=1)
 _LOW = tuple(np.float32(feature.low) for feature in FEATURES)
 _HIGH = tuple(np.float32(feature.high) for feature in FEATURES)
 _NOTHING_DRAFTED = np.array([1, 0, 1, 0], dtype=np.float32)
+_NO_TOKEN = np.array([0, 1], dtype=np.float32)
 _NOTHING_VERIFIED = np.array([0.5, 2], dtype=np.float32)
 
 
@@ -71,52 +77,65 @@ class DraftTracker:
         environments: how many drafts.
         cost_ratio: see `FEATURES`; a number, or one a draft.
         batch_size: sequences decoded together, at least 1; a number, or one a draft.
+        temperature: of the sampling, at least 0; a number, or one a draft.
+        columns: of `features`, if there shall be more than those of `FEATURES`, for others to fill.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, environments: int, cost_ratio: ArrayLike, batch_size: ArrayLike = 1) -> None:
-        self._features = np.empty((whole_number("environments", environments), len(FEATURES)), dtype=np.float32)
+    def __init__(
+        self,
+        environments: int,
+        cost_ratio: ArrayLike,
+        batch_size: ArrayLike = 1,
+        temperature: ArrayLike = 0.0,
+        columns: int = len(FEATURES),
+    ) -> None:
+        columns = whole_number("columns", columns, at_least=len(FEATURES))
+        self._features = np.zeros((whole_number("environments", environments), columns), dtype=np.float32)
+        self._features[:, _TEMPERATURE] = _clipped(_checked("temperature", temperature, 0), _TEMPERATURE)
         self.set_costs(cost_ratio, batch_size)
         self.forget()
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """Shape (environments, 8), columns as in `FEATURES`. Updated in place: copy what is to be kept."""
+        """Shape (environments, 11), columns as in `FEATURES`. Updated in place: copy what is to be kept."""
         return self._features
 
     def set_costs(self, cost_ratio: ArrayLike, batch_size: ArrayLike, rows: Rows = None) -> None:
         """Say on what some drafts run from now on. Arguments and errors as for the tracker."""
-        ratio, batch = np.asarray(cost_ratio, dtype=np.float64), np.asarray(batch_size, dtype=np.float64)
-        if not (np.isfinite(ratio) & (ratio >= 0)).all():
-            raise ArgumentError(f"cost_ratio must be finite and at least 0, got {cost_ratio!r}")
-        if not (np.isfinite(batch) & (batch >= 1)).all():
-            raise ArgumentError(f"batch_size must be finite and at least 1, got {batch_size!r}")
-        where = _all_or(rows)
+        ratio, batch = _checked("cost_ratio", cost_ratio, 0), _checked("batch_size", batch_size, 1)
+        where = all_or(rows)
         self._features[where, _COST] = _clipped(ratio, _COST)
         self._features[where, _BATCH] = _clipped(np.log2(batch), _BATCH)
 
     def forget(self, rows: Rows = None) -> None:
         """Begin a text: nothing was drafted or verified yet."""
-        where = _all_or(rows)
-        self._features[where, : _PLACE + 1] = _NOTHING_DRAFTED
+        where = all_or(rows)
+        self._begin_draft(where)
         self._features[where, _ACCEPTANCE : _LENGTH + 1] = _NOTHING_VERIFIED
 
-    def drafted(self, confidence: ArrayLike, entropy: ArrayLike, rows: Rows = None) -> None:
+    def drafted(
+        self, confidence: ArrayLike, entropy: ArrayLike, matched: ArrayLike = 0, drawn: ArrayLike = 1, rows: Rows = None
+    ) -> None:
         """One more token was drafted.
 
         Args:
             confidence: of the token, 0 to 1, shape (rows,) or a number.
             entropy: of what it was drawn from, in nats, shape (rows,) or a number.
+            matched: tokens of context that a look-up found it by, shape (rows,) or a number; 0 of a model.
+            drawn: probability with which it was drawn, 0 to 1, shape (rows,) or a number; 1 where it is certain.
             rows: the drafts that it concerns.
         """
-        features, where = self._features, _all_or(rows)
+        features, where = self._features, all_or(rows)
         sure = _clipped(confidence, _CONFIDENCE)
         features[where, _CONFIDENCE] = sure
         features[where, _ENTROPY] = _clipped(entropy, _ENTROPY)
         features[where, _PRODUCT] *= sure
         features[where, _PLACE] = _clipped(features[where, _PLACE] + 1, _PLACE)
+        features[where, _MATCHED] = _clipped(matched, _MATCHED)
+        features[where, _DRAWN] = _clipped(drawn, _DRAWN)
 
     def verified(self, drafted: ArrayLike, accepted: ArrayLike, emitted: ArrayLike, rows: Rows = None) -> None:
         """A round is over, and a new draft begins. A round without drafted tokens says nothing about acceptance.
@@ -127,17 +146,29 @@ class DraftTracker:
             emitted: tokens that the round emitted.
             rows: the drafts that it concerns.
         """
-        features, where = self._features, _all_or(rows)
+        features, where = self._features, all_or(rows)
         tried = np.asarray(drafted, dtype=np.float32)
         share = _clipped(np.asarray(accepted, dtype=np.float32) / np.maximum(tried, np.float32(1)), _ACCEPTANCE)
         before = features[where, _ACCEPTANCE]
         features[where, _ACCEPTANCE] = before + np.float32(RECENT) * (tried > 0) * (share - before)
         before = features[where, _LENGTH]
         features[where, _LENGTH] = before + np.float32(RECENT) * (_clipped(emitted, _LENGTH) - before)
-        features[where, : _PLACE + 1] = _NOTHING_DRAFTED
+        self._begin_draft(where)
+
+    def _begin_draft(self, where: NDArray[np.intp] | NDArray[np.bool_] | slice) -> None:
+        self._features[where, : _PLACE + 1] = _NOTHING_DRAFTED
+        self._features[where, _MATCHED : _DRAWN + 1] = _NO_TOKEN
 
 
-def _all_or(rows: Rows) -> NDArray[np.intp] | NDArray[np.bool_] | slice:
+def _checked(name: str, values: ArrayLike, least: float) -> NDArray[np.float64]:
+    numbers = np.asarray(values, dtype=np.float64)
+    if not (np.isfinite(numbers) & (numbers >= least)).all():
+        raise ArgumentError(f"{name} must be finite and at least {least}, got {values!r}")
+    return numbers
+
+
+def all_or(rows: Rows) -> NDArray[np.intp] | NDArray[np.bool_] | slice:
+    """Return what indexes these rows of an array."""
     return slice(None) if rows is None else rows
 
 
@@ -149,7 +180,8 @@ class StopRule(ABC):
     """Says after every drafted token whether to stop and verify. One rule may serve many drafts side by side.
 
     Attributes:
-        looks_at_entropy: whether the rule needs that feature; live decoding may leave it at 0 for one that does not.
+        looks_at_entropy: whether the rule needs that feature, or the probability of the drawn token; live decoding may
+            leave them at 0 and 1 for one that does not.
     """
 
     looks_at_entropy: ClassVar[bool] = True
@@ -164,7 +196,7 @@ class StopRule(ABC):
         """Decide: True to stop.
 
         Args:
-            features: shape (environments, 8), columns as in `FEATURES`; not to be changed or kept.
+            features: shape (environments, 11), columns as in `FEATURES`; not to be changed or kept.
 
         Returns:
             Shape (environments,): True to stop drafting and verify, False to draft one more token.

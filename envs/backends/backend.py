@@ -262,18 +262,17 @@ class DraftSteps(NamedTuple):
 
 
 class DraftBackend(Protocol):
-    """Texts drafted side by side, token by token, for environments that decide when a draft ends.
+    """Texts drafted side by side, token by token, for environments that decide how.
 
     Attributes:
         prompts: numbers of the prompts of every workload, one array a workload.
     """
 
-    @property
-    def prompts(self) -> Sequence[Integers]: ...
+    prompts: Sequence[Integers]
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """Features of every draft (`specgym.decoding.FEATURES`), shape (n, 8); changed in place."""
+        """Features of every draft, shape (n, features); changed in place."""
         ...
 
     @property
@@ -283,11 +282,14 @@ class DraftBackend(Protocol):
 
     @property
     def remaining_acceptable(self) -> Integers:
-        """Number of further tokens that would lengthen what each draft emits, shape (n,); negative if in vain."""
+        """Number of further tokens that would lengthen what is emitted; negative if in vain.
+
+        Shape (n,), or (n, drafts) where several drafts are to choose from.
+        """
         ...
 
     def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
-        """Begin other texts, and draft their first tokens.
+        """Begin other texts.
 
         Args:
             which: places of the texts, each once.
@@ -297,11 +299,11 @@ class DraftBackend(Protocol):
         """
         ...
 
-    def step(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
-        """Verify the drafts that shall stop or cannot go on, and draft one more token of every text.
+    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Draft or verify, as the actions of the environment say.
 
         Args:
-            stop: shape (n,).
+            actions: shape (n,).
             rng: draws whatever is drawn.
 
         Returns:
@@ -311,4 +313,12 @@ class DraftBackend(Protocol):
 
     def leave(self, which: Integers) -> None:
         """Let some texts be over."""
+        ...
+
+
+class ReplayedDrafts(DraftBackend, Protocol):
+    """Recorded texts drafted side by side."""
+
+    def clear(self) -> None:
+        """Let all texts be over, with nothing known of them."""
         ...

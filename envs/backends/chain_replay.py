@@ -87,11 +87,13 @@ class DraftTable:
 
     Attributes:
         prompts: numbers of every trace's prompts.
-        confidence: of every draft's tokens, flat: row * max_draft_length + place. `entropy` likewise.
+        confidence: of every draft's tokens, flat: row * max_draft_length + place; `entropy`, `matched` and
+            `drawn_probability` likewise.
         limit: tokens that can be drafted at each row: what the draft knows and what the text has room for.
         left: tokens of the text from each row on.
         survival: chance that a draft is kept beyond each place, shape (rows, max_draft_length).
         first_rows: for each trace the row at which every prompt's text begins.
+        temperatures: of every trace's sampling.
 
     Raises:
         TraceError: a trace has shorter drafts or texts than asked for.
@@ -100,14 +102,17 @@ class DraftTable:
     def __init__(self, traces: Sequence[Trace], max_draft_length: int, max_new_tokens: int) -> None:
         self.max_draft_length = max_draft_length
         self.prompts = [np.arange(trace.prompts) for trace in traces]
-        parts = [_prepared(trace, max_draft_length, max_new_tokens) for trace in traces]
+        parts = [TraceColumns.of(trace, max_draft_length, max_new_tokens) for trace in traces]
         self.confidence = np.concatenate([part.confidence.ravel() for part in parts])
         self.entropy = np.concatenate([part.entropy.ravel() for part in parts])
-        self.survival = np.concatenate([part.survival for part in parts])
+        self.matched = np.concatenate([part.matched.ravel() for part in parts])
+        self.drawn_probability = np.concatenate([part.drawn_probability.ravel() for part in parts])
+        self.survival = np.concatenate([part.chance.cumprod(-1).astype(np.float32) for part in parts])
         self.limit = np.concatenate([part.limit for part in parts])
         self.left = np.concatenate([part.left for part in parts])
         offsets = np.cumsum([0, *(len(part.left) for part in parts)])
         self.first_rows = [offset + trace.starts[:-1] for offset, trace in zip(offsets, traces, strict=False)]
+        self.temperatures = np.array([trace.info.sampling.temperature for trace in traces])
 
 
 class DraftReplay:
@@ -120,7 +125,7 @@ class DraftReplay:
         table: what was recorded.
         charges: of each operating point.
         batch_sizes: of each operating point.
-        point_of: the operating point of every text, shape (texts,).
+        point_of: the operating point of every text, shape (texts,); each trace has as many, one trace after another.
 
     Attributes:
         prompts: numbers of every trace's prompts.
@@ -137,7 +142,8 @@ class DraftReplay:
         self._empty_round = np.array([point.empty_round for point in charges])[point_of]
         cost_ratios = np.array([point.cost_ratio for point in charges])
         self.prompts: Sequence[Integers] = table.prompts
-        self._tracker = DraftTracker(texts, cost_ratios[point_of], np.array(batch_sizes)[point_of])
+        temperatures = table.temperatures[point_of * len(table.prompts) // len(charges)]
+        self._tracker = DraftTracker(texts, cost_ratios[point_of], np.array(batch_sizes)[point_of], temperatures)
         self._row = np.zeros(texts, np.intp)
         self._place = np.zeros(texts, np.intp)  # tokens drafted so far
         self._limit = np.zeros(texts, np.intp)  # tokens that can be drafted; 0 for a text that is over
@@ -174,9 +180,9 @@ class DraftReplay:
         self._start_round(which, rows, rng)
         self._draft(which[self._place[which] < self._limit[which]])
 
-    def step(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
-        """Verify the drafts that shall stop or cannot go on, and draft one more token of every text."""
-        steps, ended = self._advance(stop, rng)
+    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Verify the drafts that shall stop (1) or cannot go on, and draft one more token of every text."""
+        steps, ended = self._advance(actions == 1, rng)
         self._draft(np.flatnonzero(self._place < self._limit))
         return steps, ended
 
@@ -226,7 +232,11 @@ class DraftReplay:
         """Draft one more token of texts that can."""
         place = self._place[which]
         cell = self._row[which] * self._table.max_draft_length + place
-        self._tracker.drafted(self._table.confidence.take(cell), self._table.entropy.take(cell), which)
+        table = self._table
+        confidence, entropy, matched, drawn = (
+            column.take(cell) for column in (table.confidence, table.entropy, table.matched, table.drawn_probability)
+        )
+        self._tracker.drafted(confidence, entropy, matched, drawn, which)
         self._place[which] = place + 1
 
     def _empty_rounds(self, fresh: Indices, row: Indices, steps: DraftSteps) -> tuple[Indices, Indices, list[Indices]]:
@@ -266,42 +276,63 @@ class DraftReplay:
         self._useful[which] = np.minimum(kept, np.minimum(limit, table.left[row] - 1))
 
 
-class _Prepared(NamedTuple):
+class TraceColumns(NamedTuple):
+    """Columns of a trace for drafts of limited length.
+
+    The first five have shape (rows, longest draft), the others (rows,).
+    """
+
     confidence: NDArray[np.float32]
     entropy: NDArray[np.float32]
-    survival: NDArray[np.float32]
+    matched: NDArray[np.float32]
+    drawn_probability: NDArray[np.float32]
+    chance: Floats
+    """Probability of the token to pass its test, all before it having passed."""
     limit: Indices
+    """Tokens that can be drafted: what the draft knows and what the text has room for."""
     left: Indices
+    """Tokens of the text from the row on."""
 
+    @classmethod
+    def of(cls, trace: Trace, max_draft_length: int, max_new_tokens: int) -> TraceColumns:
+        """Return the columns of the target's own texts.
 
-def _prepared(trace: Trace, max_draft_length: int, max_new_tokens: int) -> _Prepared:
-    name = f"the trace of {trace.info.workload} ({trace.info.split})"
-    if max_draft_length > trace.draft_length:
-        raise TraceError(
-            f"{name} has drafts of {trace.draft_length} tokens, and max_draft_length is {max_draft_length}; give at "
-            f"most {trace.draft_length}, or record it with --draft-length {max_draft_length}"
+        Raises:
+            TraceError: the trace has shorter drafts or texts.
+        """
+        name = f"the trace of {trace.info.workload} ({trace.info.split})"
+        if max_draft_length > trace.draft_length:
+            raise TraceError(
+                f"{name} has drafts of {trace.draft_length} tokens, and max_draft_length is {max_draft_length}; give "
+                f"at most {trace.draft_length}, or record it with --draft-length {max_draft_length}"
+            )
+        if max_new_tokens > trace.info.tokens:
+            raise TraceError(
+                f"{name} has texts of {trace.info.tokens} tokens, and max_new_tokens is {max_new_tokens}; give at most "
+                f"{trace.info.tokens}, or record it with --tokens {max_new_tokens}"
+            )
+        rows = len(trace.text)
+        lengths = np.diff(trace.starts)
+        place = np.arange(rows) - np.repeat(trace.starts[:-1], lengths)
+        used = np.minimum(lengths, max_new_tokens)
+        # A draft does not know that an end-of-text token is near, only how many tokens were asked for.
+        asked = np.where(trace.ended, max_new_tokens, used)
+        room = np.maximum(np.repeat(asked, lengths) - place - 1, 0)
+        limit = np.minimum(np.minimum(trace.drafted[:rows], max_draft_length), room)
+        chance = _chances(trace, rows)[:, :max_draft_length]
+        confidence, entropy, matched, drawn = (
+            np.ascontiguousarray(column[:, :max_draft_length], np.float32)
+            for column in (trace.confidence, trace.entropy, trace.matched, trace.q)
         )
-    if max_new_tokens > trace.info.tokens:
-        raise TraceError(
-            f"{name} has texts of {trace.info.tokens} tokens, and max_new_tokens is {max_new_tokens}; give at most "
-            f"{trace.info.tokens}, or record it with --tokens {max_new_tokens}"
+        return cls(
+            confidence,
+            entropy,
+            matched,
+            drawn,
+            chance,
+            limit.astype(np.intp),
+            (np.repeat(used, lengths) - place).astype(np.intp),
         )
-    rows = len(trace.text)
-    lengths = np.diff(trace.starts)
-    place = np.arange(rows) - np.repeat(trace.starts[:-1], lengths)
-    used = np.minimum(lengths, max_new_tokens)
-    # A draft does not know that an end-of-text token is near, only how many tokens were asked for.
-    asked = np.where(trace.ended, max_new_tokens, used)
-    room = np.maximum(np.repeat(asked, lengths) - place - 1, 0)
-    limit = np.minimum(np.minimum(trace.drafted[:rows], max_draft_length), room)
-    chance = _chances(trace, rows)[:, :max_draft_length]
-    return _Prepared(
-        np.ascontiguousarray(trace.confidence[:, :max_draft_length], np.float32),
-        np.ascontiguousarray(trace.entropy[:, :max_draft_length], np.float32),
-        chance.cumprod(-1).astype(np.float32),
-        limit.astype(np.intp),
-        (np.repeat(used, lengths) - place).astype(np.intp),
-    )
 
 
 def _chances(trace: Trace, rows: int) -> NDArray[np.float64]:

@@ -158,11 +158,11 @@ class LiveDrafts:
         self._max_new_tokens = max_new_tokens
         self._session: SpeculativeSession | None = None
         self._place = 0  # tokens drafted so far
-        self.prompts = [np.arange(len(self._texts))]
+        self.prompts: Sequence[Integers] = [np.arange(len(self._texts))]
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """Features of the draft, shape (1, 8)."""
+        """Features of the draft, shape (1, 11)."""
         assert self._session is not None
         return self._session.tracker.features
 
@@ -186,11 +186,11 @@ class LiveDrafts:
         )
         self._place = int(self._session.draft_one() is not None)
 
-    def step(self, stop: NDArray[np.bool_], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
-        """Verify and draft the next, or draft one more token."""
+    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+        """Verify and draft the next (1), or draft one more token."""
         session, charges = self._session, self._charges
         assert session is not None
-        if not stop[0] and session.draft_one() is not None:
+        if actions[0] != 1 and session.draft_one() is not None:
             self._place += 1
             return self._steps(0, float(charges.seconds[0, self._place - 1]), 0, 0, 0)
         round_ = session.verify()

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import gymnasium
-import numpy as np
-from gymnasium import spaces
-from gymnasium.utils import EzPickle
-from numpy.typing import NDArray
+from specgym.decoding import FEATURES, LatencyProfile, Split
 
-from specgym.decoding import FEATURES, ArgumentError, LatencyProfile, Split, one_of, whole_number
-
-from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
+from ..backends.backend import BackendName, DraftBackend
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
-from ..backends.replay import require_single
 from ..profiles import profile_of
-from ..prompt_order import PromptOrder
 from ..recordings.find import find_trace
 from ..recordings.trace import Trace
-from ..workloads import DEFAULT_WORKLOAD, Workload, constructor, reset_options
-from ..workloads import workload as named_workload
-from .throughput import checked_rate, linear_reward, relative_throughput
-
-Array = NDArray[np.float32]
-
-LONGEST = 32
-"""Longest draft, in tokens; observations do not tell longer ones apart."""
-
-_FIRST = np.zeros(1, np.int64)
-_OPTIONS = ("prompt",)
+from ..workloads import Workload, constructor
+from .control_env import FIRST, ControlEnv, checked_lengths
 
 
-class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
+class DraftLengthEnv(ControlEnv):
     """Decide after every drafted token whether to draft another one or to let the target verify what there is.
 
     ## Description
@@ -57,7 +40,7 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     start, the first step lets the target emit, whatever the action.
 
     ## Observation space
-    `Box(low, high, (8,), float32)`, kept by `specgym.decoding.decoders.stop_rules.DraftTracker`, as live decoders do:
+    `Box(low, high, (11,), float32)`, kept by `specgym.decoding.decoders.stop_rules.DraftTracker`, as live decoders do:
 
     | index | observation            | low | high | unit                                                       |
     |-------|------------------------|-----|------|------------------------------------------------------------|
@@ -69,6 +52,9 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
     | 5     | mean_acceptance_length | 1   | 33   | emitted tokens a round, averaged over this text's rounds   |
     | 6     | cost_ratio             | 0   | 4    | cost of one more drafted token, in plain tokens            |
     | 7     | batch_size             | 0   | 10   | sequences decoded together, as the logarithm to base 2     |
+    | 8     | matched                | 0   | 32   | tokens of context that a look-up found the last token by   |
+    | 9     | drawn_probability      | 0   | 1    | probability with which the last token was drawn            |
+    | 10    | temperature            | 0   | 2    | of the sampling; 0 when greedy                             |
 
     ## Rewards
     `tokens - rate * seconds / autoregressive seconds per token`, of the step. What counts is total tokens over total
@@ -130,10 +116,11 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
             `LatencyProfileError` are such errors. Loading errors as for `load_pair` and `load_prompts`.
 
     ## Version history
-    * v0: first version.
+    * v0: first version. Observations 8 to 10 were added later, without a new number; rules that were learned on the
+      first 8 decide as before.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012  # gymnasium declares it so
+    meaning: ClassVar[str] = "0 (go on) or 1 (stop)"
 
     @constructor(tokens="max_new_tokens", trace="recording")
     def __init__(
@@ -152,139 +139,31 @@ class DraftLengthEnv(gymnasium.Env[Array, np.int64], EzPickle):
         render_mode: Literal["rgb_array"] | None = None,
         source: BackendName | None = None,
     ) -> None:
-        backend = backend_of(backend, source, "live")
-        require_single(type(self).__name__, workload=workload, recording=recording)
-        one_of("split", split, (None, "train", "test"))
-        one_of("render_mode", render_mode, (None, "rgb_array"))
+        backend = self._check(workload, recording, backend, source, split, render_mode)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
-        if recording is not None and backend == "live":
-            raise ArgumentError("recording is for backend='replay'; the backend is 'live'")
-        self._rate = checked_rate(rate)
         trace: Trace | None = None
         if backend == "replay":
-            trace, self._workload = find_trace(recording, workload, split)
+            trace, named = find_trace(recording, workload, split)
         else:
-            self._workload = named_workload(workload or DEFAULT_WORKLOAD)
-            if split is not None:
-                self._workload = self._workload.with_split(split)
+            named = self._live_workload(workload, split)
         self._charges = DraftCharges.of(
-            profile_of(self._workload, profile, replayed=backend == "replay"),
+            profile_of(named, profile, replayed=backend == "replay"),
             max_draft_length,
             batch_size=batch_size,
             context=context,
             decision_seconds=decision_seconds,
         )
-        self._drafts: DraftBackend
+        drafts: DraftBackend
         if trace is not None:
             table = DraftTable([trace], max_draft_length, max_new_tokens)
-            self._drafts = DraftReplay(table, [self._charges], [batch_size], _FIRST)
+            drafts = DraftReplay(table, [self._charges], [batch_size], FIRST)
         else:
             from ..backends.live import LiveDrafts  # which imports torch; a replay needs none
 
-            self._drafts = LiveDrafts(self._workload, self._charges, max_draft_length, max_new_tokens, batch_size)
-        self.observation_space = observation_space()
-        self.action_space = spaces.Discrete(2)
-        self._orders = PromptOrder(self._drafts.prompts)
-        self._total_tokens = 0
-        self._total_seconds = 0.0
-
-    @property
-    def workload(self) -> Workload:
-        """Pair, prompts and sampling; its split is the one in use."""
-        return self._workload
+            drafts = LiveDrafts(named, self._charges, max_draft_length, max_new_tokens, batch_size)
+        self._set_up(named, drafts, self._charges.autoregressive_seconds, rate, FEATURES, 2)
 
     @property
     def charges(self) -> DraftCharges:
         """Seconds charged for steps."""
         return self._charges
-
-    @property
-    def rate(self) -> float:
-        """Price of time, relative to plain decoding."""
-        return self._rate
-
-    def set_rate(self, rate: float) -> None:
-        """Price time anew, from the next step on.
-
-        Raises:
-            ValueError: the rate is negative or not finite.
-        """
-        self._rate = checked_rate(rate)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Begin a text.
-
-        Args:
-            seed: fixes the order of the prompts and all sampling.
-            options: `prompt`, the index of one.
-
-        Raises:
-            ValueError: an unknown option, or a prompt that does not exist.
-        """
-        super().reset(seed=seed)
-        options = reset_options(options, _OPTIONS)
-        if seed is not None:
-            self._orders.restart()
-        if options.get("prompt") is not None:
-            prompt = np.array([self._checked_prompt(options["prompt"])])
-        else:
-            prompt = self._orders.take_shared(_FIRST, self.np_random)
-        self._total_tokens, self._total_seconds = 0, 0.0
-        self._drafts.begin(_FIRST, _FIRST, prompt, self.np_random)
-        return self._drafts.features[0].copy(), self._info(DraftSteps(0, 0.0, 0, 0, 0))
-
-    def step(self, action: int | np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Go on drafting (0), or stop and verify (1).
-
-        Returns:
-            Observation, reward, whether the text has ended, False, info.
-
-        Raises:
-            ValueError: the action is neither.
-            gymnasium.error.ResetNeeded: no text has begun, or it has ended.
-            NumericalError: the target gave NaN logits.
-        """
-        if np.shape(action) != () or action not in (0, 1):
-            raise ArgumentError(f"an action is 0 (go on) or 1 (stop), got {action!r}")
-        if self._drafts.over[0]:
-            raise gymnasium.error.ResetNeeded("there is no text, or it has ended; call reset before the next step")
-        steps, _ = self._drafts.step(np.array([bool(action)]), self.np_random)
-        single = DraftSteps(*(values.item() for values in steps))
-        self._total_tokens += single.tokens
-        self._total_seconds += single.seconds
-        reward = linear_reward(float(single.tokens), single.seconds, self._rate, self._charges.autoregressive_seconds)
-        return self._drafts.features[0].copy(), reward, bool(self._drafts.over[0]), False, self._info(single)
-
-    def _info(self, steps: DraftSteps) -> dict[str, Any]:
-        throughput = relative_throughput(self._total_tokens, self._total_seconds, self._charges.autoregressive_seconds)
-        return {
-            **steps._asdict(),
-            "remaining_acceptable": int(self._drafts.remaining_acceptable[0]),
-            "total_tokens": self._total_tokens,
-            "total_seconds": self._total_seconds,
-            "throughput": throughput,
-            "workload": self._workload.name,
-        }
-
-    def _checked_prompt(self, prompt: Any) -> int:
-        count = len(self._drafts.prompts[0])
-        if not isinstance(prompt, int | np.integer) or not 0 <= prompt < count:
-            raise ArgumentError(
-                f"reset option prompt is an index: {self._workload} has {self._workload.split} prompts 0 to "
-                f"{count - 1}, got {prompt!r}"
-            )
-        return int(prompt)
-
-
-def observation_space() -> spaces.Box[np.float32]:
-    """Return the space of a draft's features, `specgym.decoding.FEATURES`: float32, shape (8,)."""
-    low, high = (np.array([getattr(feature, end) for feature in FEATURES], np.float32) for end in ("low", "high"))
-    return spaces.Box(low, high)
-
-
-def checked_lengths(max_draft_length: int, max_new_tokens: int) -> tuple[int, int]:
-    """Return both as whole numbers; raises ArgumentError unless they are in range."""
-    return (
-        whole_number("max_draft_length", max_draft_length, at_most=LONGEST),
-        whole_number("max_new_tokens", max_new_tokens),
-    )

@@ -9,23 +9,23 @@ was reached raises both to the best.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specgym.decoding import ArgumentError, Split, number, sequence_of, whole_number
 
-from ..backends.chain_replay import DraftCharges
 from ..backends.replay import Workloads, asked
-from ..profiles import Profiles, profile_of
-from ..recordings.find import Recordings, find_trace
-from ..recordings.trace import Trace
-from ..workloads import per_workload
+from ..workloads import Workload, per_workload
 
 Array = NDArray[np.float64]
+Recorded = TypeVar("Recorded")
+"""A recording of a workload."""
+Charges = TypeVar("Charges")
+"""Charges of time at an operating point."""
 
 
 @overload
@@ -90,7 +90,7 @@ class OperatingPoint(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OperatingPoints:
+class OperatingPoints(Generic[Recorded, Charges]):
     """Operating points of some environments: every workload with every batch size.
 
     Attributes:
@@ -101,47 +101,50 @@ class OperatingPoints:
     """
 
     workloads: tuple[str, ...]
-    traces: tuple[Trace, ...]
+    traces: tuple[Recorded, ...]
     points: tuple[OperatingPoint, ...]
-    charges: tuple[DraftCharges, ...]
+    charges: tuple[Charges, ...]
 
     @classmethod
     def find(
         cls,
         workload: Workloads,
         split: Split | None,
-        recording: Recordings,
-        profile: Profiles,
+        recording: Any,
+        profile: Any,
         batch_size: int | Sequence[int],
         *,
-        context: int | None,
-        max_draft_length: int,
-        decision_seconds: float,
-    ) -> OperatingPoints:
-        """Find recordings and profiles. Arguments and errors as for `DraftLengthVectorEnv`."""
+        find: Callable[[Any, Any, Split | None], tuple[Recorded, Workload]],
+        charge: Callable[[Recorded, Workload, Any, int], Charges],
+    ) -> OperatingPoints[Recorded, Charges]:
+        """Find recordings and profiles.
+
+        Args:
+            workload: and what follows, up to `batch_size`: as for `DraftLengthVectorEnv`.
+            find: returns a recording and its workload, by what was given of each and the split.
+            charge: returns the charges of a recording and workload, by the profile that was given and a batch size.
+
+        Raises:
+            ValueError: as for `DraftLengthVectorEnv`.
+        """
         names = asked(workload, recording)
         recordings = per_workload("recording", recording, list(map(str, names)))
         traces, workloads = zip(
-            *(find_trace(value, name, split) for value, name in zip(recordings, names, strict=True)), strict=True
+            *(find(value, name, split) for value, name in zip(recordings, names, strict=True)), strict=True
         )
         known = tuple(named.name for named in workloads)
         if len(set(known)) < len(known):
             raise ArgumentError(f"workload must name one or more different workloads, got {workload!r}")
         several = isinstance(batch_size, Sequence) and not isinstance(batch_size, str)
         sizes = sequence_of("batch_size", batch_size if several else [batch_size], whole_number, distinct=True)
-        profiles = [
-            profile_of(named, value, replayed=True)
-            for named, value in zip(workloads, per_workload("profile", profile, known, shared=True), strict=True)
-        ]
+        profiles = per_workload("profile", profile, known, shared=True)
         return cls(
             workloads=known,
             traces=traces,
             points=tuple(OperatingPoint(name, size) for name in known for size in sizes),
             charges=tuple(
-                DraftCharges.of(
-                    charged, max_draft_length, batch_size=size, context=context, decision_seconds=decision_seconds
-                )
-                for charged in profiles
+                charge(trace, named, value, size)
+                for trace, named, value in zip(traces, workloads, profiles, strict=True)
                 for size in sizes
             ),
         )

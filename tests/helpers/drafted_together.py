@@ -57,6 +57,7 @@ def random_trace(
         detour_prompts=np.empty(0, np.int64),
         detour_knobs=np.empty((0, 2)),
         detour_rows=np.empty((0, 0), np.int64),
+        matched=rng.integers(0, 4, (rows, K)).astype(np.uint8),
     )
 
 

@@ -58,7 +58,7 @@ class UsualScaler(BaseFeaturesExtractor):
         self.register_buffer("spread", spread)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Observations of shape (batch, 9), scaled."""
+        """Observations of shape (batch, 12), scaled."""
         return (observations - self.middle) / self.spread
 
 
@@ -76,7 +76,7 @@ class OneSidedNetworks(nn.Module):
         self.latent_dim_pi, self.latent_dim_vf = actor[-1], critic[-1]
 
     def forward(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute features for the actor and the critic from scaled observations, shape (batch, 9)."""
+        """Compute features for the actor and the critic from scaled observations, shape (batch, 12)."""
         return self.forward_actor(scaled), self.forward_critic(scaled)
 
     def forward_actor(self, scaled: Tensor) -> Tensor:

@@ -42,34 +42,39 @@ def test_the_features_keep_their_order() -> None:
         "mean_acceptance_length",
         "cost_ratio",
         "batch_size",
+        "matched",
+        "drawn_probability",
+        "temperature",
     ]
 
 
 def test_a_text_begins_with_nothing_known() -> None:
-    tracker = DraftTracker(2, 0.25, 8)
-    start = {**dict.fromkeys(NAMES, 1.0), "entropy": 0, "place": 0, "recent_acceptance": 0.5}
-    assert (
-        row(tracker) == row(tracker, 1) == {**start, "mean_acceptance_length": 2, "cost_ratio": 0.25, "batch_size": 3}
-    )
+    tracker = DraftTracker(2, 0.25, 8, [0.5, 9.0])
+    start = {**dict.fromkeys(NAMES, 1.0), "entropy": 0, "place": 0, "matched": 0, "recent_acceptance": 0.5}
+    start |= {"mean_acceptance_length": 2, "cost_ratio": 0.25, "batch_size": 3}
+    assert row(tracker) == {**start, "temperature": 0.5}
+    assert row(tracker, 1) == {**start, "temperature": 2}  # of the largest that is told apart
     assert tracker.features.dtype == np.float32
 
 
 def test_a_draft_multiplies_its_confidences_and_counts_its_tokens() -> None:
     tracker = DraftTracker(1, 0.1)
-    tracker.drafted(0.5, 1.5)
-    tracker.drafted(0.25, 2.5)
+    tracker.drafted(0.5, 1.5, 7, 0.125)
+    tracker.drafted(0.25, 2.5, 3, 0.0625)
     known = row(tracker)
     assert (known["confidence"], known["entropy"], known["product"], known["place"]) == (0.25, 2.5, 0.125, 2)
+    assert (known["matched"], known["drawn_probability"]) == (3, 0.0625)
 
 
 def test_a_round_moves_the_averages_and_ends_the_draft() -> None:
     tracker = DraftTracker(1, 0.1)
-    tracker.drafted(0.5, 1.0)
+    tracker.drafted(0.5, 1.0, 3, 0.5)
     tracker.verified(drafted=4, accepted=3, emitted=4)
     known = row(tracker)
     assert known["recent_acceptance"] == pytest.approx(0.5 + RECENT * (0.75 - 0.5))
     assert known["mean_acceptance_length"] == pytest.approx(2 + RECENT * (4 - 2))
     assert (known["confidence"], known["entropy"], known["product"], known["place"]) == (1, 0, 1, 0)
+    assert (known["matched"], known["drawn_probability"]) == (0, 1)
 
 
 def test_a_round_without_a_draft_says_nothing_about_acceptance() -> None:
@@ -89,25 +94,30 @@ def test_forgetting_leaves_the_other_texts_and_the_costs() -> None:
     assert np.array_equal(tracker.features[[0, 2]], before[[0, 2]])
     assert np.array_equal(tracker.features[1], DraftTracker(1, 0.2, 2).features[0])
     tracker.set_costs(0.4, 16, np.array([True, False, False]))
-    assert tracker.features[:, 6:].tolist() == np.array([[0.4, 4], [0.2, 1], [0.3, 2]], dtype=np.float32).tolist()
+    assert tracker.features[:, 6:8].tolist() == np.array([[0.4, 4], [0.2, 1], [0.3, 2]], dtype=np.float32).tolist()
 
 
 def test_every_feature_stays_within_its_bounds() -> None:
     tracker = DraftTracker(1, 100.0, 1e6)
     for _ in range(40):
-        tracker.drafted(1.5, 99.0)
+        tracker.drafted(1.5, 99.0, 99, 1.5)
         assert all(feature.low <= row(tracker)[feature.name] <= feature.high for feature in FEATURES)
     assert (row(tracker)["place"], row(tracker)["cost_ratio"], row(tracker)["batch_size"]) == (32, 4, 10)
     for _ in range(100):
         tracker.verified(40, 40, 41)
-        tracker.drafted(-1.0, -1.0)
+        tracker.drafted(-1.0, -1.0, -1, -1.0)
         assert all(feature.low <= row(tracker)[feature.name] <= feature.high for feature in FEATURES)
 
 
 shares = st.floats(0, 1, width=32)
+drafted_tokens = st.tuples(shares, st.floats(0, 15), st.integers(0, 40), shares)
 masks = st.lists(st.booleans(), min_size=DRAFTS, max_size=DRAFTS)
 events = st.one_of(
-    st.tuples(st.just("drafted"), masks, st.lists(st.tuples(shares, st.floats(0, 15)), min_size=5, max_size=5)),
+    st.tuples(
+        st.just("drafted"),
+        masks,
+        st.lists(drafted_tokens, min_size=5, max_size=5),
+    ),
     st.tuples(
         st.just("verified"),
         masks,
@@ -155,6 +165,8 @@ def test_all_drafts_are_meant_where_no_rows_are_given() -> None:
         ((2, [0.1, math.inf], 1), "cost_ratio must be finite and at least 0"),
         ((1, 0.1, 0), "batch_size must be finite and at least 1"),
         ((1, 0.1, math.nan), "batch_size must be finite and at least 1"),
+        ((1, 0.1, 1, -0.5), "temperature must be finite and at least 0"),
+        ((2, 0.1, 1, [0.5, math.inf]), "temperature must be finite and at least 0"),
     ],
 )
 def test_a_tracker_of_nothing_or_without_costs_is_refused(arguments: tuple[Any, ...], message: str) -> None:

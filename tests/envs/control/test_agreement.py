@@ -50,7 +50,7 @@ def test_greedy_replay_is_live_decoding(make_env: MakeEnv, recorded: Recorded, s
             assert sessions[-1].tokens == expected
             assert len(truth) == len(copy)
             for (observed, reward, ended, info), (observed2, reward2, ended2, info2) in zip(truth, copy, strict=True):
-                allowed = np.full(8, 0.005)  # a recorded number keeps eight bits
+                allowed = np.full(11, 0.005)  # a recorded number keeps eight bits
                 allowed[PRODUCT] *= LONGEST
                 assert (abs(observed2 - observed) <= allowed * abs(observed) + 1e-6).all()
                 assert reward2 == reward

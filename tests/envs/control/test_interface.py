@@ -27,7 +27,7 @@ def test_every_prompt_comes_before_any_comes_again(
     env = make_env(backend)
     begun: list[int] = []
     monkeypatch.setattr(env._drafts, "begin", lambda which, workloads, prompts, rng: begun.extend(prompts.tolist()))
-    monkeypatch.setattr(type(env._drafts), "features", np.zeros((1, 8), np.float32))
+    monkeypatch.setattr(type(env._drafts), "features", np.zeros((1, 11), np.float32))
     env.reset(seed=0)
     for _ in range(7):
         env.reset()

@@ -115,6 +115,6 @@ def test_the_operating_point_shows_in_observations_and_charges(
     )
     env = make_env(backend, profile=two, batch_size=8)
     observation, _ = env.reset(seed=0)
-    assert observation[-1] == 3.0
-    assert observation[-2] == pytest.approx(3.1)  # 1 ms of drafting and 30 ms of the pass, over 10 ms
+    assert observation[7] == 3.0
+    assert observation[6] == pytest.approx(3.1)  # 1 ms of drafting and 30 ms of the pass, over 10 ms
     assert env.step(STOP)[4]["seconds"] == pytest.approx(0.001 + 0.05)

@@ -27,7 +27,7 @@ def features(*places: int) -> np.ndarray:
     tracker = DraftTracker(len(places), 0.2)
     for row, place in enumerate(places):
         for _ in range(place):
-            tracker.drafted(0.5, 1.0, np.array([row]))
+            tracker.drafted(0.5, 1.0, rows=np.array([row]))
     return tracker.features
 
 

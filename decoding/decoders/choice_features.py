@@ -1,0 +1,251 @@
+"""Features of several drafts of one text, by which a rule chooses who proposes the next token.
+
+Live and recorded decoding keep them by the same code. What a draft would propose is looked at only where that costs
+microseconds (tables, look-ups); of a model, only what it did before is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ArgumentError, whole_number
+from .choice_rules import MOST_DRAFTS
+from .stop_rules import FEATURES, RECENT, DraftTracker, Feature, Rows, all_or
+
+SLOT_FEATURES = (
+    Feature("available", 0, 1, "1 if the draft can propose a token here: a free one knows one, a model has room"),
+    Feature("free", 0, 1, "1 if its proposals may be looked at without being asked for"),
+    Feature(
+        "cost_ratio", 0, 4, "seconds that a token of it adds to a round if nothing is unread, over a plain token's"
+    ),
+    Feature("unread", 0, 12, "logarithm to base 2 of the tokens that a model reads to propose the next; 0 if one"),
+    Feature("next_confidence", 0, 1, "of a free draft's next token; 0 for others"),
+    Feature("next_matched", 0, 32, "tokens of context that a free draft found its next token by; 0 for others"),
+    Feature("agreement", 0, 1, "share of the other free drafts with a next token whose next token is the same"),
+    Feature("recent_acceptance", 0, 1, "accepted over drafted of its tokens, averaged over its rounds; first 0.5"),
+    Feature(
+        "recent_hits",
+        0,
+        1,
+        "share of rounds whose first token it had right, of all at whose start it knew one if it is free, else of "
+        "those that it began; first 0.5",
+    ),
+    Feature("drafting", 0, 1, "1 if it proposed the last token of this draft"),
+)
+"""Columns of each draft. The averages give the newest round a weight of `RECENT`, older ones ever less."""
+
+CHOICE_FEATURES = (
+    *(
+        replace(feature, doc="seconds that one more token adds to the target's pass, over those of a plain token")
+        if feature.name == "cost_ratio"
+        else feature
+        for feature in FEATURES
+    ),
+    *(
+        replace(feature, name=f"draft_{slot}_{feature.name}")
+        for slot in range(1, MOST_DRAFTS + 1)
+        for feature in SLOT_FEATURES
+    ),
+)
+"""The columns, in order: `FEATURES`, whatever drafts proposed the tokens; then `SLOT_FEATURES` of each draft in turn.
+
+Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 0, but for the two averages.
+"""
+
+(_AVAILABLE, _FREE, _COST, _UNREAD, _NEXT, _MATCHED, _AGREEMENT, _ACCEPTANCE, _HITS, _DRAFTING) = range(
+    len(SLOT_FEATURES)
+)
+_HIGH = np.array([feature.high for feature in SLOT_FEATURES], np.float32)
+_LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
+_NOBODY = -1 - np.arange(MOST_DRAFTS)
+"""Stand for tokens that are not known: no two are the same, and none is a token."""
+
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+class ChoiceTracker:
+    """The features of many texts side by side, each with several drafts.
+
+    In every round: `look`, then `drafted` and `look` for every token that is drafted, then `verified`. Everything is
+    computed in float32, so that a text has the same features alone and among thousands.
+
+    Args:
+        environments: how many texts.
+        free: whether each draft is, shape (drafts,) or (environments, drafts), `MOST_DRAFTS` at most.
+        cost_ratio: see `SLOT_FEATURES`; of the same shape.
+        target_cost_ratio: what one more token adds to the target's pass, over a plain token; a number, or one a text.
+        temperature: of the sampling, at least 0; a number, or one a text.
+        present: whether there is such a draft, of the same shape; by default all are there.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        environments: int,
+        free: ArrayLike,
+        cost_ratio: ArrayLike,
+        target_cost_ratio: ArrayLike,
+        temperature: ArrayLike = 0.0,
+        present: ArrayLike = True,
+    ) -> None:
+        environments = whole_number("environments", environments)
+        ratio = np.asarray(cost_ratio, np.float64)
+        if not 1 <= ratio.shape[-1] <= MOST_DRAFTS:
+            raise ArgumentError(f"a choice is among 1 to {MOST_DRAFTS} drafts, got {ratio.shape[-1]}")
+        if not (np.isfinite(ratio) & (ratio >= 0)).all():
+            raise ArgumentError(f"cost_ratio must be finite and at least 0, got {cost_ratio!r}")
+        self._common = DraftTracker(
+            environments, target_cost_ratio, temperature=temperature, columns=len(CHOICE_FEATURES)
+        )
+        self._drafts = ratio.shape[-1]
+        shape = (environments, self._drafts)
+        every = self._common.features[:, len(FEATURES) :].reshape(environments, MOST_DRAFTS, len(SLOT_FEATURES))
+        every[:, :, _ACCEPTANCE : _HITS + 1] = 0.5
+        self._slots = every[:, : self._drafts]
+        there = np.broadcast_to(np.asarray(present, np.bool_), shape)
+        self._free: Flags = np.broadcast_to(np.asarray(free, np.bool_), shape) & there
+        self._reads: Flags = there & ~self._free
+        self._slots[:, :, _FREE] = self._free
+        self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
+        self._place = np.zeros(environments, np.intp)
+        self._unread: Integers = np.ones(shape, np.int64)
+        self._knew: Flags = np.zeros(shape, np.bool_)
+        self._who = np.zeros((environments, _LONGEST), np.intp)
+        self.forget()
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """Shape (environments, features), columns as in `CHOICE_FEATURES`. Updated in place: copy what you keep."""
+        return self._common.features
+
+    @property
+    def place(self) -> NDArray[np.intp]:
+        """Tokens drafted so far in this round, shape (environments,); changed in place."""
+        return self._place
+
+    @property
+    def unread(self) -> Integers:
+        """Tokens that each draft reads to propose the next, at least 1, shape (environments, drafts); changed in place.
+
+        Those of the prompt but its last were read before the text began. It says nothing of a free draft.
+        """
+        return self._unread
+
+    def forget(self, rows: Rows = None) -> None:
+        """Begin a text: nothing was drafted or verified yet."""
+        where = all_or(rows)
+        self._common.forget(rows)
+        self._slots[where, :, _ACCEPTANCE : _HITS + 1] = 0.5
+        self._begin_round(where)
+        self._unread[where] = 1
+        self._slots[where, :, _UNREAD] = 0.0
+        self._slots[where, :, _AVAILABLE] = 0.0
+        self._slots[where, :, _NEXT : _AGREEMENT + 1] = 0.0
+
+    def look(
+        self,
+        available: Flags,
+        confidence: NDArray[np.float32],
+        matched: NDArray[np.float32],
+        tokens: NDArray[np.integer[Any]],
+        rows: Rows = None,
+    ) -> None:
+        """Look at who could propose the next token, and at what the free drafts would propose.
+
+        Args:
+            available: who could, shape (rows, drafts).
+            confidence: of the free drafts' next tokens, shape (rows, drafts). This and what follows is ignored where a
+                draft is not free, or not available.
+            matched: see `OneHotStep`, shape (rows, drafts).
+            tokens: shape (rows, drafts).
+            rows: the texts concerned.
+        """
+        where = all_or(rows)
+        known = available & self._free[where]
+        compared = np.where(known, tokens, _NOBODY[: self._drafts]).T
+        same = np.add.reduce(compared[:, None] == compared, 0, np.int8) - 1
+        others = np.maximum(np.add.reduce(known, 1, np.int8)[:, None] - known, 1)
+        seen = np.empty((len(known), self._drafts, 3), np.float32)
+        seen[:, :, 0] = confidence
+        seen[:, :, 1] = np.minimum(matched, _HIGH[_MATCHED])
+        seen[:, :, 2] = same.T / others.astype(np.float32)
+        seen *= known[:, :, None]
+        self._slots[where, :, _NEXT : _AGREEMENT + 1] = seen
+        self._slots[where, :, _AVAILABLE] = available
+        self._knew[where] = np.where((self._place[where] == 0)[:, None], known, self._knew[where])
+
+    def drafted(
+        self,
+        draft: NDArray[np.intp],
+        confidence: ArrayLike,
+        entropy: ArrayLike,
+        matched: ArrayLike,
+        drawn_probability: ArrayLike,
+        rows: NDArray[np.intp],
+    ) -> None:
+        """One more token was drafted.
+
+        Args:
+            draft: number of the draft that proposed it, from 0, shape (rows,).
+            confidence: and what follows: as for `DraftTracker.drafted`.
+            rows: the texts that it concerns, each once.
+        """
+        self._common.drafted(confidence, entropy, matched, drawn_probability, rows)
+        self._who[rows, self._place[rows]] = draft
+        self._place[rows] += 1
+        self._unread[rows] += 1
+        self._unread[rows, draft] = 1
+        self._slots[rows, :, _DRAFTING] = 0.0
+        self._slots[rows, draft, _DRAFTING] = 1.0
+        self._show_unread(rows)
+
+    def verified(self, accepted: Integers, emitted: Integers, hits: Flags, rows: NDArray[np.intp]) -> None:
+        """Rounds are over, and others begin.
+
+        Args:
+            accepted: tokens that were drafted and kept, shape (rows,).
+            emitted: tokens that the round emitted, shape (rows,).
+            hits: whether the first token that each free draft knew at the start of the round is the first that was
+                emitted, shape (rows, drafts); ignored where a draft is not free or knew none.
+            rows: the texts concerned, each once.
+        """
+        place, slots = self._place[rows], self._slots
+        self._common.verified(place, accepted, emitted, rows)
+        longest = int(place.max(initial=0))
+        if longest:
+            places, numbers = np.arange(longest)[:, None], np.arange(self._drafts)[:, None]
+            by = self._who[rows, :longest].T[:, None] == numbers  # (places, drafts, rows)
+            by &= (places < place)[:, None]
+            tried = np.add.reduce(by, 0, np.float32).T
+            kept = np.add.reduce(by & (places < accepted)[:, None], 0, np.float32).T
+            share = kept / np.maximum(tried, np.float32(1))
+            before = slots[rows, :, _ACCEPTANCE]
+            slots[rows, :, _ACCEPTANCE] = before + np.float32(RECENT) * (tried > 0) * (share - before)
+            began = by[0].T & self._reads[rows]
+        else:
+            began = np.zeros((len(rows), self._drafts), np.bool_)
+        right = np.where(began, (accepted > 0)[:, None], hits)
+        before = slots[rows, :, _HITS]
+        slots[rows, :, _HITS] = before + np.float32(RECENT) * (began | self._knew[rows]) * (right - before)
+        # Of what a draft has read, what was kept stays read; the rest and the target's own token are to be read.
+        missed = np.maximum(self._unread[rows] - place[:, None], -accepted[:, None])
+        self._unread[rows] = missed + emitted[:, None]
+        self._begin_round(rows)
+        self._show_unread(rows)
+
+    def _begin_round(self, where: NDArray[np.intp] | Flags | slice) -> None:
+        self._place[where] = 0
+        self._knew[where] = False
+        self._slots[where, :, _DRAFTING] = 0.0
+
+    def _show_unread(self, rows: NDArray[np.intp]) -> None:
+        # At the end of a text nothing may be left to read.
+        unread = np.log2(np.maximum(self._unread[rows], 1).astype(np.float32)) * self._reads[rows]
+        self._slots[rows, :, _UNREAD] = np.minimum(unread, _HIGH[_UNREAD])
