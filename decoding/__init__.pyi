@@ -120,6 +120,7 @@ from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
+from .models.quantise import quantise
 from .processors import TextRules, sampling_of, target_digest, text_settings
 from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (
@@ -320,6 +321,7 @@ __all__ = [
     "prepack_linears",
     "prompt_limit",
     "prompts_limited",
+    "quantise",
     "read_arrays",
     "read_sealed",
     "register",

@@ -1,11 +1,11 @@
 """Memory that a pair takes.
 
-Weights are counted as they lie in memory: parameters, buffers and prepacked layers of the target, and of the draft what
-it does not share with the target; of a draft that is a table, the table. Keys and values are measured by reading a
-token. What is allocated at the peak cannot be told apart by pairs: on CUDA it is the most that torch ever had allocated
-on the target's devices since the process began (or since `torch.cuda.reset_peak_memory_stats`), on a CPU the largest
-resident memory of the process, with Python, its libraries and all that was loaded. Processes of environments are not in
-it.
+Weights are counted as they lie in memory: parameters, buffers, prepacked and quantised layers of the target, and of
+the draft what it does not share with the target; of a draft that is a table, the table. Keys and values are measured by
+reading a token. What is allocated at the peak cannot be told apart by pairs: on CUDA it is the most that torch ever had
+allocated on the target's devices since the process began (or since `torch.cuda.reset_peak_memory_stats`), on a CPU the
+largest resident memory of the process, with Python, its libraries and all that was loaded. Processes of environments
+are not in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import nn
 
 from ..drafts.mixed import draft_models
 from ..models.language_model import LanguageModel
-from ..models.linear_layers import PrepackedLinear, only_looking
+from ..models.linear_layers import PrepackedLinear, only_looking, tensors_in
+from ..models.supported import is_dynamic
 from .pair import Pair
 
 
@@ -81,6 +82,9 @@ def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
     for module in model.modules():
         if isinstance(module, PrepackedLinear):
             yield module, module.nbytes
+        elif is_dynamic(module):
+            packed = (part for value in module.state_dict().values() for part in tensors_in(value))
+            yield module, sum(part.numel() * part.element_size() for part in packed)
 
 
 def _bytes_per_token(model: LanguageModel) -> int:

@@ -18,8 +18,9 @@ from ..drafts.mixed import MixedDraft, draft_models
 from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
-from ..errors import ArgumentError, PromptError, VocabularyMismatchError
+from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
+from ..models.quantise import quantise
 from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
@@ -63,6 +64,8 @@ class Pair:
     ) -> None:
         if not isinstance(target, LanguageModel):
             target = LanguageModel(causal_model(target), prepack=prepack)
+        if not target.exact:
+            raise UnsupportedModelError(f"{target.name} was made as a draft; make the target of a pair from its model")
         self.target = target
         self.draft = _drafter(target, draft, tokenizer, draft_tokenizer)
         self.tokenizer = tokenizer
@@ -119,7 +122,7 @@ def _drafter(
         raise ArgumentError("several draft_tokenizers are for several drafts; give the draft's own")
     if isinstance(draft, nn.Module):
         # It reads a token at a time, where plain weights are as fast.
-        draft = LanguageModel(causal_model(draft, "draft"), prepack=False)
+        draft = LanguageModel(causal_model(draft, "draft"), prepack=False, role="draft")
     if isinstance(draft, LanguageModel):
         draft = ModelDrafter(draft)
     return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
@@ -226,7 +229,8 @@ def load_pair(
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
             draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package) or the path
             of a table made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A
-            folder or ``owner/model`` is a target without a draft.
+            draft model whose name ends in ``:int8`` is quantised (`quantise`). A folder or ``owner/model`` is a target
+            without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -257,8 +261,12 @@ def load_pair(
             return NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM), None
         if name.endswith(".safetensors"):
             return NGramDrafter.load(name), None
+        base = name.removesuffix(presets.INT8)
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
-        return _loaded(models, (*identity(name), *key), partial(load, name, shared_from=model))
+        load_draft = partial(load, base, shared_from=model)
+        if base != name:
+            load_draft = partial(_quantised, load_draft, name)
+        return _loaded(models, (*identity(base), name == base, *key), load_draft)
 
     drafts = [drafted_by(name) for name in preset.drafts]
     return Pair(
@@ -286,6 +294,15 @@ def _loaded(
         model, tokenizer = load()
         models[key], _tokenizers[model] = model, tokenizer
     return model, _tokenizers[model]
+
+
+def _quantised(
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]], name: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load()
+    quantise(model)
+    model.name_or_path = name
+    return model, tokenizer
 
 
 def _shipped_table(target: str) -> Path:

@@ -19,6 +19,8 @@ from ..errors import SpecgymError
 NGRAM = "ngram"
 PROMPT_LOOKUP = "prompt-lookup"
 SUFFIX = "suffix"
+INT8 = ":int8"
+"""End of the name of a draft model whose linear layers are to be quantised."""
 DEFAULT = "tiny"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Hub id of the chat model that can also be fetched from the package index (`smollm2`)."""
@@ -45,7 +47,7 @@ class PairPreset:
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
             far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
-            a target alone.
+            a target alone. A draft model's name may end in ``:int8``.
         doc: one line on what the pair is for.
     """
 
@@ -61,8 +63,9 @@ class PairPreset:
 
     @property
     def draft_is_model(self) -> bool:
-        """True if the draft is a single language model that has to be loaded."""
-        return len(self.drafts) == 1 and self.draft not in _NO_MODELS
+        """True if the draft is a single language model that is taken as it stands, as engines can take it, too."""
+        (draft, *others) = self.drafts or (NGRAM,)
+        return not others and draft not in _NO_MODELS and not draft.endswith(INT8)
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -120,7 +123,8 @@ def resolve(name: str) -> PairPreset:
         name: a preset, or ``target+draft`` where each side is what `load_model` takes and the draft may also be
             ``ngram``, ``prompt-lookup`` or ``suffix``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Several drafts have
             commas between them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a
-            folder or ``owner/model``. Whether the models exist is seen when they are loaded.
+            folder or ``owner/model``. A draft model ending in ``:int8`` is quantised when it is loaded:
+            ``gpt2-xl+gpt2:int8``. Whether the models exist is seen when they are loaded.
 
     Raises:
         UnknownPairError: the name is none of these; the message lists the presets, the closest first.
@@ -130,7 +134,7 @@ def resolve(name: str) -> PairPreset:
     # A folder's name may itself contain a plus, so every plus is tried as the one in the middle.
     for plus in (match.start() for match in re.finditer(r"\+", name)):
         target, draft = name[:plus], name[plus + 1 :]
-        named = _may_be_model(draft) or ("," in draft and all(map(_may_be_model, draft.split(","))))
+        named = _may_be_draft(draft) or ("," in draft and all(map(_may_be_draft, draft.split(","))))
         if _may_be_model(target) and target not in _NO_MODELS and named:
             return PairPreset(name, target, draft, f"{target} with the draft {draft}")
     of_hub = "/" in name and name.partition("/")[0] not in PRESETS and _HUB_ID.fullmatch(name)
@@ -141,6 +145,11 @@ def resolve(name: str) -> PairPreset:
 
 def _may_be_model(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) or path_exists(name)
+
+
+def _may_be_draft(name: str) -> bool:
+    base = name.removesuffix(INT8)
+    return _may_be_model(base) and (base == name or base not in _NO_MODELS)
 
 
 def _may_be_folder(name: str) -> bool:

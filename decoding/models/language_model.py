@@ -26,7 +26,7 @@ from .linear_layers import (
 )
 from .output_layer import output_layer_watched
 from .supported import causal_model, execution_device, refuse_unsupported, require_ready
-from .trial import Reading, declared_context, settle
+from .trial import Reading, Role, declared_context, settle
 
 _PART = 512
 _MOST_REREAD = 16
@@ -54,6 +54,7 @@ class LanguageModel:
     Attributes:
         branches: whether trees of candidates can be verified; otherwise chains alone can.
         why_no_branches: the reason, where they cannot; empty where they can.
+        exact: whether passes of all shapes give the same scores. A target's have to; a draft may round by the pass.
         restores_states: whether layers are recurrent: after tokens were taken back, those that stay are read again.
         context_limit: tokens of the longest text.
         mask_seconds: how long building the mask of the last pass took.
@@ -62,6 +63,7 @@ class LanguageModel:
         model: any transformers causal LM. It is put into evaluation mode.
         prepack: pack the large linear layers' weights for oneDNN, *in place* (see `PrepackedLinear`; `unpack` undoes
             it); by default on CPU, for models at least 512 wide. With False the model is left untouched.
+        role: what is asked of it: of a draft not that it be `exact`, since what it proposes is verified.
 
     Raises:
         UnsupportedModelError: the architecture cannot be decoded speculatively.
@@ -74,8 +76,8 @@ class LanguageModel:
     _reading = Reading(EVERYWHERE_FULL)
     _forced = False
 
-    def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None) -> None:
-        refuse_unsupported(causal_model(model))
+    def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
+        refuse_unsupported(causal_model(model, role), exact=role == "target")
         self._set_up(model.eval(), Reading(EVERYWHERE_FULL))
         if prepack and not can_prepack(model):
             raise ValueError(
@@ -85,7 +87,7 @@ class LanguageModel:
         wide = self.hidden_size >= NARROWEST_PREPACKED
         if prepack or (prepack is None and wide and can_prepack(model)):
             prepack_linears(model)
-        self._set_up(model, settle(model, LanguageModel.as_read))
+        self._set_up(model, settle(model, LanguageModel.as_read, role))
 
     @classmethod
     def as_read(cls, model: PreTrainedModel, reading: Reading) -> LanguageModel:
@@ -104,6 +106,7 @@ class LanguageModel:
         self.dtype = model.dtype
         self.context_limit = min(declared_context(config), reading.context_limit)
         self.branches = reading.spans is not None
+        self.exact = reading.exact
         self.why_no_branches = reading.why_no_branches
         self.mask_seconds = 0.0
         self._reading = reading
@@ -131,7 +134,7 @@ class LanguageModel:
         Raises:
             UnsupportedModelError: the model has been switched since to something that decodes wrongly.
         """
-        require_ready(self.model, self.dtype, self.device)
+        require_ready(self.model, self.dtype, self.device, self.exact)
         unpack_changed_output(self.model)
         other = copy.copy(self)
         other._forget()
@@ -158,7 +161,7 @@ class LanguageModel:
         if not self.branches:
             raise UnsupportedModelError(
                 f"{self.name} cannot be {role}, for which trees of candidates are read: {self.why_no_branches}. It can "
-                "verify chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder, live."
+                "read chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder, live."
             )
 
     @property

@@ -248,11 +248,23 @@ def unpack_changed_output(model: PreTrainedModel) -> None:
 
 
 def weights_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of `state_dict`, ordered by name; at most one packed weight is rebuilt at a time."""
+    """Names and values of `state_dict`, ordered by name; at most one packed or quantised weight is rebuilt."""
     with only_looking():
         state = model.state_dict()
     modules = model.named_modules(remove_duplicate=False)
     packed = {f"{name}.weight": layer for name, layer in modules if isinstance(layer, PrepackedLinear)}
-    for name, tensor in sorted(state.items()):
+    for name in sorted(state):
         layer = packed.get(name)
-        yield name, tensor if layer is None else layer.dense().t() if isinstance(layer, Conv1D) else layer.dense()
+        if layer is not None:
+            yield name, layer.dense().t() if isinstance(layer, Conv1D) else layer.dense()
+        for tensor in tensors_in(state[name]) if layer is None else ():
+            yield name, tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors of an entry of `state_dict`; a layer that torch quantised has a tuple of weight and bias there."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors_in(part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,16 @@ class ReducedOutput(nn.Module):
         self.tokens: Tensor
         self.register_buffer("tokens", tokens.to(self.weight.device))
         self._kept: tuple[nn.Parameter, int, Tensor] | None = None
+        self.rounded: nn.Module | None = None
+
+    def score_by(self, layer: nn.Module) -> None:
+        """Score by another linear layer, shapes (..., h) to (..., n), for instance one of int8 with the same rows."""
+        self.rounded, self._kept = layer, None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores of the tokens alone, shapes (..., h) to (..., n)."""
+        if self.rounded is not None:
+            return cast("Tensor", self.rounded(hidden))
         return functional.linear(hidden, self._rows(), None if self.bias is None else self.bias[self.tokens])
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -81,8 +81,12 @@ def _refusal_of_adapter(model: Any, role: str) -> UnsupportedModelError:
     )
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
+def refuse_unsupported(model: PreTrainedModel, exact: bool = True) -> None:
     """Refuse a model that is known to be decoded wrongly or not at all.
+
+    Args:
+        model: to be decoded.
+        exact: whether its scores of a token may not depend on what else a pass reads, as a target's may not.
 
     Raises:
         UnsupportedModelError: naming the model, the reason and the way out.
@@ -101,17 +105,19 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{kind} {reason}; its drafts cannot be checked. {_ANOTHER_MODEL}")
     _refuse_attention(model)
     _refuse_absent_weights(model)
-    _refuse_dynamic_scales(model, model.modules())
+    if exact:
+        _refuse_dynamic_scales(model, model.modules())
     _refuse_late_adapters(model)
 
 
-def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, exact: bool = True) -> None:
     """Refuse a text while its model is switched to something that decodes wrongly; cheap, for the start of each text.
 
     Args:
         model: as its owner left it.
         dtype: that it had when its pair was made.
         device: likewise.
+        exact: see `refuse_unsupported`.
 
     Raises:
         UnsupportedModelError: the model is in training mode, was moved or quantised, or has an attention implementation
@@ -119,7 +125,8 @@ def require_ready(model: PreTrainedModel, dtype: torch.dtype, device: torch.devi
     """
     modules = list(model.modules())
     _refuse_attention(model)
-    _refuse_dynamic_scales(model, modules)
+    if exact:
+        _refuse_dynamic_scales(model, modules)
     with only_looking():
         place = model.dtype, execution_device(model)
     if place != (dtype, device):
@@ -177,29 +184,48 @@ def execution_device(model: PreTrainedModel) -> torch.device:
 
 
 def _refuse_dynamic_scales(model: PreTrainedModel, modules: Iterable[nn.Module]) -> None:
-    """Refuse arithmetic in which a token's scores depend on the tokens that are read in the same pass.
+    scales = dynamic_scales(model, modules)
+    if scales is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is {scales.what}, so as a target it would give a draft that is checked in one "
+            f"pass other scores than token by token. {scales.way_out}, or take it for a draft"
+        )
+
+
+class DynamicScales(NamedTuple):
+    """Arithmetic in which a token's scores depend on the tokens that are read in the same pass."""
+
+    what: str
+    way_out: str
+
+
+def dynamic_scales(model: PreTrainedModel, modules: Iterable[nn.Module]) -> DynamicScales | None:
+    """Return what makes a token's scores depend on the tokens that are read in the same pass; None without it.
 
     torch's dynamic quantisation has a scale for the whole input of a layer (torch 2.13,
     ao/nn/quantized/dynamic/modules/linear.py). LLM.int8 has one for every token, but keeps those features apart in
     which any token of the pass has an outlier (bitsandbytes, backends/default/ops.py), unless its threshold is 0.
     """
-    kind = type(model).__name__
-    dynamic = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
-    if any(type(module).__module__.startswith(dynamic) for module in modules):
-        raise UnsupportedModelError(
-            f"{kind} is quantised dynamically: its scales depend on all tokens that a pass reads, so a draft that is "
-            "checked in one pass gets other scores than token by token. Use the model before quantize_dynamic, in "
-            "float32 or bfloat16"
+    if any(map(is_dynamic, modules)):
+        return DynamicScales(
+            "quantised dynamically: its scales depend on all tokens that a pass reads",
+            "Use the model before quantize_dynamic, in float32 or bfloat16",
         )
     options: Any = getattr(model.config, "quantization_config", None)
     options = options if isinstance(options, dict) else vars(options) if options is not None else {}
     eight_bits = options.get("load_in_8bit", options.get("_load_in_8bit", False))
     if eight_bits and options.get("llm_int8_threshold", 6.0) > 0:
-        raise UnsupportedModelError(
-            f"{kind} is quantised with LLM.int8, which treats the features apart in which any token of a pass has an "
-            "outlier, so a draft that is checked in one pass gets other scores than token by token. Load it with "
-            "BitsAndBytesConfig(load_in_4bit=True), with llm_int8_threshold=0.0, or in bfloat16"
+        return DynamicScales(
+            "quantised with LLM.int8, which treats the features apart in which any token of a pass has an outlier",
+            "Load it with BitsAndBytesConfig(load_in_4bit=True), with llm_int8_threshold=0.0, or in bfloat16",
         )
+    return None
+
+
+def is_dynamic(module: nn.Module) -> bool:
+    """True for a layer that torch has quantised dynamically."""
+    dynamic = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+    return type(module).__module__.startswith(dynamic)
 
 
 def _refuse_late_adapters(model: nn.Module) -> None:

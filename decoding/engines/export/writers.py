@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ...decoders.traits import ENGINE_SETTINGS
 from ...errors import ArgumentError, one_of
-from ...loading.presets import PROMPT_LOOKUP, PairPreset, resolve
+from ...loading.presets import NGRAM, PROMPT_LOOKUP, PairPreset, resolve
 from ..engine import LOOKUP
 from .servers import llama_cpp, sglang, tensorrt_llm, vllm
 from .setting import LONGEST_MATCH, NO_DRAFT, Export, ServedSetting, notes_on
@@ -106,7 +106,10 @@ def engine_arguments(engine: str, pair: str, knobs: Mapping[str, float]) -> str:
 
 
 def _lacking(preset: PairPreset) -> str:
-    return f"{preset.draft} table" if len(preset.drafts) == 1 else f"choice among {preset.draft}"
+    if len(preset.drafts) > 1:
+        return f"choice among {preset.draft}"
+    is_table = preset.draft == NGRAM or preset.drafts[0].endswith(".safetensors")
+    return f"{preset.draft} table" if is_table else preset.drafts[0]
 
 
 def _ours(pair: str, knobs: Mapping[str, float]) -> str:

@@ -61,6 +61,7 @@ def test_a_preset_cannot_be_changed() -> None:
         ("gpt2-xl+gpt2", "gpt2-xl", "gpt2", True),
         ("facebook/opt-6.7b+facebook/opt-125m", "facebook/opt-6.7b", "facebook/opt-125m", True),
         ("tiny-3m+ngram", "tiny-3m", NGRAM, False),
+        ("tiny-3m+facebook/opt-125m:int8", "tiny-3m", "facebook/opt-125m:int8", False),
         ("some.one/Model_1+prompt-lookup", "some.one/Model_1", PROMPT_LOOKUP, False),
         ("some.one/Model_1+suffix", "some.one/Model_1", SUFFIX, False),
     ],
