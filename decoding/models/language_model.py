@@ -71,6 +71,7 @@ class LanguageModel:
     """
 
     branches = True
+    exact = True
     why_no_branches = ""
     restores_states = False
     _reading = Reading(EVERYWHERE_FULL)

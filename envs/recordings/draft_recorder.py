@@ -126,8 +126,8 @@ class Recorder:
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
     def _check_room(self, context: Sequence[int], prompt: int) -> None:
+        self.pair.target.require_branches("the target of a recording")
         for model in (self.pair.target, *draft_models(self.pair.draft)):
-            model.require_branches("recorded")
             switch = model.pass_limit(prompt - 1)
             if switch < min(model.context_limit, len(context) + self.draft_length):
                 raise PromptError(
@@ -282,7 +282,7 @@ class _ModelChains:
 
 
 class _AskedChains:
-    """The chains of a draft that is no model, asked for at one position after another."""
+    """The chains of a draft that is no model, or one read in chains alone, asked for at one position after another."""
 
     def __init__(self, drafter: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator) -> None:
         self._recorder = recorder
@@ -322,6 +322,6 @@ class _AskedChains:
 def _chains(
     draft: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator
 ) -> _ModelChains | _AskedChains:
-    if isinstance(draft, ModelDrafter):
+    if isinstance(draft, ModelDrafter) and draft.model.branches:
         return _ModelChains(draft.model.fresh(), recorder, prompt, generator)
     return _AskedChains(draft, recorder, prompt, generator)

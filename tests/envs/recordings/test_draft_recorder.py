@@ -120,6 +120,27 @@ def test_a_draft_without_probabilities_is_recorded_as_far_as_it_goes(make_model:
     assert len(lengths) > 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_draft_that_is_read_in_chains_is_recorded_as_it_drafts(make_model: MakeModel, sampling: Sampling) -> None:
+    target = make_model("llama")
+    pair = Pair(target, torch.ao.quantization.quantize_dynamic(make_model("llama"), {torch.nn.Linear}), prepack=False)
+    assert isinstance(pair.draft, ModelDrafter)
+    assert not pair.draft.model.branches
+    text = continuation(pair, 40)
+    rows = Recorder(pair, sampling, K).record(PROMPT, text, seed=0)
+    session = pair.draft.start(PROMPT, sampling, torch.Generator().manual_seed(0), torch.device("cpu"))
+    for place in range(len(text)):
+        context = [*PROMPT, *text[:place]]
+        proposal = propose(session, context, K)
+        session.truncate(len(context))
+        assert proposal.logits is not None
+        assert rows["tokens"][place].tolist() == proposal.tokens.tolist()
+        q = proposal.logits.softmax(-1).gather(-1, proposal.tokens.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(torch.from_numpy(rows["q"][place]), q)
+    assert 0.2 < rows["match"].mean() < 1  # the same weights, rounded
+
+
 def test_a_sampled_draft_follows_the_drafts_distribution(make_model: MakeModel, make_noisy: MakeModel) -> None:
     target = make_model("llama", vocabulary=8)
     draft = make_noisy(target, 0.5)
