@@ -87,6 +87,7 @@ from .latency.accelerators import HARDWARE, KINDS, Hardware, find_hardware
 from .latency.deployments import Deployment, round_costs, sensible_deployments
 from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
+from .latency.mixed_measure import measure_mixed, measured_mixed
 from .latency.mixed_profile import DraftCosts, MixedProfile
 from .latency.model_shapes import MODEL_SHAPES, ModelShape
 from .latency.probe import CostProbe
@@ -309,7 +310,9 @@ __all__ = [
     "load_prompts",
     "mapping_of",
     "measure",
+    "measure_mixed",
     "measured",
+    "measured_mixed",
     "memory_of",
     "models_placed",
     "must_cut",

@@ -10,7 +10,7 @@ from .backends.trace_replay import TraceReplay, TraceWalk
 from .control.control_env import LONGEST
 from .control.env import DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
-from .profiles import profile_of
+from .profiles import mixed_profile_of, profile_of
 from .prompt_order import PromptOrder, prompts_at
 from .ray_cluster import MOST_LOST, WorkerError, cluster, named_node, on_ray, ray_errors, share_of
 from .recordings.archive import TraceError
@@ -157,6 +157,7 @@ __all__ = [
     "length_of",
     "measure_setting",
     "metrics_of",
+    "mixed_profile_of",
     "mixed_workloads",
     "named_node",
     "observation_names",

@@ -22,6 +22,7 @@ from specgym.decoding import (
     DecoderTraits,
     LatencyProfile,
     LatencyProfileError,
+    MixedProfile,
     ModelType,
     arithmetic_of,
     decoder_names,
@@ -90,6 +91,41 @@ def profile_of(
     return replace(profile, chances=chances_for(named))
 
 
+def mixed_profile_of(
+    named: Workload, profile: MixedProfile | str | Path | None, *, replayed: bool, drafts: tuple[str, ...] | None = None
+) -> MixedProfile:
+    """Return the profile by which a choice between the drafts of a workload's pair is charged.
+
+    Args:
+        named: the workload.
+        profile: a profile, or a file with one; None for the default.
+        replayed: whether the default is the pair's reference profile, if one ships. Otherwise the pair is measured on
+            this hardware, for which it is loaded; measured once, it is read from the cache.
+        drafts: names of the drafts that it must be of; None for any.
+
+    Raises:
+        LatencyProfileError: the file is missing or damaged, or the profile is of other drafts.
+        ValueError: the pair has no draft. Loading errors as for `load_pair`, where no profile is given.
+    """
+    if isinstance(profile, str | Path):
+        profile = MixedProfile.load(profile)
+    if profile is not None:
+        chosen = profile
+    elif replayed and isinstance(named.pair, str) and (file := REFERENCES / mixed_profile_name(named)).is_file():
+        chosen = _loaded_mixed(file)
+    else:
+        from specgym.decoding import measured_mixed  # which imports torch; a replay needs none
+
+        chosen = measured_mixed(named.load(), sampling=named.sampling)
+    return chosen if drafts is None else chosen.require_drafts(drafts)
+
+
+def mixed_profile_name(named: Workload) -> str:
+    """Return the file name of a mixed profile that serves a workload."""
+    pair = named.pair if isinstance(named.pair, str) else named.pair.name
+    return f"{file_name(pair)}.mixed.{arithmetic_of(named.sampling)}.json"
+
+
 def profile_name(named: Workload, decoder: str | DecoderTraits | None = None) -> str:
     """Return the file name of a profile that serves a workload: by what is timed, and whether tokens are drawn.
 
@@ -113,19 +149,25 @@ def _loaded(path: Path) -> LatencyProfile:
     return LatencyProfile.load(path)
 
 
+@functools.lru_cache(maxsize=64)
+def _loaded_mixed(path: Path) -> MixedProfile:
+    return MixedProfile.load(path)
+
+
 @dataclass(frozen=True)
 class ProfileCommand:
     """Measure how long decoding's rounds take on this machine, which should do nothing else meanwhile."""
 
     workloads: tuple[str, ...]
     """pair/prompts or pair/prompts@temperature. Prompts do not matter here: workloads of one pair that are all greedy
-    share a profile, and for a decoder without a draft those of one target."""
+    share a profile, and for a decoder without a draft those of one target. Of a pair with several drafts every draft is
+    timed by the tokens that it has to read first."""
     out: Path = Path("latency")
     """Folder of the profiles."""
     decoder: str = CHAIN
     """Registered decoder whose rounds are timed, or `chain` for those of every decoder that drafts chains of tokens."""
     batch_sizes: tuple[int, ...] = (1,)
-    """Sequences decoded together, at which to measure; for all but chains 1 alone."""
+    """Sequences decoded together, at which to measure; for all but chains, and for several drafts, 1 alone."""
     contexts: tuple[int, ...] = ()
     """Tokens read before, at which to measure; by default a short prompt's."""
     max_draft_length: int | None = None
@@ -163,26 +205,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure_all(command: ProfileCommand, decoder: str | None) -> None:
-    from specgym.decoding import measure
-
     for name in command.workloads:
         named = workload(name)
-        path = command.out / profile_name(named, decoder)
+        mixed = named.mixed and decoder is None
+        path = command.out / (mixed_profile_name(named) if mixed else profile_name(named, decoder))
         if path.is_file():
-            _require_type(path, command.dtype)
+            _require_type(path, command.dtype, MixedProfile if mixed else LatencyProfile)
             print(f"{path} is there already")
             continue
-        pair = named.load()
         try:
-            profile = measure(
-                pair,
-                decoder,
-                max_draft_length=command.max_draft_length,
-                max_target_tokens=command.max_target_tokens,
-                sampling=named.sampling,
-                batch_sizes=command.batch_sizes,
-                contexts=command.contexts or None,
-            )
+            profile = _measure_mixed(command, named) if mixed else _measure(command, named, decoder)
         except ValueError as error:  # the arguments do not fit the pair or one another
             raise LatencyProfileError(f"{name} cannot be measured: {error}") from error
         if profile.doubts:
@@ -191,16 +223,46 @@ def _measure_all(command: ProfileCommand, decoder: str | None) -> None:
                 "same command again when the machine does nothing else"
             )
         profile.save(path)
-        token = "drafted token" if profile.kind == CHAIN else "token read"
-        print(
-            f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, one more {token} adds "
-            f"{profile.marginal_cost():.2f} of that"
+        print(f"{path}: {1000 * profile.autoregressive_seconds:.2f} ms/token plain, {_costs(profile)}")
+
+
+def _measure(command: ProfileCommand, named: Workload, decoder: str | None) -> LatencyProfile:
+    from specgym.decoding import measure
+
+    return measure(
+        named.load(),
+        decoder,
+        max_draft_length=command.max_draft_length,
+        max_target_tokens=command.max_target_tokens,
+        sampling=named.sampling,
+        batch_sizes=command.batch_sizes,
+        contexts=command.contexts or None,
+    )
+
+
+def _measure_mixed(command: ProfileCommand, named: Workload) -> MixedProfile:
+    from specgym.decoding import measure_mixed
+
+    if command.batch_sizes != (1,) or command.contexts or command.max_target_tokens is not None:
+        raise LatencyProfileError(
+            "several drafts are timed for one text at a time, behind a short prompt; leave out --batch-sizes, "
+            "--contexts and --max-target-tokens"
         )
+    return measure_mixed(named.load(), max_draft_length=command.max_draft_length, sampling=named.sampling)
 
 
-def _require_type(path: Path, dtype: str | None) -> None:
+def _costs(profile: LatencyProfile | MixedProfile) -> str:
+    """Describe what drafting adds to a round."""
+    if isinstance(profile, LatencyProfile):
+        token = "drafted token" if profile.kind == CHAIN else "token read"
+        return f"one more {token} adds {profile.marginal_cost():.2f} of that"
+    tokens = (f"{1000 * draft.reading(1):.3g} ms by {draft.name}" for draft in profile.drafts)
+    return f"a drafted token takes {', '.join(tokens)}"
+
+
+def _require_type(path: Path, dtype: str | None, kind: type[LatencyProfile | MixedProfile]) -> None:
     """Raise an error if a profile that is there was measured with another type than is asked for."""
-    measured_with = LatencyProfile.load(path).hardware.get("dtype")
+    measured_with = kind.load(path).hardware.get("dtype")
     if dtype is not None and measured_with != dtype:
         raise LatencyProfileError(
             f"{path} is there already, of weights in {measured_with}, and --dtype is {dtype}; give another --out"

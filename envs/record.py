@@ -23,10 +23,8 @@ from specgym.decoding import (
     ModelType,
     Split,
     check_fields,
-    drafts_of,
     models_placed,
     prompts_limited,
-    resolve,
     run_command,
     traits_of,
     whole_number,
@@ -42,7 +40,7 @@ from .recordings.trace import trace_name
 from .recordings.trace_recorder import record
 from .registration import register
 from .workers import Task, run_tasks
-from .workloads import Workload, workload
+from .workloads import workload
 
 __all__ = ["RecordCommand", "RecordSettings", "main", "record"]
 
@@ -136,7 +134,7 @@ class RecordCommand:
 
     def check_drafts(self) -> None:
         """Raise TraceError where detours are asked for of a pair with several drafts; errors as for `workload`."""
-        mixed = next((name for name in self.workloads if self.decoder is None and _is_mixed(workload(name))), None)
+        mixed = next((name for name in self.workloads if self.decoder is None and workload(name).mixed), None)
         for option in ("detour_prompts", "detour_tokens"):
             if mixed is not None and getattr(self, option):
                 raise TraceError(
@@ -227,7 +225,7 @@ def _record(command: RecordCommand, name: str, folder: Path, progress: bool) -> 
             if path.is_file():
                 if progress:
                     yield f"{path} is there already"
-            elif isinstance(settings, RecordSettings) and _is_mixed(workload(name)):
+            elif isinstance(settings, RecordSettings) and workload(name).mixed:
                 mixed = record_mixed(workload(name), split, path, settings, progress)
                 pairs = zip(mixed.drafts, mixed.traces, strict=True)
                 rates = ", ".join(f"{trace.match[:, 0].mean():.0%} {draft}" for draft, trace in pairs)
@@ -242,11 +240,6 @@ def _record(command: RecordCommand, name: str, folder: Path, progress: bool) -> 
                 recorded = record_outcomes(workload(name), split, path, settings, progress)
                 count = f"{len(recorded.settings)} settings of {recorded.prompts} prompts"
                 yield f"{command.folder / file}: {count}, {recorded.emitted.mean():.2f} tokens a round"
-
-
-def _is_mixed(named: Workload) -> bool:
-    """Return whether a workload's pair has several drafts; one that is given by name is not loaded."""
-    return len(resolve(named.pair).drafts if isinstance(named.pair, str) else drafts_of(named.pair.draft)) > 1
 
 
 if __name__ == "__main__":

@@ -220,6 +220,15 @@ class Workload:
         return _shared_pair(self.pair, *default_placement()) if isinstance(self.pair, str) else self.pair
 
     @property
+    def mixed(self) -> bool:
+        """True if the pair has several drafts; one that is given by name is not loaded."""
+        if isinstance(self.pair, str):
+            return len(resolve(self.pair).drafts) > 1
+        from specgym.decoding import drafts_of  # which imports torch; a replay needs none
+
+        return len(drafts_of(self.pair.draft)) > 1
+
+    @property
     def prompt_limit(self) -> int | None:
         """Tokens of a prompt, at most, as far as anybody asked for a limit; None for as many as there is room for."""
         return default_prompt_tokens() if self.max_prompt_tokens is None else self.max_prompt_tokens

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from specgym.decoding import Pair, Sampling
+from specgym.decoding import MixedProfile, Pair, PromptLookupDrafter, Sampling, measured_mixed
 from specgym.decoding.errors import SpecgymError
 from specgym.decoding.latency.probe import Uncertainty, contradictions
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
-from specgym.envs import Workload, profiles, workload
-from specgym.envs.profiles import REFERENCES, main, profile_name, profile_of
-from specgym.envs.recordings.find import TRACES
+from specgym.envs import Workload, find_mixed_trace, profiles, workload
+from specgym.envs.profiles import REFERENCES, main, mixed_profile_name, mixed_profile_of, profile_name, profile_of
+from specgym.envs.recordings.find import TRACES, mixed_workloads
+from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> LatencyProfile:
         raise AssertionError("this would load the models")
 
-    monkeypatch.setattr("specgym.decoding.measured", refuse)
+    for name in ("measured", "measured_mixed"):
+        monkeypatch.setattr(f"specgym.decoding.{name}", refuse)
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -161,7 +163,11 @@ ONE_SEQUENCE = ("smollm2-2l", "smollm2-4l")
 every measurement on a quiet machine, so that the profiles are smoothed and say so."""
 
 
-@pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.json")), ids=lambda path: path.stem)
+OF_SEVERAL = sorted(REFERENCES.glob("*.mixed.*.json"))
+"""Profiles of pairs with several drafts."""
+
+
+@pytest.mark.parametrize("path", sorted({*REFERENCES.glob("*.json")} - {*OF_SEVERAL}), ids=lambda path: path.stem)
 def test_the_profiles_that_ship_do_not_contradict_themselves(path: Path) -> None:
     reference = LatencyProfile.load(path)
     if reference.pair in ONE_SEQUENCE and reference.uncertainty is not None:
@@ -171,3 +177,70 @@ def test_the_profiles_that_ship_do_not_contradict_themselves(path: Path) -> None
         reference = replace(reference, uncertainty=replace(reference.uncertainty, doubts=()))
     assert contradictions(reference) == []
     assert reference.round(0) >= reference.autoregressive_seconds * (1 - 1e-9)
+
+
+@pytest.fixture
+def several(toy_workload: Workload, pair: Pair) -> Workload:
+    """The toy pair with a second draft."""
+    assert pair.draft is not None
+    drafts = [PromptLookupDrafter(pair.target.vocabulary_size), pair.draft]
+    return replace(toy_workload, pair=Pair(pair.target, drafts, name="toy"))
+
+
+def test_a_choice_of_drafts_is_charged_by_what_is_given_or_else_measured(
+    several: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = made_up_mixed()
+    costs = made_up_costs(trace)
+    costs.save(tmp_path / "own.json")
+    assert mixed_profile_of(several, costs, replayed=True) is costs
+    assert mixed_profile_of(several, tmp_path / "own.json", replayed=False, drafts=trace.drafts) == costs
+    with pytest.raises(LatencyProfileError, match="of the drafts model-0"):
+        mixed_profile_of(several, costs, replayed=True, drafts=trace.drafts[:1])
+    monkeypatch.setenv("SPECGYM_CACHE", str(tmp_path / "cache"))
+    measured = mixed_profile_of(several, None, replayed=True)
+    assert measured is measured_mixed(several.load())
+    assert [draft.name for draft in measured.drafts] == [draft.name for draft in several.load().draft.drafts]  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_a_replay_of_shipped_drafts_needs_no_model() -> None:
+    for name in mixed_workloads():
+        trace, named = find_mixed_trace(None, name)
+        profile = mixed_profile_of(named, None, replayed=True, drafts=trace.drafts)
+        assert profile.sampling == ("greedy" if named.sampling.greedy else "sampled")
+
+
+def test_the_command_measures_every_draft_of_several(
+    several: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profiles, "workload", {"toy/ids": several}.get)
+    monkeypatch.setattr("specgym.decoding.latency.mixed_measure.TRIES", 1)
+    arguments = ["toy/ids", "--out", str(tmp_path), "--max-draft-length", "2"]
+    with pytest.raises(LatencyProfileError, match="leave out --batch-sizes"):
+        main([*arguments, "--batch-sizes", "1", "4"])
+    main(arguments)
+    (path,) = tmp_path.iterdir()
+    assert path.name == mixed_profile_name(several) == "toy.mixed.greedy.json"
+    assert len(MixedProfile.load(path).drafts) == 2
+    assert "ms by prompt-lookup" in capsys.readouterr().out
+    main(arguments)
+    assert "is there already" in capsys.readouterr().out
+    doubtful = replace(MixedProfile.load(path), doubts=("a larger pass is cheaper",))
+    path.unlink()
+    monkeypatch.setattr("specgym.decoding.measure_mixed", lambda *_, **__: doubtful)
+    with pytest.raises(LatencyProfileError, match=r"not written.*a larger pass is cheaper"):
+        main(arguments)
+
+
+@pytest.mark.parametrize("path", OF_SEVERAL, ids=lambda path: path.stem)
+def test_the_profiles_of_several_drafts_that_ship_do_not_contradict_themselves(path: Path) -> None:
+    reference = MixedProfile.load(path)
+    assert path.name == f"{reference.pair}.mixed.{reference.sampling}.json"
+    assert reference.target(1) >= reference.autoregressive_seconds * (1 - 1e-9)
+    for draft in reference.drafts:
+        seconds = list(draft.reading_seconds.values())
+        assert seconds == sorted(seconds)
+        assert (draft.reading(1) < 0.02 * reference.target(1)) == draft.free
+    if not reference.pair.startswith("smollm2"):
+        assert not reference.doubts
