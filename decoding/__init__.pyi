@@ -28,6 +28,7 @@ from .decoders.stop_rules import (
 )
 from .decoders.threshold import ThresholdDecoder
 from .decoders.traits import ENGINE_SETTINGS, EngineSettings, EngineStop
+from .drafts.cascade import CascadeDrafter
 from .drafts.copying import PromptLookupDrafter, SuffixDrafter
 from .drafts.drafter import (
     Drafter,
@@ -176,6 +177,7 @@ __all__ = [
     "SMALLEST_PREPACKED",
     "ArgumentError",
     "AutoregressiveDecoder",
+    "CascadeDrafter",
     "ChoiceRule",
     "ChoiceTracker",
     "ConfidenceBelow",

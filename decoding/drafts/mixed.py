@@ -127,4 +127,5 @@ def with_models(draft: Drafter, change: Callable[[LanguageModel], LanguageModel]
         changed.drafts = tuple(with_models(part, change) for part in changed.drafts)
     elif isinstance(changed, ModelDrafter):
         changed.model = change(changed.model)
+        changed.vocabulary_size = changed.model.vocabulary_size
     return changed

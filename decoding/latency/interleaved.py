@@ -22,6 +22,7 @@ import transformers
 
 from ..decoder import Decoder, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
+from ..drafts.cascade import CascadeDrafter
 from ..drafts.mixed import draft_models, drafts_of
 from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
@@ -60,6 +61,8 @@ def fingerprint(pair: Pair) -> str:
     }
     if models := draft_models(draft):
         parts["draft"] = _shape(models[0]) if len(drafts_of(draft)) == 1 else list(map(_shape, models))
+    if helpers := [f"{part.inner.name} {part.length}" for part in drafts_of(draft) if isinstance(part, CascadeDrafter)]:
+        parts["helpers"] = helpers
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.copying import PromptLookupDrafter, SuffixDrafter
 from ..drafts.drafter import Drafter, ModelDrafter
-from ..drafts.mixed import MixedDraft, draft_models
+from ..drafts.mixed import MixedDraft, draft_models, with_models
 from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
@@ -174,7 +174,7 @@ def _in_vocabulary(
                     f"{sizes}, and the draft proposes token {highest}. Make one for this target."
                 )
             return draft
-    return ModelDrafter(_translated(target, draft.model, tokenizer, draft_tokenizer or tokenizer))
+    return with_models(draft, lambda model: _translated(target, model, tokenizer, draft_tokenizer or tokenizer))
 
 
 def _translated(

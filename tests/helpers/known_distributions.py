@@ -18,8 +18,10 @@ from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders import autoregressive, threshold
 from specgym.decoding.decoders import chain as speculative
 from specgym.decoding.decoders.threshold import ThresholdDecoder
+from specgym.decoding.drafts import cascade
 from specgym.decoding.drafts import drafter as drafters
-from specgym.decoding.drafts.copying import PromptLookupDrafter
+from specgym.decoding.drafts.cascade import CascadeDrafter
+from specgym.decoding.drafts.copying import PromptLookupDrafter, SuffixDrafter
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.models.language_model import LanguageModel
@@ -138,6 +140,10 @@ def make_drafter(kind: str, make_table: MakeTable, vocabulary: int) -> Drafter:
     if kind == "ngram":
         text = torch.randint(0, vocabulary, (60,), generator=torch.Generator().manual_seed(3)).tolist()
         return NGramDrafter.fit([text], vocabulary, order=3)
+    if kind == "suffix":
+        return SuffixDrafter(vocabulary, longest=2)
+    if kind == "cascade":
+        return CascadeDrafter(make_table(vocabulary, seed=2, spread=1.0), SuffixDrafter(vocabulary, longest=2))
     return PromptLookupDrafter(vocabulary, longest=2)
 
 
@@ -178,7 +184,7 @@ def walk(
     joint: dict[tuple[int, ...], float] = {}
     divergence = tokens = 0.0
     with monkeypatch.context() as patch:
-        for module in (autoregressive, drafters, speculative, threshold):
+        for module in (autoregressive, cascade, drafters, speculative, threshold):
             patch.setattr(module, "draw", draw)
         patch.setattr(speculative, "accepts", accepts)
         for _ in branches:
@@ -193,3 +199,29 @@ def walk(
             divergence += branches.weight * reported
             tokens += branches.weight * len(session.tokens)
     return joint, divergence, tokens
+
+
+def strayed(joint: Joint, target: LanguageModel, sampling: Sampling, length: int) -> tuple[float, float]:
+    """Total variation of the tokens' conditional distributions from the target's.
+
+    Args:
+        joint: probabilities of texts of `length` tokens after `PROMPT`.
+        target: of which the texts are meant to be.
+        sampling: how its tokens are chosen.
+        length: in tokens.
+
+    Returns:
+        The expected sum over a text, and the largest.
+    """
+    expected = largest = 0.0
+    for place in range(length):
+        rows: dict[tuple[int, ...], Tensor] = {}
+        for text, weight in joint.items():
+            row = rows.setdefault(text[:place], torch.zeros(target.vocabulary_size, dtype=torch.float64))
+            row[text[place]] += weight
+        for prefix, row in rows.items():
+            if (mass := float(row.sum())) >= 1e-9:
+                off = float((row / mass - conditional(target, sampling, (*PROMPT, *prefix))).abs().sum() / 2)
+                expected += mass * off
+                largest = max(largest, off)
+    return expected, largest

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter
+from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.latency import measure as latency_measure
 from specgym.decoding.latency.interleaved import describe_hardware, fingerprint, growth_of, typical
@@ -206,6 +208,8 @@ def test_models_of_another_size_have_another_fingerprint(
     assert fingerprint(Pair(larger, pair.draft, name="toy")) != fingerprint(pair)
     assert fingerprint(Pair(pair.target, PromptLookupDrafter(64), name="toy")) != fingerprint(pair)
     assert fingerprint(Pair(pair.target, pair.draft, name="toy")) == fingerprint(pair)
+    helped = CascadeDrafter(draft_models(pair.draft)[0], PromptLookupDrafter(64))
+    assert fingerprint(Pair(pair.target, helped, name="toy")) != fingerprint(pair)
 
 
 def places(profile: LatencyProfile) -> set[tuple[int, int | None]]:
