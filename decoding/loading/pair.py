@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafts.cascade import CascadeDrafter
 from ..drafts.copying import PromptLookupDrafter, SuffixDrafter
 from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.mixed import MixedDraft, draft_models, with_models
@@ -229,8 +230,9 @@ def load_pair(
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
             draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package) or the path
             of a table made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A
-            draft model whose name ends in ``:int8`` is quantised (`quantise`). A folder or ``owner/model`` is a target
-            without a draft.
+            draft model whose name ends in ``:int8`` is quantised (`quantise`), and to one that ends in
+            ``:drafted-by-suffix`` or the like that draft proposes (`CascadeDrafter`). A folder or ``owner/model`` is a
+            target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -261,6 +263,7 @@ def load_pair(
             return NGramDrafter.load(_shipped_table(preset.target), name=presets.NGRAM), None
         if name.endswith(".safetensors"):
             return NGramDrafter.load(name), None
+        name, _, _ = name.partition(presets.DRAFTED_BY)
         base = name.removesuffix(presets.INT8)
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
         load_draft = partial(load, base, shared_from=model)
@@ -269,8 +272,15 @@ def load_pair(
         return _loaded(models, (*identity(base), name == base, *key), load_draft)
 
     drafts = [drafted_by(name) for name in preset.drafts]
+    target = LanguageModel(causal_model(model), prepack=prepack)
+    for number, draft_name in enumerate(preset.drafts):
+        _, _, inner_name = draft_name.partition(presets.DRAFTED_BY)
+        if inner_name:
+            inner, _ = drafted_by(inner_name)
+            alone = _drafter(target, drafts[number][0], tokenizer, drafts[number][1])
+            drafts[number] = CascadeDrafter(cast(ModelDrafter, alone), cast(Drafter, inner)), None
     return Pair(
-        model,
+        target,
         [draft for draft, _ in drafts] if drafts else None,
         tokenizer,
         draft_tokenizer=[tokens for _, tokens in drafts] if drafts else None,

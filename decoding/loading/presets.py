@@ -19,6 +19,8 @@ from ..errors import SpecgymError
 NGRAM = "ngram"
 PROMPT_LOOKUP = "prompt-lookup"
 SUFFIX = "suffix"
+DRAFTED_BY = ":drafted-by-"
+"""Between the names of a draft model and of the table or look-up that drafts for it (`CascadeDrafter`)."""
 INT8 = ":int8"
 """End of the name of a draft model whose linear layers are to be quantised."""
 DEFAULT = "tiny"
@@ -47,7 +49,7 @@ class PairPreset:
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
             far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
-            a target alone. A draft model's name may end in ``:int8``.
+            a target alone. A draft model's name may end in ``:int8``, and then in ``:drafted-by-ngram`` and the like.
         doc: one line on what the pair is for.
     """
 
@@ -65,7 +67,7 @@ class PairPreset:
     def draft_is_model(self) -> bool:
         """True if the draft is a single language model that is taken as it stands, as engines can take it, too."""
         (draft, *others) = self.drafts or (NGRAM,)
-        return not others and draft not in _NO_MODELS and not draft.endswith(INT8)
+        return not others and draft not in _NO_MODELS and DRAFTED_BY not in draft and not draft.endswith(INT8)
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -124,7 +126,9 @@ def resolve(name: str) -> PairPreset:
             ``ngram``, ``prompt-lookup`` or ``suffix``: ``gpt2-xl+gpt2``, ``runs/mine+ngram``. Several drafts have
             commas between them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a
             folder or ``owner/model``. A draft model ending in ``:int8`` is quantised when it is loaded:
-            ``gpt2-xl+gpt2:int8``. Whether the models exist is seen when they are loaded.
+            ``gpt2-xl+gpt2:int8``; with ``:drafted-by-ngram``, ``:drafted-by-prompt-lookup`` or ``:drafted-by-suffix``
+            after it, it is drafted for itself: ``gpt2-xl+gpt2:drafted-by-suffix``. Whether the models exist is seen
+            when they are loaded.
 
     Raises:
         UnknownPairError: the name is none of these; the message lists the presets, the closest first.
@@ -148,8 +152,9 @@ def _may_be_model(name: str) -> bool:
 
 
 def _may_be_draft(name: str) -> bool:
-    base = name.removesuffix(INT8)
-    return _may_be_model(base) and (base == name or base not in _NO_MODELS)
+    model, mark, inner = name.partition(DRAFTED_BY)
+    base = model.removesuffix(INT8)
+    return _may_be_model(base) and (base == name or base not in _NO_MODELS) and (not mark or inner in _NO_MODELS)
 
 
 def _may_be_folder(name: str) -> bool:

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
+from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.drafts import cascade
 from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter, SuffixDrafter
 from specgym.decoding.drafts.drafter import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep
+from specgym.decoding.drafts.mixed import MixedDraft
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.drafts.translated import TranslatedModel
 from specgym.decoding.errors import VocabularyMismatchError
-from specgym.decoding.loading.pair import Pair
+from specgym.decoding.loading.memory import memory_of
+from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.prompts import load_prompts
 from specgym.decoding.sampling import Sampling, draw
 from tests.helpers.known_distributions import exact_joint, p_value_of
 from tests.helpers.other_words import target_words, translated_table, word_tokenizer
@@ -243,3 +248,26 @@ def test_parts_that_make_no_cascade_are_refused_by_name(make_table: MakeTable) -
         CascadeDrafter(SuffixDrafter(5), SuffixDrafter(5))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="length must be a whole number"):
         CascadeDrafter(table, SuffixDrafter(5), length=0)
+
+
+def test_a_cascade_is_loaded_by_name_and_shares_the_model_with_the_draft_alone() -> None:
+    pair = load_pair("tiny-10m+tiny-10m-draft-1l:drafted-by-ngram,tiny-10m-draft-1l:drafted-by-suffix,prompt-lookup")
+    assert isinstance(pair.draft, MixedDraft)
+    by_table, by_suffix, _ = pair.draft.drafts
+    assert [draft.name for draft in pair.draft.drafts] == [
+        "tiny-10m-draft-1l:drafted-by-ngram",
+        "tiny-10m-draft-1l:drafted-by-suffix",
+        "prompt-lookup",
+    ]
+    assert isinstance(by_table, CascadeDrafter)
+    assert isinstance(by_suffix, CascadeDrafter)
+    alone = load_pair("tiny-10m+tiny-10m-draft-1l").draft
+    assert isinstance(alone, ModelDrafter)
+    assert len({draft.model.model for draft in (alone, by_table, by_suffix)}) == 1
+    prompt = pair.encode(load_prompts("code").train[0])[:60]
+    text = AutoregressiveDecoder(pair.without_draft()).generate(prompt, max_new_tokens=24).tokens
+    for draft in (by_table, by_suffix):
+        assert list(texts_of(draft, prompt, Sampling(0.0))) == list(texts_of(alone, prompt, Sampling(0.0)))
+        assert SpeculativeDecoder(Pair(pair.target, draft)).generate(prompt, max_new_tokens=24).tokens == text
+    assert by_table.nbytes > 1_000_000
+    assert memory_of(pair).draft >= by_table.nbytes

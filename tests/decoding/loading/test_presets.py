@@ -64,6 +64,8 @@ def test_a_preset_cannot_be_changed() -> None:
         ("tiny-3m+facebook/opt-125m:int8", "tiny-3m", "facebook/opt-125m:int8", False),
         ("some.one/Model_1+prompt-lookup", "some.one/Model_1", PROMPT_LOOKUP, False),
         ("some.one/Model_1+suffix", "some.one/Model_1", SUFFIX, False),
+        ("tiny-3m+gpt2:drafted-by-ngram", "tiny-3m", "gpt2:drafted-by-ngram", False),
+        ("tiny-3m+gpt2:int8:drafted-by-suffix,ngram", "tiny-3m", "gpt2:int8:drafted-by-suffix,ngram", False),
     ],
 )
 def test_target_plus_draft_is_split_at_the_plus(name: str, target: str, draft: str, draft_is_model: bool) -> None:
@@ -101,6 +103,10 @@ def test_a_misspelt_preset_gets_suggestions_and_the_list() -> None:
         "+tiny-10m",
         "ngram+tiny-10m",
         "a b+c",
+        "tiny-3m+gpt2:drafted-by-",
+        "tiny-3m+gpt2:drafted-by-gpt2",
+        "tiny-3m+ngram:drafted-by-suffix",
+        "tiny-3m+gpt2:drafted-by-ngram:int8",
         "a/b/c+d",
     ],
 )
