@@ -239,7 +239,7 @@ def _evaluate(command: EvaluateCommand) -> None:
             raise SettingsError("--live needs --pair: which pair should be decoded?")
         if kind != "stop-drafts":
             raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {run} always is")
-        from .experiments.control.stop_drafts import evaluate_live
+        from .experiments.control.control_experiment import evaluate_live
 
         evaluate_live(run, command.live)
     else:

@@ -8,6 +8,7 @@ from .backends.replay import replay_backend
 from .backends.replay_table import ReplayTable
 from .backends.trace_replay import TraceReplay, TraceWalk
 from .control.control_env import LONGEST
+from .control.control_vector_env import ControlVectorEnv
 from .control.env import DraftLengthEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import mixed_profile_of, profile_of
@@ -98,6 +99,7 @@ __all__ = [
     "Charges",
     "ComparedText",
     "ContextLayout",
+    "ControlVectorEnv",
     "DraftLengthEnv",
     "DraftLengthVectorEnv",
     "DraftTable",

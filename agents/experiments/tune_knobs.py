@@ -97,7 +97,7 @@ class TuneKnobs(Experiment[KnobSettings]):
             return self._measured(chosen, pair, refresh)
 
         console.print("Latency profiles (measured once for this hardware, then read from the cache):")
-        self.profiles = self.run.keep_profiles(self.settings.workloads, profile, _rounds)
+        self.profiles = self.run.keep_profiles(self.settings.workloads, profile, _rounds, LatencyProfile.load)
 
     def _measured(self, chosen: Workload, pair: Pair, refresh: bool) -> LatencyProfile:
         """The profile of this hardware; with the chances of the trace that is replayed, so that drafts end alike."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,9 +23,11 @@ from rich.logging import RichHandler
 from specgym.decoding import DamagedFileError, SpecgymError, read_sealed
 
 if TYPE_CHECKING:
-    from specgym.decoding import LatencyProfile
+    from specgym.decoding import LatencyProfile, MixedProfile
 
     from ..experiments.experiment import RunSettings
+
+_P = TypeVar("_P", "LatencyProfile", "MixedProfile")
 
 WEIGHTS_FILE = "policy.safetensors"
 DESCRIPTION_FILE = "policy.json"
@@ -128,8 +130,9 @@ class RunFolder:
     def keep_profiles(
         self,
         workloads: Sequence[str],
-        profile: Callable[[str], LatencyProfile],
-        describe: Callable[[LatencyProfile], str],
+        profile: Callable[[str], _P],
+        describe: Callable[[_P], str],
+        load: Callable[[str | Path], _P],
     ) -> list[Path]:
         """Keep a latency profile for every workload that has none yet.
 
@@ -137,18 +140,15 @@ class RunFolder:
             workloads: names.
             profile: makes the profile of a workload.
             describe: says in words what is notable about it.
+            load: reads one that is kept.
 
         Raises:
             LatencyProfileError: a profile that is kept is damaged.
         """
-        from specgym.decoding import LatencyProfile
-
-        pass
-
         paths = self.profile_paths(workloads)
         for name, path in zip(workloads, paths, strict=True):
             if path.is_file():
-                LatencyProfile.load(path)
+                load(path)
                 continue
             started = time.perf_counter()
             latency = profile(name)

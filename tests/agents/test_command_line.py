@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "agents/command_line.py",
     "agents/experiments/experiment.py",
+    "agents/experiments/control/control_settings.py",
     "agents/experiments/control/stop_drafts_settings.py",
     "agents/experiments/tune_knobs_settings.py",
     "agents/experiments/tune_unseen_settings.py",

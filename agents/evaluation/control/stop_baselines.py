@@ -1,13 +1,10 @@
-"""The rules that a learned one must beat: those with a number to choose, a bandit that learns by itself, an oracle.
-
-Decoding recorded texts with stop rules: many rules side by side on the same prompts.
-"""
+"""The rules that a learned one must beat: those with a number to choose, a bandit that learns by itself, an oracle."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +21,9 @@ from specgym.decoding import (
     StopRule,
 )
 from specgym.envs import DraftLengthVectorEnv, Trace
+
+from .bandit import RoundBandit
+from .side_by_side import Decoded, SideBySide, Sums, at_own_rate
 
 _PLACE = [feature.name for feature in FEATURES].index("place")
 _SHARES = (0.01, 0.03, *(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
@@ -45,19 +45,13 @@ def simple_rules(max_draft_length: int) -> dict[str, Sequence[StopRule]]:
 
 
 class UpperConfidenceBound(StopRule):
-    """A bandit over fixed lengths, which learns while it decodes.
-
-    UCB1 (Auer, Cesa-Bianchi and Fischer, "Finite-time Analysis of the Multiarmed Bandit Problem", 2002): every round
-    drafts the length whose mean reward, plus ``exploration * sqrt(2 ln(all rounds) / its rounds)``, is largest. Since
-    the objective is a ratio of sums, the reward of a round is ``tokens - rate * seconds`` with the throughput of all
-    rounds so far as the rate. Rounds that are still under way count as tried, so that drafts side by side differ.
+    """A `RoundBandit` over fixed lengths, which learns while it decodes.
 
     What was learned is kept from text to text, and lost with `start`.
 
     Args:
         longest: arms 1 to `longest`, in tokens.
-        exploration: in tokens, above 0. UCB1's own would be the range of rewards, which is as large as `longest`; it
-            would try poor lengths for longer than most texts last.
+        exploration: in tokens, above 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -68,10 +62,8 @@ class UpperConfidenceBound(StopRule):
     def __init__(self, longest: int, exploration: float = 1.0) -> None:
         if longest < 1:
             raise ValueError(f"longest must be at least 1, got {longest}")
-        if not (math.isfinite(exploration) and exploration > 0):
-            raise ValueError(f"exploration must be finite and above 0, got {exploration}")
-        self.longest, self.exploration = longest, exploration
-        self.start(1, None)
+        self.longest = longest
+        self._bandit = RoundBandit(longest, exploration)
 
     @property
     def name(self) -> str:
@@ -80,50 +72,27 @@ class UpperConfidenceBound(StopRule):
 
     def start(self, environments: int, seed: int | None) -> None:
         """Forget everything. The bandit itself draws nothing at random."""
-        self._tokens, self._seconds = np.zeros(self.longest), np.zeros(self.longest)
-        self._tried = np.zeros(self.longest, np.int64)
-        self._attend(environments)
+        self._bandit.forget(environments)
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Decide whether to stop; where a draft has its first token, a length is chosen for it."""
-        if len(features) != len(self._arm):
-            self._attend(len(features))
-        for row in np.flatnonzero((features[:, _PLACE] == 1) & ~self._open).tolist():
-            arm = self._best()
-            self._arm[row], self._open[row] = arm, True
-            self._tried[arm] += 1
-        return features[:, _PLACE] > self._arm
+        self._bandit.attend(len(features))
+        self._bandit.choose(features[:, _PLACE] == 1)
+        return features[:, _PLACE] > self._bandit.arm
 
     def verified(
         self, rows: Rows, drafted: NDArray[np.int64], emitted: NDArray[np.int64], seconds: NDArray[np.float64]
     ) -> None:
-        """Learn from rounds that are over, also where the text or the draft ended before the length was reached."""
-        chosen = np.zeros(len(self._arm), np.bool_)
-        chosen[slice(None) if rows is None else rows] = True
-        numbers = np.flatnonzero(chosen) if rows is None or np.asarray(rows).dtype == np.bool_ else np.asarray(rows)
-        counts = self._open[numbers]  # a round without a drafted token was nobody's choice
-        arms = self._arm[numbers[counts]]
-        np.add.at(self._tokens, arms, np.asarray(emitted)[counts])
-        np.add.at(self._seconds, arms, np.asarray(seconds)[counts])
-        self._open[numbers] = False
+        """Learn from rounds that are over, also where the text or the draft ended before the length was reached.
+
+        A round without a drafted token was nobody's choice.
+        """
+        self._bandit.learn(rows, emitted, seconds)
 
     @property
     def favourite(self) -> int:
         """The length tried most, in tokens."""
-        return int(self._tried.argmax()) + 1
-
-    def _attend(self, environments: int) -> None:
-        self._arm = np.zeros(environments, np.int64)
-        self._open = np.zeros(environments, np.bool_)
-
-    def _best(self) -> int:
-        untried = np.flatnonzero(self._tried == 0)
-        if len(untried):
-            return int(untried[0])
-        spent = float(self._seconds.sum())
-        rate = float(self._tokens.sum()) / spent if spent > 0 else 0.0
-        bonus = self.exploration * np.sqrt(2 * math.log(int(self._tried.sum())) / self._tried)
-        return int(((self._tokens - rate * self._seconds) / self._tried + bonus).argmax())
+        return self._bandit.favourite + 1
 
 
 class Clairvoyant(StopRule):
@@ -186,43 +155,8 @@ class Clairvoyant(StopRule):
         return ~self._go_on[place, np.clip(self._remaining, 0, longest)]
 
 
-Sums = NDArray[np.float64]
-_ORACLE_ROUNDS = 4
-
-
 @dataclass(frozen=True)
-class Decoded:
-    """Sums of decoding some prompts, over all passes of a prompt, shape (prompts,)."""
-
-    tokens: Sums
-    """Emitted."""
-    seconds: Sums
-    """Charged, over those of a plain token."""
-    drafted: Sums
-    """Draft tokens verified."""
-    accepted: Sums
-    """Those among them that were emitted."""
-    rounds: Sums
-    """Verified."""
-
-    @property
-    def throughput(self) -> float:
-        """Tokens over seconds, relative to plain decoding."""
-        return float(self.tokens.sum() / self.seconds.sum())
-
-    @property
-    def draft_acceptance_rate(self) -> float:
-        """Accepted over drafted tokens, 0 to 1."""
-        return float(self.accepted.sum() / max(self.drafted.sum(), 1))
-
-    @property
-    def draft_length(self) -> float:
-        """Drafted tokens a round."""
-        return float(self.drafted.sum() / self.rounds.sum())
-
-
-@dataclass(frozen=True)
-class ReplayedPrompts:
+class ReplayedPrompts(SideBySide[StopRule]):
     """Every prompt of a trace, to be decoded with any rules.
 
     Attributes:
@@ -232,7 +166,7 @@ class ReplayedPrompts:
         max_draft_length: longest draft, in tokens.
         tokens: of each text, at most.
         decision_seconds: charged for every decision.
-        passes: how often each prompt is decoded, with other dice; once where the trace is greedy.
+        passes: how often each prompt is decoded; once where the trace is greedy.
     """
 
     trace: Trace
@@ -249,22 +183,21 @@ class ReplayedPrompts:
         point = self.profile.at(batch_size=self.batch_size)
         return point.round_seconds(self.max_draft_length) / point.autoregressive_seconds
 
-    def decode(self, rules: Sequence[StopRule], seed: int = 0, afresh: bool = True) -> list[Decoded]:
-        """Decode every prompt with every rule.
+    @property
+    def prompts(self) -> int:
+        return self.trace.prompts
 
-        Args:
-            rules: each sees its own drafts alone.
-            seed: fixes what is accepted of sampled drafts, and the rules' own random choices.
-            afresh: call each rule's `start` before; otherwise it goes on with what it has learned.
+    @property
+    def repeats(self) -> int:
+        return 1 if self.trace.info.sampling.greedy else self.passes
 
-        Returns:
-            One for each rule, in order.
-        """
-        passes = 1 if self.trace.info.sampling.greedy else self.passes
-        prompts = self.trace.prompts
-        texts = prompts * passes  # of each rule
-        env = DraftLengthVectorEnv(
-            len(rules) * texts,
+    @property
+    def plain_seconds(self) -> float:
+        return self.profile.at(batch_size=self.batch_size).autoregressive_seconds
+
+    def environment(self, texts: int) -> DraftLengthVectorEnv:
+        return DraftLengthVectorEnv(
+            texts,
             recording=self.trace,
             profile=self.profile,
             batch_size=self.batch_size,
@@ -272,41 +205,12 @@ class ReplayedPrompts:
             max_new_tokens=self.tokens,
             decision_seconds=self.decision_seconds,
         )
-        if afresh:
-            for rule in rules:
-                rule.start(texts, seed)
-        chosen = np.tile(np.arange(prompts), passes * len(rules))
-        features, info = env.reset(seed=seed, options={"prompt": chosen})
-        sums = {field.name: np.zeros(env.num_envs) for field in fields(Decoded)}
-        stop = np.ones(env.num_envs, np.bool_)
-        under_way = np.zeros(env.num_envs)  # seconds of the round so far
-        while not env.resting.all():
-            for number, rule in enumerate(rules):
-                part = slice(number * texts, (number + 1) * texts)
-                if isinstance(rule, Clairvoyant):
-                    rule.foresee(info["remaining_acceptable"][part])
-                stop[part] = rule(features[part])
-            features, _, _, _, info = env.step(stop)
-            for name, total in sums.items():
-                total += info[name]
-            under_way += info["seconds"]
-            self._report(rules, info, under_way, texts)
-            under_way[info["rounds"] > 0] = 0.0
-        sums["seconds"] /= self.profile.at(batch_size=self.batch_size).autoregressive_seconds
-        shape = len(rules), passes, prompts
-        by_rule = {name: total.reshape(shape).sum(1) for name, total in sums.items()}
-        return [Decoded(**{name: total[number] for name, total in by_rule.items()}) for number in range(len(rules))]
 
-    @staticmethod
-    def _report(rules: Sequence[StopRule], info: dict[str, NDArray[Any]], spent: Sums, texts: int) -> None:
-        """Tell the rules which rounds are over; `spent` is the seconds of each."""
-        for number, rule in enumerate(rules):
-            if type(rule).verified is StopRule.verified:
-                continue  # it does not learn
-            part = slice(number * texts, (number + 1) * texts)
-            rows = np.flatnonzero(info["rounds"][part])
-            drafted, emitted = (info[name][part][rows] for name in ("drafted", "tokens"))
-            rule.verified(rows, drafted, emitted, spent[part][rows])
+    def learns(self, rule: StopRule) -> bool:
+        return type(rule).verified is not StopRule.verified
+
+    def tell(self, rule: StopRule, rows: NDArray[np.intp], info: Mapping[str, NDArray[Any]], seconds: Sums) -> None:
+        rule.verified(rows, info["drafted"][rows], info["tokens"][rows], seconds)
 
 
 @dataclass(frozen=True)
@@ -341,10 +245,5 @@ def choose(prompts: ReplayedPrompts) -> Chosen:
 
 
 def oracle(prompts: ReplayedPrompts) -> tuple[Clairvoyant, Decoded]:
-    """The oracle at the rate of its own throughput, and what it reaches, by Dinkelbach's algorithm."""
-    rate = 1.0
-    for _ in range(_ORACLE_ROUNDS):
-        rule = Clairvoyant(prompts.round_seconds, rate)
-        decoded = prompts.decode([rule])[0]
-        rate = decoded.throughput
-    return rule, decoded
+    """The oracle at the rate of its own throughput, and what it reaches."""
+    return at_own_rate(prompts, lambda rate: Clairvoyant(prompts.round_seconds, rate))

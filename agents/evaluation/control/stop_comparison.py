@@ -17,7 +17,8 @@ from specgym.envs import Trace, workload
 
 from ..live import decode_repeatedly
 from ..results import ALL, LEARNED, PLAIN, Column, Row, interval
-from .stop_baselines import Decoded, ReplayedPrompts, UpperConfidenceBound, choose, oracle
+from .side_by_side import Decoded
+from .stop_baselines import ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
 if TYPE_CHECKING:
     from ...experiments.control.stop_drafts_settings import StopSettings

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +39,8 @@ USUAL = {
 }
 """Usual middle and spread of the features. The bounds are too wide to scale by: a pair's
 cost ratio is seldom above 0.5, of at most 4."""
-_USUAL_REMAINING = (0.0, 4.0)
+USUAL_REMAINING = (0.0, 4.0)
+"""Likewise of what remains acceptable."""
 
 
 class UsualScaler(BaseFeaturesExtractor):
@@ -45,20 +48,23 @@ class UsualScaler(BaseFeaturesExtractor):
 
     Args:
         observation_space: of `RoundEpisodes`.
+
+    Attributes:
+        usual: middle and spread of every entry of an observation, in order.
     """
 
+    usual: ClassVar[Sequence[tuple[float, float]]] = (*(USUAL[feature.name] for feature in FEATURES), USUAL_REMAINING)
     middle: Tensor
     spread: Tensor
 
     def __init__(self, observation_space: spaces.Space) -> None:
-        super().__init__(observation_space, len(FEATURES) + 1)
-        usual = [*(USUAL[feature.name] for feature in FEATURES), _USUAL_REMAINING]
-        middle, spread = torch.tensor(usual, dtype=torch.float32).T.contiguous()
+        super().__init__(observation_space, len(self.usual))
+        middle, spread = torch.tensor(self.usual, dtype=torch.float32).T.contiguous()
         self.register_buffer("middle", middle)
         self.register_buffer("spread", spread)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Observations of shape (batch, 12), scaled."""
+        """Observations of shape (batch, entries), scaled."""
         return (observations - self.middle) / self.spread
 
 
@@ -71,8 +77,8 @@ class OneSidedNetworks(nn.Module):
 
     def __init__(self, actor: list[int], critic: list[int]) -> None:
         super().__init__()
-        self.policy_net = _tanh_layers(len(FEATURES), actor)
-        self.value_net = _tanh_layers(len(FEATURES) + 1, critic)
+        self.policy_net = tanh_layers(len(FEATURES), actor)
+        self.value_net = tanh_layers(len(FEATURES) + 1, critic)
         self.latent_dim_pi, self.latent_dim_vf = actor[-1], critic[-1]
 
     def forward(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,14 +151,15 @@ class RoundEpisodes(VecEnvWrapper):
     its decisions, and the noise of later rounds stays out of their advantages.
 
     Args:
-        venv: of a `DraftLengthVectorEnv`.
+        venv: of an environment that controls drafts.
     """
 
     def __init__(self, venv: VectorEnvAdaptor) -> None:
-        features = venv.observation_space
+        features, actions = venv.observation_space, venv.action_space
         assert isinstance(features, spaces.Box)
-        low, high = np.append(features.low, np.float32(-LONGEST)), np.append(features.high, np.float32(LONGEST))
-        observed = spaces.Box(low, high)
+        assert isinstance(actions, spaces.Discrete)
+        bounds = np.full(actions.n - 1, LONGEST, np.float32)  # every action but that of verifying drafts a token
+        observed = spaces.Box(np.append(features.low, -bounds), np.append(features.high, bounds))
         super().__init__(venv, observation_space=observed)
         self._adaptor = venv
 
@@ -170,11 +177,17 @@ class RoundEpisodes(VecEnvWrapper):
 
     def _told(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         remaining = self._adaptor.vector_infos["remaining_acceptable"]
-        return np.concatenate([features, remaining[:, None].astype(np.float32)], axis=1)
+        return np.column_stack([features, remaining.astype(np.float32)])
 
 
-def _tanh_layers(inputs: int, widths: list[int]) -> nn.Sequential:
+def tanh_layers(inputs: int, widths: Sequence[int]) -> nn.Sequential:
+    """Stack of linear layers, each followed by a tanh.
+
+    Args:
+        inputs: entries of what goes in.
+        widths: of the layers.
+    """
     layers: list[nn.Module] = []
-    for before, width in zip([inputs, *widths[:-1]], widths, strict=True):
+    for before, width in pairwise([inputs, *widths]):
         layers += [nn.Linear(before, width), nn.Tanh()]
     return nn.Sequential(*layers)

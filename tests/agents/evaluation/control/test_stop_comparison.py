@@ -12,8 +12,9 @@ import pytest
 from specgym.agents import ResultTable, Row, RunFolder
 from specgym.agents.evaluation.control.stop_comparison import GAP, METHODS, RATIO, TABLE, compare, stop_verdict
 from specgym.agents.evaluation.results import ALL
+from specgym.agents.experiments.control.control_settings import ComparisonSettings, ControlLearning
 from specgym.agents.experiments.control.stop_drafts import StopDrafts
-from specgym.agents.experiments.control.stop_drafts_settings import ComparisonSettings, StopLearning, StopSettings
+from specgym.agents.experiments.control.stop_drafts_settings import StopSettings
 from specgym.agents.export.stop_rule import ExportedStopRule
 from specgym.agents.training.ppo import learn
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, FixedLength, StopRule
@@ -29,7 +30,7 @@ SETTINGS = StopSettings(
     total_timesteps=60_000,
     checkpoint_every=60_000,
     comparison=ComparisonSettings(passes=2, resamples=50),
-    learning=StopLearning(rollout_steps=32, batch_size=512, policy_layers=(16,), value_layers=(32,)),
+    learning=ControlLearning(rollout_steps=32, batch_size=512, policy_layers=(16,), value_layers=(32,)),
 )
 
 
