@@ -205,7 +205,9 @@ def test_a_choice_of_drafts_is_charged_by_what_is_given_or_else_measured(
 
 @pytest.mark.usefixtures("no_measuring")
 def test_a_replay_of_shipped_drafts_needs_no_model() -> None:
-    for name in mixed_workloads():
+    names = mixed_workloads()
+    assert "tiny-10m-mixed/prose" in names
+    for name in names:
         trace, named = find_mixed_trace(None, name)
         profile = mixed_profile_of(named, None, replayed=True, drafts=trace.drafts)
         assert profile.sampling == ("greedy" if named.sampling.greedy else "sampled")
@@ -214,21 +216,27 @@ def test_a_replay_of_shipped_drafts_needs_no_model() -> None:
 def test_the_command_measures_every_draft_of_several(
     several: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    costs = made_up_costs(made_up_mixed(free=(True, False), right=(0.5, 0.5)))
+    longest: list[int | None] = []
+
+    def measured(pair: Pair, *, max_draft_length: int | None, sampling: Sampling) -> MixedProfile:
+        longest.append(max_draft_length)
+        return costs
+
     monkeypatch.setattr(profiles, "workload", {"toy/ids": several}.get)
-    monkeypatch.setattr("specgym.decoding.latency.mixed_measure.TRIES", 1)
+    monkeypatch.setattr("specgym.decoding.measure_mixed", measured)
     arguments = ["toy/ids", "--out", str(tmp_path), "--max-draft-length", "2"]
     with pytest.raises(LatencyProfileError, match="leave out --batch-sizes"):
         main([*arguments, "--batch-sizes", "1", "4"])
     main(arguments)
     (path,) = tmp_path.iterdir()
     assert path.name == mixed_profile_name(several) == "toy.mixed.greedy.json"
-    assert len(MixedProfile.load(path).drafts) == 2
-    assert "ms by prompt-lookup" in capsys.readouterr().out
+    assert (MixedProfile.load(path), longest) == (costs, [2])
+    assert "100 ms by model-1" in capsys.readouterr().out
     main(arguments)
     assert "is there already" in capsys.readouterr().out
-    doubtful = replace(MixedProfile.load(path), doubts=("a larger pass is cheaper",))
     path.unlink()
-    monkeypatch.setattr("specgym.decoding.measure_mixed", lambda *_, **__: doubtful)
+    costs = replace(costs, doubts=("a larger pass is cheaper",))
     with pytest.raises(LatencyProfileError, match=r"not written.*a larger pass is cheaper"):
         main(arguments)
 
