@@ -1,6 +1,7 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
-from .decoders.chain import SpeculativeDecoder, SpeculativeSession
+from .decoders.chain import SpeculativeDecoder
+from .decoders.chain_session import SpeculativeSession
 from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
 from .decoders.choice_rules import MOST_DRAFTS, ChoiceRule
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound

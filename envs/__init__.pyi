@@ -7,6 +7,8 @@ from .backends.outcome_replay import OutcomeReplay, require_tokens
 from .backends.replay import replay_backend
 from .backends.replay_table import ReplayTable
 from .backends.trace_replay import TraceReplay, TraceWalk
+from .control.choice_env import DraftChoiceEnv
+from .control.choice_vector_env import DraftChoiceVectorEnv
 from .control.control_env import LONGEST
 from .control.control_vector_env import ControlVectorEnv
 from .control.env import DraftLengthEnv
@@ -100,6 +102,8 @@ __all__ = [
     "ComparedText",
     "ContextLayout",
     "ControlVectorEnv",
+    "DraftChoiceEnv",
+    "DraftChoiceVectorEnv",
     "DraftLengthEnv",
     "DraftLengthVectorEnv",
     "DraftTable",

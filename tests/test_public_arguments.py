@@ -39,6 +39,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "round_costs": {"deployment": Deployment(MODEL_SHAPES["opt-1.3b"], None, HARDWARE["h100-sxm"]),
                     "batch_sizes": [1], "longest": 4},
     "ContextLayout": {"ranges": {"a": (0.0, 1.0)}},
+    "DraftChoiceEnv": {"backend": "replay"},
+    "DraftChoiceVectorEnv": {"num_envs": 2},
     "DraftLengthEnv": {"backend": "replay"},
     "DraftLengthVectorEnv": {"num_envs": 2},
     "TuningEnv": {"backend": "replay"},

@@ -29,12 +29,15 @@ from ..errors import ArgumentError
 from ..loading.pair import Pair
 from ..sampling import Sampling, draw, total_variation
 from ..traits import CHAIN
-from .chain import ChainDecoder, SpeculativeSession, Verdict, first_false
+from .chain import ChainDecoder
+from .chain_session import SpeculativeSession, Verdict, first_false
+from .choice_rules import ChoiceRule
 from .expected_gain import LEVELS, ExpectedGain, levels_of
 from .stop_rules import StopRule
 from .traits import Stop, ThresholdTraits
 
 if TYPE_CHECKING:
+    from ..latency.mixed_profile import MixedProfile
     from ..latency.profile import LatencyProfile
 
 
@@ -85,6 +88,8 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
             (`ExpectedGain`), by the profile that `charge_by` was given, and else by the pair's own, which is measured
             on this machine when the first text is begun, and kept. `"never"` drafts `max_draft_length` tokens every
             round. Or a rule of one's own, which all texts of this decoder share.
+        choice: see `ChainDecoder`, in place of `stop`.
+        costs: see `ChainDecoder`.
 
     Raises:
         ValueError: the pair has no draft, `max_draft_length` is not positive, there is no such rule, or the pair has
@@ -93,8 +98,19 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
 
     session_class = ThresholdSession
 
-    def __init__(self, pair: Pair, max_draft_length: int = 16, stop: Stop | StopRule = "expected-gain") -> None:
-        super().__init__(pair)
+    def __init__(
+        self,
+        pair: Pair,
+        max_draft_length: int = 16,
+        stop: Stop | StopRule = "expected-gain",
+        choice: ChoiceRule | None = None,
+        costs: MixedProfile | None = None,
+    ) -> None:
+        super().__init__(pair, choice, costs)
+        if choice is not None:
+            if isinstance(stop, StopRule):
+                raise ArgumentError("a choice says itself where drafts end; give it or stop, not both")
+            stop = "never"
         named: dict[str, Any] = {} if isinstance(stop, StopRule) else {"stop": stop}
         self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, **named)
         self.max_draft_length = max_draft_length

@@ -311,7 +311,7 @@ class _ModelDraftSession:
         """Draft up to `count` tokens, as far as the draft model's context has room."""
         if self._model.length >= len(context):  # an earlier draft was left as it was
             self._model.truncate(len(context) - 1)
-        count = min(count, self._model.room(context) + 1)
+        count = min(count, self.room(context))
         if count <= 0:
             return
         # After a full acceptance two tokens are unread (the last draft and the bonus), otherwise one.
@@ -326,6 +326,10 @@ class _ModelDraftSession:
                 probabilities = self._sampling.probabilities(scores)
                 unread = draw(probabilities, self._generator)
             yield ModelStep(unread, scores, probabilities)
+
+    def room(self, context: Sequence[int]) -> int:
+        """Return how many tokens can be drafted after a context; 0 or less for none."""
+        return self._model.room(context) + 1
 
     def truncate(self, length: int) -> None:
         """Cut the draft's cache back."""

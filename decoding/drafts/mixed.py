@@ -85,6 +85,11 @@ class MixedDraftSession:
         """
         return self.sessions[place].steps(context, count)
 
+    def has_room(self, place: int, context: Sequence[int]) -> bool:
+        """Return whether a draft could read a context, if it is a model with a limit; True of any other."""
+        room = getattr(self.sessions[place], "room", None)
+        return room is None or room(context) > 0
+
     def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
         """Begin a draft by the fixed rule of `MixedDraft`."""
         for free, session in zip(self.free, self.sessions, strict=True):

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, Feature, Split, one_of, whole_number
+from specgym.decoding import ArgumentError, Feature, Split, number, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
 from ..backends.replay import require_single
@@ -51,6 +51,8 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         source: BackendName | None,
         split: Split | None,
         render_mode: Literal["rgb_array"] | None,
+        rate: float,
+        decision_seconds: float,
     ) -> BackendName:
         """Return the backend that a constructor's arguments ask for.
 
@@ -60,6 +62,8 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         backend = backend_of(backend, source, "live")
         require_single(type(self).__name__, workload=workload, recording=recording)
         one_of("split", split, (None, "train", "test"))
+        self._rate = checked_rate(rate)
+        number("decision_seconds", decision_seconds, at_least=0)
         one_of("render_mode", render_mode, (None, "rgb_array"))
         if recording is not None and backend == "live":
             raise ArgumentError("recording is for backend='replay'; the backend is 'live'")
@@ -74,7 +78,6 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         workload: Workload,
         drafts: DraftBackend,
         autoregressive_seconds: float,
-        rate: float,
         features: Sequence[Feature],
         actions: int,
     ) -> None:
@@ -84,14 +87,12 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
             workload: pair, prompts and sampling.
             drafts: texts of it, one at a time.
             autoregressive_seconds: of a token of plain decoding.
-            rate: price of time in the beginning.
             features: that are observed.
             actions: how many there are.
         """
         self._workload = workload
         self._drafts = drafts
         self._autoregressive_seconds = autoregressive_seconds
-        self._rate = checked_rate(rate)
         self.observation_space = observation_space(features)
         self.action_space = spaces.Discrete(actions)
         self._orders = PromptOrder(drafts.prompts)

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from specgym.decoding import ArgumentError, Feature, one_of, whole_number
+from specgym.decoding import ArgumentError, Feature, number, one_of, whole_number
 
 from ..backends.backend import BackendName, DraftSteps, ReplayedDrafts, backend_of
 from ..prompt_order import PromptOrder, shared_seed
@@ -54,6 +54,8 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         source: BackendName | None,
         max_episode_steps: int | None,
         render_mode: Literal["rgb_array"] | None,
+        rate: float,
+        decision_seconds: float,
     ) -> None:
         """Check and keep arguments of a constructor.
 
@@ -71,12 +73,13 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         if max_episode_steps is not None:
             max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
         self._max_episode_steps = max_episode_steps
+        self._first_rate = checked_rate(rate)
+        number("decision_seconds", decision_seconds, at_least=0)
 
     def _set_up(
         self,
         places: OperatingPoints[Any, Any],
         drafts: Callable[[Indices], ReplayedDrafts],
-        rate: float,
         features: Sequence[Feature],
         actions: int,
     ) -> None:
@@ -85,12 +88,11 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         Args:
             places: where the environments are.
             drafts: returns the recorded texts, by each environment's operating point.
-            rate: price of time in the beginning.
             features: that are observed.
             actions: how many there are.
 
         Raises:
-            ValueError: there are fewer environments than operating points, or the rate is out of range.
+            ValueError: there are fewer environments than operating points.
         """
         num_envs, self.workload_names, self.points = self.num_envs, places.workloads, places.points
         if num_envs < len(self.points):
@@ -108,7 +110,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         self._autoregressive = np.array([charges.autoregressive_seconds for charges in places.charges])
         self._autoregressive_of = self._autoregressive[self.point_of]
         self._orders = PromptOrder(self._drafts.prompts)
-        self._rates = np.full(len(self.points), checked_rate(rate))
+        self._rates = np.full(len(self.points), self._first_rate)
         self._rate_of = self._rates[self.point_of]
         self._age = np.zeros(num_envs, np.int64)
         self._text_tokens = np.zeros(num_envs, np.int64)
@@ -248,8 +250,8 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         mask = np.zeros(self.num_envs, np.bool_)
         mask[done] = True
         observations = np.full(self.num_envs, None, object)
-        for number, observation in zip(done.tolist(), self._drafts.features[done], strict=True):
-            observations[number] = observation
+        for place, observation in zip(done.tolist(), self._drafts.features[done], strict=True):
+            observations[place] = observation
         seconds = self._text_seconds / self._autoregressive_of
         values = {
             **steps._asdict(),
@@ -278,10 +280,10 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
             raise ArgumentError(f"reset option prompt has shape ({self.num_envs},), an index for each environment")
         wrong = np.flatnonzero((chosen < -1) | (chosen >= np.array(self.prompt_counts)[self.workload_of]))
         if len(wrong):
-            number = self.workload_of[wrong[0]]
+            place = self.workload_of[wrong[0]]
             raise ArgumentError(
-                f"reset option prompt: the trace of {self.workload_names[number]} has prompts 0 to "
-                f"{self.prompt_counts[number] - 1} (-1 for none), got {chosen[wrong[0]]}"
+                f"reset option prompt: the trace of {self.workload_names[place]} has prompts 0 to "
+                f"{self.prompt_counts[place] - 1} (-1 for none), got {chosen[wrong[0]]}"
             )
         return chosen.astype(np.intp)
 

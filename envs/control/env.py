@@ -139,7 +139,7 @@ class DraftLengthEnv(ControlEnv):
         render_mode: Literal["rgb_array"] | None = None,
         source: BackendName | None = None,
     ) -> None:
-        backend = self._check(workload, recording, backend, source, split, render_mode)
+        backend = self._check(workload, recording, backend, source, split, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
         trace: Trace | None = None
         if backend == "replay":
@@ -161,7 +161,7 @@ class DraftLengthEnv(ControlEnv):
             from ..backends.live import LiveDrafts  # which imports torch; a replay needs none
 
             drafts = LiveDrafts(named, self._charges, max_draft_length, max_new_tokens, batch_size)
-        self._set_up(named, drafts, self._charges.autoregressive_seconds, rate, FEATURES, 2)
+        self._set_up(named, drafts, self._charges.autoregressive_seconds, FEATURES, 2)
 
     @property
     def charges(self) -> DraftCharges:

@@ -90,7 +90,7 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         source: BackendName | None = None,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
-        self._check(num_envs, backend, source, max_episode_steps, render_mode)
+        self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
 
         def charge(_: Trace, named: Workload, value: Any, size: int) -> DraftCharges:
@@ -105,6 +105,4 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         places = OperatingPoints.find(workload, split, recording, profile, batch_size, find=find_trace, charge=charge)
         table = DraftTable(places.traces, max_draft_length, max_new_tokens)
         batch_sizes = [point.batch_size for point in places.points]
-        self._set_up(
-            places, lambda point_of: DraftReplay(table, places.charges, batch_sizes, point_of), rate, FEATURES, 2
-        )
+        self._set_up(places, lambda point_of: DraftReplay(table, places.charges, batch_sizes, point_of), FEATURES, 2)

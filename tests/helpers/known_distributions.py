@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 
 from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders import autoregressive, threshold
-from specgym.decoding.decoders import chain as speculative
+from specgym.decoding.decoders import chain_session as speculative
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts import cascade
 from specgym.decoding.drafts import drafter as drafters

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from specgym.decoding.decoder import Decoder
-from specgym.decoding.decoders import chain as speculative
+from specgym.decoding.decoders import chain_session as speculative
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow, EntropyAbove, ProductBelow, StopRule

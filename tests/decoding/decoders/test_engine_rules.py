@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specgym.decoding.decoders import chain as speculative
+from specgym.decoding.decoders import chain_session as speculative
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.decoders.stop_rules import FixedLength, TokenRule
 from specgym.decoding.decoders.traits import ENGINE_SETTINGS, EngineStop

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoder import Decoder
-from specgym.decoding.decoders import chain
+from specgym.decoding.decoders import chain_session
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession
+from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.decoders.chain_session import SpeculativeSession
 from specgym.decoding.decoders.threshold import ThresholdDecoder, ThresholdSession
 from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter, SuffixDrafter
@@ -204,7 +205,7 @@ def test_a_drawn_token_may_be_tested_as_a_certain_one_but_is_kept_less_often(
         return sum(round_.accepted for text in texts for round_ in text.rounds)
 
     before = accepted()
-    monkeypatch.setattr(chain, "Proposal", ModelAsCertain)
+    monkeypatch.setattr(chain_session, "Proposal", ModelAsCertain)
     assert distance(walk(monkeypatch, decoder, Sampling(), 3)[0], expected) < 1e-5
     assert accepted() < before
 
@@ -247,7 +248,7 @@ def test_wrong_combinations_are_found_out(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, wrong: type[Any]
 ) -> None:
     if issubclass(wrong, Proposal):
-        monkeypatch.setattr(chain, "Proposal", wrong)
+        monkeypatch.setattr(chain_session, "Proposal", wrong)
     else:
         monkeypatch.setattr(SpeculativeInTurns, "session_class", wrong)
     decoder = SpeculativeInTurns(mixed_pair(make_table, 3), model_first)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.chain import SpeculativeDecoder, SpeculativeSession
+from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.decoders.chain_session import SpeculativeSession
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.copying import PromptLookupDrafter

@@ -1,0 +1,103 @@
+"""Drafting with several drafts of one text, of which a rule or a controller chooses who proposes the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..drafts.drafter import DraftStep
+from ..drafts.mixed import MixedDraftSession
+from .choice_features import ChoiceTracker
+
+_TEXT = np.zeros(1, np.intp)
+
+
+class DraftChoice:
+    """The round under way of a text with several drafts, and what can be seen of them.
+
+    A draft that proposed the last token goes on with the chain that it began; another begins one behind all that was
+    drafted. Free drafts are looked at before every token: they have then proposed the next one already.
+
+    Args:
+        session: the drafts at work on the text.
+        tracker: of this text alone.
+
+    Attributes:
+        tracker: as given.
+        available: who can propose the next token, shape (drafts,); a draft that is no model and not free always can.
+    """
+
+    def __init__(self, session: MixedDraftSession, tracker: ChoiceTracker) -> None:
+        self._session = session
+        self.tracker = tracker
+        drafts = len(session.sessions)
+        self.available: NDArray[np.bool_] = np.zeros(drafts, np.bool_)
+        self._tokens = np.zeros(drafts, np.int64)
+        self._confidence, self._matched = np.zeros((2, drafts), np.float32)
+        self.under_way = False
+
+    def begin(self, context: Sequence[int], count: int) -> None:
+        """Begin a round of up to `count` drafted tokens after a context, and look at the drafts."""
+        self.under_way = True
+        self._context = list(context)
+        self._left = count
+        self._drafting: int | None = None
+        self._chain: Iterator[DraftStep] = iter(())
+        self._look()
+        self._first = np.where(self.available & np.array(self._session.free), self._tokens, -1)
+
+    def draft(self, number: int) -> DraftStep | None:
+        """Let a draft, by its number from 0, propose the next token; None if it cannot."""
+        if not (0 <= number < len(self.available) and self.available[number]):
+            return None
+        if self._session.free[number]:
+            step, self._chain = self._next[number]
+        else:
+            if number != self._drafting:
+                self._chain = self._session.steps_by(number, self._context, self._left)
+            drafted = next(self._chain, None)
+            if drafted is None:
+                return None
+            step = drafted
+        self._drafting = number
+        self._context.append(int(step.token))
+        self._left -= 1
+        self.tracker.drafted(
+            np.array([number]), step.confidence(), step.entropy(), step.matched, step.drawn_probability(), _TEXT
+        )
+        self._look()
+        return step
+
+    def verified(self, emitted: Sequence[int], accepted: int) -> None:
+        """End the round.
+
+        Args:
+            emitted: tokens that it emitted.
+            accepted: those among them that were drafted.
+        """
+        hits = (self._first == emitted[0])[None]
+        self.tracker.verified(np.array([accepted]), np.array([len(emitted)]), hits, _TEXT)
+        self.under_way = False
+        self.available[:] = False
+        self._show()
+
+    def _look(self) -> None:
+        self._next: dict[int, tuple[DraftStep, Iterator[DraftStep]]] = {}
+        for number, free in enumerate(self._session.free):
+            if not free:
+                self.available[number] = self._left > 0 and self._session.has_room(number, self._context)
+                continue
+            going_on = number == self._drafting
+            chain = self._chain if going_on else self._session.steps_by(number, self._context, self._left)
+            step = next(chain, None)
+            self.available[number] = step is not None
+            if step is not None:
+                self._next[number] = step, chain
+                self._tokens[number] = int(step.token)
+                self._confidence[number], self._matched[number] = step.confidence(), step.matched
+        self._show()
+
+    def _show(self) -> None:
+        self.tracker.look(self.available[None], self._confidence[None], self._matched[None], self._tokens[None])
