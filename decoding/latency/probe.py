@@ -242,8 +242,7 @@ def measured_together(
     judged = (0, 0.0)
     for attempt in range(tries):
         profiles = measure()
-        clauses = [clause for profile in profiles for clause in contradictions(profile, ordered=ordered)]
-        figures = len(clauses), max(map(spread_of, profiles))
+        figures = len(_clauses(profiles, ordered)), max(map(spread_of, profiles))
         if not best or figures < judged:
             best, judged = profiles, figures
         if not judged[0] and judged[1] <= MOST_SPREAD:
@@ -251,11 +250,16 @@ def measured_together(
         if attempt + 1 < tries:
             _LOG.info("the machine is busy: the latency of %s is measured again", best[0].pair)
     if judged[0]:
-        text = "; ".join(clause for profile in best for clause in contradictions(profile, ordered=ordered))
+        text = "; ".join(_clauses(best, ordered))
         _LOG.warning("the latency profile of %s cannot be right: %s. %s", best[0].pair, text, MEASURE_AGAIN)
     elif judged[1] > MOST_SPREAD:
         warn_of_spread(max(best, key=spread_of))
     return [smoothed(profile, ordered=ordered) for profile in best]
+
+
+def _clauses(profiles: Sequence[LatencyProfile], ordered: bool) -> list[str]:
+    """`contradictions` of several profiles, each once: what profiles share says the same in all."""
+    return list(dict.fromkeys(clause for profile in profiles for clause in contradictions(profile, ordered=ordered)))
 
 
 def spread_of(profile: LatencyProfile) -> float:

@@ -12,6 +12,7 @@ from specgym.decoding.latency.probe import (
     MOST_SPREAD,
     Uncertainty,
     contradictions,
+    measured_together,
     measured_with_care,
     relative_spread,
     smoothed,
@@ -183,3 +184,13 @@ def test_the_uncertainty_belongs_to_one_operating_point() -> None:
     grid = replace(here, points=(there,))
     assert grid.at(batch_size=3).uncertainty == there.uncertainty
     assert grid.at(batch_size=2).uncertainty is None
+
+
+def test_profiles_of_one_measurement_are_judged_together(caplog: pytest.LogCaptureFixture) -> None:
+    tries = [(sure(PROFILE), FALLING), (FALLING, FALLING), (sure(PROFILE), sure(PROFILE, 0.002))]
+    rest = iter(tries)
+    assert measured_together(rest.__next__) == [sure(PROFILE), sure(PROFILE, 0.002)]
+    assert next(rest, None) is None
+    with caplog.at_level(logging.WARNING):
+        measured_together(lambda: (FALLING, FALLING), tries=1)
+    assert caplog.text.count("a pass over 5 tokens takes") == 1  # what both share is said once
