@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.envs import find_mixed_trace, mixed_workloads
+from specgym.envs import find_mixed_trace, find_trace, mixed_workloads
 from specgym.envs.recordings import find
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.mixed_trace import MixedTrace
@@ -49,6 +49,27 @@ def test_shared_arrays_are_stored_once(tmp_path: Path) -> None:
     assert stored.count("text") == 1
     assert not any(name.endswith(("_text", "_starts", "_bins")) for name in stored)
     assert sum(name.endswith("_tokens") for name in stored) == 4
+
+
+@pytest.mark.parametrize(
+    ("pair", "alone"),
+    [
+        ("tiny-10m-mixed", ("tiny", "tiny-10m-2l", "tiny-10m-ngram", "tiny-10m-lookup")),
+        ("tiny-3m-mixed", ("tiny-3m-1l", "tiny-3m-ngram", "tiny-3m-lookup")),
+    ],
+)
+def test_what_ships_of_several_drafts_is_what_ships_of_each(pair: str, alone: tuple[str, ...]) -> None:
+    mixed, _ = find_mixed_trace(None, f"{pair}/prose", "train")
+    assert (*mixed.drafts[-1:], mixed.free[-1]) == ("suffix", True)
+    for name, ours in zip(alone, mixed.traces, strict=False):
+        theirs, _ = find_trace(None, f"{name}/prose", "train")
+        rows = theirs.starts[min(theirs.prompts, ours.prompts)]
+        length = ours.draft_length
+        np.testing.assert_array_equal(ours.text[:rows], theirs.text[:rows])
+        np.testing.assert_array_equal(ours.drafted[:rows], theirs.drafted[:rows].clip(max=length))
+        for column in ("tokens", "match", "matched"):
+            np.testing.assert_array_equal(getattr(ours, column)[:rows], getattr(theirs, column)[:rows, :length])
+        np.testing.assert_allclose(ours.p[:rows], theirs.p[:rows, :length], rtol=2**-7, atol=1e-6)
 
 
 def _with_first(trace: MixedTrace, **changes: Any) -> tuple[Trace, ...]:
