@@ -45,6 +45,12 @@ def register_environments() -> None:
             entry_point="specgym.envs.control.env:DraftLengthEnv",
             vector_entry_point="specgym.envs.control.vector_env:DraftLengthVectorEnv",
         )
+    if "specgym/DraftChoice-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="specgym/DraftChoice-v0",
+            entry_point="specgym.envs.control.choice_env:DraftChoiceEnv",
+            vector_entry_point="specgym.envs.control.choice_vector_env:DraftChoiceVectorEnv",
+        )
     if "specgym/Engine-v0" not in gymnasium.registry:
         gymnasium.register(
             id="specgym/Engine-v0",

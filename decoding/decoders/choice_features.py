@@ -53,7 +53,7 @@ CHOICE_FEATURES = (
 )
 """The columns, in order: `FEATURES`, whatever drafts proposed the tokens; then `SLOT_FEATURES` of each draft in turn.
 
-Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 0, but for the two averages.
+Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 0.
 """
 
 (_AVAILABLE, _FREE, _COST, _UNREAD, _NEXT, _MATCHED, _AGREEMENT, _ACCEPTANCE, _HITS, _DRAFTING) = range(
@@ -106,12 +106,11 @@ class ChoiceTracker:
         )
         self._drafts = ratio.shape[-1]
         shape = (environments, self._drafts)
-        every = self._common.features[:, len(FEATURES) :].reshape(environments, MOST_DRAFTS, len(SLOT_FEATURES))
-        every[:, :, _ACCEPTANCE : _HITS + 1] = 0.5
-        self._slots = every[:, : self._drafts]
+        self._share_features()
         there = np.broadcast_to(np.asarray(present, np.bool_), shape)
         self._free: Flags = np.broadcast_to(np.asarray(free, np.bool_), shape) & there
         self._reads: Flags = there & ~self._free
+        self._nothing_known = there[:, :, None] * np.float32(0.5)
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
         self._place = np.zeros(environments, np.intp)
@@ -138,11 +137,24 @@ class ChoiceTracker:
         """
         return self._unread
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the view of the features out of pickles and copies, which would make an array of its own of it."""
+        return {name: value for name, value in vars(self).items() if name != "_slots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Look at the copied features."""
+        vars(self).update(state)
+        self._share_features()
+
+    def _share_features(self) -> None:
+        columns = self._common.features[:, len(FEATURES) :]
+        self._slots = columns.reshape(len(columns), MOST_DRAFTS, len(SLOT_FEATURES))[:, : self._drafts]
+
     def forget(self, rows: Rows = None) -> None:
         """Begin a text: nothing was drafted or verified yet."""
         where = all_or(rows)
         self._common.forget(rows)
-        self._slots[where, :, _ACCEPTANCE : _HITS + 1] = 0.5
+        self._slots[where, :, _ACCEPTANCE : _HITS + 1] = self._nothing_known[where]
         self._begin_round(where)
         self._unread[where] = 1
         self._slots[where, :, _UNREAD] = 0.0

@@ -141,7 +141,7 @@ class DraftChoiceEnv(ControlEnv):
         self,
         workload: str | Workload | None = None,
         backend: BackendName | None = None,
-        max_draft_length: int = 16,
+        max_draft_length: int = 12,
         max_new_tokens: int = 64,
         split: Split | None = None,
         profile: MixedProfile | str | Path | None = None,

@@ -65,7 +65,7 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         num_envs: int = 1,
         workload: Workloads = None,
         split: Split | None = None,
-        max_draft_length: int = 16,
+        max_draft_length: int = 12,
         max_new_tokens: int = 64,
         profile: MixedProfile | File | Sequence[MixedProfile | File] | Mapping[str, MixedProfile | File] | None = None,
         recording: MixedTrace | File | Sequence[MixedTrace | File] | Mapping[str, MixedTrace | File] | None = None,

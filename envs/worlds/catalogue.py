@@ -61,7 +61,7 @@ class _Workloads:
 @functools.cache
 def charges() -> Charges:
     """Return the costs of all sensible deployments, and of the chains that were measured for the shipped pairs."""
-    files = sorted(REFERENCES.glob("*.json"))
+    files = sorted(path for path in REFERENCES.glob("*.json") if ".mixed." not in path.name)  # of one draft each
     profiles = [profile for profile in map(LatencyProfile.load, files) if profile.kind == "chain"]
     return Charges.of(sensible_deployments(contexts=_CONTEXTS)[::_EVERY], profiles)
 

@@ -35,6 +35,12 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "draft length": ("specgym/DraftLength-v0", None, {}),
     "draft length, sampled": ("specgym/DraftLength-v0", None, {"workload": "tiny/prose@1.0"}),
     "draft length, two workloads": ("specgym/DraftLength-v0", 3, {"workload": ["tiny/prose", "tiny/code"]}),
+    "draft choice": ("specgym/DraftChoice-v0", None, {}),
+    "draft choice, two workloads": (
+        "specgym/DraftChoice-v0",
+        3,
+        {"workload": ["tiny-10m-mixed/code", "tiny-10m-mixed/definitions"]},
+    ),
 }
 
 
@@ -54,6 +60,8 @@ def rollout(case: str) -> list[list[Any]]:
             action: Any = rng.uniform(-1.2, 1.2, env.action_space.shape).astype(np.float32)
         else:
             action = (rng.random(environments or 1) < 0.4).astype(np.int64)
+            if name == "specgym/DraftChoice-v0":
+                action = np.where(action == 1, 0, rng.integers(1, 7, len(action)))
             action = action if environments else int(action[0])
         observation, reward = env.step(action)[:2]
         seen.append([np.asarray(observation).ravel().tolist(), np.atleast_1d(reward).tolist()])

@@ -55,7 +55,7 @@ def plain(results: Any) -> Any:
 def test_all_of_them_are_known() -> None:
     names = [name.removeprefix("specgym/").removesuffix("-v0") for name in IDS]
     assert names == [
-        *("DraftLength", "DraftTree", "Engine", "Lookahead", "Medusa", "MedusaTypical"),
+        *("DraftChoice", "DraftLength", "DraftTree", "Engine", "Lookahead", "Medusa", "MedusaTypical"),
         *("Speculative", "SpeculativeWorlds", "Thresholds"),
     ]
 
