@@ -119,6 +119,7 @@ from .loading.prompt_tokens import (
     prompts_limited,
     warn_once,
 )
+from .models.early_exit import EarlyExit
 from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits
@@ -195,6 +196,7 @@ __all__ = [
     "DraftTreeDecoder",
     "DraftTreeRound",
     "Drafter",
+    "EarlyExit",
     "Engine",
     "EngineError",
     "EngineOptions",

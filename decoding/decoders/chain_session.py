@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..decoder import Session, synchronise
-from ..drafts.drafter import DraftStep, Proposal
+from ..drafts.drafter import DraftStep, Proposal, beside
 from ..drafts.mixed import MixedDraftSession
 from ..errors import ArgumentError
 from ..rounds import Round
@@ -51,7 +51,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         super()._read_prompt(prompt)
         decoder = self.decoder
-        drafter = self.rules.drafter(decoder.draft, self.target)
+        drafter = self.rules.drafter(beside(decoder.draft, self.target), self.target)
         self.draft = drafter.start(prompt, self.sampling, self.generator, self.target.device)
         self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size, self.sampling.temperature)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})

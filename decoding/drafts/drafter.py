@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot as _one_hot
 
+from ..models.early_exit import ExitModel
 from ..models.identity import weights_digest
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, draw
@@ -266,6 +268,14 @@ class ModelDrafter:
             digest = hashlib.sha256(f"{digest} {self.model.translation.digest()}".encode()).hexdigest()
         return digest
 
+    def beside(self, target: LanguageModel) -> Drafter:
+        """Return the draft for a text that a target reads: an early exit of that target reads it in its cache."""
+        if not isinstance(self.model, ExitModel):
+            return self
+        near = copy(self)
+        near.model = self.model.within(target)
+        return near
+
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
     ) -> DraftSession:
@@ -280,6 +290,15 @@ def draft_digest(draft: Drafter) -> str:
     """
     digest = getattr(draft, "digest", None)
     return str(digest()) if digest is not None else hashlib.sha256(draft.name.encode()).hexdigest()
+
+
+def beside(draft: Drafter, target: LanguageModel) -> Drafter:
+    """Return a draft as it works in a text that a target has begun to read; most work alike in all.
+
+    A drafter says so by a method `beside` of its own.
+    """
+    method = getattr(draft, "beside", None)
+    return draft if method is None else cast("Drafter", method(target))
 
 
 def is_free(draft: Drafter) -> bool:

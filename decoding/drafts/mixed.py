@@ -17,7 +17,7 @@ import torch
 from ..errors import ArgumentError, VocabularyMismatchError
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling
-from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, draft_digest, is_free
+from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, beside, draft_digest, is_free
 
 
 class MixedDraft:
@@ -54,6 +54,12 @@ class MixedDraft:
     def digest(self) -> str:
         """Return a SHA-256 over all drafts in order, 64 hex digits."""
         return hashlib.sha256(" ".join(map(draft_digest, self.drafts)).encode()).hexdigest()
+
+    def beside(self, target: LanguageModel) -> MixedDraft:
+        """Return the drafts for a text that a target reads."""
+        near = copy(self)
+        near.drafts = tuple(beside(draft, target) for draft in self.drafts)
+        return near
 
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device

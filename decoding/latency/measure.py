@@ -21,11 +21,12 @@ import torch
 from ..decoder import Decoder, synchronise
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..decoders.threshold import ThresholdDecoder
-from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal
+from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal, beside
 from ..drafts.mixed import drafts_of
 from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair
+from ..models.language_model import LanguageModel
 from ..registry import build_decoder
 from ..sampling import GREEDY, Sampling
 from ..traits import CHAIN
@@ -312,18 +313,23 @@ class StopwatchDrafter:
     """
 
     def __init__(self, inner: Drafter) -> None:
-        self.inner = inner
+        self.inner = self._near = inner
         self.name = inner.name
         self.vocabulary_size = inner.vocabulary_size
         self.length = 0
         self.drafted = 0
         self.seconds = 0.0
 
+    def beside(self, target: LanguageModel) -> StopwatchDrafter:
+        """Let the next text be begun by the inner drafter as it works beside a target."""
+        self._near = beside(self.inner, target)
+        return self
+
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
     ) -> DraftSession:
         """Begin a text with the inner drafter."""
-        return _StopwatchSession(self, self.inner.start(prompt, sampling, generator, device), device)
+        return _StopwatchSession(self, self._near.start(prompt, sampling, generator, device), device)
 
 
 class _StopwatchSession:

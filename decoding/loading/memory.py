@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..drafts.mixed import draft_models
+from ..models.early_exit import ExitModel
 from ..models.language_model import LanguageModel
 from ..models.linear_layers import PrepackedLinear, only_looking, tensors_in
 from ..models.supported import is_dynamic
@@ -66,7 +67,8 @@ def memory_of(pair: Pair) -> MemoryUse:
     target = dict(_parts(pair.target.model))
     draft = dict(part for model in models for part in _parts(model.model))
     beside = sum(size for place, size in draft.items() if place not in target)
-    per_token = sum(map(_bytes_per_token, (pair.target, *models)))
+    caches = [pair.target, *(model for model in models if not isinstance(model, ExitModel))]
+    per_token = sum(map(_bytes_per_token, caches))
     peak, peak_of = _peak(pair.target.model)
     table = int(getattr(pair.draft, "nbytes", 0))
     return MemoryUse(pair.name, sum(target.values()), beside + table, per_token, peak, peak_of)

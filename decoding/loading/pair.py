@@ -20,13 +20,14 @@ from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
+from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
 from ..models.language_model import LanguageModel
 from ..models.quantise import quantise
 from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
 
-AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter
+AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter | EarlyExit
 """Anything that `Pair` takes for a draft."""
 _TABLES = Path(__file__).parents[1] / "data" / "ngrams"
 _SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", presets.SMOLLM2: "smollm2", "smollm2": "smollm2"}
@@ -37,8 +38,8 @@ class Pair:
 
     Args:
         target: a Hugging Face causal LM.
-        draft: a smaller model, or any `Drafter`; several of them in the order of preference (`MixedDraft`); None where
-            no draft is needed.
+        draft: a smaller model, `EarlyExit`, or any `Drafter`; several of them in the order of preference
+            (`MixedDraft`); None where no draft is needed.
         tokenizer: the target's; optional. With it, prompts may be strings and generations carry text.
         draft_tokenizer: the draft's, if it is a model; by default the target's. With another one the draft proposes the
             tokens that both have, and the text is still the target's (`TranslatedModel`). Neither tokenizer is needed
@@ -67,8 +68,8 @@ class Pair:
             target = LanguageModel(causal_model(target), prepack=prepack)
         if not target.exact:
             raise UnsupportedModelError(f"{target.name} was made as a draft; make the target of a pair from its model")
-        self.target = target
         self.draft = _drafter(target, draft, tokenizer, draft_tokenizer)
+        self.target = resuming(target, draft_models(self.draft)) if self.draft is not None else whole(target)
         self.tokenizer = tokenizer
         self.name = name or (f"{target.name}+{self.draft.name}" if self.draft is not None else target.name)
         self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
@@ -121,6 +122,8 @@ def _drafter(
         return drafts[0] if len(drafts) == 1 else MixedDraft(drafts)
     if isinstance(draft_tokenizer, Sequence):
         raise ArgumentError("several draft_tokenizers are for several drafts; give the draft's own")
+    if isinstance(draft, EarlyExit):
+        return ModelDrafter(ExitModel(target, draft.layers))
     if isinstance(draft, nn.Module):
         # It reads a token at a time, where plain weights are as fast.
         draft = LanguageModel(causal_model(draft, "draft"), prepack=False, role="draft")
@@ -228,11 +231,11 @@ def load_pair(
 
     Args:
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
-            draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package) or the path
-            of a table made by ``python -m specgym.decoding.fit ngram``, or several of these with commas between them. A
-            draft model whose name ends in ``:int8`` is quantised (`quantise`), and to one that ends in
-            ``:drafted-by-suffix`` or the like that draft proposes (`CascadeDrafter`). A folder or ``owner/model`` is a
-            target without a draft.
+            draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package), the path
+            of a table made by ``python -m specgym.decoding.fit ngram`` or ``early-exit:6`` (`EarlyExit`), or several of
+            these with commas between them. A draft model whose name ends in ``:int8`` is quantised (`quantise`), and to
+            one that ends in ``:drafted-by-suffix`` or the like that draft proposes (`CascadeDrafter`). A folder or
+            ``owner/model`` is a target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -254,7 +257,7 @@ def load_pair(
     model, tokenizer = _loaded(models, key, partial(load, preset.target))
     vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
 
-    def drafted_by(name: str) -> tuple[PreTrainedModel | Drafter, PreTrainedTokenizerBase | None]:
+    def drafted_by(name: str) -> tuple[AnyDraft, PreTrainedTokenizerBase | None]:
         if name == presets.PROMPT_LOOKUP:
             return PromptLookupDrafter(vocabulary_size), None
         if name == presets.SUFFIX:
@@ -264,6 +267,8 @@ def load_pair(
         if name.endswith(".safetensors"):
             return NGramDrafter.load(name), None
         name, _, _ = name.partition(presets.DRAFTED_BY)
+        if name.startswith(presets.EARLY_EXIT):
+            return EarlyExit(int(name.removeprefix(presets.EARLY_EXIT))), None
         base = name.removesuffix(presets.INT8)
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
         load_draft = partial(load, base, shared_from=model)

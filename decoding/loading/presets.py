@@ -21,6 +21,8 @@ PROMPT_LOOKUP = "prompt-lookup"
 SUFFIX = "suffix"
 DRAFTED_BY = ":drafted-by-"
 """Between the names of a draft model and of the table or look-up that drafts for it (`CascadeDrafter`)."""
+EARLY_EXIT = "early-exit:"
+"""Beginning of the name of a draft that is so many first layers of the target (`EarlyExit`)."""
 INT8 = ":int8"
 """End of the name of a draft model whose linear layers are to be quantised."""
 DEFAULT = "tiny"
@@ -49,7 +51,8 @@ class PairPreset:
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
             far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
-            a target alone. A draft model's name may end in ``:int8``, and then in ``:drafted-by-ngram`` and the like.
+            a target alone. ``early-exit:6`` is so many layers of the target. A draft model's name may end in ``:int8``,
+            and then in ``:drafted-by-ngram`` and the like.
         doc: one line on what the pair is for.
     """
 
@@ -67,7 +70,8 @@ class PairPreset:
     def draft_is_model(self) -> bool:
         """True if the draft is a single language model that is taken as it stands, as engines can take it, too."""
         (draft, *others) = self.drafts or (NGRAM,)
-        return not others and draft not in _NO_MODELS and DRAFTED_BY not in draft and not draft.endswith(INT8)
+        changed = DRAFTED_BY in draft or draft.endswith(INT8) or draft.startswith(EARLY_EXIT)
+        return not (others or changed or draft in _NO_MODELS)
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -127,8 +131,8 @@ def resolve(name: str) -> PairPreset:
             commas between them: ``gpt2-xl+gpt2,prompt-lookup``. A target alone, for decoders that need no draft, is a
             folder or ``owner/model``. A draft model ending in ``:int8`` is quantised when it is loaded:
             ``gpt2-xl+gpt2:int8``; with ``:drafted-by-ngram``, ``:drafted-by-prompt-lookup`` or ``:drafted-by-suffix``
-            after it, it is drafted for itself: ``gpt2-xl+gpt2:drafted-by-suffix``. Whether the models exist is seen
-            when they are loaded.
+            after it, it is drafted for itself: ``gpt2-xl+gpt2:drafted-by-suffix``. ``early-exit:6`` is the first six
+            layers of the target. Whether the models exist is seen when they are loaded.
 
     Raises:
         UnknownPairError: the name is none of these; the message lists the presets, the closest first.
@@ -153,8 +157,12 @@ def _may_be_model(name: str) -> bool:
 
 def _may_be_draft(name: str) -> bool:
     model, mark, inner = name.partition(DRAFTED_BY)
+    if mark and inner not in _NO_MODELS:
+        return False
+    if re.fullmatch(EARLY_EXIT + r"\d{1,6}", model):
+        return True
     base = model.removesuffix(INT8)
-    return _may_be_model(base) and (base == name or base not in _NO_MODELS) and (not mark or inner in _NO_MODELS)
+    return _may_be_model(base) and (base == name or base not in _NO_MODELS)
 
 
 def _may_be_folder(name: str) -> bool:

@@ -177,6 +177,12 @@ class LanguageModel:
         tensors = (part for layer in layers for part in (layer.keys, layer.values) if part is not None)
         return sum(part.numel() * part.element_size() for part in tensors)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if all layers see equally far, whatever the position, and keep nothing but keys and values."""
+        spans, switch = self._reading.spans, self._reading.switch
+        return spans is not None and set(spans) == {""} and switch is None
+
     def room(self, text: Sequence[int]) -> int:
         """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""
         return self.context_limit - len(text)

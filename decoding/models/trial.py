@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("specgym")
 _UNLIMITED = 2**31 - 1
-_FAILURES = (
+FAILURES = (
     TypeError,
     ValueError,
     RuntimeError,
@@ -42,6 +42,7 @@ _FAILURES = (
     ArithmeticError,
     StrictDataclassError,
 )
+"""Errors that a model raises where it cannot be read in some way."""
 _CLOSE = 1e-3
 """Largest difference of logits in standard deviations, in float32."""
 _CLOSE_IN_HALF = 0.2
@@ -251,14 +252,17 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
             expected = model(**in_a_row).logits[0].float()
     except torch.OutOfMemoryError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         return f"it cannot read {_shape(reading)} ({type(error).__name__}: {error})"
     if expected.isnan().any():
         raise NumericalError(f"{trial.name} gives NaN logits on a trial input: its weights are broken; load it anew.")
-    close = _CLOSE if model.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
-    if not reading.exact:
-        close = _CLOSE_FOR_A_DRAFT
+    close = closeness(model.dtype) if reading.exact else _CLOSE_FOR_A_DRAFT
     return _difference(torch.stack([drafted, after]), expected[-2:], expected, close, reading)
+
+
+def closeness(dtype: torch.dtype) -> float:
+    """Return the largest difference that rounding makes between logits, in standard deviations."""
+    return _CLOSE if dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
 
 
 def _difference(scores: Tensor, expected: Tensor, scale: Tensor, close: float, reading: Reading) -> str | None:
@@ -347,7 +351,7 @@ class _SmallModel:
                 accepted = max(0, depth - turn % 2)
                 model.keep(list(range(accepted + 1)) if reading.spans is None else path[: accepted + 1])
                 length, turn = length + accepted + 1, turn + 1
-        except _FAILURES as error:
+        except FAILURES as error:
             return f"a small copy with short windows cannot read {_shape(reading)} ({type(error).__name__}: {error})"
         return None
 
@@ -356,7 +360,7 @@ def _small_model(model: PreTrainedModel) -> _SmallModel | None:
     """A small model of the same kind; None if none can be made."""
     try:
         config = shrunken(model.config.get_text_config(decoder=True))
-    except _FAILURES as error:  # configurations check what they are given
+    except FAILURES as error:  # configurations check what they are given
         config = None
         _LOG.debug("no small copy of %s: %s: %s", type(model.config).__name__, type(error).__name__, error)
     if config is None:
@@ -387,6 +391,6 @@ def _made(kind: type[PreTrainedModel] | None, config: PreTrainedConfig) -> _Smal
                     elif "dt_bias" in name:  # so that time steps go to where they may be limited
                         weight.normal_(0, 4)
         return _SmallModel(model, _PROMPTS)
-    except _FAILURES as error:
+    except FAILURES as error:
         _LOG.debug("no small copy of %s: %s: %s", type(config).__name__, type(error).__name__, error)
         return None
