@@ -1,6 +1,6 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
-from .decoders.chain import SpeculativeDecoder
+from .decoders.chain import SpeculativeDecoder, require_choice
 from .decoders.chain_session import SpeculativeSession
 from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
 from .decoders.choice_rules import MOST_DRAFTS, ChoiceRule
@@ -335,6 +335,7 @@ __all__ = [
     "register",
     "remove_leftovers",
     "replacing",
+    "require_choice",
     "require_draft",
     "resolve",
     "roofline",

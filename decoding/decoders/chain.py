@@ -62,14 +62,10 @@ class ChainDecoder(Decoder[SpeculativeSession]):
     def __init__(self, pair: Pair, choice: ChoiceRule | None = None, costs: MixedProfile | None = None) -> None:
         super().__init__(pair)
         self.draft = require_draft(pair, type(self).__name__)
-        drafts = drafts_of(self.draft)
         if choice is not None:
-            if not 2 <= len(drafts) <= MOST_DRAFTS:
-                raise ArgumentError(
-                    f"choice is among 2 to {MOST_DRAFTS} drafts, and pair {pair.name} has {len(drafts)}; name several: "
-                    "load_pair('target+draftA,draftB')"
-                )
+            require_choice(pair)
             choice.start(1, seed=0)
+        drafts = drafts_of(self.draft)
         self.choice = choice
         self.draft_cost_ratios: Sequence[float] = [0.0 if is_free(draft) else USUAL_COST_RATIO for draft in drafts]
         self.target_cost_ratio = 0.0
@@ -84,6 +80,16 @@ class ChainDecoder(Decoder[SpeculativeSession]):
     def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | TokenRule | None:
         """Return the rule that may end a draft early in a round with these knobs."""
         return self.stop
+
+
+def require_choice(pair: Pair) -> None:
+    """Raise ArgumentError unless a pair has several drafts, and no more than a rule can choose among."""
+    drafts = len(drafts_of(pair.draft))
+    if not 2 <= drafts <= MOST_DRAFTS:
+        raise ArgumentError(
+            f"pair {pair.name} has {drafts} draft{'s' * (drafts != 1)}, and a choice is among 2 to {MOST_DRAFTS}; name "
+            "several, as in 'target+draftA,draftB'"
+        )
 
 
 class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):

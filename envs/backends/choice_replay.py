@@ -163,13 +163,14 @@ class ChoiceReplay:
         self._verifying = np.array([of_trace.verifying for of_trace in charges])
         self._decision = np.array([of_trace.decision_seconds for of_trace in charges])[trace_of]
         self._trace_of = trace_of
+        self._present = present[trace_of]
         self._tracker = ChoiceTracker(
             texts,
             free[trace_of],
             ratios[trace_of],
             np.array([of_trace.profile.target_cost_ratio for of_trace in charges])[trace_of],
             table.temperatures[trace_of],
-            present[trace_of],
+            self._present,
         )
         self._row = np.zeros(texts, np.intp)  # where the round began
         self._right = np.zeros(texts, np.intp)  # tokens of this draft that verification would keep
@@ -311,4 +312,5 @@ class ChoiceReplay:
         kept = np.where(passes[:, :, 0] & (first == 0), table.max_draft_length, first)
         remaining = np.where(right < place, right, np.minimum(kept, last)) - place
         remaining[self._over[rows]] = 0
+        remaining *= self._present[rows]
         self._remaining[rows] = remaining

@@ -160,6 +160,9 @@ class DraftChoiceEnv(ControlEnv):
             trace, named = find_mixed_trace(recording, workload, split)
         else:
             named = self._live_workload(workload, split)
+            from specgym.decoding import require_choice  # which imports torch; a replay needs none
+
+            require_choice(named.load())
         self._charges = ChoiceCharges.of(
             mixed_profile_of(
                 named, profile, replayed=backend == "replay", drafts=None if trace is None else trace.drafts
@@ -173,7 +176,7 @@ class DraftChoiceEnv(ControlEnv):
             table = ChoiceTable([trace], max_draft_length, max_new_tokens)
             self._choices = ChoiceReplay(table, [self._charges], FIRST)
         else:
-            from ..backends.live import LiveChoices  # which imports torch; a replay needs none
+            from ..backends.live import LiveChoices  # likewise
 
             self._choices = LiveChoices(named, self._charges, max_draft_length, max_new_tokens)
         self._set_up(named, self._choices, self._charges.autoregressive_seconds, CHOICE_FEATURES, 1 + MOST_DRAFTS)

@@ -23,7 +23,7 @@ print(*(name for name in {heavy!r} if name in sys.modules))
 """
 
 
-@pytest.mark.parametrize("name", ["Thresholds", "Lookahead", "DraftLength"])
+@pytest.mark.parametrize("name", ["Thresholds", "Lookahead", "DraftLength", "DraftChoice"])
 def test_a_replayed_environment_loads_neither_models_nor_figures(name: str) -> None:
     script = REPLAY.format(name=f"specgym/{name}-v0", heavy=HEAVY)
     command = [sys.executable, "-c", script]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import pytest
 from transformers import PreTrainedModel
 
@@ -67,6 +68,8 @@ def make_env(mixed: Mixed) -> Callable[..., DraftChoiceEnv]:
             "profile": made_up_costs(trace),
             **({"recording": trace} if backend == "replay" else {}),
         }
-        return DraftChoiceEnv(workload=workload, backend=backend, **(arguments | changes))
+        env = gymnasium.make("specgym/DraftChoice-v0", workload=workload, backend=backend, **(arguments | changes))
+        assert isinstance(env.unwrapped, DraftChoiceEnv)
+        return env.unwrapped
 
     return make

@@ -33,7 +33,7 @@ def test_greedy_replay_is_live_decoding(make_env: MakeEnv, mixed: Mixed, kind: s
     handed_over = behind_a_wrong_token = 0
     for prompt in range(4):
         text = AutoregressiveDecoder(pair).generate(PROMPTS.train[prompt], max_new_tokens=TOKENS).tokens
-        for seed in range(6):
+        for seed in range(2):
             rng = np.random.default_rng(seed)
             observed, info = live.reset(seed=0, options={"prompt": prompt})
             observed2, info2 = replay.reset(seed=0, options={"prompt": prompt})
@@ -74,5 +74,5 @@ def test_greedy_replay_is_live_decoding(make_env: MakeEnv, mixed: Mixed, kind: s
                     sound = sound and place + 1 < len(text)
                     behind_a_wrong_token += not sound
             assert live._choices._session.tokens == text  # type: ignore[attr-defined]
-    assert handed_over > 40
-    assert behind_a_wrong_token > 40
+    assert handed_over > 10
+    assert behind_a_wrong_token > 10
