@@ -24,9 +24,11 @@ from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, 
 
 
 class CascadeDrafter(ModelDrafter):
-    """A model that drafts for a target, helped by a draft of its own.
+    """A model that drafts for a target, and for which a table or a look-up drafts.
 
-    Its tokens, their distributions and, for a seed, its draws are those of the model alone; only their cost differs.
+    Its tokens, their distributions and, for a seed, its draws are those of the model alone; only their cost differs,
+    and that depends on the text: a latency profile, timed on a text that repeats itself, has it at its lowest.
+    Whatever drafts by the model itself (trees, recordings) leaves the inner draft aside.
 
     Args:
         drafter: the model, or a `ModelDrafter` of it; its vocabulary must be the target's, or be translated into it.

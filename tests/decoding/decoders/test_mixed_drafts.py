@@ -182,7 +182,7 @@ def sampled(decoder: Decoder, texts: int, knobs: Mapping[str, float] | None = No
 @pytest.mark.parametrize("kind", EXACT)
 def test_sampled_texts_of_drafts_that_take_turns_follow_the_target(make_table: MakeTable, kind: str) -> None:
     make, knobs = EXACT[kind]
-    assert sampled(make(mixed_pair(make_table, 5, "suffix"), by_what_was_drawn), 600, knobs) > SIGNIFICANCE
+    assert sampled(make(mixed_pair(make_table, 5, "suffix"), by_what_was_drawn), 400, knobs) > SIGNIFICANCE
 
 
 class ModelAsCertain(Proposal):

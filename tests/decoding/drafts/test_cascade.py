@@ -116,7 +116,7 @@ def test_what_a_cascade_drafts_is_distributed_as_its_model_has_it(make_table: Ma
     model, prompt = make_table(4, seed=1), random_text(4, 20)
     expected = exact_joint(model, Sampling(), prompt, 3)
     both = CascadeDrafter(model, SuffixDrafter(4, longest=3))
-    assert p_value_of(drafts(both, prompt, 1_500), expected) > 1e-3
+    assert p_value_of(drafts(both, prompt, 1_000), expected) > 1e-3
 
 
 def test_a_cascade_that_draws_anew_where_a_guess_fails_its_test_is_found_out(
@@ -136,7 +136,7 @@ def test_a_cascade_that_draws_anew_where_a_guess_fails_its_test_is_found_out(
     monkeypatch.setattr(cascade, "_CascadeSession", Wrong)
     expected = exact_joint(model, Sampling(), prompt, 3)
     both = CascadeDrafter(ModelDrafter(model), SuffixDrafter(4, longest=3))
-    assert p_value_of(drafts(both, prompt, 1_500), expected) < 1e-6
+    assert p_value_of(drafts(both, prompt, 1_000), expected) < 1e-6
 
 
 def counting_passes(model: LanguageModel) -> list[int]:
@@ -265,9 +265,9 @@ def test_a_cascade_is_loaded_by_name_and_shares_the_model_with_the_draft_alone()
     assert isinstance(alone, ModelDrafter)
     assert len({draft.model.model for draft in (alone, by_table, by_suffix)}) == 1
     prompt = pair.encode(load_prompts("code").train[0])[:60]
-    text = AutoregressiveDecoder(pair.without_draft()).generate(prompt, max_new_tokens=24).tokens
+    text = AutoregressiveDecoder(pair.without_draft()).generate(prompt, max_new_tokens=12).tokens
+    assert list(texts_of(by_suffix, prompt, Sampling(0.0))) == list(texts_of(alone, prompt, Sampling(0.0)))
     for draft in (by_table, by_suffix):
-        assert list(texts_of(draft, prompt, Sampling(0.0))) == list(texts_of(alone, prompt, Sampling(0.0)))
-        assert SpeculativeDecoder(Pair(pair.target, draft)).generate(prompt, max_new_tokens=24).tokens == text
+        assert SpeculativeDecoder(Pair(pair.target, draft)).generate(prompt, max_new_tokens=12).tokens == text
     assert by_table.nbytes > 1_000_000
     assert memory_of(pair).draft >= by_table.nbytes
