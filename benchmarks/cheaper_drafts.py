@@ -3,9 +3,12 @@
     python -m benchmarks.cheaper_drafts                                             # tiny-10m
     python -m benchmarks.cheaper_drafts --target smollm2 --drafts smollm2-draft-2l smollm2-draft-2l:int8 \
         smollm2-draft-4l smollm2-draft-4l:int8
+    python -m benchmarks.cheaper_drafts --drafts prompt-lookup suffix ngram tiny-10m-draft-2l \
+        tiny-10m-draft-2l:drafted-by-suffix --lengths 3 8                           # tables, copies, a cascade
 
 All drafts decode every prompt in turns with plain decoding. The speed is the sum of plain decoding's seconds over the
-draft's own, on all prompts; a draft's time is that of one of its tokens, over that of a token of plain decoding.
+draft's own, on all prompts; a draft's time is that of one of its tokens, over that of a token of plain decoding, and
+in microseconds.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ def measured(generations: Sequence[Generation], plain: Sequence[Generation]) -> 
         "accepted": sum(round_.accepted for round_ in rounds) / drafted,
         "tokens a round": figures(generations, plain)["tokens_per_step"],
         "draft time": sum(round_.draft_seconds for round_ in rounds) / drafted / plainly,
+        "draft us": 1e6 * sum(round_.draft_seconds for round_ in rounds) / drafted,
         "round time": sum(item.seconds for item in generations) / len(rounds) / plainly,
     }
 
