@@ -4,10 +4,10 @@
     python -m benchmarks.replay_speed --workload tiny/code --trace traces/tiny_code.train.npz
 
 Everything runs in one process with one thread. A tuning step decodes 32 tokens, a control step decides about one
-drafted token. Actions are random; for control, 3 in 10 stop the draft.
+drafted token, and a choice who of five drafts proposes it. Actions are random; 3 in 10 stop the draft.
 
-The claims to check, on one core: at least 200,000 tuning steps/s with 1,024 environments and 5,000 with one, and at
-least 1,000,000 control steps/s with 4,096.
+The claims to check, on one core: at least 200,000 tuning steps/s with 1,024 environments and 5,000 with one, at least
+1,000,000 control steps/s and 400,000 choices/s with 4,096.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ import specgym  # noqa: F401  # registers the environments
 from specgym.decoding import LatencyProfile, measured
 from specgym.envs import find_trace
 
-_CLAIMS = {"tuning, 1,024 together": 200_000, "tuning, one": 5_000, "control, 4,096 together": 1_000_000}
+_CLAIMS = {
+    "tuning, 1,024 together": 200_000,
+    "tuning, one": 5_000,
+    "control, 4,096 together": 1_000_000,
+    "choice, 4,096 together": 400_000,
+}
 _KEPT = 32  # sets of actions made beforehand, so that making them is not timed
 
 
@@ -43,6 +48,8 @@ class Settings:
     """Workload to decode."""
     trace: Path | None = None
     """Its trace; by default the one that ships."""
+    choice: str = "tiny-10m-mixed/prose"
+    """Workload whose pair has several drafts, to choose among them."""
     seconds: float = 2.0
     """For which each is repeated; 5 times, and the median counts."""
     live_steps: int = 40
@@ -112,6 +119,10 @@ def rates(settings: Settings, profile: LatencyProfile) -> dict[str, float]:
     control = gymnasium.make_vec("specgym/DraftLength-v0", num_envs=4096, recording=settings.trace, **known)
     stops = [(draws.random(4096) < 0.3).astype(np.int64) for _ in range(_KEPT)]
     result["control, 4,096 together"] = steps_per_second(together(control, stops), 4096, settings.seconds)
+
+    choice = gymnasium.make_vec("specgym/DraftChoice-v0", num_envs=4096, workload=settings.choice)
+    drafts = [np.where(stop, 0, draws.integers(1, 6, 4096)) for stop in stops]
+    result["choice, 4,096 together"] = steps_per_second(together(choice, drafts), 4096, settings.seconds)
     return result
 
 

@@ -61,6 +61,9 @@ Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 
 )
 _HIGH = np.array([feature.high for feature in SLOT_FEATURES], np.float32)
 _LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
+_PLACES = np.arange(_LONGEST)[:, None]
+_NEWEST = np.float32(RECENT)
+_LOGARITHMS = np.log2(np.maximum(np.arange(1 << int(_HIGH[_UNREAD])), 1)).astype(np.float32)
 _NOBODY = -1 - np.arange(MOST_DRAFTS)
 """Stand for tokens that are not known: no two are the same, and none is a token."""
 
@@ -71,8 +74,9 @@ Flags = NDArray[np.bool_]
 class ChoiceTracker:
     """The features of many texts side by side, each with several drafts.
 
-    In every round: `look`, then `drafted` and `look` for every token that is drafted, then `verified`. Everything is
-    computed in float32, so that a text has the same features alone and among thousands.
+    In every round: `look`, then `drafted` and `look` for every token that is drafted, then `verified`. Only `look`
+    shows what the drafts would go on with and have to read. Everything is computed in float32, so that a text has the
+    same features alone and among thousands.
 
     Args:
         environments: how many texts.
@@ -113,6 +117,7 @@ class ChoiceTracker:
         self._nothing_known = there[:, :, None] * np.float32(0.5)
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
+        self._numbers = np.arange(self._drafts)
         self._place = np.zeros(environments, np.intp)
         self._unread: Integers = np.ones(shape, np.int64)
         self._knew: Flags = np.zeros(shape, np.bool_)
@@ -191,6 +196,7 @@ class ChoiceTracker:
         seen *= known[:, :, None]
         self._slots[where, :, _NEXT : _AGREEMENT + 1] = seen
         self._slots[where, :, _AVAILABLE] = available
+        self._slots[where, :, _UNREAD] = _LOGARITHMS.take(self._unread[where], mode="clip") * self._reads[where]
         self._knew[where] = np.where((self._place[where] == 0)[:, None], known, self._knew[where])
 
     def drafted(
@@ -209,14 +215,13 @@ class ChoiceTracker:
             confidence: and what follows: as for `DraftTracker.drafted`.
             rows: the texts that it concerns, each once.
         """
-        self._common.drafted(confidence, entropy, matched, drawn_probability, rows)
-        self._who[rows, self._place[rows]] = draft
-        self._place[rows] += 1
-        self._unread[rows] += 1
-        self._unread[rows, draft] = 1
-        self._slots[rows, :, _DRAFTING] = 0.0
-        self._slots[rows, draft, _DRAFTING] = 1.0
-        self._show_unread(rows)
+        where = self._where(rows)
+        self._common.drafted(confidence, entropy, matched, drawn_probability, where)
+        self._who[rows, self._place[where]] = draft
+        self._place[where] += 1
+        by = draft[:, None] == self._numbers
+        self._unread[where] = np.where(by, 1, self._unread[where] + 1)
+        self._slots[where, :, _DRAFTING] = by
 
     def verified(self, accepted: Integers, emitted: Integers, hits: Flags, rows: NDArray[np.intp]) -> None:
         """Rounds are over, and others begin.
@@ -228,36 +233,35 @@ class ChoiceTracker:
                 emitted, shape (rows, drafts); ignored where a draft is not free or knew none.
             rows: the texts concerned, each once.
         """
-        place, slots = self._place[rows], self._slots
-        self._common.verified(place, accepted, emitted, rows)
+        where, slots = self._where(rows), self._slots
+        place = self._place[where]
+        self._common.verified(place, accepted, emitted, where)
         longest = int(place.max(initial=0))
         if longest:
-            places, numbers = np.arange(longest)[:, None], np.arange(self._drafts)[:, None]
-            by = self._who[rows, :longest].T[:, None] == numbers  # (places, drafts, rows)
+            places = _PLACES[:longest]
+            by = self._who[where, :longest].T[:, None] == self._numbers[:, None]  # (places, drafts, rows)
             by &= (places < place)[:, None]
             tried = np.add.reduce(by, 0, np.float32).T
             kept = np.add.reduce(by & (places < accepted)[:, None], 0, np.float32).T
             share = kept / np.maximum(tried, np.float32(1))
-            before = slots[rows, :, _ACCEPTANCE]
-            slots[rows, :, _ACCEPTANCE] = before + np.float32(RECENT) * (tried > 0) * (share - before)
-            began = by[0].T & self._reads[rows]
+            before = slots[where, :, _ACCEPTANCE]
+            slots[where, :, _ACCEPTANCE] = before + _NEWEST * (tried > 0) * (share - before)
+            began = by[0].T & self._reads[where]
         else:
             began = np.zeros((len(rows), self._drafts), np.bool_)
         right = np.where(began, (accepted > 0)[:, None], hits)
-        before = slots[rows, :, _HITS]
-        slots[rows, :, _HITS] = before + np.float32(RECENT) * (began | self._knew[rows]) * (right - before)
+        before = slots[where, :, _HITS]
+        slots[where, :, _HITS] = before + _NEWEST * (began | self._knew[where]) * (right - before)
         # Of what a draft has read, what was kept stays read; the rest and the target's own token are to be read.
-        missed = np.maximum(self._unread[rows] - place[:, None], -accepted[:, None])
-        self._unread[rows] = missed + emitted[:, None]
-        self._begin_round(rows)
-        self._show_unread(rows)
+        missed = np.maximum(self._unread[where] - place[:, None], -accepted[:, None])
+        self._unread[where] = np.maximum(missed + emitted[:, None], 1)  # at the end of a text nothing may be left
+        self._begin_round(where)
+
+    def _where(self, rows: NDArray[np.intp]) -> Any:
+        """Return what indexes these rows; a slice for a text alone, which takes half the time."""
+        return slice(None) if len(rows) == len(self._place) == 1 else rows
 
     def _begin_round(self, where: NDArray[np.intp] | Flags | slice) -> None:
         self._place[where] = 0
         self._knew[where] = False
         self._slots[where, :, _DRAFTING] = 0.0
-
-    def _show_unread(self, rows: NDArray[np.intp]) -> None:
-        # At the end of a text nothing may be left to read.
-        unread = np.log2(np.maximum(self._unread[rows], 1).astype(np.float32)) * self._reads[rows]
-        self._slots[rows, :, _UNREAD] = np.minimum(unread, _HIGH[_UNREAD])

@@ -87,6 +87,7 @@ class ChoiceTable:
         rows: of all traces together.
         chance: of every token to be right, flat: (draft * rows + row) * max_draft_length + depth; `confidence`,
             `entropy`, `matched`, `drawn_probability` and `tokens` likewise.
+        certain: number of tokens from each on that are right whatever is drawn, flat likewise.
         limit: tokens that each draft's chain has at each row, flat: draft * rows + row.
         left: tokens of the text from each row on.
         first_rows: for each trace the row at which every prompt's text begins.
@@ -116,6 +117,10 @@ class ChoiceTable:
                 for column, values in zip(columns, draft[:4], strict=True):
                     column[where] = values
                 tokens[where] = trace.traces[place].tokens[:, :max_draft_length]
+        certain = np.zeros((*shape[:2], max_draft_length + 1), np.intp)
+        for depth in range(max_draft_length - 1, -1, -1):
+            certain[..., depth] = (chance[..., depth] >= 1) * (certain[..., depth + 1] + 1)
+        self.certain = certain[..., :-1].ravel()
         self.chance, self.tokens, self.limit = chance.ravel(), tokens.ravel(), limit.ravel()
         self.confidence, self.entropy, self.matched, self.drawn_probability = (column.ravel() for column in columns)
         self.left = np.concatenate([drafts[0].left for drafts in parts])
@@ -164,6 +169,7 @@ class ChoiceReplay:
         self._decision = np.array([of_trace.decision_seconds for of_trace in charges])[trace_of]
         self._trace_of = trace_of
         self._present = present[trace_of]
+        self._sampled = table.temperatures[trace_of] > 0
         self._tracker = ChoiceTracker(
             texts,
             free[trace_of],
@@ -306,10 +312,14 @@ class ChoiceReplay:
         looked_at = np.where(available, cell + place, 0)
         confidence, matched = table.confidence.take(looked_at), table.matched.take(looked_at)
         self._tracker.look(available, confidence, matched, table.tokens.take(looked_at), which)
-        passes = self._luck[rows, None] < table.chance.take(cell[:, :, None] + self._places, mode="clip")
-        passes |= (self._places < place)[:, None]
-        first = passes.argmin(2)
-        kept = np.where(passes[:, :, 0] & (first == 0), table.max_draft_length, first)
+        kept = np.minimum(place + available * table.certain.take(looked_at), table.max_draft_length)
+        drawn = np.flatnonzero((right == place)[:, 0] & self._sampled[rows])
+        if len(drawn):
+            luck = self._luck[rows][drawn, None]
+            passes = luck < table.chance.take(cell[drawn, :, None] + self._places, mode="clip")
+            passes |= (self._places < place[drawn])[:, None]
+            first = passes.argmin(2)
+            kept[drawn] = np.where(passes[:, :, 0] & (first == 0), table.max_draft_length, first)
         remaining = np.where(right < place, right, np.minimum(kept, last)) - place
         remaining[self._over[rows]] = 0
         remaining *= self._present[rows]
