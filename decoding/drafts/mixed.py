@@ -23,8 +23,9 @@ from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, beside, dra
 class MixedDraft:
     """Several drafts of one target.
 
-    Left to itself it drafts by the fixed rule of engines that combine a look-up with a model: the first draft that is
-    free and knows a token proposes, and else the first that is not free.
+    Left to itself it drafts by the fixed rule of engines that combine a look-up with a model: of the drafts that are
+    free the one whose next token was decided by the longest context proposes, and where none knows a token, the first
+    that is not free.
 
     Args:
         drafts: two or more, in the order of preference, all of one vocabulary.
@@ -98,14 +99,13 @@ class MixedDraftSession:
 
     def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
         """Begin a draft by the fixed rule of `MixedDraft`."""
-        for free, session in zip(self.free, self.sessions, strict=True):
-            if free:
-                steps = session.steps(context, count)
-                first = next(steps, None)
-                if first is not None:
-                    yield first
-                    yield from steps
-                    return
+        drafts = [session.steps(context, count) for free, session in zip(self.free, self.sessions, strict=True) if free]
+        known = [(step, steps) for steps in drafts if (step := next(steps, None)) is not None]
+        if known:
+            first, rest = max(known, key=lambda draft: draft[0].matched)
+            yield first
+            yield from rest
+            return
         for free, session in zip(self.free, self.sessions, strict=True):
             if not free:
                 yield from session.steps(context, count)

@@ -98,6 +98,15 @@ def test_hand_over_in_the_middle_of_drafts_keeps_the_targets_text(pair: Pair) ->
     assert handed_over > 3
 
 
+def test_of_several_look_ups_the_longest_match_proposes() -> None:
+    text = [1, 2, 3, 4, 5, 1, 2, 3]
+    table = NGramDrafter.fit([[2, 3, 6], [3, 6]], 8, order=3)  # knows what follows 2, 3
+    drafts = MixedDraft([table, PromptLookupDrafter(8), PromptLookupDrafter(8, longest=1)])
+    session = drafts.start(text, GREEDY, torch.Generator(), CPU)
+    assert [(int(step.token), step.matched) for step in session.steps(text, 2)] == [(4, 3), (5, 3)]
+    assert next(session.steps([7, 2, 3], 1)).token == 6  # only the table has seen two tokens of it
+
+
 def test_a_model_that_was_not_asked_reads_what_it_missed(pair: Pair) -> None:
     decoder = SpeculativeDecoder(pair)
     late = decoder.start(PROMPT, max_new_tokens=24)
