@@ -18,6 +18,8 @@ from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
 from .evaluation.worlds.methods import ClosedForm, Learned
 from .evaluation.worlds.transfer import WorldsTransfer
+from .experiments.control.choice_policy import ChoicePolicy
+from .experiments.control.choose_drafts_settings import ChoiceSettings
 from .experiments.control.stop_drafts_settings import StopSettings
 from .experiments.control.stop_policy import StoppingPolicy
 from .experiments.experiment import (
@@ -34,6 +36,7 @@ from .experiments.tune_knobs_settings import EnvironmentSettings, EvaluationSett
 from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
 from .experiments.tune_worlds import TuneWorlds
 from .experiments.tune_worlds_settings import WorldsSettings
+from .export.choice_rule import ExportedChoiceRule
 from .export.knob_policy import ExportedPolicy, KnobRange
 from .export.recommend import Recommendation, fastest_within, load_knobs, settle
 from .export.recommend_exact import play, usual_setting
@@ -48,6 +51,8 @@ from .training.settings_io import SettingsError
 
 __all__ = [
     "SHIPPED_TUNER",
+    "ChoicePolicy",
+    "ChoiceSettings",
     "ClosedForm",
     "Column",
     "Contender",
@@ -55,6 +60,7 @@ __all__ = [
     "EnvironmentSettings",
     "EvaluationSettings",
     "Experiment",
+    "ExportedChoiceRule",
     "ExportedPolicy",
     "ExportedStopRule",
     "KnobLearning",

@@ -16,6 +16,9 @@ from specgym.decoding import ModelType, check_placement, decoder_names, run_comm
 from specgym.envs import environment_id, on_ray
 
 from .engines.settings import EngineName, EngineSettings, is_engine_run
+from .experiments.control.choose_drafts_settings import ENV as DRAFT_CHOICE
+from .experiments.control.choose_drafts_settings import ChoiceSettings
+from .experiments.control.control_settings import ControlSettings
 from .experiments.control.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.control.stop_drafts_settings import StopSettings
 from .experiments.experiment import RunSettings, load_settings
@@ -63,7 +66,7 @@ class EvaluateCommand:
     """Folder of the run, such as runs/thresholds-20260101-120000. Needed for all but --pair."""
     live: tuple[str, ...] | None = None
     """Workloads to decode live (by the clock too) and compare with their replay, for a run of --env
-    specgym/DraftLength-v0. With --pair: measure and confirm by decoding."""
+    specgym/DraftLength-v0 or specgym/DraftChoice-v0. With --pair: measure and confirm by decoding."""
     report: bool = False
     """Write report.html into the run's folder, one page with every table and figure there is, and the tables as CSV and
     JSON into report/."""
@@ -128,7 +131,16 @@ def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
     """Default settings for everything that `train.py --env` offers, with or without --tuner, by environment id."""
     make = tuner_settings if tuner else default_settings
     tuned = {environment_id(name): partial(make, name) for name in decoder_names()}
-    return {**tuned} if tuner else {**tuned, DRAFT_LENGTH: StopSettings, WORLDS: WorldsSettings}
+    return (
+        {**tuned}
+        if tuner
+        else {
+            **tuned,
+            DRAFT_LENGTH: StopSettings,
+            DRAFT_CHOICE: ChoiceSettings,
+            WORLDS: WorldsSettings,
+        }
+    )
 
 
 def _train(arguments: list[str]) -> None:
@@ -237,8 +249,10 @@ def _evaluate(command: EvaluateCommand) -> None:
     elif command.live is not None:
         if kind in ("tune-unseen", WorldsSettings.EXPERIMENT):
             raise SettingsError("--live needs --pair: which pair should be decoded?")
-        if kind != "stop-drafts":
-            raise SettingsError(f"--live is for runs of --env {DRAFT_LENGTH}; the table of {run} always is")
+        if not isinstance(settings, ControlSettings):
+            raise SettingsError(
+                f"--live is for runs of --env {DRAFT_LENGTH} and {DRAFT_CHOICE}; the table of {run} always is"
+            )
         from .experiments.control.control_experiment import evaluate_live
 
         evaluate_live(run, command.live)

@@ -1,5 +1,6 @@
 from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
+from .backends.choice_replay import ChoiceCharges, ChoiceTable
 from .backends.engine import ComparedText, EngineBackend
 from .backends.engine_counts import EngineCounts, engine_counts
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
@@ -22,6 +23,7 @@ from .recordings.find import (
     find_recording,
     find_trace,
     is_traced,
+    mixed_trace_in,
     mixed_workloads,
     outcome_command,
     practised_workloads,
@@ -99,6 +101,8 @@ __all__ = [
     "Backend",
     "Beliefs",
     "Charges",
+    "ChoiceCharges",
+    "ChoiceTable",
     "ComparedText",
     "ContextLayout",
     "ControlVectorEnv",
@@ -164,6 +168,7 @@ __all__ = [
     "measure_setting",
     "metrics_of",
     "mixed_profile_of",
+    "mixed_trace_in",
     "mixed_workloads",
     "named_node",
     "observation_names",

@@ -7,6 +7,7 @@ measured anew every time.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,13 @@ def decode_repeatedly(
             for name, generation in turn.items():
                 generations[name][place].append(generation)
     return generations
+
+
+def clock_seconds(generations: Sequence[Sequence[Generation]]) -> float:
+    """Seconds per token by the clock: the median over repeats of each prompt, then all prompts together."""
+    medians = [statistics.median(text.seconds / len(text.tokens) for text in repeats) for repeats in generations]
+    lengths = [statistics.mean(len(text.tokens) for text in repeats) for repeats in generations]
+    return sum(median * length for median, length in zip(medians, lengths, strict=True)) / sum(lengths)
 
 
 def judge_live(

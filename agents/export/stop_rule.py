@@ -9,11 +9,8 @@ The function that the two files hold, of the features that `specgym.decoding.dec
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +19,11 @@ from torch import nn
 from specgym.decoding import FEATURES, StopRule
 
 from ..experiments.control.stop_policy import OneSidedNetworks, StoppingPolicy, UsualScaler
-from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError
-from .knob_policy import as_arrays, layer_tensors, load_description, load_weights, save_network
-
-FORMAT = "specgym-stop-rule-2"
-_UNSEALED = "specgym-stop-rule-1"  # has no checksum
-_WAY_OUT = "remove its folder, and python train.py --resume <run> learns it again"
-
-Array = NDArray[np.float32]
+from .control_rule import Array, ExportedRule, hidden_layers, layer_of, require_weights, scaling
+from .knob_policy import as_arrays, layer_tensors
 
 
-class ExportedStopRule(StopRule):
+class ExportedStopRule(ExportedRule, StopRule):
     """Learned policy that ends drafts.
 
     A call for one draft takes 3 to 8 microseconds with two layers of 32, depending on how busy the machine is, where a
@@ -48,8 +39,13 @@ class ExportedStopRule(StopRule):
         ValueError: a weight is missing, does not fit, or is not finite.
     """
 
+    FORMAT: ClassVar = "specgym-stop-rule-2"
+    UNSEALED: ClassVar = "specgym-stop-rule-1"
+    KIND: ClassVar = "stop rule"
+    FEATURES: ClassVar = FEATURES
+
     def __init__(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        self.weights = {name: np.asarray(array, dtype=np.float32) for name, array in weights.items()}
+        super().__init__(weights)
         *self._layers, (stop_weight, stop_bias) = _folded(self.weights)
         self._stop_weight, self._threshold = stop_weight[:, 0], -stop_bias[0]
         self._buffers = [np.empty((0, len(bias)), np.float32) for _, bias in self._layers]
@@ -76,9 +72,9 @@ class ExportedStopRule(StopRule):
         return cls(as_arrays(weights))
 
     @property
-    def name(self) -> str:
-        """`learned`."""
-        return "learned"
+    def hidden(self) -> list[int]:
+        """Widths of the hidden layers."""
+        return [len(bias) for _, bias in self._layers]
 
     def __call__(self, features: Array) -> NDArray[np.bool_]:
         """Decide whether to stop, like any rule."""
@@ -99,42 +95,6 @@ class ExportedStopRule(StopRule):
             hidden = np.tanh(buffer, buffer)
         return hidden
 
-    def save(self, folder: Path) -> None:
-        """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
-        description = {
-            "format": FORMAT,
-            "about": (__doc__ or "").strip(),
-            "features": [asdict(feature) for feature in FEATURES[: len(self.weights["middle"])]],
-            "hidden": [len(bias) for _, bias in self._layers],
-        }
-        save_network(folder, self.weights, description)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ExportedStopRule:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFileError: a file is missing, damaged, of another format, or for other features.
-        """
-        described, weights_path = Path(folder) / DESCRIPTION_FILE, Path(folder) / WEIGHTS_FILE
-        content = load_description(Path(folder), FORMAT, _UNSEALED, "stop rule", _WAY_OUT)
-        try:
-            known = [(feature["name"], feature["low"], feature["high"]) for feature in content["features"]]
-        except (KeyError, TypeError) as error:
-            raise RunFileError(f"{described} is damaged ({error!r}); {_WAY_OUT}") from error
-        # Features are only ever added at the end, so an earlier rule sees the first of them.
-        if known != [(feature.name, feature.low, feature.high) for feature in FEATURES][: len(known)]:
-            raise RunFileError(f"{described} is for other features than this version's; {_WAY_OUT}")
-        try:
-            rule = cls(load_weights(Path(folder), _WAY_OUT))
-        except RunFileError:
-            raise
-        except ValueError as error:
-            raise RunFileError(f"{weights_path} holds no stop rule ({error}); {_WAY_OUT}") from error
-        if content.get("hidden") != [len(bias) for _, bias in rule._layers]:
-            raise RunFileError(f"{described} does not fit {weights_path}; {_WAY_OUT}")
-        return rule
-
 
 def _folded(weights: Mapping[str, Array]) -> list[tuple[Array, Array]]:
     """Transposed weight and bias of every layer, for features as they are.
@@ -142,29 +102,19 @@ def _folded(weights: Mapping[str, Array]) -> list[tuple[Array, Array]]:
     Raises:
         ValueError: a weight is missing, too many, does not fit, or is not finite.
     """
-    hidden = sum(name.startswith("hidden.") and name.endswith(".weight") for name in weights)
+    hidden = hidden_layers(weights)
     if not hidden:
         raise ValueError("there is no hidden layer")
-    names = [*(f"hidden.{number}" for number in range(hidden)), "stop"]
-    expected = {"middle", "spread"} | {f"{name}.{part}" for name in names for part in ("weight", "bias")}
-    if set(weights) != expected:
-        raise ValueError(f"weights that do not match: {', '.join(sorted(set(weights) ^ expected))}")
-    if not all(np.isfinite(array).all() for array in weights.values()):
-        raise ValueError("a weight is NaN or infinite")
-    middle, spread = weights["middle"].astype(np.float64), weights["spread"].astype(np.float64)
-    inputs = middle.size
-    if not (middle.shape == spread.shape == (inputs,) and 0 < inputs <= len(FEATURES) and (spread > 0).all()):
-        raise ValueError(f"the scaling must be positive and of shape ({len(FEATURES)},), or shorter in earlier files")
+    names = [*hidden, "stop"]
+    require_weights(weights, {"middle", "spread"} | {f"{name}.{part}" for name in names for part in ("weight", "bias")})
+    middle, spread = scaling(weights, len(FEATURES))
+    inputs = len(middle)
     layers: list[tuple[Array, Array]] = []
     for name in names:
-        weight, bias = (weights[f"{name}.{part}"].astype(np.float64) for part in ("weight", "bias"))
-        outputs = 1 if name == "stop" else len(bias)
-        if bias.shape != (outputs,) or weight.shape != (outputs, inputs):
-            raise ValueError(f"{name} has shapes {weight.shape} and {bias.shape} for {inputs} inputs")
+        weight, bias, inputs = layer_of(weights, name, inputs, 1 if name == "stop" else None)
         if not layers:
             weight = weight / spread
             bias = bias - weight @ middle
-            weight = np.pad(weight, ((0, 0), (0, len(FEATURES) - inputs)))  # looks at no feature that was added since
+            weight = np.pad(weight, ((0, 0), (0, len(FEATURES) - len(middle))))  # features that were added since
         layers.append((np.ascontiguousarray(weight.T, np.float32), bias.astype(np.float32)))
-        inputs = operator.index(outputs)
     return layers

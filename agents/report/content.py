@@ -209,7 +209,9 @@ def gather(run_folder: Path, command: str) -> Report:
 
 def subject(settings: Any) -> str:
     """Subject of a run, in words."""
-    return f"{settings.decoder} knobs" if hasattr(settings, "decoder") else "stopping of drafts"
+    if hasattr(settings, "decoder"):
+        return f"{settings.decoder} knobs"
+    return {"choose-drafts": "choice of drafts"}.get(settings.EXPERIMENT, "stopping of drafts")
 
 
 def flattened(row: Mapping[str, Any]) -> FlatRow:

@@ -144,6 +144,17 @@ def trace_in(folder: Path | None, name: str, split: Split) -> Trace:
     return find_trace(recording, name, split)[0]
 
 
+def mixed_trace_in(folder: Path | None, name: str, split: Split) -> MixedTrace:
+    """Find the mixed trace of a workload's prompts, likewise.
+
+    Raises:
+        TraceError: there is none, or it is damaged.
+        WorkloadError: the workload's name is not known.
+    """
+    recording = None if folder is None else folder / trace_name(workload(name).name, split)
+    return find_mixed_trace(recording, name, split)[0]
+
+
 def shipped_trace(name: str, split: str) -> Trace:
     """Read the trace of a workload's prompts that ships with the package; once a process.
 

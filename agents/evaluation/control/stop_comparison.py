@@ -5,19 +5,15 @@ Throughput is relative to plain decoding: all tokens over all seconds, in units 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, Side, SpeculativeDecoder, StopRule
 from specgym.envs import Trace, workload
 
-from ..live import decode_repeatedly
-from ..results import ALL, LEARNED, PLAIN, Column, Row, interval
-from .side_by_side import Decoded
+from ..live import clock_seconds, decode_repeatedly
+from ..results import ALL, LEARNED, PLAIN, Column, ResultTable, Row
+from .method_rows import Derived, MethodRows, Samples, gap_closed
 from .stop_baselines import ReplayedPrompts, UpperConfidenceBound, choose, oracle
 
 if TYPE_CHECKING:
@@ -30,8 +26,6 @@ LEAST_RATIO, LEAST_RATIO_EACH, LEAST_GAP = 1.03, 0.99, 0.30
 """Goals of learning: over the best fixed length on average and on every workload, and of the gap."""
 REPEATS = 3
 """Times that every prompt is timed by the clock with a method; the median counts."""
-
-Samples = NDArray[np.float64]
 
 _HEADINGS = ("plain", "fixed", "confi-\ndence", "en-\ntropy", "pro-\nduct", "bandit", "learned", "oracle")
 TABLE = (
@@ -91,14 +85,9 @@ def compare(
         drafted tokens a round; of the learned policies also `RATIO`, the throughput over that of the best fixed length,
         and `GAP`, what share of the way from the best fixed length to the oracle it goes.
     """
-    rng = np.random.default_rng(0)
-    resamples = settings.comparison.resamples
-    # The same policies decode every workload, so which of them a resample has is drawn once for all.
-    seeds = rng.integers(len(learned), size=(resamples, len(learned)))
-    rows: list[Row] = []
-    samples: list[dict[str, Samples]] = []
+    table = MethodRows(_ratios, (GAP,), len(learned), settings.comparison.resamples)
     for name, profile, train_trace, test_trace in zip(settings.workloads, profiles, train, test, strict=True):
-        prompts = rng.integers(test_trace.prompts, size=(resamples, test_trace.prompts))
+        prompts = table.resampled(test_trace.prompts)
         for batch_size in settings.batch_sizes:
             place = f"{name} x {batch_size}" if len(settings.batch_sizes) > 1 else name
             report(f"Comparing on test prompts: {place}")
@@ -112,13 +101,8 @@ def compare(
             knowing, decoded = oracle(testing)
             methods["oracle"] = [decoded]
             rules |= {"bandit": chosen.bandit, LEARNED: learned[0], "oracle": knowing}
-            drawn = {
-                method: _resampled(many, prompts, seeds if method == LEARNED else None)
-                for method, many in methods.items()
-            }
-            samples.append(_with_ratios(drawn))
-            rows += _rows(place, rules, methods, samples[-1])
-    return [*rows, *_means(rows, samples)]
+            table.add(place, {method: rule.name for method, rule in rules.items()}, methods, prompts)
+    return table.rows()
 
 
 def compare_live(
@@ -168,11 +152,11 @@ def compare_live(
         seeds=[test.info.seed + 10_000 * repeat for repeat in range(REPEATS)],
         report=lambda message: report(f"{name}: {message}"),
     )
-    plain = _clock(generations[PLAIN])
+    plain = clock_seconds(generations[PLAIN])
     values = {"replayed": 1.0, "charged": 1.0, "clock": 1.0, "clock_ms_per_token": 1000 * plain}
     rows = [Row(name, PLAIN, values=values, rule="no draft")]
     for (method, rule), replay in zip(rules.items(), replays, strict=True):
-        seconds = _clock(generations[method])
+        seconds = clock_seconds(generations[method])
         values = {
             "replayed": replay.throughput,
             "charged": _charged(generations[method], point),
@@ -198,9 +182,7 @@ def replayed(settings: StopSettings, trace: Trace, profile: LatencyProfile, batc
 
 def stop_verdict(rows: Sequence[Row]) -> str:
     """Verdict: goals reached, where and by how much learning falls short, and what does better."""
-    groups: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(row.workload, {})[row.method] = row
+    groups = ResultTable(rows).by_workload()
     mean = groups.pop(ALL)
     learned = mean[LEARNED].values
     worst = min((point[LEARNED] for point in groups.values()), key=lambda row: row.values[RATIO])
@@ -249,75 +231,12 @@ def live_agreement(rows: Sequence[Row]) -> str:
     )
 
 
-def gap_closed(fixed: Samples, learned: Samples, best: Samples) -> Samples:
-    """Share of the way from the best fixed length to the oracle that the policy goes; 0 where there is none."""
-    gap = best - fixed
-    return np.divide(learned - fixed, gap, out=np.zeros_like(gap), where=gap > 0)
-
-
-def _resampled(many: Sequence[Decoded], prompts: NDArray[np.int64], seeds: NDArray[np.int64] | None) -> Samples:
-    """Throughput in every resample, shape (resamples,): of one rule, or the mean over drawn policies."""
-    rates = np.stack([rule.tokens[prompts].sum(1) / rule.seconds[prompts].sum(1) for rule in many], axis=1)
-    return rates[:, 0] if seeds is None else np.take_along_axis(rates, seeds, axis=1).mean(1)
-
-
-def _with_ratios(throughput: Mapping[str, Samples]) -> dict[str, Samples]:
+def _ratios(throughput: Mapping[str, Samples]) -> Derived:
     fixed, learned, best = (throughput[method] for method in ("fixed", LEARNED, "oracle"))
-    return {**throughput, RATIO: learned / fixed, GAP: gap_closed(fixed, learned, best)}
-
-
-def _rows(
-    name: str,
-    rules: Mapping[str, StopRule],
-    methods: Mapping[str, Sequence[Decoded]],
-    samples: Mapping[str, Samples],
-) -> list[Row]:
-    reached = {method: [rule.throughput for rule in many] for method, many in methods.items()}
-    rows = [Row(name, PLAIN, values={"throughput": 1.0}, rule="no draft")]
-    for method in METHODS[1:]:
-        many = methods[method]
-        values = {
-            "throughput": float(np.mean(reached[method])),
-            "draft_acceptance_rate": float(np.mean([rule.draft_acceptance_rate for rule in many])),
-            "draft_length": float(np.mean([rule.draft_length for rule in many])),
-        }
-        intervals = {"throughput": interval(samples[method])}
-        if method == LEARNED:
-            fixed, learned, best = (np.array([np.mean(reached[other])]) for other in ("fixed", LEARNED, "oracle"))
-            values |= {RATIO: float((learned / fixed)[0]), GAP: float(gap_closed(fixed, learned, best)[0])}
-            intervals |= {column: interval(samples[column]) for column in (RATIO, GAP)}
-        by_seed = tuple(reached[method]) if method == LEARNED else ()
-        rows.append(Row(name, method, {}, values, intervals, rules[method].name, by_seed))
-    return rows
-
-
-def _means(rows: Sequence[Row], samples: Sequence[Mapping[str, Samples]]) -> list[Row]:
-    """The mean over the workloads of each column; the gap is the one between the means, as some have next to none."""
-    drawn = {name: np.mean([sample[name] for sample in samples], axis=0) for name in samples[0]}
-    drawn[GAP] = gap_closed(drawn["fixed"], drawn[LEARNED], drawn["oracle"])
-    same = {method: [row for row in rows if row.method == method] for method in METHODS}
-    values = {
-        method: {name: float(np.mean([row.values[name] for row in group])) for name in group[0].values}
-        for method, group in same.items()
-    }
-    ends = (np.array([values[method]["throughput"]]) for method in ("fixed", LEARNED, "oracle"))
-    values[LEARNED][GAP] = float(gap_closed(*ends)[0])
-    means = []
-    for method, group in same.items():
-        intervals = {name: interval(drawn[method if name == "throughput" else name]) for name in group[0].intervals}
-        by_seed = tuple(np.mean([row.by_seed for row in group], axis=0).tolist()) if group[0].by_seed else ()
-        means.append(Row(ALL, method, {}, values[method], intervals, by_seed=by_seed))
-    return means
+    return {(LEARNED, RATIO): learned / fixed, (LEARNED, GAP): gap_closed(fixed, learned, best)}
 
 
 def _charged(generations: Sequence[Sequence[Generation]], point: LatencyProfile) -> float:
     texts = [text for repeats in generations for text in repeats]
     tokens = sum(len(text.tokens) for text in texts)
     return tokens * point.autoregressive_seconds / sum(point.charge(text.rounds) for text in texts)
-
-
-def _clock(generations: Sequence[Sequence[Generation]]) -> float:
-    """Seconds per token by the clock: the median over repeats of each prompt, then all prompts together."""
-    medians = [statistics.median(text.seconds / len(text.tokens) for text in repeats) for repeats in generations]
-    lengths = [statistics.mean(len(text.tokens) for text in repeats) for repeats in generations]
-    return sum(median * length for median, length in zip(medians, lengths, strict=True)) / sum(lengths)
