@@ -172,7 +172,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
     def _round_by_choice(self, rule: ChoiceRule, knobs: Mapping[str, float], started: float) -> Round:
         choice = self.look(self.decoder.draft_length(knobs))
         while choice.available.any():
-            step = choice.draft(int(rule(choice.tracker.features)[0]) - 1)
+            step = choice.draft(int(rule(choice.tracker.features)[0]) - 1, rule.looks_at_entropy)
             if step is None:
                 break
             self._drafted.append(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,13 @@ class ChoiceRule(ABC):
     """Says before every token of a draft who proposes it. One rule may serve many texts side by side.
 
     Whatever it says, the text is the target's, because a token that was drafted is verified.
+
+    Attributes:
+        looks_at_entropy: whether the rule needs that feature, or the probability of the drawn token; live decoding may
+            leave them at 0 and 1 for one that does not.
     """
+
+    looks_at_entropy: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -48,8 +48,13 @@ class DraftChoice:
         self._look()
         self._first = np.where(self.available & np.array(self._session.free), self._tokens, -1)
 
-    def draft(self, number: int) -> DraftStep | None:
-        """Let a draft, by its number from 0, propose the next token; None if it cannot."""
+    def draft(self, number: int, with_entropy: bool = True) -> DraftStep | None:
+        """Let a draft, by its number from 0, propose the next token; None if it cannot.
+
+        Args:
+            number: of the draft.
+            with_entropy: whether entropy and drawn probability are computed, which costs most; else they are 0 and 1.
+        """
         if not (0 <= number < len(self.available) and self.available[number]):
             return None
         if self._session.free[number]:
@@ -64,9 +69,8 @@ class DraftChoice:
         self._drafting = number
         self._context.append(int(step.token))
         self._left -= 1
-        self.tracker.drafted(
-            np.array([number]), step.confidence(), step.entropy(), step.matched, step.drawn_probability(), _TEXT
-        )
+        entropy, drawn = (step.entropy(), step.drawn_probability()) if with_entropy else (0.0, 1.0)
+        self.tracker.drafted(np.array([number]), step.confidence(), entropy, step.matched, drawn, _TEXT)
         self._look()
         return step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,7 @@ class FixedChoice(ChoiceRule):
         called: name of each.
     """
 
+    looks_at_entropy: ClassVar[bool] = False
     drafts: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     matched: tuple[int, ...] = ()
@@ -117,6 +118,8 @@ class DraftBandit(ChoiceRule):
         rules: the arms, such as each draft alone at each length.
         exploration: in tokens, above 0.
     """
+
+    looks_at_entropy: ClassVar[bool] = False
 
     def __init__(self, rules: Sequence[FixedChoice], exploration: float = 1.0) -> None:
         self.rules = tuple(rules)
@@ -199,6 +202,8 @@ class ClosedForm(ChoiceRule):
     Raises:
         ValueError: the rate is out of range.
     """
+
+    looks_at_entropy: ClassVar[bool] = False
 
     def __init__(self, trace: MixedTrace, charges: ChoiceCharges, rate: float) -> None:
         self.rate = _checked_rate(rate)

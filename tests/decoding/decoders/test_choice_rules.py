@@ -39,7 +39,7 @@ from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 NAMES = [feature.name for feature in CHOICE_FEATURES]
 SLOTS = [feature.name for feature in SLOT_FEATURES]
-PLACE, DRAWN = NAMES.index("place"), NAMES.index("drawn_probability")
+CONFIDENCE, ENTROPY, PLACE, DRAWN = map(NAMES.index, ("confidence", "entropy", "place", "drawn_probability"))
 
 
 def slot(features: NDArray[np.float32], draft: int, name: str) -> float:
@@ -93,8 +93,8 @@ def test_a_choice_that_sees_what_was_drawn_leaves_the_joint_law_as_it_is(
     assert distance(walk(monkeypatch, decoder, Sampling(), 3, knobs)[0], expected) < 1e-5
     assert {by_what_was_drawn(features) for features in rule.seen} == {1, 2}
 
-    def looks_at_what_it_may_drop(self: DraftChoice, number: int) -> Any:
-        step = real(self, number)
+    def looks_at_what_it_may_drop(self: DraftChoice, number: int, with_entropy: bool = True) -> Any:
+        step = real(self, number, with_entropy)
         return None if step is not None and step.drawn_probability() < 0.5 else step
 
     real = DraftChoice.draft
@@ -111,7 +111,9 @@ def pair(make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., P
     return Pair(model, drafts, name="mixed")
 
 
-def test_a_rule_is_asked_before_every_token_and_told_of_every_round(pair: Pair) -> None:
+def test_a_rule_is_asked_before_every_token_and_told_of_every_round(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns = np.random.default_rng(0)
     rule = Recorded(lambda features: int(turns.integers(0, 5)))
     decoder = SpeculativeDecoder(pair, 6, choice=rule)
@@ -127,6 +129,12 @@ def test_a_rule_is_asked_before_every_token_and_told_of_every_round(pair: Pair) 
         begun = [features for features in rule.seen if features[0, PLACE] == 0]
         assert len(begun) in (len(generation.rounds), len(generation.rounds) - 1)  # no room for a draft in the last
     assert rule.started == [(1, 0)]
+    assert max(features[0, ENTROPY] for features in rule.seen) > 0
+    monkeypatch.setattr(Recorded, "looks_at_entropy", False)
+    rule.seen = []
+    decoder.generate([1, 2, 3], max_new_tokens=30)
+    assert {features[0, ENTROPY] for features in rule.seen} == {0.0}
+    assert len({features[0, CONFIDENCE] for features in rule.seen}) > 2
     shorter = decoder.generate([1, 2, 3], max_new_tokens=30, knobs={"draft_length": 1})
     assert {round_.drafted for round_ in shorter.rounds} == {0, 1}
 
