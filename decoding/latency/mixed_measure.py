@@ -24,6 +24,7 @@ from ..drafts.mixed import MixedDraftSession, draft_models, drafts_of
 from ..errors import ArgumentError, number, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair, require_draft
+from ..models.early_exit import ExitModel
 from ..sampling import GREEDY, Sampling
 from .interleaved import (
     EndlessText,
@@ -158,7 +159,11 @@ def _measure_once(
 ) -> list[LatencyProfile]:
     """Time everything once; a profile for each draft, whose drafting is reading so many tokens and proposing one."""
     drafts = drafts_of(pair.draft)
-    models = [draft for draft in drafts if draft_models(draft)]
+    # What a verification costs that goes on from an early exit's states is no measure of those of other drafts.
+    models = sorted(
+        (draft for draft in drafts if draft_models(draft)),
+        key=lambda draft: isinstance(draft_models(draft)[0], ExitModel),
+    )
     stopwatch = StopwatchDrafter((models or drafts)[0])
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     growth = growth_of(pair) if pair.target.restores_states else None  # otherwise a text ends with its turn
