@@ -60,8 +60,9 @@ def measure_mixed(
     """Time the drafts of a pair, passes of its target, and plain decoding, all interleaved.
 
     A draft is timed through the session that drafts live, from the same place of a text again and again: it reads so
-    many unread tokens and proposes one. The target's passes verify drafts of the first draft that is a model, or else
-    of the first. Machines that are busy are treated as by `specgym.decoding.measure`.
+    many unread tokens and proposes one. The target's passes verify drafts of the first draft that is a model (and, if
+    there is another, no early exit), or else of the first. Machines that are busy are treated as by
+    `specgym.decoding.measure`.
 
     Args:
         pair: a target with a draft, or several.

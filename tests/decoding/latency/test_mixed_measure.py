@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from specgym.decoding import (
     ArgumentError,
+    Drafter,
     DraftStep,
+    EarlyExit,
     LanguageModel,
     MixedProfile,
     ModelDrafter,
@@ -29,6 +31,7 @@ from specgym.decoding import (
     measured_mixed,
 )
 from specgym.decoding.latency import mixed_measure
+from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.latency.mixed_measure import READINGS
 
 
@@ -143,3 +146,21 @@ def test_a_pair_is_measured_once_until_asked_again_unless_it_was_in_doubt(
             measured_mixed(pair)
         assert "not a mixed latency profile of this version" in caplog.text
         assert len(measured) == before + 3
+
+
+def test_verification_is_timed_after_a_draft_that_is_no_early_exit(
+    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes on from what an exit computed is cheaper than one of other drafts."""
+    model = make_model("llama", vocabulary=64, hidden=16, context=160)
+    timed: list[str] = []
+
+    class Noted(StopwatchDrafter):
+        def __init__(self, inner: Drafter) -> None:
+            timed.append(inner.name)
+            super().__init__(inner)
+
+    monkeypatch.setattr(mixed_measure, "StopwatchDrafter", Noted)
+    small = make_model("llama", layers=1, vocabulary=64, hidden=16)
+    measure_mixed(Pair(model, [EarlyExit(1), small]), max_draft_length=2, repeats=1, tries=1)
+    assert timed == ["LlamaForCausalLM"]
