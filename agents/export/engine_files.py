@@ -113,6 +113,11 @@ def _items(folder: Path, engine: str) -> Iterator[Item]:
         yield from _of_knobs(run, settings, engine)
     elif settings.EXPERIMENT == "stop-drafts":
         yield from _of_policies(run, engine)
+    elif settings.EXPERIMENT == "choose-drafts":
+        raise SettingsError(
+            f"{engine} takes no policy that chooses among several drafts. {run.table} says, as hybrid, by which fixed "
+            "rule an engine would choose best on each workload, and as single which draft is best alone; set it by hand"
+        )
     else:
         raise SettingsError(
             f"{folder} recommends settings for pairs, and has none of its own: python evaluate.py {folder} --pair "

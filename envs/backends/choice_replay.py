@@ -83,6 +83,7 @@ class ChoiceTable:
 
     Attributes:
         prompts: numbers of every trace's prompts.
+        longest: tokens that a draft may have in each trace, as many as it holds if those are fewer.
         drafts: D, the most drafts that a trace has; of those that another lacks nothing is ever drafted.
         rows: of all traces together.
         chance: of every token to be right, flat: (draft * rows + row) * max_draft_length + depth; `confidence`,
@@ -94,15 +95,27 @@ class ChoiceTable:
         temperatures: of every trace's sampling.
 
     Raises:
-        TraceError: a trace has shorter drafts or texts than asked for.
+        TraceError: all traces have shorter drafts or texts than asked for.
     """
 
     def __init__(self, traces: Sequence[MixedTrace], max_draft_length: int, max_new_tokens: int) -> None:
         self.max_draft_length = max_draft_length
         self.prompts = [np.arange(trace.traces[0].prompts) for trace in traces]
         self.drafts = max(len(trace.drafts) for trace in traces)
+        # Recordings may be of other lengths; one of them has what is asked for, or the error says what there is.
+        longest = max(trace.draft_length for trace in traces)
+        most = max(trace.info.tokens for trace in traces)
+        self.longest = np.array([min(max_draft_length, trace.draft_length) for trace in traces])
         parts = [
-            [TraceColumns.of(draft, max_draft_length, max_new_tokens) for draft in trace.traces] for trace in traces
+            [
+                TraceColumns.of(
+                    draft,
+                    min(max_draft_length, trace.draft_length) if max_draft_length <= longest else max_draft_length,
+                    min(max_new_tokens, trace.info.tokens) if max_new_tokens <= most else max_new_tokens,
+                )
+                for draft in trace.traces
+            ]
+            for trace in traces
         ]
         lengths = [len(columns[0].left) for columns in parts]
         offsets = np.cumsum([0, *lengths])
@@ -112,11 +125,12 @@ class ChoiceTable:
         tokens, limit = np.zeros(shape, np.int32), np.zeros(shape[:2], np.intp)
         for first, length, trace, drafts in zip(offsets, lengths, traces, parts, strict=False):
             for place, draft in enumerate(drafts):
-                where = place, slice(first, first + length)
-                chance[where], limit[where] = draft.chance, draft.limit
+                rows, width = slice(first, first + length), draft.chance.shape[1]
+                limit[place, rows] = draft.limit
+                chance[place, rows, :width] = draft.chance
                 for column, values in zip(columns, draft[:4], strict=True):
-                    column[where] = values
-                tokens[where] = trace.traces[place].tokens[:, :max_draft_length]
+                    column[place, rows, :width] = values
+                tokens[place, rows, :width] = trace.traces[place].tokens[:, :width]
         certain = np.zeros((*shape[:2], max_draft_length + 1), np.intp)
         for depth in range(max_draft_length - 1, -1, -1):
             certain[..., depth] = (chance[..., depth] >= 1) * (certain[..., depth + 1] + 1)
@@ -306,13 +320,14 @@ class ChoiceReplay:
         since = np.where(follows, since, np.minimum(right, last))
         chains = self._blocks + row + since
         available = place - since < table.limit.take(chains)
-        available &= (place < table.max_draft_length) & ~self._over[rows, None]
+        longest = table.longest[self._trace_of[rows], None]
+        available &= (place < longest) & ~self._over[rows, None]
         self._available[rows] = available
         cell = chains * table.max_draft_length - since  # of the chain's tokens, less the place in the draft
         looked_at = np.where(available, cell + place, 0)
         confidence, matched = table.confidence.take(looked_at), table.matched.take(looked_at)
         self._tracker.look(available, confidence, matched, table.tokens.take(looked_at), which)
-        kept = np.minimum(place + available * table.certain.take(looked_at), table.max_draft_length)
+        kept = place + available * table.certain.take(looked_at)
         drawn = np.flatnonzero((right == place)[:, 0] & self._sampled[rows])
         if len(drawn):
             luck = self._luck[rows][drawn, None]
@@ -320,7 +335,7 @@ class ChoiceReplay:
             passes |= (self._places < place[drawn])[:, None]
             first = passes.argmin(2)
             kept[drawn] = np.where(passes[:, :, 0] & (first == 0), table.max_draft_length, first)
-        remaining = np.where(right < place, right, np.minimum(kept, last)) - place
+        remaining = np.where(right < place, right, np.minimum(kept, np.minimum(last, longest))) - place
         remaining[self._over[rows]] = 0
         remaining *= self._present[rows]
         self._remaining[rows] = remaining

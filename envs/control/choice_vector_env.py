@@ -39,8 +39,9 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         workload: a name, or several; by default those of the given recordings, or else `"tiny-10m-mixed/prose"`. Their
             pairs need not have the same drafts.
         split: `"train"` or `"test"`; by default that of the given recordings, or else `"train"`.
-        max_draft_length: tokens that a draft may have, 1 to 32 and at most what the recordings hold.
-        max_new_tokens: tokens of each text, at most what the recordings hold.
+        max_draft_length: tokens that a draft may have, 1 to 32 and at most what the longest of the recordings holds; of
+            another as many as that holds.
+        max_new_tokens: tokens of each text, likewise.
         profile: a `MixedProfile` or a file with one, for all workloads, one for each in order, or a mapping from their
             names; by default the reference profile of each workload's pair (`specgym.envs.profiles`).
         recording: a `MixedTrace` or a file with one, one for each workload in order, or a mapping from their names; by

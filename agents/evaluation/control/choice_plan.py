@@ -179,14 +179,13 @@ def decide(
     """
     counts = [many.prompts for many in prompts]
     texts = 2 * len(prompts) * max(counts)
-    first = prompts[0]
     env = DraftChoiceVectorEnv(
         texts,
         recording=[many.trace for many in prompts],
         profile=[many.profile for many in prompts],
-        max_draft_length=first.max_draft_length,
-        max_new_tokens=first.tokens,
-        decision_seconds=first.decision_seconds,
+        max_draft_length=max(many.max_draft_length for many in prompts),
+        max_new_tokens=max(many.tokens for many in prompts),
+        decision_seconds=prompts[0].decision_seconds,
     )
     workload, number = env.workload_of, np.arange(texts) // len(prompts)
     chosen = np.where(number // 2 < np.array(counts)[workload], number // 2, -1)

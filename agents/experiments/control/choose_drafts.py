@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
@@ -29,6 +30,8 @@ from .choice_policy import ChoicePolicy
 from .choose_drafts_settings import ChoiceSettings
 from .control_experiment import ControlExperiment
 
+_SPLITS: Final[tuple[Split, ...]] = ("train", "test")
+
 
 class ChooseDrafts(ControlExperiment[ChoiceSettings, MixedProfile]):
     """Learning which draft proposes the next token, one policy a seed."""
@@ -38,9 +41,9 @@ class ChooseDrafts(ControlExperiment[ChoiceSettings, MixedProfile]):
     @classmethod
     def check(cls, settings: ChoiceSettings) -> None:
         """Raise an error unless every workload has its recordings, with texts and drafts that are long enough."""
-        for name in settings.workloads:
-            both = [mixed_trace_in(settings.recordings, name, split) for split in ("train", "test")]
-            ChoiceTable(both, settings.max_draft_length, settings.max_new_tokens)
+        for split in _SPLITS:
+            traces = [mixed_trace_in(settings.recordings, name, split) for name in settings.workloads]
+            ChoiceTable(traces, settings.max_draft_length, settings.max_new_tokens)
 
     def traces(self, split: Split) -> list[MixedTrace]:
         """The recording of every workload's prompts."""

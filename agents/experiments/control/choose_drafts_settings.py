@@ -42,10 +42,12 @@ class ChoiceSettings(ControlSettings):
 
     workloads: tuple[str, ...] = field(default_factory=mixed_workloads)
     """Workloads of pairs with several drafts to learn on, all together: pair/prompts, or pair/prompts@temperature."""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 1_500_000
     """Decisions learned from, for each seed, over all environments; rounded up to whole rollouts."""
     max_draft_length: int = 12
-    """Tokens drafted in a round, at most."""
+    """Tokens drafted in a round, at most; as many as a workload's recording holds, if those are fewer."""
+    max_new_tokens: int = 64
+    """Tokens of each text, at most; likewise."""
     learning: ChoiceLearning = field(default_factory=ChoiceLearning)
     """Learning algorithm."""
     plan: PlanSettings = field(default_factory=PlanSettings)

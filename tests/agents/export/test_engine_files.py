@@ -14,6 +14,7 @@ from specgym.agents import save_settings
 from specgym.agents.command_line import ExportName, evaluate_command
 from specgym.agents.engines.settings import EXPERIMENT
 from specgym.agents.evaluation.results import LEARNED, ResultTable, Row
+from specgym.agents.experiments.control.choose_drafts_settings import ChoiceSettings
 from specgym.agents.experiments.control.stop_drafts_settings import StopSettings
 from specgym.agents.experiments.tune_knobs_settings import default_settings
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
@@ -112,6 +113,13 @@ def test_a_drafting_policy_is_replaced_by_the_best_fixed_length_and_the_loss_is_
     assert "1.85 (the policy 1.71) at batch size 1" in said
     config = run / "export" / "vllm" / "tiny-3m-1l_prose" / "speculative_config.json"
     assert json.loads(config.read_text())["num_speculative_tokens"] == 3
+
+
+def test_a_choice_of_drafts_is_refused_with_where_the_best_rule_of_engines_stands(tmp_path: Path, shown: Shown) -> None:
+    save_settings(ChoiceSettings(workloads=("tiny-3m-mixed/prose",)), tmp_path / "settings.json", "command")
+    assert evaluate_command([str(tmp_path), "--export", "llama.cpp"]) == 2
+    assert "says, as hybrid, by which fixed rule" in shown()
+    assert not (tmp_path / "export").exists()
 
 
 def test_lengths_by_batch_size_become_a_schedule(tmp_path: Path) -> None:

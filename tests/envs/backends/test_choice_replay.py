@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, MixedProfile
+from specgym.envs import DraftChoiceVectorEnv
 from specgym.envs.backends.choice_replay import ChoiceCharges, ChoiceReplay, ChoiceTable
+from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.mixed_trace import MixedTrace
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
@@ -158,3 +160,26 @@ def test_many_texts_are_decoded_as_the_definition_says(seed: int) -> None:
             handed_over += len({token[0] for token in text.chain}) > 1
     assert replay.over.all()
     assert handed_over > 20
+
+
+def test_a_shorter_recording_is_decoded_beside_a_longer_one_as_it_is_alone() -> None:
+    short, long = made_up_mixed("tiny/code", longest=2, tokens=8, seed=3), made_up_mixed(longest=K, tokens=TOKENS)
+
+    def decoded(traces: list[MixedTrace], longest: int, tokens: int) -> list[tuple[int, float, int]]:
+        profiles = [made_up_costs(trace) for trace in traces]
+        env = DraftChoiceVectorEnv(
+            4 * len(traces), recording=traces, profile=profiles, max_draft_length=longest, max_new_tokens=tokens
+        )
+        _, info = env.reset(seed=0, options={"prompt": np.arange(4).repeat(len(traces))})
+        sums = {name: np.zeros(env.num_envs) for name in ("tokens", "seconds", "drafted")}
+        while not env.resting.all():
+            _, _, _, _, info = env.step(env.action_masks()[:, ::-1].argmax(1) * -1 + MOST_DRAFTS)
+            for name, total in sums.items():
+                total += info[name]
+        return list(zip(*(total[:: len(traces)].tolist() for total in sums.values()), strict=True))
+
+    assert decoded([short, long], K, TOKENS) == decoded([short], 2, 8)
+    with pytest.raises(TraceError, match="has drafts of 2 tokens, and max_draft_length is 5"):
+        decoded([short, long], K + 1, TOKENS)
+    with pytest.raises(TraceError, match="has texts of 8 tokens, and max_new_tokens is 13"):
+        decoded([short, long], K, TOKENS + 1)

@@ -134,6 +134,7 @@ def test_the_verdict_names_goals_that_are_met_and_missed_and_what_is_better() ->
     assert "1.367 times the throughput of the best single draft and 1.139 times that of the hybrid rule" in text
     assert "All targets are met." in text
     assert "closes 27% of the gap" in text
+    assert "sampled" not in text
     assert "about 45% (fitted to the test prompts: 55%)" in text
     assert "Better on average: ceiling, 2.400 against 2.050." in text
     text = choice_verdict(table_of(a=2.1, b=1.4))
@@ -141,5 +142,8 @@ def test_the_verdict_names_goals_that_are_met_and_missed_and_what_is_better() ->
     assert "below 0.99 of the best single draft: b (0.933)" in text
     assert "below 0.99 of the hybrid rule: b (0.778)" in text
     assert "beats the learned policy on b (closed form rule, 1.900)" in text
+    assert "has 0.933 times the throughput of the best single draft, at least 0.933" in choice_verdict(
+        table_of(**{"a": 2.1, "b@1.0": 1.4})
+    )
     text = choice_verdict(table_of(a=1.6, b=1.6))
     assert "1.067 times the best single draft is below 1.15" in text
