@@ -232,7 +232,10 @@ def choice_verdict(rows: Sequence[Row]) -> str:
     sentence += f" It closes {learned[GAP]:.0%} of the gap from the best single draft to the clairvoyant"
     if CEILING in mean:
         ceiling, hindsight = (mean[method].values[GAP] for method in (CEILING, HINDSIGHT))
-        sentence += f"; what can be seen would allow about {ceiling:.0%} (fitted to the test prompts: {hindsight:.0%})"
+        sentence += (
+            f"; planning with calibrated chances, from all that can be seen, closes {ceiling:.0%} (fitted to the test "
+            f"prompts themselves {hindsight:.0%})"
+        )
     sentence += "."
     rivals = {method: mean[method].values["throughput"] for method in (*SIMPLE, "bandit", CEILING) if method in mean}
     best = max(rivals, key=lambda method: rivals[method])

@@ -165,20 +165,20 @@ def best_of(gains: Floats) -> Actions:
 def decide(
     prompts: Sequence[MixedPrompts], plan: Plan, rates: Floats, exploring: float, rng: np.random.Generator
 ) -> tuple[Decisions, Floats]:
-    """Decode every prompt twice, once as planned and once trying other things.
+    """Decode every prompt, half of them as planned and half trying other things.
 
     Args:
         prompts: of each workload.
         plan: that decides.
         rates: throughput that time is priced at on each workload.
-        exploring: share of decisions that try something else.
-        rng: for all random choices.
+        exploring: share of decisions in the second half that try something else.
+        rng: for all random choices; which prompts are in which half, too.
 
     Returns:
         The decisions, and the throughput on each workload as planned, shape (workloads,).
     """
     counts = [many.prompts for many in prompts]
-    texts = 2 * len(prompts) * max(counts)
+    texts = len(prompts) * max(counts)
     env = DraftChoiceVectorEnv(
         texts,
         recording=[many.trace for many in prompts],
@@ -188,8 +188,8 @@ def decide(
         decision_seconds=prompts[0].decision_seconds,
     )
     workload, number = env.workload_of, np.arange(texts) // len(prompts)
-    chosen = np.where(number // 2 < np.array(counts)[workload], number // 2, -1)
-    explores = number % 2 == 1
+    chosen = np.where(number < np.array(counts)[workload], number, -1)
+    explores = number % 2 == rng.integers(2)
     further = [FurtherCosts(many.charges) for many in prompts]
     features, info = env.reset(seed=int(rng.integers(2**31)), options={"prompt": chosen})
     steps: list[tuple[Features, Floats, Flags, Actions]] = []
@@ -241,7 +241,7 @@ def fit_plan(
     rates, known = np.ones(len(prompts)), list[Decisions]()
     for number in range(settings.rounds):
         report(f"Planning, round {number + 1} of {settings.rounds}")
-        new, reached = decide(prompts, plan, rates, _EXPLORING if number else 1.0, rng)
+        new, reached = decide(prompts, plan, rates, _EXPLORING if number else 0.5, rng)
         known = [*known, new][-_REMEMBERED:]
         if number:  # the first one decided by what nobody had fitted
             rates = reached if number == 1 else rates + 0.5 * (reached - rates)
