@@ -1,10 +1,9 @@
 """Estimate of what any choice of drafts could reach that sees what the learned one sees.
 
 A classifier of the same features is fitted to whether the next token of each draft is right, and calibrated on prompts
-that it was not fitted to. What follows a token is worth what the best decision there is expected to bring, or nothing:
-that is fitted, too, to the decisions of the plan itself (backward induction with fitted continuation values, as for
-options by Longstaff and Schwartz, "Valuing American Options by Simulation", 2001). Time is priced at the throughput
-that the plan reaches (Dinkelbach).
+that it was not fitted to. What follows a token is fitted, too, to what came of it where the plan decided (backward
+induction with fitted continuation values, as for options by Longstaff and Schwartz, "Valuing American Options by
+Simulation: A Simple Least-Squares Approach", 2001). Time is priced at the throughput that the plan reaches.
 """
 
 from __future__ import annotations
@@ -285,6 +284,31 @@ def _gains(plan: Plan, features: Features, costs: Floats, rates: Floats) -> Floa
     return gains.numpy().astype(np.float64)
 
 
+def _following(plan: Plan, decisions: Decisions, rates: Floats) -> Floats:
+    """Tokens that came of what followed each drafted token in its round, less the price of their time.
+
+    From where something else was tried than the plan would do, it is what the plan expects of its best.
+
+    Returns:
+        Shape (decisions,).
+    """
+    texts = len(decisions.workload)
+    rows, prices = decisions.of_texts(np.ones(texts, np.bool_)), rates[decisions.workload]
+    expected, planned = np.zeros(len(decisions.actions)), np.zeros(len(decisions.actions), np.int64)
+    gains = _gains(plan, decisions.features[rows], decisions.costs[rows], prices[rows % texts])
+    expected[rows], planned[rows] = np.maximum(gains.max(1), 0.0), best_of(gains)
+    drafts = decisions.actions > 0
+    chosen = np.arange(len(drafts)), np.maximum(decisions.actions - 1, 0)
+    brought = decisions.right[chosen] - np.tile(prices, len(drafts) // texts) * decisions.costs[chosen]
+    following, after = np.empty(len(drafts)), np.zeros(texts)
+    for begin in range(len(drafts) - texts, -1, -texts):
+        step = slice(begin, begin + texts)
+        following[step] = after
+        came = np.where(drafts[step], brought[step] + after, 0.0)
+        after = np.where(decisions.actions[step] == planned[step], came, expected[step])
+    return following
+
+
 def _fit(
     plan: Plan,
     decisions: Decisions,
@@ -298,12 +322,7 @@ def _fit(
     features, right = torch.from_numpy(decisions.features), torch.from_numpy(decisions.right).float()
     there, actions = torch.from_numpy(decisions.available), torch.from_numpy(decisions.actions)
     price = rates[decisions.workload[rows % texts]]
-    drafted = np.flatnonzero(decisions.actions[rows] > 0)
-    after = rows[drafted] + texts  # the same text, a step later
-    worth = np.zeros(len(rows))
-    worth[drafted] = np.maximum(
-        _gains(plan, decisions.features[after], decisions.costs[after], price[drafted]).max(1), 0.0
-    )
+    worth = _following(plan, decisions, rates)[rows]
     prices, worths, drafts = torch.from_numpy(price).float(), torch.from_numpy(worth).float(), actions[rows] > 0
     for _ in range(_EPOCHS):
         for part in np.array_split(rng.permutation(len(rows)), max(_FEWEST, len(rows) // _BATCH)):

@@ -26,7 +26,7 @@ class PlanSettings:
 
     rounds: int = 12
     """Times that the plan is fitted anew, to what it does itself; 0 leaves the estimate out."""
-    width: int = 64
+    width: int = 48
     """Units in each of the two layers of the networks that are fitted."""
 
     def __post_init__(self) -> None:
