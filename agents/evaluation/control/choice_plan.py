@@ -33,7 +33,7 @@ _KEPT_APART = 4
 """One in so many prompts is used to calibrate and not to fit."""
 _REMEMBERED = 3
 """Rounds whose decisions are learned from."""
-_EPOCHS, _BATCH, _FEWEST, _LEARNING_RATE = 1, 2048, 12, 3e-3
+_EPOCHS, _BATCH, _FEWEST, _LEARNING_RATE = 3, 2048, 12, 3e-3
 """Passes over decisions in a round, decisions in a minibatch, and minibatches at least."""
 _BINS = 15
 

@@ -92,7 +92,7 @@ def test_without_a_plan_there_is_no_ceiling() -> None:
 
 def test_a_plan_finds_what_tells_the_drafts_apart_and_its_chances_come_true() -> None:
     train, test = telling("train", 0), telling("test", 1)
-    fitted = fit_plan([train], PlanSettings(rounds=9, width=16))
+    fitted = fit_plan([train], PlanSettings(rounds=6, width=16))
     rule = fitted.rule(0, test)
     planned = test.decode([rule])[0].throughput
     best = oracle(test)[1].throughput
