@@ -39,7 +39,7 @@ REFUSED = """## What is refused
 |---|---|---|
 """
 OTHERS = """Refused as well, whatever the architecture: modules that `torch.compile` has wrapped, adapters of PEFT that
-are not merged, dynamic int8 and LLM.int8 quantisation, models without weights, and prompts longer than `context_limit`.
+are not merged, targets in dynamic int8 or LLM.int8 (drafts may be), models without weights, and prompts longer than `context_limit`.
 Each message names the way out.
 """
 
