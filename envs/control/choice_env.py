@@ -113,7 +113,8 @@ class DraftChoiceEnv(ControlEnv):
         backend: `"live"`, the default, runs the models, `"replay"` a recording, for which no model is loaded if there
             is a profile. When greedy, both give the same tokens, rounds and seconds. Features agree up to the rounding
             of recorded numbers, except behind a drafted token that will be rejected: there a replay shows of the other
-            drafts what they would go on with from the last token that is right.
+            drafts what they would go on with from the last token that is right. An agent that looks at them can tell
+            by it, and reaches more by replay than live: judge it live.
         max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the recording holds.
         max_new_tokens: tokens of each text, at most; in replay at most what the recording holds.
         split: `"train"` or `"test"` prompts; by default the workload's own, or the recording's.
