@@ -63,7 +63,8 @@ CAPTION = (
     "with calibrated chances that are fitted to the training prompts from what the policy sees, hindsight with chances "
     "fitted to the test prompts themselves; the clairvoyant knows what will be accepted. The gap is that from single "
     "to it. ± is half a 95 % interval over prompts and seeds. Replay flatters what looks at other drafts in the "
-    "middle of a round, all but single and hybrid (docs/draft-choice.md): judge by evaluate.py RUN --live before you rely on it."
+    "middle of a round, all but single and hybrid (docs/draft-choice.md): judge by evaluate.py RUN --live before "
+    "you rely on it."
 )
 
 
