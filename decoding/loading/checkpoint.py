@@ -139,6 +139,7 @@ def load_checkpoint(
     if shared:
         parameters |= _shared(folder, link, shared, dtype, shared_from)
     _put(model, parameters, folder)
+    _fill_buffers(model)
     if has_generation:
         try:
             read_json(folder / GENERATION)
@@ -154,7 +155,7 @@ def _line(error: Exception) -> str:
 
 
 def _built(folder: Path, tensors: Mapping[str, Tensor], shared: set[str], dtype: torch.dtype) -> PreTrainedModel:
-    """A model by the configuration of a folder, if that is not far larger than what is stored.
+    """A model by the configuration of a folder, on the meta device, if it is not far larger than what is stored.
 
     Args:
         folder: with ``config.json``.
@@ -172,14 +173,12 @@ def _built(folder: Path, tensors: Mapping[str, Tensor], shared: set[str], dtype:
         check_counts(read_json(path), len(tensors) + len(shared))
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        sizes = {name: part.numel() for name, part in (*shape.named_parameters(), *shape.named_buffers())}
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        sizes = {name: part.numel() for name, part in (*model.named_parameters(), *model.named_buffers())}
         elements = sum(size for name, size in sizes.items() if name not in shared)
         most = _SPARE_ELEMENTS + _LARGEST_RATIO * sum(tensor.numel() for tensor in tensors.values())
         if elements > most or sum(sizes.values()) > elements + _MOST_SHARED:
             raise CheckpointError(f"it describes {elements} numbers, far more than {WEIGHTS} holds")
-        with torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be used ({_line(error)}): {WAY_OUT}") from error
     return model
@@ -293,6 +292,20 @@ def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Pa
         for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, value)
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no file holds, such as frequencies of a rotation, which are still on the meta device.
+
+    As `from_pretrained` does: only what is not marked gets values (transformers 5.23, `_initialize_missing_keys`).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

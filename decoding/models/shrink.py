@@ -100,6 +100,8 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
     places = {name: value for name, value in lists.items() if _are_places(value, layers)}
     rows = {name: value for name, value in lists.items() if len(value) == layers > 1 and name not in places}
     shared = int(values.get("num_kv_shared_layers") or 0)  # the last layers, which use keys and values of earlier ones
+    if layers == 1 and not any("layer" in name for name in lists):
+        layers = 2  # a draft's only layer is then tried together with its target's
     few = _prefix({name: row[: layers - shared] for name, row in rows.items()}, layers - shared)
     if few is None:
         return None

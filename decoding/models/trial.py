@@ -367,7 +367,9 @@ def _small_model(model: PreTrainedModel) -> _SmallModel | None:
         return None
     config._attn_implementation = model.config._attn_implementation
     kind = type(model) if type(model.config) is type(config) else None
-    key = (kind, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    # Neither the place that a configuration was read from nor its type counts: a draft is mostly of its target's kind.
+    described = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype")}
+    key = (kind, json.dumps(described, sort_keys=True, default=str))
     if key not in _small_models:
         _small_models[key] = _made(kind, config)
     return _small_models[key]

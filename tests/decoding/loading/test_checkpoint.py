@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgym.decoding.fit.draft.init_from_target import take_layers
 from specgym.decoding.loading.checkpoint import load_checkpoint, save_checkpoint
 from specgym.decoding.loading.link import CheckpointError, is_checkpoint, lender, read_link, tokenizer_folder
+from tests.helpers.architecture_chains import FAMILIES
+from tests.helpers.architectures import build
 from tests.helpers.sealing import reseal
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -66,6 +70,41 @@ def test_loading_asks_for_the_dtype_and_leaves_the_random_state_alone(tmp_path: 
     before = torch.random.get_rng_state()
     assert load_checkpoint(tmp_path, torch.bfloat16).dtype == torch.bfloat16
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+class Drawn(TorchDispatchMode):
+    """Counts the random numbers that are drawn into memory."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::normal_", "aten::uniform_") and not result.is_meta:
+            self.numbers += result.numel()
+        return result
+
+
+def test_no_weight_is_initialised_that_the_file_holds(tmp_path: Path) -> None:
+    save_checkpoint(tiny_llama(), tmp_path, card="")
+    with Drawn() as drawn:
+        load_checkpoint(tmp_path)
+    assert drawn.numbers == 0
+    with drawn:
+        tiny_llama()
+    assert drawn.numbers > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gemma3_text", "phi3-longrope"])
+def test_buffers_that_no_file_holds_are_computed(tmp_path: Path, name: str) -> None:
+    case = next(case for family in FAMILIES for case in family.cases if str(case) == name)
+    model = build(case)
+    save_checkpoint(model, tmp_path, card="", dtype=torch.float32)
+    back, stored = load_checkpoint(tmp_path), {name for name, _ in model.named_parameters()}
+    buffers = dict(back.named_buffers())
+    assert set(buffers) - stored
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer)
+    torch.testing.assert_close(logits(back), logits(model))
 
 
 def test_transformers_reads_a_folder_that_shares_nothing(tmp_path: Path) -> None:

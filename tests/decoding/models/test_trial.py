@@ -98,6 +98,19 @@ def test_a_small_model_is_tried_once(make_model: MakeModel, monkeypatch: pytest.
     LanguageModel(windowed(make_model))
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("llama", 1), ("llama", 2), ("mistral", 2)])
+def test_a_draft_of_its_targets_kind_is_tried_with_it(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, kind: str, layers: int
+) -> None:
+    monkeypatch.setattr(trial, "_small_models", {})
+    target, draft = make_model(kind), make_model(kind, layers=layers)
+    for model, name in ((target, "somewhere/target"), (draft, "elsewhere/draft")):
+        model.config.name_or_path = name
+    LanguageModel(target)
+    monkeypatch.setattr(trial, "_made", lambda *_: pytest.fail("made again"))
+    LanguageModel(draft, role="draft")
+
+
 def test_a_model_whose_cache_does_nothing_is_refused(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = make_model("llama")
     stock = model.forward
