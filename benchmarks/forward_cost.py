@@ -1,9 +1,12 @@
-"""Cost of a forward pass by its number of tokens, with stock linear layers and with prepacked ones.
+"""Cost of a forward pass by its number of tokens, with stock linear layers and with packed ones, and its bound.
 
     python -m benchmarks.forward_cost                       # a random Llama of about 110 million parameters, float32
     python -m benchmarks.forward_cost --model tiny-10m      # a shipped model, a folder or a hub id
 
-The claim to check: with prepacked layers a pass over 8 tokens costs at most 1.35 times a pass over one.
+No pass is shorter than reading its weights takes. So the bytes of the weights that a pass uses (embeddings are looked
+up, and count for nothing) and the rate at which a core reads, measured between the passes, give a bound for each side.
+
+The claim to check: with packed layers a pass over 8 tokens costs at most 1.35 times a pass over one.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -20,7 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from specgym.decoding import SMALLEST_PREPACKED, LanguageModel, load_model, prepack_linears, write_json
+from specgym.decoding import (
+    SMALLEST_PREPACKED,
+    LanguageModel,
+    bytes_of_pass,
+    load_model,
+    prepack_linears,
+    write_json,
+)
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Settings:
     repeats: int = 15
     """Passes of each kind; the median counts."""
     smallest: tuple[int, ...] = field(default_factory=lambda: (SMALLEST_PREPACKED,))
-    """Thresholds to try: only weights of at least so many elements are prepacked."""
+    """Thresholds to try: of the weights that do not fit into float16, those of at least so many elements are packed."""
     json: Path | None = None
     """File to write the figures to, too."""
 
@@ -60,13 +70,29 @@ def build(settings: Settings) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def measure(models: dict[str, LanguageModel], settings: Settings) -> dict[str, dict[int, float]]:
-    """Median milliseconds of a pass by model and number of tokens; the models take turns, so that both feel the same
-    machine."""
+class Figures(NamedTuple):
+    """Medians of what was measured."""
+
+    milliseconds: dict[str, dict[int, float]]
+    """Time of a pass, by model and number of tokens."""
+    bytes_a_second: float
+    """Rate at which this machine reads from memory, on as many threads as the passes had."""
+
+
+_READ = 2**25
+"""Numbers of float32 in what is read to measure the rate: four times what a large cache holds."""
+
+
+def measure(models: dict[str, LanguageModel], settings: Settings) -> Figures:
+    """Time the models' passes; models and reading take turns, so that all feel the same machine."""
     seconds: dict[str, dict[int, list[float]]] = {name: {count: [] for count in settings.tokens} for name in models}
+    memory, reading = torch.ones(_READ), list[float]()
     for model in models.values():
         model.forward(torch.arange(settings.cached) % model.vocabulary_size, last=1)
     for repeat in range(settings.repeats + 2):
+        started = time.perf_counter()
+        memory.sum()
+        reading.append(time.perf_counter() - started)
         for count in settings.tokens:
             for name, model in models.items():
                 tokens = torch.arange(count) % model.vocabulary_size
@@ -76,10 +102,11 @@ def measure(models: dict[str, LanguageModel], settings: Settings) -> dict[str, d
                 model.truncate(settings.cached)
                 if repeat >= 2:  # after two rounds to warm up
                     seconds[name][count].append(elapsed)
-    return {
+    milliseconds = {
         name: {count: 1000 * statistics.median(values) for count, values in by_count.items()}
         for name, by_count in seconds.items()
     }
+    return Figures(milliseconds, memory.nbytes / statistics.median(reading))
 
 
 def main() -> None:
@@ -90,25 +117,42 @@ def main() -> None:
     for smallest in settings.smallest:
         packed = build(settings)
         prepack_linears(packed, smallest)
-        models[f"prepacked >= {smallest:,}"] = LanguageModel(packed, prepack=False)
-    milliseconds = measure(models, settings)
+        models[f"packed >= 2^{smallest.bit_length() - 1}"] = LanguageModel(packed, prepack=False)
+    figures = measure(models, settings)
+    sizes = {name: bytes_of_pass(model.model) for name, model in models.items()}
+    bounds = {name: 1000 * size / figures.bytes_a_second for name, size in sizes.items()}
 
     table = Table(title=f"ms per pass: {settings.model}, {parameters / 1e6:.0f}M parameters, {settings.dtype}")
     table.add_column("tokens", justify="right")
     for name in models:
-        table.add_column(name, justify="right")
-        table.add_column("x one token", justify="right")
+        for column in (name, "x one token", "x bound", "GB/s"):
+            table.add_column(column, justify="right")
     for count in settings.tokens:
         cells = [str(count)]
-        for by_count in milliseconds.values():
-            cells += [f"{by_count[count]:.2f}", f"{by_count[count] / by_count[settings.tokens[0]]:.2f}"]
+        for name, by_count in figures.milliseconds.items():
+            value = by_count[count]
+            cells += [f"{value:.2f}", f"{value / by_count[settings.tokens[0]]:.2f}"]
+            cells += [f"{value / bounds[name]:.2f}", f"{sizes[name] / value / 1e6:.1f}"]
         table.add_row(*cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"memory reads {figures.bytes_a_second / 1e9:.1f} GB/s")
+    for name, size in sizes.items():
+        console.print(f"{name}: {size / 1e6:.1f} MB of weights a pass, at least {bounds[name]:.2f} ms")
     if settings.json:
-        by_name = {
-            name: {str(count): value for count, value in values.items()} for name, values in milliseconds.items()
+        by_name: dict[str, Any] = {
+            name: {str(count): value for count, value in values.items()}
+            for name, values in figures.milliseconds.items()
         }
-        write_json(settings.json, {"settings": {**asdict(settings), "json": None}, "milliseconds": by_name})
+        write_json(
+            settings.json,
+            {
+                "settings": {**asdict(settings), "json": None},
+                "milliseconds": by_name,
+                "bytes": sizes,
+                "bytes_a_second": figures.bytes_a_second,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
+from .models.output_layer import bytes_of_pass
 from .models.quantise import quantise
 from .processors import TextRules, sampling_of, target_digest, text_settings
 from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
@@ -277,6 +278,7 @@ __all__ = [
     "arithmetic_of",
     "bins_of",
     "build_decoder",
+    "bytes_of_pass",
     "cache_folder",
     "check_digest",
     "check_fields",

@@ -27,7 +27,7 @@ from ..drafts.mixed import draft_models, drafts_of
 from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
 from ..models.language_model import LanguageModel, decoding_threads
-from ..models.linear_layers import PrepackedLinear
+from ..models.linear_layers import HalfWeight, PrepackedLinear
 from ..processors import text_settings
 from ..rounds import Round
 from ..sampling import Sampling
@@ -36,14 +36,20 @@ from .profile import LatencyProfile, arithmetic_of
 
 
 def describe_hardware(pair: Pair) -> dict[str, Any]:
-    """Device and software that time a pair: `device`, `name`, `threads`, `dtype`, `prepacked`, `torch`, `version`."""
+    """Device and software that time a pair: `device`, `name`, `threads`, `dtype`, `prepacked`, `torch`, `version`.
+
+    `halved` is there, and true, where weights of the target are kept in float16.
+    """
     device = pair.target.device
+    packed = [layer.packed for layer in pair.target.model.modules() if isinstance(layer, PrepackedLinear)]
+    halved = any(isinstance(weight, HalfWeight) for weight in packed)
     return {
         "device": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": decoding_threads(),
         "dtype": str(pair.target.dtype).removeprefix("torch."),
-        "prepacked": any(isinstance(module, PrepackedLinear) for module in pair.target.model.modules()),
+        "prepacked": bool(packed),
+        **({"halved": True} if halved else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -83,7 +83,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
         yield (tensor.device, storage.data_ptr()), storage.nbytes()
     for module in model.modules():
         if isinstance(module, PrepackedLinear):
-            yield module, module.nbytes
+            yield module, module.packed.nbytes
         elif is_dynamic(module):
             packed = (part for value in module.state_dict().values() for part in tensors_in(value))
             yield module, sum(part.numel() * part.element_size() for part in packed)

@@ -45,8 +45,8 @@ class Pair:
             tokens that both have, and the text is still the target's (`TranslatedModel`). Neither tokenizer is needed
             where both models have the same vocabulary. Of several drafts one each, or one for all.
         name: how reports call the pair; by default made from the models' names.
-        prepack: see `LanguageModel`. On CPU the target's large linear layers are packed in place unless this is
-            False (`unpack` undoes it); a draft model is left as it is.
+        prepack: see `LanguageModel`. On CPU the large linear layers of target and draft are packed in place unless
+            this is False (`unpack` undoes it); True asks the same of the target and is no more for the draft.
 
     Raises:
         ArgumentError: a sequence of drafts is empty, or has not as many tokenizers.
@@ -68,7 +68,7 @@ class Pair:
             target = LanguageModel(causal_model(target), prepack=prepack)
         if not target.exact:
             raise UnsupportedModelError(f"{target.name} was made as a draft; make the target of a pair from its model")
-        self.draft = _drafter(target, draft, tokenizer, draft_tokenizer)
+        self.draft = _drafter(target, draft, tokenizer, draft_tokenizer, prepack)
         self.target = resuming(target, draft_models(self.draft)) if self.draft is not None else whole(target)
         self.tokenizer = tokenizer
         self.name = name or (f"{target.name}+{self.draft.name}" if self.draft is not None else target.name)
@@ -84,8 +84,9 @@ class Pair:
             model.unpack()
 
     def pack(self) -> None:
-        """Prepack the target's large linear layers that are plain, where its device and type allow it."""
-        self.target.pack()
+        """Prepack the large linear layers of target and draft that are plain, where device and type allow it."""
+        for model in (self.target, *draft_models(self.draft)):
+            model.pack()
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""
@@ -111,13 +112,14 @@ def _drafter(
     draft: AnyDraft | Sequence[AnyDraft] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     draft_tokenizer: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    prepack: bool | None,
 ) -> Drafter | None:
     """Return what drafts for a target, in its vocabulary. Arguments and errors as for `Pair`."""
     if isinstance(draft, Sequence):
         tokenizers = draft_tokenizer if isinstance(draft_tokenizer, Sequence) else [draft_tokenizer] * len(draft)
         if not draft or len(tokenizers) != len(draft):
             raise ArgumentError(f"{len(draft)} drafts have {len(tokenizers)} tokenizers; give a draft, and one each")
-        parts = [_drafter(target, part, tokenizer, its) for part, its in zip(draft, tokenizers, strict=True)]
+        parts = [_drafter(target, part, tokenizer, its, prepack) for part, its in zip(draft, tokenizers, strict=True)]
         drafts = [part for part in parts if part is not None]
         return drafts[0] if len(drafts) == 1 else MixedDraft(drafts)
     if isinstance(draft_tokenizer, Sequence):
@@ -125,8 +127,7 @@ def _drafter(
     if isinstance(draft, EarlyExit):
         return ModelDrafter(ExitModel(target, draft.layers))
     if isinstance(draft, nn.Module):
-        # It reads a token at a time, where plain weights are as fast.
-        draft = LanguageModel(causal_model(draft, "draft"), prepack=False, role="draft")
+        draft = LanguageModel(causal_model(draft, "draft"), prepack=False if prepack is False else None, role="draft")
     if isinstance(draft, LanguageModel):
         draft = ModelDrafter(draft)
     return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
@@ -282,7 +283,7 @@ def load_pair(
         _, _, inner_name = draft_name.partition(presets.DRAFTED_BY)
         if inner_name:
             inner, _ = drafted_by(inner_name)
-            alone = _drafter(target, drafts[number][0], tokenizer, drafts[number][1])
+            alone = _drafter(target, drafts[number][0], tokenizer, drafts[number][1], prepack)
             drafts[number] = CascadeDrafter(cast(ModelDrafter, alone), cast(Drafter, inner)), None
     return Pair(
         target,

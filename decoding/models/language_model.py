@@ -19,7 +19,9 @@ from .attention import EVERYWHERE_FULL, MaskMaker, numbers
 from .kv_cache import BranchingCache, RestorableCache, TokenTree
 from .linear_layers import (
     NARROWEST_PREPACKED,
+    SMALLEST_PREPACKED,
     can_prepack,
+    only_looking,
     prepack_linears,
     unpack_changed_output,
     unpack_linears,
@@ -61,8 +63,9 @@ class LanguageModel:
 
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
-        prepack: pack the large linear layers' weights for oneDNN, *in place* (see `PrepackedLinear`; `unpack` undoes
-            it); by default on CPU, for models at least 512 wide. With False the model is left untouched.
+        prepack: pack the large linear layers' weights for a CPU, *in place* (see `PrepackedLinear`; `unpack` undoes
+            it): in float16 where they keep every number so, by default at any width, and otherwise in oneDNN's layout,
+            by default targets at least 512 wide. With False the model is left untouched.
         role: what is asked of it: of a draft not that it be `exact`, since what it proposes is verified.
 
     Raises:
@@ -76,6 +79,7 @@ class LanguageModel:
     restores_states = False
     _reading = Reading(EVERYWHERE_FULL)
     _forced = False
+    _smallest_blocked: int | None = SMALLEST_PREPACKED
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
         refuse_unsupported(causal_model(model, role), exact=role == "target")
@@ -85,9 +89,11 @@ class LanguageModel:
                 f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
                 "where oneDNN supports it) on CPU. Leave `prepack` unset."
             )
-        wide = self.hidden_size >= NARROWEST_PREPACKED
-        if prepack or (prepack is None and wide and can_prepack(model)):
-            prepack_linears(model)
+        if role == "draft":  # it reads a token a pass, which is no faster blocked
+            self._smallest_blocked = None
+        if prepack is not False and can_prepack(model):
+            narrow = self.hidden_size < NARROWEST_PREPACKED and not prepack
+            prepack_linears(model, None if narrow else self._smallest_blocked)
         self._set_up(model, settle(model, LanguageModel.as_read, role))
 
     @classmethod
@@ -103,8 +109,8 @@ class LanguageModel:
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
         self.vocabulary_size = int(config.vocab_size)
         self.hidden_size = int(config.hidden_size)
-        self.device = execution_device(model)
-        self.dtype = model.dtype
+        with only_looking():  # of a part of a model the first weight may be packed
+            self.device, self.dtype = execution_device(model), model.dtype
         self.context_limit = min(declared_context(config), reading.context_limit)
         self.branches = reading.spans is not None
         self.exact = reading.exact
@@ -144,7 +150,7 @@ class LanguageModel:
     def pack(self) -> None:
         """Prepack the large linear layers that are plain, where the model's device and type allow it."""
         if can_prepack(self.model):
-            prepack_linears(self.model)
+            prepack_linears(self.model, self._smallest_blocked)
 
     def unpack(self) -> None:
         """Give the linear layers their plain weights back, for good; texts stay the same, passes take longer."""

@@ -1,8 +1,13 @@
-"""Linear layers of a model, prepacked for oneDNN.
+"""Linear layers of a model, prepacked for a CPU.
 
 torch multiplies a short batch by a plain weight with a routine meant for large ones; the time then grows with every
-token. With a weight in oneDNN's blocked layout it stays nearly flat up to a dozen tokens, which is what makes checking
-a draft cheaper than generating its tokens one after another.
+token. With a packed weight it stays nearly flat up to a dozen tokens, which is what makes checking a draft cheaper than
+generating its tokens one after another. There are two ways to pack:
+
+* in float16 (`HalfWeight`), where every number of the weight survives that unchanged, which is so for what a checkpoint
+  holds in float16, bfloat16 or eight bits and was loaded as float32. Inputs, products and sums stay float32, so that it
+  is the same arithmetic on the same numbers, of which half the bytes are read;
+* in oneDNN's blocked layout (`BlockedWeight`), for large layers that the target has in other numbers.
 
 A model that somebody handed over keeps working as theirs. Its layers stay the objects that they are, hooks included;
 whoever asks for a plain weight gets it, as the parameter that it was, and that layer is plain from then on.
@@ -12,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -25,12 +32,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 SMALLEST_PREPACKED = 2**19
-"""Weights of fewer elements stay as they are: there the call into oneDNN costs more than the layout saves
+"""Weights of fewer elements are not blocked: there the call into oneDNN costs more than the layout saves
 (`benchmarks/forward_cost.py` measures both)."""
 
+SMALLEST_HALVED = 2**15
+"""Weights of fewer elements stay as they are in any case: on the shipped models of 192 and more it pays to keep
+matrices of the hidden size in float16, on those of 128 it does not."""
+
 NARROWEST_PREPACKED = 512
-"""Hidden size below which a model is left alone unless asked for: on the shipped models, 256 wide, prepacking their
-output layer made decoding 1 to 5 % slower."""
+"""Hidden size below which nothing is blocked unless asked for: on the shipped models, 256 wide, a blocked output layer
+made decoding 1 to 5 % slower."""
+
+_LARGEST_POWER = 15  # the largest number of a row is brought to between 2 ** 14 and 2 ** 15, well inside float16
+_TRIED_ROWS = 16
+_LOG = logging.getLogger("specgym")
 
 _only_looking: ContextVar[bool] = ContextVar("_only_looking", default=False)
 
@@ -45,8 +60,115 @@ def only_looking() -> Iterator[None]:
         _only_looking.reset(token)
 
 
+class BlockedWeight:
+    """A weight in oneDNN's layout, of its own type.
+
+    Args:
+        weight: shape (outputs, inputs), contiguous.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        # Packed for a batch of so many: the layout that oneDNN then chooses is read faster for one token, too.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        self.dtype, self.nbytes = weight.dtype, weight.nbytes
+
+    def dense(self) -> Tensor:
+        """The weight as it was."""
+        return self._packed.to_dense()
+
+    def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what a linear layer does, shapes (..., inputs) to (..., outputs)."""
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
+
+
+class HalfWeight:
+    """A float32 weight all of whose numbers are float16 ones, or such times one number for every row.
+
+    FBGEMM multiplies it with float32 inputs, in float32. Make it with `halved`.
+
+    Args:
+        halves: shape (outputs, inputs), float16.
+        scale: number for every row, shape (outputs,), float32; None for ones.
+    """
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, halves: Tensor, scale: Tensor | None) -> None:
+        self._packed = torch.ops.quantized.linear_prepack_fp16(halves.float(), None)
+        self._scale, self.nbytes = scale, halves.nbytes + (0 if scale is None else scale.nbytes)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return halved, (self.dense(),)
+
+    def dense(self) -> Tensor:
+        """The weight as it was, shape (outputs, inputs)."""
+        weight = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return weight if self._scale is None else weight.mul_(self._scale[:, None])
+
+    def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what a linear layer does, shapes (..., inputs) to (..., outputs)."""
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(inputs, self._packed)
+        if self._scale is not None:
+            product.mul_(self._scale)
+        return product if bias is None else product.add_(bias)
+
+
+def halved(weight: Tensor) -> HalfWeight | None:
+    """Pack a weight in float16, if it comes back to the last bit and this build of torch can multiply by it.
+
+    Args:
+        weight: shape (outputs, inputs).
+    """
+    usable = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    if not usable or torch.backends.quantized.engine not in ("x86", "fbgemm") or not halves_are_right():
+        return None
+    rows = _as_halves(weight[:_TRIED_ROWS]) and _as_halves(weight)
+    packed, bits = HalfWeight(*rows) if rows else None, torch.int32
+    return packed if packed is not None and torch.equal(packed.dense().view(bits), weight.view(bits)) else None
+
+
+def _as_halves(weight: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Numbers of float16, and a number for every row, whose products are the weight; None where there are none."""
+    halves = weight.half()
+    right = (halves.float() == weight).all(1)
+    if right.all():
+        return halves, None
+    largest = weight.abs().amax(1)
+    scale = torch.ones_like(largest)
+    power = torch.ldexp(scale, torch.frexp(largest).exponent - _LARGEST_POWER)  # bfloat16 has smaller and larger ones
+    eighth = largest / 127  # symmetric eight bits, as `loading/checkpoint.py` unpacks them, up to rounding
+    bounds = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for candidate in (power, eighth, *(torch.nextafter(eighth, bound) for bound in bounds)):
+        trial = (weight / candidate[:, None]).half()
+        fits = (trial.float() * candidate[:, None] == weight).all(1) & ~right
+        halves, scale = halves.where(~fits[:, None], trial), scale.where(~fits, candidate)
+        right |= fits
+        if right.all():
+            return halves, scale
+    return None
+
+
+@lru_cache(maxsize=1)
+def halves_are_right() -> bool:
+    """True if products with float16 weights are there and are those of float32, for one token and for several."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight = torch.randn(72, 129, generator=generator, device="cpu").half()
+    inputs = torch.randn(19, 129, generator=generator, device="cpu")
+    expected = inputs.double() @ weight.double().t()
+    try:
+        packed = HalfWeight(weight, None)
+        errors = [(packed.times(inputs[:count], None) - expected[:count]).abs().max() for count in (1, 5, 19)]
+    except (RuntimeError, AttributeError) as error:
+        _LOG.info("weights stay float32: this build of torch multiplies by no float16 ones (%s)", error)
+        return False
+    right = bool(max(errors) < 1e-4 * expected.std())  # float32 is off by 1e-6, and what adds in float16 by 1e-3
+    if not right:
+        _LOG.info("weights stay float32: products with float16 ones are off by %.2g", max(errors))
+    return right
+
+
 class PrepackedLinear(nn.Module):
-    """A linear layer (`nn.Linear`, or GPT-2's `Conv1D`) on CPU with its weight in oneDNN's layout, for inference.
+    """A linear layer (`nn.Linear`, or GPT-2's `Conv1D`) on CPU with its weight packed, for inference.
 
     It is the object that the model had, its class changed for the time being as `torch.nn.utils.parametrize` does. Its
     parameter stays, with its numbers in the packed weight alone. As soon as anything asks for it - to read, save, move,
@@ -58,13 +180,13 @@ class PrepackedLinear(nn.Module):
     """Class of the layer when it is not packed."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the prepacked weight."""
-        return int(self.__dict__["_packed"].numel() * self.__dict__["_packed"].element_size())
+    def packed(self) -> BlockedWeight | HalfWeight:
+        """The weight as it is held."""
+        return self.__dict__["_packed"]
 
     def dense(self) -> Tensor:
         """Rebuild the plain weight, shape (outputs, inputs), and stay packed."""
-        return self.__dict__["_packed"].to_dense()
+        return self.packed.dense()
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
@@ -91,7 +213,7 @@ class PrepackedLinear(nn.Module):
         ):
             _unpack_unasked(self)
             return type(self).forward(self, inputs)
-        return torch.ops.mkldnn._linear_pointwise(inputs, packed, state["_parameters"]["bias"], "none", [], "")
+        return packed.times(inputs, state["_parameters"]["bias"])
 
     def train(self, mode: bool = True) -> nn.Module:  # type: ignore[override]
         """Set the mode; training needs the plain weight."""
@@ -162,18 +284,22 @@ def _unpack(layer: PrepackedLinear) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pack(layer: nn.Module, shared: bool) -> None:
-    """Pack one layer; unless its weight is shared, free it."""
+def _pack(layer: nn.Module, shared: bool, smallest: int | None) -> bool:
+    """Pack one layer, if that can be; unless its weight is shared, free it."""
     weight = layer.__dict__["_parameters"]["weight"]
     transposed = isinstance(layer, Conv1D)  # as GPT-2 keeps its weights
     rows = (weight.detach().t() if transposed else weight.detach()).contiguous()
-    layer.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(rows, None)
+    packed = halved(rows) or (None if smallest is None or rows.numel() < smallest else BlockedWeight(rows))
+    if packed is None:
+        return False
+    layer.__dict__["_packed"] = packed
     layer.__dict__["_shared"] = (_version(weight), weight.detach()[:, 0].clone()) if shared else None
     if not shared:
         if not weight.is_inference():
             torch.autograd.graph.increment_version(weight)  # a backward pass that still needs it fails, saying so
         weight.data = torch.full((), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
     layer.__class__ = _PrepackedConv1D if transposed else _PrepackedLinear
+    return True
 
 
 def can_prepack(model: nn.Module) -> bool:
@@ -208,13 +334,18 @@ def _is_packable(layer: nn.Module, smallest: int) -> bool:
     )
 
 
-def prepack_linears(model: nn.Module, smallest: int = SMALLEST_PREPACKED) -> int:
-    """Pack the linear layers with at least `smallest` weights, in place; returns how many were packed.
+def prepack_linears(model: nn.Module, smallest: int | None = SMALLEST_PREPACKED) -> int:
+    """Pack linear layers in place, in float16 where they keep every number so; returns how many were packed.
 
     Each plain weight is freed before the next one is packed, so that memory does not double. What anything outside the
     model holds, such as an optimiser or another model, is left alone.
+
+    Args:
+        model: on a CPU.
+        smallest: elements of the smallest weights that are blocked if they cannot be in float16; None for none.
     """
-    layers = [layer for layer in model.modules() if _is_packable(layer, smallest)]
+    least = SMALLEST_HALVED if smallest is None else min(smallest, SMALLEST_HALVED)
+    layers = [layer for layer in model.modules() if _is_packable(layer, least)]
     uses = Counter(id(weight) for layer in model.modules() for weight in layer.__dict__["_parameters"].values())
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
@@ -228,8 +359,7 @@ def prepack_linears(model: nn.Module, smallest: int = SMALLEST_PREPACKED) -> int
     for layer in layers:
         shared = uses[id(layer.__dict__["_parameters"]["weight"])] > 1
         if layer is output if shared else not held(layer):
-            _pack(layer, shared)
-            packed += 1
+            packed += _pack(layer, shared, smallest)
     return packed
 
 

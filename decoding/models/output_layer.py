@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .linear_layers import PrepackedLinear
+from .linear_layers import HalfWeight, PrepackedLinear, halved, only_looking
 
 
 class OutputLayer(NamedTuple):
@@ -83,7 +83,8 @@ class ReducedOutput(nn.Module):
     """In the place of an output layer, with the same weight, of which it uses the rows of some tokens.
 
     The weight stays whole and stays what it is: the embeddings of the model, or the output layer of another one. The
-    rows are copied when they are first needed and kept while the weight is the same.
+    rows are copied when they are first needed and kept while the weight is the same; in float16 where a decoder reads
+    them and they keep every number so (`halved`).
 
     Args:
         layer: the output layer: its ``weight`` has shape (vocabulary, h), its ``bias``, if any, (vocabulary,).
@@ -112,7 +113,7 @@ class ReducedOutput(nn.Module):
             raise ValueError(f"the tokens of an output layer must be ids below {size} in ascending order, each once")
         self.tokens: Tensor
         self.register_buffer("tokens", tokens.to(self.weight.device))
-        self._kept: tuple[nn.Parameter, int, Tensor] | None = None
+        self._kept: tuple[nn.Parameter, int, bool, Tensor | HalfWeight] | None = None
         self.rounded: nn.Module | None = None
 
     def score_by(self, layer: nn.Module) -> None:
@@ -123,7 +124,8 @@ class ReducedOutput(nn.Module):
         """Scores of the tokens alone, shapes (..., h) to (..., n)."""
         if self.rounded is not None:
             return cast("Tensor", self.rounded(hidden))
-        return functional.linear(hidden, self._rows(), None if self.bias is None else self.bias[self.tokens])
+        rows, bias = self._rows(), None if self.bias is None else self.bias[self.tokens]
+        return functional.linear(hidden, rows, bias) if isinstance(rows, Tensor) else rows.times(hidden, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores of the whole vocabulary, shapes (..., h) to (..., vocabulary); the least number for all other tokens.
@@ -134,22 +136,45 @@ class ReducedOutput(nn.Module):
         whole = scores.new_full((*scores.shape[:-1], len(self.weight)), torch.finfo(scores.dtype).min)
         return whole.index_copy_(-1, self.tokens, scores)
 
+    @property
+    def kept_rows(self) -> Tensor | HalfWeight | None:
+        """The rows as the last pass used them; None before the first."""
+        return None if self._kept is None else self._kept[-1]
+
     def extra_repr(self) -> str:
         """Text of this layer in `print(model)`."""
         outputs, inputs = self.weight.shape
         return f"in_features={inputs}, out_features={outputs}, tokens={len(self.tokens)}, bias={self.bias is not None}"
 
-    def _rows(self) -> Tensor:
+    def _rows(self) -> Tensor | HalfWeight:
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return self.weight[self.tokens]
         weight, version = self.weight, 0 if self.weight.is_inference() else self.weight._version
+        decoding = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
         if self._kept is not None:
-            of, at, rows = self._kept
-            if of is weight and at == version and (rows.device, rows.dtype) == (weight.device, weight.dtype):
+            of, at, packed, rows = self._kept
+            same = of is weight and at == version and packed == decoding
+            if same and (rows.device, rows.dtype) == (weight.device, weight.dtype):
                 return rows
         rows = weight.detach()[self.tokens]
-        self._kept = weight, version, rows
+        rows = (halved(rows) or rows) if decoding else rows
+        self._kept = weight, version, decoding, rows
         return rows
+
+
+def bytes_of_pass(model: nn.Module) -> int:
+    """Bytes of the weights that every pass of a model reads; of embeddings it looks up a few rows."""
+    total = 0
+    with only_looking():
+        for module in model.modules():
+            if isinstance(module, PrepackedLinear):
+                total += module.packed.nbytes
+            elif isinstance(module, ReducedOutput):
+                rows = module.kept_rows
+                total += len(module.tokens) * module.weight[0].nbytes if rows is None else rows.nbytes
+            elif not isinstance(module, nn.Embedding):
+                total += sum(weight.nbytes for weight in module.parameters(recurse=False))
+    return total
 
 
 def reduce_output(model: PreTrainedModel, tokens: Tensor) -> None:
