@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..decoder import Decoder
 from ..drafts.drafter import DraftStep, is_free
 from ..drafts.mixed import drafts_of
@@ -69,9 +72,11 @@ class ChainDecoder(Decoder[SpeculativeSession]):
         self.choice = choice
         self.draft_cost_ratios: Sequence[float] = [0.0 if is_free(draft) else USUAL_COST_RATIO for draft in drafts]
         self.target_cost_ratio = 0.0
+        self.draft_chances: NDArray[np.float64] | None = None
         if costs is not None:
             costs = costs.require_drafts(tuple(draft.name for draft in drafts))
             self.draft_cost_ratios, self.target_cost_ratio = costs.cost_ratios, costs.target_cost_ratio
+            self.draft_chances = costs.chances
 
     @abstractmethod
     def draft_length(self, knobs: Mapping[str, float]) -> int:

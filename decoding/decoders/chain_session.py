@@ -110,7 +110,12 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 raise ArgumentError(f"pair {self.decoder.pair.name} has one draft, among which there is no choice")
             decoder = self.decoder
             tracker = ChoiceTracker(
-                1, self.draft.free, decoder.draft_cost_ratios, decoder.target_cost_ratio, self.sampling.temperature
+                1,
+                self.draft.free,
+                decoder.draft_cost_ratios,
+                decoder.target_cost_ratio,
+                self.sampling.temperature,
+                chances=decoder.draft_chances,
             )
             self._choice = DraftChoice(self.draft, tracker)
         if not self._choice.under_way and not self.finished:

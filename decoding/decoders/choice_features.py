@@ -14,10 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, whole_number
 from .choice_rules import MOST_DRAFTS
+from .expected_gain import BINS, KeepChances
 from .stop_rules import FEATURES, RECENT, DraftTracker, Feature, Rows, all_or
 
 SLOT_FEATURES = (
-    Feature("available", 0, 1, "1 if the draft can propose a token here: a free one knows one, a model has room"),
+    Feature(
+        "available",
+        0,
+        1,
+        "1 if the draft can propose a token here: a model has room; a free one proposed all that was drafted itself, "
+        "and knows the next",
+    ),
     Feature("free", 0, 1, "1 if its proposals may be looked at without being asked for"),
     Feature(
         "cost_ratio", 0, 4, "seconds that a token of it adds to a round if nothing is unread, over a plain token's"
@@ -25,7 +32,14 @@ SLOT_FEATURES = (
     Feature("unread", 0, 12, "logarithm to base 2 of the tokens that a model reads to propose the next; 0 if one"),
     Feature("next_confidence", 0, 1, "of a free draft's next token; 0 for others"),
     Feature("next_matched", 0, 32, "tokens of context that a free draft found its next token by; 0 for others"),
-    Feature("agreement", 0, 1, "share of the other free drafts with a next token whose next token is the same"),
+    Feature("agreement", 0, 1, "share of the other available free drafts whose next token is the same"),
+    Feature(
+        "chance",
+        0,
+        1,
+        "share of tokens like its next one that were right on earlier texts (`KeepChances`): of that confidence if it "
+        "is free, of any if it is a model",
+    ),
     Feature("recent_acceptance", 0, 1, "accepted over drafted of its tokens, averaged over its rounds; first 0.5"),
     Feature(
         "recent_hits",
@@ -38,11 +52,16 @@ SLOT_FEATURES = (
 )
 """Columns of each draft. The averages give the newest round a weight of `RECENT`, older ones ever less."""
 
+_OTHERWISE = {
+    "cost_ratio": "seconds that one more token adds to the target's pass, over those of a plain token",
+    "confidence": "of the last drafted token; 1 before the first, 0 of a model that took over within the draft",
+    "product": "chance that all drafted so far is right: the product of `chance` of its tokens, by their confidence",
+    "drawn_probability": "with which that token was drawn; 1 before the first, 0 of a model that took over",
+}
+
 CHOICE_FEATURES = (
     *(
-        replace(feature, doc="seconds that one more token adds to the target's pass, over those of a plain token")
-        if feature.name == "cost_ratio"
-        else feature
+        replace(feature, doc=_OTHERWISE[feature.name]) if feature.name in _OTHERWISE else feature
         for feature in FEATURES
     ),
     *(
@@ -56,9 +75,10 @@ CHOICE_FEATURES = (
 Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 0.
 """
 
-(_AVAILABLE, _FREE, _COST, _UNREAD, _NEXT, _MATCHED, _AGREEMENT, _ACCEPTANCE, _HITS, _DRAFTING) = range(
+(_AVAILABLE, _FREE, _COST, _UNREAD, _NEXT, _MATCHED, _AGREEMENT, _CHANCE, _ACCEPTANCE, _HITS, _DRAFTING) = range(
     len(SLOT_FEATURES)
 )
+_CONFIDENCE, _PRODUCT = ([feature.name for feature in FEATURES].index(name) for name in ("confidence", "product"))
 _HIGH = np.array([feature.high for feature in SLOT_FEATURES], np.float32)
 _LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
 _PLACES = np.arange(_LONGEST)[:, None]
@@ -85,6 +105,9 @@ class ChoiceTracker:
         target_cost_ratio: what one more token adds to the target's pass, over a plain token; a number, or one a text.
         temperature: of the sampling, at least 0; a number, or one a text.
         present: whether there is such a draft, of the same shape; by default all are there.
+        chances: how often tokens of each draft were right on earlier texts, as in `KeepChances.exact`, shape
+            (drafts, `BINS` + 1) or (environments, drafts, `BINS` + 1); by default those of drafts of which nothing was
+            measured.
 
     Raises:
         ValueError: an argument is out of range.
@@ -98,6 +121,7 @@ class ChoiceTracker:
         target_cost_ratio: ArrayLike,
         temperature: ArrayLike = 0.0,
         present: ArrayLike = True,
+        chances: ArrayLike | None = None,
     ) -> None:
         environments = whole_number("environments", environments)
         ratio = np.asarray(cost_ratio, np.float64)
@@ -117,6 +141,9 @@ class ChoiceTracker:
         self._nothing_known = there[:, :, None] * np.float32(0.5)
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
+        known = np.asarray(KeepChances.assumed().exact if chances is None else chances, np.float32)
+        self._chances = np.broadcast_to(known, (*shape, BINS + 1)).ravel()
+        self._table = np.arange(environments * self._drafts).reshape(shape) * (BINS + 1)  # where each draft's begin
         self._numbers = np.arange(self._drafts)
         self._place = np.zeros(environments, np.intp)
         self._unread: Integers = np.ones(shape, np.int64)
@@ -164,7 +191,7 @@ class ChoiceTracker:
         self._unread[where] = 1
         self._slots[where, :, _UNREAD] = 0.0
         self._slots[where, :, _AVAILABLE] = 0.0
-        self._slots[where, :, _NEXT : _AGREEMENT + 1] = 0.0
+        self._slots[where, :, _NEXT : _CHANCE + 1] = 0.0
 
     def look(
         self,
@@ -189,12 +216,13 @@ class ChoiceTracker:
         compared = np.where(known, tokens, _NOBODY[: self._drafts]).T
         same = np.add.reduce(compared[:, None] == compared, 0, np.int8) - 1
         others = np.maximum(np.add.reduce(known, 1, np.int8)[:, None] - known, 1)
-        seen = np.empty((len(known), self._drafts, 3), np.float32)
+        seen = np.empty((len(known), self._drafts, 4), np.float32)
         seen[:, :, 0] = confidence
         seen[:, :, 1] = np.minimum(matched, _HIGH[_MATCHED])
         seen[:, :, 2] = same.T / others.astype(np.float32)
-        seen *= known[:, :, None]
-        self._slots[where, :, _NEXT : _AGREEMENT + 1] = seen
+        seen[:, :, :3] *= known[:, :, None]
+        seen[:, :, 3] = self._chance(seen[:, :, 0], self._table[where], known) * available
+        self._slots[where, :, _NEXT : _CHANCE + 1] = seen
         self._slots[where, :, _AVAILABLE] = available
         self._slots[where, :, _UNREAD] = _LOGARITHMS.take(self._unread[where], mode="clip") * self._reads[where]
         self._knew[where] = np.where((self._place[where] == 0)[:, None], known, self._knew[where])
@@ -207,6 +235,7 @@ class ChoiceTracker:
         matched: ArrayLike,
         drawn_probability: ArrayLike,
         rows: NDArray[np.intp],
+        looked_at: ArrayLike = True,
     ) -> None:
         """One more token was drafted.
 
@@ -214,9 +243,17 @@ class ChoiceTracker:
             draft: number of the draft that proposed it, from 0, shape (rows,).
             confidence: and what follows: as for `DraftTracker.drafted`.
             rows: the texts that it concerns, each once.
+            looked_at: whether it may be seen how sure the draft was, shape (rows,) or a number; not of a model that
+                took over within the draft, whose numbers are shown as 0.
         """
         where = self._where(rows)
-        self._common.drafted(confidence, entropy, matched, drawn_probability, where)
+        seen = np.asarray(looked_at, np.float32)
+        product = self.features[where, _PRODUCT].copy()  # a view, of a text alone
+        columns = (confidence, entropy, matched, drawn_probability)
+        sure, nats, context, drawn = (np.asarray(column, np.float32) * seen for column in columns)
+        self._common.drafted(sure, nats, context, drawn, where)
+        chance = self._chance(self.features[where, _CONFIDENCE], self._table[rows, draft], seen > 0)
+        self.features[where, _PRODUCT] = product * chance
         self._who[rows, self._place[where]] = draft
         self._place[where] += 1
         by = draft[:, None] == self._numbers
@@ -256,6 +293,15 @@ class ChoiceTracker:
         missed = np.maximum(self._unread[where] - place[:, None], -accepted[:, None])
         self._unread[where] = np.maximum(missed + emitted[:, None], 1)  # at the end of a text nothing may be left
         self._begin_round(where)
+
+    def _chance(self, confidence: NDArray[np.float32], table: NDArray[np.intp], seen: Flags) -> NDArray[np.float32]:
+        """Chances of tokens by their confidence, linear between the middles of bins; where not seen, the average."""
+        bins = np.minimum(np.maximum(confidence * np.float32(BINS) - np.float32(0.5), 0), np.float32(BINS - 1))
+        lower = np.minimum(bins.astype(np.intp), BINS - 2)
+        first, second = self._chances.take(table + lower), self._chances.take(table + lower + 1)
+        return np.where(
+            seen, first + (bins - lower.astype(np.float32)) * (second - first), self._chances.take(table + BINS)
+        )
 
     def _where(self, rows: NDArray[np.intp]) -> Any:
         """Return what indexes these rows; a slice for a text alone, which takes half the time."""

@@ -17,8 +17,13 @@ _TEXT = np.zeros(1, np.intp)
 class DraftChoice:
     """The round under way of a text with several drafts, and what can be seen of them.
 
-    A draft that proposed the last token goes on with the chain that it began; another begins one behind all that was
-    drafted. Free drafts are looked at before every token: they have then proposed the next one already.
+    A free draft is looked up once, where the round begins. It stays in play as long as all that was drafted is what it
+    proposes itself, whoever drafted it; its next token is then known before it is asked. A model that drafted the last
+    token goes on. One that takes over in the middle of a round reads all that was drafted, and is not looked at: its
+    tokens count as drafted, how sure it is of them is not asked, and no free draft is in play behind them.
+
+    These are the limits of what a recording of each draft alone can show of a token that will be rejected. With more to
+    be seen here than there, a policy that learned from recordings would know less than it learned.
 
     Args:
         session: the drafts at work on the text.
@@ -26,7 +31,7 @@ class DraftChoice:
 
     Attributes:
         tracker: as given.
-        available: who can propose the next token, shape (drafts,); a draft that is no model and not free always can.
+        available: who can propose the next token, shape (drafts,).
     """
 
     def __init__(self, session: MixedDraftSession, tracker: ChoiceTracker) -> None:
@@ -44,7 +49,14 @@ class DraftChoice:
         self._context = list(context)
         self._left = count
         self._drafting: int | None = None
+        self._looked_at = True  # whether how sure the draft is of its tokens may be asked
         self._chain: Iterator[DraftStep] = iter(())
+        self._chains: dict[int, Iterator[DraftStep]] = {
+            number: self._session.steps_by(number, self._context, count)
+            for number, free in enumerate(self._session.free)
+            if free
+        }
+        self._next: dict[int, DraftStep] = {}
         self._look()
         self._first = np.where(self.available & np.array(self._session.free), self._tokens, -1)
 
@@ -58,19 +70,29 @@ class DraftChoice:
         if not (0 <= number < len(self.available) and self.available[number]):
             return None
         if self._session.free[number]:
-            step, self._chain = self._next[number]
+            step = self._next[number]
         else:
             if number != self._drafting:
+                self._looked_at = not self.tracker.place[0]
                 self._chain = self._session.steps_by(number, self._context, self._left)
             drafted = next(self._chain, None)
             if drafted is None:
                 return None
             step = drafted
         self._drafting = number
-        self._context.append(int(step.token))
+        token = int(step.token)
+        self._context.append(token)
         self._left -= 1
-        entropy, drawn = (step.entropy(), step.drawn_probability()) if with_entropy else (0.0, 1.0)
-        self.tracker.drafted(np.array([number]), step.confidence(), entropy, step.matched, drawn, _TEXT)
+        self._chains = {
+            free: chain
+            for free, chain in self._chains.items()
+            if self._looked_at and free in self._next and self._next[free].token == token
+        }
+        if self._looked_at:
+            entropy, drawn = (step.entropy(), step.drawn_probability()) if with_entropy else (0.0, 1.0)
+            self.tracker.drafted(np.array([number]), step.confidence(), entropy, step.matched, drawn, _TEXT)
+        else:
+            self.tracker.drafted(np.array([number]), 0.0, 0.0, 0, 0.0, _TEXT, looked_at=False)
         self._look()
         return step
 
@@ -88,17 +110,15 @@ class DraftChoice:
         self._show()
 
     def _look(self) -> None:
-        self._next: dict[int, tuple[DraftStep, Iterator[DraftStep]]] = {}
+        self._next = {}
         for number, free in enumerate(self._session.free):
             if not free:
                 self.available[number] = self._left > 0 and self._session.has_room(number, self._context)
                 continue
-            going_on = number == self._drafting
-            chain = self._chain if going_on else self._session.steps_by(number, self._context, self._left)
-            step = next(chain, None)
+            step = next(self._chains[number], None) if number in self._chains else None
             self.available[number] = step is not None
             if step is not None:
-                self._next[number] = step, chain
+                self._next[number] = step
                 self._tokens[number] = int(step.token)
                 self._confidence[number], self._matched[number] = step.confidence(), step.matched
         self._show()

@@ -109,6 +109,11 @@ class KeepChances:
             average[level] = (sums.sum() + _PRIOR * usual[level].mean()) / (counts.sum() + _PRIOR)
         return cls(kept.astype(np.float32), average.astype(np.float32))  # as traces store them
 
+    @property
+    def exact(self) -> Floats:
+        """Chances to pass the exact test: by the bin of the confidence, and last the average; shape (`BINS` + 1,)."""
+        return np.append(self.kept[0], self.average[0])
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"kept": self.kept.tolist(), "average": self.average.tolist()}

@@ -6,12 +6,16 @@ it proposes its next token; that is what its time depends on. Free of torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..decoders.expected_gain import KeepChances
 from ..errors import check_fields, number, whole_number
 from ..sealed_files import write_sealed
 from .profile import LatencyProfileError, checked_seconds, interpolated, profile_content
@@ -30,6 +34,8 @@ class DraftCosts:
         free: whether its proposals cost microseconds, so that they may be looked at without being asked for.
         reading_seconds: seconds of the step that reads so many unread tokens of context (1 or more) in one pass, and
             proposes the next token. A chain of k tokens takes `reading(unread) + (k - 1) * reading(1)`.
+        chances: how often its tokens are kept, by their confidence, for whoever chooses; None where it was not counted.
+            It depends on the texts, and not on the machine.
 
     Raises:
         LatencyProfileError: the table is empty, or seconds are not finite and positive.
@@ -38,6 +44,7 @@ class DraftCosts:
     name: str
     free: bool
     reading_seconds: Mapping[int, float]
+    chances: KeepChances | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and type(self.free) is bool):
@@ -111,6 +118,22 @@ class MixedProfile:
         target = self.target_cost_ratio
         return tuple(draft.reading(1) / self.autoregressive_seconds + target for draft in self.drafts)
 
+    @property
+    def chances(self) -> NDArray[np.float64]:
+        """Shares of the tokens of each draft that pass the exact test, shape (drafts, `BINS` + 1).
+
+        See `KeepChances.exact`. Where they were not counted, those of a draft of which nothing was measured.
+        """
+        return np.array([(draft.chances or KeepChances.assumed()).exact for draft in self.drafts])
+
+    def with_chances(self, chances: Sequence[KeepChances | None]) -> MixedProfile:
+        """Return the profile with how often tokens of each draft are kept, in order; counted ones stay as they are."""
+        drafts = [
+            draft if draft.chances else replace(draft, chances=counted)
+            for draft, counted in zip(self.drafts, chances, strict=True)
+        ]
+        return replace(self, drafts=tuple(drafts))
+
     def require_drafts(self, names: tuple[str, ...]) -> MixedProfile:
         """Return the profile itself, if it is of these drafts, in this order.
 
@@ -130,7 +153,12 @@ class MixedProfile:
         content = {
             **asdict(self),
             "drafts": [
-                {"name": draft.name, "free": draft.free, "reading_seconds": [*draft.reading_seconds.items()]}
+                {
+                    "name": draft.name,
+                    "free": draft.free,
+                    "reading_seconds": [*draft.reading_seconds.items()],
+                    "chances": draft.chances and draft.chances.to_json(),
+                }
                 for draft in self.drafts
             ],
             "target_seconds": [*self.target_seconds.items()],  # JSON would make strings of the numbers of tokens
@@ -150,7 +178,12 @@ class MixedProfile:
                 if not isinstance(content[name], kind):
                     raise ValueError(f"{name} is of another type")
             drafts = tuple(
-                DraftCosts(**{**draft, "reading_seconds": dict(draft["reading_seconds"])})
+                DraftCosts(
+                    draft["name"],
+                    draft["free"],
+                    dict(draft["reading_seconds"]),
+                    None if draft.get("chances") is None else KeepChances.from_json(draft["chances"]),
+                )
                 for draft in content.pop("drafts")
             )
             return cls(**{**content, "drafts": drafts, "target_seconds": dict(content["target_seconds"])})

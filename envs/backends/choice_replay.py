@@ -1,9 +1,11 @@
 """Texts of many recordings decoded side by side, each with several drafts of which a token each is asked for.
 
-Who proposes what was recorded for each draft alone, at every position of the target's texts. As long as all that was
-drafted in a round is right, the position where another draft takes over is one of the text, and its recorded chain
+Who proposes what was recorded for each draft alone, at every position of the target's texts. What a free draft proposes
+in a round is its chain from the round's start, of which it stays in play as long as all that was drafted is in it. As
+long as all that was drafted is right, the position where a model takes over is one of the text, and its recorded chain
 begins there. After a wrong token it is in no recording: tokens, acceptance and seconds stay exact, since nothing
-drafted then is kept, and the draft that takes over is shown as its chain from the last right position goes on.
+drafted then is kept, and of what the model drafts nothing is seen, right or wrong, as in live decoding
+(`specgym.decoding.decoders.draft_choice`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import MOST_DRAFTS, ChoiceTracker, MixedProfile, number
+from specgym.decoding import BINS, MOST_DRAFTS, ChoiceTracker, MixedProfile, number
 
 from ..recordings.mixed_trace import MixedTrace
 from .backend import DraftBackend, DraftSteps, Floats, Integers
@@ -173,12 +175,14 @@ class ChoiceReplay:
         self._drafting = np.zeros((len(charges), drafts, charges[0].drafting.shape[1]))
         free, present = np.zeros((2, len(charges), drafts), np.bool_)
         ratios = np.zeros((len(charges), drafts))
+        chances = np.zeros((len(charges), drafts, BINS + 1))
         for place, of_trace in enumerate(charges):
             known = len(of_trace.drafting)
             self._drafting[place, :known] = of_trace.drafting
             free[place, :known] = [draft.free for draft in of_trace.profile.drafts]
             present[place, :known] = True
             ratios[place, :known] = of_trace.profile.cost_ratios
+            chances[place, :known] = of_trace.profile.chances
         self._verifying = np.array([of_trace.verifying for of_trace in charges])
         self._decision = np.array([of_trace.decision_seconds for of_trace in charges])[trace_of]
         self._trace_of = trace_of
@@ -191,11 +195,15 @@ class ChoiceReplay:
             np.array([of_trace.profile.target_cost_ratio for of_trace in charges])[trace_of],
             table.temperatures[trace_of],
             self._present,
+            chances[trace_of],
         )
         self._row = np.zeros(texts, np.intp)  # where the round began
         self._right = np.zeros(texts, np.intp)  # tokens of this draft that verification would keep
         self._who = np.full(texts, -1, np.intp)  # draft that proposed the last token
         self._since = np.zeros(texts, np.intp)  # place in the draft where the chain began that it follows
+        self._looked_at = np.ones(texts, np.bool_)  # whether it may be seen how sure it was
+        self._free = free[trace_of]
+        self._in_play = self._free.copy()  # free drafts that propose all that was drafted
         self._luck = np.ones((texts, table.max_draft_length))  # a token is right if this is less than its chance
         self._over = np.ones(texts, np.bool_)
         self._available = np.zeros((texts, drafts), np.bool_)
@@ -272,17 +280,23 @@ class ChoiceReplay:
         unread = self._tracker.unread[which, draft]
         steps.seconds[which] += self._drafting[self._trace_of[which], draft, unread]
         follows = self._who[which] == draft
-        row = self._row[which]
-        since = np.where(follows, self._since[which], np.minimum(self._right[which], table.left[row] - 1))
+        row, free = self._row[which], self._free[which, draft]
+        behind = np.minimum(self._right[which], table.left[row] - 1)
+        since = np.where(follows, self._since[which], np.where(free, 0, behind))
         cell = (draft * table.rows + row + since) * table.max_draft_length + place - since
         right = self._right[which]
         lucky = (right == place) & (self._luck[which, place] < table.chance.take(cell)) & (place < table.left[row])
         self._right[which] = right + lucky
         self._who[which], self._since[which] = draft, since
+        looked_at = self._looked_at[which] & (follows | free | (place == 0))
+        self._looked_at[which] = looked_at
+        chains = (self._blocks + row[:, None]) * table.max_draft_length + place[:, None]
+        same = table.tokens.take(chains) == table.tokens.take(cell)[:, None]
+        self._in_play[which] &= self._available[which] & same & looked_at[:, None]
         confidence, entropy, matched, drawn = (
             column.take(cell) for column in (table.confidence, table.entropy, table.matched, table.drawn_probability)
         )
-        self._tracker.drafted(draft, confidence, entropy, matched, drawn, which)
+        self._tracker.drafted(draft, confidence, entropy, matched, drawn, which, looked_at)
 
     def _verify(self, which: Indices, steps: DraftSteps, rng: np.random.Generator) -> Integers:
         """End the rounds of some texts, and begin the next ones; return the texts that are over."""
@@ -307,6 +321,8 @@ class ChoiceReplay:
         self._right[which] = 0
         self._who[which] = -1
         self._since[which] = 0
+        self._looked_at[which] = True
+        self._in_play[which] = self._free[which]
         self._luck[which] = rng.random((len(which), self._table.max_draft_length))
 
     def _look(self, which: Indices | None = None) -> None:
@@ -315,11 +331,12 @@ class ChoiceReplay:
         place, right, since = self._tracker.place[rows, None], self._right[rows, None], self._since[rows, None]
         row = self._row[rows, None]
         last = table.left[row] - 1
-        # The draft that proposed the last token follows its chain; the chains of others begin behind what is right.
+        # The draft that proposed the last token follows its chain, and a free one that of the round; the chains of
+        # models that take over begin behind what is right.
         follows = self._who[rows, None] == np.arange(table.drafts)
-        since = np.where(follows, since, np.minimum(right, last))
+        since = np.where(self._free[rows], 0, np.where(follows, since, np.minimum(right, last)))
         chains = self._blocks + row + since
-        available = place - since < table.limit.take(chains)
+        available = (place - since < table.limit.take(chains)) & (self._in_play[rows] | ~self._free[rows])
         longest = table.longest[self._trace_of[rows], None]
         available &= (place < longest) & ~self._over[rows, None]
         self._available[rows] = available
@@ -332,6 +349,7 @@ class ChoiceReplay:
         if len(drawn):
             luck = self._luck[rows][drawn, None]
             passes = luck < table.chance.take(cell[drawn, :, None] + self._places, mode="clip")
+            passes &= available[drawn, :, None]
             passes |= (self._places < place[drawn])[:, None]
             first = passes.argmin(2)
             kept[drawn] = np.where(passes[:, :, 0] & (first == 0), table.max_draft_length, first)

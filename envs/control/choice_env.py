@@ -13,7 +13,7 @@ from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, MixedProfile, Split
 from ..backends.backend import BackendName
 from ..backends.choice_replay import ChoiceBackend, ChoiceCharges, ChoiceReplay, ChoiceTable
 from ..profiles import mixed_profile_of
-from ..recordings.find import find_mixed_trace
+from ..recordings.find import counted_chances, find_mixed_trace
 from ..recordings.mixed_trace import MixedTrace
 from ..workloads import Workload, constructor
 from .control_env import FIRST, ControlEnv, checked_lengths
@@ -38,27 +38,31 @@ class DraftChoiceEnv(ControlEnv):
     | 1 to 6 | draft the next token with this draft of the pair; if it is not available, this means 0, too |
 
     `action_masks()` says which are available. None but 0 is where the draft is as long as it may be, or the text has
-    room for no more.
+    room for no more. A free draft, a table or a look-up, is looked up once, where the round begins, and may take
+    over as long as all that was drafted is what it proposes itself. A model may take over anywhere; of what it then
+    drafts nothing is seen but the number of tokens, and no free draft is available behind it.
 
     ## Observation space
-    `Box(low, high, (71,), float32)`, kept by `specgym.decoding.decoders.choice_features.ChoiceTracker`, as live
+    `Box(low, high, (77,), float32)`, kept by `specgym.decoding.decoders.choice_features.ChoiceTracker`, as live
     decoders do. The first 11 are those of `DraftLengthEnv`, of a draft to which several may have contributed:
 
     | index | observation            | low | high | unit                                                         |
     |-------|------------------------|-----|------|--------------------------------------------------------------|
-    | 0     | confidence             | 0   | 1    | probability: the draft's largest, for the last token         |
+    | 0     | confidence             | 0   | 1    | probability: the draft's largest, for the last token; 0 of a |
+    |       |                        |     |      | model that took over                                         |
     | 1     | entropy                | 0   | 12   | nats, of what that token was drawn from                      |
-    | 2     | product                | 0   | 1    | product of the confidences of this round's tokens            |
+    | 2     | product                | 0   | 1    | chance that all of this round's tokens are right: product of |
+    |       |                        |     |      | `chance` (below) of each, by its confidence if that was seen |
     | 3     | place                  | 0   | 32   | tokens drafted so far in this round                          |
     | 4     | recent_acceptance      | 0   | 1    | accepted over drafted, averaged over this text's rounds      |
     | 5     | mean_acceptance_length | 1   | 33   | emitted tokens a round, averaged over this text's rounds     |
     | 6     | cost_ratio             | 0   | 4    | cost of one more token in the target's pass, in plain tokens |
     | 7     | batch_size             | 0   | 10   | 0: one sequence, as the logarithm to base 2                  |
     | 8     | matched                | 0   | 32   | tokens of context that a look-up found the last token by     |
-    | 9     | drawn_probability      | 0   | 1    | probability with which the last token was drawn              |
+    | 9     | drawn_probability      | 0   | 1    | probability with which the last token was drawn; 0 likewise  |
     | 10    | temperature            | 0   | 2    | of the sampling; 0 when greedy                               |
 
-    Then ten for each of up to six drafts, in the order of the pair; index 11 + 10 * draft + this:
+    Then eleven for each of up to six drafts, in the order of the pair; index 11 + 11 * draft + this:
 
     | index | observation       | low | high | unit                                                              |
     |-------|-------------------|-----|------|-------------------------------------------------------------------|
@@ -69,9 +73,11 @@ class DraftChoiceEnv(ControlEnv):
     | 4     | next_confidence   | 0   | 1    | confidence in its next token, if it is free; otherwise 0          |
     | 5     | next_matched      | 0   | 32   | tokens of context that it finds that token by; likewise           |
     | 6     | agreement         | 0   | 1    | share of the other free drafts that propose the same token        |
-    | 7     | recent_acceptance | 0   | 1    | accepted over drafted of its tokens, averaged over rounds with it |
-    | 8     | recent_hits       | 0   | 1    | share of rounds whose first token it had right; see below         |
-    | 9     | drafting          | 0   | 1    | 1 if it proposed the last token                                   |
+    | 7     | chance            | 0   | 1    | share of tokens like its next one that were right on other texts: |
+    |       |                   |     |      | of that confidence if it is free, else of any; see `profile`      |
+    | 8     | recent_acceptance | 0   | 1    | accepted over drafted of its tokens, averaged over rounds with it |
+    | 9     | recent_hits       | 0   | 1    | share of rounds whose first token it had right; see below         |
+    | 10    | drafting          | 0   | 1    | 1 if it proposed the last token                                   |
 
     `recent_hits` of a free draft is over all rounds at whose start it knew a token, asked for or not; of others over
     those that it began. Before anything is known `recent_acceptance` and `recent_hits` are 0.5.
@@ -111,15 +117,15 @@ class DraftChoiceEnv(ControlEnv):
         workload: a name such as `"tiny-10m-mixed/prose"`, or a `Workload`, whose pair has several drafts; by default
             that of a given recording, or else `"tiny-10m-mixed/prose"`.
         backend: `"live"`, the default, runs the models, `"replay"` a recording, for which no model is loaded if there
-            is a profile. When greedy, both give the same tokens, rounds and seconds. Features agree up to the rounding
-            of recorded numbers, except behind a drafted token that will be rejected: there a replay shows of the other
-            drafts what they would go on with from the last token that is right. An agent that looks at them can tell
-            by it, and reaches more by replay than live: judge it live.
+            is a profile. When greedy, both give the same tokens, rounds, seconds and masks, and the same features up to
+            the rounding of recorded numbers.
         max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the recording holds.
         max_new_tokens: tokens of each text, at most; in replay at most what the recording holds.
         split: `"train"` or `"test"` prompts; by default the workload's own, or the recording's.
         profile: a `MixedProfile` or a file with one; by default the pair's own on this hardware, measured once, and for
-            a replay the pair's reference profile (`specgym.envs.profiles`).
+            a replay the pair's reference profile (`specgym.envs.profiles`). How often tokens of each draft were right,
+            by their confidence (`DraftCosts.chances`), is taken from it; where it does not say so, from the recording;
+            in live decoding from the recording that ships, if one does, or else a confidence is taken for a chance.
         recording: a `MixedTrace` or a file with one, for replay; by default the workload's that ships with the package.
         rate: price of time in the beginning, at least 0.
         decision_seconds: time that the agent's own inference takes for each decision, at least 0.
@@ -164,13 +170,12 @@ class DraftChoiceEnv(ControlEnv):
             from specgym.decoding import require_choice  # which imports torch; a replay needs none
 
             require_choice(named.load())
+        costs = mixed_profile_of(
+            named, profile, replayed=backend == "replay", drafts=None if trace is None else trace.drafts
+        )
+        chances = counted_chances(named, costs) if trace is None else trace.chances
         self._charges = ChoiceCharges.of(
-            mixed_profile_of(
-                named, profile, replayed=backend == "replay", drafts=None if trace is None else trace.drafts
-            ),
-            max_draft_length,
-            max_new_tokens,
-            decision_seconds,
+            costs.with_chances(chances), max_draft_length, max_new_tokens, decision_seconds
         )
         self._choices: ChoiceBackend
         if trace is not None:

@@ -83,7 +83,7 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
             workload = DraftChoiceEnv.default_workload
 
         def charge(trace: MixedTrace, named: Workload, value: Any, _: int) -> ChoiceCharges:
-            profile = mixed_profile_of(named, value, replayed=True, drafts=trace.drafts)
+            profile = mixed_profile_of(named, value, replayed=True, drafts=trace.drafts).with_chances(trace.chances)
             return ChoiceCharges.of(profile, max_draft_length, max_new_tokens, decision_seconds)
 
         places = OperatingPoints.find(workload, split, recording, profile, 1, find=find_mixed_trace, charge=charge)

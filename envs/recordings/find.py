@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specgym.decoding import PRESETS, PromptSet, Split, decoder_names, load_prompts, shipped_prompts, traits_of
+from specgym.decoding import (
+    PRESETS,
+    KeepChances,
+    MixedProfile,
+    PromptSet,
+    Split,
+    decoder_names,
+    load_prompts,
+    shipped_prompts,
+    traits_of,
+)
 
 from ..workloads import (
     DEFAULT_WORKLOAD,
@@ -121,6 +131,21 @@ def find_mixed_trace(
             )
     trace = recording if isinstance(recording, MixedTrace) else _loaded(MixedTrace, Path(recording).resolve())
     return trace, _recorded_workload(trace, name, split, record_command)
+
+
+def counted_chances(named: Workload, profile: MixedProfile) -> Sequence[KeepChances | None]:
+    """Return how often tokens of each draft of a profile were kept, as counted where a mixed trace ships; else None.
+
+    Args:
+        named: the workload.
+        profile: of the drafts, in order.
+    """
+    file = MIXED / trace_name(named.name, "train")
+    if isinstance(named.pair, str) and file.is_file():
+        trace = _loaded(MixedTrace, file)
+        if trace.drafts == tuple(draft.name for draft in profile.drafts):
+            return trace.chances
+    return [None] * len(profile.drafts)
 
 
 def mixed_workloads() -> tuple[str, ...]:

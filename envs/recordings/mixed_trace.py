@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import bins_of
+from specgym.decoding import KeepChances, bins_of
 
 from .archive import TraceError, numbers, read_archive, typed, write_archive
 from .trace import Trace, TraceInfo, check_info, rounded
@@ -77,6 +77,11 @@ class MixedTrace:
     def prompts(self) -> int:
         """Number of prompts."""
         return self.first.prompts
+
+    @property
+    def chances(self) -> tuple[KeepChances, ...]:
+        """Shares of the tokens of each draft that were kept on the training prompts."""
+        return tuple(trace.chances for trace in self.traces)
 
     @property
     def draft_length(self) -> int:

@@ -10,8 +10,8 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule, Rows, bins_of
-from specgym.envs import ChoiceCharges, MixedTrace
+from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule, Rows
+from specgym.envs import ChoiceCharges
 
 from .bandit import RoundBandit
 
@@ -189,14 +189,13 @@ def _best(gain: Floats, available: Flags) -> Actions:
 class ClosedForm(ChoiceRule):
     """Cost-aware choice in closed form: the draft whose further tokens are expected to bring most, if more than none.
 
-    Of a token that can be seen, how often tokens of its confidence were right on training texts; of one that cannot,
-    how often those of its draft were. `m` further tokens are expected to bring ``s * p * (1 + a + ... + a^(m-1))``,
+    A token is as likely to be right as tokens of its confidence were on training texts, or, where that cannot be seen,
+    as those of its draft were. `m` further tokens are expected to bring ``s * p * (1 + a + ... + a^(m-1))``,
     with `s` the chance that all drafted so far are right, `p` that of the next, and `a` that of any of its draft; they
     cost ``rate`` times their seconds.
 
     Args:
-        trace: whose chances, counted on training texts, are used (`Trace.chances`).
-        charges: of the pair.
+        charges: of the pair, with the chances of its drafts' tokens, counted on training texts.
         rate: throughput that time is priced at, relative to plain decoding, at least 0.
 
     Raises:
@@ -205,35 +204,22 @@ class ClosedForm(ChoiceRule):
 
     looks_at_entropy: ClassVar[bool] = False
 
-    def __init__(self, trace: MixedTrace, charges: ChoiceCharges, rate: float) -> None:
+    def __init__(self, charges: ChoiceCharges, rate: float) -> None:
         self.rate = _checked_rate(rate)
         self._costs = FurtherCosts(charges)
-        self._kept = np.zeros((MOST_DRAFTS, trace.first.chances.kept.shape[1]))
-        self._average = np.zeros(MOST_DRAFTS)
-        for place, draft in enumerate(trace.traces):
-            self._kept[place], self._average[place] = draft.chances.kept[0], draft.chances.average[0]
-        self.start(1, None)
+        average = np.zeros((MOST_DRAFTS, 1))
+        average[: len(charges.profile.drafts)] = charges.profile.chances[:, -1:]
+        self._powers = np.cumsum(average ** np.arange(self._costs.longest), axis=1)
 
     @property
     def name(self) -> str:
         """`closed form`, with the rate."""
         return f"closed form at {self.rate:.2f}"
 
-    def start(self, environments: int, seed: int | None) -> None:
-        """Forget what was drafted."""
-        self._right = np.ones(environments)
-
     def __call__(self, features: Features) -> Actions:
         """Choose the draft that is expected to bring most, or to verify."""
-        if len(self._right) != len(features):
-            self.start(len(features), None)
-        drafting, free = of_drafts(features, "drafting"), of_drafts(features, "free") > 0
-        last = self._kept[drafting.argmax(1), bins_of(features[:, COMMON["confidence"]])]
-        self._right = np.where(places_of(features) == 0, 1.0, self._right * last)
-        seen = self._kept[np.arange(MOST_DRAFTS), bins_of(of_drafts(features, "next_confidence"))]
-        following = np.where(free, seen, self._average)
-        powers = np.cumsum(self._average[:, None] ** np.arange(self._costs.longest), axis=1)
-        gain = (self._right[:, None] * following)[:, :, None] * powers - self.rate * self._costs(features)
+        following = features[:, COMMON["product"], None] * of_drafts(features, "chance")
+        gain = following[:, :, None] * self._powers - self.rate * self._costs(features)
         return _best(gain, of_drafts(features, "available") > 0)
 
 

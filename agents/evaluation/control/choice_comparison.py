@@ -143,7 +143,7 @@ def compare_live(
     rules = {**choose_rules(mixed_prompts(settings, train, profile, TUNING_PASSES)).simple, LEARNED: learned}
     replayed = mixed_prompts(settings, test, profile, settings.comparison.passes)
     sides = {PLAIN: Side(AutoregressiveDecoder(pair))} | {
-        method: Side(SpeculativeDecoder(pair, replayed.max_draft_length, choice=rule, costs=profile))
+        method: Side(SpeculativeDecoder(pair, replayed.max_draft_length, choice=rule, costs=replayed.profile))
         for method, rule in rules.items()
     }
     generations = decode_repeatedly(
@@ -161,7 +161,7 @@ def compare_live(
         name,
         backend="live",
         split="test",
-        profile=profile,
+        profile=replayed.profile,
         max_draft_length=replayed.max_draft_length,
         max_new_tokens=replayed.tokens,
     )
@@ -185,7 +185,7 @@ def mixed_prompts(settings: ChoiceSettings, trace: MixedTrace, profile: MixedPro
     """
     return MixedPrompts(
         trace,
-        profile,
+        profile.with_chances(trace.chances),
         min(settings.max_draft_length, trace.draft_length),
         min(settings.max_new_tokens, trace.info.tokens),
         settings.decision_seconds,

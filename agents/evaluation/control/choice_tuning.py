@@ -119,7 +119,7 @@ def choose_rules(prompts: MixedPrompts) -> ChosenRules:
     reached = [decoded.throughput for decoded in prompts.decode(lone)]
     chosen: dict[str, ChoiceRule] = {"single": lone[int(np.argmax(reached))]}
     chosen["hybrid"] = _hybrid(prompts, lone, reached)
-    chosen["closed form"], _ = at_own_rate(prompts, lambda rate: ClosedForm(prompts.trace, prompts.charges, rate))
+    chosen["closed form"], _ = at_own_rate(prompts, lambda rate: ClosedForm(prompts.charges, rate))
     bandit = DraftBandit(lone)
     prompts.decode([bandit])
     return ChosenRules(chosen, bandit)

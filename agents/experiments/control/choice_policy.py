@@ -24,6 +24,7 @@ USUAL_OF_DRAFT = {
     "next_confidence": (0.5, 0.5),
     "next_matched": (1.5, 1.5),
     "agreement": (0.3, 0.4),
+    "chance": (0.5, 0.5),
     "recent_acceptance": (0.5, 0.25),
     "recent_hits": (0.5, 0.25),
     "drafting": (0.5, 0.5),

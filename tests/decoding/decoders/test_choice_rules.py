@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from specgym.decoding import (
+    BINS,
     CHOICE_FEATURES,
     FEATURES,
     MOST_DRAFTS,
@@ -39,7 +40,9 @@ from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 NAMES = [feature.name for feature in CHOICE_FEATURES]
 SLOTS = [feature.name for feature in SLOT_FEATURES]
-CONFIDENCE, ENTROPY, PLACE, DRAWN = map(NAMES.index, ("confidence", "entropy", "place", "drawn_probability"))
+CONFIDENCE, ENTROPY, PRODUCT, PLACE, DRAWN = map(
+    NAMES.index, ("confidence", "entropy", "product", "place", "drawn_probability")
+)
 
 
 def slot(features: NDArray[np.float32], draft: int, name: str) -> float:
@@ -178,7 +181,7 @@ def test_the_features_keep_their_order_and_say_what_they_are() -> None:
     assert NAMES[: len(FEATURES)] == [feature.name for feature in FEATURES]
     assert [
         *("available", "free", "cost_ratio", "unread", "next_confidence", "next_matched", "agreement"),
-        *("recent_acceptance", "recent_hits", "drafting"),
+        *("chance", "recent_acceptance", "recent_hits", "drafting"),
     ] == SLOTS
     assert NAMES[len(FEATURES) :] == [f"draft_{draft}_{name}" for draft in range(1, MOST_DRAFTS + 1) for name in SLOTS]
 
@@ -192,8 +195,9 @@ def test_texts_side_by_side_have_the_features_that_each_has_alone(seed: int, eve
     rng = np.random.default_rng(seed)
     free, there = rng.random((TEXTS, DRAFTS)) < 0.5, rng.random((TEXTS, DRAFTS)) < 0.8
     costs = rng.random((TEXTS, DRAFTS)) * 5
-    together = ChoiceTracker(TEXTS, free, costs, 0.1, 0.5, there)
-    alone = [ChoiceTracker(1, free[text], costs[text], 0.1, 0.5, there[text]) for text in range(TEXTS)]
+    chances = rng.random((TEXTS, DRAFTS, BINS + 1))
+    together = ChoiceTracker(TEXTS, free, costs, 0.1, 0.5, there, chances)
+    alone = [ChoiceTracker(1, free[text], costs[text], 0.1, 0.5, there[text], chances[text]) for text in range(TEXTS)]
     low, high = np.array([(feature.low, feature.high) for feature in CHOICE_FEATURES], np.float32).T
     zero = np.zeros(1, np.intp)
     for event in events:
@@ -206,14 +210,14 @@ def test_texts_side_by_side_have_the_features_that_each_has_alone(seed: int, eve
         draft: Any = rng.integers(0, DRAFTS, TEXTS)
         columns: Any = rng.random((4, TEXTS))
         accepted = np.minimum(together.place, rng.integers(0, 5, TEXTS))
-        hits = rng.random((TEXTS, DRAFTS)) < 0.5
+        hits, looked_at = rng.random((TEXTS, DRAFTS)) < 0.5, rng.random(TEXTS) < 0.7
         if event == "copied":
             together = pickle.loads(pickle.dumps(together))
         if event == "forget":
             together.forget(chosen)
         if event == "drafted":
             sure, nats, matched, drawn = columns[:, chosen]
-            together.drafted(draft[chosen], sure, nats, matched, drawn, chosen)
+            together.drafted(draft[chosen], sure, nats, matched, drawn, chosen, looked_at[chosen])
         if event == "verified":
             together.verified(accepted[chosen], accepted[chosen] + 1, hits[chosen], chosen)
         for text, tracker in enumerate(alone):
@@ -222,7 +226,7 @@ def test_texts_side_by_side_have_the_features_that_each_has_alone(seed: int, eve
                 tracker.forget()
             if text in chosen and event == "drafted":
                 sure, nats, matched, drawn = columns[:, text, None]
-                tracker.drafted(draft[text, None], sure, nats, matched, drawn, zero)
+                tracker.drafted(draft[text, None], sure, nats, matched, drawn, zero, looked_at[text, None])
             if text in chosen and event == "verified":
                 tracker.verified(accepted[text, None], accepted[text, None] + 1, hits[text, None], zero)
             assert np.array_equal(together.features[text], tracker.features[0])
@@ -241,6 +245,30 @@ def test_texts_side_by_side_have_the_features_that_each_has_alone(seed: int, eve
 def test_a_tracker_of_nothing_or_without_costs_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChoiceTracker(*arguments)
+
+
+def test_chances_are_those_that_were_counted_of_such_tokens() -> None:
+    kept = np.linspace(0.2, 0.8, BINS)
+    counted = np.array([[*kept, 0.45], [*kept[::-1], 0.6]])
+    tracker = ChoiceTracker(1, [True, False], [0.0, 0.1], 0.0, chances=counted)
+    middle = np.full((1, 2), 3.5 / BINS, np.float32)
+    nothing, both, first = np.zeros((1, 2), np.float32), np.ones((1, 2), np.bool_), np.zeros(1, np.intp)
+    tracker.look(both, middle, nothing, np.array([[5, 5]]))
+    assert slot(tracker.features, 0, "chance") == pytest.approx(kept[3])  # of its confidence
+    assert slot(tracker.features, 1, "chance") == pytest.approx(0.6)  # of any: a model's cannot be seen
+    tracker.look(np.array([[False, True]]), middle, nothing, np.array([[5, 5]]))
+    assert slot(tracker.features, 0, "chance") == 0
+    tracker.drafted(first, 3.5 / BINS, 0.0, 1, 1.0, first)
+    assert tracker.features[0, PRODUCT] == pytest.approx(kept[3])
+    tracker.drafted(first + 1, 4 / BINS, 1.0, 0, 0.5, first)  # between the middles of two bins
+    between = (kept[-4] + kept[-5]) / 2
+    assert tracker.features[0, PRODUCT] == pytest.approx(kept[3] * between)
+    tracker.drafted(first + 1, 0.9, 1.0, 0, 0.5, first, looked_at=False)
+    assert tracker.features[0, PRODUCT] == pytest.approx(kept[3] * between * 0.6)
+    assert tracker.features[0, [CONFIDENCE, ENTROPY, DRAWN]].tolist() == [0, 0, 0]
+    usual = ChoiceTracker(1, [True], [0.0], 0.0)
+    usual.look(both[:, :1], middle[:, :1], nothing[:, :1], np.array([[5]]))
+    assert slot(usual.features, 0, "chance") == pytest.approx(3.5 / BINS, rel=1e-6)
 
 
 def test_drafts_that_propose_the_same_token_agree() -> None:

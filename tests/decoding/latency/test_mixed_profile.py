@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from specgym.decoding import DraftCosts, LatencyProfileError, MixedProfile
+from specgym.decoding import BINS, LEVELS, DraftCosts, KeepChances, LatencyProfileError, MixedProfile
 from specgym.decoding.latency.profile import LatencyProfile
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
@@ -34,6 +35,15 @@ def test_a_profile_is_read_back_as_it_was_written(profile: MixedProfile, tmp_pat
     busy = replace(profile, spread=0.1, doubts=("a doubt",), hardware={"device": "cpu"}, sampling="sampled")
     busy.save(tmp_path / "m.json")
     assert MixedProfile.load(tmp_path / "m.json") == busy
+
+
+def test_chances_are_written_with_the_profile_and_counted_ones_are_kept(profile: MixedProfile, tmp_path: Path) -> None:
+    first, second = (KeepChances(np.full((LEVELS, BINS), kept), np.full(LEVELS, kept)) for kept in (0.25, 0.75))
+    assert (profile.chances == KeepChances.assumed().exact).all()
+    counted = profile.with_chances([first, None, None, None])
+    assert counted.chances[:, 0].tolist() == [0.25, *profile.chances[1:, 0]]
+    counted.with_chances([second] * 4).save(tmp_path / "m.json")
+    assert MixedProfile.load(tmp_path / "m.json").chances[:, -1].tolist() == [0.25, 0.75, 0.75, 0.75]
 
 
 def test_a_profile_of_other_drafts_is_refused(profile: MixedProfile) -> None:

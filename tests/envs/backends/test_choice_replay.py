@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, MixedProfile
+from specgym.decoding import BINS, CHOICE_FEATURES, MOST_DRAFTS, KeepChances, MixedProfile
 from specgym.envs import DraftChoiceVectorEnv
 from specgym.envs.backends.choice_replay import ChoiceCharges, ChoiceReplay, ChoiceTable
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.mixed_trace import MixedTrace
+from specgym.envs.recordings.trace import Trace
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 K, TOKENS = 4, 12
@@ -19,7 +20,11 @@ NAMES = [feature.name for feature in CHOICE_FEATURES]
 
 
 class SpeltOut:
-    """One text of a mixed trace, decoded by chains that are kept apart; greedy."""
+    """One text of a mixed trace, decoded by chains that are kept apart; greedy.
+
+    A free draft proposes its chain of the round, as long as all that was drafted is in it. Nothing is seen of a model
+    that takes over.
+    """
 
     def __init__(self, trace: MixedTrace, profile: MixedProfile, prompt: int) -> None:
         self.trace, self.profile = trace, profile
@@ -35,9 +40,16 @@ class SpeltOut:
         """Begin a round."""
         self.chain: list[tuple[int, int, int]] = []  # draft, row and depth of every token
         self.right: list[bool] = []
+        self.seen: list[bool] = []
+
+    def token(self, draft: int, row: int, depth: int) -> int:
+        """A recorded token."""
+        return int(self.trace.traces[draft].tokens[row, depth])
 
     def pointer(self, draft: int) -> tuple[int, int]:
         """Row and depth of the token that a draft proposes next."""
+        if self.trace.free[draft]:
+            return self.row, len(self.chain)
         if self.chain and self.chain[-1][0] == draft:
             return self.chain[-1][1], self.chain[-1][2] + 1
         sound = min(self.good, self.end - self.row - 1)
@@ -52,6 +64,9 @@ class SpeltOut:
         """Say whether a draft can propose a token."""
         row, depth = self.pointer(draft)
         trace, place = self.trace.traces[draft], len(self.chain)
+        drafted, alone = [self.token(*cell) for cell in self.chain], trace.tokens[self.row, :place].tolist()
+        if self.trace.free[draft] and (drafted != alone or not all(self.seen)):
+            return False
         return place < min(K, self.asked_end - self.row - 1) and depth < trace.drafted[row]
 
     def acceptable(self, draft: int) -> int:
@@ -61,7 +76,8 @@ class SpeltOut:
             return self.good - place
         row, depth = self.pointer(draft)
         trace, more = self.trace.traces[draft], 0
-        while place + more < K and depth + more < trace.drafted[row] and trace.match[row, depth + more]:
+        longest = place if self.trace.free[draft] and not self.available(draft) else K  # out of play
+        while place + more < longest and depth + more < trace.drafted[row] and trace.match[row, depth + more]:
             more += 1
         return min(more, self.end - self.row - 1 - place)
 
@@ -74,6 +90,9 @@ class SpeltOut:
             seconds = self.profile.reading(draft, 1 if self.trace.free[draft] else unread)
             self.read[draft] = self.row + place
             self.right.append(bool(self.trace.traces[draft].match[row, depth]) and place < self.end - self.row)
+            goes_on = bool(self.chain) and self.chain[-1][0] == draft
+            looked_at = self.trace.free[draft] or place == 0 or goes_on
+            self.seen.append(looked_at and all(self.seen))
             self.chain.append((draft, row, depth))
             return 0, seconds, 0, 0, 0
         emitted = min(self.good + 1, self.end - self.row)
@@ -104,6 +123,7 @@ class SpeltOut:
             others = [proposed[other] for other, known in enumerate(knows) if known and other != draft]
             agreed = sum(token == proposed[draft] for token in others) / len(others) if others else 0.0
             unread = max(self.row + len(self.chain) - self.read[draft], 1)
+            chance = chance_of(cell_of(trace, "confidence", cell) if free else None)
             values = {
                 "available": open_[draft],
                 "free": free,
@@ -111,6 +131,7 @@ class SpeltOut:
                 "next_confidence": trace.confidence[cell] if knows[draft] else 0,
                 "next_matched": trace.matched[cell] if knows[draft] else 0,
                 "agreement": agreed if knows[draft] else 0,
+                "chance": chance if open_[draft] else 0,
                 "recent_acceptance": self.acceptance[draft],
                 "recent_hits": self.hits[draft],
                 "drafting": bool(self.chain) and self.chain[-1][0] == draft,
@@ -119,10 +140,28 @@ class SpeltOut:
         if self.chain:
             draft, row, depth = self.chain[-1]
             trace = self.trace.traces[draft]
-            for name in ("confidence", "entropy", "matched"):
-                result[name] = float(getattr(trace, name)[row, depth])
-            result["drawn_probability"] = float(trace.q[row, depth])
+            for name in ("confidence", "entropy", "matched", "q"):
+                result[name] = cell_of(trace, name, (row, depth)) if self.seen[-1] else 0.0
+            result["drawn_probability"] = result.pop("q")
+        chances = [
+            chance_of(cell_of(self.trace.traces[draft], "confidence", (row, depth)) if seen else None)
+            for (draft, row, depth), seen in zip(self.chain, self.seen, strict=True)
+        ]
+        result["product"] = float(np.prod(chances))
         return result
+
+
+def cell_of(trace: Trace, name: str, cell: tuple[int, int]) -> float:
+    """A recorded number."""
+    return float(getattr(trace, name)[cell])
+
+
+def chance_of(confidence: float | None) -> float:
+    """Chance of a token by its confidence, or of any, as long as nothing was counted."""
+    usual = KeepChances.assumed()
+    if confidence is None:
+        return float(usual.average[0])
+    return float(np.interp(confidence, (np.arange(BINS) + 0.5) / BINS, usual.kept[0]))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -144,7 +183,7 @@ def test_many_texts_are_decoded_as_the_definition_says(seed: int) -> None:
                 continue
             expected = text.observed()
             seen = {name: replay.features[number, NAMES.index(name)] for name in expected}
-            assert seen == pytest.approx(expected, abs=1e-6)
+            assert seen == pytest.approx(expected, abs=2e-6)
             promised = replay.remaining_acceptable[number].tolist()
             assert promised[: len(trace.drafts)] == [text.acceptable(draft) for draft in range(len(trace.drafts))]
             assert replay.available[number].tolist()[: len(trace.drafts)] == [
@@ -159,7 +198,7 @@ def test_many_texts_are_decoded_as_the_definition_says(seed: int) -> None:
             assert (number in ended) == (not over[number] and text.row >= text.end)
             handed_over += len({token[0] for token in text.chain}) > 1
     assert replay.over.all()
-    assert handed_over > 20
+    assert handed_over > 10
 
 
 def test_a_shorter_recording_is_decoded_beside_a_longer_one_as_it_is_alone() -> None:

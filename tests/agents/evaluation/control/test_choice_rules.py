@@ -29,7 +29,7 @@ SLOT = [feature.name for feature in SLOT_FEATURES]
 def row(place: int = 0, confidence: float = 1.0, **drafts: dict[str, float]) -> np.ndarray:
     """Features of a text; drafts by `d1`, `d2`, ..., those that are given can go on unless they say otherwise."""
     result = np.zeros(len(FEATURES) + MOST_DRAFTS * len(SLOT_FEATURES), np.float32)
-    result[COMMON.index("place")], result[COMMON.index("confidence")] = place, confidence
+    result[[COMMON.index(name) for name in ("place", "confidence", "product")]] = place, confidence, confidence
     for name, values in drafts.items():
         begin = len(FEATURES) + (int(name[1:]) - 1) * len(SLOT_FEATURES)
         for feature, value in {"available": 1.0, **values}.items():
@@ -110,18 +110,16 @@ def test_the_clairvoyant_takes_what_is_accepted_and_worth_its_time(trace: MixedT
 
 
 def test_the_closed_form_weighs_what_it_can_see_against_what_it_knows_on_average(trace: MixedTrace) -> None:
-    rule = ClosedForm(trace, charges_of(trace, drafting=0.2, reading=0.02), rate=2.0)
-    sure, unsure = {"free": 1.0, "next_confidence": 0.95}, {"free": 1.0, "next_confidence": 0.05}
-    rows = np.array([row(0, d1={}, d3=sure), row(0, d1={}, d3=unsure), row(0, d3=unsure)])
+    rule = ClosedForm(charges_of(trace, drafting=0.2, reading=0.02), rate=2.0)
+    sure, unsure, model = {"free": 1.0, "chance": 0.95}, {"free": 1.0, "chance": 0.03}, {"chance": 0.6}
+    rows = np.array([row(0, d1=model, d3=sure), row(0, d1=model, d3=unsure), row(0, d3=unsure)])
     assert rule(rows).tolist() == [3, 1, 0]
     # After two tokens that are hardly ever right even a sure one is not worth reading.
-    dear = ClosedForm(trace, charges_of(trace, drafting=0.2, reading=0.15), rate=2.0)
+    dear = ClosedForm(charges_of(trace, drafting=0.2, reading=0.15), rate=2.0)
     begun = {**sure, "drafting": 1.0}
     assert dear(np.array([row(0, d3=sure)])).tolist() == [3]
-    assert dear(np.array([row(1, 0.05, d3=begun)])).tolist() == [0]
-    assert dear(np.array([row(1, 0.95, d3=begun)])).tolist() == [0]
-    dear.start(1, None)
-    assert dear(np.array([row(1, 0.95, d3=begun)])).tolist() == [3]
+    assert dear(np.array([row(2, 0.05, d3=begun)])).tolist() == [0]
+    assert dear(np.array([row(2, 0.95, d3=begun)])).tolist() == [3]
 
 
 def test_the_bandit_tries_every_arm_and_keeps_to_it_for_a_round() -> None:
@@ -167,7 +165,7 @@ def test_the_best_numbers_of_every_rule_are_chosen(trace: MixedTrace) -> None:
 
 def test_rules_side_by_side_do_as_they_do_alone(trace: MixedTrace) -> None:
     prompts = prompts_of(trace)
-    rules: list[ChoiceRule] = [FixedChoice((1,), (2,), (0,)), ClosedForm(trace, prompts.charges, 1.5), FixedChoice()]
+    rules: list[ChoiceRule] = [FixedChoice((1,), (2,), (0,)), ClosedForm(prompts.charges, 1.5), FixedChoice()]
     together = [decoded.throughput for decoded in prompts.decode(rules)]
     assert together == pytest.approx([prompts.decode([rule])[0].throughput for rule in rules])
     assert together[2] == pytest.approx(1.0)
@@ -183,7 +181,7 @@ def test_a_pair_without_a_look_up_or_without_a_model_has_a_hybrid_too() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda trace: ClosedForm(trace, charges_of(trace), -1.0), "rate must be finite"),
+        (lambda trace: ClosedForm(charges_of(trace), -1.0), "rate must be finite"),
         (lambda trace: ChoiceOracle(charges_of(trace), float("nan")), "rate must be finite"),
         (lambda trace: DraftBandit([]), "at least 1 arm"),
     ],

@@ -65,7 +65,7 @@ def make_env(mixed: Mixed) -> Callable[..., DraftChoiceEnv]:
         arguments: dict[str, Any] = {
             "max_draft_length": LONGEST,
             "max_new_tokens": TOKENS,
-            "profile": made_up_costs(trace),
+            "profile": made_up_costs(trace).with_chances(trace.chances),
             **({"recording": trace} if backend == "replay" else {}),
         }
         env = gymnasium.make("specgym/DraftChoice-v0", workload=workload, backend=backend, **(arguments | changes))

@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
-from specgym.decoding import MOST_DRAFTS, NGramDrafter, Pair
+from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, NGramDrafter, Pair
 from specgym.envs import DraftChoiceEnv, Workload
 from specgym.envs.recordings.mixed_trace import MixedTrace
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
@@ -71,7 +71,7 @@ def test_masks_are_the_drafts_that_are_seen_as_available(make_env: MakeEnv, back
         assert mask.dtype == np.bool_
         assert mask.shape == (1 + MOST_DRAFTS,)
         assert mask[0]
-        assert mask[1:].tolist() == observation[11::10].astype(bool).tolist()
+        assert mask[1:].tolist() == observation[len(FEATURES) :: len(SLOT_FEATURES)].astype(bool).tolist()
         shares.append(mask[1:6].mean())
         observation, _, ended, _, _ = env.step(int(rng.choice(np.flatnonzero(mask))))
         if ended:
