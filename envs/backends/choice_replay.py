@@ -25,6 +25,9 @@ from .chain_replay import Indices, TraceColumns
 
 Flags = NDArray[np.bool_]
 
+MISSING = 0.3
+"""Chance of each draft to be missing in a text that does without some."""
+
 
 @dataclass(frozen=True)
 class ChoiceCharges:
@@ -163,12 +166,20 @@ class ChoiceReplay:
         table: what was recorded.
         charges: of each of its traces.
         trace_of: the trace of every text, shape (texts,).
+        missing_drafts: share of texts that do without some of the drafts, 0 to 1: each of theirs is missing with a
+            chance of `MISSING`. Whoever learns on such texts leans less on what the recordings happen to hold.
+
+    Raises:
+        ValueError: `missing_drafts` is out of range.
 
     Attributes:
         prompts: numbers of every trace's prompts.
     """
 
-    def __init__(self, table: ChoiceTable, charges: Sequence[ChoiceCharges], trace_of: Indices) -> None:
+    def __init__(
+        self, table: ChoiceTable, charges: Sequence[ChoiceCharges], trace_of: Indices, missing_drafts: float = 0.0
+    ) -> None:
+        self._missing = number("missing_drafts", missing_drafts, at_least=0, at_most=1)
         texts, drafts = len(trace_of), table.drafts
         self.prompts: Sequence[Integers] = table.prompts
         self._table = table
@@ -206,6 +217,7 @@ class ChoiceReplay:
         self._in_play = self._free.copy()  # free drafts that propose all that was drafted
         self._luck = np.ones((texts, table.max_draft_length))  # a token is right if this is less than its chance
         self._over = np.ones(texts, np.bool_)
+        self._at_hand = np.ones((texts, drafts), np.bool_)  # drafts that are not missing
         self._available = np.zeros((texts, drafts), np.bool_)
         self._remaining = np.zeros((texts, drafts), np.int64)
         self._blocks = np.arange(drafts) * table.rows
@@ -246,6 +258,9 @@ class ChoiceReplay:
             members = workloads == place
             rows[members] = first_rows[prompts[members]]
         self._tracker.forget(which)
+        if self._missing:
+            without = rng.random((len(which), 1)) < self._missing
+            self._at_hand[which] = ~(without & (rng.random((len(which), self._table.drafts)) < MISSING))
         self._over[which] = False
         self._start_round(which, rows, rng)
         self._look(which)
@@ -338,7 +353,7 @@ class ChoiceReplay:
         chains = self._blocks + row + since
         available = (place - since < table.limit.take(chains)) & (self._in_play[rows] | ~self._free[rows])
         longest = table.longest[self._trace_of[rows], None]
-        available &= (place < longest) & ~self._over[rows, None]
+        available &= (place < longest) & ~self._over[rows, None] & self._at_hand[rows]
         self._available[rows] = available
         cell = chains * table.max_draft_length - since  # of the chain's tokens, less the place in the draft
         looked_at = np.where(available, cell + place, 0)

@@ -51,6 +51,8 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         backend: `"replay"`. `gymnasium.make_vec(..., vectorization_mode="sync")` makes live ones side by side.
         max_episode_steps: after how many steps an episode is cut; by default only the end of the text ends it.
         source: a second name of `backend`, for libraries that take a `backend` for themselves.
+        missing_drafts: share of texts that do without some of the drafts, 0 to 1: each of theirs is missing with a
+            chance of 0.3. For training, so that a policy serves pairs with other drafts and learns less by heart.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
 
     Raises:
@@ -75,6 +77,7 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         backend: BackendName | None = None,
         max_episode_steps: int | None = None,
         source: BackendName | None = None,
+        missing_drafts: float = 0.0,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
         self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
@@ -90,7 +93,7 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         table = ChoiceTable(places.traces, max_draft_length, max_new_tokens)
 
         def begin(point_of: Indices) -> ChoiceReplay:
-            self._choices = ChoiceReplay(table, places.charges, point_of)
+            self._choices = ChoiceReplay(table, places.charges, point_of, missing_drafts)
             return self._choices
 
         self._set_up(places, begin, CHOICE_FEATURES, 1 + MOST_DRAFTS)

@@ -60,6 +60,7 @@ class ChooseDrafts(ControlExperiment[ChoiceSettings, MixedProfile]):
             max_draft_length=settings.max_draft_length,
             max_new_tokens=settings.max_new_tokens,
             decision_seconds=settings.decision_seconds,
+            missing_drafts=settings.missing_drafts,
         )
 
     def policy(self, environments: VecEnv) -> PolicyChoice:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from specgym.envs import mixed_workloads
 
-from ...training.settings_io import require_at_least
+from ...training.settings_io import require_at_least, require_within
 from .control_settings import ControlLearning, ControlSettings
 
 ENV = "specgym/DraftChoice-v0"
@@ -42,16 +42,22 @@ class ChoiceSettings(ControlSettings):
 
     workloads: tuple[str, ...] = field(default_factory=mixed_workloads)
     """Workloads of pairs with several drafts to learn on, all together: pair/prompts, or pair/prompts@temperature."""
-    total_timesteps: int = 1_500_000
+    total_timesteps: int = 3_000_000
     """Decisions learned from, for each seed, over all environments; rounded up to whole rollouts."""
     max_draft_length: int = 12
     """Tokens drafted in a round, at most; as many as a workload's recording holds, if those are fewer."""
     max_new_tokens: int = 64
     """Tokens of each text, at most; likewise."""
+    missing_drafts: float = 0.6
+    """Share of training texts that do without some of the drafts; each is then missing with a chance of 0.3."""
     learning: ChoiceLearning = field(default_factory=ChoiceLearning)
     """Learning algorithm."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     """Estimate of what is left to be learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(self, 0, 1, "missing_drafts")
 
     @property
     def option(self) -> str:

@@ -201,6 +201,25 @@ def test_many_texts_are_decoded_as_the_definition_says(seed: int) -> None:
     assert handed_over > 10
 
 
+def test_drafts_that_are_missing_in_a_text_stay_so_until_it_ends() -> None:
+    trace = made_up_mixed(prompts=6, tokens=TOKENS, longest=K)
+    lengths = {"max_draft_length": K, "max_new_tokens": TOKENS}
+    options: dict[str, Any] = {"recording": trace, "profile": made_up_costs(trace), **lengths}
+    env, whole = DraftChoiceVectorEnv(400, missing_drafts=0.5, **options), DraftChoiceVectorEnv(400, **options)
+    env.reset(seed=0)
+    whole.reset(seed=0)
+    models = np.flatnonzero(~np.array(trace.free)) + 1  # available wherever a draft has room
+    there = env.action_masks()[:, models]
+    assert 0.05 < 1 - there[:, 0].mean() < 0.3  # half of the texts times 0.3
+    assert whole.action_masks()[:, models].all()
+    for _ in range(K - 1):
+        _, _, ended, _, _ = env.step(np.where(there[:, 1], models[1], models[0]))
+        going_on = ~ended & there.any(1)
+        assert (env.action_masks()[:, models] <= there)[going_on].all()
+    with pytest.raises(ValueError, match=r"missing_drafts must be .* 1"):
+        DraftChoiceVectorEnv(missing_drafts=1.5, **options)
+
+
 def test_a_shorter_recording_is_decoded_beside_a_longer_one_as_it_is_alone() -> None:
     short, long = made_up_mixed("tiny/code", longest=2, tokens=8, seed=3), made_up_mixed(longest=K, tokens=TOKENS)
 
