@@ -13,12 +13,12 @@ import numpy as np
 from specgym.decoding import AutoregressiveDecoder, ChoiceRule, MixedProfile, Side, SpeculativeDecoder
 from specgym.envs import DraftChoiceEnv, MixedTrace, workload
 
-from ..live import clock_seconds, decode_repeatedly
+from ..live import decode_repeatedly
 from ..results import ALL, LEARNED, PLAIN, Column, ResultTable, Row
 from .choice_plan import Fitted, calibration_error, chances_of, decide, fit_plan
 from .choice_tuning import MixedPrompts, choose_rules, oracle
 from .method_rows import Derived, MethodRows, Samples, gap_closed
-from .stop_comparison import REPEATS
+from .stop_comparison import REPEATS, live_rows
 
 if TYPE_CHECKING:
     from ...experiments.control.choose_drafts_settings import ChoiceSettings
@@ -62,9 +62,7 @@ CAPTION = (
     "on the training prompts; the bandit has decoded those once. Learned is the mean over the seeds. Ceiling plans "
     "with calibrated chances that are fitted to the training prompts from what the policy sees, hindsight with chances "
     "fitted to the test prompts themselves; the clairvoyant knows what will be accepted. The gap is that from single "
-    "to it. ± is half a 95 % interval over prompts and seeds. Replay flatters what looks at other drafts in the "
-    "middle of a round, all but single and hybrid (docs/draft-choice.md): judge by evaluate.py RUN --live before "
-    "you rely on it."
+    "to it. ± is half a 95 % interval over prompts and seeds."
 )
 
 
@@ -154,9 +152,6 @@ def compare_live(
         seeds=[test.info.seed + 10_000 * repeat for repeat in range(REPEATS)],
         report=lambda message: report(f"{name}: {message}"),
     )
-    plain = clock_seconds(generations[PLAIN])
-    values = {"replayed": 1.0, "charged": 1.0, "clock": 1.0, "clock_ms_per_token": 1000 * plain}
-    rows = [Row(name, PLAIN, values=values, rule="no draft")]
     live = DraftChoiceEnv(
         name,
         backend="live",
@@ -165,17 +160,12 @@ def compare_live(
         max_draft_length=replayed.max_draft_length,
         max_new_tokens=replayed.tokens,
     )
+    charged = {}
     for method, rule in rules.items():
         report(f"{name}: {method}, charged")
-        seconds = clock_seconds(generations[method])
-        values = {
-            "replayed": replayed.decode([rule])[0].throughput,
-            "charged": _charged(live, rule, test.prompts),
-            "clock": plain / seconds,
-            "clock_ms_per_token": 1000 * seconds,
-        }
-        rows.append(Row(name, method, values=values, rule=rule.name))
-    return rows
+        charged[method] = _charged(live, rule, test.prompts)
+    throughput = {method: replayed.decode([rule])[0].throughput for method, rule in rules.items()}
+    return live_rows(name, generations, {method: rule.name for method, rule in rules.items()}, throughput, charged)
 
 
 def mixed_prompts(settings: ChoiceSettings, trace: MixedTrace, profile: MixedProfile, passes: int) -> MixedPrompts:

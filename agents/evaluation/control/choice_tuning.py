@@ -43,14 +43,6 @@ class MixedPrompts(SideBySide[ChoiceRule]):
     passes: int = 1
 
     @property
-    def prompts(self) -> int:
-        return self.trace.prompts
-
-    @property
-    def repeats(self) -> int:
-        return 1 if self.trace.info.sampling.greedy else self.passes
-
-    @property
     def plain_seconds(self) -> float:
         return self.profile.autoregressive_seconds
 

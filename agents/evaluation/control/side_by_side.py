@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.envs import ControlVectorEnv
+from specgym.envs import ControlVectorEnv, MixedTrace, Trace
 
 Sums = NDArray[np.float64]
 _RATE_ROUNDS = 4
@@ -73,17 +73,25 @@ class Decoded:
 
 
 class SideBySide(ABC, Generic[Rule]):
-    """Every prompt of a trace, to be decoded with any rules."""
+    """Every prompt of a trace, to be decoded with any rules.
+
+    Attributes:
+        trace: what was recorded.
+        passes: how often each prompt is decoded; once where the trace is greedy.
+    """
+
+    trace: Trace | MixedTrace
+    passes: int
 
     @property
-    @abstractmethod
     def prompts(self) -> int:
         """Number of prompts."""
+        return self.trace.prompts
 
     @property
-    @abstractmethod
     def repeats(self) -> int:
         """Times that every prompt is decoded, with other random choices; 1 where it is always the same."""
+        return 1 if self.trace.info.sampling.greedy else self.passes
 
     @property
     @abstractmethod

@@ -184,14 +184,6 @@ class ReplayedPrompts(SideBySide[StopRule]):
         return point.round_seconds(self.max_draft_length) / point.autoregressive_seconds
 
     @property
-    def prompts(self) -> int:
-        return self.trace.prompts
-
-    @property
-    def repeats(self) -> int:
-        return 1 if self.trace.info.sampling.greedy else self.passes
-
-    @property
     def plain_seconds(self) -> float:
         return self.profile.at(batch_size=self.batch_size).autoregressive_seconds
 

@@ -152,18 +152,39 @@ def compare_live(
         seeds=[test.info.seed + 10_000 * repeat for repeat in range(REPEATS)],
         report=lambda message: report(f"{name}: {message}"),
     )
+    charged = {method: _charged(generations[method], point) for method in rules}
+    replayed_at = {method: replay.throughput for method, replay in zip(rules, replays, strict=True)}
+    return live_rows(name, generations, {method: rule.name for method, rule in rules.items()}, replayed_at, charged)
+
+
+def live_rows(
+    name: str,
+    generations: Mapping[str, Sequence[Sequence[Generation]]],
+    rules: Mapping[str, str],
+    replayed: Mapping[str, float],
+    charged: Mapping[str, float],
+) -> list[Row]:
+    """Rows of a workload that several methods decoded live, plain decoding first.
+
+    Args:
+        name: of the workload.
+        generations: of plain decoding and of every method, as `decode_repeatedly` returns them.
+        rules: in words, by method, in order.
+        replayed: throughput by replay, relative to plain decoding.
+        charged: throughput of the live texts by the profile, likewise.
+    """
     plain = clock_seconds(generations[PLAIN])
     values = {"replayed": 1.0, "charged": 1.0, "clock": 1.0, "clock_ms_per_token": 1000 * plain}
     rows = [Row(name, PLAIN, values=values, rule="no draft")]
-    for (method, rule), replay in zip(rules.items(), replays, strict=True):
+    for method, rule in rules.items():
         seconds = clock_seconds(generations[method])
         values = {
-            "replayed": replay.throughput,
-            "charged": _charged(generations[method], point),
+            "replayed": replayed[method],
+            "charged": charged[method],
             "clock": plain / seconds,
             "clock_ms_per_token": 1000 * seconds,
         }
-        rows.append(Row(name, method, values=values, rule=rule.name))
+        rows.append(Row(name, method, values=values, rule=rule))
     return rows
 
 
