@@ -13,7 +13,7 @@ from specgym.decoding.latency.probe import Uncertainty, contradictions
 from specgym.decoding.latency.profile import LatencyProfile, LatencyProfileError
 from specgym.envs import Workload, find_mixed_trace, profiles, workload
 from specgym.envs.profiles import REFERENCES, main, mixed_profile_name, mixed_profile_of, profile_name, profile_of
-from specgym.envs.recordings.find import TRACES, mixed_workloads
+from specgym.envs.recordings.find import TRACES, counted_chances, mixed_workloads
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
 
@@ -211,6 +211,11 @@ def test_a_replay_of_shipped_drafts_needs_no_model() -> None:
         trace, named = find_mixed_trace(None, name)
         profile = mixed_profile_of(named, None, replayed=True, drafts=trace.drafts)
         assert profile.sampling == ("greedy" if named.sampling.greedy else "sampled")
+        counted = profile.with_chances(counted_chances(named, profile)).chances
+        assert (counted == [chances.exact for chances in trace.chances]).all()
+    fewer = replace(profile, drafts=profile.drafts[:2])
+    assert counted_chances(named, fewer) == [None, None]
+    assert counted_chances(replace(named, pair="tiny-10m+tiny-10m-draft-2l,suffix"), fewer) == [None, None]
 
 
 def test_the_command_measures_every_draft_of_several(

@@ -81,7 +81,7 @@ class ControlSettings(RunSettings):
     checkpoint_every: int = 250_000
     """Decisions between two checkpoints, which --resume continues from."""
     environments: int = 512
-    """Texts decoded side by side, spread evenly over workloads and batch sizes."""
+    """Texts decoded side by side, spread evenly over the workloads, and over batch sizes where there are several."""
     max_draft_length: int = 16
     """Tokens drafted in a round, at most."""
     max_new_tokens: int = 64
