@@ -83,6 +83,11 @@ _HIGH = np.array([feature.high for feature in SLOT_FEATURES], np.float32)
 _LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
 _PLACES = np.arange(_LONGEST)[:, None]
 _NEWEST = np.float32(RECENT)
+_CONFIDENCES = np.linspace(0, 1, 257)
+_STEPS, _HALF = np.float32(len(_CONFIDENCES) - 1), np.float32(0.5)
+_MIDDLES = (np.arange(BINS) + 0.5) / BINS
+_BETWEEN = np.array([np.interp(_CONFIDENCES, _MIDDLES, row) for row in np.eye(BINS)])
+"""Chances by the middles of the bins to chances by `_CONFIDENCES`, linear between, shape (`BINS`, confidences)."""
 _LOGARITHMS = np.log2(np.maximum(np.arange(1 << int(_HIGH[_UNREAD])), 1)).astype(np.float32)
 _NOBODY = -1 - np.arange(MOST_DRAFTS)
 """Stand for tokens that are not known: no two are the same, and none is a token."""
@@ -141,9 +146,10 @@ class ChoiceTracker:
         self._nothing_known = there[:, :, None] * np.float32(0.5)
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
-        known = np.asarray(KeepChances.assumed().exact if chances is None else chances, np.float32)
-        self._chances = np.broadcast_to(known, (*shape, BINS + 1)).ravel()
-        self._table = np.arange(environments * self._drafts).reshape(shape) * (BINS + 1)  # where each draft's begin
+        counted = np.asarray(KeepChances.assumed().exact if chances is None else chances, np.float64)
+        known = np.concatenate([counted[..., :-1] @ _BETWEEN, counted[..., -1:]], -1).astype(np.float32)
+        self._chances = np.broadcast_to(known, (*shape, known.shape[-1])).ravel()
+        self._table = np.arange(0, self._chances.size, known.shape[-1]).reshape(shape)  # where each draft's begin
         self._numbers = np.arange(self._drafts)
         self._place = np.zeros(environments, np.intp)
         self._unread: Integers = np.ones(shape, np.int64)
@@ -247,12 +253,12 @@ class ChoiceTracker:
                 took over within the draft, whose numbers are shown as 0.
         """
         where = self._where(rows)
-        seen = np.asarray(looked_at, np.float32)
         product = self.features[where, _PRODUCT].copy()  # a view, of a text alone
-        columns = (confidence, entropy, matched, drawn_probability)
-        sure, nats, context, drawn = (np.asarray(column, np.float32) * seen for column in columns)
-        self._common.drafted(sure, nats, context, drawn, where)
-        chance = self._chance(self.features[where, _CONFIDENCE], self._table[rows, draft], seen > 0)
+        if looked_at is not True:
+            columns = (confidence, entropy, matched, drawn_probability)
+            confidence, entropy, matched, drawn_probability = (np.multiply(column, looked_at) for column in columns)
+        self._common.drafted(confidence, entropy, matched, drawn_probability, where)
+        chance = self._chance(self.features[where, _CONFIDENCE], self._table[rows, draft], looked_at)
         self.features[where, _PRODUCT] = product * chance
         self._who[rows, self._place[where]] = draft
         self._place[where] += 1
@@ -294,14 +300,10 @@ class ChoiceTracker:
         self._unread[where] = np.maximum(missed + emitted[:, None], 1)  # at the end of a text nothing may be left
         self._begin_round(where)
 
-    def _chance(self, confidence: NDArray[np.float32], table: NDArray[np.intp], seen: Flags) -> NDArray[np.float32]:
-        """Chances of tokens by their confidence, linear between the middles of bins; where not seen, the average."""
-        bins = np.minimum(np.maximum(confidence * np.float32(BINS) - np.float32(0.5), 0), np.float32(BINS - 1))
-        lower = np.minimum(bins.astype(np.intp), BINS - 2)
-        first, second = self._chances.take(table + lower), self._chances.take(table + lower + 1)
-        return np.where(
-            seen, first + (bins - lower.astype(np.float32)) * (second - first), self._chances.take(table + BINS)
-        )
+    def _chance(self, confidence: NDArray[np.float32], table: NDArray[np.intp], seen: Any) -> NDArray[np.float32]:
+        """Chances of tokens by their confidence, or by none where it is not seen."""
+        steps = (confidence * _STEPS + _HALF).astype(np.intp)
+        return self._chances.take(table + (steps if seen is True else np.where(seen, steps, len(_CONFIDENCES))))
 
     def _where(self, rows: NDArray[np.intp]) -> Any:
         """Return what indexes these rows; a slice for a text alone, which takes half the time."""

@@ -161,6 +161,7 @@ def chance_of(confidence: float | None) -> float:
     usual = KeepChances.assumed()
     if confidence is None:
         return float(usual.average[0])
+    confidence = np.floor(np.float32(confidence) * 256 + 0.5) / 256  # as it is read off
     return float(np.interp(confidence, (np.arange(BINS) + 0.5) / BINS, usual.kept[0]))
 
 
