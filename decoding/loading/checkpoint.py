@@ -12,12 +12,12 @@ in 8 bits: loading turns the matrices back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -127,18 +127,15 @@ def load_checkpoint(
     link = read_link(folder)
     has_generation = (folder / GENERATION).is_file()
     check_digests(folder, link, [CONFIG, *([GENERATION] if has_generation else [])])
-    tensors = _read(folder, link)
+    tensors = _read(folder, link, dtype)
     model = _built(folder, tensors, set(link.shared or ()), dtype)
     _reduce(model, tensors, folder)
     shared = dict(link.shared or {})
     if foreign := sorted((set(tensors) | set(shared)) - set(model.state_dict())):
         raise CheckpointError(f"{folder / WEIGHTS} and config.json do not fit: no place for {foreign[0]!r}: {WAY_OUT}")
-    parameters: dict[str, torch.Tensor] = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
-    }
     if shared:
-        parameters |= _shared(folder, link, shared, dtype, shared_from)
-    _put(model, parameters, folder)
+        tensors |= _shared(folder, link, shared, dtype, shared_from)
+    _put(model, tensors, folder)
     _fill_buffers(model)
     if has_generation:
         try:
@@ -209,11 +206,28 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def _read(folder: Path, link: Link) -> dict[str, torch.Tensor]:
+def _read(
+    folder: Path, link: Link, dtype: torch.dtype, names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a folder, or some of them by name, those of floating point in a type; one at a time is unpacked.
+
+    The file is mapped anew for each, because all pages that were read count as this process's while it is mapped.
+    """
     path = folder / WEIGHTS
     check_digests(folder, link, [WEIGHTS])
+    tensors = dict[str, Tensor]()
     try:
-        return unpack(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            stored = list(file.keys())
+        scales = {name + _SCALE for name in stored}.intersection(stored)
+        for name in stored:
+            if name in scales or (names is not None and name not in names):
+                continue
+            with safe_open(path, framework="pt") as file:
+                parts = {part: file.get_tensor(part) for part in (name, *scales.intersection([name + _SCALE]))}
+            value = unpack(parts)[name]
+            tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        return tensors
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {WAY_OUT}") from None
     except (SafetensorError, OSError, KeyError) as error:  # KeyError: a type that torch lacks
@@ -241,7 +255,7 @@ def _shared(
         place = (folder / link.shared_with).resolve()
         origin = str(place) if place.is_dir() else link.shared_with
         if is_checkpoint(place):
-            held: Mapping[str, torch.Tensor] = _read(place, read_link(place))
+            held: Mapping[str, torch.Tensor] = _read(place, read_link(place), dtype, set(shared.values()))
         else:
             try:
                 held = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype).state_dict()

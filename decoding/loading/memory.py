@@ -21,8 +21,9 @@ from torch import nn
 
 from ..drafts.mixed import draft_models
 from ..models.early_exit import ExitModel
+from ..models.identity import tensors_in
 from ..models.language_model import LanguageModel
-from ..models.linear_layers import PrepackedLinear, only_looking, tensors_in
+from ..models.linear_layers import PrepackedLinear, only_looking
 from ..models.supported import is_dynamic
 from .pair import Pair
 

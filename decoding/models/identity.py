@@ -7,13 +7,15 @@ the same ones; another model, even of the same shape, does not, nor does one tha
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from .language_model import LanguageModel
-from .linear_layers import weights_one_by_one
+from .linear_layers import PrepackedLinear, only_looking
 
 SAME = 0.997
 """Mean cosine of two probes above which they are of one model: rounded to bfloat16 or to eight bits it stays above
@@ -42,3 +44,26 @@ def weights_digest(model: nn.Module) -> str:
         values = tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
         state.update(values.contiguous().numpy().tobytes())
     return state.hexdigest()
+
+
+def weights_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of `state_dict`, ordered by name; at most one packed or quantised weight is rebuilt."""
+    with only_looking():
+        state = model.state_dict()
+    modules = model.named_modules(remove_duplicate=False)
+    packed = {f"{name}.weight": layer for name, layer in modules if isinstance(layer, PrepackedLinear)}
+    for name in sorted(state):
+        layer = packed.get(name)
+        if layer is not None:
+            yield name, layer.dense().t() if isinstance(layer, Conv1D) else layer.dense()
+        for tensor in tensors_in(state[name]) if layer is None else ():
+            yield name, tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors of an entry of `state_dict`; a layer that torch quantised has a tuple of weight and bias there."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors_in(part)

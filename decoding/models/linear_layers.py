@@ -16,6 +16,7 @@ whoever asks for a plain weight gets it, as the parameter that it was, and that 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import sys
@@ -298,8 +299,19 @@ def _pack(layer: nn.Module, shared: bool, smallest: int | None) -> bool:
         if not weight.is_inference():
             torch.autograd.graph.increment_version(weight)  # a backward pass that still needs it fails, saying so
         weight.data = torch.full((), torch.nan, dtype=weight.dtype, device="cpu").expand(weight.shape)
+        _give_back()
     layer.__class__ = _PrepackedConv1D if transposed else _PrepackedLinear
     return True
+
+
+def _give_back() -> None:
+    """Return freed memory to the system where the C library would keep it, and a model would take its size twice.
+
+    glibc keeps blocks of up to 32 MB (M_MMAP_THRESHOLD in mallopt(3)). A freed weight then leaves a hole that the next
+    packed one, which is aligned, does not fit into.
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # other C libraries, and Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def can_prepack(model: nn.Module) -> bool:
@@ -353,13 +365,13 @@ def prepack_linears(model: nn.Module, smallest: int | None = SMALLEST_PREPACKED)
         parameters = layer.__dict__["_parameters"]
         return sys.getrefcount(parameters["weight"]) > uses[id(parameters["weight"])] + sys.getrefcount(object())
 
-    if any(held(layer) for layer in layers):
+    shared = {layer: uses[id(layer.__dict__["_parameters"]["weight"])] > 1 for layer in layers}
+    if any(held(layer) for layer in layers if not shared[layer]):
         gc.collect()  # the holder may be gone already
     packed = 0
     for layer in layers:
-        shared = uses[id(layer.__dict__["_parameters"]["weight"])] > 1
-        if layer is output if shared else not held(layer):
-            packed += _pack(layer, shared, smallest)
+        if layer is output if shared[layer] else not held(layer):
+            packed += _pack(layer, shared[layer], smallest)
     return packed
 
 
@@ -375,26 +387,3 @@ def unpack_changed_output(model: PreTrainedModel) -> None:
     layer = model.get_output_embeddings()
     if isinstance(layer, PrepackedLinear) and _changed(layer, in_full=True):
         _unpack(layer)
-
-
-def weights_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of `state_dict`, ordered by name; at most one packed or quantised weight is rebuilt."""
-    with only_looking():
-        state = model.state_dict()
-    modules = model.named_modules(remove_duplicate=False)
-    packed = {f"{name}.weight": layer for name, layer in modules if isinstance(layer, PrepackedLinear)}
-    for name in sorted(state):
-        layer = packed.get(name)
-        if layer is not None:
-            yield name, layer.dense().t() if isinstance(layer, Conv1D) else layer.dense()
-        for tensor in tensors_in(state[name]) if layer is None else ():
-            yield name, tensor.dequantize() if tensor.is_quantized else tensor
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Tensors of an entry of `state_dict`; a layer that torch quantised has a tuple of weight and bias there."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from tensors_in(part)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgym.decoding.fit.draft.init_from_target import take_layers
+from specgym.decoding.loading import checkpoint
 from specgym.decoding.loading.checkpoint import load_checkpoint, save_checkpoint
 from specgym.decoding.loading.link import CheckpointError, is_checkpoint, lender, read_link, tokenizer_folder
 from tests.helpers.architecture_chains import FAMILIES
@@ -131,6 +132,24 @@ def test_shared_tensors_use_the_storage_of_the_target_in_memory(
     assert back.get_input_embeddings().weight is target.get_input_embeddings().weight
     assert back.get_output_embeddings().weight is target.get_output_embeddings().weight
     torch.testing.assert_close(logits(back), logits(draft))
+
+
+def test_one_tensor_at_a_time_is_unpacked_and_of_a_lender_only_what_is_lent(
+    pair: tuple[PreTrainedModel, PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[list[str]] = []
+
+    def unpack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        unpacked.append(list(tensors))
+        return checkpoint_unpack(tensors)
+
+    checkpoint_unpack = checkpoint.unpack
+    monkeypatch.setattr(checkpoint, "unpack", unpack)
+    _, draft, folder = pair
+    back = load_checkpoint(folder / "draft")
+    torch.testing.assert_close(logits(back), logits(draft))
+    stored = set(load_file(folder / "draft/model.safetensors"))
+    assert sorted(unpacked) == sorted([name] for name in {*stored, EMBEDDING})
 
 
 def test_untied_embeddings_are_both_shared(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from specgym.decoding import MemoryUse, NGramDrafter, Pair, memory_of
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.loading import memory
+from specgym.decoding.models import linear_layers
 
 USE = MemoryUse("toy", 42_200_000, 3_170_000, 26_600, 509_000_000, "process")
 
@@ -51,6 +53,17 @@ def test_a_table_is_counted_and_a_draft_that_copies_is_none(target: PreTrainedMo
 def test_prepacked_weights_are_counted(make_model: Callable[..., PreTrainedModel]) -> None:
     plain, packed = (make_model("llama", layers=1, vocabulary=16384, hidden=32) for _ in range(2))
     assert memory_of(Pair(packed, prepack=True)).target >= memory_of(Pair(plain, prepack=False)).target
+
+
+def test_a_plain_weight_is_given_back_to_the_system_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else glibc keeps it: 24 layers of 576 x 1536 then took 1.19 times their size more, and 0.25 with this."""
+    layers = [torch.nn.Linear(512, 1024, bias=False) for _ in range(3)]
+    packed: list[int] = []
+    monkeypatch.setattr(
+        linear_layers, "_give_back", lambda: packed.append(sum(type(layer) is not torch.nn.Linear for layer in layers))
+    )
+    assert linear_layers.prepack_linears(torch.nn.Sequential(*layers)) == 3
+    assert packed == [0, 1, 2]
 
 
 def test_the_peak_holds_the_weights_and_decoding_leaves_the_pair_alone(target: PreTrainedModel) -> None:

@@ -136,3 +136,10 @@ def test_the_pairs_that_ship_share_their_target() -> None:
     pairs = [load_pair(name, device="cpu", offline=True) for name in ("tiny", "tiny-10m-2l")]
     first, second = (storages(item.target.model) for item in pairs)
     assert first == second
+
+
+def test_a_weight_that_a_draft_shares_with_its_target_starts_no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(Path("large"), 2, vocabulary=512)
+    _save(Path("draft"), 1, vocabulary=512, shared_with="../large")
+    monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("what takes longer than loading a small pair"))
+    load_pair("large+draft", prepack=True)

@@ -156,6 +156,12 @@ def test_a_corrupt_cached_file_is_named_with_the_way_out(cache: Path, victim: st
         load_model("smollm2", device="cpu")
 
 
+def test_cached_files_are_read_once_for_target_and_tokenizer(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert smollm2.cached() == cache
+    monkeypatch.setattr(smollm2.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert smollm2.cached() == cache
+
+
 @pytest.mark.parametrize("victim", ["model.safetensors", "SHA256SUMS"])
 def test_a_missing_cached_file_is_named(cache: Path, victim: str) -> None:
     (cache / victim).unlink()
