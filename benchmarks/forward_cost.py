@@ -1,4 +1,4 @@
-"""Cost of a forward pass by its number of tokens, with stock linear layers and with packed ones, and its bound.
+"""Cost of a forward pass by its number of tokens: stock, with packed linear layers, and captured; and its bound.
 
     python -m benchmarks.forward_cost                       # a random Llama of about 110 million parameters, float32
     python -m benchmarks.forward_cost --model tiny-10m      # a shipped model, a folder or a hub id
@@ -115,25 +115,28 @@ def main() -> None:
     models = {"stock": LanguageModel(build(settings), prepack=False)}
     parameters = sum(weight.numel() for weight in models["stock"].model.parameters())
     for smallest in settings.smallest:
+        name = "packed" if len(settings.smallest) == 1 else f"packed from 2^{smallest.bit_length() - 1}"
         packed = build(settings)
         prepack_linears(packed, smallest)
-        models[f"packed >= 2^{smallest.bit_length() - 1}"] = LanguageModel(packed, prepack=False)
+        models[name] = LanguageModel(packed, prepack=False)
+        models[f"{name}, captured"] = captured = LanguageModel(packed, prepack=False)
+        models[name].captured = None
+        if captured.captured is not None:
+            captured.captured.patience = 1
+    models["stock"].captured = None
     figures = measure(models, settings)
     sizes = {name: bytes_of_pass(model.model) for name, model in models.items()}
     bounds = {name: 1000 * size / figures.bytes_a_second for name, size in sizes.items()}
 
-    table = Table(title=f"ms per pass: {settings.model}, {parameters / 1e6:.0f}M parameters, {settings.dtype}")
-    table.add_column("tokens", justify="right")
-    for name in models:
-        for column in (name, "x one token", "x bound", "GB/s"):
-            table.add_column(column, justify="right")
+    table = Table(title=f"Passes of {settings.model}, {parameters / 1e6:.0f}M parameters, {settings.dtype}")
+    for column in ("tokens", "layers", "ms", "x one token", "x stock", "x bound", "GB/s"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
     for count in settings.tokens:
-        cells = [str(count)]
         for name, by_count in figures.milliseconds.items():
             value = by_count[count]
-            cells += [f"{value:.2f}", f"{value / by_count[settings.tokens[0]]:.2f}"]
-            cells += [f"{value / bounds[name]:.2f}", f"{sizes[name] / value / 1e6:.1f}"]
-        table.add_row(*cells)
+            ratios = value / by_count[settings.tokens[0]], value / figures.milliseconds["stock"][count]
+            cells = [f"{ratio:.2f}" for ratio in (value, *ratios, value / bounds[name])]
+            table.add_row(str(count), name, *cells, f"{sizes[name] / value / 1e6:.1f}")
     console = Console()
     console.print(table)
     console.print(f"memory reads {figures.bytes_a_second / 1e9:.1f} GB/s")

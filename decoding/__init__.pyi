@@ -119,13 +119,13 @@ from .loading.prompt_tokens import (
     prompts_limited,
     warn_once,
 )
+from .loading.quantise import quantise
 from .models.early_exit import EarlyExit
 from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
 from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
 from .models.output_layer import bytes_of_pass
-from .models.quantise import quantise
 from .processors import TextRules, sampling_of, target_digest, text_settings
 from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (

@@ -224,6 +224,9 @@ def time_rounds(
     prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
     sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
     plain_decoder = AutoregressiveDecoder(pair)
+    for model in (pair.target, *draft_models(pair.draft)):
+        if model.captured is not None:
+            model.captured.patience = 1  # in the rounds for warming up, as all texts but a process's first have it
     samples = [_Samples() for _ in prompts]
     texts = [
         tuple(

@@ -22,10 +22,10 @@ from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
 from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
 from ..models.language_model import LanguageModel
-from ..models.quantise import quantise
 from ..models.supported import causal_model
 from . import presets
 from .find_model import identity, load_model, placement
+from .quantise import quantise
 
 AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter | EarlyExit
 """Anything that `Pair` takes for a draft."""

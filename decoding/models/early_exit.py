@@ -211,7 +211,7 @@ class ResumingTarget(LanguageModel):
 
     def __init__(self, whole: LanguageModel, exit_: ExitModel) -> None:
         vars(self).update(vars(whole))
-        self.whole = whole
+        self.whole, self.captured = whole, None  # its layers have read differently far
         self._resumption = _Resumption()
         above = _part(whole.model, _stack_of(whole)[exit_.layers :], embed_tokens=self._resumption)
         self._above = LanguageModel.as_read(above, whole._reading)

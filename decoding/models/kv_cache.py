@@ -109,17 +109,27 @@ class PreallocatedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append, and return everything stored. Shapes (1, heads, new, head size) to (1, heads, length, head size)."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self._stored_keys is None or self.length > self._stored_keys.shape[-2]:
-            self._stored_keys = _grown(self._stored_keys, key_states, start, self.length)
-            self._stored_values = _grown(self._stored_values, value_states, start, self.length)
+        start = self.length
+        if self._stored_keys is None or self._stored_values is None:
+            self._stored_keys = _grown(None, key_states, 0, 0)
+            self._stored_values = _grown(None, value_states, 0, 0)
             self.is_initialized = True
-        assert self._stored_values is not None
-        self._stored_keys[..., start : self.length, :] = key_states
-        self._stored_values[..., start : self.length, :] = value_states
-        self.keys = self._stored_keys[..., : self.length, :]
-        self.values = self._stored_values[..., : self.length, :]
+        stored_keys, stored_values = self.extended(key_states.shape[-2])
+        stored_keys[..., start : self.length, :] = key_states
+        stored_values[..., start : self.length, :] = value_states
+        self.keys = stored_keys[..., : self.length, :]
+        self.values = stored_values[..., : self.length, :]
         return self.keys, self.values
+
+    def extended(self, count: int) -> tuple[Tensor, Tensor]:
+        """Count so many positions more as stored, and return the storage in which they are to be written."""
+        start, self.length = self.length, self.length + count
+        assert self._stored_keys is not None
+        assert self._stored_values is not None
+        if self.length > self._stored_keys.shape[-2]:
+            self._stored_keys = _grown(self._stored_keys, self._stored_keys, start, self.length)
+            self._stored_values = _grown(self._stored_values, self._stored_values, start, self.length)
+        return self._stored_keys, self._stored_values
 
     def get_seq_length(self) -> int:
         """Number of positions stored."""
@@ -138,6 +148,16 @@ class PreallocatedLayer(DynamicLayer):
         for stored in (self._stored_keys, self._stored_values):
             stored[..., start:end, :] = stored.index_select(-2, rows + start)
         self.length = end
+
+
+def stored_bytes(layer: object) -> int:
+    """Bytes of the keys and values of the positions that a layer of a cache has stored; 0 for other states."""
+    if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+        return 0
+    parts: list[Tensor | None] = [layer.keys, layer.values]
+    if isinstance(layer, PreallocatedLayer):
+        parts = [stored[..., : layer.length, :] for stored in layer.extended(0)]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def _grown(stored: Tensor | None, like: Tensor, filled: int, needed: int) -> Tensor:
@@ -164,6 +184,15 @@ class BranchingCache(Cache):
     def length(self) -> int:
         """Number of positions stored."""
         return self._own_layers[0].length if self.layers else 0
+
+    def extended(self, count: int) -> list[Tensor] | None:
+        """Count so many positions more as stored, and return the keys and values of all layers, to be written there.
+
+        Shapes (1, heads, capacity, head size); None before the first pass, which says how large they are.
+        """
+        if not self.layers:
+            return None
+        return [stored for layer in self._own_layers for stored in layer.extended(count)]
 
     def cut(self, length: int) -> None:
         """Forget every position from `length` on."""

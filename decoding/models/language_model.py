@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from ..errors import PromptError, UnsupportedModelError
 from .attention import EVERYWHERE_FULL, MaskMaker, numbers
-from .kv_cache import BranchingCache, RestorableCache, TokenTree
+from .captured import CapturedPasses
+from .kv_cache import BranchingCache, RestorableCache, TokenTree, stored_bytes
 from .linear_layers import (
     NARROWEST_PREPACKED,
     SMALLEST_PREPACKED,
@@ -31,8 +31,7 @@ from .supported import causal_model, execution_device, refuse_unsupported, requi
 from .trial import Reading, Role, declared_context, settle
 
 _PART = 512
-_MOST_REREAD = 16
-"""Tokens that are read again with every pass, until it costs less to read them in a pass of their own."""
+_MOST_REREAD = 16  # tokens that are read again with every pass, until it costs less to read them in one of their own
 
 
 class Logits(NamedTuple):
@@ -60,6 +59,7 @@ class LanguageModel:
         restores_states: whether layers are recurrent: after tokens were taken back, those that stay are read again.
         context_limit: tokens of the longest text.
         mask_seconds: how long building the mask of the last pass took.
+        captured: passes over few tokens (`CapturedPasses`); None where all are the model's own.
 
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
@@ -79,6 +79,7 @@ class LanguageModel:
     restores_states = False
     _reading = Reading(EVERYWHERE_FULL)
     _forced = False
+    captured: CapturedPasses | None = None
     _smallest_blocked: int | None = SMALLEST_PREPACKED
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
@@ -89,12 +90,14 @@ class LanguageModel:
                 f"{self.name} ({self.dtype} on {self.device}) cannot be prepacked: that needs float32 (or bfloat16, "
                 "where oneDNN supports it) on CPU. Leave `prepack` unset."
             )
-        if role == "draft":  # it reads a token a pass, which is no faster blocked
-            self._smallest_blocked = None
+        # A draft reads a token a pass, which is no faster blocked.
+        self._smallest_blocked = None if role == "draft" else SMALLEST_PREPACKED
         if prepack is not False and can_prepack(model):
-            narrow = self.hidden_size < NARROWEST_PREPACKED and not prepack
-            prepack_linears(model, None if narrow else self._smallest_blocked)
+            wide = prepack or self.hidden_size >= NARROWEST_PREPACKED
+            prepack_linears(model, self._smallest_blocked if wide else None)
         self._set_up(model, settle(model, LanguageModel.as_read, role))
+        if self.branches and self.device.type == "cpu" and self._reading.switch is None:
+            self.captured = CapturedPasses(model, self._masks.masks)
 
     @classmethod
     def as_read(cls, model: PreTrainedModel, reading: Reading) -> LanguageModel:
@@ -122,18 +125,13 @@ class LanguageModel:
         self._forget()
 
     def _forget(self) -> None:
-        self._cache: BranchingCache | RestorableCache = (
-            BranchingCache() if self.branches else RestorableCache(self.model.config)
-        )
+        cache = BranchingCache() if self.branches else RestorableCache(self.model.config)
+        self._cache: BranchingCache | RestorableCache = cache
         self.restores_states = isinstance(self._cache, RestorableCache) and self._cache.has_states
         # Kept where what was read may have to be read again: after a switch of the rotation, or to restore states.
-        self._text: Tensor | None = (
-            torch.empty(0, dtype=torch.int64, device=self.device)
-            if self.restores_states or self._reading.switch
-            else None
-        )
-        self._last_start = self._at_once = 0
-        self._beyond = False
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._text = nothing if self.restores_states or self._reading.switch else None
+        self._last_start, self._at_once, self._beyond = 0, 0, False
 
     def fresh(self) -> LanguageModel:
         """Share the weights, with an empty cache: how every text begins.
@@ -143,14 +141,17 @@ class LanguageModel:
         """
         require_ready(self.model, self.dtype, self.device, self.exact)
         unpack_changed_output(self.model)
+        if self.captured is not None:
+            self.captured.renew()
         other = copy.copy(self)
         other._forget()
         return other
 
     def pack(self) -> None:
         """Prepack the large linear layers that are plain, where the model's device and type allow it."""
-        if can_prepack(self.model):
-            prepack_linears(self.model, self._smallest_blocked)
+        if self.captured is not None:
+            self.captured.graphs.clear()  # they hold the plain weights, and weights that are held are left alone
+        prepack_linears(self.model, self._smallest_blocked)
 
     def unpack(self) -> None:
         """Give the linear layers their plain weights back, for good; texts stay the same, passes take longer."""
@@ -179,9 +180,7 @@ class LanguageModel:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of the tokens in the cache, without what is held ready for more."""
-        layers = (layer for layer in self._cache.layers if isinstance(layer, DynamicLayer))
-        tensors = (part for layer in layers for part in (layer.keys, layer.values) if part is not None)
-        return sum(part.numel() * part.element_size() for part in tensors)
+        return sum(map(stored_bytes, self._cache.layers))
 
     @property
     def is_plain(self) -> bool:
@@ -292,6 +291,10 @@ class LanguageModel:
             arguments["logits_to_keep"] = chosen
         arguments["past_key_values" if "past_key_values" in self._parameters else "cache_params"] = self._cache
         self.mask_seconds = time.perf_counter() - started
+        if self.captured is not None and isinstance(self._cache, BranchingCache):
+            inputs = tokens, positions, arguments["attention_mask"], self._cache
+            if (outputs := self.captured.run(*inputs, chosen, hidden)) is not None:
+                return Logits(outputs[0].float(), outputs[1] if hidden else None)
         with output_layer_watched(self.model, hidden) as states:
             output = self.model(**arguments)
         if isinstance(self._cache, RestorableCache):

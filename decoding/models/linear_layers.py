@@ -70,16 +70,16 @@ class BlockedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         # Packed for a batch of so many: the layout that oneDNN then chooses is read faster for one token, too.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.dtype, self.nbytes = weight.dtype, weight.nbytes
 
     def dense(self) -> Tensor:
         """The weight as it was."""
-        return self._packed.to_dense()
+        return self.packed.to_dense()
 
     def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """Compute what a linear layer does, shapes (..., inputs) to (..., outputs)."""
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, bias, "none", [], "")
 
 
 class HalfWeight:
@@ -95,7 +95,7 @@ class HalfWeight:
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, halves: Tensor, scale: Tensor | None) -> None:
-        self._packed = torch.ops.quantized.linear_prepack_fp16(halves.float(), None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(halves.float(), None)
         self._scale, self.nbytes = scale, halves.nbytes + (0 if scale is None else scale.nbytes)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -103,12 +103,12 @@ class HalfWeight:
 
     def dense(self) -> Tensor:
         """The weight as it was, shape (outputs, inputs)."""
-        weight = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        weight = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return weight if self._scale is None else weight.mul_(self._scale[:, None])
 
     def times(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """Compute what a linear layer does, shapes (..., inputs) to (..., outputs)."""
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(inputs, self._packed)
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(inputs, self.packed)
         if self._scale is not None:
             product.mul_(self._scale)
         return product if bias is None else product.add_(bias)

@@ -133,7 +133,7 @@ class ReducedOutput(nn.Module):
         That is no infinity, because 0 times infinity is not a number, and 0 times this is 0.
         """
         scores = self.scores(hidden)
-        whole = scores.new_full((*scores.shape[:-1], len(self.weight)), torch.finfo(scores.dtype).min)
+        whole = scores.new_full((*scores.shape[:-1], self.weight.shape[0]), torch.finfo(scores.dtype).min)
         return whole.index_copy_(-1, self.tokens, scores)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .output_layer import ReducedOutput
+from ..models.output_layer import ReducedOutput
 
 SMALLEST_QUANTISED = 2**17
 """Layers with fewer weights stay as they are: rounding a token's inputs takes about as long as multiplying so many."""

@@ -16,10 +16,10 @@ from specgym.decoding import DraftTreeDecoder, Pair, Sampling, SpeculativeDecode
 from specgym.decoding.drafts.drafter import DraftSession, DraftStep, ModelDrafter, ModelStep, draft_digest
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.latency.interleaved import fingerprint
-from specgym.decoding.models import quantise as quantising
+from specgym.decoding.loading import quantise as quantising
+from specgym.decoding.loading.quantise import quantise
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.output_layer import ReducedOutput, reduce_output
-from specgym.decoding.models.quantise import quantise
 from tests.helpers.known_distributions import PROMPT, distance, exact_joint, walk
 
 pytestmark = pytest.mark.filterwarnings(

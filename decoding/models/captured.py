@@ -1,0 +1,251 @@
+"""Passes over few tokens, captured as graphs of torch's operations.
+
+Around a pass over a few tokens of a small model, Python and the modelling code take longer than the arithmetic. So a
+shape of pass that comes again and again is recorded once, by `torch.jit.trace`, and run without them from then on: the
+same operations in the same order on the same weights, with the tokens, their positions, the mask and the cache for
+inputs. A graph is used only if it gives the scores of the model itself to the last bit, at other lengths of text than
+that at which it was recorded, in a chain and in a tree; a model with which anything else happens is left aside.
+
+`torch.jit` is on its way out (torch 2.13 says so), and what it is replaced by takes a compiler and a minute for every
+shape. Where it is missing all passes are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .kv_cache import BranchingCache, TokenTree
+from .linear_layers import HalfWeight, PrepackedLinear, only_looking
+from .output_layer import output_layer_watched
+
+_LOG = logging.getLogger("specgym")
+MOST_TOKENS = 16
+"""Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
+USES = 64
+"""Passes of a shape before it is captured, which takes about as long as Python does around so many."""
+_MOST_GRAPHS = 48
+_KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
+"""Files that choose by sizes which a graph has fixed: of a pass (transformers 5.23), and of embeddings (torch 2.13)."""
+OWN = ("torch.nn.modules.", "transformers.", "specgym.")
+
+Mask = Callable[[TokenTree | None, int, int], object]
+
+
+class _StoredLayer(DynamicLayer):
+    """Keys and values of a layer in storage that is an input of the graph."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int, end: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self._stored, self._start, self._end = (keys, values), start, end
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write what is new behind what is there, and return both."""
+        keys, values = (stored[..., : self._end, :] for stored in self._stored)
+        keys[..., self._start :, :].copy_(key_states)
+        values[..., self._start :, :].copy_(value_states)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of positions that were there; the graph takes it from the mask."""
+        return self._start
+
+
+class _Step(nn.Module):
+    """One pass as a function of tensors alone.
+
+    Args:
+        model: whose pass it is.
+        chosen: rows of scores, as `logits_to_keep`; None if they are an input.
+        hidden: whether it returns hidden states, too.
+    """
+
+    def __init__(self, model: PreTrainedModel, chosen: int | None, hidden: bool) -> None:
+        super().__init__()
+        self.model, self.chosen, self.hidden = model, chosen, hidden
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, *stored: Tensor) -> Any:
+        """Return scores, shape (1, rows, vocabulary), and hidden states if asked for."""
+        end = mask.shape[-1]
+        start = end - tokens.shape[1]
+        pairs = zip(stored[::2], stored[1::2], strict=True)
+        layers: list[Any] = [_StoredLayer(keys, values, start, end) for keys, values in pairs]
+        with output_layer_watched(self.model, self.hidden) as states:
+            scores = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+                logits_to_keep=rows if self.chosen is None else self.chosen,
+            ).logits
+        return (scores, states[-1]) if self.hidden else (scores,)
+
+
+class _Aside(Exception):
+    """Reason for which a model is not captured."""
+
+
+class CapturedPasses:
+    """The captured passes of a model, shared by all its texts.
+
+    Args:
+        model: on a CPU, with full control of its masks and positions.
+        masks: makes the mask of a pass from its tree, its start and its number of tokens.
+
+    Attributes:
+        patience: passes of a shape until it is captured; 1 where many are to come.
+        graphs: of the shapes that are captured.
+    """
+
+    patience = USES
+
+    def __init__(self, model: PreTrainedModel, masks: Mask) -> None:
+        self._model, self._masks = model, masks
+        self._uses = Counter[Hashable]()
+        self.graphs = dict[Hashable, Any]()
+        self._state: Hashable = None
+        self._aside = False
+
+    def renew(self) -> None:
+        """Forget what was captured of a model that was changed since; for the start of a text."""
+        if (self.graphs or self._aside) and self._state != _state(self._model):
+            self.graphs.clear()
+            self._uses.clear()
+            self._aside = False
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, mask: object, cache: BranchingCache, chosen: int | Tensor, hidden: bool
+    ) -> tuple[Tensor, ...] | None:
+        """Read tokens by a graph, if there is one for such passes.
+
+        Args:
+            tokens: shape (tokens,).
+            positions: of these, likewise.
+            mask: as for the model; only one for all layers can be captured.
+            cache: is written to.
+            chosen: as `logits_to_keep` of transformers' models.
+            hidden: whether hidden states are asked for.
+
+        Returns:
+            Scores, shape (rows, vocabulary), and hidden states, if asked for; None if the model has to read them.
+        """
+        count, rows = tokens.shape[0], chosen if isinstance(chosen, Tensor) else None
+        key = (count, None if isinstance(chosen, Tensor) else chosen, hidden)
+        graph = self.graphs.get(key)
+        if graph is None:
+            self._uses[key] += 1
+            possible = not self._aside and count <= MOST_TOKENS and len(self.graphs) < _MOST_GRAPHS
+            if possible and self._uses[key] >= self.patience:
+                self._capture(key)
+            return None
+        stored = cache.extended(count) if isinstance(mask, Tensor) and not torch.is_autocast_enabled("cpu") else None
+        if stored is None:
+            return None
+        results = graph(tokens[None], positions[None], mask, tokens if rows is None else rows, *stored)
+        return tuple(result[0] for result in results)
+
+    def _capture(self, key: tuple[int, int | None, bool]) -> None:
+        """Record passes of a shape, or put the model aside."""
+        self._state = _state(self._model)
+        try:
+            if self._state is None:
+                raise _Aside("it has hooks, or layers that are not transformers' or torch's own")
+            self.graphs[key] = _recorded(self._model, self._masks, *key)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the tracer and modelling code raise whatever there is
+            self._aside = True
+            reason = str(error) if isinstance(error, _Aside) else f"{type(error).__name__}: {error}"
+            _LOG.info("passes of %s are not captured: %s", type(self._model).__name__, reason.split("\n")[0])
+
+
+def _recorded(model: PreTrainedModel, masks: Mask, count: int, chosen: int | None, hidden: bool) -> Any:
+    """The graph of a pass, after it was compared with the model.
+
+    Raises:
+        _Aside: it is not what the model does.
+    """
+    step, generator = _Step(model, chosen, hidden).eval(), torch.Generator("cpu").manual_seed(0)
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    branches = TokenTree([place - 1 - place % 2 for place in range(count)])
+    shapes = [(8, None), (31, None), (31, branches), (5, None)]
+    text = torch.randint(vocabulary, (1, 64), generator=generator)
+    cache = BranchingCache()
+    model(input_ids=text, attention_mask=masks(None, 0, 64), position_ids=torch.arange(64)[None], past_key_values=cache)
+
+    def inputs(start: int, tree: TokenTree | None) -> list[Tensor]:
+        cache.cut(start)
+        mask = masks(tree, start, count)
+        if not isinstance(mask, Tensor):
+            raise _Aside("its layers see differently far")
+        places = torch.arange(count) if tree is None else tree.depths
+        tokens = torch.randint(vocabulary, (1, count), generator=generator)
+        return [tokens, places[None] + start, mask, torch.tensor([0, count - 1]), *(cache.extended(count) or ())]
+
+    def comparable(outputs: Sequence[Tensor]) -> list[Tensor]:
+        written = (stored[..., cache.length - count : cache.length, :] for stored in cache.extended(0) or ())
+        return [output.clone() for output in (*outputs, *written)]
+
+    with warnings.catch_warnings(record=True) as caught, _halves_visible(model), only_looking():
+        warnings.simplefilter("always")
+        first = inputs(*shapes[0])
+        graph: Any = torch.jit.trace(step, tuple(first), check_trace=False, strict=False)
+    choices = [warning for warning in caught if issubclass(warning.category, torch.jit.TracerWarning)]
+    for warning in choices:
+        if not warning.filename.replace("\\", "/").endswith(_KNOWN_CHOICES):
+            raise _Aside(f"it chooses by numbers of the pass ({warning.filename}:{warning.lineno})")
+    for start, tree in shapes:
+        arguments = inputs(start, tree)
+        expected = comparable(step(*arguments))
+        for _ in range(2):  # torch.jit looks at the first runs and changes the graph after them
+            if not all(map(torch.equal, comparable(graph(*arguments)), expected)):
+                raise _Aside("its graph gives other scores")
+    return graph
+
+
+@contextlib.contextmanager
+def _halves_visible(model: nn.Module) -> Iterator[None]:
+    """Let the tracer see weights in float16, each of which has to be an attribute of a module for that.
+
+    oneDNN's layout it cannot take at all (torch 2.13, "Unsupported value kind"): such models are left aside.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        weight = module.packed if isinstance(module, PrepackedLinear) else getattr(module, "kept_rows", None)
+        if isinstance(weight, HalfWeight):
+            vars(module)["traced_weight"] = weight.packed
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("traced_weight", None)
+
+
+def _state(model: PreTrainedModel) -> Hashable:
+    """All that a graph depends on, to be compared; None if it may depend on anything else."""
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        return None
+    state: list[Hashable] = [str(getattr(model.config, "_attn_implementation", ""))]
+    for module in model.modules():
+        inside = vars(module)
+        if inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside:
+            return None
+        if not type(module).__module__.startswith(OWN):
+            return None
+        state.append((id(module), type(module), id(inside.get("_packed"))))
+        for tensor in (*inside["_parameters"].values(), *inside["_buffers"].values()):
+            if tensor is not None:
+                state.append((id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))
+    return tuple(state)
