@@ -224,9 +224,7 @@ def time_rounds(
     prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
     sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
     plain_decoder = AutoregressiveDecoder(pair)
-    for model in (pair.target, *draft_models(pair.draft)):
-        if model.captured is not None:
-            model.captured.patience = 1  # in the rounds for warming up, as all texts but a process's first have it
+    capture_at_once(pair)
     samples = [_Samples() for _ in prompts]
     texts = [
         tuple(
@@ -266,6 +264,13 @@ def time_rounds(
         for times, context in zip(samples, lengths, strict=True)
     ]
     return replace(profiles[0], points=tuple(profiles[1:]))
+
+
+def capture_at_once(pair: Pair) -> None:
+    """Let passes be captured in the rounds for warming up, as all texts but the first of a process have them."""
+    for model in (pair.target, *draft_models(pair.draft)):
+        if model.captured is not None:
+            model.captured.patience = 1
 
 
 def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, asked: int | None) -> list[int]:

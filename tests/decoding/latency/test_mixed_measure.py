@@ -27,9 +27,12 @@ from specgym.decoding import (
     Sampling,
     SuffixDrafter,
     describe_hardware,
+    drafts_of,
+    measure,
     measure_mixed,
     measured_mixed,
 )
+from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.latency import mixed_measure
 from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.latency.mixed_measure import READINGS
@@ -59,6 +62,17 @@ def test_every_draft_is_measured_with_every_number_of_unread_tokens(pair: Pair, 
     assert (result.pair, result.sampling) == ("toy", "sampled" if temperature else "greedy")
     assert result.hardware == describe_hardware(pair)
     assert result.target(1) >= result.autoregressive_seconds
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_timed_passes_are_captured_as_those_of_long_texts_are(pair: Pair, several: bool) -> None:
+    if several:
+        measure_mixed(pair, max_draft_length=4, repeats=1, tries=1)
+    else:
+        measure(Pair(pair.target, drafts_of(pair.draft)[0]), max_draft_length=4, repeats=1, tries=1)
+    for model, sizes in ((pair.target, {1, 2, 3, 5}), (draft_models(pair.draft)[0], {1})):
+        assert model.captured is not None
+        assert {count for count, *_ in model.captured.graphs} >= sizes
 
 
 class _ByTheToken:
