@@ -34,12 +34,16 @@ MOST_TOKENS = 16
 """Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
 USES = 64
 """Passes of a shape before it is captured, which takes about as long as Python does around so many."""
+LONGEST = 0.1
+"""Seconds of a pass beyond which Python around it does not count, and capturing, which takes 60 passes, never pays."""
 _MOST_GRAPHS = 48
 _KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
 """Files that choose by sizes which a graph has fixed: of a pass (transformers 5.23), and of embeddings (torch 2.13)."""
 OWN = ("torch.nn.modules.", "transformers.", "specgym.")
 
 Mask = Callable[[TokenTree | None, int, int], object]
+_Shape = tuple[int, int | None, bool]
+"""Tokens, scores that are kept (None if they are listed), and whether hidden states are asked for."""
 
 
 class _StoredLayer(DynamicLayer):
@@ -113,8 +117,9 @@ class CapturedPasses:
 
     def __init__(self, model: PreTrainedModel, masks: Mask) -> None:
         self._model, self._masks = model, masks
-        self._uses = Counter[Hashable]()
-        self.graphs = dict[Hashable, Any]()
+        self._uses = Counter[_Shape]()
+        self._latest: _Shape = (0, None, False)
+        self.graphs = dict[_Shape, Any]()
         self._state: Hashable = None
         self._aside = False
 
@@ -143,12 +148,9 @@ class CapturedPasses:
         """
         count, rows = tokens.shape[0], chosen if isinstance(chosen, Tensor) else None
         key = (count, None if isinstance(chosen, Tensor) else chosen, hidden)
+        self._latest = key
         graph = self.graphs.get(key)
         if graph is None:
-            self._uses[key] += 1
-            possible = not self._aside and count <= MOST_TOKENS and len(self.graphs) < _MOST_GRAPHS
-            if possible and self._uses[key] >= self.patience:
-                self._capture(key)
             return None
         stored = cache.extended(count) if isinstance(mask, Tensor) and not torch.is_autocast_enabled("cpu") else None
         if stored is None:
@@ -156,7 +158,16 @@ class CapturedPasses:
         results = graph(tokens[None], positions[None], mask, tokens if rows is None else rows, *stored)
         return tuple(result[0] for result in results)
 
-    def _capture(self, key: tuple[int, int | None, bool]) -> None:
+    def took(self, seconds: float) -> None:
+        """Count a pass that `run` has left to the model, and capture it if its shape has come often enough."""
+        key = self._latest
+        possible = not self._aside and key[0] <= MOST_TOKENS and len(self.graphs) < _MOST_GRAPHS
+        if key not in self.graphs and possible and seconds < LONGEST:
+            self._uses[key] += 1
+            if self._uses[key] >= self.patience:
+                self._capture(key)
+
+    def _capture(self, key: _Shape) -> None:
         """Record passes of a shape, or put the model aside."""
         self._state = _state(self._model)
         try:

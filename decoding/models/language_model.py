@@ -291,12 +291,16 @@ class LanguageModel:
             arguments["logits_to_keep"] = chosen
         arguments["past_key_values" if "past_key_values" in self._parameters else "cache_params"] = self._cache
         self.mask_seconds = time.perf_counter() - started
-        if self.captured is not None and isinstance(self._cache, BranchingCache):
+        captured = self.captured if isinstance(self._cache, BranchingCache) else None
+        if captured is not None and isinstance(self._cache, BranchingCache):
             inputs = tokens, positions, arguments["attention_mask"], self._cache
-            if (outputs := self.captured.run(*inputs, chosen, hidden)) is not None:
+            if (outputs := captured.run(*inputs, chosen, hidden)) is not None:
                 return Logits(outputs[0].float(), outputs[1] if hidden else None)
+        started = time.perf_counter()
         with output_layer_watched(self.model, hidden) as states:
             output = self.model(**arguments)
+        if captured is not None:
+            captured.took(time.perf_counter() - started)
         if isinstance(self._cache, RestorableCache):
             self._cache.length = start + count
         if decided:

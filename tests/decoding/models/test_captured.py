@@ -80,6 +80,17 @@ def test_a_shape_has_to_come_often_and_be_short(make_model: MakeModel) -> None:
     assert graphs(longest) == 1
 
 
+def test_a_pass_that_takes_long_anyway_is_not_captured(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([captured.LONGEST, captured.LONGEST, captured.LONGEST / 2])
+    model = capturing(make_model("llama"))
+    assert model.captured is not None
+    took = model.captured.took
+    monkeypatch.setattr(model.captured, "took", lambda _: took(next(seconds)))
+    for expected in (0, 0, 1):
+        model.forward(some(3))
+        assert graphs(model) == expected
+
+
 def test_greedy_output_is_that_of_generate(make_model: MakeModel, make_noisy: MakeModel) -> None:
     target: Any = make_model("llama")
     expected = target.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 3:]
