@@ -123,6 +123,10 @@ class CapturedPasses:
         self._state: Hashable = None
         self._aside = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the graphs out of pickles and copies: torch cannot write them, and they are of this model's weights."""
+        return {**vars(self), "graphs": {}, "_uses": Counter(), "_state": None, "_aside": False}
+
     def renew(self) -> None:
         """Forget what was captured of a model that was changed since; for the start of a text."""
         if (self.graphs or self._aside) and self._state != _state(self._model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +91,18 @@ def test_a_pass_that_takes_long_anyway_is_not_captured(make_model: MakeModel, mo
     for expected in (0, 0, 1):
         model.forward(some(3))
         assert graphs(model) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_capture_anew(make_model: MakeModel, copied: Callable[[Any], LanguageModel]) -> None:
+    model = capturing(make_model("llama"))
+    expected = model.fresh().forward(some(3)).scores
+    assert graphs(model) == 1
+    other = copied(model)
+    assert graphs(other) == 0
+    for _ in range(2):
+        assert torch.equal(other.fresh().forward(some(3)).scores, expected)
+    assert graphs(other) == graphs(model) == 1
 
 
 def test_greedy_output_is_that_of_generate(make_model: MakeModel, make_noisy: MakeModel) -> None:
