@@ -135,7 +135,7 @@ class CapturedPasses:
             self._aside = False
 
     def run(
-        self, tokens: Tensor, positions: Tensor, mask: object, cache: BranchingCache, chosen: int | Tensor, hidden: bool
+        self, tokens: Tensor, positions: Tensor, mask: object, cache: object, chosen: int | Tensor, hidden: bool
     ) -> tuple[Tensor, ...] | None:
         """Read tokens by a graph, if there is one for such passes.
 
@@ -143,7 +143,7 @@ class CapturedPasses:
             tokens: shape (tokens,).
             positions: of these, likewise.
             mask: as for the model; only one for all layers can be captured.
-            cache: is written to.
+            cache: is written to; another than a `BranchingCache` is left to the model.
             chosen: as `logits_to_keep` of transformers' models.
             hidden: whether hidden states are asked for.
 
@@ -154,10 +154,9 @@ class CapturedPasses:
         key = (count, None if isinstance(chosen, Tensor) else chosen, hidden)
         self._latest = key
         graph = self.graphs.get(key)
-        if graph is None:
+        if graph is None or not (isinstance(mask, Tensor) and isinstance(cache, BranchingCache)):
             return None
-        stored = cache.extended(count) if isinstance(mask, Tensor) and not torch.is_autocast_enabled("cpu") else None
-        if stored is None:
+        if torch.is_autocast_enabled("cpu") or (stored := cache.extended(count)) is None:
             return None
         results = graph(tokens[None], positions[None], mask, tokens if rows is None else rows, *stored)
         return tuple(result[0] for result in results)

@@ -93,8 +93,9 @@ class LanguageModel:
         # A draft reads a token a pass, which is no faster blocked.
         self._smallest_blocked = None if role == "draft" else SMALLEST_PREPACKED
         if prepack is not False and can_prepack(model):
-            wide = prepack or self.hidden_size >= NARROWEST_PREPACKED
-            prepack_linears(model, self._smallest_blocked if wide else None)
+            prepack_linears(
+                model, self._smallest_blocked if prepack or self.hidden_size >= NARROWEST_PREPACKED else None
+            )
         self._set_up(model, settle(model, LanguageModel.as_read, role))
         if self.branches and self.device.type == "cpu" and self._reading.switch is None:
             self.captured = CapturedPasses(model, self._masks.masks)
@@ -291,16 +292,14 @@ class LanguageModel:
             arguments["logits_to_keep"] = chosen
         arguments["past_key_values" if "past_key_values" in self._parameters else "cache_params"] = self._cache
         self.mask_seconds = time.perf_counter() - started
-        captured = self.captured if isinstance(self._cache, BranchingCache) else None
-        if captured is not None and isinstance(self._cache, BranchingCache):
-            inputs = tokens, positions, arguments["attention_mask"], self._cache
-            if (outputs := captured.run(*inputs, chosen, hidden)) is not None:
+        if self.captured is not None:
+            mask, cache = arguments.get("attention_mask"), self._cache
+            if (outputs := self.captured.run(tokens, positions, mask, cache, chosen, hidden)) is not None:
                 return Logits(outputs[0].float(), outputs[1] if hidden else None)
-        started = time.perf_counter()
         with output_layer_watched(self.model, hidden) as states:
             output = self.model(**arguments)
-        if captured is not None:
-            captured.took(time.perf_counter() - started)
+        if self.captured is not None:
+            self.captured.took(time.perf_counter() - started - self.mask_seconds)
         if isinstance(self._cache, RestorableCache):
             self._cache.length = start + count
         if decided:
@@ -330,14 +329,13 @@ class LanguageModel:
         Args:
             tokens: of the text, ids.
             hidden: return the hidden state of its last token, shape (hidden size,).
-            of: tokens of the whole prompt that these begin; by default they are all of it. A model whose rotation of
-                positions switches reads a whole prompt in the way of its last token.
+            of: tokens of the whole prompt that these begin; by default they are all of it.
         """
         state: Tensor | None = None
         switch, whole = self._reading.switch, of or self.length + len(tokens)
         if switch is not None and whole > switch.position and (switch.rereads or not self.length):
             self._switch_if_due(whole)
-            self._forced = self._beyond = True
+            self._forced = self._beyond = True  # a prompt is read in the way of its last token
         if self._reading.singly and not self.length and not hidden:
             # Stock decoding reads a prompt at once, its last token included: that is done when the last token comes.
             self._text, self._at_once = torch.tensor(tokens, device=self.device), of or len(tokens)
@@ -345,8 +343,7 @@ class LanguageModel:
         try:
             for start in range(0, len(tokens), _PART):
                 part = torch.tensor(tokens[start : start + _PART], device=self.device)
-                states = self.forward(part, last=1, hidden=hidden).hidden
-                state = None if states is None else states[-1]
+                state = None if (states := self.forward(part, last=1, hidden=hidden).hidden) is None else states[-1]
         finally:
             self._forced = False
         return state
@@ -383,9 +380,8 @@ class LanguageModel:
             self._text = self._text[:length]
 
 
-# OpenMP's threads do not survive a fork, which is how Gymnasium's asynchronous vector environments start on Linux: a
-# child whose parent has used them waits for ever at its first wide operation. So children decode with one thread each,
-# which is also what several of them on one machine want.
+# OpenMP's threads do not survive a fork, by which Gymnasium's asynchronous vector environments start on Linux: a child
+# whose parent has used them waits for ever at its first wide operation. So children decode with one thread each.
 _threads_of_parent: int | None = None
 
 

@@ -149,7 +149,7 @@ def test_both_speeds_are_those_of_targets_as_decoders_have_them(
 ) -> None:
     prepacked, measured, kept = list[Any](), list[Any](), list[Any]()
     monkeypatch.setattr(models, "NARROWEST_PREPACKED", 1)
-    monkeypatch.setattr(models, "prepack_linears", prepacked.append)
+    monkeypatch.setattr(models, "prepack_linears", lambda model, *_: prepacked.append(model))
 
     def measure(pair: Pair, *arguments: Any) -> Any:
         measured.append(pair.target.model)
