@@ -267,7 +267,10 @@ def time_rounds(
 
 
 def capture_at_once(pair: Pair) -> None:
-    """Let passes be captured in the rounds for warming up, as all texts but the first of a process have them."""
+    """Let passes be captured when their shape comes for the first time, as all but the first texts of a process have.
+
+    For what is timed after rounds for warming up, or by a median over several passes.
+    """
     for model in (pair.target, *draft_models(pair.draft)):
         if model.captured is not None:
             model.captured.patience = 1

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from specgym.decoding import AutoregressiveDecoder, Generation, LatencyProfile, Side, SpeculativeDecoder, StopRule
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    Generation,
+    LatencyProfile,
+    Side,
+    SpeculativeDecoder,
+    StopRule,
+    capture_at_once,
+)
 from specgym.envs import Trace, workload
 
 from ..live import clock_seconds, decode_repeatedly
@@ -134,6 +142,7 @@ def compare_live(
     """
     chosen = workload(name)
     pair, prompts, point = chosen.load(), chosen.prompt_ids("test")[: test.prompts], profile.at(batch_size=1)
+    capture_at_once(pair)
     rules: dict[str, StopRule] = {
         **choose(replayed(settings, train, profile, 1)).simple,
         "bandit": UpperConfidenceBound(settings.max_draft_length),
