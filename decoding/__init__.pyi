@@ -87,7 +87,7 @@ from .errors import (
 from .files import cache_folder, digest, file_name, named_errors, remove_leftovers, replacing, write_json, write_text
 from .latency.accelerators import HARDWARE, KINDS, Hardware, find_hardware
 from .latency.deployments import Deployment, round_costs, sensible_deployments
-from .latency.interleaved import capture_at_once, describe_hardware
+from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
 from .latency.mixed_measure import measure_mixed, measured_mixed
 from .latency.mixed_profile import DraftCosts, MixedProfile
@@ -280,7 +280,6 @@ __all__ = [
     "build_decoder",
     "bytes_of_pass",
     "cache_folder",
-    "capture_at_once",
     "check_digest",
     "check_fields",
     "check_files",

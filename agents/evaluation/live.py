@@ -108,7 +108,7 @@ def decode_repeatedly(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seeds=range(seed, seed + len(prompts)),
-            warm_up=0 if number else 8,
+            warm_up=0 if number else max_new_tokens,
         )
         for place, turn in enumerate(turns):
             report(f"prompt {place + 1} of {len(prompts)}, pass {number + 1} of {len(seeds)}")

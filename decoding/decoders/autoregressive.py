@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..decoder import GREEDY, Decoder, Session
+from ..models.captured import NEVER, USES
 from ..rounds import Generation, Round
 from ..sampling import Sampling, draw
 
@@ -72,7 +73,7 @@ def decode_in_turns(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
-    warm_up: int = 16,
+    warm_up: int = 64,
 ) -> Iterator[dict[str, Generation]]:
     """Decode every prompt by all sides before the next prompt.
 
@@ -83,16 +84,27 @@ def decode_in_turns(
         sampling: how tokens are drawn.
         seeds: seed of each prompt, the same for all sides; by default 0, 1, 2, ...
         warm_up: tokens that all sides generate from the first prompt beforehand, since a first generation pays for
-            what is set up once; 0 for none.
+            what is set up once; 0 for none. Passes are captured then, and not while prompts take their turns.
 
     Yields:
         Generations of a prompt by the names of the sides.
     """
     for decoder, knobs in sides.values() if warm_up and prompts else ():
+        _capture_after(decoder, 1)
         tokens = min(warm_up, max_new_tokens)
         decoder.generate(prompts[0], max_new_tokens=tokens, sampling=sampling, seed=0, knobs=knobs)
     for seed, prompt in zip(seeds or range(len(prompts)), prompts, strict=True):
-        yield {
-            name: decoder.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, knobs=knobs)
-            for name, (decoder, knobs) in sides.items()
-        }
+        generations: dict[str, Generation] = {}
+        for name, (decoder, knobs) in sides.items():
+            _capture_after(decoder, NEVER)
+            generations[name] = decoder.generate(
+                prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, knobs=knobs
+            )
+            _capture_after(decoder, USES)
+        yield generations
+
+
+def _capture_after(side: Generates, passes: int) -> None:
+    """See `Pair.capture_after`; others than our decoders have no pair."""
+    if isinstance(side, Decoder):
+        side.pair.capture_after(passes)

@@ -76,7 +76,8 @@ def _shape(model: LanguageModel) -> dict[str, Any]:
     config = model.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):  # a copy elsewhere is as fast
         config.pop(name, None)
-    return {"config": config, "device": str(model.device), "dtype": str(model.dtype)}
+    captured = model.captured is not None
+    return {"config": config, "device": str(model.device), "dtype": str(model.dtype), "captured": captured}
 
 
 def _processor() -> str:
@@ -224,7 +225,7 @@ def time_rounds(
     prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
     sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
     plain_decoder = AutoregressiveDecoder(pair)
-    capture_at_once(pair)
+    pair.capture_after(1)  # while warming up
     samples = [_Samples() for _ in prompts]
     texts = [
         tuple(
@@ -264,16 +265,6 @@ def time_rounds(
         for times, context in zip(samples, lengths, strict=True)
     ]
     return replace(profiles[0], points=tuple(profiles[1:]))
-
-
-def capture_at_once(pair: Pair) -> None:
-    """Let passes be captured when their shape comes for the first time, as all but the first texts of a process have.
-
-    For what is timed after rounds for warming up, or by a median over several passes.
-    """
-    for model in (pair.target, *draft_models(pair.draft)):
-        if model.captured is not None:
-            model.captured.patience = 1
 
 
 def _sizes_with_room(pair: Pair, probe: CostProbe, kind: str, context: int, asked: int | None) -> list[int]:

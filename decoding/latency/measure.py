@@ -33,7 +33,6 @@ from ..traits import CHAIN
 from .batch_grid import measure_points, plan_grid
 from .interleaved import (
     EndlessText,
-    capture_at_once,
     describe_hardware,
     fingerprint,
     growth_of,
@@ -267,7 +266,7 @@ def _measure_chains(
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     restores = pair.target.restores_states
     growth = growth_of(pair) if restores else None  # otherwise a text ends with its turn
-    capture_at_once(pair)
+    pair.capture_after(1)  # while warming up
     chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)
     plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling, growth=growth)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]

@@ -28,7 +28,6 @@ from ..models.early_exit import ExitModel
 from ..sampling import GREEDY, Sampling
 from .interleaved import (
     EndlessText,
-    capture_at_once,
     describe_hardware,
     fingerprint,
     growth_of,
@@ -167,7 +166,7 @@ def _measure_once(
         key=lambda draft: isinstance(draft_models(draft)[0], ExitModel),
     )
     stopwatch = StopwatchDrafter((models or drafts)[0])
-    capture_at_once(pair)
+    pair.capture_after(1)  # while warming up
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     growth = growth_of(pair) if pair.target.restores_states else None  # otherwise a text ends with its turn
     verified = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)

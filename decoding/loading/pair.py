@@ -20,6 +20,7 @@ from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
+from ..models.captured import USES
 from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
 from ..models.language_model import LanguageModel
 from ..models.supported import causal_model
@@ -87,6 +88,16 @@ class Pair:
         """Prepack the large linear layers of target and draft that are plain, where device and type allow it."""
         for model in (self.target, *draft_models(self.draft)):
             model.pack()
+
+    def capture_after(self, passes: int = USES) -> None:
+        """Say how often a shape of pass has to come before it is captured (`CapturedPasses`), 1 for at once.
+
+        Capturing takes about as long as 60 passes. Whoever times decoding lets it happen while warming up, and then no
+        more (`NEVER`): in a process that decodes for long it does not count.
+        """
+        for model in (self.target, *draft_models(self.draft)):
+            if model.captured is not None:
+                model.captured.patience = passes
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""

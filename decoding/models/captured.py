@@ -34,6 +34,8 @@ MOST_TOKENS = 16
 """Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
 USES = 64
 """Passes of a shape before it is captured, which takes about as long as Python does around so many."""
+NEVER = 2**62
+"""Passes of a shape that never come."""
 LONGEST = 0.1
 """Seconds of a pass beyond which Python around it does not count, and capturing, which takes 60 passes, never pays."""
 _MOST_GRAPHS = 48

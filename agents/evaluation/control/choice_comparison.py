@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specgym.decoding import AutoregressiveDecoder, ChoiceRule, MixedProfile, Side, SpeculativeDecoder, capture_at_once
+from specgym.decoding import AutoregressiveDecoder, ChoiceRule, MixedProfile, Side, SpeculativeDecoder
 from specgym.envs import DraftChoiceEnv, MixedTrace, workload
 
 from ..live import decode_repeatedly
@@ -138,7 +138,6 @@ def compare_live(
     """
     chosen = workload(name)
     pair, prompts = chosen.load(), chosen.prompt_ids("test")[: test.prompts]
-    capture_at_once(pair)
     rules = {**choose_rules(mixed_prompts(settings, train, profile, TUNING_PASSES)).simple, LEARNED: learned}
     replayed = mixed_prompts(settings, test, profile, settings.comparison.passes)
     sides = {PLAIN: Side(AutoregressiveDecoder(pair))} | {

@@ -15,7 +15,6 @@ from specgym.decoding import (
     Side,
     SpeculativeDecoder,
     StopRule,
-    capture_at_once,
 )
 from specgym.envs import Trace, workload
 
@@ -142,7 +141,6 @@ def compare_live(
     """
     chosen = workload(name)
     pair, prompts, point = chosen.load(), chosen.prompt_ids("test")[: test.prompts], profile.at(batch_size=1)
-    capture_at_once(pair)
     rules: dict[str, StopRule] = {
         **choose(replayed(settings, train, profile, 1)).simple,
         "bandit": UpperConfidenceBound(settings.max_draft_length),

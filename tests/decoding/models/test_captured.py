@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specgym.decoding import EarlyExit, LanguageModel, Pair, SpeculativeDecoder
+from specgym.decoding import EarlyExit, LanguageModel, Pair, Side, SpeculativeDecoder, decode_in_turns
 from specgym.decoding.models import captured
 from specgym.decoding.models.captured import MOST_TOKENS, USES, CapturedPasses
 from specgym.decoding.models.kv_cache import TokenTree
@@ -113,6 +113,20 @@ def test_greedy_output_is_that_of_generate(make_model: MakeModel, make_noisy: Ma
         written = SpeculativeDecoder(pair).generate(PROMPT, max_new_tokens=len(expected)).tokens
         assert list(written) == expected.tolist()
     assert graphs(pair.target) > 0
+
+
+def test_nothing_is_captured_while_decoders_take_turns(make_model: MakeModel, make_noisy: MakeModel) -> None:
+    target: Any = make_model("llama")
+    pair = Pair(target, make_noisy(target, 0.3), prepack=False)
+    sides = {"drafts": Side(SpeculativeDecoder(pair, stop="never"), {"draft_length": 5})}
+    before, shapes = -1, []
+    for _ in decode_in_turns(sides, [PROMPT, [9, 8], [30, 31, 32], [7]], max_new_tokens=24, warm_up=2):
+        before = graphs(pair.target) if before < 0 else before
+        shapes.append(graphs(pair.target))
+    assert shapes == [before] * 4
+    assert before > 0
+    assert pair.target.captured is not None
+    assert pair.target.captured.patience == USES
 
 
 def _in_place(model: Any) -> None:
