@@ -75,10 +75,14 @@ class Figures(NamedTuple):
 
     milliseconds: dict[str, dict[int, float]]
     """Time of a pass, by model and number of tokens."""
+    capturing: dict[int, float]
+    """Passes that capturing one takes as long as, by their number of tokens."""
     bytes_a_second: float
     """Rate at which this machine reads from memory, on as many threads as the passes had."""
 
 
+CAPTURED = ", captured"
+"""End of the names of models whose passes are captured, at the first of each size."""
 _READ = 2**25
 """Numbers of float32 in what is read to measure the rate: four times what a large cache holds."""
 
@@ -86,7 +90,7 @@ _READ = 2**25
 def measure(models: dict[str, LanguageModel], settings: Settings) -> Figures:
     """Time the models' passes; models and reading take turns, so that all feel the same machine."""
     seconds: dict[str, dict[int, list[float]]] = {name: {count: [] for count in settings.tokens} for name in models}
-    memory, reading = torch.ones(_READ), list[float]()
+    memory, reading, first = torch.ones(_READ), list[float](), dict[int, float]()
     for model in models.values():
         model.forward(torch.arange(settings.cached) % model.vocabulary_size, last=1)
     for repeat in range(settings.repeats + 2):
@@ -102,11 +106,15 @@ def measure(models: dict[str, LanguageModel], settings: Settings) -> Figures:
                 model.truncate(settings.cached)
                 if repeat >= 2:  # after two rounds to warm up
                     seconds[name][count].append(elapsed)
+                elif repeat == 0 and name.endswith(CAPTURED):
+                    first[count] = elapsed
     milliseconds = {
         name: {count: 1000 * statistics.median(values) for count, values in by_count.items()}
         for name, by_count in seconds.items()
     }
-    return Figures(milliseconds, memory.nbytes / statistics.median(reading))
+    captured = next(by_count for name, by_count in milliseconds.items() if name.endswith(CAPTURED))
+    capturing = {count: 1000 * first[count] / captured[count] for count in settings.tokens}
+    return Figures(milliseconds, capturing, memory.nbytes / statistics.median(reading))
 
 
 def main() -> None:
@@ -119,7 +127,7 @@ def main() -> None:
         packed = build(settings)
         prepack_linears(packed, smallest)
         models[name] = LanguageModel(packed, prepack=False)
-        models[f"{name}, captured"] = captured = LanguageModel(packed, prepack=False)
+        models[name + CAPTURED] = captured = LanguageModel(packed, prepack=False)
         models[name].captured = None
         if captured.captured is not None:
             captured.captured.patience = 1
@@ -140,6 +148,8 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"memory reads {figures.bytes_a_second / 1e9:.1f} GB/s")
+    passes = ", ".join(f"{passes:.0f} passes over {count}" for count, passes in figures.capturing.items())
+    console.print(f"capturing took as long as {passes} tokens")
     for name, size in sizes.items():
         console.print(f"{name}: {size / 1e6:.1f} MB of weights a pass, at least {bounds[name]:.2f} ms")
     if settings.json:
@@ -152,6 +162,7 @@ def main() -> None:
             {
                 "settings": {**asdict(settings), "json": None},
                 "milliseconds": by_name,
+                "capturing": {str(count): passes for count, passes in figures.capturing.items()},
                 "bytes": sizes,
                 "bytes_a_second": figures.bytes_a_second,
             },

@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 import time
 import venv
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -88,16 +89,8 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-class TransformersGenerate:
-    """transformers' `generate` as a side of the comparison: a single round, which includes reading the prompt.
-
-    Args:
-        pair: loaded without prepacking; only its target is used.
-        options: further arguments of `generate`, such as an assistant.
-    """
-
-    def __init__(self, pair: Pair, **options: Any) -> None:
-        self.pair, self.options = pair, options
+class Rival(ABC):
+    """Somebody else's way to generate as a side of the comparison: one round, which includes reading the prompt."""
 
     def generate(
         self,
@@ -108,9 +101,29 @@ class TransformersGenerate:
         seed: int | None,
         knobs: Mapping[str, float] | None,
     ) -> Generation:
-        """Generate to the end, greedily or at a temperature."""
-        torch.manual_seed(seed or 0)
-        batch = torch.tensor([list(prompt_ids)])
+        """Generate to the end, greedily or at a temperature; there are no knobs."""
+        tokens, seconds = self._text(list(prompt_ids), max_new_tokens, sampling, seed or 0)
+        return Generation(tokens, [Round(tuple(tokens), 0, 0, 0.0, 0.0, seconds)], 0.0, "length")
+
+    @abstractmethod
+    def _text(self, prompt: list[int], most: int, sampling: Sampling, seed: int) -> tuple[list[int], float]:
+        """The tokens of a text, at most so many, and the seconds that they took."""
+
+
+class TransformersGenerate(Rival):
+    """transformers' `generate`.
+
+    Args:
+        pair: loaded without prepacking; only its target is used.
+        options: further arguments of `generate`, such as an assistant.
+    """
+
+    def __init__(self, pair: Pair, **options: Any) -> None:
+        self.pair, self.options = pair, options
+
+    def _text(self, prompt: list[int], most: int, sampling: Sampling, seed: int) -> tuple[list[int], float]:
+        torch.manual_seed(seed)
+        batch = torch.tensor([prompt])
         warping: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
             warping = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
@@ -119,12 +132,13 @@ class TransformersGenerate:
         output = model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most,
             pad_token_id=0,
             **warping,
             **self.options,
         )
-        return _at_once(output[0, len(prompt_ids) :].tolist(), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return output[0, len(prompt) :].tolist(), seconds
 
 
 def transformers_sides(pair: Pair, lookup_tokens: Sequence[int]) -> dict[str, Side]:
@@ -148,8 +162,8 @@ def transformers_sides(pair: Pair, lookup_tokens: Sequence[int]) -> dict[str, Si
     return sides
 
 
-class FlashspecGenerate:
-    """flashspec's engine as a side of the comparison: a single round, which includes reading the prompt.
+class FlashspecGenerate(Rival):
+    """flashspec's engine, with its default of 4 tokens where it asks for a number.
 
     Args:
         pair: loaded without prepacking; its models are used as they are.
@@ -172,17 +186,8 @@ class FlashspecGenerate:
         self._flashspec, self._engine = flashspec, engine
         self._eos = tuple(sorted(pair.eos_token_ids))
 
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int | None,
-        knobs: Mapping[str, float] | None,
-    ) -> Generation:
-        """Generate to the end, greedily or at a temperature, with flashspec's default of 4 tokens where it asks."""
-        torch.manual_seed(seed or 0)
+    def _text(self, prompt: list[int], most: int, sampling: Sampling, seed: int) -> tuple[list[int], float]:
+        torch.manual_seed(seed)
         config = self._flashspec.FlashSpecConfig(
             device=self._torch_device,
             drafter_strategy=self._strategy,
@@ -196,9 +201,9 @@ class FlashspecGenerate:
         engine = self._engine.SpeculativeEngine(config, self._drafters, self._target)
         started = time.perf_counter()
         with torch.inference_mode():
-            result = engine.generate(torch.tensor([list(prompt_ids)]), max_new_tokens=max_new_tokens)
+            result = engine.generate(torch.tensor([prompt]), max_new_tokens=most)
         seconds = time.perf_counter() - started
-        return _at_once(result.output_ids[0, : result.n_tokens_generated].tolist(), seconds)
+        return result.output_ids[0, : result.n_tokens_generated].tolist(), seconds
 
 
 def flashspec_sides(pair: Pair) -> dict[str, Side]:
@@ -223,8 +228,8 @@ def flashspec_sides(pair: Pair) -> dict[str, Side]:
     }
 
 
-class EngineGenerate:
-    """An engine's server as a side of the comparison, timed by its own clock.
+class EngineGenerate(Rival):
+    """An engine's server, timed by its own clock.
 
     Args:
         served: the engine at work with a setting.
@@ -233,19 +238,9 @@ class EngineGenerate:
     def __init__(self, served: Served) -> None:
         self.served = served
 
-    def generate(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int | None,
-        knobs: Mapping[str, float] | None,
-    ) -> Generation:
-        """Generate to the end, greedily or at a temperature."""
-        text = self.served.generate(list(prompt_ids), max_new_tokens, sampling.temperature, seed or 0)
-        tokens = list(text.tokens or [0] * text.new_tokens)
-        return _at_once(tokens, text.seconds + text.prompt_seconds)
+    def _text(self, prompt: list[int], most: int, sampling: Sampling, seed: int) -> tuple[list[int], float]:
+        text = self.served.generate(prompt, most, sampling.temperature, seed)
+        return list(text.tokens or [0] * text.new_tokens), text.seconds + text.prompt_seconds
 
 
 def llama_cpp_sides(target: str, kind: GgufType, threads: int, lookup_tokens: int) -> dict[str, Side]:
@@ -269,8 +264,3 @@ def llama_cpp_sides(target: str, kind: GgufType, threads: int, lookup_tokens: in
         f"llama.cpp {kind}": Side(EngineGenerate(engine.serve(None))),
         f"llama.cpp {kind} lookup": Side(EngineGenerate(engine.serve(engine.setting(lookup_tokens)))),
     }
-
-
-def _at_once(tokens: list[int], seconds: float) -> Generation:
-    """A text in a single round."""
-    return Generation(tokens, [Round(tuple(tokens), 0, 0, 0.0, 0.0, seconds)], 0.0, "length")

@@ -5,6 +5,7 @@ Side-by-side decoding: several decoders take turns on the same prompts, so that 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -12,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..decoder import GREEDY, Decoder, Session
-from ..models.captured import NEVER, USES
+from ..models.captured import NEVER
 from ..rounds import Generation, Round
 from ..sampling import Sampling, draw
 
@@ -90,21 +91,19 @@ def decode_in_turns(
         Generations of a prompt by the names of the sides.
     """
     for decoder, knobs in sides.values() if warm_up and prompts else ():
-        _capture_after(decoder, 1)
         tokens = min(warm_up, max_new_tokens)
-        decoder.generate(prompts[0], max_new_tokens=tokens, sampling=sampling, seed=0, knobs=knobs)
+        with _capturing(decoder, after=1):
+            decoder.generate(prompts[0], max_new_tokens=tokens, sampling=sampling, seed=0, knobs=knobs)
     for seed, prompt in zip(seeds or range(len(prompts)), prompts, strict=True):
         generations: dict[str, Generation] = {}
         for name, (decoder, knobs) in sides.items():
-            _capture_after(decoder, NEVER)
-            generations[name] = decoder.generate(
-                prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, knobs=knobs
-            )
-            _capture_after(decoder, USES)
+            with _capturing(decoder, after=NEVER):
+                generations[name] = decoder.generate(
+                    prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, knobs=knobs
+                )
         yield generations
 
 
-def _capture_after(side: Generates, passes: int) -> None:
-    """See `Pair.capture_after`; others than our decoders have no pair."""
-    if isinstance(side, Decoder):
-        side.pair.capture_after(passes)
+def _capturing(side: Generates, after: int) -> contextlib.AbstractContextManager[None]:
+    """See `Pair.capturing`; others than our decoders have no pair."""
+    return side.pair.capturing(after) if isinstance(side, Decoder) else contextlib.nullcontext()

@@ -26,8 +26,9 @@ from ..drafts.cascade import CascadeDrafter
 from ..drafts.mixed import draft_models, drafts_of
 from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
-from ..models.language_model import LanguageModel, decoding_threads
+from ..models.language_model import LanguageModel
 from ..models.linear_layers import HalfWeight, PrepackedLinear
+from ..models.supported import decoding_threads
 from ..processors import text_settings
 from ..rounds import Round
 from ..sampling import Sampling
@@ -225,7 +226,6 @@ def time_rounds(
     prompts = [(first * (length // len(first) + 1))[:length] for length in lengths]
     sizes = _sizes_with_room(pair, probe, kind, max(lengths), max_target_tokens)
     plain_decoder = AutoregressiveDecoder(pair)
-    pair.capture_after(1)  # while warming up
     samples = [_Samples() for _ in prompts]
     texts = [
         tuple(

@@ -128,7 +128,8 @@ def measure(
             batch_sizes=batch_sizes,
             contexts=contexts,
         )
-        return measured_with_care(measure_chains, tries=tries)
+        with pair.capturing(after=1):
+            return measured_with_care(measure_chains, tries=tries)
     if set(batch_sizes) - {1}:
         raise ArgumentError(
             f"{kind} rounds are timed at batch size 1 alone, got batch sizes {batch_sizes}"
@@ -152,7 +153,8 @@ def measure(
         time_limit=time_limit,
         contexts=contexts,
     )
-    return measured_with_care(measure_rounds, ordered=probe.fixed, tries=tries)
+    with pair.capturing(after=1):
+        return measured_with_care(measure_rounds, ordered=probe.fixed, tries=tries)
 
 
 def measured(
@@ -266,7 +268,6 @@ def _measure_chains(
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     restores = pair.target.restores_states
     growth = growth_of(pair) if restores else None  # otherwise a text ends with its turn
-    pair.capture_after(1)  # while warming up
     chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)
     plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling, growth=growth)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]

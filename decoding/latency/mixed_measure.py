@@ -86,7 +86,8 @@ def measure_mixed(
         sampling=sampling,
         time_limit=number("time_limit", time_limit, at_least=0),
     )
-    profiles = measured_together(measure_once, tries=whole_number("tries", tries))
+    with pair.capturing(after=1):
+        profiles = measured_together(measure_once, tries=whole_number("tries", tries))
     first = profiles[0]
     return MixedProfile(
         pair=pair.name,
@@ -166,7 +167,6 @@ def _measure_once(
         key=lambda draft: isinstance(draft_models(draft)[0], ExitModel),
     )
     stopwatch = StopwatchDrafter((models or drafts)[0])
-    pair.capture_after(1)  # while warming up
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     growth = growth_of(pair) if pair.target.restores_states else None  # otherwise a text ends with its turn
     verified = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -20,7 +21,6 @@ from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
-from ..models.captured import USES
 from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
 from ..models.language_model import LanguageModel
 from ..models.supported import causal_model
@@ -89,15 +89,25 @@ class Pair:
         for model in (self.target, *draft_models(self.draft)):
             model.pack()
 
-    def capture_after(self, passes: int = USES) -> None:
-        """Say how often a shape of pass has to come before it is captured (`CapturedPasses`), 1 for at once.
+    @contextlib.contextmanager
+    def capturing(self, after: int) -> Iterator[None]:
+        """Capture a shape of pass (`CapturedPasses`) as soon as it has come so often, within a block.
 
-        Capturing takes about as long as 60 passes. Whoever times decoding lets it happen while warming up, and then no
-        more (`NEVER`): in a process that decodes for long it does not count.
+        Capturing takes as long as 50 to 100 passes. Whoever times decoding lets it happen while warming up (1), and
+        then no more (`NEVER`): in a process that decodes for long it does not count.
+
+        Args:
+            after: passes of a shape, at least 1.
         """
-        for model in (self.target, *draft_models(self.draft)):
-            if model.captured is not None:
-                model.captured.patience = passes
+        models = (self.target, *draft_models(self.draft))
+        captured = [(passes, passes.patience) for model in models if (passes := model.captured) is not None]
+        try:
+            for passes, _ in captured:
+                passes.patience = after
+            yield
+        finally:
+            for passes, before in captured:
+                passes.patience = before
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""

@@ -33,11 +33,11 @@ _LOG = logging.getLogger("specgym")
 MOST_TOKENS = 16
 """Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
 USES = 64
-"""Passes of a shape before it is captured, which takes about as long as Python does around so many."""
+"""Passes of a shape before it is captured, which takes as long as 50 to 100 of them (`benchmarks/forward_cost.py`)."""
 NEVER = 2**62
 """Passes of a shape that never come."""
 LONGEST = 0.1
-"""Seconds of a pass beyond which Python around it does not count, and capturing, which takes 60 passes, never pays."""
+"""Seconds of a pass beyond which Python around it does not count, and capturing never pays."""
 _MOST_GRAPHS = 48
 _KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
 """Files that choose by sizes which a graph has fixed: of a pass (transformers 5.23), and of embeddings (torch 2.13)."""

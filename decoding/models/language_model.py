@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -378,23 +377,3 @@ class LanguageModel:
         self._cache.cut(length)
         if self._text is not None:
             self._text = self._text[:length]
-
-
-# OpenMP's threads do not survive a fork, by which Gymnasium's asynchronous vector environments start on Linux: a child
-# whose parent has used them waits for ever at its first wide operation. So children decode with one thread each.
-_threads_of_parent: int | None = None
-
-
-def decoding_threads() -> int:
-    """Return the CPU threads of decoding here; in a forked child its parent's, so that both share a latency profile."""
-    return _threads_of_parent or torch.get_num_threads()
-
-
-def _use_one_thread() -> None:
-    global _threads_of_parent
-    _threads_of_parent = decoding_threads()
-    torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_use_one_thread)

@@ -77,8 +77,8 @@ class DraftChoiceVectorEnv(ControlVectorEnv):
         backend: BackendName | None = None,
         max_episode_steps: int | None = None,
         source: BackendName | None = None,
-        missing_drafts: float = 0.0,
         render_mode: Literal["rgb_array"] | None = None,
+        missing_drafts: float = 0.0,
     ) -> None:
         self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)

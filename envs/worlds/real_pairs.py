@@ -195,8 +195,9 @@ class LivePair(_Pair):
         prompts = [self._prompts[place] for place in order]
         length = int(knobs["draft_length"])
         sides = {"plain": Side(self.plain), **({"drafted": Side(self.decoder, knobs)} if length else {})}
-        for decoder, values in sides.values():  # a first text pays for what is set up once
-            decoder.generate(prompts[0], max_new_tokens=_WARM_UP, sampling=self._sampling, seed=0, knobs=values)
+        with self.plain.pair.capturing(after=1):  # a first text pays for what is set up once
+            for decoder, values in sides.values():
+                decoder.generate(prompts[0], max_new_tokens=_WARM_UP, sampling=self._sampling, seed=0, knobs=values)
         tally = _Tally(self._before)
         self.decoder.on_round = tally.add
         seconds, tokens = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)

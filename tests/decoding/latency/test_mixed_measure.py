@@ -36,6 +36,7 @@ from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.latency import mixed_measure
 from specgym.decoding.latency.measure import StopwatchDrafter
 from specgym.decoding.latency.mixed_measure import READINGS
+from specgym.decoding.models.captured import USES
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_timed_passes_are_captured_as_those_of_long_texts_are(pair: Pair, severa
     for model, sizes in ((pair.target, {1, 2, 3, 5}), (draft_models(pair.draft)[0], {1})):
         assert model.captured is not None
         assert {count for count, *_ in model.captured.graphs} >= sizes
+        assert model.captured.patience == USES
 
 
 class _ByTheToken:

@@ -129,6 +129,20 @@ def test_nothing_is_captured_while_decoders_take_turns(make_model: MakeModel, ma
     assert pair.target.captured.patience == USES
 
 
+def test_how_soon_passes_are_captured_is_restored_behind_a_block_whatever_happens(make_model: MakeModel) -> None:
+    pair = Pair(capturing(make_model("llama"), patience=7), make_model("llama"))
+    passes = pair.target.captured
+    assert passes is not None
+
+    def interrupted() -> None:
+        assert passes.patience == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pair.capturing(after=1):
+        interrupted()
+    assert passes.patience == 7
+
+
 def _in_place(model: Any) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(2.0)

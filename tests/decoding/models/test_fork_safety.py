@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from specgym.decoding.models.language_model import decoding_threads
+from specgym.decoding.models.supported import decoding_threads
 
 
 def _work(results: "multiprocessing.SimpleQueue[tuple[int, int]]") -> None:
