@@ -170,7 +170,7 @@ def test_rows_of_a_reduced_output_are_kept_so_too(make_half: MakeModel) -> None:
     torch.testing.assert_close(read.fresh().forward(torch.tensor(PROMPT)).scores[:, tokens], doubled)
 
 
-@pytest.mark.parametrize("fault", ["absent", "wrong"])
+@pytest.mark.parametrize("fault", ["absent", "wrong", "altered"])
 def test_without_right_products_weights_stay_float32_and_a_line_says_so(
     make_half: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
@@ -182,7 +182,14 @@ def test_without_right_products_weights_stay_float32_and_a_line_says_so(
     def wrong(weight: HalfWeight, inputs: Tensor, bias: Tensor | None) -> Tensor:
         return stock(weight, inputs.half().float(), bias)
 
-    monkeypatch.setattr(HalfWeight, "times", absent if fault == "absent" else wrong)
+    def altered(weight: HalfWeight) -> Tensor:  # as one would do that has no smallest numbers
+        numbers = torch.ops.quantized.linear_unpack_fp16(weight.packed)[0]
+        return numbers.where(numbers.abs() >= 2.0**-14, numbers.new_zeros(()))
+
+    if fault == "altered":
+        monkeypatch.setattr(HalfWeight, "dense", altered)
+    else:
+        monkeypatch.setattr(HalfWeight, "times", absent if fault == "absent" else wrong)
     linear_layers.halves_are_right.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "specgym"):
