@@ -8,17 +8,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.agents.evaluation.replayed import Measurement, TuningTask
+from specgym.agents.evaluation.unseen import cross_validation
 from specgym.agents.experiments.experiment import load_settings
 from specgym.agents.experiments.learned_tuner import LearnedSearcher, LearnedTuner, TuningSessions, practice
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.agents.export.recommend_pair import SHOWN, Recommendation
 from specgym.agents.training.run_folder import RunFileError
+from specgym.envs import Task
 from specgym.envs.tuning.reward import RewardSettings
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 from tests.helpers.lost_workers import killed_worker
@@ -42,6 +45,20 @@ def options(runs: Path, **changed: object) -> list[str]:
         "--learning.epochs": 2, "--checkpoint-every": 48, "--max-new-tokens": 16, **changed,
     }  # fmt: skip
     return ["--tuner", "--workloads", *WORKLOADS, *(str(word) for pair in chosen.items() for word in pair)]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call this to let cross-validation do its tasks here, in turn: a process of its own takes seconds to begin."""
+
+    def run_here(tasks: list[Task[Any]], jobs: int, done: Callable[[int, Any], object]) -> list[Any]:
+        results = []
+        for number, task in enumerate(tasks):
+            results.append(task.run() if task.folder is None else task.run(task.folder))
+            done(number, results[-1])
+        return results
+
+    return lambda: monkeypatch.setattr(cross_validation, "run_tasks", run_here)
 
 
 def test_a_run_leaves_everything_that_its_folder_promises(finished: Path) -> None:
@@ -164,7 +181,7 @@ def test_a_live_recommendation_measures_and_confirms_by_decoding(
 
 
 def test_cross_validation_goes_on_where_it_was_interrupted(
-    finished: Path, tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, shown: Shown, in_this_process: Callable[[], None]
 ) -> None:
     run = tmp_path / "mine"
     shutil.copytree(finished, run)
@@ -181,6 +198,7 @@ def test_cross_validation_goes_on_where_it_was_interrupted(
     assert {"learned", "universal", "tpe", "gp", "cma-es", "random", "sobol", "default"} <= methods
     policies = sorted(run.glob("folds/*/*/policy.zip"))
     written = [file.stat().st_mtime_ns for file in policies]
+    in_this_process()
     assert evaluate_command(command) == 0
     assert [file.stat().st_mtime_ns for file in policies] == written
     assert json.loads((run / "transfer.json").read_text())["results"] == transfer["results"]
@@ -309,8 +327,15 @@ def test_a_policy_that_sees_no_measurements_is_refused(finished: Path) -> None:
     ],
 )
 def test_a_tuner_learns_the_knobs_of_any_decoder_that_replays(
-    env: str, workloads: tuple[str, ...], knobs: list[str], left_out: list[str], tmp_path: Path, shown: Shown
+    env: str,
+    workloads: tuple[str, ...],
+    knobs: list[str],
+    left_out: list[str],
+    tmp_path: Path,
+    shown: Shown,
+    in_this_process: Callable[[], None],
 ) -> None:
+    in_this_process()
     words = options(tmp_path)
     words[2 : 2 + len(WORKLOADS)] = workloads
     assert train_command([*words, "--env", env, "--total-timesteps", "96"]) == 0
