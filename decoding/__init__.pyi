@@ -42,6 +42,10 @@ from .drafts.drafter import (
     draft_digest,
     is_free,
 )
+from .drafts.eagle.drafter import EagleDrafter
+from .drafts.eagle.files import load_head, save_head
+from .drafts.eagle.head import EagleHead
+from .drafts.eagle.layer import EagleHeadError
 from .drafts.mixed import MixedDraft, MixedDraftSession, draft_models, drafts_of
 from .drafts.ngram import NGramDrafter
 from .drafts.translated import TranslatedModel
@@ -197,6 +201,9 @@ __all__ = [
     "DraftTreeDecoder",
     "DraftTreeRound",
     "Drafter",
+    "EagleDrafter",
+    "EagleHead",
+    "EagleHeadError",
     "EarlyExit",
     "Engine",
     "EngineError",
@@ -311,6 +318,7 @@ __all__ = [
     "is_free",
     "levels_of",
     "likeliest_of_ten",
+    "load_head",
     "load_heads",
     "load_model",
     "load_pair",
@@ -344,6 +352,7 @@ __all__ = [
     "round_costs",
     "run_command",
     "sampling_of",
+    "save_head",
     "seed_number",
     "sensible_deployments",
     "sequence_of",

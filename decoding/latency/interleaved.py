@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import transformers
 from ..decoder import Decoder, Session
 from ..decoders.autoregressive import AutoregressiveDecoder
 from ..drafts.cascade import CascadeDrafter
+from ..drafts.eagle.drafter import EagleDrafter
 from ..drafts.mixed import draft_models, drafts_of
 from ..errors import ArgumentError, sequence_of, whole_number
 from ..loading.pair import Pair
@@ -68,6 +69,8 @@ def fingerprint(pair: Pair) -> str:
     }
     if models := draft_models(draft):
         parts["draft"] = _shape(models[0]) if len(drafts_of(draft)) == 1 else list(map(_shape, models))
+    if heads := [part.head for part in drafts_of(draft) if isinstance(part, EagleDrafter)]:
+        parts["heads"] = [{**asdict(head.shape), "vocabulary": head.shape.outputs} for head in heads]
     if helpers := [f"{part.inner.name} {part.length}" for part in drafts_of(draft) if isinstance(part, CascadeDrafter)]:
         parts["helpers"] = helpers
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -20,6 +20,7 @@ from ..decoders.autoregressive import AutoregressiveDecoder
 from ..decoders.chain import SpeculativeDecoder
 from ..decoders.threshold import ThresholdDecoder
 from ..drafts.drafter import Drafter, DraftSession, Proposal, is_free
+from ..drafts.eagle.drafter import EagleDrafter
 from ..drafts.mixed import MixedDraftSession, draft_models, drafts_of
 from ..errors import ArgumentError, number, whole_number
 from ..files import cache_folder, file_name
@@ -163,15 +164,18 @@ def _measure_once(
     drafts = drafts_of(pair.draft)
     # What a verification costs that goes on from an early exit's states is no measure of those of other drafts.
     models = sorted(
-        (draft for draft in drafts if draft_models(draft)),
-        key=lambda draft: isinstance(draft_models(draft)[0], ExitModel),
+        (draft for draft in drafts if draft_models(draft) or isinstance(draft, EagleDrafter)),
+        key=lambda draft: any(isinstance(model, ExitModel) for model in draft_models(draft)),
     )
     stopwatch = StopwatchDrafter((models or drafts)[0])
     timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
     growth = growth_of(pair) if pair.target.restores_states else None  # otherwise a text ends with its turn
     verified = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)
     plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling, growth=growth)
-    live = SpeculativeDecoder(pair).start(prompt, max_new_tokens=2**20, sampling=sampling, seed=0).draft
+    session = SpeculativeDecoder(pair).start(prompt, max_new_tokens=2**20, sampling=sampling, seed=0)
+    if any(isinstance(draft, EagleDrafter) for draft in drafts):  # its target has read what a head reads in one pass
+        session.target.read(_followed(prompt)[len(prompt) - 1 :])
+    live = session.draft
     sessions = live.sessions if isinstance(live, MixedDraftSession) else (live,)
     readers = [
         _Reader(draft, session, prompt, pair.target.device) for draft, session in zip(drafts, sessions, strict=True)
@@ -210,6 +214,12 @@ def _measure_once(
     ]
 
 
+def _followed(prompt: Sequence[int]) -> list[int]:
+    """A prompt and what is read behind it, which is the prompt again."""
+    following = READINGS[-1] - 1
+    return [*prompt, *(list(prompt) * (following // len(prompt) + 1))[:following]]
+
+
 class _Reader:
     """A draft at the end of a prompt, which reads what follows there again and again."""
 
@@ -217,8 +227,7 @@ class _Reader:
         self._session = session
         self._device = device
         self._prompt = list(prompt)
-        following = READINGS[-1] - 1
-        self._context = [*prompt, *(self._prompt * (following // len(prompt) + 1))[:following]]
+        self._context = _followed(prompt)
         self.sizes = [size for size in READINGS if self.read(size)[1]]
         if not self.sizes:
             if not is_free(draft):

@@ -16,7 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..drafts.cascade import CascadeDrafter
 from ..drafts.copying import PromptLookupDrafter, SuffixDrafter
 from ..drafts.drafter import Drafter, ModelDrafter
-from ..drafts.mixed import MixedDraft, draft_models, with_models
+from ..drafts.eagle.drafter import EagleDrafter
+from ..drafts.eagle.files import load_head
+from ..drafts.eagle.head import EagleHead
+from ..drafts.eagle.target import keeping_states
+from ..drafts.mixed import MixedDraft, draft_models, drafts_of, with_models
 from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
@@ -28,7 +32,7 @@ from . import presets
 from .find_model import identity, load_model, placement
 from .quantise import quantise
 
-AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter | EarlyExit
+AnyDraft: TypeAlias = PreTrainedModel | LanguageModel | Drafter | EarlyExit | EagleHead | Path
 """Anything that `Pair` takes for a draft."""
 _TABLES = Path(__file__).parents[1] / "data" / "ngrams"
 _SHIPPED_TABLES = {"tiny-10m": "tiny", "tiny-3m": "tiny", presets.SMOLLM2: "smollm2", "smollm2": "smollm2"}
@@ -39,8 +43,8 @@ class Pair:
 
     Args:
         target: a Hugging Face causal LM.
-        draft: a smaller model, `EarlyExit`, or any `Drafter`; several of them in the order of preference
-            (`MixedDraft`); None where no draft is needed.
+        draft: a smaller model, `EarlyExit`, an `EagleHead` or its folder (a `Path`), or any `Drafter`; several of them
+            in the order of preference (`MixedDraft`); None where no draft is needed.
         tokenizer: the target's; optional. With it, prompts may be strings and generations carry text.
         draft_tokenizer: the draft's, if it is a model; by default the target's. With another one the draft proposes the
             tokens that both have, and the text is still the target's (`TranslatedModel`). Neither tokenizer is needed
@@ -70,7 +74,7 @@ class Pair:
         if not target.exact:
             raise UnsupportedModelError(f"{target.name} was made as a draft; make the target of a pair from its model")
         self.draft = _drafter(target, draft, tokenizer, draft_tokenizer, prepack)
-        self.target = resuming(target, draft_models(self.draft)) if self.draft is not None else whole(target)
+        self.target = _beside_its_drafts(target, self.draft)
         self.tokenizer = tokenizer
         self.name = name or (f"{target.name}+{self.draft.name}" if self.draft is not None else target.name)
         self.eos_token_ids = _eos_token_ids(target.model, tokenizer)
@@ -83,11 +87,15 @@ class Pair:
         """
         for model in (self.target, *draft_models(self.draft)):
             model.unpack()
+        for head in _heads(self.draft):
+            head.unpack()
 
     def pack(self) -> None:
         """Prepack the large linear layers of target and draft that are plain, where device and type allow it."""
         for model in (self.target, *draft_models(self.draft)):
             model.pack()
+        for head in _heads(self.draft):
+            head.pack()
 
     @contextlib.contextmanager
     def capturing(self, after: int) -> Iterator[None]:
@@ -145,6 +153,10 @@ def _drafter(
         return drafts[0] if len(drafts) == 1 else MixedDraft(drafts)
     if isinstance(draft_tokenizer, Sequence):
         raise ArgumentError("several draft_tokenizers are for several drafts; give the draft's own")
+    if isinstance(draft, Path):
+        draft = load_head(draft, target)
+    if isinstance(draft, EagleHead):
+        return EagleDrafter(draft, target, prepack=prepack is not False)
     if isinstance(draft, EarlyExit):
         return ModelDrafter(ExitModel(target, draft.layers))
     if isinstance(draft, nn.Module):
@@ -152,6 +164,26 @@ def _drafter(
     if isinstance(draft, LanguageModel):
         draft = ModelDrafter(draft)
     return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
+
+
+def _heads(draft: Drafter | None) -> list[EagleHead]:
+    """The EAGLE heads that draft, in order."""
+    return [part.head for part in drafts_of(draft) if isinstance(part, EagleDrafter)]
+
+
+def _beside_its_drafts(target: LanguageModel, draft: Drafter | None) -> LanguageModel:
+    """A target as it reads a text in which some drafts work.
+
+    Raises:
+        ArgumentError: two EAGLE heads read other layers of it.
+        UnsupportedModelError: a draft needs a target of another structure.
+    """
+    if draft is None:
+        return whole(target)
+    layers = {head.shape.layers for head in _heads(draft)}
+    if len(layers) > 1:
+        raise ArgumentError(f"EAGLE heads that read other layers of {target.name} cannot draft in one text: choose one")
+    return keeping_states(target, layers.pop()) if layers else resuming(target, draft_models(draft))
 
 
 _MOST_PADDING = 1024
@@ -255,9 +287,9 @@ def load_pair(
         name: a preset (`presets.PRESETS`) or ``target+draft``, each a local folder, a hub id or a shipped model; the
             draft may also be ``prompt-lookup``, ``suffix``, ``ngram`` (a table that ships with the package), the path
             of a table made by ``python -m specgym.decoding.fit ngram`` or ``early-exit:6`` (`EarlyExit`), or several of
-            these with commas between them. A draft model whose name ends in ``:int8`` is quantised (`quantise`), and to
-            one that ends in ``:drafted-by-suffix`` or the like that draft proposes (`CascadeDrafter`). A folder or
-            ``owner/model`` is a target without a draft.
+            these with commas between them. The folder of an EAGLE head drafts by it. A draft model whose name ends in
+            ``:int8`` is quantised (`quantise`), and to one that ends in ``:drafted-by-suffix`` or the like that draft
+            proposes (`CascadeDrafter`). A folder or ``owner/model`` is a target without a draft.
         dtype: of both models' weights; by default float32 on a CPU and bfloat16 elsewhere.
         device: where both models go; by default CUDA if there is any.
         prepack: see `LanguageModel`.
@@ -292,6 +324,8 @@ def load_pair(
         if name.startswith(presets.EARLY_EXIT):
             return EarlyExit(int(name.removeprefix(presets.EARLY_EXIT))), None
         base = name.removesuffix(presets.INT8)
+        if head := presets.head_folder(base):
+            return head, None
         # Loaded before anything is prepacked, so that a draft can still take the target's plain weights.
         load_draft = partial(load, base, shared_from=model)
         if base != name:

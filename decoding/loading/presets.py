@@ -6,13 +6,14 @@ Type and device of models: what a command asks for holds in its process and in t
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ..errors import SpecgymError
 
@@ -23,6 +24,8 @@ DRAFTED_BY = ":drafted-by-"
 """Between the names of a draft model and of the table or look-up that drafts for it (`CascadeDrafter`)."""
 EARLY_EXIT = "early-exit:"
 """Beginning of the name of a draft that is so many first layers of the target (`EarlyExit`)."""
+EAGLE = "eagle.json"
+"""File that describes an EAGLE head in its folder."""
 INT8 = ":int8"
 """End of the name of a draft model whose linear layers are to be quantised."""
 DEFAULT = "tiny"
@@ -35,6 +38,7 @@ _NO_MODELS = (NGRAM, PROMPT_LOOKUP, SUFFIX)
 _VARIABLES = ("SPECGYM_DTYPE", "SPECGYM_DEVICE")
 """Environment variables that tell processes started later; they are set here, and not meant for users."""
 _DEVICE = re.compile(r"cpu|auto|(cuda|xpu|mps)(:\d+)?")
+_SHIPPED = Path(__file__).parents[1] / "data" / "models"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -51,7 +55,8 @@ class PairPreset:
         target: a model's name, as `load_model` takes it.
         draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
             far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
-            a target alone. ``early-exit:6`` is so many layers of the target. A draft model's name may end in ``:int8``,
+            a target alone. ``early-exit:6`` is so many layers of the target; the folder of an EAGLE head may stand for
+            a model's. A draft model's name may end in ``:int8``,
             and then in ``:drafted-by-ngram`` and the like.
         doc: one line on what the pair is for.
     """
@@ -71,7 +76,7 @@ class PairPreset:
         """True if the draft is a single language model that is taken as it stands, as engines can take it, too."""
         (draft, *others) = self.drafts or (NGRAM,)
         changed = DRAFTED_BY in draft or draft.endswith(INT8) or draft.startswith(EARLY_EXIT)
-        return not (others or changed or draft in _NO_MODELS)
+        return not (others or changed or draft in _NO_MODELS or head_folder(draft))
 
 
 _LLAMA = "meta-llama/Llama-3.1-{}-Instruct"
@@ -149,6 +154,28 @@ def resolve(name: str) -> PairPreset:
     if of_hub or _may_be_folder(name):
         return PairPreset(name, name, None, f"{name} without a draft")
     raise UnknownPairError(_unknown(name))
+
+
+def head_folder(name: str | Path) -> Path | None:
+    """The folder of an EAGLE head by a path, or by the name of one that ships; None where there is no head."""
+    here = Path(name).expanduser() if path_exists(str(name)) else None
+    shipped = _SHIPPED / name if re.fullmatch(r"[\w-]+", str(name)) else None
+    for folder in (here, shipped):
+        if folder is not None and ((folder / EAGLE).is_file() or public_head(folder) is not None):
+            return folder
+    return None
+
+
+def public_head(folder: Path) -> dict[str, Any] | None:
+    """Configuration of an EAGLE head in a public layout (`drafts/eagle/files.py`); None where there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    kinds = f"{config.get('architectures')} {config.get('speculators_model_type')}".lower()
+    return config if "eagle" in kinds else None
 
 
 def _may_be_model(name: str) -> bool:

@@ -44,6 +44,8 @@ _KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
 OWN = ("torch.nn.modules.", "transformers.", "specgym.")
 
 Mask = Callable[[TokenTree | None, int, int], object]
+Kept = Callable[[], Tensor]
+"""Hands over what a model keeps of its last pass beside scores, shape (1, tokens, width)."""
 _Shape = tuple[int, int | None, bool]
 """Tokens, scores that are kept (None if they are listed), and whether hidden states are asked for."""
 
@@ -75,14 +77,15 @@ class _Step(nn.Module):
         model: whose pass it is.
         chosen: rows of scores, as `logits_to_keep`; None if they are an input.
         hidden: whether it returns hidden states, too.
+        kept: is returned behind all else, if given.
     """
 
-    def __init__(self, model: PreTrainedModel, chosen: int | None, hidden: bool) -> None:
+    def __init__(self, model: PreTrainedModel, chosen: int | None, hidden: bool, kept: Kept | None) -> None:
         super().__init__()
-        self.model, self.chosen, self.hidden = model, chosen, hidden
+        self.model, self.chosen, self.hidden, self.kept = model, chosen, hidden, kept
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, *stored: Tensor) -> Any:
-        """Return scores, shape (1, rows, vocabulary), and hidden states if asked for."""
+        """Return scores, shape (1, rows, vocabulary), hidden states if asked for, and what is kept."""
         end = mask.shape[-1]
         start = end - tokens.shape[1]
         pairs = zip(stored[::2], stored[1::2], strict=True)
@@ -96,7 +99,7 @@ class _Step(nn.Module):
                 use_cache=True,
                 logits_to_keep=rows if self.chosen is None else self.chosen,
             ).logits
-        return (scores, states[-1]) if self.hidden else (scores,)
+        return (scores, *states[-1:], *(() if self.kept is None else (self.kept(),)))
 
 
 class _Aside(Exception):
@@ -109,6 +112,7 @@ class CapturedPasses:
     Args:
         model: on a CPU, with full control of its masks and positions.
         masks: makes the mask of a pass from its tree, its start and its number of tokens.
+        kept: what the model keeps of a pass, which a graph hands to `emptied`.
 
     Attributes:
         patience: passes of a shape until it is captured; 1 where many are to come.
@@ -117,8 +121,9 @@ class CapturedPasses:
 
     patience = USES
 
-    def __init__(self, model: PreTrainedModel, masks: Mask) -> None:
-        self._model, self._masks = model, masks
+    def __init__(self, model: PreTrainedModel, masks: Mask, kept: Kept | None = None) -> None:
+        self._model, self._masks, self._kept = model, masks, kept
+        self._latest_kept: Tensor | None = None
         self._uses = Counter[_Shape]()
         self._latest: _Shape = (0, None, False)
         self.graphs = dict[_Shape, Any]()
@@ -161,10 +166,20 @@ class CapturedPasses:
         if torch.is_autocast_enabled("cpu") or (stored := cache.extended(count)) is None:
             return None
         results = graph(tokens[None], positions[None], mask, tokens if rows is None else rows, *stored)
+        if self._kept is not None:
+            *results, self._latest_kept = results
         return tuple(result[0] for result in results)
+
+    def emptied(self) -> Tensor:
+        """Return what was kept of the last pass, which is then forgotten here."""
+        kept, self._latest_kept = self._latest_kept, None
+        assert kept is not None
+        return kept
 
     def took(self, seconds: float) -> None:
         """Count a pass that `run` has left to the model, and capture it if its shape has come often enough."""
+        if self._kept is not None:
+            self._latest_kept = self._kept()  # before what a capture reads takes its place
         key = self._latest
         possible = not self._aside and key[0] <= MOST_TOKENS and len(self.graphs) < _MOST_GRAPHS
         if key not in self.graphs and possible and seconds < LONGEST:
@@ -178,7 +193,7 @@ class CapturedPasses:
         try:
             if self._state is None:
                 raise _Aside("it has hooks, or layers that are not transformers' or torch's own")
-            self.graphs[key] = _recorded(self._model, self._masks, *key)
+            self.graphs[key] = _recorded(self._model, self._masks, self._kept, *key)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the tracer and modelling code raise whatever there is
@@ -187,13 +202,15 @@ class CapturedPasses:
             _LOG.info("passes of %s are not captured: %s", type(self._model).__name__, reason.split("\n")[0])
 
 
-def _recorded(model: PreTrainedModel, masks: Mask, count: int, chosen: int | None, hidden: bool) -> Any:
+def _recorded(
+    model: PreTrainedModel, masks: Mask, kept: Kept | None, count: int, chosen: int | None, hidden: bool
+) -> Any:
     """The graph of a pass, after it was compared with the model.
 
     Raises:
         _Aside: it is not what the model does.
     """
-    step, generator = _Step(model, chosen, hidden).eval(), torch.Generator("cpu").manual_seed(0)
+    step, generator = _Step(model, chosen, hidden, kept).eval(), torch.Generator("cpu").manual_seed(0)
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     branches = TokenTree([place - 1 - place % 2 for place in range(count)])
     shapes = [(8, None), (31, None), (31, branches), (5, None)]
@@ -214,7 +231,7 @@ def _recorded(model: PreTrainedModel, masks: Mask, count: int, chosen: int | Non
         written = (stored[..., cache.length - count : cache.length, :] for stored in cache.extended(0) or ())
         return [output.clone() for output in (*outputs, *written)]
 
-    with warnings.catch_warnings(record=True) as caught, _halves_visible(model), only_looking():
+    with warnings.catch_warnings(record=True) as caught, halves_visible(model), only_looking():
         warnings.simplefilter("always")
         first = inputs(*shapes[0])
         graph: Any = torch.jit.trace(step, tuple(first), check_trace=False, strict=False)
@@ -232,7 +249,7 @@ def _recorded(model: PreTrainedModel, masks: Mask, count: int, chosen: int | Non
 
 
 @contextlib.contextmanager
-def _halves_visible(model: nn.Module) -> Iterator[None]:
+def halves_visible(model: nn.Module) -> Iterator[None]:
     """Let the tracer see weights in float16, each of which has to be an attribute of a module for that.
 
     oneDNN's layout it cannot take at all (torch 2.13, "Unsupported value kind"): such models are left aside.

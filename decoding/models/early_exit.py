@@ -92,7 +92,7 @@ class _Ahead:
         return int((self.tokens[:count] == tokens[:count]).long().cumprod(0).sum()) if count else 0
 
 
-def _part(model: PreTrainedModel, layers: Iterable[nn.Module], **replaced: nn.Module) -> PreTrainedModel:
+def part_of(model: PreTrainedModel, layers: Iterable[nn.Module], **replaced: nn.Module) -> PreTrainedModel:
     """A model of some layers of another one, and other modules in the place of some; all else is the other's own."""
     inner = _shallow(model.base_model)
     for name, module in {"layers": nn.ModuleList(layers), **replaced}.items():
@@ -145,11 +145,11 @@ class ExitModel(LanguageModel):
     _ahead: _Ahead | None = None
 
     def __init__(self, target: LanguageModel, layers: int) -> None:
-        stack = _stack_of(target)
+        stack = stack_of(target, "be left early", _STRUCTURE)
         self.layers = whole_number(f"{NAME} layers of {target.name}", layers, at_most=len(stack) - 1)
         self.of = target.model
         self._tap = _Tap(cast("nn.Module", target.model.base_model.norm))
-        below = _part(target.model, stack[: self.layers], norm=self._tap)
+        below = part_of(target.model, stack[: self.layers], norm=self._tap)
         self._set_up(below, target._reading)
         self.name = f"{NAME}:{layers}"
 
@@ -213,7 +213,8 @@ class ResumingTarget(LanguageModel):
         vars(self).update(vars(whole))
         self.whole, self.captured = whole, None  # its layers have read differently far
         self._resumption = _Resumption()
-        above = _part(whole.model, _stack_of(whole)[exit_.layers :], embed_tokens=self._resumption)
+        stack = stack_of(whole, "be left early", _STRUCTURE)
+        above = part_of(whole.model, stack[exit_.layers :], embed_tokens=self._resumption)
         self._above = LanguageModel.as_read(above, whole._reading)
         self._unshared = exit_
         self._forget()
@@ -290,11 +291,12 @@ def resuming(target: LanguageModel, drafts: Sequence[LanguageModel]) -> Language
 
 
 def whole(target: LanguageModel) -> LanguageModel:
-    """Return a target that always reads with all its layers."""
-    return target.whole if isinstance(target, ResumingTarget) else target
+    """Return a target as it reads by itself, with all its layers."""
+    alone: LanguageModel = getattr(target, "whole", target)
+    return alone
 
 
-def _stack_of(target: LanguageModel) -> nn.ModuleList:
+def stack_of(target: LanguageModel, use: str, structure: str) -> nn.ModuleList:
     """The decoder layers of a target.
 
     Raises:
@@ -312,5 +314,5 @@ def _stack_of(target: LanguageModel) -> nn.ModuleList:
     )
     # What accelerate moves around or replaces, it does by the modules that it was given.
     if not plain or any("forward" in vars(module) for module in (model, inner)):
-        raise UnsupportedModelError(f"{target.name} ({type(model).__name__}) cannot be left early: {_STRUCTURE}")
+        raise UnsupportedModelError(f"{target.name} ({type(model).__name__}) cannot {use}: {structure}")
     return cast("nn.ModuleList", layers)

@@ -18,6 +18,7 @@ from torch import Tensor
 from specgym.decoding import (
     Drafter,
     DraftStep,
+    EagleDrafter,
     LanguageModel,
     ModelDrafter,
     NumericalError,
@@ -282,15 +283,25 @@ class _ModelChains:
 
 
 class _AskedChains:
-    """The chains of a draft that is no model, or one read in chains alone, asked for at one position after another."""
+    """The chains of a draft that is no model, or one read in chains alone, asked for at one position after another.
+
+    An EAGLE head reads states of the target at all positions before: a copy of the target reads ahead for it.
+    """
 
     def __init__(self, drafter: Drafter, recorder: Recorder, prompt: Sequence[int], generator: torch.Generator) -> None:
         self._recorder = recorder
         self._device = generator.device
+        self._ahead: LanguageModel | None = None
+        if isinstance(drafter, EagleDrafter):
+            self._ahead = recorder.pair.target.fresh()
+            self._ahead.read(prompt[:-1])
+            drafter = drafter.beside(self._ahead)
         self._session = drafter.start(prompt, recorder.sampling, generator, generator.device)
 
     def grow(self, context: Sequence[int], start: int, positions: int) -> Iterator[Level]:
         chains = []
+        if self._ahead is not None:
+            self._ahead.read(context[start : start + positions])
         for end in range(start + 1, start + 1 + positions):
             chains.append(list(self._session.steps(context[:end], self._recorder.draft_length)))
             self._session.truncate(end)  # the text stays, as if all this had been rejected

@@ -23,6 +23,7 @@ from specgym.decoding.drafts import drafter as drafters
 from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter, SuffixDrafter
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter
+from specgym.decoding.drafts.eagle import drafter as eagle
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
@@ -184,7 +185,7 @@ def walk(
     joint: dict[tuple[int, ...], float] = {}
     divergence = tokens = 0.0
     with monkeypatch.context() as patch:
-        for module in (autoregressive, cascade, drafters, speculative, threshold):
+        for module in (autoregressive, cascade, drafters, eagle, speculative, threshold):
             patch.setattr(module, "draw", draw)
         patch.setattr(speculative, "accepts", accepts)
         for _ in branches:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...decoder import Decoder, Session, synchronise
 from ...drafts.drafter import ModelDrafter
+from ...drafts.eagle.drafter import EagleDrafter
 from ...errors import ArgumentError
 from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
@@ -250,6 +251,11 @@ class DraftTreeDecoder(DraftTreeTraits, Decoder[DraftTreeSession]):
 
 def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
     draft = require_draft(pair, decoder)
+    if isinstance(draft, EagleDrafter):
+        raise ArgumentError(
+            f"{decoder} grows trees with draft models, and {draft.name} is an EAGLE head, which drafts chains here: "
+            "use SpeculativeDecoder or ThresholdDecoder, or choose another draft"
+        )
     if not isinstance(draft, ModelDrafter):
         raise ArgumentError(
             f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {draft.name}"

@@ -21,10 +21,11 @@ from specgym.decoding import (
     PromptLookupDrafter,
     Sampling,
 )
-from specgym.decoding.drafts.drafter import Drafter, DraftSession, DraftStep, ModelDrafter, propose
+from specgym.decoding.drafts.drafter import Drafter, DraftSession, DraftStep, ModelDrafter, beside, propose
 from specgym.decoding.sampling import total_variation
-from specgym.envs.recordings.draft_recorder import Recorder
+from specgym.envs.recordings.draft_recorder import STRETCH, Recorder
 from tests.helpers.other_words import SPELLED, translated_twin
+from tests.helpers.small_eagle_heads import small_head
 from tests.helpers.table_models import TableModel, random_table
 
 K = 5
@@ -239,6 +240,29 @@ def test_a_draft_of_both_kinds_of_tokens_is_recorded_token_by_token(
             for name, value in expected.items():
                 assert rows[name][place, depth] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, place, depth)
             context.append(token)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_a_head_is_recorded_as_it_drafts_after_each_position(make_model: MakeModel, sampling: Sampling) -> None:
+    model = make_model("llama", layers=3)
+    pair = Pair(model, small_head(model, spread=3.0), prepack=False)
+    assert pair.draft is not None
+    text = continuation(pair, STRETCH + 3)
+    rows = Recorder(pair, sampling, K).record(PROMPT, text, seed=0)
+    for place in (0, 1, STRETCH - 1, STRETCH, STRETCH + 2):
+        context = [*PROMPT, *text[:place]]
+        target = pair.target.fresh()
+        target.read(context[:-1])
+        tokens = rows["tokens"][place].tolist()
+        for depth in range(K):  # what was drawn at one depth is the text of the next
+            session = beside(pair.draft, target).start(context, sampling, torch.Generator(), torch.device("cpu"))
+            step = next(iter(session.steps([*context, *tokens[:depth]], 1)))
+            assert step.logits is not None
+            q = step.logits.softmax(-1)[0]
+            assert rows["q"][place, depth] == pytest.approx(float(q[tokens[depth]]), rel=1e-3, abs=1e-5)
+            assert rows["confidence"][place, depth] == pytest.approx(float(q.max()), rel=1e-3, abs=1e-5)
+            p = plain(model, [*context, *tokens[:depth]]).softmax(-1)
+            assert rows["p"][place, depth] == pytest.approx(float(p[tokens[depth]]), rel=1e-3, abs=1e-5)
 
 
 def test_what_drafts_have_in_common_is_read_once(

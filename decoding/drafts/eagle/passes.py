@@ -1,0 +1,145 @@
+"""Passes of an EAGLE head along a text, captured as graphs of torch's operations once they come often.
+
+A head is so small that Python around its operations takes a third of its time and more (`models/captured.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.captured import halves_visible
+from ...models.kv_cache import PreallocatedLayer
+from ...models.linear_layers import only_looking
+from .head import EagleHead
+
+_LOG = logging.getLogger("specgym")
+_USES = 8
+_MOST_TOKENS = 8
+
+
+class _Pass(nn.Module):
+    """One pass as a function of tensors alone, and what it needs as parts.
+
+    Args:
+        head: whose pass it is.
+        alone: whether it reads a state of the head's own, or those of the target.
+    """
+
+    def __init__(self, head: EagleHead, alone: bool) -> None:
+        super().__init__()
+        self.head, self.alone = head, alone
+        self.embeddings, self.output = head.embeddings, head.output  # which are no parts of the head
+
+    def forward(
+        self, tokens: Tensor, read: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the head's state at the last position, shape (1, h), and the scores there, (1, vocabulary)."""
+        head = self.head
+        feature = read if self.alone else head.fused(read)
+        embedding = self.embeddings(tokens).to(feature.dtype)
+        hidden = head.midlayer(embedding, feature, (cosines, sines), keys, values, mask)[-1:]
+        return hidden, head.all_scores(hidden).float()
+
+
+class HeadPasses:
+    """The passes of a head, shared by all its texts.
+
+    Args:
+        head: attached to its target, packed.
+    """
+
+    def __init__(self, head: EagleHead) -> None:
+        self._head = head
+        self._parts = {alone: _Pass(head, alone).eval() for alone in (True, False)}
+        self._graphs: dict[tuple[bool, int], Any] = {}
+        self._uses = Counter[tuple[bool, int]]()
+        self._aside = head.norm.weight.device.type != "cpu"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the graphs out of pickles and copies, which torch cannot write."""
+        return {**vars(self), "_graphs": {}, "_uses": Counter()}
+
+    def read(self, tokens: Tensor, states: Tensor, start: int, cache: PreallocatedLayer) -> tuple[Tensor, Tensor]:
+        """Read positions of which the target's states are known.
+
+        Args:
+            tokens: after each position, shape (n,), int64.
+            states: of the target, shape (n, layers * target width).
+            start: number of the first position.
+            cache: keys and values of the positions before, to which these are added.
+
+        Returns:
+            The head's state at the last position, shape (1, h), and the scores there, shape (1, vocabulary), float32.
+        """
+        return self._run(False, tokens, states.to(self._head.norm.weight.dtype), start, cache)
+
+    def go_on(self, token: Tensor, hidden: Tensor, start: int, cache: PreallocatedLayer) -> tuple[Tensor, Tensor]:
+        """Read a position of which nothing but the head's own state before it is known, shapes (1,) and (1, h)."""
+        return self._run(True, token, hidden, start, cache)
+
+    @torch.inference_mode()
+    def _run(
+        self, alone: bool, tokens: Tensor, read: Tensor, start: int, cache: PreallocatedLayer
+    ) -> tuple[Tensor, Tensor]:
+        key = (alone, tokens.shape[0])
+        inputs = self._inputs(tokens, read, start, cache)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            hidden, scores = graph(*inputs)
+            return hidden, scores
+        result: tuple[Tensor, Tensor] = self._parts[alone](*inputs)
+        if not self._aside and key[1] <= _MOST_TOKENS:
+            self._uses[key] += 1
+            if self._uses[key] == _USES:
+                self._capture(key, inputs)
+        return result
+
+    def _inputs(self, tokens: Tensor, read: Tensor, start: int, cache: PreallocatedLayer) -> tuple[Tensor, ...]:
+        count, shape = tokens.shape[0], self._head.shape
+        if not cache.is_initialized:
+            nothing = read.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+            cache.update(nothing, nothing)
+        assert cache.length == start
+        keys, values = (part[:, :, : start + count] for part in cache.extended(count))
+        mask = read.new_zeros(count, start + count)
+        if count > 1:
+            mask[:, start:] = torch.full_like(mask[:, start:], torch.finfo(mask.dtype).min).triu_(1)
+        return tokens, read, *self._head.rotation(start, start + count), keys, values, mask
+
+    def _capture(self, key: tuple[bool, int], inputs: tuple[Tensor, ...]) -> None:
+        """Record a pass of this kind, unless its graph gives other numbers at any length of text."""
+        alone, count = key
+        part, device = self._parts[alone], self._head.norm.weight.device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def trial(length: int) -> tuple[Tensor, ...]:
+            cache = PreallocatedLayer()
+            shape = self._head.shape
+            stored = torch.randn(1, shape.kv_heads, length, shape.head_dim, generator=generator)
+            cache.update(stored, stored)
+            tokens = torch.randint(shape.vocabulary_size, (count,), generator=generator)
+            read = torch.randn(inputs[1].shape, generator=generator)
+            return self._inputs(tokens, read.to(inputs[1].dtype), length, cache)
+
+        try:
+            with warnings.catch_warnings(), halves_visible(part), only_looking():
+                warnings.simplefilter("ignore")
+                graph: Any = torch.jit.trace(part, trial(9), check_trace=False, strict=False)
+            for length in (5, 31, 0):
+                arguments = trial(length)
+                expected = [value.clone() for value in part(*arguments)]
+                for _ in range(2):  # torch.jit looks at the first runs and changes the graph after them
+                    if not all(map(torch.equal, graph(*arguments), expected)):
+                        raise RuntimeError("its graph gives other scores")
+            self._graphs[key] = graph
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the tracer raises whatever there is
+            self._aside = True
+            _LOG.info("passes of %s are not captured: %s: %s", self._head.name, type(error).__name__, error)
