@@ -1,4 +1,4 @@
-"""Fit drafts, n-gram tables, Medusa heads and draft-tree networks to a target."""
+"""Fit drafts, n-gram tables, Medusa and EAGLE heads and draft-tree networks to a target."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .draft.distil import DraftSettings, make_draft
 from .draft.ngram import NGramSettings, make_ngram
 from .draft_tree.acceptance import AcceptanceSettings, make_acceptance
 from .draft_tree.alignment import AlignmentSettings, make_alignment
+from .eagle.heads import EagleSettings, make_eagle
 from .medusa.heads import MedusaSettings, make_medusa
 from .medusa.joint import JointSettings, make_joint
 
@@ -21,6 +22,7 @@ Command = (
     | Annotated[NGramSettings, tyro.conf.subcommand("ngram")]
     | Annotated[MedusaSettings, tyro.conf.subcommand("medusa")]
     | Annotated[JointSettings, tyro.conf.subcommand("medusa-joint")]
+    | Annotated[EagleSettings, tyro.conf.subcommand("eagle")]
     | Annotated[AlignmentSettings, tyro.conf.subcommand("alignment")]
     | Annotated[AcceptanceSettings, tyro.conf.subcommand("acceptance")]
 )
@@ -29,6 +31,7 @@ _RUN: dict[type, Callable[[Any], object]] = {
     NGramSettings: make_ngram,
     MedusaSettings: make_medusa,
     JointSettings: make_joint,
+    EagleSettings: make_eagle,
     AlignmentSettings: make_alignment,
     AcceptanceSettings: make_acceptance,
 }

@@ -133,8 +133,8 @@ class DecodingReport:
     speed: Speed
 
 
-def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> dict[str, DecodingReport]:
-    """Decode prompts of every shipped set with and without the draft; the pair has a tokeniser."""
+def shipped_test_prompts(pair: Pair, settings: ReportSettings) -> dict[str, list[list[int]]]:
+    """Test prompts of every shipped set as token ids, as many as the report takes; the pair has a tokeniser."""
     assert pair.tokenizer is not None
     room = pair.target.context_limit - settings.report_tokens
     why = f"so that --report-tokens {settings.report_tokens} fit into {pair.target.name}'s context"
@@ -144,6 +144,12 @@ def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> 
         whole = encode(prompt_set, "test", pair.tokenizer)
         cut = must_cut(f"report on {name}", "test", whole, room, why)
         prompts[name] = encode(prompt_set, "test", pair.tokenizer, room) if cut else whole
+    return prompts
+
+
+def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> dict[str, DecodingReport]:
+    """Decode prompts of every shipped set with and without the draft; the pair has a tokeniser."""
+    prompts = shipped_test_prompts(pair, settings)
     generations: dict[str, list[tuple[Generation, Generation]]] = {name: [] for name in prompts}
     decoder = SpeculativeDecoder(pair, max_draft_length=settings.report_draft_length)
     knobs = {"draft_length": settings.report_draft_length}
