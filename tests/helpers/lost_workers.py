@@ -1,4 +1,4 @@
-"""Tasks whose worker is killed while they run, on this machine or on a Ray cluster of it."""
+"""Tasks whose worker is killed while they run, on this machine or on a Ray cluster of it; and tasks without workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -94,3 +95,12 @@ def killed_worker(due: Callable[[], bool]) -> Iterator[list[int]]:
     finally:
         over.set()
         watcher.join()
+
+
+def run_here(tasks: list[Task[Any]], jobs: int, done: Callable[[int, Any], object]) -> list[Any]:
+    """Do what `run_tasks` does, in this process."""
+    results = []
+    for number, task in enumerate(tasks):
+        results.append(task.run() if task.folder is None else task.run(task.folder))
+        done(number, results[-1])
+    return results

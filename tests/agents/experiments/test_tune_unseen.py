@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +20,9 @@ from specgym.agents.experiments.learned_tuner import LearnedSearcher, LearnedTun
 from specgym.agents.export.knob_policy import ExportedPolicy
 from specgym.agents.export.recommend_pair import SHOWN, Recommendation
 from specgym.agents.training.run_folder import RunFileError
-from specgym.envs import Task
 from specgym.envs.tuning.reward import RewardSettings
 from specgym.envs.tuning.vector_env import TuningVectorEnv
-from tests.helpers.lost_workers import killed_worker
+from tests.helpers.lost_workers import killed_worker, run_here
 
 WORKLOADS = ("tiny-3m-ngram/prose", "tiny-3m-ngram/code", "tiny-3m-1l/prose", "tiny-3m-1l/code")
 Shown = Callable[[], str]
@@ -45,20 +43,6 @@ def options(runs: Path, **changed: object) -> list[str]:
         "--learning.epochs": 2, "--checkpoint-every": 48, "--max-new-tokens": 16, **changed,
     }  # fmt: skip
     return ["--tuner", "--workloads", *WORKLOADS, *(str(word) for pair in chosen.items() for word in pair)]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call this to let cross-validation do its tasks here, in turn: a process of its own takes seconds to begin."""
-
-    def run_here(tasks: list[Task[Any]], jobs: int, done: Callable[[int, Any], object]) -> list[Any]:
-        results = []
-        for number, task in enumerate(tasks):
-            results.append(task.run() if task.folder is None else task.run(task.folder))
-            done(number, results[-1])
-        return results
-
-    return lambda: monkeypatch.setattr(cross_validation, "run_tasks", run_here)
 
 
 def test_a_run_leaves_everything_that_its_folder_promises(finished: Path) -> None:
@@ -181,7 +165,7 @@ def test_a_live_recommendation_measures_and_confirms_by_decoding(
 
 
 def test_cross_validation_goes_on_where_it_was_interrupted(
-    finished: Path, tmp_path: Path, shown: Shown, in_this_process: Callable[[], None]
+    finished: Path, tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "mine"
     shutil.copytree(finished, run)
@@ -198,7 +182,7 @@ def test_cross_validation_goes_on_where_it_was_interrupted(
     assert {"learned", "universal", "tpe", "gp", "cma-es", "random", "sobol", "default"} <= methods
     policies = sorted(run.glob("folds/*/*/policy.zip"))
     written = [file.stat().st_mtime_ns for file in policies]
-    in_this_process()
+    monkeypatch.setattr(cross_validation, "run_tasks", run_here)  # a process of its own takes seconds to begin
     assert evaluate_command(command) == 0
     assert [file.stat().st_mtime_ns for file in policies] == written
     assert json.loads((run / "transfer.json").read_text())["results"] == transfer["results"]
@@ -333,9 +317,9 @@ def test_a_tuner_learns_the_knobs_of_any_decoder_that_replays(
     left_out: list[str],
     tmp_path: Path,
     shown: Shown,
-    in_this_process: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    in_this_process()
+    monkeypatch.setattr(cross_validation, "run_tasks", run_here)
     words = options(tmp_path)
     words[2 : 2 + len(WORKLOADS)] = workloads
     assert train_command([*words, "--env", env, "--total-timesteps", "96"]) == 0
