@@ -15,7 +15,8 @@ SHARED = {"compare_decoders", "knob_grids", "rivals"}
 NAMES = sorted(path.stem for path in Path(benchmarks.__path__[0]).glob("*.py") if path.stem not in SHARED)
 COMPARISON = "--targets tiny-3m --prompts 1 --tokens 6"
 SMALLEST = {
-    "against_rivals": "--pairs tiny-3m-1l --rivals assisted lookup --temperatures 0 --threads 1 --prompts 1 --tokens 4",
+    "against_rivals": "--pairs tiny-3m-1l --rivals assisted lookup --temperatures 0 --threads 1 --prompt-sets prose "
+    "--prompts 1 --tokens 2",
     "draft_tree": f"{COMPARISON} --prompt-sets prose --thresholds 0.1",
     "forward_cost": "--model tiny-3m --tokens 1 2 --cached 8 --repeats 1",
     "lookahead": f"{COMPARISON} --prompt-sets repetitive --knobs 5 3 5 --unseeded 5 3 5",
