@@ -12,11 +12,10 @@ shape. Where it is missing all passes are the model's own.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +99,36 @@ class _Step(nn.Module):
                 logits_to_keep=rows if self.chosen is None else self.chosen,
             ).logits
         return (scores, *states[-1:], *(() if self.kept is None else (self.kept(),)))
+
+
+class TracedPass(nn.Module):
+    """A pass as the tracer takes it: a function of tensors, and the weights that it reads as attributes of its own.
+
+    The tracer finds weights in float16 only there, and others that require gradients. It would also find them in the
+    modules that hold them, but makes a module of its own of each, which takes longer than to trace. oneDNN's layout it
+    cannot take at all (torch 2.13, "Unsupported value kind"): models with it are left aside.
+
+    Args:
+        run: the pass, and all modules that it uses within.
+    """
+
+    def __init__(self, run: nn.Module) -> None:
+        super().__init__()
+        self._run, known = (run,), set[int]()  # in a tuple, so that it is no part of this module
+        for number, module in enumerate(run.modules()):
+            packed = module.packed if isinstance(module, PrepackedLinear) else getattr(module, "kept_rows", None)
+            if isinstance(packed, HalfWeight):
+                setattr(self, f"half_{number}", packed.packed)
+            for kind in ("_parameters", "_buffers"):  # of a packed layer without unpacking it
+                for name, tensor in vars(module)[kind].items():
+                    if id(tensor) not in known:  # it may be shared
+                        vars(self)[kind][f"{name}_{number}"] = tensor
+                        known.add(id(tensor))
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Do what the pass does."""
+        return self._run[0](*inputs)
 
 
 class _Aside(Exception):
@@ -231,39 +260,21 @@ def _recorded(
         written = (stored[..., cache.length - count : cache.length, :] for stored in cache.extended(0) or ())
         return [output.clone() for output in (*outputs, *written)]
 
-    with warnings.catch_warnings(record=True) as caught, halves_visible(model), only_looking():
+    with warnings.catch_warnings(record=True) as caught, only_looking():
         warnings.simplefilter("always")
         first = inputs(*shapes[0])
-        graph: Any = torch.jit.trace(step, tuple(first), check_trace=False, strict=False)
+        graph: Any = torch.jit.trace(TracedPass(step), tuple(first), check_trace=False, strict=False)
     choices = [warning for warning in caught if issubclass(warning.category, torch.jit.TracerWarning)]
     for warning in choices:
         if not warning.filename.replace("\\", "/").endswith(_KNOWN_CHOICES):
             raise _Aside(f"it chooses by numbers of the pass ({warning.filename}:{warning.lineno})")
-    for start, tree in shapes:
+    for number, (start, tree) in enumerate(shapes):
         arguments = inputs(start, tree)
         expected = comparable(step(*arguments))
-        for _ in range(2):  # torch.jit looks at the first runs and changes the graph after them
+        for _ in range(1 if number else 2):  # torch.jit looks at the first run and changes the graph after it
             if not all(map(torch.equal, comparable(graph(*arguments)), expected)):
                 raise _Aside("its graph gives other scores")
     return graph
-
-
-@contextlib.contextmanager
-def halves_visible(model: nn.Module) -> Iterator[None]:
-    """Let the tracer see weights in float16, each of which has to be an attribute of a module for that.
-
-    oneDNN's layout it cannot take at all (torch 2.13, "Unsupported value kind"): such models are left aside.
-    """
-    modules = list(model.modules())
-    for module in modules:
-        weight = module.packed if isinstance(module, PrepackedLinear) else getattr(module, "kept_rows", None)
-        if isinstance(weight, HalfWeight):
-            vars(module)["traced_weight"] = weight.packed
-    try:
-        yield
-    finally:
-        for module in modules:
-            vars(module).pop("traced_weight", None)
 
 
 def _state(model: PreTrainedModel) -> Hashable:

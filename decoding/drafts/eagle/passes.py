@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.captured import halves_visible
+from ...models.captured import TracedPass
 from ...models.kv_cache import PreallocatedLayer
 from ...models.linear_layers import only_looking
 from .head import EagleHead
@@ -128,9 +128,9 @@ class HeadPasses:
             return self._inputs(tokens, read.to(inputs[1].dtype), length, cache)
 
         try:
-            with warnings.catch_warnings(), halves_visible(part), only_looking():
+            with warnings.catch_warnings(), only_looking():
                 warnings.simplefilter("ignore")
-                graph: Any = torch.jit.trace(part, trial(9), check_trace=False, strict=False)
+                graph: Any = torch.jit.trace(TracedPass(part), trial(9), check_trace=False, strict=False)
             for length in (5, 31, 0):
                 arguments = trial(length)
                 expected = [value.clone() for value in part(*arguments)]
