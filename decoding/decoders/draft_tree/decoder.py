@@ -17,6 +17,7 @@ from torch import Tensor
 from ...decoder import Decoder, Session, synchronise
 from ...drafts.drafter import ModelDrafter
 from ...drafts.eagle.drafter import EagleDrafter
+from ...drafts.eagle.tree import HeadInTrees
 from ...errors import ArgumentError
 from ...loading.pair import Pair, require_draft
 from ...models.language_model import LanguageModel
@@ -70,8 +71,9 @@ class DraftTreeSession(Session["DraftTreeDecoder"]):
         decoder = self.decoder
         self._rule = decoder.rule
         self._pruner = PRUNERS[decoder.pruning]() if decoder.pruning is not None else None
+        draft = decoder.draft.within(self.target) if isinstance(decoder.draft, HeadInTrees) else decoder.draft
         self.draft = TreeDraft(
-            self.rules.draft(decoder.draft, self.target),
+            self.rules.draft(draft, self.target),
             prompt,
             decoder.rule,
             decoder.draft_sampling,
@@ -252,10 +254,7 @@ class DraftTreeDecoder(DraftTreeTraits, Decoder[DraftTreeSession]):
 def _draft_model(pair: Pair, decoder: str) -> LanguageModel:
     draft = require_draft(pair, decoder)
     if isinstance(draft, EagleDrafter):
-        raise ArgumentError(
-            f"{decoder} grows trees with draft models, and {draft.name} is an EAGLE head, which drafts chains here: "
-            "use SpeculativeDecoder or ThresholdDecoder, or choose another draft"
-        )
+        return HeadInTrees(draft)
     if not isinstance(draft, ModelDrafter):
         raise ArgumentError(
             f"{decoder} needs a model as draft, which knows how likely every token is; {pair.name} has {draft.name}"

@@ -18,7 +18,7 @@ from .head import EagleHead
 from .passes import HeadPasses
 from .target import StatesTarget
 
-_PART = 256
+PART = 256
 """Positions that are read at a time, so that no mask is as long as it is wide."""
 
 
@@ -36,6 +36,9 @@ class EagleDrafter:
         head: as given.
         name: of the head.
         vocabulary_size: that of the target.
+        context_limit: tokens of the longest text.
+        passes: of the head, shared by all texts.
+        target: of the text at hand; None where there is none.
     """
 
     def __init__(self, head: EagleHead, target: LanguageModel, *, prepack: bool = True) -> None:
@@ -43,8 +46,9 @@ class EagleDrafter:
         if prepack:
             self.head.pack()
         self.name, self.vocabulary_size = head.name, target.vocabulary_size
-        self._passes = HeadPasses(self.head)
-        self._target: StatesTarget | None = None
+        self.passes = HeadPasses(self.head)
+        self.context_limit = min(self.head.shape.context, target.context_limit)
+        self.target: StatesTarget | None = None
 
     def digest(self) -> str:
         """Return a SHA-256 over the head, 64 hex digits."""
@@ -69,7 +73,7 @@ class EagleDrafter:
                 "the target of its own pair alone: Pair(target, head), and a decoder of that pair"
             )
         near = copy.copy(self)
-        near._target = target  # type: ignore[assignment]  # or what processes its scores
+        near.target = target  # type: ignore[assignment]  # or what processes its scores
         return near
 
     @torch.inference_mode()
@@ -81,12 +85,12 @@ class EagleDrafter:
         Raises:
             UnsupportedModelError: the draft is not `beside` a target.
         """
-        if self._target is None:
+        if self.target is None:
             raise UnsupportedModelError(
                 f"the EAGLE head {self.name} drafts in a text that its target reads, and was asked to alone; take "
                 "another draft here"
             )
-        return EagleSession(self, self._target, prompt, sampling, generator)
+        return EagleSession(self, self.target, prompt, sampling, generator)
 
 
 class EagleSession:
@@ -108,8 +112,9 @@ class EagleSession:
         sampling: Sampling,
         generator: torch.Generator,
     ) -> None:
-        self._head, self._passes, self._target = drafter.head, drafter._passes, target
+        self._head, self._passes, self._target = drafter.head, drafter.passes, target
         self._sampling, self._generator = sampling, generator
+        self._context_limit = drafter.context_limit
         self._cache = PreallocatedLayer()
         self._sure = 0
         """Positions that were read with the target's states; those behind them were read with the head's own."""
@@ -140,7 +145,7 @@ class EagleSession:
 
     def room(self, context: Sequence[int]) -> int:
         """Return how many tokens can be drafted after a context; 0 or less for none."""
-        return min(self._head.shape.context, self._target.context_limit) - len(context) + 1
+        return self._context_limit - len(context) + 1
 
     def truncate(self, length: int) -> None:
         """Forget what was read from position `length` of the text on."""
@@ -166,7 +171,7 @@ class EagleSession:
         else:
             self._cut(known + self._agreeing(drafted))
         while self._sure < known:
-            end = min(known, self._sure + _PART)
+            end = min(known, self._sure + PART)
             states = self._target.states.between(self._sure, end)
             tokens = torch.tensor(context[self._sure + 1 : end + 1], device=states.device)
             self._ends = [self._passes.read(tokens, states, self._sure, self._cache)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.captured import TracedPass
-from ...models.kv_cache import PreallocatedLayer
+from ...models.kv_cache import PreallocatedLayer, TokenTree
 from ...models.linear_layers import only_looking
 from .head import EagleHead
 
@@ -82,6 +82,32 @@ class HeadPasses:
     def go_on(self, token: Tensor, hidden: Tensor, start: int, cache: PreallocatedLayer) -> tuple[Tensor, Tensor]:
         """Read a position of which nothing but the head's own state before it is known, shapes (1,) and (1, h)."""
         return self._run(True, token, hidden, start, cache)
+
+    def branch(
+        self, tokens: Tensor, before: Tensor, tree: TokenTree, start: int, cache: PreallocatedLayer
+    ) -> tuple[Tensor, Tensor]:
+        """Read the last nodes of a tree of candidates.
+
+        Args:
+            tokens: of the nodes, shape (n,), int64.
+            before: the head's state at the parent of each, shape (n, h).
+            tree: of all candidates so far; it hangs behind the first ``start`` positions.
+            start: positions of the text.
+            cache: keys and values of those, and of the earlier nodes behind them.
+
+        Returns:
+            The head's states, shape (n, h), and scores, shape (n, vocabulary), float32.
+        """
+        head, count = self._head, tokens.shape[0]
+        places, hidden_from = tree.on(tokens.device)
+        places = places[-count:] + start
+        cosines, sines = (part[places] for part in head.rotation(0, start + tree.height))
+        keys, values = (part[:, :, : start + len(tree)] for part in cache.extended(count))
+        mask = before.new_zeros(count, start + len(tree))
+        mask[:, start:].masked_fill_(hidden_from[-count:], torch.finfo(mask.dtype).min)
+        embedding = head.embeddings(tokens).to(before.dtype)
+        hidden = head.midlayer(embedding, before, (cosines, sines), keys, values, mask)
+        return hidden, head.all_scores(hidden).float()
 
     @torch.inference_mode()
     def _run(

@@ -21,12 +21,14 @@ from specgym.decoding import (
     Sampling,
     SpeculativeDecoder,
     ThresholdDecoder,
+    TokenTree,
     draft_digest,
     memory_of,
 )
-from specgym.decoding.drafts.drafter import ModelStep
+from specgym.decoding.drafts.drafter import ModelStep, beside
 from specgym.decoding.drafts.eagle.passes import HeadPasses
 from specgym.decoding.drafts.eagle.target import StatesTarget
+from specgym.decoding.drafts.eagle.tree import HeadInTrees
 from specgym.decoding.errors import ArgumentError
 from specgym.decoding.models.early_exit import EarlyExit
 from tests.helpers.first_tokens import assert_texts_follow_the_target
@@ -124,7 +126,7 @@ def test_samples_follow_the_target_and_a_wrong_probability_is_found_out(
 def test_sampled_texts_follow_the_target(make_model: MakeModel) -> None:
     model = make_model("llama", vocabulary=3, hidden=16, spread=0.4)
     pair = Pair(model, small_head(model, spread=3.0))
-    assert_texts_follow_the_target(SpeculativeDecoder(pair), Sampling(), 200, lambda number: {"draft_length": 2.0})
+    assert_texts_follow_the_target(SpeculativeDecoder(pair), Sampling(), 120, lambda number: {"draft_length": 2.0})
 
 
 def test_captured_passes_give_the_numbers_of_the_head(model: PreTrainedModel) -> None:
@@ -133,7 +135,7 @@ def test_captured_passes_give_the_numbers_of_the_head(model: PreTrainedModel) ->
     assert isinstance(pair.draft, EagleDrafter)
     for _ in range(3):
         texts.append(SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=30, sampling=Sampling(), seed=1).tokens)
-    assert pair.draft._passes._graphs
+    assert pair.draft.passes._graphs
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -167,9 +169,48 @@ def test_one_text_has_heads_that_read_the_same_layers(model: PreTrainedModel, ma
     assert pairs[1].draft.head.model is twin
 
 
-def test_a_tree_needs_another_draft(model: PreTrainedModel) -> None:
-    with pytest.raises(ArgumentError, match="an EAGLE head, which drafts chains here: use SpeculativeDecoder"):
-        DraftTreeDecoder(Pair(model, small_head(model)))
+@pytest.mark.parametrize("rule", ["likeliest", "independent", "distinct"])
+def test_trees_of_a_head_leave_texts_those_of_generate(
+    model: PreTrainedModel, reference: Callable[..., list[list[int]]], rule: str
+) -> None:
+    pair = Pair(model, small_head(model, vocabulary=range(0, 96, 3)))
+    decoder = DraftTreeDecoder(pair, rule, pruning=None)
+    for prompt in (TEXT, TEXT[:1]):
+        generation = decoder.generate(prompt, max_new_tokens=24, seed=0, knobs={"max_candidates": 4, "max_depth": 3})
+        assert generation.tokens == reference(model, [prompt], 24)[0]
+    assert sum(round_.accepted for round_ in generation.rounds) > 0
+    more: dict[str, Any] = {"max_new_tokens": 16, "logits_processor": [RepetitionPenaltyLogitsProcessor(1.6)]}
+    plain = AutoregressiveDecoder(pair.without_draft()).generate(TEXT, **more)
+    assert decoder.generate(TEXT, seed=0, **more).tokens == plain.tokens
+
+
+def test_a_tree_is_read_as_its_branches_would_be(model: PreTrainedModel) -> None:
+    pair = Pair(model, small_head(model, spread=2.0), prepack=False)
+    target = pair.target.fresh()
+    target.read(TEXT[:-1])
+    assert isinstance(pair.draft, EagleDrafter)
+    head = HeadInTrees(pair.draft).within(target)
+    head.read(TEXT[:-1])
+    for _ in range(3):
+        assert head.length == len(TEXT) - 1
+        scores = [head.forward(torch.tensor(TEXT[-1:]), last=1).scores]
+        nodes, parents = [7, 8, 9, 10, 11, 12], [-1, -1, 1, 0, 1, 3]
+        for start, end in ((0, 2), (2, 5), (5, 6)):
+            scores.append(head.forward(torch.tensor(nodes[start:end]), TokenTree(parents[:end])).scores)
+        rows = torch.cat(scores)
+        session: Any = beside(pair.draft, target).start(TEXT, Sampling(0.0), torch.Generator(), torch.device("cpu"))
+        for node, path in enumerate(([], [7], [8], [8, 9], [7, 10], [8, 11], [7, 10, 12])):
+            torch.testing.assert_close(rows[node], session._catch_up([*TEXT, *path])[0], rtol=1e-3, atol=1e-3)
+        head.keep([1, 2])
+        head.truncate(len(TEXT) - 1)
+
+
+def test_samples_from_trees_follow_the_target(make_model: MakeModel) -> None:
+    model = make_model("llama", vocabulary=3, hidden=16, spread=0.4)
+    pair = Pair(model, small_head(model, spread=3.0))
+    decoder = DraftTreeDecoder(pair, "distinct", pruning=None)
+    knobs = {"max_candidates": 2.0, "max_depth": 2.0, "node_budget": 4.0}
+    assert_texts_follow_the_target(decoder, Sampling(), 100, lambda number: knobs)
 
 
 def test_a_target_that_is_no_plain_model_may_still_be_named(model: PreTrainedModel) -> None:
