@@ -154,7 +154,7 @@ def _drafter(
     if isinstance(draft_tokenizer, Sequence):
         raise ArgumentError("several draft_tokenizers are for several drafts; give the draft's own")
     if isinstance(draft, Path):
-        draft = load_head(draft, target)
+        draft = load_head(draft, target, strict=False)
     if isinstance(draft, EagleHead):
         return EagleDrafter(draft, target, prepack=prepack is not False)
     if isinstance(draft, EarlyExit):

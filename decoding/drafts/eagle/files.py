@@ -9,6 +9,7 @@ whose tensors are called ``fc.weight``, ``midlayer.*`` or ``layers.0.*``, ``norm
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,6 +35,7 @@ FORMAT = "specgym-eagle-1"
 DESCRIPTION = EAGLE
 WEIGHTS = "eagle.safetensors"
 _SHIPPED = Path(__file__).parents[2] / "data" / "models"
+_LOG = logging.getLogger("specgym")
 _TRAIN = "train a head for it: python -m specgym.decoding.fit eagle --target {} --out FOLDER"
 
 
@@ -81,9 +83,9 @@ def load_head(name: str | Path, target: LanguageModel, *, strict: bool = True) -
     Args:
         name: a folder that `save_head` wrote or of a public EAGLE-3 head, or the name of a head that ships.
         target: that it was made for.
-        strict: refuse a target that is not the one it was made for. Without, it is tried on any of its shape: on one
-            that was quantised to few bits, or trained further. That costs speed, and never changes exact decoding.
-            Nothing in a public folder tells one target from another of the same shape.
+        strict: refuse a target that is not the one it was made for. Without, as in pairs, it is tried on any of its
+            shape, with a warning: on one that was quantised to few bits, or trained further. That costs speed, and
+            never changes exact decoding. Nothing in a public folder tells one target from another of the same shape.
 
     Raises:
         EagleHeadError: it is not there, damaged, or made for another target.
@@ -127,12 +129,19 @@ def _read(folder: Path, target: LanguageModel, strict: bool) -> EagleHead:
             f"{path} is damaged or does not fit {DESCRIPTION} ({' '.join(str(error).split())}); fetch both again, or "
             f"{_TRAIN.format(target.name)}"
         ) from error
-    if strict and not alike(made_for, probe(target)):
+    if alike(made_for, probe(target)):
+        return head
+    if strict:
         raise EagleHeadError(
             f"the head in {folder} was made for the target {described['target']}, and {target.name} is another model "
             f"(or was trained further, quantised to few bits, or is damaged); {_TRAIN.format(target.name)}, or take it "
             "all the same with load_head(..., strict=False)"
         )
+    _LOG.warning(
+        "the EAGLE head in %s was made for the target %s, of which %s is another version, if not another model: it may "
+        "be right less often",
+        folder, described["target"], target.name,
+    )  # fmt: skip
     return head
 
 
