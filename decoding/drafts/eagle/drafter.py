@@ -90,6 +90,7 @@ class EagleDrafter:
                 f"the EAGLE head {self.name} drafts in a text that its target reads, and was asked to alone; take "
                 "another draft here"
             )
+        self.passes.renew()
         return EagleSession(self, self.target, prompt, sampling, generator)
 
 

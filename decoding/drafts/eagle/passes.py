@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -60,10 +61,27 @@ class HeadPasses:
         self._graphs: dict[tuple[bool, int], Any] = {}
         self._uses = Counter[tuple[bool, int]]()
         self._aside = head.norm.weight.device.type != "cpu"
+        self._state: Hashable = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the graphs out of pickles and copies, which torch cannot write."""
         return {**vars(self), "_graphs": {}, "_uses": Counter()}
+
+    def renew(self) -> None:
+        """Forget what was captured of a head that was changed since; for the start of a text."""
+        if self._graphs and self._state != self._weights():
+            self._graphs.clear()
+            self._uses.clear()
+
+    def _weights(self) -> Hashable:
+        """All that a graph depends on, to be compared."""
+        with only_looking():
+            return tuple(
+                (type(module), id(tensor), 0 if tensor.is_inference() else tensor._version)
+                for part in self._parts.values()
+                for module in part.modules()
+                for tensor in module.parameters(recurse=False)
+            )
 
     def read(self, tokens: Tensor, states: Tensor, start: int, cache: PreallocatedLayer) -> tuple[Tensor, Tensor]:
         """Read positions of which the target's states are known.
@@ -83,6 +101,7 @@ class HeadPasses:
         """Read a position of which nothing but the head's own state before it is known, shapes (1,) and (1, h)."""
         return self._run(True, token, hidden, start, cache)
 
+    @torch.inference_mode()
     def branch(
         self, tokens: Tensor, before: Tensor, tree: TokenTree, start: int, cache: PreallocatedLayer
     ) -> tuple[Tensor, Tensor]:
@@ -163,7 +182,7 @@ class HeadPasses:
                 for _ in range(2):  # torch.jit looks at the first runs and changes the graph after them
                     if not all(map(torch.equal, graph(*arguments), expected)):
                         raise RuntimeError("its graph gives other scores")
-            self._graphs[key] = graph
+            self._graphs[key], self._state = graph, self._weights()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the tracer raises whatever there is

@@ -137,6 +137,16 @@ def test_captured_passes_give_the_numbers_of_the_head(model: PreTrainedModel) ->
         texts.append(SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=30, sampling=Sampling(), seed=1).tokens)
     assert pair.draft.passes._graphs
     assert texts[0] == texts[1] == texts[2]
+    before = [round_.taken_back for round_ in SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=12).rounds]
+    with torch.no_grad():
+        pair.draft.head.midlayer.mlp.up_proj.weight.mul_(-3.0)
+    after = [round_.taken_back for round_ in SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=12).rounds]
+    plain = Pair(model, pair.draft.head, prepack=False)
+    assert (
+        before
+        != after
+        == [round_.taken_back for round_ in SpeculativeDecoder(plain).generate(TEXT, max_new_tokens=12).rounds]
+    )
 
 
 def test_packing_changes_no_proposal_and_can_be_undone(model: PreTrainedModel) -> None:
