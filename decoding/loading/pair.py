@@ -87,15 +87,15 @@ class Pair:
         """
         for model in (self.target, *draft_models(self.draft)):
             model.unpack()
-        for head in _heads(self.draft):
-            head.unpack()
+        for drafter in _heads(self.draft):
+            drafter.head.unpack()
 
     def pack(self) -> None:
         """Prepack the large linear layers of target and draft that are plain, where device and type allow it."""
         for model in (self.target, *draft_models(self.draft)):
             model.pack()
-        for head in _heads(self.draft):
-            head.pack()
+        for drafter in _heads(self.draft):
+            drafter.head.pack()
 
     @contextlib.contextmanager
     def capturing(self, after: int) -> Iterator[None]:
@@ -107,15 +107,16 @@ class Pair:
         Args:
             after: passes of a shape, at least 1.
         """
-        models = (self.target, *draft_models(self.draft))
-        captured = [(passes, passes.patience) for model in models if (passes := model.captured) is not None]
+        captured = [model.captured for model in (self.target, *draft_models(self.draft)) if model.captured is not None]
+        several = (*captured, *(drafter.passes for drafter in _heads(self.draft)))
+        before = [passes.patience for passes in several]
         try:
-            for passes, _ in captured:
+            for passes in several:
                 passes.patience = after
             yield
         finally:
-            for passes, before in captured:
-                passes.patience = before
+            for passes, patience in zip(several, before, strict=True):
+                passes.patience = patience
 
     def without_draft(self) -> Pair:
         """Return the target alone, under its own name: what takes part in rounds that need no draft."""
@@ -166,9 +167,9 @@ def _drafter(
     return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
 
 
-def _heads(draft: Drafter | None) -> list[EagleHead]:
+def _heads(draft: Drafter | None) -> list[EagleDrafter]:
     """The EAGLE heads that draft, in order."""
-    return [part.head for part in drafts_of(draft) if isinstance(part, EagleDrafter)]
+    return [part for part in drafts_of(draft) if isinstance(part, EagleDrafter)]
 
 
 def _beside_its_drafts(target: LanguageModel, draft: Drafter | None) -> LanguageModel:
@@ -180,7 +181,7 @@ def _beside_its_drafts(target: LanguageModel, draft: Drafter | None) -> Language
     """
     if draft is None:
         return whole(target)
-    layers = {head.shape.layers for head in _heads(draft)}
+    layers = {drafter.head.shape.layers for drafter in _heads(draft)}
     if len(layers) > 1:
         raise ArgumentError(f"EAGLE heads that read other layers of {target.name} cannot draft in one text: choose one")
     return keeping_states(target, layers.pop()) if layers else resuming(target, draft_models(draft))

@@ -53,7 +53,12 @@ class HeadPasses:
 
     Args:
         head: attached to its target, packed.
+
+    Attributes:
+        patience: passes of a kind until it is captured.
     """
+
+    patience = _USES
 
     def __init__(self, head: EagleHead) -> None:
         self._head = head
@@ -141,7 +146,7 @@ class HeadPasses:
         result: tuple[Tensor, Tensor] = self._parts[alone](*inputs)
         if not self._aside and key[1] <= _MOST_TOKENS:
             self._uses[key] += 1
-            if self._uses[key] == _USES:
+            if self._uses[key] >= self.patience:
                 self._capture(key, inputs)
         return result
 

@@ -30,6 +30,7 @@ from specgym.decoding.drafts.eagle.passes import HeadPasses
 from specgym.decoding.drafts.eagle.target import StatesTarget
 from specgym.decoding.drafts.eagle.tree import HeadInTrees
 from specgym.decoding.errors import ArgumentError
+from specgym.decoding.models.captured import NEVER
 from specgym.decoding.models.early_exit import EarlyExit
 from tests.helpers.first_tokens import assert_texts_follow_the_target
 from tests.helpers.known_distributions import PROMPT, distance, exact_joint, walk
@@ -147,6 +148,19 @@ def test_captured_passes_give_the_numbers_of_the_head(model: PreTrainedModel) ->
         != after
         == [round_.taken_back for round_ in SpeculativeDecoder(plain).generate(TEXT, max_new_tokens=12).rounds]
     )
+
+
+def test_a_head_is_captured_while_warming_up_and_then_no_more(model: PreTrainedModel) -> None:
+    pair = Pair(model, small_head(model))
+    assert isinstance(pair.draft, EagleDrafter)
+    passes, usual = pair.draft.passes, pair.draft.passes.patience
+    with pair.capturing(after=NEVER):
+        SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=24)
+    assert not passes._graphs
+    with pair.capturing(after=1):
+        SpeculativeDecoder(pair).generate(TEXT, max_new_tokens=8)
+    assert passes._graphs
+    assert passes.patience == usual
 
 
 def test_packing_changes_no_proposal_and_can_be_undone(model: PreTrainedModel) -> None:
