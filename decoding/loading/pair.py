@@ -101,7 +101,7 @@ class Pair:
     def capturing(self, after: int) -> Iterator[None]:
         """Capture a shape of pass (`CapturedPasses`) as soon as it has come so often, within a block.
 
-        Capturing takes as long as 50 to 100 passes. Whoever times decoding lets it happen while warming up (1), and
+        Capturing takes as long as some 100 passes. Whoever times decoding lets it happen while warming up (1), and
         then no more (`NEVER`): in a process that decodes for long it does not count.
 
         Args:

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("specgym")
 MOST_TOKENS = 16
 """Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
 USES = 64
-"""Passes of a shape before it is captured, which takes as long as 50 to 100 of them (`benchmarks/forward_cost.py`)."""
+"""Passes of a shape before it is captured, which takes as long as 100 of them do (`benchmarks/forward_cost.py`)."""
 NEVER = 2**62
 """Passes of a shape that never come."""
 LONGEST = 0.1
