@@ -19,12 +19,14 @@ from ..drafts.drafter import Drafter, ModelDrafter
 from ..drafts.eagle.drafter import EagleDrafter
 from ..drafts.eagle.files import load_head
 from ..drafts.eagle.head import EagleHead
+from ..drafts.eagle.passes import HeadPasses
 from ..drafts.eagle.target import keeping_states
 from ..drafts.mixed import MixedDraft, draft_models, drafts_of, with_models
 from ..drafts.ngram import NGramDrafter
 from ..drafts.translated import TranslatedModel
 from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
+from ..models.captured import CapturedPasses
 from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
 from ..models.language_model import LanguageModel
 from ..models.supported import causal_model
@@ -107,8 +109,8 @@ class Pair:
         Args:
             after: passes of a shape, at least 1.
         """
-        captured = [model.captured for model in (self.target, *draft_models(self.draft)) if model.captured is not None]
-        several = (*captured, *(drafter.passes for drafter in _heads(self.draft)))
+        several: list[CapturedPasses | HeadPasses] = [drafter.passes for drafter in _heads(self.draft)]
+        several += [model.captured for model in (self.target, *draft_models(self.draft)) if model.captured is not None]
         before = [passes.patience for passes in several]
         try:
             for passes in several:
