@@ -16,18 +16,22 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SpecgymError
 from .files import replacing, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUM = "sha256"
 FILES = "files"
@@ -277,3 +281,28 @@ def _read_header(stream: BinaryIO, name: str) -> tuple[np.dtype[Any], tuple[int,
     if not kind.itemsize:
         raise DamagedFileError(f"{name!r} has values of no size")
     return kind, tuple(map(int, header[3].replace(",", " ").split())), header[2] == "True", len(begin) + length
+
+
+def read_tensors(path: Path, error: type[SpecgymError]) -> dict[str, Tensor]:
+    """Tensors by name from a file of others, ``.safetensors`` or torch's own, of which nothing that would run is read.
+
+    Args:
+        path: of the file.
+        error: what to raise.
+
+    Raises:
+        SpecgymError: of the type given; the file is damaged or holds something else.
+    """
+    import torch  # which takes seconds, and recordings are read without
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError("it holds something else than tensors by name")
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
+        raise error(f"{path} is damaged ({' '.join(str(problem).split())}); fetch it again") from problem
+    return tensors

@@ -56,8 +56,7 @@ class PairPreset:
         draft: another model's name, ``ngram`` (a table counted on text), ``prompt-lookup`` (copied from the text so
             far) or ``suffix`` (what most often followed there), or several of these with commas between them; None for
             a target alone. ``early-exit:6`` is so many layers of the target; the folder of an EAGLE head may stand for
-            a model's. A draft model's name may end in ``:int8``,
-            and then in ``:drafted-by-ngram`` and the like.
+            a model's. A draft model's name may end in ``:int8``, and then in ``:drafted-by-ngram`` and the like.
         doc: one line on what the pair is for.
     """
 

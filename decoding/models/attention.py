@@ -89,7 +89,7 @@ class MaskMaker:
 
     def _shared(self, tree: TokenTree | None, start: int, count: int) -> Tensor:
         if tree is None:
-            return _causal_mask(start, count, self._value, self._dtype, self._device)
+            return causal_mask(start, count, self._value, self._dtype, self._device)
         mask = torch.zeros(count, start + len(tree), dtype=self._dtype, device=self._device)
         mask[:, start:].masked_fill_(tree.on(self._device)[1][-count:], self._value)
         return mask[None, None]
@@ -113,7 +113,16 @@ def _strip(capacity: int, value: float, dtype: torch.dtype, device: torch.device
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, value)
 
 
-def _causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask of a chain, shape (1, 1, count, start + count): a slice of one that is kept, if it is short.
+
+    Args:
+        start: tokens before the chain.
+        count: tokens of the chain.
+        value: added where a token must not look.
+        dtype: of the mask.
+        device: of the mask.
+    """
     if count <= _STRIP_ROWS:
         capacity = max(256, 1 << (start - 1).bit_length()) if start else 256
         mask = _strip(capacity, value, dtype, device)[:count, capacity - start : capacity + count]

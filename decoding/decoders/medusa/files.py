@@ -9,7 +9,6 @@ the head's own output layer.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...files import replacing, write_text
 from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
 from ...models.output_layer import output_layer
-from ...sealed_files import FILES, check_files, file_digests, read_sealed, require_shapes, write_sealed
+from ...sealed_files import FILES, check_files, file_digests, read_sealed, read_tensors, require_shapes, write_sealed
 from .heads import HeadsShape, MedusaHeads, MedusaHeadsError
 
 FORMAT = "specgym-medusa-2"
@@ -217,7 +216,7 @@ def read_public(folder: Path, model: PreTrainedModel) -> MedusaHeads:
         raise MedusaHeadsError(
             f"{folder / _CONFIG} is missing or damaged ({error!r}); fetch the whole folder that holds {path.name}"
         ) from error
-    tensors = _tensors(path)
+    tensors = read_tensors(path, MedusaHeadsError)
     tokens, hidden = output_layer(model).weight.shape
     if count * (blocks + 1) > len(tensors):
         raise MedusaHeadsError(
@@ -233,19 +232,6 @@ def read_public(folder: Path, model: PreTrainedModel) -> MedusaHeads:
                 _put(heads.bias[block, head], tensors, f"{head}.{block}.linear.bias", path, made_for)
             _put(heads.output[head], tensors, f"{head}.{blocks}.weight", path, made_for)
     return heads
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only: a pickle that would run code is refused.
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise ValueError("it holds something else than tensors by name")
-        return tensors
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MedusaHeadsError(f"{path} is damaged ({' '.join(str(error).split())}); fetch it again") from error
 
 
 def _put(place: Tensor, tensors: dict[str, Tensor], name: str, path: Path, made_for: str) -> None:

@@ -10,7 +10,6 @@ whose tensors are called ``fc.weight``, ``midlayer.*`` or ``layers.0.*``, ``norm
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from ...loading.presets import EAGLE, head_folder, public_head
 from ...models.identity import alike, probe
 from ...models.language_model import LanguageModel
 from ...models.output_layer import output_layer
-from ...sealed_files import FILES, check_files, file_digests, read_sealed, require_shapes, write_sealed
+from ...sealed_files import FILES, check_files, file_digests, read_sealed, read_tensors, require_shapes, write_sealed
 from .head import EagleHead
 from .layer import EagleHeadError, HeadShape
 
@@ -165,7 +164,7 @@ def _read_public(folder: Path, target: LanguageModel) -> EagleHead:
     path = next((folder / name for name in _PUBLIC_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise EagleHeadError(f"{folder} has none of {', '.join(_PUBLIC_WEIGHTS)}; fetch the whole folder")
-    tensors = {name.removeprefix("model."): value for name, value in _tensors(path).items()}
+    tensors = {name.removeprefix("model."): value for name, value in read_tensors(path, EagleHeadError).items()}
     tensors = {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
     tensors.pop("t2d", None)
     offsets, fc = tensors.pop("d2t", None), tensors.get("fc.weight")
@@ -244,16 +243,3 @@ def _public_shape(
         ),
         order,
     )
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only: a pickle that would run code is refused.
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise ValueError("it holds something else than tensors by name")
-        return tensors
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise EagleHeadError(f"{path} is damaged ({' '.join(str(error).split())}); fetch it again") from error

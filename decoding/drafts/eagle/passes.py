@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.attention import causal_mask
 from ...models.captured import TracedPass
 from ...models.kv_cache import PreallocatedLayer, TokenTree
 from ...models.linear_layers import only_looking
@@ -157,9 +158,7 @@ class HeadPasses:
             cache.update(nothing, nothing)
         assert cache.length == start
         keys, values = (part[:, :, : start + count] for part in cache.extended(count))
-        mask = read.new_zeros(count, start + count)
-        if count > 1:
-            mask[:, start:] = torch.full_like(mask[:, start:], torch.finfo(mask.dtype).min).triu_(1)
+        mask = causal_mask(start, count, torch.finfo(read.dtype).min, read.dtype, read.device)[0, 0]
         return tokens, read, *self._head.rotation(start, start + count), keys, values, mask
 
     def _capture(self, key: tuple[bool, int], inputs: tuple[Tensor, ...]) -> None:

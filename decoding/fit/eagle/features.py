@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ...drafts.eagle.head import EagleHead
-from ...errors import FitError
-from ...files import replacing
+from ..text.states import kept_states, require_finite
 from ..text.target_text import TargetText
 
 
@@ -91,25 +89,11 @@ def features_of(model: PreTrainedModel, head: EagleHead, text: TargetText, bfloa
     path = text.folder / f"features-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
     starts = np.cumsum(text.ends) - text.ends
     whole = int(text.ends.sum()), (len(shape.layers) + 1) * shape.target_hidden_size
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = 2 * whole[0] * whole[1], shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise FitError(
-                f"the hidden states need {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free: "
-                "make room, give --work, or generate fewer --texts"
-            )
-        with replacing(path) as temporary:
-            stored = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=whole)
-            _compute(stored, model, head, text, starts, batch, bfloat16)
-            stored.flush()
-            del stored
-    try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        if stored.shape != whole:
-            raise ValueError(f"it has shape {stored.shape} instead of {whole}")
-    except (OSError, ValueError) as error:
-        raise FitError(f"{path} is damaged ({error}): remove it to compute it again") from error
+
+    def fill(states: np.ndarray) -> None:
+        _compute(states, model, head, text, starts, batch, bfloat16)
+
+    stored = kept_states(path, whole, fill)
     return Features(text, starts, stored, shape.target_hidden_size)
 
 
@@ -136,10 +120,5 @@ def _compute(
         both = torch.cat([head.prepared(states), output.hidden_states[-1].float()], -1).to(torch.float16).cpu().numpy()
         for row, computed in zip(rows, both, strict=True):
             part = computed[: text.ends[row]]
-            if not np.isfinite(part).all():
-                raise FitError(
-                    f"{model.name_or_path or type(model).__name__} has hidden states that are NaN or above "
-                    f"{np.finfo(np.float16).max:,.0f}, the largest number of the float16 in which they are kept: give "
-                    "--dtype float32, or choose another model"
-                )
+            require_finite(part, model)
             stored[starts[row] : starts[row] + len(part)] = part

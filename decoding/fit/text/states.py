@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -217,8 +218,26 @@ def _states_along(
     bfloat16: bool = False,
 ) -> np.ndarray:
     """States after the final norm in the order of `_between`, shape (positions, h), float16, mapped from a file."""
-    path, counts = text.folder / f"{name}.npy", np.maximum(last - first, 0)
+    counts = np.maximum(last - first, 0)
     shape = int(counts.sum()), output_layer(model).weight.shape[1]
+
+    def fill(states: np.ndarray) -> None:
+        _compute(states, model, text, first, counts, batch, bfloat16)
+
+    return kept_states(text.folder / f"{name}.npy", shape, fill)
+
+
+def kept_states(path: Path, shape: tuple[int, int], fill: Callable[[np.ndarray], object]) -> np.ndarray:
+    """Hidden states mapped from a file, float16, which is written first where it is not there.
+
+    Args:
+        path: of the file, ``.npy``.
+        shape: positions, and numbers of each.
+        fill: computes the states into an array of that shape.
+
+    Raises:
+        FitError: the disk is too small, or the file is damaged.
+    """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(path.parent).free
@@ -229,7 +248,7 @@ def _states_along(
             )
         with replacing(path) as temporary:
             states = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-            _compute(states, model, text, first, counts, batch, bfloat16)
+            fill(states)
             states.flush()
             del states
     try:
@@ -263,16 +282,22 @@ def _compute(
         computed = output.hidden_states[-1].to(torch.float16).cpu().numpy()
         for member, of_row in zip(members, computed, strict=True):
             part = of_row[first[member] : first[member] + counts[member]]
-            if not np.isfinite(part).all():
-                raise FitError(_overflow(model))
+            require_finite(part, model)
             states[done : done + len(part)] = part
             done += len(part)
 
 
-def _overflow(model: PreTrainedModel) -> str:
+def require_finite(states: np.ndarray, model: PreTrainedModel) -> None:
+    """Refuse hidden states of a model that are NaN or too large for float16.
+
+    Raises:
+        FitError: some are.
+    """
+    if np.isfinite(states).all():
+        return
     kind = str(model.dtype).removeprefix("torch.")
     way_out = "choose another model"
-    return (
+    raise FitError(
         f"{model.name_or_path or type(model).__name__} in {kind} has hidden states that are NaN or above "
         f"{np.finfo(np.float16).max:,.0f}, the largest number of the float16 in which they are kept: "
         + (way_out if model.dtype == torch.float32 else f"give --dtype float32, or {way_out}")
