@@ -1,5 +1,6 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
+from .decoders.batch import Batch, TextRequest, generate_texts
 from .decoders.chain import SpeculativeDecoder, require_choice
 from .decoders.chain_session import SpeculativeSession
 from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
@@ -184,6 +185,7 @@ __all__ = [
     "SMALLEST_PREPACKED",
     "ArgumentError",
     "AutoregressiveDecoder",
+    "Batch",
     "CascadeDrafter",
     "ChoiceRule",
     "ChoiceTracker",
@@ -271,6 +273,7 @@ __all__ = [
     "SuffixDrafter",
     "Sureness",
     "Terminated",
+    "TextRequest",
     "TextRules",
     "ThresholdDecoder",
     "TokenRule",
@@ -312,6 +315,7 @@ __all__ = [
     "file_digests",
     "file_name",
     "find_hardware",
+    "generate_texts",
     "heads_for",
     "interruption_code",
     "io_message",

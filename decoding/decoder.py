@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -20,12 +18,12 @@ from .errors import (
     ArgumentError,
     KnobError,
     NumericalError,
-    PromptError,
     mapping_of,
     sequence_of,
     whole_number,
 )
 from .loading.pair import Pair, require_draft
+from .loading.prompt_tokens import checked_prompt
 from .models.language_model import LanguageModel
 from .processors import TextRules, check_generation_config
 from .rounds import Generation, Round
@@ -113,6 +111,16 @@ class Session(ABC, Generic[DecoderT]):
         if self.finished:
             return Round((), 0, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=0)
         return self._round(values)
+
+    def generation(self, rounds: Sequence[Round]) -> Generation:
+        """Return the text as it stands, with the rounds that made it."""
+        return Generation(
+            tokens=self.tokens,
+            rounds=list(rounds),
+            prefill_seconds=self.prefill_seconds,
+            finish_reason=self.finish_reason or "length",
+            text=self.decoder.pair.decode(self.tokens),
+        )
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         if len(prompt) > 1:  # the last token is read together with the first draft
@@ -294,12 +302,46 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         finally:  # also after an error, or whoever reads a TextIteratorStreamer waits for ever
             if streamer is not None:
                 streamer.end()
-        return Generation(
-            tokens=session.tokens,
-            rounds=rounds,
-            prefill_seconds=session.prefill_seconds,
-            finish_reason=session.finish_reason or "length",
-            text=self.pair.decode(session.tokens),
+        return session.generation(rounds)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int] | Tensor],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int | None = None,
+        knobs: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+        batch_size: int | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+    ) -> list[Generation]:
+        """Generate from several prompts at the same time, in joint passes (`Batch`). Errors as for `generate`.
+
+        A text is what `generate` would make of its prompt, but where two tokens' scores are equal up to rounding.
+
+        Args:
+            prompts: each as for `start`, of any lengths.
+            max_new_tokens: of each text.
+            sampling: of all texts.
+            seed: of the first text; the next has the next number. By default each has another every time.
+            knobs: the same values for all texts, or a mapping a prompt.
+            batch_size: texts at the same time, at most; the next begins when one ends. By default all.
+            logits_processor: of all texts.
+
+        Returns:
+            Texts in the order of the prompts. A round's seconds are those that it took for the whole batch.
+        """
+        from .decoders.batch import generate_batch  # which imports this module
+
+        return generate_batch(
+            self,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            knobs=knobs,
+            batch_size=batch_size,
+            logits_processor=logits_processor,
         )
 
     def resolve_knobs(self, knobs: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -318,43 +360,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
 
     def check_prompt(self, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
         """A prompt as the token ids that `start` would read. Arguments and errors as there."""
-        ids: Any = prompt_ids
-        if isinstance(ids, str):
-            ids = self.pair.encode(ids)
-        first = ids[0] if isinstance(ids, list | tuple) and ids else None
-        if isinstance(first, list | tuple) or getattr(first, "ndim", 0) > 0:
-            if len(ids) > 1:
-                raise PromptError(
-                    f"one prompt at a time: this is a list of {len(ids)}; decode each by a call of its own"
-                )
-            ids = first  # a tokenizer's output for a list of one text
-        if isinstance(ids, Tensor | np.ndarray):
-            if ids.ndim == 2 and ids.shape[0] == 1:
-                ids = ids[0]
-            if ids.ndim != 1:
-                raise PromptError(f"one prompt at a time: expected shape (tokens,), got {tuple(ids.shape)}")
-            ids = ids.tolist()
-        try:
-            prompt = [operator.index(token) for token in ids]
-        except TypeError as error:
-            raise PromptError(
-                "a prompt is a string, or one list or tensor of whole token ids; this is a "
-                f"{type(prompt_ids).__name__} ({error}). From a tokenizer's output take its 'input_ids'."
-            ) from error
-        target = self.pair.target
-        if not prompt:
-            raise PromptError("the prompt is empty; give at least one token, for instance the model's BOS token")
-        if min(prompt) < 0 or max(prompt) >= target.vocabulary_size:
-            raise PromptError(
-                f"the prompt has ids from {min(prompt)} to {max(prompt)}, but {target.name} has a vocabulary of "
-                f"{target.vocabulary_size}; encode it with the target's own tokenizer"
-            )
-        if len(prompt) >= target.context_limit:
-            raise PromptError(
-                f"the prompt has {len(prompt)} tokens and {target.name} a context of {target.context_limit}, which "
-                "leaves no room to generate; shorten the prompt"
-            )
-        return prompt
+        return checked_prompt(self.pair, prompt_ids)
 
 
 def _processor(name: str, value: object) -> LogitsProcessor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..errors import PromptError, whole_number
 from ..prompts import PromptSet, Split, shorten
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from .pair import Pair
@@ -223,3 +225,50 @@ def _cut_message(
             f"itself; raise max_prompt_tokens (--max-prompt-tokens) if the context has room, or {_WITHOUT}"
         )
     return write(fitting)
+
+
+def checked_prompt(pair: Pair, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
+    """Return a prompt as token ids of a pair.
+
+    Args:
+        pair: whose target reads it.
+        prompt_ids: a string, or ids as a list, or as a tensor or array of shape (tokens,) or (1, tokens).
+
+    Raises:
+        PromptError: the prompt is empty, too long, or holds ids outside the vocabulary.
+    """
+    ids: Any = prompt_ids
+    if isinstance(ids, str):
+        ids = pair.encode(ids)
+    first = ids[0] if isinstance(ids, list | tuple) and ids else None
+    if isinstance(first, list | tuple) or getattr(first, "ndim", 0) > 0:
+        if len(ids) > 1:
+            raise PromptError(f"one prompt at a time: this is a list of {len(ids)}; generate_batch takes several")
+        ids = first  # a tokenizer's output for a list of one text
+    if hasattr(ids, "ndim") and hasattr(ids, "tolist"):  # a tensor or an array; importing torch takes seconds
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1:
+            raise PromptError(f"one prompt at a time: expected shape (tokens,), got {tuple(ids.shape)}")
+        ids = ids.tolist()
+    try:
+        prompt = [operator.index(token) for token in ids]
+    except TypeError as error:
+        raise PromptError(
+            "a prompt is a string, or one list or tensor of whole token ids; this is a "
+            f"{type(prompt_ids).__name__} ({error}). From a tokenizer's output take its 'input_ids'."
+        ) from error
+    target = pair.target
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token, for instance the model's BOS token")
+    if min(prompt) < 0 or max(prompt) >= target.vocabulary_size:
+        raise PromptError(
+            f"the prompt has ids from {min(prompt)} to {max(prompt)}, but {target.name} has a vocabulary of "
+            f"{target.vocabulary_size}; encode it with the target's own tokenizer"
+        )
+    if len(prompt) >= target.context_limit:
+        raise PromptError(
+            f"the prompt has {len(prompt)} tokens and {target.name} a context of {target.context_limit}, which "
+            "leaves no room to generate; shorten the prompt"
+        )
+    return prompt

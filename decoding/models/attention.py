@@ -6,10 +6,10 @@ them; transformers' models use such a dict as it stands (`create_masks_for_gener
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ FULL = Span()
 Spans = Mapping[str, Span]
 """Spans by kind of layer, as the model's masks are keyed; by the empty string where all layers share one mask."""
 EVERYWHERE_FULL: Spans = {"": FULL}
+Masks = Tensor | dict[str, Tensor]
+"""One mask for all layers, or one for each kind of layer."""
 
 
 class MaskMaker:
@@ -63,7 +65,12 @@ class MaskMaker:
         self._dtype, self._device = dtype, device
         self._value = torch.finfo(dtype).min
 
-    def masks(self, tree: TokenTree | None, start: int, count: int) -> Tensor | dict[str, Tensor]:
+    @property
+    def full(self) -> bool:
+        """True if every token sees all before it, whatever the layer."""
+        return all(span.kind == "full" for span in self._spans.values())
+
+    def masks(self, tree: TokenTree | None, start: int, count: int) -> Masks:
         """Additive masks of a pass, each of shape (1, 1, count, columns): a mask for all layers, or one for each kind.
 
         Args:
@@ -131,3 +138,49 @@ def causal_mask(start: int, count: int, value: float, dtype: torch.dtype, device
     else:
         mask = torch.full((count, start + count), value, dtype=dtype, device=device).triu_(start + 1)
     return mask[None, None]
+
+
+def rows_behind(positions: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask of the chains of several texts, of which each token sees all up to its own position.
+
+    Args:
+        positions: of the tokens, shape (texts, tokens), int64.
+        columns: positions in the cache.
+        dtype: of the mask.
+
+    Returns:
+        Shape (texts, 1, tokens, columns).
+    """
+    hidden = numbers(columns, positions.device)[:columns] > positions.unsqueeze(-1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
+def side_by_side(masks: Sequence[Masks], count: int, columns: int) -> Masks:
+    """The masks of a pass over several texts, shape (texts, 1, count, columns), of each text's own.
+
+    A text of fewer tokens has them last, and what is before them is of no use. It sees what its first token sees, since
+    a row that sees nothing gives NaN.
+
+    Args:
+        masks: of each text, additive, shape (1, 1, tokens of the text, its positions), as `MaskMaker.masks`.
+        count: tokens of a text in the pass, at least those of each.
+        columns: positions in the cache, likewise.
+    """
+    kinds = {kind for mask in masks if isinstance(mask, dict) for kind in mask}
+    if kinds:
+        parts = {kind: [mask[kind] if isinstance(mask, dict) else mask for mask in masks] for kind in sorted(kinds)}
+        return {kind: _side_by_side(several, count, columns) for kind, several in parts.items()}
+    return _side_by_side(cast("Sequence[Tensor]", masks), count, columns)
+
+
+def _side_by_side(masks: Sequence[Tensor], count: int, columns: int) -> Tensor:
+    if len(masks) == 1 and masks[0].shape[2:] == (count, columns):
+        return masks[0]
+    joint = masks[0].new_full((len(masks), 1, count, columns), torch.finfo(masks[0].dtype).min)
+    for row, mask in enumerate(masks):
+        tokens, width = mask.shape[2:]
+        joint[row, 0, count - tokens :, :width] = mask[0, 0]
+        joint[row, 0, : count - tokens, :width] = mask[0, 0, :1]
+    return joint

@@ -16,14 +16,15 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
+from .attention import side_by_side
+from .joint.cache import Slot, cache_of
 from .kv_cache import BranchingCache, TokenTree
 from .linear_layers import HalfWeight, PrepackedLinear, only_looking
 from .output_layer import output_layer_watched
@@ -31,6 +32,8 @@ from .output_layer import output_layer_watched
 _LOG = logging.getLogger("specgym")
 MOST_TOKENS = 16
 """Tokens of the longest pass that is captured; around longer ones the arithmetic takes longer than Python."""
+MOST_ROWS = 64
+"""Tokens of the longest pass over several texts that is captured: Python around it takes longer, too."""
 USES = 64
 """Passes of a shape before it is captured, which takes as long as 100 of them do (`benchmarks/forward_cost.py`)."""
 NEVER = 2**62
@@ -45,28 +48,8 @@ OWN = ("torch.nn.modules.", "transformers.", "specgym.")
 Mask = Callable[[TokenTree | None, int, int], object]
 Kept = Callable[[], Tensor]
 """Hands over what a model keeps of its last pass beside scores, shape (1, tokens, width)."""
-_Shape = tuple[int, int | None, bool]
-"""Tokens, scores that are kept (None if they are listed), and whether hidden states are asked for."""
-
-
-class _StoredLayer(DynamicLayer):
-    """Keys and values of a layer in storage that is an input of the graph."""
-
-    def __init__(self, keys: Tensor, values: Tensor, start: int, end: int) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self._stored, self._start, self._end = (keys, values), start, end
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write what is new behind what is there, and return both."""
-        keys, values = (stored[..., : self._end, :] for stored in self._stored)
-        keys[..., self._start :, :].copy_(key_states)
-        values[..., self._start :, :].copy_(value_states)
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        """Number of positions that were there; the graph takes it from the mask."""
-        return self._start
+_Shape = tuple[int, int, int | None, bool]
+"""Texts, tokens of each, scores that are kept (None if they are listed), and whether hidden states are asked for."""
 
 
 class _Step(nn.Module):
@@ -74,27 +57,31 @@ class _Step(nn.Module):
 
     Args:
         model: whose pass it is.
+        several: whether it reads several texts.
         chosen: rows of scores, as `logits_to_keep`; None if they are an input.
         hidden: whether it returns hidden states, too.
         kept: is returned behind all else, if given.
     """
 
-    def __init__(self, model: PreTrainedModel, chosen: int | None, hidden: bool, kept: Kept | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, several: bool, chosen: int | None, hidden: bool, kept: Kept | None
+    ) -> None:
         super().__init__()
-        self.model, self.chosen, self.hidden, self.kept = model, chosen, hidden, kept
+        self.model, self.several, self.chosen, self.hidden, self.kept = model, several, chosen, hidden, kept
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, rows: Tensor, *stored: Tensor) -> Any:
-        """Return scores, shape (1, rows, vocabulary), hidden states if asked for, and what is kept."""
+        """Return scores, shape (texts, rows, vocabulary), hidden states if asked for, and what is kept.
+
+        Where there are several texts, `rows` are the places of their tokens in the storage.
+        """
         end = mask.shape[-1]
-        start = end - tokens.shape[1]
-        pairs = zip(stored[::2], stored[1::2], strict=True)
-        layers: list[Any] = [_StoredLayer(keys, values, start, end) for keys, values in pairs]
+        start, places = end - tokens.shape[1], rows if self.several else None
         with output_layer_watched(self.model, self.hidden) as states:
             scores = self.model(
                 input_ids=tokens,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=Cache(layers=layers),
+                past_key_values=cache_of(stored, start, end, places),
                 use_cache=True,
                 logits_to_keep=rows if self.chosen is None else self.chosen,
             ).logits
@@ -154,7 +141,7 @@ class CapturedPasses:
         self._model, self._masks, self._kept = model, masks, kept
         self._latest_kept: Tensor | None = None
         self._uses = Counter[_Shape]()
-        self._latest: _Shape = (0, None, False)
+        self._latest: _Shape = (0, 0, None, False)
         self.graphs = dict[_Shape, Any]()
         self._state: Hashable = None
         self._aside = False
@@ -179,7 +166,7 @@ class CapturedPasses:
             tokens: shape (tokens,).
             positions: of these, likewise.
             mask: as for the model; only one for all layers can be captured.
-            cache: is written to; another than a `BranchingCache` is left to the model.
+            cache: is written to; another than a `BranchingCache` or a `Slot` is left to the model.
             chosen: as `logits_to_keep` of transformers' models.
             hidden: whether hidden states are asked for.
 
@@ -187,10 +174,10 @@ class CapturedPasses:
             Scores, shape (rows, vocabulary), and hidden states, if asked for; None if the model has to read them.
         """
         count, rows = tokens.shape[0], chosen if isinstance(chosen, Tensor) else None
-        key = (count, None if isinstance(chosen, Tensor) else chosen, hidden)
+        key = (1, count, None if isinstance(chosen, Tensor) else chosen, hidden)
         self._latest = key
         graph = self.graphs.get(key)
-        if graph is None or not (isinstance(mask, Tensor) and isinstance(cache, BranchingCache)):
+        if graph is None or not (isinstance(mask, Tensor) and isinstance(cache, BranchingCache | Slot)):
             return None
         if torch.is_autocast_enabled("cpu") or (stored := cache.extended(count)) is None:
             return None
@@ -198,6 +185,37 @@ class CapturedPasses:
         if self._kept is not None:
             *results, self._latest_kept = results
         return tuple(result[0] for result in results)
+
+    def run_rows(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: object,
+        stored: Sequence[Tensor],
+        places: Tensor,
+        chosen: int,
+        hidden: bool,
+    ) -> tuple[Tensor, ...] | None:
+        """Read tokens of several texts by a graph, if there is one for such passes.
+
+        Args:
+            tokens: shape (texts, tokens), two texts or more.
+            positions: of these, likewise.
+            mask: shape (texts, 1, tokens, positions); only one for all layers can be captured.
+            stored: keys and values of every layer, as for `StoredLayer`.
+            places: where they are written there, shape (texts, tokens).
+            chosen: how many last rows of scores are kept, 0 for all.
+            hidden: whether hidden states are asked for.
+
+        Returns:
+            Scores, shape (texts, rows, vocabulary), and hidden states, if asked for; None if the model has to read.
+        """
+        self._latest = key = (*tokens.shape, chosen, hidden)
+        graph = self.graphs.get(key)
+        if graph is None or not isinstance(mask, Tensor) or torch.is_autocast_enabled("cpu"):
+            return None
+        results: tuple[Tensor, ...] = graph(tokens, positions, mask, places, *stored)
+        return results
 
     def emptied(self) -> Tensor:
         """Return what was kept of the last pass, which is then forgotten here."""
@@ -210,7 +228,8 @@ class CapturedPasses:
         if self._kept is not None:
             self._latest_kept = self._kept()  # before what a capture reads takes its place
         key = self._latest
-        possible = not self._aside and key[0] <= MOST_TOKENS and len(self.graphs) < _MOST_GRAPHS
+        small = key[0] * key[1] <= (MOST_TOKENS if key[0] == 1 else MOST_ROWS)
+        possible = not self._aside and small and len(self.graphs) < _MOST_GRAPHS
         if key not in self.graphs and possible and seconds < LONGEST:
             self._uses[key] += 1
             if self._uses[key] >= self.patience:
@@ -232,33 +251,37 @@ class CapturedPasses:
 
 
 def _recorded(
-    model: PreTrainedModel, masks: Mask, kept: Kept | None, count: int, chosen: int | None, hidden: bool
+    model: PreTrainedModel, masks: Mask, kept: Kept | None, texts: int, count: int, chosen: int | None, hidden: bool
 ) -> Any:
     """The graph of a pass, after it was compared with the model.
 
     Raises:
         _Aside: it is not what the model does.
     """
-    step, generator = _Step(model, chosen, hidden, kept).eval(), torch.Generator("cpu").manual_seed(0)
+    step = _Step(model, texts > 1, chosen, hidden, kept).eval()
+    generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     branches = TokenTree([place - 1 - place % 2 for place in range(count)])
     shapes = [(8, None), (31, None), (31, branches), (5, None)]
     text = torch.randint(vocabulary, (1, 64), generator=generator)
     cache = BranchingCache()
     model(input_ids=text, attention_mask=masks(None, 0, 64), position_ids=torch.arange(64)[None], past_key_values=cache)
+    stored = [part.repeat(texts, 1, 1, 1) for part in cache.extended(0) or ()]
 
     def inputs(start: int, tree: TokenTree | None) -> list[Tensor]:
-        cache.cut(start)
-        mask = masks(tree, start, count)
-        if not isinstance(mask, Tensor):
+        starts = [start - text % 4 for text in range(texts)]
+        parts = [masks(tree, start, count) for start in starts]
+        if not all(isinstance(part, Tensor) for part in parts):
             raise _Aside("its layers see differently far")
         places = torch.arange(count) if tree is None else tree.depths
-        tokens = torch.randint(vocabulary, (1, count), generator=generator)
-        return [tokens, places[None] + start, mask, torch.tensor([0, count - 1]), *(cache.extended(count) or ())]
+        began = torch.tensor(starts)[:, None]
+        tokens = torch.randint(vocabulary, (texts, count), generator=generator)
+        mask = cast(Tensor, side_by_side(cast("list[Tensor]", parts), count, start + count))
+        rows = torch.tensor([0, count - 1]) if texts == 1 else began + torch.arange(count)
+        return [tokens, began + places, mask, rows, *stored]
 
     def comparable(outputs: Sequence[Tensor]) -> list[Tensor]:
-        written = (stored[..., cache.length - count : cache.length, :] for stored in cache.extended(0) or ())
-        return [output.clone() for output in (*outputs, *written)]
+        return [output.clone() for output in (*outputs, *(part[..., :64, :] for part in stored))]
 
     with warnings.catch_warnings(record=True) as caught, only_looking():
         warnings.simplefilter("always")

@@ -231,7 +231,7 @@ class ResumingTarget(LanguageModel):
     @property
     def length(self) -> int:
         """Number of tokens that all layers have read."""
-        layers = cast("list[PreallocatedLayer]", self._cache.layers)
+        layers = cast("list[PreallocatedLayer]", cast("BranchingCache", self._cache).layers)
         return layers[self.exit.layers].length if len(layers) > self.exit.layers else 0
 
     def truncate(self, length: int) -> None:

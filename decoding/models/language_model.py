@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from ..errors import PromptError, UnsupportedModelError
 from .attention import EVERYWHERE_FULL, MaskMaker, numbers
 from .captured import CapturedPasses
+from .joint.cache import JointCache, Slot
+from .joint.joining import AT_WORK, JoinedText
 from .kv_cache import BranchingCache, RestorableCache, TokenTree, stored_bytes
 from .linear_layers import (
     NARROWEST_PREPACKED,
@@ -59,6 +61,8 @@ class LanguageModel:
         context_limit: tokens of the longest text.
         mask_seconds: how long building the mask of the last pass took.
         captured: passes over few tokens (`CapturedPasses`); None where all are the model's own.
+        masks: makes the masks of passes.
+        parameters: names of what the model's `forward` takes.
 
     Args:
         model: any transformers causal LM. It is put into evaluation mode.
@@ -79,6 +83,7 @@ class LanguageModel:
     _reading = Reading(EVERYWHERE_FULL)
     _forced = False
     captured: CapturedPasses | None = None
+    _joined: JoinedText | None = None
     _smallest_blocked: int | None = SMALLEST_PREPACKED
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
@@ -97,7 +102,7 @@ class LanguageModel:
             )
         self._set_up(model, settle(model, LanguageModel.as_read, role))
         if self.branches and self.device.type == "cpu" and self._reading.switch is None:
-            self.captured = CapturedPasses(model, self._masks.masks)
+            self.captured = CapturedPasses(model, self.masks.masks)
 
     @classmethod
     def as_read(cls, model: PreTrainedModel, reading: Reading) -> LanguageModel:
@@ -120,13 +125,13 @@ class LanguageModel:
         self.why_no_branches = reading.why_no_branches
         self.mask_seconds = 0.0
         self._reading = reading
-        self._masks = MaskMaker(reading.spans or EVERYWHERE_FULL, self.dtype, self.device)
-        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self.masks = MaskMaker(reading.spans or EVERYWHERE_FULL, self.dtype, self.device)
+        self.parameters = frozenset(inspect.signature(model.forward).parameters)
         self._forget()
 
     def _forget(self) -> None:
         cache = BranchingCache() if self.branches else RestorableCache(self.model.config)
-        self._cache: BranchingCache | RestorableCache = cache
+        self._cache: BranchingCache | RestorableCache | Slot = cache
         self.restores_states = isinstance(self._cache, RestorableCache) and self._cache.has_states
         # Kept where what was read may have to be read again: after a switch of the rotation, or to restore states.
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -145,7 +150,20 @@ class LanguageModel:
             self.captured.renew()
         other = copy.copy(self)
         other._forget()
+        text = AT_WORK.get()
+        other._joined = None if text is None or not self.joinable else text.joined(other)
         return other
+
+    @property
+    def joinable(self) -> bool:
+        """True if passes over several texts can be joined: a text has nothing but keys and values."""
+        return type(self) is LanguageModel and self.branches and self._text is None
+
+    def move_into(self, joint: JointCache) -> Slot | None:
+        """Keep what is read in a joint cache from now on; None if nothing was read yet."""
+        if isinstance(self._cache, BranchingCache) and self._cache.layers:
+            self._cache = joint.admit(self._cache)
+        return self._cache if isinstance(self._cache, Slot) else None
 
     def pack(self) -> None:
         """Prepack the large linear layers that are plain, where the model's device and type allow it."""
@@ -180,7 +198,7 @@ class LanguageModel:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of the tokens in the cache, without what is held ready for more."""
-        return sum(map(stored_bytes, self._cache.layers))
+        return self._cache.nbytes if isinstance(self._cache, Slot) else sum(map(stored_bytes, self._cache.layers))
 
     @property
     def is_plain(self) -> bool:
@@ -267,6 +285,8 @@ class LanguageModel:
         self, tokens: Tensor, tree: TokenTree | None, start: int, last: int | None, rows: Tensor | None, hidden: bool
     ) -> Logits:
         """Read tokens behind what the cache holds; arguments as for `forward`, and where they begin."""
+        if self._joined and (joined := self._joined.read(tokens, tree, start, last, rows, hidden)):
+            return Logits(*joined)
         at_once = 1 if start else self._at_once or tokens.shape[0]
         if self._reading.singly and tokens.shape[0] > at_once:
             return self._read_singly(tokens, at_once, last, rows, hidden)
@@ -284,17 +304,18 @@ class LanguageModel:
             chosen = chosen[-last:] if last else chosen
         arguments: dict[str, object] = {"input_ids": tokens.unsqueeze(0), "use_cache": True}
         if self.branches:
-            arguments["attention_mask"] = self._masks.masks(tree, start, count)
-        if "position_ids" in self._parameters:
+            arguments["attention_mask"] = self.masks.masks(tree, start, count)
+        if "position_ids" in self.parameters:
             arguments["position_ids"] = positions.unsqueeze(0)
-        if "logits_to_keep" in self._parameters:
+        if "logits_to_keep" in self.parameters:
             arguments["logits_to_keep"] = chosen
-        arguments["past_key_values" if "past_key_values" in self._parameters else "cache_params"] = self._cache
         self.mask_seconds = time.perf_counter() - started
         if self.captured is not None:
             mask, cache = arguments.get("attention_mask"), self._cache
             if (outputs := self.captured.run(tokens, positions, mask, cache, chosen, hidden)) is not None:
                 return Logits(outputs[0].float(), outputs[1] if hidden else None)
+        name = "past_key_values" if "past_key_values" in self.parameters else "cache_params"
+        arguments[name] = self._cache.as_cache(count) if isinstance(self._cache, Slot) else self._cache
         with output_layer_watched(self.model, hidden) as states:
             output = self.model(**arguments)
         if self.captured is not None:
@@ -304,7 +325,7 @@ class LanguageModel:
         if decided:
             self._cache.cut(end)
         scores, read = output.logits[0], states[-1][0] if hidden else None
-        if "logits_to_keep" not in self._parameters:
+        if "logits_to_keep" not in self.parameters:
             kept = slice(-chosen, None) if isinstance(chosen, int) else chosen
             scores, read = scores[kept], None if read is None else read[kept]
         return Logits(scores.float(), read)
@@ -362,7 +383,7 @@ class LanguageModel:
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
         """Keep only the tokens (or tree nodes) in `path`, ascending, from the last forward pass; drop the rest."""
-        if isinstance(self._cache, BranchingCache):
+        if not isinstance(self._cache, RestorableCache):
             self._cache.gather(self._last_start, list(path))
         if self._text is not None:
             rows = torch.tensor(path, dtype=torch.int64, device=self.device) + self._last_start

@@ -118,7 +118,7 @@ class StatesTarget(LanguageModel):
         tapped = part_of(target.model, places.values())
         self._unread = LanguageModel.as_read(tapped, target._reading)
         if target.captured is not None:
-            self._unread.captured = CapturedPasses(tapped, target._masks.masks, self._kept)
+            self._unread.captured = CapturedPasses(tapped, target.masks.masks, self._kept)
         self.captured = self._unread.captured
         self._forget()
         self._try()

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from specgym.decoding import EarlyExit, LanguageModel, Pair, Side, SpeculativeDecoder, decode_in_turns
 from specgym.decoding.models import captured
 from specgym.decoding.models.captured import MOST_TOKENS, USES, CapturedPasses
+from specgym.decoding.models.joint.cache import Slot
+from specgym.decoding.models.joint.passes import JoinedPasses, Request
 from specgym.decoding.models.kv_cache import TokenTree
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -66,6 +68,36 @@ def test_captured_passes_are_the_models_own_to_the_last_bit(make_model: MakeMode
         read = walk(model.fresh())
         assert all(map(torch.equal, read, plain))
         assert graphs(model) == 5
+
+
+def walk_together(model: LanguageModel) -> list[Tensor]:
+    """Scores and hidden states of joint passes of several kinds over three texts."""
+    joint, results = JoinedPasses(model), list[Tensor | None]()
+    slots = list[Slot]()
+    for start in (250, 7, 40):
+        text = model.fresh()
+        text.forward(some(start))
+        slot = text.move_into(joint.cache)
+        assert slot is not None
+        slots.append(slot)
+    for seed in range(3):
+        for count, last, tree, hidden in ((1, 1, None, False), (5, None, TREE, True), (5, 2, None, False)):
+            chosen = slots[::2] if seed == 2 else slots  # the first and the last, which are not next to each other
+            for scores, states in joint.read(
+                [Request(slot, some(count, seed), tree, slot.length, last, None, hidden) for slot in chosen]
+            ):
+                results += [scores, states]
+    return [result for result in results if result is not None]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_captured_passes_over_several_texts_are_the_models_own(make_model: MakeModel, family: str) -> None:
+    model = capturing(make_model(family, context=512))
+    plain = walk_together(LanguageModel(make_model(family, context=512), prepack=False))
+    for _ in range(2):
+        assert all(map(torch.equal, walk_together(model), plain))
+    assert model.captured is not None
+    assert sorted(texts for texts, *_ in model.captured.graphs if texts > 1) == [2, 2, 2, 3, 3, 3]
 
 
 def test_a_shape_has_to_come_often_and_be_short(make_model: MakeModel) -> None:

@@ -1,0 +1,208 @@
+"""Several texts being generated at the same time, each as if it were alone, in joint passes of the models.
+
+Any decoder works in a batch: every text has a session of its own, and where several wait for the same model they are
+read in one pass (`models/joint`). Texts come and go while others are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from ..decoder import Decoder, Session
+from ..errors import ArgumentError, KnobError, PromptError, whole_number
+from ..models.joint.joining import Joining, Text
+from ..rounds import Generation, Round
+from ..sampling import GREEDY, Sampling
+
+AnySession = TypeVar("AnySession", bound=Session[Any])
+
+
+class Batch:
+    """Texts that are generated together.
+
+    They may be of several decoders and pairs: what is read by one model at the same time is read in one pass. Models of
+    which not all is known by masks and positions (recurrent layers, early exits, EAGLE heads and their targets, a
+    target with an encoder) read their texts one after another; the texts are the same.
+
+    Args:
+        texts: about so many at a time, for which storage is made at once; more find room, too.
+
+    Attributes:
+        sessions: of the texts that are not finished, in the order in which they came.
+    """
+
+    def __init__(self, texts: int = 1) -> None:
+        self.sessions: list[Session[Any]] = []
+        self._joining = Joining(whole_number("texts", texts))
+        self._texts: dict[Session[Any], Text] = {}
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def add(
+        self,
+        decoder: Decoder[AnySession],
+        prompt_ids: str | Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+    ) -> AnySession:
+        """Begin a text, which takes part from the next `step` on. Arguments and errors as for `Decoder.start`.
+
+        The prompt is read at once, by itself.
+
+        Returns:
+            The text's session, to be looked at. Its own `step` goes on with this text alone.
+        """
+        text = Text(self._joining)
+        with text.at_work():
+            session = decoder.start(
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                logits_processor=logits_processor,
+            )
+        self.sessions.append(session)
+        self._texts[session] = text
+        return session
+
+    def step(
+        self, knobs: Mapping[str, float] | Mapping[Session[Any], Mapping[str, float]] | None = None
+    ) -> dict[Session[Any], Round]:
+        """Do one round of every text, each of which emits at least a token; those that are finished leave the batch.
+
+        Args:
+            knobs: values for this round, by name, for all texts; or by session.
+
+        Returns:
+            The round of every text, by its session. Seconds are those of the whole batch, for which every text waits.
+
+        Raises:
+            KnobError: as `Session.step`, before anything is done; or a session that is not in the batch.
+            NumericalError: the target of a text gave NaN; the text has left the batch, and the others have done their
+                round.
+        """
+        settings = self._settings(knobs)
+        works = [(self._texts[session], partial(session.step, settings[session])) for session in self.sessions]
+        with torch.inference_mode():
+            results = self._joining.together(works) if works else []
+        rounds: dict[Session[Any], Round] = {}
+        errors: list[Exception] = []
+        for session, result in list(zip(self.sessions, results, strict=True)):
+            if isinstance(result, Exception):
+                errors.append(result)
+                self.leave(session, broken=True)
+            else:
+                rounds[session] = result
+                if session.finished:
+                    self.leave(session)
+        if errors:
+            raise errors[0]
+        return rounds
+
+    @torch.inference_mode()
+    def leave(self, session: Session[Any], *, broken: bool = False) -> None:
+        """Take a text out, finished or not; it cannot go on. One that has left already is no error.
+
+        Args:
+            session: the text's.
+            broken: whether its models may have given what is not finite.
+        """
+        if session in self._texts:
+            self._texts.pop(session).leave(broken)
+            self.sessions.remove(session)
+
+    def _settings(self, knobs: Mapping[Any, Any] | None) -> dict[Session[Any], dict[str, float]]:
+        by_session = knobs is not None and any(isinstance(key, Session) for key in knobs)
+        settings = {}
+        for session in self.sessions:
+            values = knobs.get(session) if by_session and knobs is not None else knobs
+            settings[session] = session.decoder.resolve_knobs(values)
+        if by_session and knobs is not None and not set(knobs) <= set(settings):
+            raise KnobError("knobs are given for sessions that are not in this batch: finished, or of another one")
+        return settings
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A text to be generated in a batch. The fields are the arguments of `Decoder.generate`, and the decoder."""
+
+    decoder: Decoder[Any]
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int | None = None
+    knobs: Mapping[str, float] | None = None
+    logits_processor: Sequence[LogitsProcessor] = ()
+
+
+def generate_texts(requests: Sequence[TextRequest], batch_size: int | None = None) -> list[Generation]:
+    """Generate texts of any decoders together, in the order of the requests. Errors as for `Batch`.
+
+    Args:
+        requests: a text each.
+        batch_size: texts at the same time, at most; the next begins when one ends. By default all.
+    """
+    places = len(requests) if batch_size is None else whole_number("batch_size", batch_size)
+    batch, sessions = Batch(max(1, min(places, len(requests)))), list[Session[Any]]()
+    rounds: dict[Session[Any], list[Round]] = {}
+    knobs: dict[Session[Any], Mapping[str, float]] = {}
+    while len(batch) or len(sessions) < len(requests):
+        while len(batch) < places and len(sessions) < len(requests):
+            request = requests[len(sessions)]
+            session = batch.add(
+                request.decoder,
+                request.prompt_ids,
+                max_new_tokens=request.max_new_tokens,
+                sampling=request.sampling,
+                seed=request.seed,
+                logits_processor=request.logits_processor,
+            )
+            sessions.append(session)
+            rounds[session], knobs[session] = [], request.knobs or {}
+        for session, round_ in batch.step({session: knobs[session] for session in batch.sessions}).items():
+            rounds[session].append(round_)
+    return [session.generation(rounds[session]) for session in sessions]
+
+
+def generate_batch(
+    decoder: Decoder[Any],
+    prompts: Sequence[str | Sequence[int] | Tensor],
+    *,
+    seed: int | None,
+    knobs: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+    batch_size: int | None,
+    **settings: Any,
+) -> list[Generation]:
+    """Generate from several prompts. Arguments, result and errors as for `Decoder.generate_batch`."""
+    if isinstance(prompts, str | Tensor) or not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"prompts are a list with a prompt each, not a {type(prompts).__name__}. A tokenizer's padded tensor does "
+            "not say what is padding: take the lists that tokenizer(texts)['input_ids'] gives without return_tensors"
+        )
+    # Before anything is read, so that a bad prompt among many costs no work.
+    checked = [decoder.check_prompt(prompt) for prompt in prompts]
+    several = [knobs] * len(checked) if knobs is None or isinstance(knobs, Mapping) else list(knobs)
+    if len(several) != len(checked):
+        raise ArgumentError(f"{len(checked)} prompts have {len(several)} settings of knobs; give one each, or one")
+    requests = [
+        TextRequest(
+            decoder,
+            prompt,
+            seed=None if seed is None else seed + number,
+            knobs=decoder.resolve_knobs(values),
+            **settings,
+        )
+        for number, (prompt, values) in enumerate(zip(checked, several, strict=True))
+    ]
+    return generate_texts(requests, batch_size)

@@ -1,0 +1,1 @@
+"""Passes of one model over several texts at once."""

@@ -1,0 +1,203 @@
+"""Keys and values of several texts side by side, each of a length of its own; storage of which passes are graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..kv_cache import BranchingCache
+
+_FIRST_CAPACITY = 256
+
+
+class StoredLayer(DynamicLayer):
+    """Keys and values of a layer in storage that is given, and is written in place.
+
+    Args:
+        keys: storage, shape (texts, heads, capacity, head size).
+        values: likewise.
+        start: positions that are there, of a single text.
+        end: positions that are there after the pass, at most.
+        places: where each text's new tokens are written, shape (texts, tokens), int64; None for one text's, which are
+            written from `start` on.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int, end: int, places: Tensor | None = None) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self._stored, self._start, self._end, self._places = (keys, values), start, end, places
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write what is new behind what is there, and return both."""
+        if self._places is not None:
+            for stored, new in zip(self._stored, (key_states, value_states), strict=True):
+                stored.scatter_(2, self._places[:, None, :, None].expand(new.shape), new)
+        keys, values = (stored[..., : self._end, :] for stored in self._stored)
+        if self._places is None:
+            keys[..., self._start :, :].copy_(key_states)
+            values[..., self._start :, :].copy_(value_states)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of positions that were there; the graph takes it from the mask."""
+        return self._start
+
+
+class Slot:
+    """A text's place in a `JointCache`: what a `BranchingCache` is to a text that is read by itself.
+
+    Attributes:
+        row: of the storage.
+        length: positions stored.
+    """
+
+    def __init__(self, joint: JointCache, row: int) -> None:
+        self._joint, self.row, self.length = joint, row, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of the positions stored."""
+        parts = (stored[self.row, :, : self.length] for stored in self._joint.stored)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def extended(self, count: int) -> list[Tensor]:
+        """Count so many positions more as stored, and return the keys and values of all layers, as `BranchingCache`."""
+        self.length += count
+        self._joint.reserve(self.row + 1, self.length)
+        return [stored[self.row : self.row + 1] for stored in self._joint.stored]
+
+    def as_cache(self, count: int) -> Cache:
+        """Return a transformers cache for a pass over so many tokens more, which then count as stored."""
+        start = self.length
+        return cache_of(self.extended(count), start, self.length)
+
+    def cut(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        self.length = min(self.length, length)
+
+    def gather(self, start: int, rows: list[int]) -> None:
+        """Keep positions `start + rows` and forget the others from `start` on."""
+        self.length = start + len(rows)
+        if rows == list(range(len(rows))):
+            return
+        for stored in self._joint.stored:
+            text = stored[self.row]
+            index = torch.tensor(rows, device=text.device) + start
+            text[:, start : self.length] = text.index_select(1, index)
+
+    def release(self, broken: bool = False) -> None:
+        """Give the place back; the text cannot be read on. See `JointCache.release`."""
+        self._joint.release(self, broken)
+
+
+class JointCache:
+    """Keys and values of several texts of one model, each of a length of its own, side by side.
+
+    The places in use are always the first rows, so that a pass over all texts copies nothing.
+
+    Args:
+        rows: for which there is storage from the beginning.
+
+    Attributes:
+        stored: keys and values of every layer by turns, each of shape (rows, heads, capacity, head size).
+        slots: places in use, by row.
+    """
+
+    def __init__(self, rows: int = 1) -> None:
+        self._rows = rows
+        self.stored: list[Tensor] = []
+        self.slots: list[Slot] = []
+
+    def admit(self, cache: BranchingCache) -> Slot:
+        """Copy a text that was read by itself to a place of its own."""
+        slot = Slot(self, len(self.slots))
+        self.slots.append(slot)
+        parts = cache.extended(0) or []
+        if not self.stored:
+            self.stored = [part.new_zeros(self._rows, part.shape[1], 0, part.shape[3]) for part in parts]
+        self.reserve(len(self.slots), cache.length)
+        slot.length = cache.length
+        for stored, part in zip(self.stored, parts, strict=True):
+            stored[slot.row, :, : slot.length] = part[0, :, : slot.length]
+        return slot
+
+    def release(self, slot: Slot, broken: bool = False) -> None:
+        """Let another text have a place; the text in the last row moves there.
+
+        Args:
+            slot: the place.
+            broken: whether what is there may not be finite: a pass reads all rows as far as the longest text, and
+                0 times infinity is NaN.
+        """
+        last = self.slots.pop()
+        for stored in self.stored:
+            if broken:
+                stored[slot.row] = 0
+            if last is not slot:
+                stored[slot.row, :, : last.length] = stored[last.row, :, : last.length]
+        if last is not slot:
+            last.row = slot.row
+            self.slots[slot.row] = last
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Let the storage have so many rows and positions, at least."""
+        known_rows, _, known_capacity, _ = self.stored[0].shape
+        if rows <= known_rows and capacity <= known_capacity:
+            return
+        rows = known_rows if rows <= known_rows else max(rows, 2 * known_rows)
+        if capacity <= known_capacity:
+            capacity = known_capacity
+        else:
+            capacity = max(_FIRST_CAPACITY, 1 << (capacity - 1).bit_length())
+        for place, stored in enumerate(self.stored):
+            larger = stored.new_zeros(rows, stored.shape[1], capacity, stored.shape[3])
+            larger[:known_rows, :, :known_capacity] = stored
+            self.stored[place] = larger
+
+    def rows(self, slots: Sequence[Slot], capacity: int) -> tuple[list[Tensor], Tensor | None]:
+        """Storage of some texts for a pass, and the rows from which it was copied.
+
+        Args:
+            slots: of the texts, in ascending order of their rows.
+            capacity: positions that the pass sees or writes, at most.
+
+        Returns:
+            Keys and values of every layer, shape (texts, heads, at least capacity, head size), and None; or, where the
+            texts are not next to each other, copies, and the rows of the texts, shape (texts,), int64.
+        """
+        self.reserve(len(self.slots), capacity)
+        first, last = slots[0].row, slots[-1].row
+        if last - first + 1 == len(slots):
+            return [stored[first : last + 1] for stored in self.stored], None
+        rows = torch.tensor([slot.row for slot in slots], device=self.stored[0].device)
+        return [stored[:, :, :capacity].index_select(0, rows) for stored in self.stored], rows
+
+    def write(self, copies: Sequence[Tensor], rows: Tensor, places: Tensor) -> None:
+        """Take over what a pass wrote to copies.
+
+        Args:
+            copies: as `rows` returned them.
+            rows: likewise.
+            places: positions that were written, shape (texts, tokens), int64.
+        """
+        from_texts = torch.arange(rows.shape[0], device=rows.device)[:, None]
+        for stored, copied in zip(self.stored, copies, strict=True):
+            stored[rows[:, None], :, places] = copied[from_texts, :, places]
+
+
+def cache_of(stored: Sequence[Tensor], start: int, end: int, places: Tensor | None = None) -> Cache:
+    """Return a transformers cache of given storage, for one pass.
+
+    Args:
+        stored: keys and values of every layer by turns.
+        start: as for `StoredLayer`, as are the rest.
+        end: likewise.
+        places: likewise.
+    """
+    pairs = zip(stored[::2], stored[1::2], strict=True)
+    layers: list[Any] = [StoredLayer(keys, values, start, end, places) for keys, values in pairs]
+    return Cache(layers=layers)

@@ -1,0 +1,194 @@
+"""Passes of one model over several texts, each from a place of its own; the trial that they give what single passes do.
+
+A pass has a row a text. Texts that read fewer tokens than others have them at the end of their rows; what is before
+them is written behind the text, where it is overwritten or forgotten. Masks and positions say what each token sees,
+as they do for trees, so no architecture is patched.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention import Masks, rows_behind, side_by_side
+from ..kv_cache import TokenTree
+from ..output_layer import output_layer_watched
+from ..trial import FAILURES, closeness
+from .cache import JointCache, Slot, cache_of
+
+if TYPE_CHECKING:  # which imports this module
+    from ..language_model import LanguageModel
+
+_LOG = logging.getLogger("specgym")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Tokens that a text wants read. The fields are the arguments of `LanguageModel.forward`, and:
+
+    Attributes:
+        slot: where the text's keys and values are.
+        start: position of the tree or chain.
+    """
+
+    slot: Slot
+    tokens: Tensor
+    tree: TokenTree | None
+    start: int
+    last: int | None
+    rows: Tensor | None
+    hidden: bool
+
+
+class JoinedPasses:
+    """Passes of one model over several texts.
+
+    Args:
+        model: of which the texts have copies.
+        texts: rows for which storage is made at once.
+
+    Attributes:
+        cache: of the texts.
+        size: about as many weights as the model's layers have.
+    """
+
+    def __init__(self, model: LanguageModel, texts: int = 1) -> None:
+        self._model = model
+        self._takes_rows = "logits_to_keep" in model.parameters
+        self.cache = JointCache(texts)
+        config = model.model.config.get_text_config(decoder=True)
+        self.size = model.hidden_size**2 * int(getattr(config, "num_hidden_layers", 1))
+
+    @torch.inference_mode()
+    def read(self, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor | None]]:
+        """Read some tokens of every text; scores and hidden states in the order of the requests, as in `Logits`."""
+        model, order = self._model, sorted(range(len(requests)), key=lambda place: requests[place].slot.row)
+        batch = [requests[place] for place in order]
+        counts = [len(request.tokens) for request in batch]
+        lengths = [request.slot.length for request in batch]
+        count, end = max(counts), max(map(sum, zip(lengths, counts, strict=True)))
+        # What is before a text's own tokens is written behind them.
+        behind = np.arange(count) - (count - np.array(counts))[:, None]
+        places_in_text = np.where(behind >= 0, behind, np.array(counts)[:, None] - 1 - behind)
+        places = torch.from_numpy(places_in_text + np.array(lengths)[:, None]).to(model.device)
+        tokens = _side_by_side([request.tokens for request in batch], count)
+        positions, mask = self._seen(batch, behind, end)
+        stored, copied_from = self.cache.rows([request.slot for request in batch], end + count)
+        hidden = any(request.hidden for request in batch)
+        last = 0 if any(request.rows is not None for request in batch) else _last_rows(batch)
+        outputs = self._pass(tokens, positions, mask, stored, places, 0 if last == count else last, hidden)
+        if copied_from is not None:
+            self.cache.write(stored, copied_from, places)
+        results: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)] * len(batch)
+        for row, (place, request) in enumerate(zip(order, batch, strict=True)):
+            kept: Any = slice(-(request.last or counts[row]), None)
+            if request.rows is not None:
+                kept = request.rows + (count - counts[row])
+            scores = outputs[0][row, kept].float()
+            results[place] = scores, outputs[1][row, kept] if request.hidden else None
+            request.slot.length += counts[row]
+        return results
+
+    def _seen(self, batch: Sequence[Request], behind: np.ndarray[Any, Any], end: int) -> tuple[Tensor, Masks]:
+        """Positions of the tokens, shape (texts, tokens), and what they see."""
+        model, count = self._model, behind.shape[1]
+        starts = np.array([request.start for request in batch])
+        if all(request.tree is None for request in batch):
+            inside = np.maximum(behind, 0) + starts[:, None]
+            positions = torch.from_numpy(inside).to(model.device)
+            if model.masks.full:
+                return positions, rows_behind(positions, end, model.dtype)
+        else:
+            rows = []
+            for request in batch:
+                depths = torch.arange(len(request.tokens)) if request.tree is None else request.tree.depths
+                depths = depths[-len(request.tokens) :] + request.start
+                rows.append(torch.cat([depths[:1].expand(count - len(request.tokens)), depths]))
+            positions = torch.stack(rows).to(model.device)
+        masks = [model.masks.masks(request.tree, request.start, len(request.tokens)) for request in batch]
+        return positions, side_by_side(masks, count, end)
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Masks,
+        stored: list[Tensor],
+        places: Tensor,
+        last: int,
+        hidden: bool,
+    ) -> Sequence[Tensor]:
+        model = self._model
+        if model.captured is not None:
+            outputs = model.captured.run_rows(tokens, positions, mask, stored, places, last, hidden)
+            if outputs is not None:
+                return outputs
+        started, end = time.perf_counter(), (mask if isinstance(mask, Tensor) else next(iter(mask.values()))).shape[-1]
+        arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+        if self._takes_rows:
+            arguments["logits_to_keep"] = last
+        cache = cache_of(stored, 0, end, places)
+        with output_layer_watched(model.model, hidden) as states:
+            scores = model.model(**arguments, past_key_values=cache, use_cache=True).logits
+        if model.captured is not None:
+            model.captured.took(time.perf_counter() - started)
+        if not self._takes_rows and last:
+            scores, states = scores[:, -last:], [state[:, -last:] for state in states]
+        return [scores, *states[-1:]]
+
+
+def _last_rows(batch: Sequence[Request]) -> int:
+    """Rows of scores, from the end, in which are all that are asked for."""
+    return max(request.last or len(request.tokens) for request in batch)
+
+
+def _side_by_side(tokens: Sequence[Tensor], count: int) -> Tensor:
+    """Tokens of several texts, shape (texts, count), each text's at the end of its row."""
+    if all(len(row) == count for row in tokens):
+        return torch.stack(list(tokens))
+    return torch.stack([torch.cat([row[:1].expand(count - len(row)), row]) for row in tokens])
+
+
+def can_join(model: LanguageModel) -> bool:
+    """Try whether a model gives the same scores of several texts in one pass as of each alone.
+
+    Args:
+        model: that is `joinable`; nothing is read with it.
+    """
+    tokens = (5 * torch.arange(1, 13, device=model.device) + 1) % model.vocabulary_size
+    shapes: list[tuple[Tensor, TokenTree | None]] = [
+        (tokens[3:4], None),
+        (tokens[5:8], TokenTree((-1, -1, 1))),
+        (tokens[4:6], None),
+    ]
+    problem = ""
+    try:
+        passes, expected, requests = JoinedPasses(model), [], []
+        for number, (drafted, tree) in enumerate(shapes):
+            alone = model.fresh()
+            alone.forward(tokens[: 2 + number])
+            slot = alone.move_into(passes.cache)
+            assert slot is not None
+            requests.append(Request(slot, drafted, tree, slot.length, None, None, False))
+            alone = model.fresh()
+            alone.forward(tokens[: 2 + number])
+            expected.append(alone.forward(drafted, tree).scores)
+        read = torch.cat([scores for scores, _ in passes.read(requests)])
+        known = torch.cat(expected)
+        off = (read - known).abs().max() / known.std().clamp(min=1e-6)
+        if not off < closeness(model.dtype):
+            problem = f"it gives other logits there (off by {off:.2g} standard deviations)"
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        _LOG.warning("%s reads the texts of a batch one after another, not in one pass: %s", model.name, problem)
+    return not problem
