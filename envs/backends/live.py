@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,60 +23,77 @@ from specgym.decoding import (
     SpeculativeDecoder,
     SpeculativeSession,
     Split,
+    TextRequest,
     build_decoder,
+    generate_texts,
     measured,
 )
 
-from ..profiles import profile_of
-from ..workloads import Workload, default_workload
+from ..profiles import Profiles, profile_of
+from ..workloads import Workload, default_workload, per_workload
 from ..workloads import workload as named_workload
 from .backend import DraftSteps, Floats, Integers, Metrics
 from .chain_replay import DraftCharges
 from .choice_replay import ChoiceCharges
+from .replay import Workloads, asked
 
 UNKNOWN = -1000
 """`remaining_acceptable` in live decoding, which does not know it; no draft is that long."""
 
 
 class LiveBackend:
-    """Decoder at work on a pair. See `Backend`.
+    """Decoders at work on the pairs of some workloads. See `Backend`.
 
     Args:
         decoder: a name or a callable, as `build_decoder` takes it.
-        workload: a workload or its name; by default the decoder's own.
-        split: of the prompts; by default the workload's own.
+        workload: workloads or their names; by default the decoder's own.
+        split: of the prompts; by default each workload's own.
         max_new_tokens: tokens generated of each prompt, at most.
         options: build options, for a decoder given by name.
-        profile: as `profile_of` takes it.
+        profile: of the workloads.
         batch_size: of the operating point.
         context: of the operating point.
-        wall: whether the clock is charged instead of the profile; plain decoding's time stays the profile's.
+        wall: whether the clock is charged instead of the profile, and texts are decoded one after another, not in a
+            batch; plain decoding's time stays the profile's.
     """
 
     def __init__(
         self,
         decoder: str | Callable[[Pair], Decoder[Any]],
-        workload: str | Workload | None,
+        workload: Workloads,
         split: Split | None,
         max_new_tokens: int,
         options: Mapping[str, Any],
-        profile: LatencyProfile | str | Path | None,
+        profile: Profiles,
         batch_size: int,
         context: int | None,
         wall: bool,
     ) -> None:
-        named = named_workload(workload or default_workload(decoder))
-        self._workload = named if split is None else named.with_split(split)
-        self.workloads = [self._workload]
-        self.decoder = build_decoder(decoder, self._workload.load(), **options)
+        several = [named_workload(name or default_workload(decoder)) for name in asked(workload, None)]
+        self.workloads = [named if split is None else named.with_split(split) for named in several]
+        self.decoders = [build_decoder(decoder, named.load(), **options) for named in self.workloads]
+        self.decoder = self.decoders[0]
         self.knobs = self.decoder.knobs
-        profile = profile_of(self._workload, profile, replayed=False, decoder=self.decoder)
-        self._profile = profile.at(batch_size=batch_size, context=context)
-        self.profiles = [self._profile]
-        self.decoder.charge_by(self._profile)
-        self._texts: list[Sequence[int]] = list(self._workload.prompt_ids())
+        for named, built in zip(self.workloads, self.decoders, strict=True):
+            if built.knobs != self.knobs:
+                raise ArgumentError(
+                    f"{named} gives the decoder other knobs than {self.workloads[0]}: environments that step together "
+                    "have the same; make one for each"
+                )
+        names = [named.name for named in self.workloads]
+        charges = per_workload("profile", profile, names, shared=True)
+        self.profiles = []
+        for named, built, value in zip(self.workloads, self.decoders, charges, strict=True):
+            charged = profile_of(named, value, replayed=False, decoder=built)
+            self.profiles.append(charged.at(batch_size=batch_size, context=context))
+            built.charge_by(self.profiles[-1])
+        self._texts: list[Sequence[int]] = []
+        self.prompts: list[Integers] = []
+        for named in self.workloads:
+            texts = list(named.prompt_ids())
+            self.prompts.append(len(self._texts) + np.arange(len(texts)))
+            self._texts += texts
         self._count = len(self._texts)
-        self.prompts = [np.arange(self._count)]
         self._max_new_tokens = max_new_tokens
         self._wall = wall
         self._last: tuple[Sequence[int], list[Round]] = (), []
@@ -94,15 +110,16 @@ class LiveBackend:
 
     def choose(self, prompt: Any, workload: int = 0) -> int:
         """Return the number of a prompt given by its index, as token ids or as a string."""
+        numbers = self.prompts[workload]
         if isinstance(prompt, int | np.integer):
-            if not 0 <= prompt < self._count:
+            if not 0 <= prompt < len(numbers):
+                named = self.workloads[workload]
                 raise ArgumentError(
-                    f"reset option prompt={prompt}: {self._workload} has {self._workload.split} prompts 0 to "
-                    f"{self._count - 1}"
+                    f"reset option prompt={prompt}: {named} has {named.split} prompts 0 to {len(numbers) - 1}"
                 )
-            return int(prompt)
+            return int(numbers[prompt])
         try:
-            ids = tuple(self.decoder.check_prompt(prompt))
+            ids = tuple(self.decoders[workload].check_prompt(prompt))
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"reset option prompt (an index, token ids or a string): {error}") from error
         self._texts[self._count :] = [ids]  # in place of another that was chosen before
@@ -111,22 +128,27 @@ class LiveBackend:
     def decode(
         self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
     ) -> Metrics[Floats]:
-        """Decode n texts, one after another; they get one seed, counted upwards."""
+        """Decode n texts in one batch; they get one seed, counted upwards."""
         seed = int(rng.integers(2**31))
         if self._rehearses:
             return Metrics(*np.ones((len(Metrics._fields), len(prompts))))
-        generations = []
-        for place, prompt in enumerate(self._texts[number] for number in prompts.tolist()):
-            setting = {name: float(values[place]) for name, values in knobs.items()}
-            sampling = self._workload.sampling
-            generations += decode_prompts(self.decoder, setting, [prompt], self._max_new_tokens, sampling, seed + place)
-            self._last = prompt, generations[-1].rounds
-        metrics = [metrics_of([generation], self._profile) for generation in generations]
-        if self._wall:
-            metrics = [
-                charged._replace(seconds=generation.seconds)
-                for charged, generation in zip(metrics, generations, strict=True)
-            ]
+        requests = [
+            TextRequest(
+                self.decoders[workload],
+                self._texts[number],
+                self._max_new_tokens,
+                self.workloads[workload].sampling,
+                seed + place,
+                {name: float(values[place]) for name, values in knobs.items()},
+            )
+            for place, (number, workload) in enumerate(zip(prompts.tolist(), workloads.tolist(), strict=True))
+        ]
+        generations = generate_texts(requests, batch_size=1 if self._wall else None)
+        self._last = requests[-1].prompt_ids, generations[-1].rounds
+        metrics = []
+        for generation, workload in zip(generations, workloads.tolist(), strict=True):
+            charged = metrics_of([generation], self.profiles[workload])
+            metrics.append(charged._replace(seconds=generation.seconds) if self._wall else charged)
         return Metrics(*np.array(metrics).T)
 
     def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, Split, one_of, whole_number
+from specgym.decoding import ArgumentError, Split, one_of, traits_of, whole_number
 
 from ..backends.backend import Backend, BackendName, backend_of
 from ..backends.replay import Workloads, replay_backend
@@ -193,13 +193,13 @@ class BackendVectorEnv(KnobTuning, gymnasium.vector.VectorEnv[Array, Array, NDAr
 
 
 class TuningVectorEnv(BackendVectorEnv):
-    """Many replayed environments of `specgym.envs.TuningEnv`, of one or several workloads, that step together.
+    """Many environments of `specgym.envs.TuningEnv`, of one or several workloads, that step together.
 
-    Spaces, rewards and infos are those of the single environment, with `backend="replay"`; with one environment and one
-    workload, steps are the same to the last digit but for rounding. Pickles and copies go on where the original stands.
-    All environments run in step and are cut off after `max_episode_steps`; then `AutoresetMode.SAME_STEP` holds: the
-    observation is that of the next episode, and `infos` has the last one's as `final_obs` and `final_info`, in the form
-    of `gymnasium.vector.SyncVectorEnv`.
+    Spaces, rewards and infos are those of the single environment, by default with `backend="replay"`; with one
+    environment and one workload, steps are the same to the last digit but for rounding. Pickles and copies of replayed
+    ones go on where the original stands. All environments run in step and are cut off after `max_episode_steps`; then
+    `AutoresetMode.SAME_STEP` holds: the observation is that of the next episode, and `infos` has the last one's as
+    `final_obs` and `final_info`, in the form of `gymnasium.vector.SyncVectorEnv`.
 
     Args:
         num_envs: how many environments.
@@ -209,11 +209,12 @@ class TuningVectorEnv(BackendVectorEnv):
         max_new_tokens: as in `TuningEnv`, like `ranges`, `scales`, `reward`, `start`, `max_draft_length`, `batch_size`,
             `context`, `prompts_per_step`, `action` and `decoder_options`.
         profile: a single one for all workloads, one for each in order, or a mapping from their names; by default the
-            pairs' reference profiles (`specgym.envs.profiles`).
+            pairs' reference profiles (`specgym.envs.profiles`), live those measured on this hardware.
         split: of the prompts.
         recording: traces, or outcomes of the decoder: one for each workload in order, or a mapping from their names; by
             default those that ship.
-        backend: only `"replay"`. Use `vectorization_mode="sync"` for several live environments.
+        backend: `"replay"`, the default, looks up recordings. `"live"` runs the models, all texts of a step in one
+            batch, so that their passes are joined; time is charged by the profile, as if each text were alone.
         max_episode_steps: length of an episode.
         source: a second name of `backend`, for libraries that take a `backend` for themselves.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
@@ -254,23 +255,32 @@ class TuningVectorEnv(BackendVectorEnv):
     ) -> None:
         one_of("render_mode", render_mode, (None, "rgb_array"))
         backend = backend_of(backend, source, "replay")
-        if backend != "replay":
-            raise ArgumentError(
-                f"backend must be 'replay' for environments that step together, got {backend!r}; for several live ones "
-                "use gymnasium.make_vec(..., vectorization_mode='sync', backend='live')"
-            )
         self._check(start, action, split, prompts_per_step)
         self._check_counts(num_envs, max_episode_steps)
-        replay = replay_backend(
-            decoder,
-            workload,
-            recording,
-            split=split,
-            profile=profile,
-            max_new_tokens=whole_number("max_new_tokens", max_new_tokens),
-            max_draft_length=whole_number("max_draft_length", max_draft_length),
-            options=decoder_options,
-            batch_size=batch_size,
-            context=context,
-        )
-        self._set_up_together(replay, weights, ranges, scales, action, reward)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+        max_draft_length = whole_number("max_draft_length", max_draft_length)
+        decoding: Backend
+        if backend == "live":
+            if recording is not None:
+                raise ArgumentError("a recording is for backend='replay'; backend='live' runs the models")
+            from ..backends.live import LiveBackend  # which imports torch; a replay needs none
+
+            options = traits_of(decoder).accepted_options(max_draft_length=max_draft_length)
+            options |= dict(decoder_options or {})
+            decoding = LiveBackend(
+                decoder, workload, split, max_new_tokens, options, profile, batch_size, context, wall=False
+            )
+        else:
+            decoding = replay_backend(
+                decoder,
+                workload,
+                recording,
+                split=split,
+                profile=profile,
+                max_new_tokens=max_new_tokens,
+                max_draft_length=max_draft_length,
+                options=decoder_options,
+                batch_size=batch_size,
+                context=context,
+            )
+        self._set_up_together(decoding, weights, ranges, scales, action, reward)

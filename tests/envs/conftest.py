@@ -114,13 +114,21 @@ def make_env(toy_workload: Workload, profile: LatencyProfile) -> MakeEnv:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Texts decoded by every step of an environment."""
     calls: list[dict[str, Any]] = []
-    real = live.decode_prompts
+    real = live.generate_texts
 
-    def spy(decoder: Any, knobs: Any, prompts: Any, tokens: Any, sampling: Any, seed: Any) -> Any:
-        calls.append({"knobs": knobs, "prompt": tuple(prompts[0]), "tokens": tokens, "seed": seed})
-        return real(decoder, knobs, prompts, tokens, sampling, seed)
+    def spy(requests: Any, **others: Any) -> Any:
+        for text in requests:
+            calls.append(
+                {
+                    "knobs": text.knobs,
+                    "prompt": tuple(text.prompt_ids),
+                    "tokens": text.max_new_tokens,
+                    "seed": text.seed,
+                }
+            )
+        return real(requests, **others)
 
-    monkeypatch.setattr(live, "decode_prompts", spy)
+    monkeypatch.setattr(live, "generate_texts", spy)
     return calls
 
 

@@ -202,8 +202,6 @@ def test_the_backend_has_a_second_name_for_libraries_that_take_the_first(decodin
             make(decoding, backend="live", source="replay")
         with pytest.raises(ValueError, match="source must be one of 'live', 'replay', got 'both'"):
             make(decoding, source="both")
-    with pytest.raises(ValueError, match="vectorization_mode='sync'"):
-        gymnasium.make_vec(decoding, source="live")
 
 
 @pytest.mark.parametrize("argument", ["workload", "recording"])

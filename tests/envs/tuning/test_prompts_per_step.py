@@ -72,18 +72,18 @@ def test_the_prompts_are_the_next_ones_of_the_order(
     make_env: MakeEnv, toy_workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[tuple[int, ...]]] = []
-    real = live.decode_prompts
+    real = live.generate_texts
 
-    def spy(decoder: Any, knobs: Any, prompts: Any, *others: Any) -> Any:
-        seen.append([tuple(prompt) for prompt in prompts])
-        return real(decoder, knobs, prompts, *others)
+    def spy(requests: Any, **others: Any) -> Any:
+        seen.append([tuple(request.prompt_ids) for request in requests])
+        return real(requests, **others)
 
-    monkeypatch.setattr(live, "decode_prompts", spy)
+    monkeypatch.setattr(live, "generate_texts", spy)
     env = make_env(prompts_per_step=3, max_new_tokens=1)
     env.reset(seed=0)
     for _ in range(4):
         env.step(STILL)
-    assert len(seen) == 3 * 4
+    assert len(seen) == 4
     flat = [prompt for prompts in seen for prompt in prompts]
     every = sorted(toy_workload.prompt_ids())
     assert [sorted(flat[start : start + 4]) for start in (0, 4, 8)] == [every] * 3
@@ -91,13 +91,13 @@ def test_the_prompts_are_the_next_ones_of_the_order(
 
 def test_the_prompt_given_to_reset_stands_for_all(make_env: MakeEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
-    real = live.decode_prompts
+    real = live.generate_texts
 
-    def spy(decoder: Any, knobs: Any, prompts: Any, *others: Any) -> Any:
-        calls.extend(prompts)
-        return real(decoder, knobs, prompts, *others)
+    def spy(requests: Any, **others: Any) -> Any:
+        calls.extend(tuple(request.prompt_ids) for request in requests)
+        return real(requests, **others)
 
-    monkeypatch.setattr(live, "decode_prompts", spy)
+    monkeypatch.setattr(live, "generate_texts", spy)
     env = make_env(prompts_per_step=2, max_new_tokens=1)
     env.reset(seed=0, options={"prompt": 1})
     env.step(STILL)

@@ -14,7 +14,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from specgym.agents.training.sb3_vec_env import VectorEnvAdaptor
+from specgym.decoding import Sampling, build_decoder
 from specgym.decoding.latency.profile import LatencyProfile
+from specgym.envs.backends.live import metrics_of
 from specgym.envs.recordings.trace import Trace
 from specgym.envs.tuning.vector_env import TuningVectorEnv
 from specgym.envs.workloads import Workload
@@ -217,13 +219,44 @@ def test_no_model_is_loaded(make_vector: MakeVector, toy_workload: Workload, mon
     make_vector(workload=toy_workload).reset(seed=0)
 
 
+# Live.
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_live_environments_decode_in_one_batch_what_each_decodes_alone(
+    make_vector: MakeVector, toy_workload: Workload, decoded: list[dict[str, Any]], temperature: float
+) -> None:
+    works = [replace(toy_workload, sampling=Sampling(temperature)), toy_workload]
+    vector = make_vector(num_envs=4, recording=None, backend="live", workload=works)
+    vector.reset(seed=3)
+    decoder = build_decoder("threshold", toy_workload.load(), max_draft_length=4)
+    decoder.charge_by(vector.profiles[0])
+    for action in actions(vector, 1, 3):
+        decoded.clear()
+        _, _, _, _, infos = vector.step(action)
+        assert len({text["prompt"] for text in decoded}) > 1
+        for number, text in enumerate(decoded):
+            workload = int(vector.workload_of[number])
+            alone = decoder.generate(
+                text["prompt"],
+                max_new_tokens=text["tokens"],
+                sampling=works[workload].sampling,
+                seed=text["seed"],
+                knobs=text["knobs"],
+            )
+            metrics = metrics_of([alone], vector.profiles[workload])
+            for name, value in metrics.entries().items():
+                assert infos[name][number] == pytest.approx(value, rel=1e-6), name
+    with pytest.raises(ValueError, match="a recording is for backend='replay'"):
+        make_vector(backend="live")
+
+
 # What is refused.
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "live"}, "vectorization_mode='sync'"),
         ({"num_envs": 0}, "num_envs must be a whole number of at least 1, got 0"),
         ({"max_episode_steps": 0}, "max_episode_steps must be a whole number of at least 1"),
         ({"max_new_tokens": 13}, "has texts of 12 tokens"),
