@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from tests.helpers.architecture_chains import FAMILIES
-from tests.helpers.architectures import CONTEXT, WINDOW, Family
+from tests.helpers.architectures import BEHIND_WINDOWS, CONTEXT, UNCHANGING, WINDOW, Family
 
 INTRODUCTION = """# Architectures
 
@@ -20,10 +20,11 @@ through all of them as decoders do. So an architecture that is not in these tabl
 Medusa and draft trees read trees.
 
 The tables are those of `tests/decoding/models/test_architectures.py`. {count} configurations of {kinds} model types,
-{trees} of them with trees, are decoded greedily to the end of a context of {context} tokens, with windows of {window}:
-by autoregressive and speculative decoding, and by Lookahead and draft trees, or by Jacobi decoding where trees cannot
-be verified. Texts of recurrent layers, in which nothing changes behind, are of {shortest} tokens at least. The draft is
-often wrong. Every text equals that of `generate()`, token for token. This page is written by
+{trees} of them with trees, are decoded greedily by autoregressive and speculative decoding, and by Lookahead and draft
+trees, or by Jacobi decoding where trees cannot be verified. The context is of {context} tokens and windows are of
+{window}. Texts run to the context's end where positions are learned, long prompts are read or the rotation switches;
+to {windows} tokens through windows, and to {shortest} where nothing changes behind. The draft is often wrong. Every
+text equals that of `generate()`, token for token. This page is written by
 `python -m tests.helpers.architecture_page`.
 """
 DECODED = """## What is decoded
@@ -62,7 +63,8 @@ def page() -> str:
         trees=sum(len(family.cases) for family in decoded if family.trees),
         context=CONTEXT,
         window=WINDOW,
-        shortest=min(family.end for family in decoded),
+        windows=BEHIND_WINDOWS,
+        shortest=UNCHANGING,
     )
     rows = [
         f"| {family.name} | {kinds(family)} | {len(family.cases)} | {_yes(family.trees)} | {family.note} |\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers.architectures import WINDOW, Case, Family, repeats, text_settings
+from tests.helpers.architectures import BEHIND_WINDOWS, UNCHANGING, WINDOW, Case, Family, repeats, text_settings
 
 MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
 FULL: dict[str, Any] = {"layer_types": ["full_attention", "full_attention"]}
@@ -73,6 +73,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="eager and SDPA attention; tied, multi-query and multi-head; linear, dynamic, YaRN and Llama 3 scaling",
+        end=UNCHANGING,
         cases=(
             Case("llama"),
             Case("llama", "eager", attention="eager"),
@@ -110,6 +111,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="sequential and parallel residuals, multi-query, normed queries and keys",
+        end=UNCHANGING,
         cases=(
             Case("codegen", "", {"rotary_dim": 4}),
             Case("falcon"),
@@ -143,6 +145,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="routed and shared experts, dense first layers",
+        end=UNCHANGING,
         cases=(
             *repeats(
                 "aria_text ernie4_5_moe flex_olmo glm4_moe granitemoe granitemoeshared hunyuan_v1_moe hy_v3 jetmoe "
@@ -157,6 +160,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="with experts and without; queries compressed or not",
+        end=UNCHANGING,
         cases=(
             *repeats("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu", **LATENT),
             Case("deepseek_v2", "lite", {"q_lora_rank": None, **LATENT}),
@@ -168,6 +172,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="text runs through many windows, prompts are shorter and longer than one",
+        end=BEHIND_WINDOWS,
         cases=(
             Case("mistral", "window"),
             Case("mistral", "window eager", attention="eager"),
@@ -190,6 +195,7 @@ WITH_TREES: tuple[Family, ...] = (
         trees=True,
         note="with attention sinks (GPT-OSS), soft caps (Gemma 2), rotation in some layers only, keys shared by layers "
         "(Gemma 3n and 4), windows that the configuration names and no layer uses",
+        end=BEHIND_WINDOWS,
         cases=(
             Case("gemma2", "", {**MIXED}),
             Case("gemma2", "eager", {**MIXED}, attention="eager"),
@@ -306,6 +312,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="prompts without pictures",
+        end=UNCHANGING,
         cases=(
             Case("llava", "", {"text_config": text_settings("llama"), **EYES}, model="LlavaForConditionalGeneration"),
             Case(

@@ -14,6 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 CONTEXT = 64
 WINDOW = 16
+UNCHANGING = 40
+"""Tokens of a text, prompt included, of a model that reads all tokens alike, or that has passed its windows twice."""
+BEHIND_WINDOWS = 48
+"""Tokens of a text through three windows."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -139,6 +143,7 @@ SEEDS = {
     "deepseek_v4": 5,
     "electra": 7,
     "ernie": 7,
+    "exaone4-full": 4,
     "falcon": 7,
     "falcon-alibi": 5,
     "falcon-alibi-new": 5,
@@ -166,6 +171,7 @@ SEEDS = {
     "megatron-bert": 8,
     "mellum": 1,
     "minicpm3": 2,
+    "minimax_m2": 1,
     "mpt": 8,
     "mvp": 2,
     "nanochat": 1,
@@ -190,6 +196,7 @@ SEEDS = {
     "trocr": 2,
     "xlm-roberta-xl": 1,
     "xmod": 3,
+    "zaya": 3,
 }
 """Seeds of weights whose text would be monotonous, or nearly tied somewhere, with 0."""
 
@@ -226,7 +233,8 @@ class Family(NamedTuple):
         trees: whether trees of candidates are, too.
         note: in the docs: what was tried, or the reason of the refusal and the way out.
         cases: configurations.
-        end: tokens of a text, prompt included; less than the context where passes are slow and nothing changes behind.
+        end: tokens of a text, prompt included, unless the prompt is long; less than the context where nothing changes
+            behind: with learned positions and switches something does.
         reason: regular expression found in the message that refuses the family, or its trees.
     """
 

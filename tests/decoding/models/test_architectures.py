@@ -1,7 +1,8 @@
 """Greedy text of every architecture equals `generate()`, through every window and switch; or the model is refused.
 
-The text runs to the context's end. It is compared token for token, so no token may be nearly tied: orders of float32
-sums differ by 1e-6 standard deviations of the logits, and the closest tie in a text is checked to be at least 1e-4.
+The text runs to the context's end where anything changes up to there. It is compared token for token, so no token may
+be nearly tied: orders of float32 sums differ by 1e-6 standard deviations of the logits, and the closest tie in a text
+is checked to be at least 1e-4.
 """
 
 from __future__ import annotations
@@ -50,13 +51,12 @@ def generated(model: PreTrainedModel, prompt: Sequence[int], end: int) -> tuple[
 
 
 @pytest.mark.parametrize(("family", "case"), DECODED)
-def test_greedy_text_equals_generate_to_the_end_of_the_context(
-    make_noisy: Callable[..., PreTrainedModel], family: Family, case: Case
-) -> None:
+def test_greedy_text_equals_generate(make_noisy: Callable[..., PreTrainedModel], family: Family, case: Case) -> None:
     model = build(case)
     prompt = [5 + place % 60 for place in range(case.prompt)]
-    expected, tie = generated(model, prompt, family.end)
-    assert len(expected) == family.end - case.prompt
+    end = family.end if case.prompt < family.end / 2 else CONTEXT
+    expected, tie = generated(model, prompt, end)
+    assert len(expected) == end - case.prompt
     assert len(set(expected)) >= FEWEST_TOKENS
     assert tie > CLOSEST_TIE
     pair = Pair(model, make_noisy(model, 0.02), prepack=False)

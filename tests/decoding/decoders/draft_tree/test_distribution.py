@@ -129,7 +129,7 @@ def test_unsound_verification_is_found_out_both_ways(
 ) -> None:
     monkeypatch.setitem(rules.RULES, wrong.name, wrong)
     assert walker.strays(DraftTreeDecoder(pair_of(2), wrong.name), Sampling(), knobs) > 0.005
-    assert sampled(DraftTreeDecoder(pair_of(6), wrong.name), Sampling(), 1_500, of_six)[0] < SIGNIFICANCE / 1000
+    assert sampled(DraftTreeDecoder(pair_of(6), wrong.name), Sampling(), 1_000, of_six)[0] < SIGNIFICANCE / 1000
 
 
 CASES: dict[str, tuple[str, str, str | None, Knobs]] = {
@@ -147,4 +147,4 @@ CASES: dict[str, tuple[str, str, str | None, Knobs]] = {
 def test_sampled_texts_follow_the_target(rule: str, name: str, pruning: str | None, knobs: Knobs) -> None:
     draft_sampling = Sampling(0.8, top_k=4) if name == "top-p" else Sampling(0.8)
     decoder = DraftTreeDecoder(pair_of(6), rule, pruning=pruning, draft_sampling=draft_sampling)
-    assert_texts_follow_the_target(decoder, SAMPLINGS[name], 1_500, knobs)
+    assert_texts_follow_the_target(decoder, SAMPLINGS[name], 1_000, knobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,28 +87,27 @@ def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize(("family", "first", "step"), [("llama", 0, 1), ("opt", 0, 4), ("gpt2", 1, 4), ("qwen2", 2, 4)])
 def test_greedy_output_on_random_models_equals_generate(
-    make_model: MakeModel, make_noisy: MakeModel, reference: Reference, family: str
+    make_model: MakeModel, make_noisy: MakeModel, reference: Reference, family: str, first: int, step: int
 ) -> None:
+    """Every rule with every pruning and draft on the first family; on the others every fourth of these."""
     model = make_model(family, vocabulary=48)
     prompts = random_prompts(16, 48)
     expected = reference(model, prompts, NEW)
     drafts = [make_noisy(model, 0.02), make_noisy(model, 0.3), make_model(family, vocabulary=48, layers=1, seed=5)]
-    tally, number = Tally(), 0
-    for draft in drafts:
-        for rule in RULES:
-            for pruning in (None, *PRUNERS):
-                decoder = DraftTreeDecoder(Pair(model, draft), rule, pruning=pruning)
-                knobs = changing(number, threshold=pruning is not None) if number % 3 else nothing
-                place = (number + number // 16) % 16  # of all lengths in turn
-                session, rounds = decode(decoder, prompts[place], NEW, knobs)
-                assert session.tokens == expected[place], (rule, pruning)
-                assert session.finish_reason == "length"
-                tally.add(rounds)
-                number += 1
-    assert min(tally.accepted, tally.rejected, tally.pruned) > 100, vars(tally)
-    assert tally.lost > 10
+    tally = Tally()
+    cases = itertools.product([Pair(model, draft) for draft in drafts], RULES, (None, *PRUNERS))
+    for number, (pair, rule, pruning) in list(enumerate(cases))[first::step]:
+        decoder = DraftTreeDecoder(pair, rule, pruning=pruning)
+        knobs = changing(number, threshold=pruning is not None) if number % 3 else nothing
+        place = (number + number // 16) % 16  # of all lengths in turn
+        session, rounds = decode(decoder, prompts[place], NEW, knobs)
+        assert session.tokens == expected[place], (rule, pruning)
+        assert session.finish_reason == "length"
+        tally.add(rounds)
+    assert min(tally.accepted, tally.rejected, tally.pruned) > 100 / step, vars(tally)
+    assert tally.lost > 10 / step
     assert tally.lengths >= set(range(4)), vars(tally)
 
 
@@ -145,12 +145,12 @@ def test_greedy_output_with_guidance_that_knows_nothing_equals_generate(
 @pytest.mark.parametrize(("name", "prompts"), [("tiny-3m-1l", "prose"), ("tiny", "code"), ("tiny-10m-3m", "chat")])
 def test_greedy_output_of_shipped_pairs_equals_generate(reference: Reference, name: str, prompts: str) -> None:
     pair = load_pair(name, prepack=False)
-    ids = [pair.encode(text)[-48:] for text in load_prompts(prompts).split("test")[:3]]
-    expected = reference(pair.target.model, ids, 40)
+    ids = [pair.encode(text)[-48:] for text in load_prompts(prompts).split("test")[:2]]
+    expected = reference(pair.target.model, ids, 32)
     tally = Tally()
     for number, (prompt, tokens) in enumerate(zip(ids, expected, strict=True)):
         for decoder in (DraftTreeDecoder(pair), DraftTreeDecoder(pair, "distinct", pruning="ratio")):
-            session, rounds = decode(decoder, prompt, 40, changing(number))
+            session, rounds = decode(decoder, prompt, 32, changing(number))
             assert session.tokens == tokens
             tally.add(rounds)
     assert min(tally.accepted, tally.rejected, tally.pruned) > 0, vars(tally)

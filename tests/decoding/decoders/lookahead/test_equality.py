@@ -90,11 +90,14 @@ def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("vocabulary", [12, 96])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2"])
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "first", "step"),
+    [("llama", 12, 0, 1), ("llama", 96, 0, 1), ("opt", 96, 0, 4), ("gpt2", 12, 1, 4), ("qwen2", 96, 2, 4)],
+)
 def test_greedy_output_on_random_models_equals_generate(
-    make_model: MakeModel, reference: Reference, family: str, vocabulary: int
+    make_model: MakeModel, reference: Reference, family: str, vocabulary: int, first: int, step: int
 ) -> None:
+    """Every case on the first family; on the others every fourth."""
     model = make_model(family, vocabulary=vocabulary)
     prompts = random_prompts(36, vocabulary)
     expected = reference(model, prompts, 40)
@@ -107,22 +110,22 @@ def test_greedy_output_on_random_models_equals_generate(
         (JacobiDecoder(pair), lambda number: {"window": 1 + number % 16}),
     ]
     tally = Tally()
-    for number, (decoder, knobs) in enumerate(cases):
+    for number, (decoder, knobs) in list(enumerate(cases))[first::step]:
         for place in (number, number + 3):  # of two lengths
             session, rounds = decode(decoder, prompts[place % 36], 40, knobs, seed=number)
             assert session.tokens == expected[place % 36], (number, place)
             assert session.finish_reason == "length"
             tally.add(rounds)
-    assert min(tally.accepted, tally.rejected) > 100, vars(tally)
+    assert min(tally.accepted, tally.rejected) > 100 / step, vars(tally)
 
 
 @pytest.mark.parametrize("name", ["tiny-10m", "tiny-3m"])
 def test_greedy_output_of_shipped_targets_equals_generate(name: str, reference: Reference) -> None:
     pair = load_pair(name)
     assert pair.draft is None
-    texts = [text for group in ("prose", "code", "definitions", "chat") for text in load_prompts(group).train[:4]]
+    texts = [text for group in ("prose", "code", "definitions", "chat") for text in load_prompts(group).train[:2]]
     prompts = [pair.encode(text)[:48] for text in texts]
-    expected = reference(pair.target.model, prompts, 48)
+    expected = reference(pair.target.model, prompts, 40)
     pools = list(POOLS.values())
     tally = Tally()
     for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True)):
@@ -132,10 +135,10 @@ def test_greedy_output_of_shipped_targets_equals_generate(name: str, reference: 
         else:
             decoder = LookaheadDecoder(pair, pool=pools[number % len(pools)])
             knobs = (lambda number: {}, of_shape(SHAPES[number % len(SHAPES)]), changing(number))[number % 3]
-        session, rounds = decode(decoder, prompt, 48, knobs, seed=number)
+        session, rounds = decode(decoder, prompt, 40, knobs, seed=number)
         assert session.tokens == tokens, (number, decoder.name)
         tally.add(rounds)
-    assert min(tally.accepted, tally.rejected) > 100, vars(tally)
+    assert min(tally.accepted, tally.rejected) > 30, vars(tally)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -148,7 +151,7 @@ def test_a_text_that_ends_at_the_context_limit_equals_generate(
     prompts = [[1], [2, 5, 2, 5, 2, 5], list(range(12)) * 3]
     for prompt in prompts:
         expected = reference(model, [prompt], 40 - len(prompt))[0]
-        knobs = [of_shape(SHAPES[seed]), of_shape(SHAPES[seed + 4]), *(changing(100 * seed + n) for n in range(12))]
+        knobs = [of_shape(SHAPES[seed]), of_shape(SHAPES[seed + 4]), *(changing(100 * seed + n) for n in range(6))]
         for item in knobs:
             session, _ = decode(LookaheadDecoder(pair), prompt, 99, item, seed=seed)
             assert session.tokens == expected
