@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST_SPREAD = 0.25
 """Spread above which a machine counts as busy. Left alone, those of our trials stay below 0.1."""
-TRIES = 3
+TRIES = int(os.environ.get("SPECGYM_TIMING_TRIES", "3"))
 """Measurements at most, where the machine is busy or a measurement contradicts itself."""
 MEASURE_AGAIN = (
     "Leave the machine alone meanwhile and measure again: --refresh-latency of train.py, or "
