@@ -1,8 +1,7 @@
-"""Timing other batch sizes and contexts than those of live decoding, which decodes one text at a time.
+"""Timing rounds that draft chains, at one operating point or several: batch sizes and contexts.
 
-A point of the grid is timed on the models' own passes: a batch of rows over a key/value cache that already holds the
-context, then the arithmetic of verification. What a live round takes beyond that (a session's own bookkeeping) is
-known at the live point, and is added everywhere, so that the points compare with each other.
+Texts are decoded as always, those of a batch together (`decoders/batch.py`), so that whatever a round takes is timed:
+passes over several texts, drafts that are made one after another, and every text's own bookkeeping.
 """
 
 from __future__ import annotations
@@ -10,29 +9,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..decoder import synchronise
-from ..drafts.drafter import ModelDrafter
-from ..drafts.translated import TranslatedModel
+from ..decoder import Decoder, synchronise
+from ..decoders.autoregressive import AutoregressiveDecoder
+from ..decoders.batch import Batch
+from ..decoders.threshold import ThresholdDecoder
+from ..drafts.drafter import Drafter, DraftSession, DraftStep, ModelDrafter, OneHotStep, Proposal, beside
 from ..errors import ArgumentError, sequence_of, whole_number
-from ..loading.pair import Pair
-from ..models.kv_cache import BranchingCache, PreallocatedLayer
+from ..loading.pair import Pair, require_draft
 from ..models.language_model import LanguageModel
-from ..sampling import Sampling, accepts, draw, residual, residual_of_token
+from ..sampling import Sampling
+from .interleaved import describe_hardware, growth_of, rotated, turns, typical
 from .probe import Uncertainty
-from .profile import LatencyProfile
+from .profile import LatencyProfile, arithmetic_of
 
-_WARM_UP = 2
-_FEWEST_REPEATS = 3
-
-Result = TypeVar("Result")
+_GROWTH_OF_CONTEXT = 8
+"""Part of its context by which a text grows, at most, before it is begun anew."""
 Place = tuple[int, int]
 """Batch size and context."""
 
@@ -51,7 +48,6 @@ def plan_grid(
 
     Raises:
         ValueError: a number is not positive, or a model has no room for the longest draft behind a context.
-        UnsupportedModelError: a model can be read in chains alone.
     """
     sizes = sorted({1, *sequence_of("batch_sizes", batch_sizes, whole_number, fewest=0)})
     lengths = sorted({live_context, *sequence_of("contexts", contexts, whole_number, fewest=0)})
@@ -59,7 +55,6 @@ def plan_grid(
     if len(places) > 1:
         models = [pair.target, *([pair.draft.model] if isinstance(pair.draft, ModelDrafter) else [])]
         for model in models:
-            model.require_branches("timed in batches")  # whose masks are those of trees
             if lengths[-1] + longest + 1 > model.context_limit:
                 raise ArgumentError(
                     f"a context of {lengths[-1]} tokens with a draft of {longest} and the target's own token does not "
@@ -69,221 +64,165 @@ def plan_grid(
     return sorted(places, key=lambda place: place != (1, live_context))
 
 
-@torch.inference_mode()
-def measure_points(
+def time_places(
     pair: Pair,
-    live: LatencyProfile,
     places: Sequence[Place],
+    prompt: Sequence[int],
     lengths: Sequence[int],
     *,
     sampling: Sampling,
     repeats: int,
     time_limit: float,
-) -> tuple[LatencyProfile, ...]:
-    """A profile for every place but the first, which is the live one. All are timed in turn, each number a median.
-
-    A draft model drafts the whole batch at once. A draft that is no model works on the host, one sequence after the
-    other, so it costs its live time once a sequence, whatever the context.
+) -> list[LatencyProfile]:
+    """Time drafts, passes and plain decoding at some places, all in turn.
 
     Args:
-        pair: the pair of the live profile.
-        live: measured by live rounds.
+        pair: a target with a draft.
         places: as `plan_grid` returns them.
+        prompt: token ids that all texts continue, repeated or cut to the context.
         lengths: draft lengths to time, 0 or more, in tokens.
         sampling: drawing tokens costs more than taking the likeliest.
         repeats: how often every number is timed.
         time_limit: seconds after which fewer repeats have to do, but at least 3.
+
+    Returns:
+        A profile for every place; its numbers are medians, in seconds of the whole batch.
     """
-    if len(places) == 1:
-        return ()
+    watch = StopwatchDrafter(require_draft(pair, "a latency profile of chains"))
+    timed = Pair(pair.target, watch, pair.tokenizer, name=pair.name)
+    chains, plain = ThresholdDecoder(timed, max(lengths), "never"), AutoregressiveDecoder(pair)
     times = {place: _Times() for place in places}
-    started = time.perf_counter()
-    for repeat in range(_WARM_UP + repeats):
-        if repeat == _WARM_UP:
-            times = {place: _Times() for place in places}
-        elif repeat >= _WARM_UP + _FEWEST_REPEATS and time.perf_counter() - started > time_limit:
-            break
-        first = repeat % len(lengths)
-        for place in places:  # the caches of one place at a time, as they may fill the device
-            _time_place(pair, place, [*lengths[first:], *lengths[:first]], sampling, times[place])
-    return tuple(_profile(live, place, times[place], times[places[0]]) for place in places[1:])
+    # The texts of one place at a time, as they may fill the device; they begin anew in every turn if there are several.
+    texts: dict[Place, tuple[_Texts, _Texts]] = {}
+    for turn, counts in turns(repeats, time_limit) if places else ():
+        for place in places:
+            if place not in texts or len(places) > 1:
+                texts = {place: (_Texts(chains, prompt, place, sampling), _Texts(plain, prompt, place, sampling))}
+            drafted, undrafted = texts[place]
+            if not pair.target.restores_states:
+                drafted.renew()
+                undrafted.renew()
+            for length in rotated(lengths, turn):
+                watch.length, watch.drafted = length, 0
+                started, ended = drafted.step()
+                plain_started, plain_ended = undrafted.step()
+                if counts:
+                    times[place].draft[watch.drafted].append(watch.ended - started)
+                    times[place].target[length + 1].append(ended - watch.ended)
+                    times[place].plain.append(plain_ended - plain_started)
+    return [
+        LatencyProfile(
+            pair=pair.name,
+            draft_seconds=typical(times[place].draft, pair.target),
+            target_seconds=typical(times[place].target, pair.target),
+            autoregressive_seconds=statistics.median(times[place].plain),
+            hardware=describe_hardware(pair),
+            sampling=arithmetic_of(sampling),
+            batch_size=place[0],
+            context=place[1],
+            uncertainty=Uncertainty.of(times[place].draft, times[place].target, times[place].plain),
+        )
+        for place in places
+    ]
 
 
 @dataclass
 class _Times:
-    """Seconds as they were measured at one place: by draft length, by tokens in the target's pass, and plainly."""
+    """Seconds as they were measured at one place: by draft length, by tokens of a text in the pass, and plainly."""
 
     draft: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     target: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     plain: list[float] = field(default_factory=list)
 
 
-def _time_place(pair: Pair, place: Place, lengths: Sequence[int], sampling: Sampling, times: _Times) -> None:
-    batch_size, context = place
-    device = pair.target.device
-    generator = torch.Generator(device).manual_seed(0)
-    target = _BatchedPass(pair.target, batch_size, context, max(lengths) + 1)
-    draft = (
-        _BatchedPass(pair.draft.model, batch_size, context, max(lengths) + 1)
-        if isinstance(pair.draft, ModelDrafter)
-        else None
-    )
-    for length in lengths:
-        tokens = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
-        probabilities: Tensor | None = None
-        if draft is not None:
-            drafting = partial(_draft, draft, length, sampling, generator, device)
-            seconds, (tokens, probabilities) = _timed(device, drafting)
-            times.draft[length].append(seconds)
-            draft.rewind()
-        seconds, _ = _timed(device, partial(_verify, target, tokens, probabilities, sampling, generator))
-        times.target[length + 1].append(seconds)
-        target.rewind()
-        seconds, _ = _timed(device, partial(_verify, target, tokens[:, :0], None, sampling, generator))
-        times.plain.append(seconds)
-        target.rewind()
-
-
-def _timed(device: torch.device, work: Callable[[], Result]) -> tuple[float, Result]:
-    synchronise(device)
-    started = time.perf_counter()
-    result = work()
-    synchronise(device)
-    return time.perf_counter() - started, result
-
-
-def _draft(
-    model: _BatchedPass, length: int, sampling: Sampling, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Drafted tokens, shape (batch, length), and what they were drawn from, (batch, length, vocabulary)."""
-    tokens = [torch.zeros(model.batch_size, 1, dtype=torch.int64, device=device)]
-    distributions: list[Tensor] = []
-    for _ in range(length):
-        scores = model.forward(tokens[-1])[:, -1].to(device)
-        if sampling.greedy:
-            tokens.append(scores.argmax(-1, keepdim=True))
-        else:
-            distributions.append(sampling.probabilities(scores))
-            tokens.append(draw(distributions[-1], generator).unsqueeze(-1))
-    return torch.cat(tokens, -1)[:, 1:], torch.stack(distributions, 1) if distributions else None
-
-
-def _verify(
-    model: _BatchedPass, drafted: Tensor, q: Tensor | None, sampling: Sampling, generator: torch.Generator
-) -> list[int]:
-    """One target pass over a batch, and the exact acceptance test; with nothing drafted a step of plain decoding.
+class _Texts:
+    """Texts of one decoder at one place, a batch that is always full.
 
     Args:
-        model: the target.
-        drafted: shape (batch, length).
-        q: what they were drawn from, shape (batch, length, vocabulary); None for a one-hot draft and when greedy.
-        sampling: as for the draft.
-        generator: of the target's device.
-
-    Returns:
-        For every sequence how many draft tokens stay, then for every sequence the target's own token.
-    """
-    batch_size, length = drafted.shape
-    pending = drafted.new_zeros(batch_size, 1)
-    scores = model.forward(torch.cat([pending, drafted], -1))
-    if sampling.greedy:
-        choices = scores.argmax(-1)
-        kept = (choices[:, :-1] == drafted).to(torch.int64).cumprod(-1).sum(-1)
-        next_token = choices.gather(-1, kept.unsqueeze(-1)).squeeze(-1)
-    else:
-        p = sampling.probabilities(scores)
-        column = drafted.unsqueeze(-1)
-        p_of_token = p[:, :-1].gather(-1, column).squeeze(-1)
-        q_of_token = 1.0 if q is None else q.gather(-1, column).squeeze(-1)
-        uniform = torch.rand(p_of_token.shape, generator=generator, device=p.device)
-        kept = accepts(p_of_token, q_of_token, uniform).to(torch.int64).cumprod(-1).sum(-1)
-        rows = torch.arange(batch_size, device=p.device)
-        row = p[rows, kept]
-        if length:
-            rejected = kept.clamp(max=length - 1)
-            owed = residual_of_token(row, drafted[rows, rejected]) if q is None else residual(row, q[rows, rejected])
-            row = torch.where((kept < length).unsqueeze(-1), owed, row)
-        next_token = draw(row, generator)
-    return torch.cat([kept, next_token]).tolist()  # the only wait for the device, as in a live round
-
-
-class _BatchedPass:
-    """Passes of one model over a batch of rows that have all read the same number of tokens.
-
-    Args:
-        model: its weights; its own cache is left alone.
-        batch_size: rows.
-        context: tokens that each row has read.
-        room: how many more a row may read before `rewind`.
+        decoder: of the texts.
+        prompt: that each continues, repeated or cut to the context.
+        place: how many texts, and of what context.
+        sampling: of the texts.
     """
 
-    def __init__(self, model: LanguageModel, batch_size: int, context: int, room: int) -> None:
-        self.batch_size = batch_size
-        self._model = model
-        self._context = context
-        self._cache = BranchingCache()
-        ahead = torch.arange(context + 2 * room, device=model.device) - (context + room)
-        hidden = ahead.unsqueeze(0) > torch.arange(room, device=model.device).unsqueeze(1)
-        self._capacity = context + room
-        self._mask = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device)
-        self._mask.masked_fill_(hidden, torch.finfo(model.dtype).min)
-        # What the cache holds does not matter to the clock, so one token's keys and values stand for the whole text.
-        self.forward(torch.zeros(batch_size, 1, dtype=torch.int64))
-        missing = context + room - 1
-        for layer in self._cache.layers:
-            assert isinstance(layer, PreallocatedLayer)
-            assert layer.keys is not None
-            assert layer.values is not None
-            first = layer.keys.clone(), layer.values.clone()
-            layer.update(*(part.expand(-1, -1, missing, -1) for part in first))
-        self.rewind()
+    def __init__(self, decoder: Decoder[Any], prompt: Sequence[int], place: Place, sampling: Sampling) -> None:
+        self._decoder, self._sampling = decoder, sampling
+        self._size, context = place
+        self._prompt = (list(prompt) * (context // len(prompt) + 1))[:context]
+        self._growth = max(growth_of(decoder.pair), context // _GROWTH_OF_CONTEXT)
+        self._batch, self._begun = Batch(self._size), 0
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Read tokens, shape (batch, tokens), and return logits, float32, shape (batch, tokens, vocabulary)."""
-        device = self._model.device
-        translation = self._model.translation if isinstance(self._model, TranslatedModel) else None
-        tokens = tokens if translation is None else translation.one_to_one(tokens)
-        start, count = self._cache.length, tokens.shape[1]
-        mask = self._mask[:count, self._capacity - start : self._capacity + count].contiguous()
-        positions = torch.arange(start, start + count, device=device).expand(self.batch_size, -1)
-        output = self._model.model(
-            input_ids=tokens.to(device),
-            attention_mask=mask[None, None],
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        scores: Tensor = output.logits.float()
-        return scores if translation is None else translation.scores(scores)
+    def renew(self) -> None:
+        """Let texts begin anew that have grown much."""
+        for session in list(self._batch.sessions):
+            if len(session.tokens) > self._growth:
+                self._batch.leave(session)
 
-    def rewind(self) -> None:
-        """Forget what was read after the context."""
-        self._cache.cut(self._context)
+    def step(self) -> tuple[float, float]:
+        """Do a round of all texts; return when it began and ended, by `time.perf_counter`."""
+        if self._decoder.pair.target.restores_states:
+            self.renew()
+        while len(self._batch) < self._size:
+            self._begun += 1
+            self._batch.add(
+                self._decoder, self._prompt, max_new_tokens=2**20, sampling=self._sampling, seed=self._begun
+            )
+        device = self._decoder.pair.target.device
+        synchronise(device)
+        started = time.perf_counter()
+        self._batch.step()
+        synchronise(device)
+        return started, time.perf_counter()
 
 
-def _profile(live: LatencyProfile, place: Place, times: _Times, live_times: _Times) -> LatencyProfile:
-    batch_size, context = place
+class StopwatchDrafter:
+    """A drafter that times another one's drafts, and fills them up to the length that is asked of the target.
 
-    def beyond(lived: float, passed: Sequence[float]) -> float:
-        return max(0.0, lived - statistics.median(passed))
+    Only one-hot drafts fall short (a table without an entry, a text without a match), so filling up with any token
+    leaves the arithmetic of verification as it is.
 
-    if times.draft:
-        draft = {
-            length: statistics.median(seconds) + beyond(live.draft(length), live_times.draft[length])
-            for length, seconds in sorted(times.draft.items())
-        }
-    else:
-        draft = {length: batch_size * seconds for length, seconds in live.draft_seconds.items()}
-    return replace(
-        live,
-        draft_seconds=draft,
-        target_seconds={
-            tokens: statistics.median(seconds) + beyond(live.target(tokens), live_times.target[tokens])
-            for tokens, seconds in sorted(times.target.items())
-        },
-        autoregressive_seconds=statistics.median(times.plain) + beyond(live.autoregressive_seconds, live_times.plain),
-        batch_size=batch_size,
-        context=context,
-        points=(),
-        uncertainty=Uncertainty.of(times.draft, times.target, times.plain),
-    )
+    Attributes:
+        length: how many tokens the next drafts have, at most what the decoder asks for.
+        drafted: how many tokens the longest draft of a round really had.
+        ended: when the last draft was ready, by `time.perf_counter`, the accelerator's work included.
+    """
+
+    def __init__(self, inner: Drafter) -> None:
+        self.inner = self._near = inner
+        self.name = inner.name
+        self.vocabulary_size = inner.vocabulary_size
+        self.length = 0
+        self.drafted = 0
+        self.ended = 0.0
+
+    def beside(self, target: LanguageModel) -> StopwatchDrafter:
+        """Let the next text be begun by the inner drafter as it works beside a target."""
+        self._near = beside(self.inner, target)
+        return self
+
+    def start(
+        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
+    ) -> DraftSession:
+        """Begin a text with the inner drafter."""
+        return _StopwatchSession(self, self._near.start(prompt, sampling, generator, device), device)
+
+
+class _StopwatchSession:
+    def __init__(self, watch: StopwatchDrafter, inner: DraftSession, device: torch.device) -> None:
+        self._watch = watch
+        self._inner = inner
+        self._device = device
+
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        count = min(count, self._watch.length)
+        steps = list(self._inner.steps(context, count))
+        Proposal.of(steps, self._device)  # the decoder does it again, but it belongs to a draft's time
+        synchronise(self._device)
+        self._watch.ended = time.perf_counter()
+        self._watch.drafted = max(self._watch.drafted, len(steps))
+        if not steps or steps[0].logits is None:
+            steps += [OneHotStep(0)] * (count - len(steps))
+        return iter(steps)
+
+    def truncate(self, length: int) -> None:
+        self._inner.truncate(length)

@@ -1,4 +1,4 @@
-"""Measured latency profiles: live rounds at one operating point, and passes over batches for the others.
+"""Measured latency profiles: live rounds, of one text or of several together.
 
 The profile is measured through the same rounds that decode text, once, and kept in specgym's cache folder.
 """
@@ -7,42 +7,27 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..decoder import Decoder, synchronise
-from ..decoders.autoregressive import AutoregressiveDecoder
-from ..decoders.threshold import ThresholdDecoder
-from ..drafts.drafter import Drafter, DraftSession, DraftStep, OneHotStep, Proposal, beside
+from ..decoder import Decoder
 from ..drafts.mixed import drafts_of
 from ..errors import ArgumentError, number, sequence_of, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair
-from ..models.language_model import LanguageModel
 from ..registry import build_decoder
 from ..sampling import GREEDY, Sampling
 from ..traits import CHAIN
-from .batch_grid import measure_points, plan_grid
+from .batch_grid import plan_grid, time_places
 from .interleaved import (
-    EndlessText,
-    describe_hardware,
     fingerprint,
-    growth_of,
     repeating_prompt,
-    rotated,
     time_rounds,
-    turns,
-    typical,
 )
-from .probe import MOST_SPREAD, TRIES, Uncertainty, contradictions, measured_with_care, smoothed, spread_of
+from .probe import MOST_SPREAD, TRIES, contradictions, measured_with_care, smoothed, spread_of
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of
 
 LONGEST_DRAFT = 16
@@ -74,9 +59,9 @@ def measure(
     (`Decoder.cost_probe`). Chains are threshold decoding's, whatever the decoder, because its verification contains
     that of speculative sampling; the two differ by the distance between the models, a small part of a target pass.
 
-    Live rounds are timed at batch size 1 and the prompt's length as the context. Other batch sizes and contexts become
-    the profile's `points`; the grid always contains the live point. For chains they are timed by passes over batches
-    (`batch_grid.measure_points`); all other rounds are timed live at other contexts, and at no other batch size.
+    Rounds are timed at batch size 1 and the prompt's length as the context. Other batch sizes and contexts become the
+    profile's `points`, in seconds of the whole batch; the grid always contains the first point. Chains are timed in
+    batches of texts (`batch_grid.time_places`); all other rounds at other contexts, and at no other batch size.
 
     A machine that is busy shows in the spread of the times, and in times that contradict each other. It is then
     measured again, and the best measurement returned, with a warning if that is still a bad one. Within their
@@ -262,95 +247,10 @@ def _measure_chains(
     contexts: Sequence[int],
 ) -> LatencyProfile:
     """Time rounds that draft chains; arguments as for `measure`."""
-    assert pair.draft is not None
     prompt = list(prompt) if prompt is not None else repeating_prompt(pair)
-    stopwatch = StopwatchDrafter(pair.draft)
-    timed = Pair(pair.target, stopwatch, pair.tokenizer, name=pair.name)
-    restores = pair.target.restores_states
-    growth = growth_of(pair) if restores else None  # otherwise a text ends with its turn
-    chains = EndlessText(ThresholdDecoder(timed, longest, "never"), prompt, sampling, growth=growth)
-    plain = EndlessText(AutoregressiveDecoder(pair), prompt, sampling, growth=growth)
     lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
     places = plan_grid(pair, len(prompt), longest, batch_sizes, contexts)
-    draft: defaultdict[int, list[float]] = defaultdict(list)
-    target: defaultdict[int, list[float]] = defaultdict(list)
-    autoregressive: list[float] = []
-    for turn, counts in turns(repeats, time_limit):
-        if not restores:
-            chains.restart()
-            plain.restart()
-        for length in rotated(lengths, turn):
-            stopwatch.length = length
-            round_ = chains.step()
-            plain_round = plain.step()
-            if counts:
-                draft[stopwatch.drafted].append(stopwatch.seconds)
-                target[round_.drafted + 1].append(round_.verify_seconds)
-                autoregressive.append(plain_round.verify_seconds)
-    profile = LatencyProfile(
-        pair=pair.name,
-        draft_seconds=typical(draft, pair.target),
-        target_seconds=typical(target, pair.target),
-        autoregressive_seconds=statistics.median(autoregressive),
-        hardware=describe_hardware(pair),
-        sampling=arithmetic_of(sampling),
-        batch_size=1,
-        context=len(prompt),
-        uncertainty=Uncertainty.of(draft, target, autoregressive),
-    )
-    points = measure_points(pair, profile, places, lengths, sampling=sampling, repeats=repeats, time_limit=time_limit)
-    return replace(profile, points=points)
-
-
-class StopwatchDrafter:
-    """A drafter that times another one's drafts, and fills them up to the length that is asked of the target.
-
-    Only one-hot drafts fall short (a table without an entry, a text without a match), so filling up with any token
-    leaves the arithmetic of verification as it is.
-
-    Attributes:
-        length: how many tokens the next draft has, at most what the decoder asks for.
-        drafted: how many tokens the last draft really had.
-        seconds: how long those took, the accelerator's work included.
-    """
-
-    def __init__(self, inner: Drafter) -> None:
-        self.inner = self._near = inner
-        self.name = inner.name
-        self.vocabulary_size = inner.vocabulary_size
-        self.length = 0
-        self.drafted = 0
-        self.seconds = 0.0
-
-    def beside(self, target: LanguageModel) -> StopwatchDrafter:
-        """Let the next text be begun by the inner drafter as it works beside a target."""
-        self._near = beside(self.inner, target)
-        return self
-
-    def start(
-        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
-    ) -> DraftSession:
-        """Begin a text with the inner drafter."""
-        return _StopwatchSession(self, self._near.start(prompt, sampling, generator, device), device)
-
-
-class _StopwatchSession:
-    def __init__(self, watch: StopwatchDrafter, inner: DraftSession, device: torch.device) -> None:
-        self._watch = watch
-        self._inner = inner
-        self._device = device
-
-    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
-        count = min(count, self._watch.length)
-        started = time.perf_counter()
-        steps = list(self._inner.steps(context, count))
-        Proposal.of(steps, self._device)  # the decoder does it again, off this clock: it belongs to a draft's time
-        synchronise(self._device)
-        self._watch.seconds = time.perf_counter() - started
-        self._watch.drafted = len(steps)
-        if not steps or steps[0].logits is None:
-            steps += [OneHotStep(0)] * (count - len(steps))
-        return iter(steps)
-
-    def truncate(self, length: int) -> None:
-        self._inner.truncate(length)
+    profiles: list[LatencyProfile] = []
+    for part in (places[:1], places[1:]):
+        profiles += time_places(pair, part, prompt, lengths, sampling=sampling, repeats=repeats, time_limit=time_limit)
+    return replace(profiles[0], points=tuple(profiles[1:]))

@@ -27,6 +27,7 @@ from ..files import cache_folder, file_name
 from ..loading.pair import Pair, require_draft
 from ..models.early_exit import ExitModel
 from ..sampling import GREEDY, Sampling
+from .batch_grid import StopwatchDrafter
 from .interleaved import (
     EndlessText,
     describe_hardware,
@@ -37,7 +38,7 @@ from .interleaved import (
     turns,
     typical,
 )
-from .measure import LONGEST_DRAFT, REPEATS, StopwatchDrafter
+from .measure import LONGEST_DRAFT, REPEATS
 from .mixed_profile import DraftCosts, MixedProfile
 from .probe import MOST_SPREAD, TRIES, Uncertainty, measured_together, spread_of
 from .profile import LatencyProfile, LatencyProfileError, arithmetic_of

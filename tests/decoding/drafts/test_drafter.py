@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter, DraftStep, ModelDrafter, ModelStep, OneHotStep, Proposal, propose
 from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.latency.measure import StopwatchDrafter
+from specgym.decoding.latency.batch_grid import StopwatchDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 

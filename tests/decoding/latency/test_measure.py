@@ -1,7 +1,8 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.models.joint.passes import JoinedPasses, Request
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 
@@ -216,8 +218,9 @@ def places(profile: LatencyProfile) -> set[tuple[int, int | None]]:
     return {(point.batch_size, point.context) for point in (profile, *profile.points)}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.8, top_k=8)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "sampling"), [("llama", Sampling(0.0)), ("opt", Sampling(0.8, top_k=8))], ids=["greedy", "sampled"]
+)
 def test_batches_and_contexts_give_a_full_grid_of_times(
     make_model: Callable[..., PreTrainedModel], family: str, sampling: Sampling
 ) -> None:
@@ -231,6 +234,7 @@ def test_batches_and_contexts_give_a_full_grid_of_times(
         sampling=sampling,
         batch_sizes=(3, 2),
         contexts=(20,),
+        tries=1,
     )
     assert (result.batch_size, result.context) == (1, 5)
     assert places(result) == {(size, context) for size in (1, 2, 3) for context in (5, 20)}
@@ -245,7 +249,7 @@ def test_batches_and_contexts_give_a_full_grid_of_times(
 
 
 def test_a_batch_alone_is_measured_at_the_context_of_the_live_rounds(pair: Pair) -> None:
-    result = measure(pair, max_draft_length=2, repeats=1, batch_sizes=(1, 4), prompt=[1, 2, 3])
+    result = measure(pair, max_draft_length=2, repeats=1, batch_sizes=(1, 4), prompt=[1, 2, 3], tries=1)
     assert places(result) == {(1, 3), (4, 3)}
 
 
@@ -253,35 +257,43 @@ def test_without_batches_and_contexts_only_the_live_point_is_measured(pair: Pair
     assert places(measure(pair, max_draft_length=2, repeats=1, prompt=[1, 2, 3], contexts=[3])) == {(1, 3)}
 
 
-def test_drafts_on_the_host_cost_their_time_once_a_sequence(pair: Pair) -> None:
-    lookup = Pair(pair.target, PromptLookupDrafter(64))
-    result = measure(lookup, max_draft_length=4, repeats=1, batch_sizes=(1, 3), contexts=(30,))
-    for point in result.points:
-        assert point.draft_seconds == {
-            tokens: point.batch_size * seconds for tokens, seconds in result.draft_seconds.items()
-        }
+def test_rounds_of_a_batch_are_rounds_of_real_texts(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, int, int]] = []
+    read = JoinedPasses.read
+
+    def watched(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Any, Any]]:
+        longest = max(len(request.tokens) for request in requests)
+        name = "target" if self._model.model is pair.target.model else "draft"
+        seen.append((name, len(requests), longest, min(request.slot.length for request in requests)))
+        return read(self, requests)
+
+    monkeypatch.setattr(JoinedPasses, "read", watched)
+    measure(pair, max_draft_length=2, repeats=1, batch_sizes=(5,), contexts=(33,), prompt=[1, 2], tries=1)
+    passes = {(name, tokens) for name, texts, tokens, context in seen if texts == 5 and context >= 32}
+    assert {("target", tokens) for tokens in (1, 2, 3)} <= passes
+    assert ("draft", 1) in passes
 
 
-def test_passes_are_timed_over_every_row_behind_the_whole_context(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[tuple[int, int, int]] = set()
-    model = pair.target.model
-    forward = model.forward
+def test_a_batch_whose_passes_take_longer_costs_more(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = JoinedPasses.read
 
-    def watched(*arguments: Any, **more: Any) -> Any:
-        rows, tokens = more["input_ids"].shape
-        seen.add((rows, tokens, more["past_key_values"].get_seq_length()))
-        return forward(*arguments, **more)
+    def slow(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Any, Any]]:
+        time.sleep(0.05 if self._model.model is pair.target.model else 0.02)
+        return read(self, requests)
 
-    monkeypatch.setattr(model, "forward", watched)
-    measure(pair, max_draft_length=2, repeats=1, batch_sizes=(5,), contexts=(33,), prompt=[1, 2])
-    assert {(5, tokens, 33) for tokens in (1, 2, 3)} <= seen
-    assert max(cached for rows, _, cached in seen if rows == 5) == 33
+    monkeypatch.setattr(JoinedPasses, "read", slow)
+    result = measure(pair, max_draft_length=2, repeats=1, batch_sizes=(3,), prompt=[1, 2], tries=1)
+    point = result.at(batch_size=3)
+    assert point.draft_seconds[2] >= 0.04
+    assert min(point.target_seconds.values()) >= 0.05
+    assert point.autoregressive_seconds >= 0.05
+    assert point.draft_seconds[0] < 0.02
 
 
 def test_a_grid_leaves_the_models_as_they_were(pair: Pair) -> None:
     tokens = torch.tensor([1, 2, 3])
     before = pair.target.fresh().forward(tokens).scores
-    measure(pair, max_draft_length=2, repeats=1, batch_sizes=(2,), contexts=(8,))
+    measure(pair, max_draft_length=2, repeats=1, batch_sizes=(2,), contexts=(8,), tries=1)
     assert pair.target.length == 0
     assert torch.equal(pair.target.fresh().forward(tokens).scores, before)
 

@@ -34,7 +34,7 @@ from specgym.decoding import (
 )
 from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.latency import mixed_measure
-from specgym.decoding.latency.measure import StopwatchDrafter
+from specgym.decoding.latency.batch_grid import StopwatchDrafter
 from specgym.decoding.latency.mixed_measure import READINGS
 from specgym.decoding.models.captured import USES
 

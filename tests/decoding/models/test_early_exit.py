@@ -29,7 +29,7 @@ from specgym.decoding import (
 )
 from specgym.decoding.drafts.drafter import ModelDrafter
 from specgym.decoding.errors import ArgumentError, UnsupportedModelError
-from specgym.decoding.latency.measure import StopwatchDrafter
+from specgym.decoding.latency.batch_grid import StopwatchDrafter
 from specgym.decoding.models.early_exit import EarlyExit, ExitModel, ResumingTarget, _Tap
 from tests.helpers.first_tokens import assert_texts_follow_the_target
 from tests.helpers.known_distributions import PROMPT, distance, exact_joint, walk
