@@ -1,0 +1,211 @@
+"""Several texts at a time: tokens a second by batch size and draft length, and where drafting stops paying.
+
+    python -m benchmarks.batches                                  # a shipped pair
+    python -m benchmarks.batches --pairs tiny smollm2-4l --sizes 1 2 4 8 --drafts 0 2 4
+    python -m benchmarks.batches --endless 2000                   # memory over many texts that come and go
+    python -m benchmarks.batches --live 8                         # live environments, together and apart
+
+All numbers are over plain decoding of one text at a time (draft 0, batch size 1), the median over turns in which all
+take part; the prompts, of several sets, are the same, and reading them does not count. In brackets the lowest and
+the highest.
+
+The claims to check: 8 texts in one batch are decoded plainly at least 3 times as fast as one after another; memory
+does not grow over 2,000 texts; live environments in one batch make 4 times the steps of those in processes.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+import specgym  # noqa: F401  # registers the environments
+from specgym.decoding import (
+    AutoregressiveDecoder,
+    Batch,
+    Decoder,
+    Pair,
+    Sampling,
+    SpeculativeDecoder,
+    load_pair,
+    measured,
+)
+from specgym.envs import workload
+
+_SETS = ("prose", "code", "definitions", "chat")
+PLAIN = 0
+"""Draft length of plain decoding."""
+
+
+@dataclass
+class Settings:
+    """Measure batches."""
+
+    pairs: tuple[str, ...] = ("tiny",)
+    """Pairs that draft with a model."""
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Texts at a time."""
+    drafts: tuple[int, ...] = (0, 1, 2, 4, 8)
+    """Draft lengths, in tokens; 0 is plain decoding."""
+    prompts: int = 16
+    """Held-out prompts, of the pair's sets by turns."""
+    tokens: int = 64
+    """Of each text."""
+    temperature: float = 0.0
+    """Of sampling."""
+    threads: int = 1
+    """Torch's."""
+    turns: int = 3
+    """Turns in which everything is measured once."""
+    endless: int = 0
+    """Texts that come and go in a batch of 8, whose memory is measured in place of the speed."""
+    live: int = 0
+    """Live environments whose steps are measured in place of the speed."""
+
+
+def prompts_of(pair: Pair, name: str, count: int) -> list[Sequence[int]]:
+    """Held-out prompts of the sets that a pair has, by turns."""
+    sets = [workload(f"{name}/{prompts}").prompt_ids("test") for prompts in _SETS if _known(f"{name}/{prompts}")]
+    return [sets[number % len(sets)][number // len(sets)] for number in range(count)]
+
+
+def _known(name: str) -> bool:
+    try:
+        return bool(workload(name).prompt_ids("test"))
+    except ValueError:
+        return False
+
+
+def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
+    """Seconds of every turn by batch size and draft length."""
+    pair = load_pair(name)
+    prompts = prompts_of(pair, name, settings.prompts)
+    decoders: dict[int, Decoder[Any]] = {
+        draft: AutoregressiveDecoder(pair) if draft == PLAIN else SpeculativeDecoder(pair) for draft in settings.drafts
+    }
+    seconds = defaultdict[tuple[int, int], list[float]](list)
+    for turn in range(settings.turns + 1):  # the first warms up, and passes are captured in it
+        with pair.capturing(after=1 if turn == 0 else 2**62):
+            for size in settings.sizes:
+                for draft, decoder in decoders.items():
+                    started = time.perf_counter()
+                    texts = decoder.generate_batch(
+                        prompts,
+                        max_new_tokens=settings.tokens,
+                        sampling=Sampling(settings.temperature),
+                        seed=0,
+                        knobs={} if draft == PLAIN else {"draft_length": draft},
+                        batch_size=size,
+                    )
+                    if turn:
+                        reading = sum(text.prefill_seconds for text in texts)
+                        seconds[size, draft].append(time.perf_counter() - started - reading)
+    return dict(seconds)
+
+
+def show_speeds(name: str, settings: Settings, console: Console) -> None:
+    """Measure a pair, and print its table."""
+    seconds = speeds(name, settings)
+    one = seconds[min(settings.sizes), PLAIN]
+    table = Table(title=f"{name}: tokens/s over plain decoding of one text, {settings.threads} thread(s)")
+    table.add_column("texts", justify="right")
+    for draft in settings.drafts:
+        table.add_column("plain" if draft == PLAIN else f"draft {draft}", justify="right")
+    table.add_column("best draft", justify="right")
+    for size in settings.sizes:
+        ratios = {
+            draft: [plain / own for plain, own in zip(one, seconds[size, draft], strict=True)]
+            for draft in settings.drafts
+        }
+        medians = {draft: statistics.median(values) for draft, values in ratios.items()}
+        cells = [f"{medians[draft]:.2f} [{min(ratios[draft]):.2f}, {max(ratios[draft]):.2f}]" for draft in ratios]
+        table.add_row(str(size), *cells, str(max(medians, key=lambda draft: medians[draft])))
+    console.print(table)
+
+
+def show_memory(name: str, settings: Settings, console: Console) -> None:
+    """Decode many short texts, eight at a time, and print the memory of the process on the way."""
+    pair = load_pair(name)
+    prompts = prompts_of(pair, name, settings.prompts)
+    batch, begun, decoder = Batch(8), 0, SpeculativeDecoder(pair)
+    lengths = np.random.default_rng(0).integers(4, settings.tokens, settings.endless).tolist()
+    while begun < settings.endless or len(batch):
+        while len(batch) < 8 and begun < settings.endless:
+            batch.add(decoder, prompts[begun % len(prompts)], max_new_tokens=lengths[begun], seed=begun)
+            begun += 1
+            if begun % (settings.endless // 8) == 0:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                console.print(f"{name}: {begun} texts, {peak:.0f} MiB at most")
+        batch.step()
+
+
+def show_steps(name: str, settings: Settings, console: Console) -> None:
+    """Print the steps a second of live environments: one after another, in processes, and in one batch."""
+    work, count = f"{name}/prose", settings.live
+    profile = measured(load_pair(name))
+    options = {"workload": work, "profile": profile, "backend": "live", "max_new_tokens": settings.tokens}
+
+    def single(threads: int | None = None) -> gymnasium.Env[Any, Any]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return gymnasium.make("specgym/Thresholds-v0", disable_env_checker=True, **options)
+
+    actions = np.random.default_rng(0).uniform(-1, 1, (64, count, 2)).astype(np.float32)
+    together = gymnasium.make_vec("specgym/Thresholds-v0", num_envs=count, **options)
+    together.reset(seed=0)
+    apart = SubprocVecEnv([lambda: single(1)] * count)
+    apart.reset()
+    alone = [single() for _ in range(count)]
+    for number, env in enumerate(alone):
+        env.reset(seed=number)
+
+    def one_after_another(step: int) -> None:
+        for env, action in zip(alone, actions[step % 64], strict=True):
+            env.step(action)
+
+    sides: dict[str, Callable[[int], object]] = {
+        "one after another": one_after_another,
+        "in processes of one thread": lambda step: apart.step(actions[step % 64]),
+        "in one batch": lambda step: together.step(actions[step % 64]),
+    }
+    rates = defaultdict[str, list[float]](list)
+    for turn in range(settings.turns + 1):
+        for side, step in sides.items():
+            started = time.perf_counter()
+            for number in range(8):
+                step(8 * turn + number)
+            if turn:
+                rates[side].append(8 * count / (time.perf_counter() - started))
+    apart.close()
+    for side, values in rates.items():
+        ratios = [value / first for value, first in zip(values, rates["one after another"], strict=True)]
+        console.print(
+            f"{name}, {count} live environments {side}: {statistics.median(values):.1f} steps/s, "
+            f"{statistics.median(ratios):.2f} times"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(settings.threads)
+    console = Console()
+    show = show_memory if settings.endless else show_steps if settings.live else show_speeds
+    for name in settings.pairs:
+        show(name, settings, console)
+
+
+if __name__ == "__main__":
+    main()
