@@ -62,9 +62,9 @@ class Settings:
     prompts: int = 16
     """Held-out prompts, of the pair's sets by turns."""
     tokens: int = 64
-    """Of each text."""
+    """Tokens of each text."""
     temperature: float = 0.0
-    """Of sampling."""
+    """Sampling temperature."""
     threads: int = 1
     """Torch's."""
     turns: int = 3
@@ -118,7 +118,7 @@ def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
 def show_speeds(name: str, settings: Settings, console: Console) -> None:
     """Measure a pair, and print its table."""
     seconds = speeds(name, settings)
-    one = seconds[min(settings.sizes), PLAIN]
+    baseline = seconds[min(settings.sizes), PLAIN]
     table = Table(title=f"{name}: tokens/s over plain decoding of one text, {settings.threads} thread(s)")
     table.add_column("texts", justify="right")
     for draft in settings.drafts:
@@ -126,7 +126,7 @@ def show_speeds(name: str, settings: Settings, console: Console) -> None:
     table.add_column("best draft", justify="right")
     for size in settings.sizes:
         ratios = {
-            draft: [plain / own for plain, own in zip(one, seconds[size, draft], strict=True)]
+            draft: [plain / drafted for plain, drafted in zip(baseline, seconds[size, draft], strict=True)]
             for draft in settings.drafts
         }
         medians = {draft: statistics.median(values) for draft, values in ratios.items()}
@@ -155,7 +155,12 @@ def show_steps(name: str, settings: Settings, console: Console) -> None:
     """Print the steps a second of live environments: one after another, in processes, and in one batch."""
     work, count = f"{name}/prose", settings.live
     profile = measured(load_pair(name))
-    options = {"workload": work, "profile": profile, "backend": "live", "max_new_tokens": settings.tokens}
+    options: dict[str, Any] = {
+        "workload": work,
+        "profile": profile,
+        "backend": "live",
+        "max_new_tokens": settings.tokens,
+    }
 
     def single(threads: int | None = None) -> gymnasium.Env[Any, Any]:
         if threads is not None:

@@ -108,9 +108,9 @@ class KnobSettings(RunSettings):
     weights: tuple[float, ...] = ()
     """Practice of each workload, in proportion, one number each in their order; by default all alike. Without effect
     where there are only as many environments as workloads."""
-    subprocesses: bool = True
-    """Step every live environment in a process of its own, with one torch thread each, instead of one after another
-    here. A replay needs no process but this one."""
+    subprocesses: bool = False
+    """Step every live environment in a process of its own, with one torch thread each, instead of decoding the texts of
+    all in one batch here. With --environment.timing wall they run one after another in any case."""
     refresh_latency: bool = False
     """Measure the latency profiles now, even if the cache has them: for instance where the machine was busy before."""
     identify_workloads: bool = True

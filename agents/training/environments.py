@@ -117,14 +117,16 @@ def require_recordings(settings: KnobSettings) -> None:
 def training_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
     """One environment a workload or more, on training prompts: guarded, monitored, rewards normalised.
 
-    Those that replay step together, as one vector environment. Live ones have, with `settings.subprocesses`, each its
-    own process and one thread. (Timed by the clock they share this process, since neighbours would disturb it.) The
-    processes are forked from one that has imported everything and loaded the models, and so share the memory of both;
-    within `on_ray` they are workers of the cluster.
+    They step together, as one vector environment, live ones decoding their texts in one batch. With
+    `settings.subprocesses` live ones have each its own process and one thread. (Timed by the clock they share this
+    process and decode one after another, since neighbours would disturb it.) The processes are forked from one that has
+    imported everything and loaded the models, and so share the memory of both; within `on_ray` they are workers of the
+    cluster.
     """
-    if settings.replayed:
-        return _wrapped(VectorEnvAdaptor(_replays(settings, profiles)), settings, training=True)
-    apart, places = _apart(settings), shared_out(settings.practising, settings.weights or None, len(settings.workloads))
+    apart = _apart(settings)
+    if settings.replayed or (not apart and settings.environment.timing == "profile"):
+        return _wrapped(VectorEnvAdaptor(_together(settings, profiles)), settings, training=True)
+    places = shared_out(settings.practising, settings.weights or None, len(settings.workloads))
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
         partial(make_env, settings, place, profiles[place], threads=1 if apart else None) for place in places.tolist()
     ]
@@ -148,10 +150,10 @@ def require_apart(settings: RunSettings) -> None:
             "--ray is for --environment.backend live: replayed environments step together, in one process, faster than "
             "they could be sent anywhere"
         )
-    if not _apart(settings):
+    if not _can_be_apart(settings):
         raise SettingsError(
-            "--ray steps live environments in processes of their own: leave out --no-subprocesses and "
-            "--environment.timing wall, and let at least two --environments practise"
+            "--ray steps live environments in processes of their own: leave out --environment.timing wall, and let at "
+            "least two --environments practise"
         )
     if settings.device not in (None, "cpu", "cuda"):
         raise SettingsError(f"--ray gives every environment its GPU: leave out --device {settings.device}")
@@ -159,7 +161,11 @@ def require_apart(settings: RunSettings) -> None:
 
 def _apart(settings: KnobSettings) -> bool:
     """True if every environment has a process of its own."""
-    return settings.subprocesses and settings.environment.timing == "profile" and settings.practising > 1
+    return (settings.subprocesses or cluster() is not None) and _can_be_apart(settings)
+
+
+def _can_be_apart(settings: KnobSettings) -> bool:
+    return settings.environment.timing == "profile" and settings.practising > 1
 
 
 def held_out_environments(settings: KnobSettings, profiles: Sequence[Path]) -> VecNormalize:
@@ -175,17 +181,18 @@ def state_names(settings: KnobSettings, knobs: Sequence[str]) -> list[str]:
     return [*knobs, *(f"workload/{name}" for name in settings.workloads if _marked(settings))]
 
 
-def _replays(settings: KnobSettings, profiles: Sequence[Path]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    env = gymnasium.make_vec(
-        f"specgym:{environment_id(settings.decoder)}",
-        num_envs=settings.practising,
-        workload=settings.workloads,
-        weights=settings.weights or None,
-        profile=list(profiles),
-        recording=_training_recordings(settings) or None,
-        split="train",
-        **_shared_options(settings),
-    )
+def _together(settings: KnobSettings, profiles: Sequence[Path]) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    with models_placed(settings.dtype, settings.device), prompts_limited(settings.max_prompt_tokens):
+        env = gymnasium.make_vec(
+            f"specgym:{environment_id(settings.decoder)}",
+            num_envs=settings.practising,
+            workload=settings.workloads,
+            weights=settings.weights or None,
+            profile=list(profiles),
+            recording=_training_recordings(settings) or None,
+            split="train",
+            **_shared_options(settings),
+        )
     return VectorWorkloadMark(env) if _marked(settings) else env
 
 

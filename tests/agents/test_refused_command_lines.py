@@ -59,7 +59,7 @@ def as_program(main: Callable[[Sequence[str]], object]) -> Callable[[Sequence[st
         (["--ray"], "--ray is for --environment.backend live"),
         (["--env", "specgym/Engine-v0"], "a few measurements tune an engine: train.py --engine"),
         (["--tuner", "--ray"], "--ray is for --environment.backend live"),
-        ([*LIVE, "--no-subprocesses", "--ray"], "leave out --no-subprocesses"),
+        ([*LIVE, "--environment.timing", "wall", "--ray"], "leave out --environment.timing wall"),
         ([*LIVE, "--ray", "nonsense"], "--ray takes auto, local, host:port or ray://host:port, got 'nonsense'"),
         (["--tuner", "--seed", str(2**32)], "seed must be a whole number from 0 to 4294967295"),
         (["--tuner", "--measurements", "99999"], "measurements must be a whole number from 1 to 10000"),

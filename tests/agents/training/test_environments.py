@@ -96,12 +96,12 @@ def test_a_bound_on_the_divergence_adds_its_price_to_the_reward_s_own_terms(prof
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("small_cluster")
-def test_environments_on_ray_are_those_of_this_process_though_one_is_killed(profile: Path) -> None:
+def test_environments_on_ray_are_those_of_this_machine_though_one_is_killed(profile: Path) -> None:
     workloads = ("tiny-3m-ngram/prose", "tiny-3m-ngram/code@1.0", "tiny-3m-ngram/prose@1.0")
     environment = {"backend": "live", "max_new_tokens": 6}
     seen: list[list[Any]] = []
     for apart in (False, True):
-        settings = default_settings("threshold", workloads=workloads, environment=environment, subprocesses=apart)
+        settings = default_settings("threshold", workloads=workloads, environment=environment, subprocesses=True)
         with on_ray(() if apart else None):
             venv = training_environments(settings, [profile] * 3)
             venv.seed(7)

@@ -18,10 +18,12 @@ pytestmark = pytest.mark.skipif(
 # A fork server lives as long as the process that started it, so every test needs a process of its own.
 SCRIPT = """
 import json, os, sys
+from functools import partial
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from specgym.agents.training import environments
 from specgym.agents import default_settings
@@ -53,7 +55,11 @@ def rollout(subprocesses):
         dtype="bfloat16",
         environment={"backend": "live", "max_new_tokens": 8},
     )
-    venv = environments.training_environments(chosen, [profile] * len(workloads))
+    if subprocesses:
+        venv = environments.training_environments(chosen, [profile] * len(workloads))
+    else:
+        makers = [partial(environments.make_env, chosen, place, profile) for place in range(len(workloads))]
+        venv = environments._wrapped(DummyVecEnv(makers), chosen, training=True)
     venv.seed(3)
     seen = [venv.reset().ravel()]
     for _ in range(3):
