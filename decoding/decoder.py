@@ -71,13 +71,16 @@ class Session(ABC, Generic[DecoderT]):
         logits_processor: Sequence[LogitsProcessor] = (),
     ) -> None:
         self.decoder = decoder
-        self.rules = TextRules.of(decoder.pair, prompt, max_new_tokens, sampling, logits_processor)
+        started = time.perf_counter()
+        target, text = decoder.pair.target.begin(prompt)
+        encoding_seconds = time.perf_counter() - started
+        self.rules = TextRules.of(decoder.pair, text, max_new_tokens, sampling, logits_processor, source=prompt)
         self.sampling = self.rules.sampling
-        self.context = list(prompt)
+        self.context = text
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._remaining = max_new_tokens
-        self.target: LanguageModel = self.rules.target(decoder.pair.target)
+        self.target: LanguageModel = self.rules.target(target)
         self.generator = torch.Generator(self.target.device)
         # For choices on the host, where a tensor would mean waiting.
         self._rng = random.Random(seed)
@@ -87,9 +90,9 @@ class Session(ABC, Generic[DecoderT]):
             self.generator.manual_seed(seed)
         started = time.perf_counter()
         with torch.inference_mode():
-            self._read_prompt(prompt)
+            self._read_prompt(text)
         synchronise(self.target.device)
-        self.prefill_seconds = time.perf_counter() - started
+        self.prefill_seconds = encoding_seconds + time.perf_counter() - started
 
     @property
     def finished(self) -> bool:

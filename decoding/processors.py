@@ -37,7 +37,8 @@ from .drafts.mixed import with_models
 from .loading.pair import Pair
 from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
-from .models.language_model import LanguageModel, Logits
+from .models.language_model import LanguageModel
+from .models.output_layer import Logits
 from .sampling import GREEDY, Sampling
 
 _BY_PLACE: Mapping[str, tuple[float, ...]] = {
@@ -129,7 +130,7 @@ def sampling_of(pair: Pair, sampling: Sampling) -> Sampling:
         top_p=float(sampling.top_p),
         **settings,
     )
-    warpers = _put_together(pair, config, [0], ())
+    warpers = _put_together(pair, config, 1, [0], ())
     return _WarpedSampling(sampling.temperature, sampling.top_k, sampling.top_p, warpers)
 
 
@@ -168,6 +169,7 @@ class TextRules:
         max_new_tokens: int,
         sampling: Sampling,
         logits_processor: Iterable[LogitsProcessor] = (),
+        source: Sequence[int] = (),
     ) -> TextRules:
         """Return the rules by which `generate()` would continue a prompt.
 
@@ -177,21 +179,21 @@ class TextRules:
             max_new_tokens: tokens of the text, at most.
             sampling: temperature, top-k and top-p.
             logits_processor: further processors, as `generate()` takes them; each takes the place of one of its class.
+            source: token ids that an encoder reads, where that is not the prompt.
 
         Raises:
             ValueError: transformers refuses a setting.
         """
         settings = _settings(pair.target.model, {**_BY_TEXT, **_NORMALISING} if sampling.greedy else _BY_TEXT)
-        stop = _stop_strings(pair)
-        further = list(logits_processor)
-        if not settings and not further:
+        stop, more = _stop_strings(pair), list(logits_processor)
+        if not settings and not more:
             return cls(sampling_of(pair, sampling), LogitsProcessorList(), stop)
         config = GenerationConfig(do_sample=False, num_beams=1, **settings)
         # As `GenerationMixin._prepare_generated_length` has it: one least length counts the prompt, the other does not.
         config.max_length = len(prompt) + max_new_tokens
         if config.min_new_tokens is not None:
             config.min_length = len(prompt) + config.min_new_tokens
-        return cls(sampling_of(pair, sampling), _put_together(pair, config, prompt, further), stop)
+        return cls(sampling_of(pair, sampling), _put_together(pair, config, len(prompt), source or prompt, more), stop)
 
     def target(self, model: LanguageModel) -> LanguageModel:
         """Return a model with an empty cache whose scores obey these rules; without any, just `model.fresh()`."""
@@ -272,20 +274,19 @@ def _asks(value: Any, nothing: tuple[float, ...]) -> bool:
 
 
 def _put_together(
-    pair: Pair, config: GenerationConfig, prompt: Sequence[int], further: Sequence[LogitsProcessor]
+    pair: Pair, config: GenerationConfig, length: int, source: Sequence[int], further: Sequence[LogitsProcessor]
 ) -> LogitsProcessorList:
     model: Any = pair.target.model
     put_together = getattr(model, "_get_logits_processor", None)
     if put_together is None:  # not of transformers
         return LogitsProcessorList(further)
-    device = pair.target.device
-    ends = sorted(pair.eos_token_ids)
+    device, ends = pair.target.device, sorted(pair.eos_token_ids)
     prepared: Any = config
     prepared._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
     result: LogitsProcessorList = put_together(
         generation_config=prepared,
-        input_ids_seq_length=len(prompt),
-        encoder_input_ids=torch.tensor([list(prompt)], device=device),
+        input_ids_seq_length=length,
+        encoder_input_ids=torch.tensor([list(source)], device=device),
         logits_processor=LogitsProcessorList(further),
         device=device,
         model_kwargs={},

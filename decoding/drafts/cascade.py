@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from ..errors import ArgumentError, VocabularyMismatchError, whole_number
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, draw
-from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, draft_digest, is_free
+from .drafter import Drafter, DraftSession, DraftStep, ModelDrafter, ModelStep, beside, draft_digest, is_free
 
 
 class CascadeDrafter(ModelDrafter):
@@ -68,6 +70,12 @@ class CascadeDrafter(ModelDrafter):
         """Return a SHA-256 over the model, the inner draft and the length, 64 hex digits."""
         parts = f"cascade {super().digest()} {draft_digest(self.inner)} {self.length}"
         return hashlib.sha256(parts.encode()).hexdigest()
+
+    def beside(self, target: LanguageModel) -> Drafter:
+        """Return the draft for a text that a target reads, as both parts work in it."""
+        near = cast("CascadeDrafter", copy(super().beside(target)))
+        near.inner = beside(self.inner, target)
+        return near
 
     def start(
         self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device

@@ -22,11 +22,57 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import whole_number
+from ..models.language_model import LanguageModel
 from ..sampling import Sampling
-from .drafter import DraftSession, DraftStep, OneHotStep
+from .drafter import Drafter, DraftSession, DraftStep, OneHotStep
 
 
-class PromptLookupDrafter:
+class _Copying(ABC):
+    """A draft that copies from the text so far, of which the source of a target with an encoder is the beginning."""
+
+    name: str
+    vocabulary_size: int
+    free: ClassVar[bool] = True
+
+    def beside(self, target: LanguageModel) -> Drafter:
+        """Return the draft for a text that a target reads."""
+        return _BehindSource(self, target.source) if target.source else self
+
+    @abstractmethod
+    def start(
+        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
+    ) -> DraftSession:
+        """Begin a text, and index its prompt."""
+
+
+class _BehindSource:
+    """A draft that copies, for which a source comes before the text."""
+
+    free: ClassVar[bool] = True
+
+    def __init__(self, inner: _Copying, source: Sequence[int]) -> None:
+        self.name, self.vocabulary_size = inner.name, inner.vocabulary_size
+        self._inner, self._source = inner, source
+
+    def start(
+        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator, device: torch.device
+    ) -> DraftSession:
+        session = self._inner.start([*self._source, *prompt], sampling, generator, device)
+        return _SessionBehindSource(session, self._source)
+
+
+class _SessionBehindSource:
+    def __init__(self, session: DraftSession, source: Sequence[int]) -> None:
+        self._session, self._source = session, source
+
+    def steps(self, context: Sequence[int], count: int) -> Iterator[DraftStep]:
+        return self._session.steps([*self._source, *context], count)
+
+    def truncate(self, length: int) -> None:
+        self._session.truncate(len(self._source) + length)
+
+
+class PromptLookupDrafter(_Copying):
     """Proposes the continuation of the most recent earlier occurrence of the text's last tokens.
 
     Args:
@@ -36,8 +82,6 @@ class PromptLookupDrafter:
     Raises:
         ValueError: `longest` is not positive.
     """
-
-    free: ClassVar[bool] = True
 
     def __init__(self, vocabulary_size: int, longest: int = 3) -> None:
         self.name = "prompt-lookup"
@@ -138,7 +182,7 @@ class _PromptLookupSession(_TextSession):
         return iter(())
 
 
-class SuffixDrafter:
+class SuffixDrafter(_Copying):
     """Proposes the commonest continuation of the longest run of tokens that ends the text and occurred before.
 
     Of equally common continuations the most recent is proposed, and so token by token, each time after the longest run
@@ -160,8 +204,6 @@ class SuffixDrafter:
     Raises:
         ValueError: `longest` is not positive, or `memory` negative.
     """
-
-    free: ClassVar[bool] = True
 
     def __init__(self, vocabulary_size: int, longest: int = 8, memory: int = 0) -> None:
         self.name = "suffix"

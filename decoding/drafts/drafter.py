@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot as _one_hot
 
 from ..models.early_exit import ExitModel
+from ..models.encoder.encoder_decoder import EncoderDecoder
 from ..models.identity import weights_digest
 from ..models.language_model import LanguageModel
 from ..sampling import Sampling, draw
@@ -269,11 +270,14 @@ class ModelDrafter:
         return digest
 
     def beside(self, target: LanguageModel) -> Drafter:
-        """Return the draft for a text that a target reads: an early exit of that target reads it in its cache."""
-        if not isinstance(self.model, ExitModel):
+        """Return the draft for a text that a target reads.
+
+        An early exit of that target reads it in its cache, and a draft with an encoder reads its source.
+        """
+        if not isinstance(self.model, ExitModel | EncoderDecoder):
             return self
         near = copy(self)
-        near.model = self.model.within(target)
+        near.model = self.model.within(target) if isinstance(self.model, ExitModel) else self.model.beside(target)
         return near
 
     def start(

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import VocabularyMismatchError
+from ..models.encoder.encoder_decoder import EncoderDecoder
 from ..models.kv_cache import TokenTree
-from ..models.language_model import LanguageModel, Logits
+from ..models.language_model import LanguageModel
+from ..models.output_layer import Logits
 from .translation import Translation
 
 
@@ -23,9 +26,17 @@ class TranslatedModel(LanguageModel):
     Args:
         inner: the draft, with a vocabulary of its own.
         translation: between the two.
+
+    Raises:
+        VocabularyMismatchError: the draft has an encoder, to which the source cannot be told.
     """
 
     def __init__(self, inner: LanguageModel, translation: Translation) -> None:
+        if isinstance(inner, EncoderDecoder):
+            raise VocabularyMismatchError(
+                f"draft {inner.name} has an encoder and other tokens than the target, whose source it could not read. "
+                "Choose a draft with the target's tokenizer, or prompt lookup."
+            )
         # Nothing of the model is tried again: `inner` has done so.
         vars(self).update({name: value for name, value in vars(inner).items() if not name.startswith("_")})
         self._inner = inner.fresh()

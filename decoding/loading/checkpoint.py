@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..files import replacing, write_json, write_text
 from ..models.output_layer import reduce_output, tokens_name
+from ..models.supported import auto_class
 from ..sealed_files import read_json
 from .link import (
     CONFIG,
@@ -170,7 +171,7 @@ def _built(folder: Path, tensors: Mapping[str, Tensor], shared: set[str], dtype:
         check_counts(read_json(path), len(tensors) + len(shared))
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
         sizes = {name: part.numel() for name, part in (*model.named_parameters(), *model.named_buffers())}
         elements = sum(size for name, size in sizes.items() if name not in shared)
         most = _SPARE_ELEMENTS + _LARGEST_RATIO * sum(tensor.numel() for tensor in tensors.values())
@@ -258,7 +259,8 @@ def _shared(
             held: Mapping[str, torch.Tensor] = _read(place, read_link(place), dtype, set(shared.values()))
         else:
             try:
-                held = AutoModelForCausalLM.from_pretrained(origin, dtype=dtype).state_dict()
+                config = AutoConfig.from_pretrained(origin, trust_remote_code=False)
+                held = auto_class(config).from_pretrained(origin, dtype=dtype).state_dict()
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{folder / LINK} shares tensors with {origin!r}, which cannot be loaded ({error}): put that model "

@@ -27,16 +27,19 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from ..errors import SpecgymError, UnsupportedModelError
+from ..models.supported import auto_class
 from ..sealed_files import DamagedFileError, read_json
 from . import smollm2
 from .checkpoint import check_counts, load_checkpoint
@@ -75,7 +78,7 @@ def load_model(
     offline: bool = False,
     shared_from: PreTrainedModel | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode, with its tokenizer.
+    """Load a language model, with or without an encoder, in evaluation mode, with its tokenizer.
 
     Args:
         name: a folder or a ``.gguf`` file, a hub id such as ``facebook/opt-125m``, ``smollm2``, or a shipped name such
@@ -91,8 +94,7 @@ def load_model(
     Raises:
         ModelNotFoundError: the model is in none of these places; the message says what was tried and what to do.
         ModelFileError, CheckpointError, CorruptCacheError: the model's files are damaged or incomplete.
-        UnsupportedModelError: an adapter, an encoder-decoder, no causal language model, or one that needs code
-            from the hub.
+        UnsupportedModelError: an adapter, no language model, or one that needs code from the hub.
     """
     dtype, where = placement(dtype, device)
     missing: list[str] = []
@@ -218,7 +220,8 @@ class _Source:
         way_out = "fetch or write them again"
         try:
             with _blamed_on(self.place):
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config = AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self.gguf, **self.hub)
+                loaded: Any = auto_class(config).from_pretrained(
                     self.location, dtype=dtype, output_loading_info=True, **options
                 )
         except SafetensorError as error:
@@ -353,8 +356,8 @@ def _ask_hub(hub_id: str, revision: str | None, offline: bool) -> str | None:
 
 
 def _check_causal(location: str, options: dict[str, Any]) -> None:
-    """Refuse what does not generate text from left to right, before its weights are fetched."""
-    way_out = "give a decoder-only model that transformers knows, such as GPT-2, OPT or Llama"
+    """Refuse what does not generate text from left to right, with or without an encoder, before its weights come."""
+    way_out = "give a model that transformers knows, such as GPT-2, OPT, Llama, T5 or BART"
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
@@ -362,7 +365,11 @@ def _check_causal(location: str, options: dict[str, Any]) -> None:
             f"{location!r} needs code that transformers does not have ({_first_line(error)}); {way_out}"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{location!r} is an encoder-decoder ({config.model_type}); {way_out}")
+        if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise UnsupportedModelError(
+                f"{location!r} has an encoder and writes no text ({config.model_type}); {way_out}"
+            )
+        return
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     heads = {known} if isinstance(known, str) else set(known)
     declared = set(config.architectures or heads)

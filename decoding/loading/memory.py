@@ -91,7 +91,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
 
 
 def _bytes_per_token(model: LanguageModel) -> int:
-    trial = model.fresh()
+    trial = model.begin([0])[0].fresh()
     trial.forward(torch.zeros(1, dtype=torch.int64, device=model.device))
     return trial.cache_bytes
 

@@ -28,6 +28,7 @@ from ..drafts.translation import Translation, Vocabulary, highest_id
 from ..errors import ArgumentError, PromptError, UnsupportedModelError, VocabularyMismatchError
 from ..models.captured import CapturedPasses
 from ..models.early_exit import EarlyExit, ExitModel, resuming, whole
+from ..models.encoder.encoder_decoder import with_source_of
 from ..models.language_model import LanguageModel
 from ..models.supported import causal_model
 from . import presets
@@ -165,7 +166,7 @@ def _drafter(
     if isinstance(draft, nn.Module):
         draft = LanguageModel(causal_model(draft, "draft"), prepack=False if prepack is False else None, role="draft")
     if isinstance(draft, LanguageModel):
-        draft = ModelDrafter(draft)
+        draft = ModelDrafter(with_source_of(target, draft))
     return None if draft is None else _in_vocabulary(target, draft, tokenizer, draft_tokenizer)
 
 

@@ -261,12 +261,18 @@ def checked_prompt(pair: Pair, prompt_ids: str | Sequence[int] | Tensor) -> list
     target = pair.target
     if not prompt:
         raise PromptError("the prompt is empty; give at least one token, for instance the model's BOS token")
-    if min(prompt) < 0 or max(prompt) >= target.vocabulary_size:
+    known = target.source_vocabulary or target.vocabulary_size
+    if min(prompt) < 0 or max(prompt) >= known:
         raise PromptError(
             f"the prompt has ids from {min(prompt)} to {max(prompt)}, but {target.name} has a vocabulary of "
-            f"{target.vocabulary_size}; encode it with the target's own tokenizer"
+            f"{known}; encode it with the target's own tokenizer"
         )
-    if len(prompt) >= target.context_limit:
+    if target.source_limit is not None:
+        if len(prompt) > target.source_limit:
+            raise PromptError(
+                f"the source has {len(prompt)} tokens and {target.name} reads {target.source_limit} at most: shorten it"
+            )
+    elif len(prompt) >= target.context_limit:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens and {target.name} a context of {target.context_limit}, which "
             "leaves no room to generate; shorten the prompt"

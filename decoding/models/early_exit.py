@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError, whole_number
 from .kv_cache import BranchingCache, PreallocatedLayer, TokenTree
-from .language_model import LanguageModel, Logits
+from .language_model import LanguageModel
+from .output_layer import Logits
 from .trial import FAILURES, closeness
 
 NAME = "early-exit"

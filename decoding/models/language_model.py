@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .linear_layers import (
     unpack_changed_output,
     unpack_linears,
 )
-from .output_layer import output_layer_watched
+from .output_layer import Logits, output_layer_watched
 from .supported import causal_model, execution_device, refuse_unsupported, require_ready
 from .trial import Reading, Role, declared_context, settle
 
@@ -35,23 +35,12 @@ _PART = 512
 _MOST_REREAD = 16  # tokens that are read again with every pass, until it costs less to read them in one of their own
 
 
-class Logits(NamedTuple):
-    """Result of a forward pass, a row a token."""
-
-    scores: Tensor
-    """Next-token logits, shape (tokens, vocabulary), float32."""
-    hidden: Tensor | None
-    """Last hidden states of the tokens after the final norm, from which the output layer makes scores, shape
-    (tokens, hidden size); None if not asked for."""
-
-
 class LanguageModel:
     """A causal language model that reads tokens one span at a time, and can take any of them back.
 
     Batch size 1. Tree attention goes through the public 4-D attention mask and position ids, so no architecture is
     patched. An architecture that gives other results that way, at the edges of its windows for instance, is read in
-    chains, by the masks and the cache that it makes itself; one that cannot be read so either is refused here. Both is
-    tried out (`trial.settle`).
+    chains, by masks and a cache that it makes itself, or else refused; both are tried out (`trial.settle`).
 
     Attributes:
         branches: whether trees of candidates can be verified; otherwise chains alone can.
@@ -59,6 +48,8 @@ class LanguageModel:
         exact: whether passes of all shapes give the same scores. A target's have to; a draft may round by the pass.
         restores_states: whether layers are recurrent: after tokens were taken back, those that stay are read again.
         context_limit: tokens of the longest text.
+        source: what an encoder has read for this text; empty where there is none.
+        source_limit, source_vocabulary: tokens of its longest source, and ids that there are; None without an encoder.
         mask_seconds: how long building the mask of the last pass took.
         captured: passes over few tokens (`CapturedPasses`); None where all are the model's own.
         masks: makes the masks of passes.
@@ -79,12 +70,20 @@ class LanguageModel:
     branches = True
     exact = True
     why_no_branches = ""
-    restores_states = False
+    restores_states = _forced = False
     _reading = Reading(EVERYWHERE_FULL)
-    _forced = False
+    source: tuple[int, ...] = ()
+    source_limit: int | None = None
+    source_vocabulary: int | None = None
     captured: CapturedPasses | None = None
     _joined: JoinedText | None = None
     _smallest_blocked: int | None = SMALLEST_PREPACKED
+
+    def __new__(cls, model: object = None, *args: object, **options: object) -> Self:
+        """Make an `EncoderDecoder` of a model that has an encoder."""
+        from .encoder.encoder_decoder import class_of  # which imports this module
+
+        return cast("Self", object.__new__(class_of(model) if cls is LanguageModel else cls))
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
         refuse_unsupported(causal_model(model, role), exact=role == "target")
@@ -97,9 +96,8 @@ class LanguageModel:
         # A draft reads a token a pass, which is no faster blocked.
         self._smallest_blocked = None if role == "draft" else SMALLEST_PREPACKED
         if prepack is not False and can_prepack(model):
-            prepack_linears(
-                model, self._smallest_blocked if prepack or self.hidden_size >= NARROWEST_PREPACKED else None
-            )
+            wide = prepack or self.hidden_size >= NARROWEST_PREPACKED
+            prepack_linears(model, self._smallest_blocked if wide else None)
         self._set_up(model, settle(model, LanguageModel.as_read, role))
         if self.branches and self.device.type == "cpu" and self._reading.switch is None:
             self.captured = CapturedPasses(model, self.masks.masks)
@@ -120,10 +118,8 @@ class LanguageModel:
         with only_looking():  # of a part of a model the first weight may be packed
             self.device, self.dtype = execution_device(model), model.dtype
         self.context_limit = min(declared_context(config), reading.context_limit)
-        self.branches = reading.spans is not None
-        self.exact = reading.exact
-        self.why_no_branches = reading.why_no_branches
-        self.mask_seconds = 0.0
+        self.branches, self.exact = reading.spans is not None, reading.exact
+        self.why_no_branches, self.mask_seconds = reading.why_no_branches, 0.0
         self._reading = reading
         self.masks = MaskMaker(reading.spans or EVERYWHERE_FULL, self.dtype, self.device)
         self.parameters = frozenset(inspect.signature(model.forward).parameters)
@@ -164,6 +160,10 @@ class LanguageModel:
         if isinstance(self._cache, BranchingCache) and self._cache.layers:
             self._cache = joint.admit(self._cache)
         return self._cache if isinstance(self._cache, Slot) else None
+
+    def begin(self, prompt: Sequence[int]) -> tuple[LanguageModel, list[int]]:
+        """Return the model as it reads the text of a prompt, and the first tokens of that text: here the prompt."""
+        return self, list(prompt)
 
     def pack(self) -> None:
         """Prepack the large linear layers that are plain, where the model's device and type allow it."""

@@ -20,6 +20,16 @@ from ..errors import UnsupportedModelError
 from .linear_layers import HalfWeight, PrepackedLinear, halved, only_looking
 
 
+class Logits(NamedTuple):
+    """Result of a forward pass, a row a token."""
+
+    scores: Tensor
+    """Next-token logits, shape (tokens, vocabulary), float32."""
+    hidden: Tensor | None
+    """Last hidden states of the tokens after the final norm, from which the output layer makes scores, shape
+    (tokens, hidden size); None if not asked for."""
+
+
 class OutputLayer(NamedTuple):
     """The layer that makes scores of a model's last hidden states."""
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .linear_layers import only_looking
 
-_ANOTHER_MODEL = "Choose a decoder-only causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
+_ANOTHER_MODEL = "Choose a causal LM such as Llama, Qwen2, OPT, GPT-2, GPT-NeoX, Phi or Mistral."
 _ATTENTION: dict[str, str] = {
     # transformers 5.23, integrations/flex_attention.py: compiled per shape of mask, and a draft's differs every round.
     "flex": "compiles a kernel for the mask of every draft and fails on many of their shapes",
@@ -30,13 +30,21 @@ _ATTENTION: dict[str, str] = {
 }
 """Parts of the names of attention implementations that are refused, with what each does."""
 _KINDS: dict[str, str] = {  # by `model_type`; transformers 5.23, their modeling files
+    "bigbird_pegasus": "changes its encoder for good when it reads a short source, so that texts go by those before",
     "cpmant": "puts prompt tokens of its own before every text",
+    "nllb-moe": "drops tokens where an expert has too many in a pass, so that a draft changes the scores before it",
+    "switch_transformers": "drops tokens where an expert has too many in a pass, so that a draft changes those before",
     "minimax": "keeps its cache in a class of its own, of which nothing can be taken back",
     "recurrent_gemma": "keeps its states in its layers, not in the cache, so that none can be saved",
     "rwkv": "keeps its states in lists of its own, not in a cache",
     "xlstm": "keeps its cache in a class of its own, of which nothing can be taken back",
 }
 """Reasons for which whole kinds of models are refused."""
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that makes a model with a language modelling head of a configuration."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def causal_model(model: object, role: str = "target") -> PreTrainedModel:
@@ -93,9 +101,11 @@ def refuse_unsupported(model: PreTrainedModel, exact: bool = True) -> None:
         UnsupportedModelError: naming the model, the reason and the way out.
     """
     kind = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+    reads = getattr(model, "main_input_name", "input_ids")
+    if getattr(model.config, "is_encoder_decoder", False) and reads != "input_ids":
         raise UnsupportedModelError(
-            f"{kind} is an encoder-decoder model, which specgym does not decode. {_ANOTHER_MODEL}"
+            f"{kind} has an encoder that reads {reads}, and specgym gives it tokens. Choose an encoder-decoder that "
+            "reads and writes text, such as T5, BART, Marian or Pegasus"
         )
     reason = _KINDS.get(getattr(model.config, "model_type", ""))
     if getattr(model.config, "model_type", "") == "doge" and model.config.is_moe:

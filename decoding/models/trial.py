@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 _LOG = logging.getLogger("specgym")
-_UNLIMITED = 2**31 - 1
+UNLIMITED = 2**31 - 1
 FAILURES = (
     TypeError,
     ValueError,
@@ -46,7 +46,7 @@ FAILURES = (
 _CLOSE = 1e-3
 """Largest difference of logits in standard deviations, in float32."""
 _CLOSE_IN_HALF = 0.2
-_CLOSE_FOR_A_DRAFT = 1.0
+CLOSE_FOR_A_DRAFT = 1.0
 """For a draft, whose rounding may go by the pass: eight bits are off by less, and what is misread by several."""
 
 
@@ -82,7 +82,7 @@ class Reading:
 
     spans: Spans | None = None
     switch: Switch | None = None
-    context_limit: int = _UNLIMITED
+    context_limit: int = UNLIMITED
     singly: bool = False
     exact: bool = True
     why_no_branches: str = ""
@@ -96,7 +96,7 @@ def declared_context(config: PreTrainedConfig) -> int:
     """Tokens of the longest text that a configuration declares."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
     values = [getattr(config, name, None) for name in names]
-    return min((value for value in values if isinstance(value, int) and value > 0), default=_UNLIMITED)
+    return min((value for value in values if isinstance(value, int) and value > 0), default=UNLIMITED)
 
 
 def settle(model: PreTrainedModel, wrap: Wrap, role: Role = "target") -> Reading:
@@ -200,7 +200,7 @@ def _limited(reading: Reading, config: PreTrainedConfig) -> Reading:
     names = ("sliding_window", "window_size", "attention_chunk_size")
     sizes = [getattr(config, name, None) for name in names] if reading.spans is not None else []
     sizes += [reading.switch.position if reading.switch is not None else None]
-    limit = min((size for size in sizes if isinstance(size, int) and size > 0), default=_UNLIMITED)
+    limit = min((size for size in sizes if isinstance(size, int) and size > 0), default=UNLIMITED)
     if limit < declared_context(config):
         _LOG.warning(
             "no small copy of a %s can be made to try it behind its attention window or the switch of its rotation, so "
@@ -256,7 +256,7 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
         return f"it cannot read {_shape(reading)} ({type(error).__name__}: {error})"
     if expected.isnan().any():
         raise NumericalError(f"{trial.name} gives NaN logits on a trial input: its weights are broken; load it anew.")
-    close = closeness(model.dtype) if reading.exact else _CLOSE_FOR_A_DRAFT
+    close = closeness(model.dtype) if reading.exact else CLOSE_FOR_A_DRAFT
     return _difference(torch.stack([drafted, after]), expected[-2:], expected, close, reading)
 
 

@@ -182,14 +182,16 @@ IN_CHAINS: tuple[Family, ...] = (
 
 REFUSED: tuple[Family, ...] = (
     Family(
-        "Encoder-decoders",
+        "Encoder-decoders whose scores go by the pass (ProphetNet, mixtures of experts), or by texts before (BigBird)",
         chains=False,
         trees=False,
-        note="specgym decodes causal LMs. Take a decoder-only model",
-        reason="is an encoder-decoder model",
+        note="so drafts change what they are checked by. Take T5, BART, Marian or Pegasus",
+        reason="other logits in a chain of candidates|drops tokens where an expert|changes its encoder for good",
         cases=(
-            Case("bart", "seq2seq", model="BartForConditionalGeneration"),
-            Case("t5", model="T5ForConditionalGeneration"),
+            Case("prophetnet", "", {"pad_token_id": 0}, model="ProphetNetForConditionalGeneration"),
+            Case("switch_transformers", "", model="SwitchTransformersForConditionalGeneration"),
+            Case("nllb-moe", "", model="NllbMoeForConditionalGeneration"),
+            Case("bigbird_pegasus", "seq2seq", model="BigBirdPegasusForConditionalGeneration"),
         ),
     ),
     Family(

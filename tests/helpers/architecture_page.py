@@ -42,6 +42,8 @@ REFUSED = """## What is refused
 OTHERS = """Refused as well, whatever the architecture: modules that `torch.compile` has wrapped, adapters of PEFT that
 are not merged, targets in dynamic int8 or LLM.int8 (drafts may be), models without weights, and prompts longer than
 `context_limit`. Each message names the way out.
+
+Models with an encoder (T5, BART, Marian, Pegasus) have a [page of their own](encoder-decoder.md).
 """
 
 

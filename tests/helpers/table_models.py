@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from specgym.decoding.models.kv_cache import TokenTree
-from specgym.decoding.models.language_model import LanguageModel, Logits
+from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.models.output_layer import Logits
 
 
 class TableModel(LanguageModel):

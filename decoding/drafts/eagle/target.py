@@ -13,7 +13,8 @@ from ...errors import UnsupportedModelError
 from ...models.captured import CapturedPasses
 from ...models.early_exit import part_of, stack_of, whole
 from ...models.kv_cache import TokenTree
-from ...models.language_model import LanguageModel, Logits
+from ...models.language_model import LanguageModel
+from ...models.output_layer import Logits
 
 _STRUCTURE = (
     "an EAGLE head reads the hidden states of a plain stack of decoder layers, all with full attention: "

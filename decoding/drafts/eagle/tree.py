@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...models.kv_cache import PreallocatedLayer, TokenTree
-from ...models.language_model import LanguageModel, Logits
+from ...models.language_model import LanguageModel
+from ...models.output_layer import Logits
 from .drafter import PART, EagleDrafter
 from .target import StatesTarget
 

@@ -22,8 +22,6 @@ from transformers import (
     MptConfig,
     MptForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from specgym.decoding import LookaheadDecoder, Pair
@@ -304,12 +302,6 @@ def test_a_model_that_verifies_chains_alone_says_why_and_what_can_use_it(kind: s
     with pytest.raises(UnsupportedModelError, match=f"{kind} cannot be the target of LookaheadDecoder"):
         LookaheadDecoder(Pair(model))
     assert model.forward(tokens, TokenTree.chain(3)).scores.shape == (3, 96)
-
-
-def test_an_encoder_decoder_is_refused_with_a_way_out() -> None:
-    config = T5Config(vocab_size=96, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration is an encoder-decoder .* Choose"):
-        LanguageModel(T5ForConditionalGeneration(config))
 
 
 def test_nan_weights_are_refused(make_model: MakeModel) -> None:

@@ -10,7 +10,7 @@ import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
 
 from specgym.decoding import AutoregressiveDecoder, LanguageModel, LookaheadDecoder, Pair, SpeculativeDecoder
 from specgym.decoding.errors import UnsupportedModelError
@@ -56,9 +56,12 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)._from_config(model.config)
 
 
-def encoder_decoder(_: PreTrainedModel) -> PreTrainedModel:
-    """A small T5."""
-    return T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
+def speech(_: PreTrainedModel) -> PreTrainedModel:
+    """A small Whisper."""
+    heads: Any = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, num_mel_bins=8, **heads)
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
@@ -102,7 +105,7 @@ REFUSED: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "compiled": (torch.compile, r"is a compiled module \(OptimizedModule\).*Pair\(model\._orig_mod\)"),
     "wrapped": (nn.DataParallel, r"is a model in a DataParallel.*Pair\(model\.module\)"),
     "meta": (without_weights, r"has no weights: model\.embed_tokens\.weight is on the meta device.*from_pretrained"),
-    "encoder-decoder": (encoder_decoder, r"T5ForConditionalGeneration is an encoder-decoder.*Choose a decoder-only"),
+    "speech": (speech, r"has an encoder that reads input_features, and specgym gives it tokens.*such as T5, BART"),
     "no transformer": (
         lambda model: nn.Linear(2, 2),
         r"a transformers model, not a Linear; load one by name with load_pair",
