@@ -7,7 +7,7 @@
 
 All numbers are over plain decoding of one text at a time (draft 0, batch size 1), the median over turns in which all
 take part; the prompts, of several sets, are the same, and reading them does not count. In brackets the lowest and
-the highest.
+the highest. *transformers* is its `generate` of the same weights, on prompts padded to the longest.
 
 The claims to check: 8 texts in one batch are decoded plainly at least 3 times as fast as one after another; memory
 does not grow over 2,000 texts; live environments in one batch make 4 times the steps of those in processes.
@@ -39,14 +39,16 @@ from specgym.decoding import (
     Pair,
     Sampling,
     SpeculativeDecoder,
+    load_model,
     load_pair,
     measured,
+    resolve,
 )
 from specgym.envs import workload
 
 _SETS = ("prose", "code", "definitions", "chat")
-PLAIN = 0
-"""Draft length of plain decoding."""
+PLAIN, STOCK = 0, -1
+"""In the place of draft lengths: plain decoding, and that of transformers."""
 
 
 @dataclass
@@ -95,10 +97,13 @@ def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
     decoders: dict[int, Decoder[Any]] = {
         draft: AutoregressiveDecoder(pair) if draft == PLAIN else SpeculativeDecoder(pair) for draft in settings.drafts
     }
+    stock = load_model(resolve(name).target)[0].eval()
     seconds = defaultdict[tuple[int, int], list[float]](list)
     for turn in range(settings.turns + 1):  # the first warms up, and passes are captured in it
         with pair.capturing(after=1 if turn == 0 else 2**62):
             for size in settings.sizes:
+                if turn:
+                    seconds[size, STOCK].append(_stock_seconds(stock, prompts, size, settings))
                 for draft, decoder in decoders.items():
                     started = time.perf_counter()
                     texts = decoder.generate_batch(
@@ -115,19 +120,45 @@ def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
     return dict(seconds)
 
 
+@torch.inference_mode()
+def _stock_seconds(model: Any, prompts: Sequence[Sequence[int]], size: int, settings: Settings) -> float:
+    """Seconds that transformers' `generate` takes in batches, without those to the first tokens."""
+    total = 0.0
+    sampled = {"temperature": settings.temperature} if settings.temperature else {}
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        for tokens, sign in ((1, -1), (settings.tokens, 1)):
+            started = time.perf_counter()
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=bool(sampled),
+                pad_token_id=0,
+                **sampled,
+            )
+            total += sign * (time.perf_counter() - started)
+    return total
+
+
 def show_speeds(name: str, settings: Settings, console: Console) -> None:
     """Measure a pair, and print its table."""
     seconds = speeds(name, settings)
     baseline = seconds[min(settings.sizes), PLAIN]
     table = Table(title=f"{name}: tokens/s over plain decoding of one text, {settings.threads} thread(s)")
     table.add_column("texts", justify="right")
-    for draft in settings.drafts:
-        table.add_column("plain" if draft == PLAIN else f"draft {draft}", justify="right")
+    columns = (STOCK, *settings.drafts)
+    for draft in columns:
+        heading = {STOCK: "transformers", PLAIN: "plain"}.get(draft, f"draft {draft}")
+        table.add_column(heading, justify="right")
     table.add_column("best draft", justify="right")
     for size in settings.sizes:
         ratios = {
             draft: [plain / drafted for plain, drafted in zip(baseline, seconds[size, draft], strict=True)]
-            for draft in settings.drafts
+            for draft in columns
         }
         medians = {draft: statistics.median(values) for draft, values in ratios.items()}
         cells = [f"{medians[draft]:.2f} [{min(ratios[draft]):.2f}, {max(ratios[draft]):.2f}]" for draft in ratios]
