@@ -27,8 +27,8 @@ AnySession = TypeVar("AnySession", bound=Session[Any])
 class Batch:
     """Texts that are generated together.
 
-    They may be of several decoders and pairs: what is read by one model at the same time is read in one pass. Models of
-    which not all is known by masks and positions (recurrent layers, early exits, EAGLE heads and their targets, a
+    They may be of several decoders and pairs: what is read by one model at the same time is read in one pass. EAGLE
+    heads and models that keep more of a text than keys and values (recurrent layers, early exits and their targets, a
     target with an encoder) read their texts one after another; the texts are the same.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self, cast
 
 import torch
@@ -52,6 +52,7 @@ class LanguageModel:
         source_limit, source_vocabulary: tokens of its longest source, and ids that there are; None without an encoder.
         mask_seconds: how long building the mask of the last pass took.
         captured: passes over few tokens (`CapturedPasses`); None where all are the model's own.
+        kept: hands over what is kept of the last pass beside scores, shape (texts, tokens, width); None for nothing.
         masks: makes the masks of passes.
         parameters: names of what the model's `forward` takes.
 
@@ -76,6 +77,7 @@ class LanguageModel:
     source_limit: int | None = None
     source_vocabulary: int | None = None
     captured: CapturedPasses | None = None
+    kept: Callable[[], Tensor] | None = None
     _joined: JoinedText | None = None
     _smallest_blocked: int | None = SMALLEST_PREPACKED
 
@@ -144,9 +146,8 @@ class LanguageModel:
         unpack_changed_output(self.model)
         if self.captured is not None:
             self.captured.renew()
-        other = copy.copy(self)
+        other, text = copy.copy(self), AT_WORK.get()
         other._forget()
-        text = AT_WORK.get()
         other._joined = None if text is None or not self.joinable else text.joined(other)
         return other
 
@@ -203,8 +204,7 @@ class LanguageModel:
     @property
     def is_plain(self) -> bool:
         """True if all layers see equally far, whatever the position, and keep nothing but keys and values."""
-        spans, switch = self._reading.spans, self._reading.switch
-        return spans is not None and set(spans) == {""} and switch is None
+        return set(self._reading.spans or ()) == {""} and self._reading.switch is None
 
     def room(self, text: Sequence[int]) -> int:
         """Tokens that can still be read after a text whose beginning is in the cache; negative if it is too long."""

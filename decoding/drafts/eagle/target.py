@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...models.captured import CapturedPasses
 from ...models.early_exit import part_of, stack_of, whole
+from ...models.joint.joining import AT_WORK
 from ...models.kv_cache import TokenTree
 from ...models.language_model import LanguageModel
 from ...models.output_layer import Logits
@@ -36,7 +37,7 @@ class Tap(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.training = layer, layer.training
         self.states: Tensor | None = None
 
     def forward(self, states: Tensor, *arguments: object, **named: object) -> object:
@@ -121,11 +122,19 @@ class StatesTarget(LanguageModel):
         if target.captured is not None:
             self._unread.captured = CapturedPasses(tapped, target.masks.masks, self._kept)
         self.captured = self._unread.captured
+        self._unread.kept = self._kept
         self._forget()
         self._try()
 
+    def fresh(self) -> StatesTarget:
+        """Share the weights, with an empty cache; a text of a batch is read with others."""
+        other = cast(StatesTarget, super().fresh())
+        text = AT_WORK.get()
+        other._reader._joined = None if text is None else text.joined(other._reader)
+        return other
+
     def _kept(self) -> Tensor:
-        """States of the last pass, those of the layers one behind the other, shape (1, tokens, layers * h)."""
+        """States of the last pass, those of the layers one behind the other, shape (texts, tokens, layers * h)."""
         return torch.cat([tap.emptied() for tap in self._taps], -1)
 
     def _forget(self) -> None:
@@ -155,9 +164,13 @@ class StatesTarget(LanguageModel):
     ) -> Logits:
         first = self._cache.length  # behind a growing tree's first nodes, which are there
         result = self._reader._pass(tokens, tree, start, last, rows, hidden)
-        self.mask_seconds = self._reader.mask_seconds
-        kept = self._kept() if self.captured is None else self.captured.emptied()
-        self.states.add(first, kept[0])
+        self.mask_seconds, self._cache = self._reader.mask_seconds, self._reader._cache
+        joined = self._reader._joined
+        if joined is not None and joined.kept is not None:
+            kept, joined.kept = joined.kept, None
+        else:
+            kept = (self._kept() if self.captured is None else self.captured.emptied())[0]
+        self.states.add(first, kept)
         return result
 
     def _try(self) -> None:

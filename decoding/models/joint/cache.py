@@ -34,8 +34,9 @@ class StoredLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write what is new behind what is there, and return both."""
         if self._places is not None:
+            places = self._places[:, None, :, None].to(key_states.device)  # layers may be on several devices
             for stored, new in zip(self._stored, (key_states, value_states), strict=True):
-                stored.scatter_(2, self._places[:, None, :, None].expand(new.shape), new)
+                stored.scatter_(2, places.expand(new.shape), new)
         keys, values = (stored[..., : self._end, :] for stored in self._stored)
         if self._places is None:
             keys[..., self._start :, :].copy_(key_states)
@@ -167,14 +168,14 @@ class JointCache:
 
         Returns:
             Keys and values of every layer, shape (texts, heads, at least capacity, head size), and None; or, where the
-            texts are not next to each other, copies, and the rows of the texts, shape (texts,), int64.
+            texts are not next to each other, copies, and the rows of the texts, shape (texts,), int64, on the CPU.
         """
         self.reserve(len(self.slots), capacity)
         first, last = slots[0].row, slots[-1].row
         if last - first + 1 == len(slots):
             return [stored[first : last + 1] for stored in self.stored], None
-        rows = torch.tensor([slot.row for slot in slots], device=self.stored[0].device)
-        return [stored[:, :, :capacity].index_select(0, rows) for stored in self.stored], rows
+        rows = torch.tensor([slot.row for slot in slots])
+        return [stored[:, :, :capacity].index_select(0, rows.to(stored.device)) for stored in self.stored], rows
 
     def write(self, copies: Sequence[Tensor], rows: Tensor, places: Tensor) -> None:
         """Take over what a pass wrote to copies.
@@ -184,9 +185,10 @@ class JointCache:
             rows: likewise.
             places: positions that were written, shape (texts, tokens), int64.
         """
-        from_texts = torch.arange(rows.shape[0], device=rows.device)[:, None]
+        texts = torch.arange(rows.shape[0])
         for stored, copied in zip(self.stored, copies, strict=True):
-            stored[rows[:, None], :, places] = copied[from_texts, :, places]
+            rows, texts, places = (index.to(stored.device) for index in (rows, texts, places))
+            stored[rows[:, None], :, places] = copied[texts[:, None], :, places]
 
 
 def cache_of(stored: Sequence[Tensor], start: int, end: int, places: Tensor | None = None) -> Cache:

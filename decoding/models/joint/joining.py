@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..kv_cache import TokenTree
 from .cache import Slot
-from .passes import JoinedPasses, Request, can_join
+from .passes import Answer, JoinedPasses, Request, can_join
 
 if TYPE_CHECKING:  # which imports this module
     from ..language_model import LanguageModel
@@ -59,10 +59,10 @@ class Joining:
         """True while texts run that can wait for one another."""
         return self._hub is not None
 
-    def wait(self, passes: JoinedPasses, request: Request) -> tuple[Tensor, Tensor | None] | None:
+    def wait(self, passes: JoinedPasses, request: Request) -> Answer | None:
         """Let the other texts run until the tokens were read; None if no other waits for the same model."""
         self._waiting.append((getcurrent(), passes, request))
-        result: tuple[Tensor, Tensor | None] | Exception | None = self._hub.switch()
+        result: Answer | Exception | None = self._hub.switch()
         if isinstance(result, Exception):
             raise result
         return result
@@ -161,10 +161,14 @@ class JoinedText:
     Args:
         joining: of the batch.
         model: with a cache of the text's own.
+
+    Attributes:
+        kept: what the model keeps of the last pass that others took part in (`LanguageModel.kept`), to be taken out.
     """
 
     def __init__(self, joining: Joining, model: LanguageModel) -> None:
         self._joining, self._model = joining, model
+        self.kept: Tensor | None = None
         self._slot: Slot | None = None
 
     def read(
@@ -178,7 +182,11 @@ class JoinedText:
             self._slot = self._model.move_into(passes.cache)
         if passes is None or self._slot is None:
             return None
-        return self._joining.wait(passes, Request(self._slot, tokens, tree, start, last, rows, hidden))
+        answer = self._joining.wait(passes, Request(self._slot, tokens, tree, start, last, rows, hidden))
+        if answer is None:
+            return None
+        self.kept = answer.kept
+        return answer.scores, answer.hidden
 
     def leave(self, broken: bool) -> None:
         """Give the text's place to others."""

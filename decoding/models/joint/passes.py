@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ class Request:
     hidden: bool
 
 
+class Answer(NamedTuple):
+    """Result of a request: that of a pass (`Logits`), and what the model keeps of it (`LanguageModel.kept`)."""
+
+    scores: Tensor
+    hidden: Tensor | None
+    kept: Tensor | None
+    """Shape (tokens, width)."""
+
+
 class JoinedPasses:
     """Passes of one model over several texts.
 
@@ -67,8 +76,8 @@ class JoinedPasses:
         self.size = model.hidden_size**2 * int(getattr(config, "num_hidden_layers", 1))
 
     @torch.inference_mode()
-    def read(self, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor | None]]:
-        """Read some tokens of every text; scores and hidden states in the order of the requests, as in `Logits`."""
+    def read(self, requests: Sequence[Request]) -> list[Answer]:
+        """Read some tokens of every text; answers in the order of the requests."""
         model, order = self._model, sorted(range(len(requests)), key=lambda place: requests[place].slot.row)
         batch = [requests[place] for place in order]
         counts = [len(request.tokens) for request in batch]
@@ -86,15 +95,21 @@ class JoinedPasses:
         outputs = self._pass(tokens, positions, mask, stored, places, 0 if last == count else last, hidden)
         if copied_from is not None:
             self.cache.write(stored, copied_from, places)
-        results: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)] * len(batch)
+        kept = None
+        if model.kept is not None:
+            kept = model.kept() if model.captured is None else model.captured.emptied()
+        answers = [Answer(outputs[0], None, None)] * len(batch)
         for row, (place, request) in enumerate(zip(order, batch, strict=True)):
-            kept: Any = slice(-(request.last or counts[row]), None)
+            scored: Any = slice(-(request.last or counts[row]), None)
             if request.rows is not None:
-                kept = request.rows + (count - counts[row])
-            scores = outputs[0][row, kept].float()
-            results[place] = scores, outputs[1][row, kept] if request.hidden else None
+                scored = request.rows + (count - counts[row])
+            answers[place] = Answer(
+                outputs[0][row, scored].float(),
+                outputs[1][row, scored] if request.hidden else None,
+                None if kept is None else kept[row, count - counts[row] :],
+            )
             request.slot.length += counts[row]
-        return results
+        return answers
 
     def _seen(self, batch: Sequence[Request], behind: np.ndarray[Any, Any], end: int) -> tuple[Tensor, Masks]:
         """Positions of the tokens, shape (texts, tokens), and what they see."""
@@ -180,7 +195,7 @@ def can_join(model: LanguageModel) -> bool:
             alone = model.fresh()
             alone.forward(tokens[: 2 + number])
             expected.append(alone.forward(drafted, tree).scores)
-        read = torch.cat([scores for scores, _ in passes.read(requests)])
+        read = torch.cat([answer.scores for answer in passes.read(requests)])
         known = torch.cat(expected)
         off = (read - known).abs().max() / known.std().clamp(min=1e-6)
         if not off < closeness(model.dtype):

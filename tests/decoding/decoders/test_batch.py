@@ -28,11 +28,12 @@ from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
 from specgym.decoding.decoders.threshold import ThresholdDecoder
-from specgym.decoding.models.joint.passes import JoinedPasses, Request
+from specgym.decoding.models.joint.passes import Answer, JoinedPasses, Request
 from specgym.decoding.models.kv_cache import TokenTree
 from specgym.decoding.models.language_model import LanguageModel
 from tests.helpers.architectures import Case, build
 from tests.helpers.known_distributions import exact_joint, p_value_of
+from tests.helpers.small_eagle_heads import small_head
 from tests.helpers.small_medusa_heads import random_heads
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -48,7 +49,7 @@ def joint_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     read = JoinedPasses.read
 
-    def counted(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor | None]]:
+    def counted(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
         counts.append(len(requests))
         return read(self, requests)
 
@@ -84,14 +85,21 @@ def test_plain_decoding_reads_all_texts_in_one_pass_a_token(make_model: MakeMode
     assert joint_passes[-NEW:] == [len(prompts)] * NEW
 
 
-@pytest.mark.parametrize("kind", ["tree", "lookahead", "medusa", "prompt-lookup"])
+@pytest.mark.parametrize("kind", ["tree", "lookahead", "medusa", "prompt-lookup", "eagle", "eagle tree"])
 def test_trees_and_windows_share_passes(
     make_model: MakeModel, make_noisy: MakeModel, reference: Reference, joint_passes: list[int], kind: str
 ) -> None:
     model = make_model("llama")
-    pair = Pair(model, PromptLookupDrafter(96) if kind == "prompt-lookup" else make_noisy(model, 0.02))
+    drafts: dict[str, Callable[[], Any]] = {
+        "prompt-lookup": lambda: PromptLookupDrafter(96),
+        "eagle": lambda: small_head(model),
+        "eagle tree": lambda: small_head(model),
+    }
+    pair = Pair(model, drafts.get(kind, lambda: make_noisy(model, 0.02))())
     decoders: dict[str, Callable[[], Decoder[Any]]] = {
         "tree": lambda: DraftTreeDecoder(pair),
+        "eagle": lambda: SpeculativeDecoder(pair),
+        "eagle tree": lambda: DraftTreeDecoder(pair),
         "lookahead": lambda: LookaheadDecoder(pair),
         "medusa": lambda: MedusaDecoder(pair, random_heads(model, spread=0.01)),
         "prompt-lookup": lambda: SpeculativeDecoder(pair),
@@ -141,10 +149,10 @@ def test_sampled_batches_follow_the_targets_distribution(
     assert p_value_of_batches(pair, decoder, 240) > 1e-3
     assert sum(joint_passes) > 2 * 240  # of the draft and of the target
 
-    def mixed_up(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor | None]]:
+    def mixed_up(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
         results = read(self, requests)
         return [
-            results[place - 1] if results[place - 1][0].shape == result[0].shape else result
+            results[place - 1] if results[place - 1].scores.shape == result.scores.shape else result
             for place, result in enumerate(results)
         ]
 
@@ -288,7 +296,7 @@ def test_tokens_of_a_growing_tree_are_read_beside_other_texts(make_model: MakeMo
     requests.append(Request(requests.pop().slot, torch.tensor([5, 2, 4, 4]), None, 9, 2, None, False))
     alone.truncate(9)
     expected[-1] = alone.forward(torch.tensor([5, 2, 4, 4]), TokenTree([-1, -1, 1, 0]).chain(4), last=2)
-    for (scores, hidden), known in zip(joint.read(requests), expected, strict=True):
-        torch.testing.assert_close(scores, known.scores, atol=1e-5, rtol=1e-5)
+    for answer, known in zip(joint.read(requests), expected, strict=True):
+        torch.testing.assert_close(answer.scores, known.scores, atol=1e-5, rtol=1e-5)
         if known.hidden is not None:
-            torch.testing.assert_close(hidden, known.hidden, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(answer.hidden, known.hidden, atol=1e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ from specgym.decoding.latency.measure import measure, measured
 from specgym.decoding.latency.probe import Uncertainty
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.models.joint.passes import JoinedPasses, Request
+from specgym.decoding.models.joint.passes import Answer, JoinedPasses, Request
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
 
@@ -261,7 +261,7 @@ def test_rounds_of_a_batch_are_rounds_of_real_texts(pair: Pair, monkeypatch: pyt
     seen: list[tuple[str, int, int, int]] = []
     read = JoinedPasses.read
 
-    def watched(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Any, Any]]:
+    def watched(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
         longest = max(len(request.tokens) for request in requests)
         name = "target" if self._model.model is pair.target.model else "draft"
         seen.append((name, len(requests), longest, min(request.slot.length for request in requests)))
@@ -277,7 +277,7 @@ def test_rounds_of_a_batch_are_rounds_of_real_texts(pair: Pair, monkeypatch: pyt
 def test_a_batch_whose_passes_take_longer_costs_more(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     read = JoinedPasses.read
 
-    def slow(self: JoinedPasses, requests: Sequence[Request]) -> list[tuple[Any, Any]]:
+    def slow(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
         time.sleep(0.05 if self._model.model is pair.target.model else 0.02)
         return read(self, requests)
 

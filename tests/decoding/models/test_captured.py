@@ -83,10 +83,10 @@ def walk_together(model: LanguageModel) -> list[Tensor]:
     for seed in range(3):
         for count, last, tree, hidden in ((1, 1, None, False), (5, None, TREE, True), (5, 2, None, False)):
             chosen = slots[::2] if seed == 2 else slots  # the first and the last, which are not next to each other
-            for scores, states in joint.read(
+            for answer in joint.read(
                 [Request(slot, some(count, seed), tree, slot.length, last, None, hidden) for slot in chosen]
             ):
-                results += [scores, states]
+                results += [answer.scores, answer.hidden]
     return [result for result in results if result is not None]
 
 
