@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too; before torch is imported
@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from specgym.decoding.models.joint.passes import Answer, JoinedPasses, Request
 from tests.helpers.table_models import TableModel, random_table
 from tests.helpers.warm_python import WarmPython
 
@@ -171,3 +172,17 @@ def make_table() -> Callable[..., TableModel]:
 def table_of() -> type[TableModel]:
     """The class `TableModel` itself."""
     return TableModel
+
+
+@pytest.fixture
+def joint_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of texts that were read in one pass each, as they come."""
+    counts: list[int] = []
+    read = JoinedPasses.read
+
+    def counted(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
+        counts.append(len(requests))
+        return read(self, requests)
+
+    monkeypatch.setattr(JoinedPasses, "read", counted)
+    return counts

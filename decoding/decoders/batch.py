@@ -6,7 +6,7 @@ read in one pass (`models/joint`). Texts come and go while others are under way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from ..rounds import Generation, Round
 from ..sampling import GREEDY, Sampling
 
 AnySession = TypeVar("AnySession", bound=Session[Any])
+Result = TypeVar("Result")
 
 
 class Batch:
@@ -45,6 +46,9 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sessions)
+
+    def __contains__(self, session: object) -> bool:
+        return session in self._texts
 
     def add(
         self,
@@ -93,22 +97,40 @@ class Batch:
                 round.
         """
         settings = self._settings(knobs)
-        works = [(self._texts[session], partial(session.step, settings[session])) for session in self.sessions]
-        with torch.inference_mode():
-            results = self._joining.together(works) if works else []
-        rounds: dict[Session[Any], Round] = {}
+        return self.together({session: partial(session.step, settings[session]) for session in self.sessions})
+
+    def together(self, works: Mapping[AnySession, Callable[[], Result]]) -> dict[AnySession, Result]:
+        """Let texts do a piece of work each, and read in one pass what several of them read with the same model.
+
+        For controllers outside: one text drafts (`SpeculativeSession.draft_one`) while another verifies. Those that are
+        finished then leave the batch.
+
+        Args:
+            works: by session, what its text does, with that session alone. The other texts do nothing.
+
+        Returns:
+            What each work returned, by session.
+
+        Raises:
+            ArgumentError: a session is not in the batch, before anything is done.
+            Exception: the first that a work raised. Its text has left the batch; the others have done their work.
+        """
+        if not all(session in self._texts for session in works):
+            raise ArgumentError("work is given for sessions that are not in this batch: finished, or of another one")
+        tasks = [(self._texts[session], work) for session, work in works.items()]
+        done: dict[AnySession, Result] = {}
         errors: list[Exception] = []
-        for session, result in list(zip(self.sessions, results, strict=True)):
+        for session, result in zip(works, self._joining.together(tasks) if tasks else [], strict=True):
             if isinstance(result, Exception):
                 errors.append(result)
                 self.leave(session, broken=True)
             else:
-                rounds[session] = result
+                done[session] = result
                 if session.finished:
                     self.leave(session)
         if errors:
             raise errors[0]
-        return rounds
+        return done
 
     @torch.inference_mode()
     def leave(self, session: Session[Any], *, broken: bool = False) -> None:

@@ -43,20 +43,6 @@ NEW = 20
 PROMPTS = [[5 + (7 * number + 3 * place) % 80 for place in range(1 + 5 * (number % 4))] for number in range(8)]
 
 
-@pytest.fixture
-def joint_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of texts that were read in one pass each, as they come."""
-    counts: list[int] = []
-    read = JoinedPasses.read
-
-    def counted(self: JoinedPasses, requests: Sequence[Request]) -> list[Answer]:
-        counts.append(len(requests))
-        return read(self, requests)
-
-    monkeypatch.setattr(JoinedPasses, "read", counted)
-    return counts
-
-
 WINDOWED = {
     "gemma3": Case("gemma3_text"),  # windows in some layers
     "mistral with a window": Case("mistral"),
@@ -183,6 +169,41 @@ def test_texts_come_and_go(make_model: MakeModel, make_noisy: MakeModel, referen
     assert sessions[1].tokens == expected[2][: len(sessions[1].tokens)]
     with pytest.raises(KnobError, match="not in this batch"):
         batch.step({sessions[1]: {}})
+
+
+def test_each_text_may_do_something_else(
+    make_model: MakeModel, make_noisy: MakeModel, reference: Reference, joint_passes: list[int]
+) -> None:
+    model = make_model("llama")
+    decoder = SpeculativeDecoder(Pair(model, make_noisy(model, 0.05)))
+    batch = Batch(3)
+    first, second, third = (batch.add(decoder, prompt, max_new_tokens=6) for prompt in PROMPTS[1:4])
+    drafted = batch.together({session: session.draft_one for session in (first, second, third)})
+    assert joint_passes == [3, 3]  # in the trial of the draft, too
+    assert [features is not None for features in drafted.values()] == [True] * 3
+    joint_passes.clear()
+    works: dict[Any, Callable[[], Any]] = {third: third.verify, first: first.verify, second: second.draft_one}
+    results = batch.together(works)
+    assert list(results) == [third, first, second]
+    assert joint_passes == [3, 2]  # in the trial of the target, and the two that were verified
+    assert first.tokens == list(results[first].tokens)
+    assert second.tokens == []
+    while not first.finished:
+        batch.together({first: first.verify})  # by itself
+    assert batch.sessions == [second, third]
+    with pytest.raises(ArgumentError, match="not in this batch: finished, or of another one"):
+        batch.together({second: second.verify, first: first.verify})
+    assert second.tokens == []
+
+    def fail() -> Any:
+        raise RuntimeError("as it may happen")
+
+    with pytest.raises(RuntimeError, match="as it may happen"):
+        batch.together({second: fail, third: third.verify})
+    assert batch.sessions == [third]
+    while not third.finished:
+        batch.together({third: third.verify})
+    assert [first.tokens, third.tokens] == reference(model, [PROMPTS[1], PROMPTS[3]], 6)
 
 
 def test_places_are_used_again(make_model: MakeModel, make_noisy: MakeModel) -> None:
