@@ -315,10 +315,6 @@ class DraftBackend(Protocol):
         """Let some texts be over."""
         ...
 
-
-class ReplayedDrafts(DraftBackend, Protocol):
-    """Recorded texts drafted side by side."""
-
     def clear(self) -> None:
         """Let all texts be over, with nothing known of them."""
         ...

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specgym.decoding import (
     GREEDY,
-    MOST_DRAFTS,
     ArgumentError,
     AutoregressiveDecoder,
     Decoder,
@@ -20,8 +18,6 @@ from specgym.decoding import (
     Pair,
     Round,
     Sampling,
-    SpeculativeDecoder,
-    SpeculativeSession,
     Split,
     TextRequest,
     build_decoder,
@@ -30,15 +26,10 @@ from specgym.decoding import (
 )
 
 from ..profiles import Profiles, profile_of
-from ..workloads import Workload, default_workload, per_workload
+from ..workloads import default_workload, per_workload
 from ..workloads import workload as named_workload
-from .backend import DraftSteps, Floats, Integers, Metrics
-from .chain_replay import DraftCharges
-from .choice_replay import ChoiceCharges
+from .backend import Floats, Integers, Metrics
 from .replay import Workloads, asked
-
-UNKNOWN = -1000
-"""`remaining_acceptable` in live decoding, which does not know it; no draft is that long."""
 
 
 class LiveBackend:
@@ -157,153 +148,6 @@ class LiveBackend:
     def last_text(self) -> tuple[Sequence[int], list[Round]]:
         """Return prompt and rounds of the text decoded last."""
         return self._last
-
-
-class _LiveTexts:
-    """Texts that a decoder decodes one at a time, drafted token by token. See `DraftBackend`.
-
-    Args:
-        workload: whose pair and prompts.
-        decoder: of the pair.
-        max_new_tokens: tokens of each text, at most.
-    """
-
-    def __init__(self, workload: Workload, decoder: SpeculativeDecoder, max_new_tokens: int) -> None:
-        self._decoder = decoder
-        self._texts = workload.prompt_ids()
-        self._sampling = workload.sampling
-        self._max_new_tokens = max_new_tokens
-        self._begun: SpeculativeSession | None = None
-        self.prompts: Sequence[Integers] = [np.arange(len(self._texts))]
-
-    @property
-    def over(self) -> NDArray[np.bool_]:
-        """True where the text has ended, or not begun, shape (1,)."""
-        return np.array([self._begun is None or self._begun.finished])
-
-    @property
-    def _session(self) -> SpeculativeSession:
-        assert self._begun is not None
-        return self._begun
-
-    def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
-        """Begin the text of a prompt."""
-        self._begun = self._decoder.start(
-            self._texts[int(prompts[0])],
-            max_new_tokens=self._max_new_tokens,
-            sampling=self._sampling,
-            seed=int(rng.integers(2**31)),
-        )
-
-    def leave(self, which: Integers) -> None:
-        """Let the text be over."""
-        if len(which):
-            self._begun = None
-
-    def _steps(self, *values: float) -> tuple[DraftSteps, Integers]:
-        return DraftSteps(*(np.array([value]) for value in values)), np.flatnonzero(self.over)
-
-
-class LiveDrafts(_LiveTexts):
-    """Drafts of the models, of one text at a time. See `DraftBackend`.
-
-    Args:
-        workload: whose pair and prompts.
-        charges: what time is charged by.
-        max_draft_length: longest draft, in tokens.
-        max_new_tokens: tokens of each text, at most.
-        batch_size: sequences decoded together.
-    """
-
-    def __init__(
-        self, workload: Workload, charges: DraftCharges, max_draft_length: int, max_new_tokens: int, batch_size: int
-    ) -> None:
-        decoder = SpeculativeDecoder(
-            workload.load(), max_draft_length, cost_ratio=charges.cost_ratio, batch_size=batch_size
-        )
-        super().__init__(workload, decoder, max_new_tokens)
-        self._charges = charges
-        self._place = 0  # tokens drafted so far
-
-    @property
-    def features(self) -> NDArray[np.float32]:
-        """Features of the draft, shape (1, 11)."""
-        return self._session.tracker.features
-
-    @property
-    def remaining_acceptable(self) -> Integers:
-        """`UNKNOWN`, shape (1,)."""
-        return np.array([UNKNOWN])
-
-    def begin(self, which: Integers, workloads: Integers, prompts: Integers, rng: np.random.Generator) -> None:
-        """Begin the text of a prompt, and draft its first token."""
-        super().begin(which, workloads, prompts, rng)
-        self._place = int(self._session.draft_one() is not None)
-
-    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
-        """Verify and draft the next (1), or draft one more token."""
-        session, charges = self._session, self._charges
-        if actions[0] != 1 and session.draft_one() is not None:
-            self._place += 1
-            return self._steps(0, float(charges.seconds[0, self._place - 1]), 0, 0, 0)
-        round_ = session.verify()
-        tokens, rounds, seconds = len(round_.tokens), 1, float(charges.seconds[1, self._place])
-        self._place = 0
-        while not session.finished:
-            if session.draft_one() is not None:
-                self._place = 1
-                break
-            tokens += len(session.verify().tokens)
-            rounds += 1
-            seconds += charges.empty_round
-        return self._steps(tokens, seconds, round_.drafted, round_.accepted, rounds)
-
-
-class LiveChoices(_LiveTexts):
-    """Texts of a pair with several drafts, one at a time. See `ChoiceBackend`.
-
-    Args:
-        workload: whose pair and prompts.
-        charges: what time is charged by.
-        max_draft_length: longest draft, in tokens.
-        max_new_tokens: tokens of each text, at most.
-
-    Raises:
-        ValueError: the charges are of other drafts than the pair has.
-    """
-
-    def __init__(self, workload: Workload, charges: ChoiceCharges, max_draft_length: int, max_new_tokens: int) -> None:
-        decoder = SpeculativeDecoder(workload.load(), max_draft_length, costs=charges.profile)
-        super().__init__(workload, decoder, max_new_tokens)
-        self._charges = charges
-
-    @property
-    def features(self) -> NDArray[np.float32]:
-        """Features of the drafts, shape (1, features)."""
-        return self._session.look().tracker.features
-
-    @property
-    def available(self) -> NDArray[np.bool_]:
-        """Drafts that can propose the next token, shape (1, `MOST_DRAFTS`)."""
-        available = self._session.look().available
-        return np.pad(available, (0, MOST_DRAFTS - len(available)))[None]
-
-    @property
-    def remaining_acceptable(self) -> Integers:
-        """`UNKNOWN`, shape (1, `MOST_DRAFTS`)."""
-        return np.full((1, MOST_DRAFTS), UNKNOWN)
-
-    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
-        """Draft a token with the draft that the action names (from 1), or verify."""
-        session, charges, draft = self._session, self._charges, int(actions[0]) - 1
-        choice = session.look()
-        seconds = charges.decision_seconds if choice.available.any() else 0.0
-        unread = choice.tracker.unread[0].copy()
-        if draft >= 0 and session.draft_one(draft) is not None:
-            return self._steps(0, seconds + float(charges.drafting[draft, unread[draft]]), 0, 0, 0)
-        round_ = session.verify()
-        seconds += float(charges.verifying[round_.drafted])
-        return self._steps(len(round_.tokens), seconds, round_.drafted, round_.accepted, 1)
 
 
 def measure_setting(

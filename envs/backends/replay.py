@@ -129,7 +129,7 @@ def require_single(env: str, **arguments: Any) -> None:
         if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
             raise ArgumentError(
                 f"{name}: {env} is about a single workload, got {len(value)} in a {type(value).__name__}; give one, or "
-                f"make replayed ones that step together, gymnasium.make_vec(..., num_envs={max(len(value), 1)}, "
+                f"make several that step together, gymnasium.make_vec(..., num_envs={max(len(value), 1)}, "
                 f"{name}=[...])"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,8 +17,10 @@ from ..profiles import mixed_profile_of
 from ..recordings.find import counted_chances, find_mixed_trace
 from ..recordings.mixed_trace import MixedTrace
 from ..workloads import Workload, constructor
-from .control_env import FIRST, ControlEnv, checked_lengths
+from .control_env import FIRST, ControlEnv, checked_lengths, find_live
 
+Find = Callable[..., tuple[MixedTrace | None, Workload]]
+"""Finds a mixed trace, or None for live decoding, and its workload."""
 MEANING = f"0 (verify) or the number of a draft, 1 to {MOST_DRAFTS}"
 
 
@@ -160,31 +163,19 @@ class DraftChoiceEnv(ControlEnv):
     ) -> None:
         backend = self._check(workload, recording, backend, source, split, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
-        trace: MixedTrace | None = None
-        if backend == "replay":
-            if recording is None and workload is None:
-                workload = self.default_workload
-            trace, named = find_mixed_trace(recording, workload, split)
-        else:
-            named = self._live_workload(workload, split)
-            from specgym.decoding import require_choice  # which imports torch; a replay needs none
-
-            require_choice(named.load())
-        costs = mixed_profile_of(
-            named, profile, replayed=backend == "replay", drafts=None if trace is None else trace.drafts
-        )
-        chances = counted_chances(named, costs) if trace is None else trace.chances
-        self._charges = ChoiceCharges.of(
-            costs.with_chances(chances), max_draft_length, max_new_tokens, decision_seconds
-        )
+        if recording is None and workload is None:
+            workload = self.default_workload
+        find: Find = find_live if backend == "live" else find_mixed_trace
+        trace, named = find(recording, workload, split)
+        self._charges = choice_charges(trace, named, profile, max_draft_length, max_new_tokens, decision_seconds)
         self._choices: ChoiceBackend
         if trace is not None:
             table = ChoiceTable([trace], max_draft_length, max_new_tokens)
             self._choices = ChoiceReplay(table, [self._charges], FIRST)
         else:
-            from ..backends.live import LiveChoices  # likewise
+            from .live import LiveChoices  # which imports torch; a replay needs none
 
-            self._choices = LiveChoices(named, self._charges, max_draft_length, max_new_tokens)
+            self._choices = LiveChoices([named], [self._charges], FIRST, max_draft_length, max_new_tokens)
         self._set_up(named, self._choices, self._charges.autoregressive_seconds, CHOICE_FEATURES, 1 + MOST_DRAFTS)
 
     @property
@@ -195,6 +186,39 @@ class DraftChoiceEnv(ControlEnv):
     def action_masks(self) -> NDArray[np.bool_]:
         """Actions that do what they say, shape (7,), as MaskablePPO of sb3-contrib asks for them."""
         return action_masks(self._choices)[0]
+
+
+def choice_charges(
+    trace: MixedTrace | None,
+    named: Workload,
+    profile: MixedProfile | str | Path | None,
+    max_draft_length: int,
+    max_new_tokens: int,
+    decision_seconds: float,
+) -> ChoiceCharges:
+    """Return what the time of a workload is charged by.
+
+    Args:
+        trace: its recording; None for live decoding.
+        named: the workload.
+        profile: as for `DraftChoiceEnv`, as is the rest.
+        max_draft_length: likewise.
+        max_new_tokens: likewise.
+        decision_seconds: likewise.
+
+    Raises:
+        ValueError: as for `DraftChoiceEnv`.
+    """
+    if trace is None:
+        from specgym.decoding import require_choice  # which imports torch; a replay needs none
+
+        require_choice(named.load())
+        costs = mixed_profile_of(named, profile, replayed=False)
+        chances = counted_chances(named, costs)
+    else:
+        costs = mixed_profile_of(named, profile, replayed=True, drafts=trace.drafts)
+        chances = trace.chances
+    return ChoiceCharges.of(costs.with_chances(chances), max_draft_length, max_new_tokens, decision_seconds)
 
 
 def action_masks(choices: ChoiceBackend) -> NDArray[np.bool_]:

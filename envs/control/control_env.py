@@ -65,13 +65,7 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         self._rate = checked_rate(rate)
         number("decision_seconds", decision_seconds, at_least=0)
         one_of("render_mode", render_mode, (None, "rgb_array"))
-        if recording is not None and backend == "live":
-            raise ArgumentError("recording is for backend='replay'; the backend is 'live'")
         return backend
-
-    def _live_workload(self, workload: str | Workload | None, split: Split | None) -> Workload:
-        named = named_workload(workload or self.default_workload)
-        return named if split is None else named.with_split(split)
 
     def _set_up(
         self,
@@ -188,6 +182,19 @@ def observation_space(features: Sequence[Feature]) -> spaces.Box[np.float32]:
     """Return the space of some features, float32, shape (features,)."""
     low, high = (np.array([getattr(feature, end) for feature in features], np.float32) for end in ("low", "high"))
     return spaces.Box(low, high)
+
+
+def find_live(recording: Any, name: str | Workload | None, split: Split | None = None) -> tuple[None, Workload]:
+    """Find a workload to be decoded live; the arguments are those of `find_trace`, and no trace is returned.
+
+    Raises:
+        ValueError: a recording is given.
+        WorkloadError: the workload's name is not known.
+    """
+    if recording is not None:
+        raise ArgumentError("recording is for backend='replay'; the backend is 'live'")
+    named = named_workload(name or DEFAULT_WORKLOAD)
+    return None, named if split is None else named.with_split(split)
 
 
 def checked_lengths(max_draft_length: int, max_new_tokens: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Base of the vector environments that control drafts of thousands of recorded texts at once, in NumPy."""
+"""Base of the vector environments that control drafts of many texts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from specgym.decoding import ArgumentError, Feature, number, one_of, whole_number
 
-from ..backends.backend import BackendName, DraftSteps, ReplayedDrafts, backend_of
+from ..backends.backend import BackendName, DraftBackend, DraftSteps, backend_of
 from ..prompt_order import PromptOrder, shared_seed
 from ..workloads import reset_options
 from .control_env import observation_space
@@ -29,7 +29,7 @@ _OPTIONS = ("prompt",)
 
 
 class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
-    """Base of the vector environments that control drafts of recorded texts.
+    """Base of the vector environments that control drafts of many texts, recorded or live.
 
     Attributes:
         autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
@@ -38,7 +38,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         workload_of: each environment's workload, an index into them, shape (num_envs,).
         points: the operating points.
         point_of: each environment's operating point, an index into them, shape (num_envs,).
-        prompt_counts: how many prompts each workload's trace has, in order.
+        prompt_counts: how many prompts each workload has, in order.
     """
 
     # Gymnasium's own vector environments have it as an attribute, too, and torchrl 0.14 (envs/libs/gym.py) reads that.
@@ -56,30 +56,26 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         render_mode: Literal["rgb_array"] | None,
         rate: float,
         decision_seconds: float,
-    ) -> None:
-        """Check and keep arguments of a constructor.
+    ) -> BackendName:
+        """Check and keep arguments of a constructor, and return the backend that they ask for.
 
         Raises:
             ValueError: one is out of range.
         """
         one_of("render_mode", render_mode, (None, "rgb_array"))
         backend = backend_of(backend, source, "replay")
-        if backend != "replay":
-            raise ArgumentError(
-                f"backend must be 'replay' here, got {backend!r}; live environments stand side by side with "
-                "gymnasium.make_vec(..., vectorization_mode='sync')"
-            )
         self.num_envs = whole_number("num_envs", num_envs)
         if max_episode_steps is not None:
             max_episode_steps = whole_number("max_episode_steps", max_episode_steps)
         self._max_episode_steps = max_episode_steps
         self._first_rate = checked_rate(rate)
         number("decision_seconds", decision_seconds, at_least=0)
+        return backend
 
     def _set_up(
         self,
         places: OperatingPoints[Any, Any],
-        drafts: Callable[[Indices], ReplayedDrafts],
+        drafts: Callable[[Indices], DraftBackend],
         features: Sequence[Feature],
         actions: int,
     ) -> None:
@@ -87,14 +83,15 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
 
         Args:
             places: where the environments are.
-            drafts: returns the recorded texts, by each environment's operating point.
+            drafts: returns the texts, by each environment's operating point.
             features: that are observed.
             actions: how many there are.
 
         Raises:
             ValueError: there are fewer environments than operating points.
         """
-        num_envs, self.workload_names, self.points = self.num_envs, places.workloads, places.points
+        num_envs, self.points = self.num_envs, places.points
+        self.workload_names = tuple(named.name for named in places.workloads)
         if num_envs < len(self.points):
             raise ArgumentError(
                 f"num_envs must be at least {len(self.points)}, one for each workload with each batch size, got "
@@ -209,6 +206,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         Raises:
             ValueError: there is no such action, or there are too many or too few.
             gymnasium.error.ResetNeeded: before the first `reset`.
+            NumericalError: the target gave NaN logits for a text, which is over; `reset` begins others.
         """
         if not self._started:
             raise gymnasium.error.ResetNeeded("call reset before the first step")
@@ -282,7 +280,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         if len(wrong):
             place = self.workload_of[wrong[0]]
             raise ArgumentError(
-                f"reset option prompt: the trace of {self.workload_names[place]} has prompts 0 to "
+                f"reset option prompt: {self.workload_names[place]} has prompts 0 to "
                 f"{self.prompt_counts[place] - 1} (-1 for none), got {chosen[wrong[0]]}"
             )
         return chosen.astype(np.intp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,7 +14,10 @@ from ..profiles import profile_of
 from ..recordings.find import find_trace
 from ..recordings.trace import Trace
 from ..workloads import Workload, constructor
-from .control_env import FIRST, ControlEnv, checked_lengths
+from .control_env import FIRST, ControlEnv, checked_lengths, find_live
+
+Find = Callable[..., tuple[Trace | None, Workload]]
+"""Finds a trace, or None for live decoding, and its workload."""
 
 
 class DraftLengthEnv(ControlEnv):
@@ -141,11 +145,8 @@ class DraftLengthEnv(ControlEnv):
     ) -> None:
         backend = self._check(workload, recording, backend, source, split, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
-        trace: Trace | None = None
-        if backend == "replay":
-            trace, named = find_trace(recording, workload, split)
-        else:
-            named = self._live_workload(workload, split)
+        find: Find = find_live if backend == "live" else find_trace
+        trace, named = find(recording, workload, split)
         self._charges = DraftCharges.of(
             profile_of(named, profile, replayed=backend == "replay"),
             max_draft_length,
@@ -158,9 +159,9 @@ class DraftLengthEnv(ControlEnv):
             table = DraftTable([trace], max_draft_length, max_new_tokens)
             drafts = DraftReplay(table, [self._charges], [batch_size], FIRST)
         else:
-            from ..backends.live import LiveDrafts  # which imports torch; a replay needs none
+            from .live import LiveDrafts  # which imports torch; a replay needs none
 
-            drafts = LiveDrafts(named, self._charges, max_draft_length, max_new_tokens, batch_size)
+            drafts = LiveDrafts([named], [self._charges], [batch_size], FIRST, max_draft_length, max_new_tokens)
         self._set_up(named, drafts, self._charges.autoregressive_seconds, FEATURES, 2)
 
     @property

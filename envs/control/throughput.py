@@ -94,14 +94,14 @@ class OperatingPoints(Generic[Recorded, Charges]):
     """Operating points of some environments: every workload with every batch size.
 
     Attributes:
-        workloads: names, in order.
-        traces: of each workload.
+        workloads: in order, each with its split.
+        recordings: of each workload; None where it is decoded live.
         points: all batch sizes of the first workload, then those of the next.
         charges: of time at each point.
     """
 
-    workloads: tuple[str, ...]
-    traces: tuple[Recorded, ...]
+    workloads: tuple[Workload, ...]
+    recordings: tuple[Recorded, ...]
     points: tuple[OperatingPoint, ...]
     charges: tuple[Charges, ...]
 
@@ -117,11 +117,12 @@ class OperatingPoints(Generic[Recorded, Charges]):
         find: Callable[[Any, Any, Split | None], tuple[Recorded, Workload]],
         charge: Callable[[Recorded, Workload, Any, int], Charges],
     ) -> OperatingPoints[Recorded, Charges]:
-        """Find recordings and profiles.
+        """Find workloads, recordings and profiles.
 
         Args:
             workload: and what follows, up to `batch_size`: as for `DraftLengthVectorEnv`.
-            find: returns a recording and its workload, by what was given of each and the split.
+            find: returns a recording, or None for live decoding, and its workload, by what was given of each and the
+                split.
             charge: returns the charges of a recording and workload, by the profile that was given and a batch size.
 
         Raises:
@@ -129,7 +130,7 @@ class OperatingPoints(Generic[Recorded, Charges]):
         """
         names = asked(workload, recording)
         recordings = per_workload("recording", recording, list(map(str, names)))
-        traces, workloads = zip(
+        kept, workloads = zip(
             *(find(value, name, split) for value, name in zip(recordings, names, strict=True)), strict=True
         )
         known = tuple(named.name for named in workloads)
@@ -139,12 +140,12 @@ class OperatingPoints(Generic[Recorded, Charges]):
         sizes = sequence_of("batch_size", batch_size if several else [batch_size], whole_number, distinct=True)
         profiles = per_workload("profile", profile, known, shared=True)
         return cls(
-            workloads=known,
-            traces=traces,
+            workloads=workloads,
+            recordings=kept,
             points=tuple(OperatingPoint(name, size) for name in known for size in sizes),
             charges=tuple(
                 charge(trace, named, value, size)
-                for trace, named, value in zip(traces, workloads, profiles, strict=True)
+                for trace, named, value in zip(kept, workloads, profiles, strict=True)
                 for size in sizes
             ),
         )

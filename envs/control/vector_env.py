@@ -1,4 +1,4 @@
-"""Vector environment that controls the draft length of thousands of recorded texts at once, in NumPy."""
+"""Vector environment that controls the draft length of many texts at once: thousands of recorded ones, or live."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any, ClassVar, Literal
 
 from specgym.decoding import FEATURES, Split
 
-from ..backends.backend import BackendName
+from ..backends.backend import BackendName, DraftBackend
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
 from ..backends.replay import Workloads
 from ..profiles import Profiles, profile_of
 from ..recordings.find import Recordings, find_trace
 from ..recordings.trace import Trace
 from ..workloads import Workload, constructor
-from .control_env import checked_lengths
-from .control_vector_env import ControlVectorEnv
+from .control_env import checked_lengths, find_live
+from .control_vector_env import ControlVectorEnv, Indices
+from .env import Find
 from .throughput import OperatingPoints
 
 
 class DraftLengthVectorEnv(ControlVectorEnv):
-    """Many environments of `DraftLengthEnv` on recorded traces, each step a few operations on arrays.
+    """Many environments of `DraftLengthEnv` that step together; on recorded traces a step is a few array operations.
 
     Actions, observations, rewards and the end of an episode are those of `DraftLengthEnv`, and the same numbers. The
     environments are spread evenly over the operating points, every workload with every batch size, and each stays at
-    its own. All environments of a workload together take every prompt before any comes again. Pickles and copies go on
-    where the original stands.
+    its own. All environments of a workload together take every prompt before any comes again. Pickles and copies of
+    replayed ones go on where the original stands.
 
     A text that ends is followed by another in the same step (`AutoresetMode.SAME_STEP`): the observation is that of the
     new text, and `infos` has the old one's as `final_obs`, an array of objects, with `final_info`. The entries
@@ -34,24 +35,26 @@ class DraftLengthVectorEnv(ControlVectorEnv):
     `total_tokens`, `total_seconds` and `throughput`.
 
     To decode chosen prompts once, for instance to evaluate: `reset(options={"prompt": indices})`, an index for each
-    environment, into the prompts of its workload's trace, or -1 for none. An environment whose text has ended then
+    environment, into the prompts of its workload, or -1 for none. An environment whose text has ended then
     rests: it is not charged and emits nothing until the next `reset`; `resting` tells which do.
 
     Args:
         num_envs: environments, at least one for each operating point.
         workload: a name, or several; by default that of a given recording, or else `"tiny/prose"`.
         split: `"train"` or `"test"`; by default that of the given recordings, or else `"train"`.
-        max_draft_length: tokens that a draft may have, 1 to 32 and at most what the traces hold.
-        max_new_tokens: tokens of each text, at most what the traces hold.
+        max_draft_length: tokens that a draft may have, 1 to 32; in replay at most what the traces hold.
+        max_new_tokens: tokens of each text, at most; in replay at most what the traces hold.
         profile: a `LatencyProfile` or a file with one, for all workloads, one for each in order, or a mapping from
-            their names; by default the reference profile of each workload's pair (`specgym.envs.profiles`).
-        recording: a `Trace` or a file with one, one for each workload in order, or a mapping from their names; by
-            default those that ship.
+            their names; by default the reference profile of each workload's pair (`specgym.envs.profiles`), live that
+            measured on this hardware.
+        recording: for replay, a `Trace` or a file with one, one for each workload in order, or a mapping from their
+            names; by default those that ship.
         batch_size: sequences decoded together, or several such numbers; the profiles must cover them.
         context: tokens read before, for the profiles; by default each one's own.
         rate: price of time in the beginning, for all operating points.
         decision_seconds: charged for every decision.
-        backend: `"replay"`. `gymnasium.make_vec(..., vectorization_mode="sync")` makes live ones side by side.
+        backend: `"replay"`, the default, looks up recordings. `"live"` runs the models, all texts of a step in one
+            batch, so that their passes are joined; time is charged by the profile, as if each text were alone.
         max_episode_steps: after how many steps an episode is cut; by default only the end of the text ends it.
         source: a second name of `backend`, for libraries that take a `backend` for themselves.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
@@ -62,7 +65,7 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         workload_of: each environment's workload, an index into them, shape (num_envs,).
         points: the operating points.
         point_of: each environment's operating point, an index into them, shape (num_envs,).
-        prompt_counts: how many prompts each workload's trace has, in order.
+        prompt_counts: how many prompts each workload has, in order.
 
     Raises:
         ValueError: an argument is out of range; the message says which. `TraceError`, `WorkloadError` and
@@ -90,19 +93,30 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         source: BackendName | None = None,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
-        self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
+        backend = self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
 
-        def charge(_: Trace, named: Workload, value: Any, size: int) -> DraftCharges:
+        def charge(trace: Trace | None, named: Workload, value: Any, size: int) -> DraftCharges:
             return DraftCharges.of(
-                profile_of(named, value, replayed=True),
+                profile_of(named, value, replayed=trace is not None),
                 max_draft_length,
                 batch_size=size,
                 context=context,
                 decision_seconds=decision_seconds,
             )
 
-        places = OperatingPoints.find(workload, split, recording, profile, batch_size, find=find_trace, charge=charge)
-        table = DraftTable(places.traces, max_draft_length, max_new_tokens)
+        find: Find = find_live if backend == "live" else find_trace
+        places = OperatingPoints.find(workload, split, recording, profile, batch_size, find=find, charge=charge)
         batch_sizes = [point.batch_size for point in places.points]
-        self._set_up(places, lambda point_of: DraftReplay(table, places.charges, batch_sizes, point_of), FEATURES, 2)
+
+        def begin(point_of: Indices) -> DraftBackend:
+            traces = [trace for trace in places.recordings if trace is not None]
+            if traces:
+                table = DraftTable(traces, max_draft_length, max_new_tokens)
+                return DraftReplay(table, places.charges, batch_sizes, point_of)
+            from .live import LiveDrafts  # which imports torch; a replay needs none
+
+            lengths = max_draft_length, max_new_tokens
+            return LiveDrafts(places.workloads, places.charges, batch_sizes, point_of, *lengths)
+
+        self._set_up(places, begin, FEATURES, 2)

@@ -14,8 +14,8 @@ from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.latency.profile import LatencyProfile
 from specgym.decoding.loading.pair import Pair
 from specgym.envs import Workload
-from specgym.envs.backends.live import UNKNOWN
 from specgym.envs.control.env import DraftLengthEnv
+from specgym.envs.control.live import UNKNOWN
 from specgym.envs.recordings.trace import Trace
 from tests.helpers.drafted_texts import GO, LONGEST, PLACE, PRODUCT, PROMPTS, STOP, TOKENS, play
 

@@ -17,7 +17,7 @@ from specgym.decoding import (
     ChoiceRule,
 )
 from specgym.envs import DraftChoiceEnv, Workload
-from specgym.envs.backends.live import UNKNOWN
+from specgym.envs.control.live import UNKNOWN
 from specgym.envs.recordings.mixed_trace import MixedTrace
 from tests.helpers.drafted_texts import PLACE, PRODUCT, PROMPTS, TOKENS
 
@@ -74,10 +74,10 @@ def test_greedy_replay_is_live_decoding(make_env: MakeEnv, mixed: Mixed, kind: s
                     drafted_by, sound = [], True
                 else:
                     drafted_by.append(action - 1)
-                    step = live._choices._session._drafted[-1]  # type: ignore[attr-defined]
+                    step = live._choices.sessions[0]._drafted[-1]  # type: ignore[attr-defined]
                     place = emitted + len(drafted_by) - 1
                     sound = sound and place + 1 < len(text) and int(step.token) == text[place]
-            assert live._choices._session.tokens == text  # type: ignore[attr-defined]
+            assert live._choices.sessions[0].tokens == text  # type: ignore[attr-defined]
     assert handed_over > 40
     assert behind_a_wrong_token > 0
     assert models_behind_one > 10

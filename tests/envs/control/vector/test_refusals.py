@@ -40,8 +40,8 @@ def test_bad_actions_are_refused(traces: dict[str, Trace], profile: LatencyProfi
         ({"places": 1}, "unknown reset option 'places'; there are: prompt"),
         ({"prompt": [0, 1]}, r"reset option prompt has shape \(6,\)"),
         ({"prompt": np.full(6, 0.5)}, r"reset option prompt has shape \(6,\), an index for each"),
-        ({"prompt": [0, 0, 0, 3, 0, 0]}, "the trace of tiny/code has prompts 0 to 2 .*, got 3"),
-        ({"prompt": [-2, 0, 0, 0, 0, 0]}, "the trace of tiny/prose has prompts 0 to 4 .*, got -2"),
+        ({"prompt": [0, 0, 0, 3, 0, 0]}, "tiny/code has prompts 0 to 2 .*, got 3"),
+        ({"prompt": [-2, 0, 0, 0, 0, 0]}, "tiny/prose has prompts 0 to 4 .*, got -2"),
     ],
 )
 def test_bad_options_are_refused(
@@ -72,7 +72,7 @@ def test_bad_rates_are_refused_and_change_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "live"}, "backend must be 'replay' here, got 'live'; .*vectorization_mode='sync'"),
+        ({"backend": "live"}, "recording is for backend='replay'; the backend is 'live'"),
         ({"num_envs": 1}, "num_envs must be at least 2, one for each workload with each batch size, got 1"),
         ({"max_draft_length": 5}, r"drafts of 4 tokens, and max_draft_length is 5"),
         ({"max_draft_length": 0}, "max_draft_length must be a whole number from 1 to 32"),
