@@ -117,6 +117,13 @@ PRESETS: dict[str, PairPreset] = {
             f"smollm2-draft-2l,smollm2-draft-4l,{NGRAM},{PROMPT_LOOKUP},{SUFFIX}",
             "a real 135M chat model, drafts chosen round by round",
         ),
+        PairPreset(
+            "translator",
+            "tiny-translator",
+            "tiny-translator-draft-1l",
+            "shipped; English to German: a target with an encoder, which its draft shares",
+        ),
+        PairPreset("translator-lookup", "tiny-translator", PROMPT_LOOKUP, "shipped; the same target, drafts copied"),
         PairPreset("tiny-10m", "tiny-10m", None, "shipped; no draft: for decoders that need none"),
         PairPreset("tiny-3m", "tiny-3m", None, "shipped; the smallest target, no draft"),
         PairPreset("smollm2", SMOLLM2, None, "a real 135M chat model, no draft"),

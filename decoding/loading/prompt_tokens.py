@@ -62,6 +62,8 @@ def prompt_limit(pair: Pair, asked: int | None) -> tuple[int, str]:
     """Tokens of a prompt, at most, and the reason in words: what is asked for, or the room in the shortest context."""
     from ..drafts.mixed import draft_models  # which imports torch; whoever only cuts texts needs none
 
+    if (longest := pair.target.source_limit) is not None:
+        return min(asked or longest, longest), f"the longest source asked for, or that {pair.target.name} reads"
     models = [pair.target, *draft_models(pair.draft)]
     shortest = min(models, key=lambda model: model.context_limit)
     context = shortest.context_limit

@@ -126,6 +126,8 @@ def record(
 def chances_for(named: Workload) -> KeepChances:
     """Return how often the drafted tokens of a workload are kept: by its shipped trace, or else measured now.
 
+    Of a target that reads chains alone they are assumed (`KeepChances.assumed`).
+
     Args:
         named: a workload with a draft; it is loaded where no trace of it ships. A few training prompts are then
             decoded, once in this process.
@@ -134,6 +136,8 @@ def chances_for(named: Workload) -> KeepChances:
         return find_trace(None, named, "train")[0].chances
     except TraceError:
         pass
+    if not named.load().target.branches:  # of which no trace can be recorded
+        return KeepChances.assumed()
     key = (id(named.load()), named.name, named.sampling)
     if key not in _measured:
         texts = _Texts(named, RecordSettings())

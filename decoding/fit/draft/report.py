@@ -18,7 +18,7 @@ from ...loading.checkpoint import load_checkpoint, save_checkpoint
 from ...loading.link import Link
 from ...loading.pair import Pair
 from ...loading.prompt_tokens import encode, must_cut
-from ...prompts import load_prompts, shipped_prompts
+from ...prompts import load_prompts
 from ...rounds import Generation
 from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
@@ -29,6 +29,10 @@ _ALPHA = (
     "Alpha is the mean of the sum over tokens of min(target, draft) at temperature 1: the chance that a token drafted "
     "there is accepted."
 )
+
+
+_SETS = ("chat", "code", "definitions", "prose")
+"""Shipped prompt sets of texts to be continued."""
 
 
 @dataclass
@@ -139,7 +143,7 @@ def shipped_test_prompts(pair: Pair, settings: ReportSettings) -> dict[str, list
     room = pair.target.context_limit - settings.report_tokens
     why = f"so that --report-tokens {settings.report_tokens} fit into {pair.target.name}'s context"
     prompts: dict[str, list[list[int]]] = {}
-    for name in shipped_prompts():
+    for name in _SETS:
         prompt_set = load_prompts(name, limit=settings.report_prompts)
         whole = encode(prompt_set, "test", pair.tokenizer)
         cut = must_cut(f"report on {name}", "test", whole, room, why)

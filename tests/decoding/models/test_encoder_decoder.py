@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter, SuffixDrafter
+from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.errors import ArgumentError, PromptError, UnsupportedModelError
-from specgym.decoding.loading.pair import Pair
+from specgym.decoding.loading.pair import Pair, load_pair
 from specgym.decoding.models.early_exit import EarlyExit
 from specgym.decoding.models.encoder.encoder_decoder import EncoderDecoder
 from specgym.decoding.models.language_model import LanguageModel
+from specgym.decoding.prompts import load_prompts
 from specgym.decoding.sampling import Sampling
 from tests.helpers.encoder_decoders import KINDS, SOURCE, encoder_decoder, noisy_decoder, stock_tokens
 from tests.helpers.known_distributions import PROMPT, distance, walk
@@ -230,3 +233,27 @@ def test_a_reading_that_keeps_wrong_tokens_is_found_out(monkeypatch: pytest.Monk
     monkeypatch.setattr(EncoderDecoder, "keep", lambda self, path: None)
     with pytest.raises(UnsupportedModelError, match="other logits in a chain of candidates"):
         LanguageModel(encoder_decoder("t5", layers=3))
+
+
+def test_the_shipped_translator_and_its_draft_share_an_encoder_and_write_what_generate_writes() -> None:
+    pair = load_pair("translator", device="cpu")
+    (draft,), target = draft_models(pair.draft), pair.target
+    assert isinstance(draft, EncoderDecoder)
+    assert draft.shares_encoder_with(target.model)
+    assert draft.model.get_input_embeddings().weight is target.model.get_input_embeddings().weight
+    decoder, accepted = SpeculativeDecoder(pair), 0
+    for prompt in load_prompts("interface").test[:3]:
+        text = decoder.generate(prompt, max_new_tokens=TOKENS, knobs={"draft_length": 3})
+        # transformers 5.23 makes a cache of as many layers as the encoder has, which are fewer.
+        stock = stock_tokens(target.model, pair.encode(prompt), max_new_tokens=TOKENS, use_cache=False)
+        assert text.tokens == stock
+        accepted += sum(round_.accepted for round_ in text.rounds)
+    assert accepted > 10
+
+
+def test_thresholds_are_tuned_live_on_the_translator() -> None:
+    env = gymnasium.make("specgym/Thresholds-v0", workload="translator/interface", backend="live", max_new_tokens=8)
+    env.reset(seed=0)
+    *_, info = env.step(env.action_space.sample())
+    assert 0 <= info["draft_acceptance_rate"] <= 1
+    env.close()

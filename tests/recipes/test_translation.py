@@ -1,0 +1,80 @@
+"""The toy translators: what is read of a wheel, batches of sentence pairs, and a draft with its target's encoder."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from recipes.translation import SentencePair, choose_prompts, read_sentences
+from recipes.translator import SentenceBatches
+from recipes.translator_draft import take_decoder_layers
+from specgym.decoding.errors import FitError
+
+
+def test_pairs_are_read_once_and_what_is_alike_is_on_one_side(tmp_path: Path) -> None:
+    texts = {f"text{number}": f"Open the door of room {letter * 3}" for number, letter in enumerate("abcdefghijklmnop")}
+    english = {"state": texts, "same": "Wi-Fi router", "link": "See https://example.org now", "one": "Turn it on"}
+    german = {
+        "state": {key: f"Tür {value}" for key, value in texts.items()},
+        "same": "Wi-Fi router",
+        "one": "Schalte ein",
+    }
+    german["link"] = "Siehe https://example.org jetzt"
+    wheel = tmp_path / "package.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for place in ("a", "b"):
+            archive.writestr(
+                f"{place}/translations/en.json", json.dumps({**english, "more": f"Turn it ON {place == 'b'}"})
+            )
+            archive.writestr(f"{place}/translations/de.json", json.dumps({**german, "more": "Schalte es ein"}))
+    sentences = read_sentences(wheel)
+    pairs = [*sentences.train, *sentences.held_out]
+    read = {pair.english for pair in pairs}
+    assert len(read) == len(pairs) == len(texts) + 3
+    assert not {"Wi-Fi router", "See https://example.org now"} & read
+    assert SentencePair("Turn it on", "Schalte ein") in pairs
+    assert sentences.held_out or len(sentences.train) == len(pairs)
+
+
+def test_an_epoch_has_every_pair_once_in_batches_that_are_not_too_large() -> None:
+    pairs = [([1] * (1 + number % 7), [2] * (1 + number % 11)) for number in range(200)]
+    batches = SentenceBatches(pairs, 64, seed=0)
+    steps = len(batches._ends) - 1
+    first = [batches(step) for step in range(steps)]
+    assert sorted(torch.cat(first).tolist()) == list(range(200))
+    assert max(sum(len(pairs[number][0]) + len(pairs[number][1]) for number in batch) for batch in first) <= 1.3 * 64
+    assert not all(map(torch.equal, first, [batches(steps + step) for step in range(steps)]))
+    assert all(map(torch.equal, first, [batches(step) for step in range(steps)]))
+
+
+def test_prompts_are_long_and_on_one_side_each() -> None:
+    pairs = [SentencePair("x" * (40 + number), str(number)) for number in range(60)]
+    train, test = choose_prompts(pairs, 10, 8, 60, seed=0)
+    assert (len(train), len(test), len({*train, *test})) == (10, 8, 18)
+    assert all(len(pair.english) >= 60 for pair in (*train, *test))
+    with pytest.raises(FitError, match="40 held-out texts have 60 characters, and 41 are needed"):
+        choose_prompts(pairs, 40, 1, 60, seed=0)
+
+
+@pytest.mark.parametrize("chosen", [(0,), (2, 1)])
+def test_a_draft_of_decoder_layers_shares_all_else(chosen: tuple[int, ...]) -> None:
+    shape: Any = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 3, "num_heads": 2}
+    target = T5ForConditionalGeneration(T5Config(vocab_size=32, **shape)).eval()
+    draft, shared = take_decoder_layers(target, chosen)
+    assert draft.get_encoder() is target.get_encoder()
+    held, drafted = (dict(model.named_parameters(remove_duplicate=False)) for model in (target, draft))
+    assert all(drafted[name] is held[there] for name, there in shared.items())
+    apart = {name for name in drafted if name.startswith(("decoder.block", "decoder.final"))}
+    assert set(drafted) - set(shared) == apart
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 3]])}
+    whole, _ = take_decoder_layers(target, (0, 1, 2))
+    with torch.inference_mode():
+        expected = target(**inputs).logits
+        assert torch.equal(whole.eval()(**inputs).logits, expected)
+        assert not torch.equal(draft.eval()(**inputs).logits, expected)
