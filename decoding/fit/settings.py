@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MOST_THREADS, FitError, check_fields, number, seed_number, whole_number
-from ..loading.find_model import shipped_models
+from ..loading.find_model import load_model, shipped_models
 
 T = TypeVar("T")
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
@@ -224,6 +225,21 @@ def place_of(target: str) -> Path | None:
     if Path(target).expanduser().is_dir():
         return Path(target).expanduser()
     return _SHIPPED / target if target in shipped_models() else None
+
+
+def load_target(name: str, **placement: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a target to learn from, as `load_model`.
+
+    Raises:
+        FitError: it has an encoder, for which no command makes anything.
+    """
+    model, tokenizer = load_model(name, **placement)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise FitError(
+            f"{name} has an encoder, and this command learns from texts that a causal LM continues. A draft for it is "
+            "a smaller model of its family, prompt-lookup or suffix; recipes/translator_draft.py distils one of a T5"
+        )
+    return model, tokenizer
 
 
 def dtype_of(settings: OwnTextSettings, frozen: bool) -> torch.dtype:

@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import FitError, whole_number
-from ...loading.find_model import load_model
 from ...loading.link import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.pair import Pair
 from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of
-from ..settings import LoopSettings, TextSettings, checked_option, place_of, require_least
+from ..settings import LoopSettings, TextSettings, checked_option, load_target, place_of, require_least
 from ..text.corpus_text import TEXTS, load_tokens, require_batch
 from ..text.prompts import TRAINING, cut_prompts, set_prompts
 from ..text.states import hidden_states, join_states, whole_states
@@ -115,7 +114,7 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
     """
     loop, own_text = settings.loop, settings.own_text
     loop.set_threads()
-    target, tokenizer = load_model(settings.target, dtype=torch.float32, device=loop.torch_device())
+    target, tokenizer = load_target(settings.target, dtype=torch.float32, device=loop.torch_device())
     target.requires_grad_(False)
     name = Path(settings.target).name
     _check(settings, target)

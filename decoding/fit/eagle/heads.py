@@ -16,12 +16,11 @@ from ...drafts.eagle.files import load_head, save_head
 from ...drafts.eagle.head import EagleHead
 from ...errors import FitError, whole_number
 from ...files import write_text
-from ...loading.find_model import load_model
 from ...loading.pair import Pair
 from ...models.output_layer import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, spread_over, train
-from ..settings import LoopSettings, OwnTextSettings, check_out, checked_option, dtype_of, require_least
+from ..settings import LoopSettings, OwnTextSettings, check_out, checked_option, dtype_of, load_target, require_least
 from ..text.chats import ChatTextSettings, text_of
 from ..text.corpus_text import TEXTS, PositionBatches
 from ..text.prompts import JUDGING, TRAINING
@@ -83,7 +82,7 @@ def make_eagle(settings: EagleSettings) -> EagleReport:
     check_out(settings.out, settings.target)
     loop.set_threads()
     dtype = dtype_of(settings, frozen=True)
-    model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
+    model, tokenizer = load_target(settings.target, dtype=dtype, device=loop.torch_device())
     name = Path(settings.target).name
     if Path(settings.target).expanduser().exists():
         model.name_or_path = name  # files that are passed on do not name folders of this machine

@@ -17,7 +17,6 @@ from ...decoders.medusa.heads import MedusaHeads
 from ...decoders.medusa.trees import expected_length, sparse
 from ...errors import FitError
 from ...files import write_text
-from ...loading.find_model import load_model
 from ...loading.pair import Pair
 from ...models.output_layer import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
@@ -28,6 +27,7 @@ from ..settings import (
     check_out,
     check_own_text,
     dtype_of,
+    load_target,
     require_least,
     small_network_loop,
 )
@@ -83,7 +83,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     check_out(settings.out, settings.target)
     loop.set_threads()
     dtype = dtype_of(settings, frozen=True)
-    model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
+    model, tokenizer = load_target(settings.target, dtype=dtype, device=loop.torch_device())
     name = Path(settings.target).name
     if Path(settings.target).expanduser().exists():
         model.name_or_path = name  # files that are passed on do not name folders of this machine

@@ -30,7 +30,7 @@ from ...models.language_model import LanguageModel
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, train
 from ..measure import measure_domains
-from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, checked_option, dtype_of
+from ..settings import HeadsSettings, LoopSettings, check_out, check_own_text, checked_option, dtype_of, load_target
 from ..text.corpus_text import TEXTS, PositionBatches
 from ..text.prompts import JUDGING, TRAINING
 from ..text.states import hidden_states, labels_of
@@ -198,7 +198,7 @@ def make_joint(settings: JointSettings) -> JointReport:
     loop = replace(settings.loop, length=settings.own_text.width)
     loop.set_threads()
     dtype = dtype_of(settings, frozen=False)
-    model, tokenizer = load_model(settings.target, dtype=dtype, device=loop.torch_device())
+    model, tokenizer = load_target(settings.target, dtype=dtype, device=loop.torch_device())
     pair = Pair(model, None, tokenizer, prepack=False)
     heads = heads_for(pair.target, settings.heads_from).float()  # loaded, they are of the target's type
     heads.attach(model)

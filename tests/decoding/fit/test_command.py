@@ -290,3 +290,9 @@ def test_the_commands_make_a_family_from_a_corpus(
 def test_a_command_that_became_a_recipe_is_named() -> None:
     with pytest.raises(FitError, match=r"python -m recipes\.corpus"):
         main(["corpus"])
+
+
+@pytest.mark.parametrize("command", ["draft", "medusa", "eagle"])
+def test_a_target_with_an_encoder_is_refused_by_name(command: str, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match=r"tiny-translator has an encoder.*prompt-lookup or suffix"):
+        main([command, "--target", "tiny-translator", "--out", str(tmp_path / "out")])
