@@ -378,7 +378,9 @@ class _Following:
         """Scores of some nodes of the last pass, shape (nodes, vocabulary), after the processors."""
         result = torch.empty_like(scores)
         for rows, texts in self._texts(nodes, tree):
-            processed: Tensor = self._processors(cast(Any, texts), cast(Any, scores[rows]))
+            processed = scores[rows]
+            for processor in self._processors:  # the list's own call inspects the signature of each, anew every time
+                processed = processor(cast(Any, texts), cast(Any, processed))
             result[rows] = processed.clamp(min=torch.finfo(scores.dtype).min) if self._finite else processed
         return result
 
