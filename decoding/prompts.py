@@ -104,7 +104,7 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
     """Load a set of prompts.
 
     Args:
-        name: a shipped set (`shipped_prompts()`), a hub dataset (``lambada``, ``wikitext``, ``c4``; needs
+        name: a shipped set (`shipped_prompts()`), a hub dataset (`HUB_SETS`: ``c4``, ``wmt16-de-en``...; needs
             ``specgym[datasets]`` and a network or a filled cache), or the path of a file: ``.txt`` (one prompt a line,
             or a paragraph where blank lines separate them), ``.jsonl`` (a string, or an object with "prompt", a line)
             or ``.json`` (a list of them, or an object with "train" and "test" lists). An object may also have the
@@ -160,7 +160,7 @@ def _from_hub(name: str, limit: int) -> PromptSet:
     train = [text for text in _unique(texts.train) if text.strip() not in judging]
     if not texts.train:
         train, test = _divide(test, name)
-    return PromptSet(name, tuple(train), tuple(test), texts.source, texts.licence)
+    return PromptSet(name, tuple(train), tuple(test), texts.source, texts.licence, HUB_SETS[name].chat)
 
 
 def _read(path: Path, name: str) -> PromptSet:
@@ -304,7 +304,7 @@ class DatasetError(SpecgymError, RuntimeError):
 
 @dataclass(frozen=True)
 class HubSet:
-    """Place of a dataset on the hub, and its column of text."""
+    """Place of a dataset on the hub, and its column of text or the path to it; of several turns the first."""
 
     path: str
     config: str
@@ -313,6 +313,7 @@ class HubSet:
     test: str
     licence: str
     streamed: bool = False  # too large to download for a few hundred prompts
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,17 @@ HUB_SETS: dict[str, HubSet] = {
         "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "page", "train", "test", "CC BY-SA 3.0"
     ),
     "c4": HubSet("allenai/c4", "en", "text", "train", "validation", "ODC-BY 1.0", streamed=True),
+    "cnn_dailymail": HubSet("abisee/cnn_dailymail", "3.0.0", "article", "train", "test", "Apache 2.0", streamed=True),
+    "gsm8k": HubSet("openai/gsm8k", "main", "question", "train", "test", "MIT", chat=True),
+    "mt_bench": HubSet("HuggingFaceH4/mt_bench_prompts", "default", "prompt", None, "train", "Apache 2.0", chat=True),
+    "openai_humaneval": HubSet("openai/openai_humaneval", "openai_humaneval", "prompt", None, "test", "MIT"),
+    **{
+        f"{year}-{source}-{other}": HubSet(
+            f"wmt/{year}", "de-en", f"translation.{source}", "train", "test", "unknown", streamed=True
+        )
+        for year in ("wmt14", "wmt16")
+        for source, other in (("de", "en"), ("en", "de"))
+    },
 }
 
 
@@ -366,13 +378,19 @@ def _texts(spec: HubSet, split: str, most: int) -> list[str]:
             f"the dataset {spec.path} ({spec.config}, {split}) cannot be loaded ({type(error).__name__}: {error}); "
             "check the network or HF_ENDPOINT, or save its texts to a .jsonl file and give that"
         ) from error
-    texts = [row.get(spec.column) for row in taken]
+    texts = [_entry(row, spec.column) for row in taken]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DatasetError(
             f"the dataset {spec.path} has no text in a column {spec.column!r} of its split {split!r}: it has changed; "
             "save its texts to a .jsonl file and give that"
         )
     return [_beginning(text) for text in texts if text.strip()]
+
+
+def _entry(row: Any, path: str) -> Any:
+    for name in path.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row[0] if isinstance(row, list) and row else row
 
 
 def _beginning(text: str) -> str:

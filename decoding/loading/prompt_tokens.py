@@ -120,7 +120,8 @@ def encode(
 
     A chat set goes through the tokenizer's chat template, up to where the assistant is to speak; without a template
     its prompts are plain text. What is too long is cut. Plain text loses its beginning, because the model continues
-    from the end; a BOS token, and whatever else the tokenizer puts before a text, stays. A message loses its middle,
+    from the end; a BOS token, and whatever else the tokenizer puts before a text, stays. A text that it ends,
+    a source for an encoder, loses its own end instead. A message loses its middle,
     because a task stands at its beginning or its end; the template around it stays as it is.
 
     Raises:
@@ -203,6 +204,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True)
 def _cut_text(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, max_tokens: int, _: str) -> list[int]:
     bare = _tokens(tokenizer, text, special=False)
     added = len(ids) - len(bare)
+    if added and ids[-1] == tokenizer.eos_token_id and bare[-1:] != ids[-1:]:  # a source, to be read and not continued
+        return [*ids[: max_tokens - 1], ids[-1]]
     before = added if ids[added:] == bare else 0
     return cut_ids(ids, max_tokens, max(before, int(ids[0] == tokenizer.bos_token_id)))
 

@@ -153,3 +153,11 @@ def test_a_limit_holds_until_its_end_and_in_processes_started_meanwhile() -> Non
     assert dict(os.environ) == before
     with pytest.raises(PromptError, match="at least 2, got 1"), prompts_limited(1):
         pass
+
+
+def test_a_source_keeps_its_beginning_and_the_token_that_ends_it() -> None:
+    prompts = _set(("Turn off the light in the kitchen and in the hall", "Open"), ("Close",))
+    tokenizer = load_tokenizer("tiny-translator")
+    whole, short = encode(prompts, "train", tokenizer), encode(prompts, "train", tokenizer, 6)
+    assert short == [[*whole[0][:5], tokenizer.eos_token_id], whole[1]]
+    assert len(whole[0]) > 6

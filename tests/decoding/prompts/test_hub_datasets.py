@@ -58,6 +58,32 @@ def test_lambada_which_has_one_split_is_divided(monkeypatch: pytest.MonkeyPatch)
     assert not set(result.train) & set(result.test)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "calls"),
+    [
+        ("wmt16-de-en", {"translation": {"de": "Haus", "en": "house"}}, "Haus", ["train", "test"]),
+        ("wmt14-en-de", {"translation": {"de": "Haus", "en": "house"}}, "house", ["train", "test"]),
+        ("cnn_dailymail", {"article": "news", "highlights": "new"}, "news", ["train", "test"]),
+        ("gsm8k", {"question": "how many?", "answer": "4"}, "how many?", ["train", "test"]),
+        ("mt_bench", {"prompt": ["first", "second"]}, "first", ["train"]),
+        ("openai_humaneval", {"prompt": "def f():", "test": "assert"}, "def f():", ["test"]),
+    ],
+)
+def test_what_models_translate_sum_up_or_answer_is_read(
+    name: str, row: dict[str, Any], prompt: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbered(value: Any, split: str) -> Any:
+        if isinstance(value, dict):
+            return {key: numbered(entry, split) for key, entry in value.items()}
+        return [f"{entry} {split}" for entry in value] if isinstance(value, list) else f"{value} {split}"
+
+    library = _install(monkeypatch, **{split: [numbered(row, f"{split} {i}") for i in "abcd"] for split in calls})
+    result = load_prompts(name)
+    assert [call[2] for call in library.calls] == calls
+    assert set(result.train + result.test) == {f"{prompt} {split} {i}" for split in calls for i in "abcd"}
+    assert result.chat == (name in ("gsm8k", "mt_bench"))
+
+
 def test_a_text_in_both_splits_of_a_dataset_is_left_to_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, train=[{"page": "both"}, {"page": "a"}], test=[{"page": "both"}, {"page": " "}])
     result = load_prompts("wikitext")
