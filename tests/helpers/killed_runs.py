@@ -31,6 +31,26 @@ train_command()
 """
 """`train.py`, for `python -c`, that is killed when it has two checkpoints, however busy the machine is."""
 
+INTERRUPTED_TRAINING = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from specgym.agents import train_command
+
+def interrupt():
+    while not any(file.stat().st_size > 1000 for file in Path(os.environ["RUN"]).glob("tensorboard/*")):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+# Where the tests run in the background of a script, they and their children ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=interrupt, daemon=True).start()
+sys.exit(train_command())
+"""
+"""`train.py`, for `python -c`, that gets a SIGINT wherever it is when it has learned a little.
+
+The variable ``RUN`` names the folder of the run.
+"""
+
 
 def assert_resumed_as_if_never_killed(
     make: Callable[[Any], object],

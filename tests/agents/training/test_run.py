@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from specgym.agents.command_line import train_command
 from specgym.agents.training.run_folder import torch_threads
 from specgym.decoding.latency import measure as latency_measure
 from specgym.envs.workloads import workload
-from tests.helpers.killed_runs import KILLED_TRAINING
-from tests.helpers.warm_python import ROOT, TIMEOUT, WarmPython
+from tests.helpers.killed_runs import INTERRUPTED_TRAINING, KILLED_TRAINING
+from tests.helpers.warm_python import ROOT, WarmPython
 
 
 @pytest.fixture(scope="module")
@@ -96,34 +95,19 @@ def test_killed_resumed_finished_and_reproduced(
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
 def test_interrupted_it_saves_and_says_how_to_go_on(
-    small_workloads: tuple[str, str], environment: dict[str, str], tmp_path: Path
+    small_workloads: tuple[str, str], environment: dict[str, str], warm_python: WarmPython, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "interrupted"
-    started = subprocess.Popen(
-        (
-            sys.executable, str(ROOT / "train.py"), "--workloads", small_workloads[0],
-            "--runs", str(run.parent), "--name", run.name,
-            "--environment.backend", "live", "--seeds", "0", "--environment.prompts-per-step", "1",
-            "--total-timesteps", "100000", "--checkpoint-every", "100000", "--evaluation.during-training", "0",
-            "--environment.max-new-tokens", "4", "--environment.max-draft-length", "2",
-        ),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        # Where the tests run in the background of a script, they and their children ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ended = warm_python.run(
+        "-c", INTERRUPTED_TRAINING, "--workloads", small_workloads[0], "--runs", run.parent, "--name", run.name,
+        "--environment.backend", "live", "--seeds", "0", "--environment.prompts-per-step", "1",
+        "--total-timesteps", "100000", "--checkpoint-every", "100000", "--evaluation.during-training", "0",
+        "--environment.max-new-tokens", "4", "--environment.max-draft-length", "2",
+        environment=environment | {"RUN": str(run)},
     )  # fmt: skip
-    try:
-        deadline = time.monotonic() + TIMEOUT
-        while not any(file.stat().st_size > 1000 for file in run.glob("tensorboard/*")):  # it has learned a little
-            assert started.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        started.send_signal(signal.SIGINT)
-        _, complaint = started.communicate(timeout=TIMEOUT)
-    finally:
-        started.kill()
-    assert started.returncode == 130
-    assert "Traceback" not in complaint
-    assert f"--resume {run}" in complaint
+    assert ended.returncode == 130, ended.output
+    assert "Traceback" not in ended.output
+    assert f"--resume {run}" in ended.output
     assert len(list(run.glob("checkpoints/step_*/state.json"))) == 1
 
 
