@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import subprocess
-import sys
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.helpers.warm_python import ROOT, Ended, WarmPython
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="this system has no fork server"
@@ -84,27 +84,21 @@ if __name__ == "__main__":
 """
 
 
-def run(tmp_path: Path, *workloads: str) -> subprocess.CompletedProcess[str]:
+def run(warm_python: WarmPython, tmp_path: Path, *workloads: str) -> Ended:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[3]
-    code = f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({str(script)!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, str(script), json.dumps(workloads), str(tmp_path / "profile.json")]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=False)
-
-
-def printed(tmp_path: Path, *workloads: str) -> dict[str, Any]:
-    done = run(tmp_path, *workloads)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return warm_python.run(script, json.dumps(workloads), tmp_path / "profile.json", environment=environment)
 
 
 def test_processes_find_the_pairs_loaded_and_step_as_one_process_does(
-    tmp_path: Path, small_workloads: tuple[str, str]
+    warm_python: WarmPython, tmp_path: Path, small_workloads: tuple[str, str]
 ) -> None:
     names = list(small_workloads)
-    assert printed(tmp_path, *names) == {
+    done = run(warm_python, tmp_path, *names)
+    assert done.returncode == 0, done.output
+    printed = next(line for line in reversed(done.output.splitlines()) if line.startswith("{"))
+    assert json.loads(printed) == {
         "same": True,
         "found": [names] * 2,
         "alone": [None] * 2,
@@ -114,9 +108,9 @@ def test_processes_find_the_pairs_loaded_and_step_as_one_process_does(
 
 
 def test_a_pair_that_cannot_be_loaded_is_reported_by_the_process_that_needs_it(
-    tmp_path: Path, small_workloads: tuple[str, str]
+    warm_python: WarmPython, tmp_path: Path, small_workloads: tuple[str, str]
 ) -> None:
     missing = f"{tmp_path / 'nowhere'}+{tmp_path / 'nothing'}/prose"
-    done = run(tmp_path, small_workloads[0], missing)
+    done = run(warm_python, tmp_path, small_workloads[0], missing)
     assert done.returncode != 0
-    assert "nowhere" in done.stderr
+    assert "nowhere" in done.output
