@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ from specgym.decoding import (
     registry,
     traits_of,
 )
+from tests.helpers.warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_IN = ("threshold", "speculative", "lookahead", "medusa", "medusa-typical", "draft-tree")
@@ -187,7 +189,9 @@ def test_rounds_that_overlap_take_the_longer_of_their_two_times(alone: Pair, tmp
     assert LatencyProfile.load(tmp_path / "profile.json") == profile
 
 
-def test_entry_points_of_other_packages_are_found_and_imported_only_when_they_are_needed(tmp_path: Path) -> None:
+def test_entry_points_of_other_packages_are_found_and_imported_only_when_they_are_needed(
+    tmp_path: Path, warm_python: WarmPython
+) -> None:
     (tmp_path / "their_package.py").write_text(
         dedent(
             '''
@@ -217,7 +221,8 @@ def test_entry_points_of_other_packages_are_found_and_imported_only_when_they_ar
         assert traits_of("their-own").knobs_without_pair()[0].name == "size"
         assert decoder_class("their-own").__name__ == "TheirDecoder"
     """
-    _run(script)
+    ended = warm_python.run("-c", dedent(script), environment=os.environ)
+    assert ended.returncode == 0, ended.output
 
 
 def test_what_a_replay_needs_is_imported_without_torch_and_transformers() -> None:
@@ -233,9 +238,5 @@ def test_what_a_replay_needs_is_imported_without_torch_and_transformers() -> Non
         heavy = sorted({{"torch", "transformers"}} & set(sys.modules))
         assert not heavy, heavy
     """
-    _run(script)
-
-
-def _run(script: str) -> None:
     outcome: Any = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
