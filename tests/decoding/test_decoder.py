@@ -212,7 +212,7 @@ def test_a_prompt_may_be_one_token_a_list_an_array_or_a_tensor_or_a_batch_of_one
         ([1.5, 2.0], "whole token ids"),
         (torch.tensor([1.0]), "whole token ids"),
         (np.ones((2, 3), np.int64), r"one prompt at a time: expected shape \(tokens,\), got \(2, 3\)"),
-        ([[1, 2], [3]], "one prompt at a time: this is a list of 2; decode each by a call of its own"),
+        ([[1, 2], [3]], "one prompt at a time: this is a list of 2; generate_batch takes several"),
         ([[]], "the prompt is empty"),
         ([["text"]], "one list or tensor of whole token ids"),
         ({"input_ids": [1, 2]}, "take its 'input_ids'"),
