@@ -170,9 +170,15 @@ class _Texts:
         device = self._decoder.pair.target.device
         synchronise(device)
         started = time.perf_counter()
-        self._batch.step()
+        if self._size > 1:
+            self._batch.step()
+        else:  # as a text is decoded by itself
+            self._batch.sessions[0].step()
         synchronise(device)
-        return started, time.perf_counter()
+        ended = time.perf_counter()
+        for session in [session for session in self._batch.sessions if session.finished]:
+            self._batch.leave(session)
+        return started, ended
 
 
 class StopwatchDrafter:

@@ -214,8 +214,10 @@ class CapturedPasses:
         graph = self.graphs.get(key)
         if graph is None or not isinstance(mask, Tensor) or torch.is_autocast_enabled("cpu"):
             return None
-        results: tuple[Tensor, ...] = graph(tokens, positions, mask, places, *stored)
-        return results
+        results = graph(tokens, positions, mask, places, *stored)
+        if self._kept is not None:
+            *results, self._latest_kept = results
+        return tuple(results)
 
     def emptied(self) -> Tensor:
         """Return what was kept of the last pass, which is then forgotten here."""

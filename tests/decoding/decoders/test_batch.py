@@ -99,6 +99,26 @@ def test_trees_and_windows_share_passes(
         assert [round_.tokens for round_ in together.rounds] == [round_.tokens for round_ in alone.rounds]
 
 
+@pytest.mark.parametrize("kind", ["model", "eagle"])
+def test_passes_of_a_batch_are_captured_and_give_the_same(
+    make_model: MakeModel, make_noisy: MakeModel, kind: str
+) -> None:
+    model = make_model("llama")
+    pair = Pair(model, small_head(model) if kind == "eagle" else make_noisy(model, 0.02))
+    decoder = SpeculativeDecoder(pair)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "knobs": {"draft_length": 2}, "seed": 3}
+    first = decoder.generate_batch(PROMPTS[1:4], **options)
+    with pair.capturing(after=1):
+        decoder.generate_batch(PROMPTS[1:4], **options)
+    assert pair.target.captured is not None
+    assert any(texts == 3 for texts, *_ in pair.target.captured.graphs)
+    again = decoder.generate_batch(PROMPTS[1:4], **options)
+    assert [text.tokens for text in again] == [text.tokens for text in first]
+    assert [[round_.tokens for round_ in text.rounds] for text in again] == [
+        [round_.tokens for round_ in text.rounds] for text in first
+    ]
+
+
 def test_every_text_has_knobs_and_a_seed_of_its_own(make_model: MakeModel, make_noisy: MakeModel) -> None:
     model = make_model("llama")
     decoder = ThresholdDecoder(Pair(model, make_noisy(model, 0.2)))
