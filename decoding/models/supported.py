@@ -30,7 +30,6 @@ _ATTENTION: dict[str, str] = {
 }
 """Parts of the names of attention implementations that are refused, with what each does."""
 _KINDS: dict[str, str] = {  # by `model_type`; transformers 5.23, their modeling files
-    "bigbird_pegasus": "changes its encoder for good when it reads a short source, so that texts go by those before",
     "cpmant": "puts prompt tokens of its own before every text",
     "nllb-moe": "drops tokens where an expert has too many in a pass, so that a draft changes the scores before it",
     "switch_transformers": "drops tokens where an expert has too many in a pass, so that a draft changes those before",
@@ -40,6 +39,10 @@ _KINDS: dict[str, str] = {  # by `model_type`; transformers 5.23, their modeling
     "xlstm": "keeps its cache in a class of its own, of which nothing can be taken back",
 }
 """Reasons for which whole kinds of models are refused."""
+_ENCODERS: dict[str, str] = {
+    "bigbird_pegasus": "changes its encoder for good when it reads a short source, so that texts go by those before",
+}
+"""Reasons for which kinds of models are refused that have an encoder; their decoders alone are not."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -101,13 +104,13 @@ def refuse_unsupported(model: PreTrainedModel, exact: bool = True) -> None:
         UnsupportedModelError: naming the model, the reason and the way out.
     """
     kind = type(model).__name__
-    reads = getattr(model, "main_input_name", "input_ids")
-    if getattr(model.config, "is_encoder_decoder", False) and reads != "input_ids":
+    reads, encodes = getattr(model, "main_input_name", "input_ids"), getattr(model.config, "is_encoder_decoder", False)
+    if encodes and reads != "input_ids":
         raise UnsupportedModelError(
             f"{kind} has an encoder that reads {reads}, and specgym gives it tokens. Choose an encoder-decoder that "
             "reads and writes text, such as T5, BART, Marian or Pegasus"
         )
-    reason = _KINDS.get(getattr(model.config, "model_type", ""))
+    reason = {**_KINDS, **(_ENCODERS if encodes else {})}.get(getattr(model.config, "model_type", ""))
     if getattr(model.config, "model_type", "") == "doge" and model.config.is_moe:
         reason = "routes the tokens of a pass together, so that a draft changes the scores of what is before it"
     if reason is None and not {"past_key_values", "cache_params"} & set(signature(model.forward).parameters):

@@ -10,11 +10,18 @@ import pytest
 import tyro
 
 from recipes.target import TargetSettings
+from recipes.translator import TranslatorSettings
+from recipes.translator_draft import TranslatorDraftSettings
 from specgym.decoding import fit
 from specgym.decoding.fit.__main__ import Command
 
 CARDS = sorted((Path(fit.__file__).parent.parent / "data" / "models").glob("*/README.md"))
-PROGRAMS: dict[str, Any] = {"python -m specgym.decoding.fit ": Command, "python -m recipes.target ": TargetSettings}
+PROGRAMS: dict[str, Any] = {
+    "python -m specgym.decoding.fit ": Command,
+    "python -m recipes.target ": TargetSettings,
+    "python -m recipes.translator ": TranslatorSettings,
+    "python -m recipes.translator_draft ": TranslatorDraftSettings,
+}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
