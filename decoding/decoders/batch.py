@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..decoder import Decoder, Session
-from ..errors import ArgumentError, KnobError, PromptError, whole_number
+from ..errors import TORCH_SEEDS, ArgumentError, KnobError, PromptError, whole_number
 from ..models.joint.joining import Joining, Text
 from ..rounds import Generation, Round
 from ..sampling import GREEDY, Sampling
@@ -217,6 +217,8 @@ def generate_batch(
     several = [knobs] * len(checked) if knobs is None or isinstance(knobs, Mapping) else list(knobs)
     if len(several) != len(checked):
         raise ArgumentError(f"{len(checked)} prompts have {len(several)} settings of knobs; give one each, or one")
+    if seed is not None:
+        seed = whole_number("seed", seed, at_least=TORCH_SEEDS[0], at_most=TORCH_SEEDS[1] - len(checked))
     requests = [
         TextRequest(
             decoder,

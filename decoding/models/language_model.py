@@ -38,9 +38,9 @@ _MOST_REREAD = 16  # tokens that are read again with every pass, until it costs 
 class LanguageModel:
     """A causal language model that reads tokens one span at a time, and can take any of them back.
 
-    Batch size 1. Tree attention goes through the public 4-D attention mask and position ids, so no architecture is
-    patched. An architecture that gives other results that way, at the edges of its windows for instance, is read in
-    chains, by masks and a cache that it makes itself, or else refused; both are tried out (`trial.settle`).
+    One text; those of a batch share passes (`models/joint`). Trees go through the public 4-D attention mask and
+    position ids, so no architecture is patched. One that gives other results so, at the edges of its windows maybe,
+    is read in chains, by masks and a cache that it makes itself, or else refused; both are tried out (`trial.settle`).
 
     Attributes:
         branches: whether trees of candidates can be verified; otherwise chains alone can.

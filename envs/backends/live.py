@@ -23,6 +23,7 @@ from specgym.decoding import (
     build_decoder,
     generate_texts,
     measured,
+    traits_of,
 )
 
 from ..profiles import Profiles, profile_of
@@ -41,6 +42,7 @@ class LiveBackend:
         split: of the prompts; by default each workload's own.
         max_new_tokens: tokens generated of each prompt, at most.
         options: build options, for a decoder given by name.
+        max_draft_length: one of them, for those that have it.
         profile: of the workloads.
         batch_size: of the operating point.
         context: of the operating point.
@@ -54,12 +56,16 @@ class LiveBackend:
         workload: Workloads,
         split: Split | None,
         max_new_tokens: int,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any] | None,
+        max_draft_length: int,
         profile: Profiles,
         batch_size: int,
         context: int | None,
         wall: bool,
     ) -> None:
+        options = dict(options or {})
+        if isinstance(decoder, str):
+            options = traits_of(decoder).accepted_options(max_draft_length=max_draft_length) | options
         several = [named_workload(name or default_workload(decoder)) for name in asked(workload, None)]
         self.workloads = [named if split is None else named.with_split(split) for named in several]
         self.decoders = [build_decoder(decoder, named.load(), **options) for named in self.workloads]

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, LatencyProfile, Split, one_of, traits_of, whole_number
+from specgym.decoding import ArgumentError, LatencyProfile, Split, one_of, whole_number
 
 from ..backends.backend import Backend, BackendName, backend_of
 from ..backends.replay import replay_backend, require_single
@@ -313,11 +313,17 @@ class TuningEnv(BackendEnv):
                 raise ArgumentError("a recording is for backend='replay'; backend='live' runs the models")
             from ..backends.live import LiveBackend  # which imports torch; a replay needs none
 
-            options = dict(decoder_options or {})
-            if isinstance(decoder, str):
-                options = traits_of(decoder).accepted_options(max_draft_length=max_draft_length) | options
             decoding = LiveBackend(
-                decoder, workload, split, tokens, options, profile, batch_size, context, wall=timing == "wall"
+                decoder,
+                workload,
+                split,
+                tokens,
+                decoder_options,
+                max_draft_length,
+                profile,
+                batch_size,
+                context,
+                wall=timing == "wall",
             )
         else:
             if timing == "wall":

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, Split, one_of, traits_of, whole_number
+from specgym.decoding import ArgumentError, Split, one_of, whole_number
 
 from ..backends.backend import Backend, BackendName, backend_of
 from ..backends.replay import Workloads, replay_backend
@@ -265,10 +265,17 @@ class TuningVectorEnv(BackendVectorEnv):
                 raise ArgumentError("a recording is for backend='replay'; backend='live' runs the models")
             from ..backends.live import LiveBackend  # which imports torch; a replay needs none
 
-            options = traits_of(decoder).accepted_options(max_draft_length=max_draft_length)
-            options |= dict(decoder_options or {})
             decoding = LiveBackend(
-                decoder, workload, split, max_new_tokens, options, profile, batch_size, context, wall=False
+                decoder,
+                workload,
+                split,
+                max_new_tokens,
+                decoder_options,
+                max_draft_length,
+                profile,
+                batch_size,
+                context,
+                wall=False,
             )
         else:
             decoding = replay_backend(

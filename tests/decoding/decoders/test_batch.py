@@ -313,6 +313,8 @@ def test_what_cannot_be_a_batch_is_refused_before_anything_is_read(
         ([[1], [2]], {"knobs": [{}]}, ArgumentError, "2 prompts have 1 settings"),
         ([[1], [2]], {"knobs": {"draft_length": 3}}, KnobError, "no knob"),
         ([[1], [2]], {"batch_size": 0}, ArgumentError, "batch_size"),
+        ([[1], [2]], {"seed": "7"}, ArgumentError, "seed must be"),
+        ([[1], [2]], {"seed": 2**64 - 1}, ArgumentError, "seed must be"),
     ]
     for prompts, options, error, message in cases:
         with pytest.raises(error, match=message):
