@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.helpers.architecture_table import CHUNKS, LATENT, WITH_TREES
-from tests.helpers.architectures import UNCHANGING, Case, Family, repeats
+from tests.helpers.architectures import BEHIND_WINDOWS, LATE_PROMPT, PROMPT, UNCHANGING, Case, Family, repeats
 
 RECURRENT: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 CONVOLUTIONS: dict[str, Any] = {"layer_types": ["conv", "full_attention"]}
@@ -17,6 +17,7 @@ IN_CHAINS: tuple[Family, ...] = (
         trees=False,
         note="its layers count their window in places of the cache, where the branches of a tree lie side by side",
         reason="small copy with short windows",
+        end=BEHIND_WINDOWS,
         cases=(
             Case("gpt_neo", "", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
             Case("gpt_neo", "global", {"num_layers": 2, "attention_types": [[["global"], 2]]}),
@@ -28,6 +29,7 @@ IN_CHAINS: tuple[Family, ...] = (
         trees=False,
         note="`attn_temperature_tuning`, as Llama 4 Scout has it: queries are scaled by their place in the cache",
         reason="small copy with short windows",
+        end=BEHIND_WINDOWS,
         cases=(Case("llama4_text", "temperature", {**CHUNKS, "attn_temperature_tuning": True, "floor_scale": 16}),),
     ),
     Family(
@@ -36,6 +38,7 @@ IN_CHAINS: tuple[Family, ...] = (
         trees=False,
         note="the bias goes by places in the cache, and no other can be handed over",
         reason="its bias of positions|its forward takes no position_ids",
+        end=UNCHANGING,
         cases=(
             Case("bloom", ""),
             Case("falcon", "alibi", {"alibi": True}),
@@ -52,9 +55,13 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="no `position_ids`",
+        prompt=LATE_PROMPT,
         reason="its forward takes no position_ids",
-        cases=repeats(
-            "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart roformer trocr whisper"
+        cases=(
+            *repeats(
+                "bart bigbird_pegasus blenderbot blenderbot-small mbart mvp pegasus plbart roformer trocr whisper"
+            ),
+            Case("marian", prompt=PROMPT),
         ),
     ),
     Family(
@@ -62,7 +69,7 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="what the index or the compressed keys have read is restored after a rejection and read again",
-        end=UNCHANGING,
+        end=BEHIND_WINDOWS,
         reason="keep an index|compress keys",
         cases=(
             *repeats("axk2 deepseek_v32 glm_moe_dsa hy_v4", **LATENT),
@@ -109,7 +116,7 @@ IN_CHAINS: tuple[Family, ...] = (
         chains=True,
         trees=False,
         note="states are saved before a draft and restored after a rejection; what was kept is read again",
-        end=UNCHANGING,
+        end=BEHIND_WINDOWS,
         reason="read tokens one after another|its forward takes no",
         cases=(
             *repeats("granitemoehybrid olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next", **RECURRENT),

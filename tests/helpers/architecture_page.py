@@ -20,8 +20,9 @@ through all of them as decoders do. So an architecture that is not in these tabl
 Medusa and draft trees read trees.
 
 The tables are those of `tests/decoding/models/test_architectures.py`. {count} configurations of {kinds} model types,
-{trees} of them with trees, are decoded greedily by autoregressive and speculative decoding, and by Lookahead and draft
-trees, or by Jacobi decoding where trees cannot be verified. The context is of {context} tokens and windows are of
+{trees} of them with trees, are decoded greedily by autoregressive and speculative decoding, and by draft trees where
+they can be verified; one of every kind, those with eager attention and those with long prompts also by Lookahead, or
+by Jacobi decoding, and with a draft of the same architecture. The context is of {context} tokens and windows are of
 {window}. Texts run to the context's end where positions are learned, long prompts are read or the rotation switches;
 to {windows} tokens through windows, and to {shortest} where nothing changes behind. The draft is often wrong. Every
 text equals that of `generate()`, token for token. This page is written by

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers.architectures import BEHIND_WINDOWS, UNCHANGING, WINDOW, Case, Family, repeats, text_settings
+from tests.helpers.architectures import (
+    BEHIND_WINDOWS,
+    LATE_PROMPT,
+    UNCHANGING,
+    WINDOW,
+    Case,
+    Family,
+    repeats,
+    text_settings,
+)
 
 MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
 FULL: dict[str, Any] = {"layer_types": ["full_attention", "full_attention"]}
@@ -132,6 +141,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="OPT-350m's norms and projections, GPT-2's scaled attention, multi-query of GPT-BigCode",
+        prompt=LATE_PROMPT,
         cases=(
             *repeats("biogpt ctrl gpt2 gpt_bigcode opt xglm"),
             Case("gpt2", "eager", attention="eager"),
@@ -263,6 +273,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="without the temperature of `attn_temperature_tuning`",
+        end=BEHIND_WINDOWS,
         cases=(
             Case("llama4_text", "", {**CHUNKS, "attn_temperature_tuning": False}),
             Case("llama4_text", "long prompt", {**CHUNKS, "attn_temperature_tuning": False}, prompt=40),
@@ -291,6 +302,7 @@ WITH_TREES: tuple[Family, ...] = (
         chains=True,
         trees=True,
         note="`is_decoder=True`; positions as `generate()` gives them",
+        prompt=LATE_PROMPT,
         cases=(
             *repeats("bert bert-generation big_bird electra ernie megatron-bert rembert"),
             *repeats("camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl", **ROBERTA),

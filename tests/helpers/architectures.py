@@ -14,10 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 CONTEXT = 64
 WINDOW = 16
-UNCHANGING = 40
-"""Tokens of a text, prompt included, of a model that reads all tokens alike, or that has passed its windows twice."""
-BEHIND_WINDOWS = 48
-"""Tokens of a text through three windows."""
+UNCHANGING = 28
+"""Tokens of a text, prompt included, of a model that reads all tokens alike."""
+BEHIND_WINDOWS = 40
+"""Tokens of a text that has passed its windows twice."""
+PROMPT = 8
+LATE_PROMPT = 32
+"""Tokens of a prompt whose text runs to the context's end."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -126,11 +129,11 @@ SEEDS = {
     "aria_text": 4,
     "axk2": 3,
     "bart": 2,
-    "bert": 7,
+    "bert": 9,
     "bert-generation": 2,
     "big_bird": 6,
+    "biogpt": 1,
     "blenderbot": 3,
-    "blenderbot-small": 3,
     "bloom": 8,
     "codegen": 8,
     "cohere": 1,
@@ -138,15 +141,17 @@ SEEDS = {
     "cohere2-tied": 3,
     "cohere2_moe": 1,
     "cohere_compass_text": 5,
-    "ctrl": 8,
+    "ctrl": 1,
+    "data2vec-text": 4,
     "deepseek_v2-lite": 5,
     "deepseek_v4": 5,
-    "electra": 7,
-    "ernie": 7,
+    "electra": 9,
+    "ernie": 9,
     "exaone4-full": 4,
     "falcon": 7,
-    "falcon-alibi": 5,
+    "falcon-alibi": 1,
     "falcon-alibi-new": 5,
+    "falcon-new": 1,
     "falcon-sequential": 7,
     "flex_olmo": 5,
     "gemma3_text": 8,
@@ -168,7 +173,7 @@ SEEDS = {
     "llama4_text-long-prompt": 4,
     "longcat_flash": 6,
     "marian": 8,
-    "megatron-bert": 8,
+    "megatron-bert": 1,
     "mellum": 1,
     "minicpm3": 2,
     "minimax_m2": 1,
@@ -177,6 +182,7 @@ SEEDS = {
     "nanochat": 1,
     "nemotron": 2,
     "nemotron_h": 5,
+    "pegasus": 1,
     "persimmon": 2,
     "phi": 5,
     "phi-normed": 1,
@@ -188,14 +194,17 @@ SEEDS = {
     "phimoe-window": 6,
     "qwen3_moe": 1,
     "rembert": 1,
+    "roberta": 4,
     "roc_bert": 3,
+    "roformer": 34,
     "smollm3-windows": 8,
     "stablelm-parallel": 2,
     "starcoder2": 1,
     "starcoder2-window": 2,
     "trocr": 2,
-    "xlm-roberta-xl": 1,
+    "xlm-roberta-xl": 2,
     "xmod": 3,
+    "youtu": 1,
     "zaya": 3,
 }
 """Seeds of weights whose text would be monotonous, or nearly tied somewhere, with 0."""
@@ -208,7 +217,7 @@ class Case(NamedTuple):
         kind: the configuration's `model_type`.
         variant: what is special, in a word or two; unique among the cases of a kind.
         settings: of the configuration, beside `SMALL` or in place of it; `...` leaves one of `SMALL` to its default.
-        prompt: tokens of the prompt.
+        prompt: tokens of the prompt; by default as many as for others of the family.
         attention: implementation; the architecture's usual one by default.
         model: name of the model's class; by default its causal LM.
     """
@@ -216,7 +225,7 @@ class Case(NamedTuple):
     kind: str
     variant: str = ""
     settings: dict[str, Any] = {}  # noqa: RUF012  (of a tuple: never written)
-    prompt: int = 8
+    prompt: int | None = None
     attention: str | None = None
     model: str | None = None
 
@@ -233,8 +242,9 @@ class Family(NamedTuple):
         trees: whether trees of candidates are, too.
         note: in the docs: what was tried, or the reason of the refusal and the way out.
         cases: configurations.
-        end: tokens of a text, prompt included, unless the prompt is long; less than the context where nothing changes
-            behind: with learned positions and switches something does.
+        end: tokens of a text, prompt included, unless a case has a prompt of its own: then, as by default, it runs to
+            the context's end. Less where nothing changes behind: with learned positions and switches something does.
+        prompt: tokens of a prompt.
         reason: regular expression found in the message that refuses the family, or its trees.
     """
 
@@ -245,6 +255,7 @@ class Family(NamedTuple):
     cases: tuple[Case, ...]
     reason: str = ""
     end: int = CONTEXT
+    prompt: int = PROMPT
 
 
 def declared_fields(kind: type[PretrainedConfig]) -> set[str]:

@@ -22,9 +22,11 @@ from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.rounds import Generation
 from tests.helpers.architecture_chains import FAMILIES
 from tests.helpers.architecture_page import page
 from tests.helpers.architectures import CONTEXT, Case, Family, build
+from tests.helpers.table_models import rehearsed_table
 
 ROOT = Path(__file__).resolve().parents[3]
 FEWEST_TOKENS = 8
@@ -53,18 +55,31 @@ def generated(model: PreTrainedModel, prompt: Sequence[int], end: int) -> tuple[
 @pytest.mark.parametrize(("family", "case"), DECODED)
 def test_greedy_text_equals_generate(make_noisy: Callable[..., PreTrainedModel], family: Family, case: Case) -> None:
     model = build(case)
-    prompt = [5 + place % 60 for place in range(case.prompt)]
-    end = family.end if case.prompt < family.end / 2 else CONTEXT
+    prompt = [5 + place % 60 for place in range(case.prompt or family.prompt)]
+    end = CONTEXT if case.prompt else family.end
     expected, tie = generated(model, prompt, end)
-    assert len(expected) == end - case.prompt
+    assert len(expected) == end - len(prompt)
     assert len(set(expected)) >= FEWEST_TOKENS
     assert tie > CLOSEST_TIE
-    pair = Pair(model, make_noisy(model, 0.02), prepack=False)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    pair = Pair(model, rehearsed_table(vocabulary, prompt + expected), prepack=False)
     assert pair.target.context_limit >= CONTEXT
-    decoders: list[type[Decoder]] = [AutoregressiveDecoder, SpeculativeDecoder]
-    decoders += [LookaheadDecoder, DraftTreeDecoder] if family.trees else [JacobiDecoder]
-    for decoder in decoders:
-        assert decoder(pair).generate(prompt, max_new_tokens=len(expected)).tokens == expected, decoder.__name__
+
+    def decoded(kind: type[Decoder], pair: Pair = pair) -> Generation:
+        generation = kind(pair).generate(prompt, max_new_tokens=len(expected))
+        assert generation.tokens == expected, kind.__name__
+        return generation
+
+    decoded(AutoregressiveDecoder)
+    for kind in (SpeculativeDecoder, DraftTreeDecoder)[: 1 + family.trees]:
+        generation = decoded(kind)
+        accepted = [round_.accepted for round_ in generation.rounds]
+        assert max(accepted) >= 2, "and so more than one token of a draft is kept"
+        assert any(few < round_.drafted for few, round_ in zip(accepted, generation.rounds, strict=True))
+    if case in (family.cases[0], *(case for case in family.cases if case.attention or case.prompt)):
+        decoded(LookaheadDecoder if family.trees else JacobiDecoder)
+        its_kind = Pair(pair.target, make_noisy(model, 0.02), prepack=False)
+        decoded(DraftTreeDecoder if family.trees else SpeculativeDecoder, its_kind)
     if not family.trees:
         for decoder in (LookaheadDecoder, DraftTreeDecoder):
             with pytest.raises(UnsupportedModelError, match=family.reason):
