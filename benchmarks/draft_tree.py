@@ -121,7 +121,7 @@ def nodes(target: str, results: Results) -> tuple[Table, dict[str, Any]]:
         if "pruned" not in side:  # the methods after it are the same tree, pruned
             whole = rates
         fewer = {f"fewer_{name}": 1 - rates[name] / whole[name] for name in ("verified", "accepted")}
-        seconds = sum(round_.draft_seconds + round_.verify_seconds for round_ in rounds)
+        seconds = sum(round_.seconds for round_ in rounds)
         shares = {part: sum(getattr(round_, f"{part}_seconds") for round_ in rounds) / seconds for part in _PARTS}
         drafting = sum(round_.draft_seconds for round_ in rounds) / seconds - sum(shares[part] for part in _PARTS[:3])
         report[side] = {**rates, **fewer, "drafting": drafting, **shares}

@@ -16,6 +16,7 @@ from .decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
 from .decoders.medusa.files import heads_for, load_heads
 from .decoders.medusa.heads import MedusaHeads
 from .decoders.medusa.traits import DELTA, EPSILON
+from .decoders.pipelined.decoder import PipelinedDecoder, PipelinedThresholdDecoder
 from .decoders.stop_rules import (
     FEATURES,
     ConfidenceBelow,
@@ -248,6 +249,8 @@ __all__ = [
     "NumericalError",
     "OneHotStep",
     "Pair",
+    "PipelinedDecoder",
+    "PipelinedThresholdDecoder",
     "PlacementError",
     "PoolSettings",
     "Preset",

@@ -58,6 +58,7 @@ class Session(ABC, Generic[DecoderT]):
         finish_reason: None while running, then `eos`, `stop`, `length` or `context`.
         prefill_seconds: time that reading the prompt took.
         rules: what the target's generation config adds to a text. `target` and `sampling` obey them already.
+        further_processors: what `generate()` would be given as `logits_processor`, besides the generation config's.
         target: reads with a cache of this text's own; its scores are those that `generate()` chooses from.
     """
 
@@ -76,6 +77,7 @@ class Session(ABC, Generic[DecoderT]):
         encoding_seconds = time.perf_counter() - started
         self.rules = TextRules.of(decoder.pair, text, max_new_tokens, sampling, logits_processor, source=prompt)
         self.sampling = self.rules.sampling
+        self.further_processors = logits_processor
         self.context = text
         self.tokens: list[int] = []
         self.finish_reason: str | None = None

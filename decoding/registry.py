@@ -27,6 +27,7 @@ _BUILT_IN = {
     f"{_FOLDER}.medusa.decoder:MedusaDecoder": f"{_FOLDER}.medusa.traits:MedusaTraits",
     f"{_FOLDER}.medusa.decoder:TypicalMedusaDecoder": f"{_FOLDER}.medusa.traits:TypicalMedusaTraits",
     f"{_FOLDER}.draft_tree.decoder:DraftTreeDecoder": f"{_FOLDER}.draft_tree.traits:DraftTreeTraits",
+    f"{_FOLDER}.pipelined.decoder:PipelinedDecoder": f"{_FOLDER}.pipelined.traits:PipelinedTraits",
 }
 
 

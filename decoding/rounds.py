@@ -19,13 +19,20 @@ class Round:
     """Sum over the emitted tokens of the total variation between what each was drawn from and the target."""
     draft_seconds: float
     verify_seconds: float
-    """Everything the round did is in one of the two."""
+    """Everything the round did is in one of the two, or in both."""
     taken_back: tuple[int, ...] = ()
     """Draft tokens that were verified and not kept, in order."""
     draft_steps: int = -1
     """Tokens that the draft made one after another; as many as `drafted` if not given. 0 where drafting needs none."""
     target_tokens: int = -1
     """Tokens that the target's pass read; those drafted and the one before them if not given."""
+    overlapped_seconds: float = 0.0
+    """Seconds that are in both, where drafting goes on while the target verifies."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the round, wall-clock."""
+        return self.draft_seconds + self.verify_seconds - self.overlapped_seconds
 
     def __post_init__(self) -> None:
         if self.draft_steps < 0:
@@ -51,7 +58,7 @@ class Generation:
     @property
     def seconds(self) -> float:
         """Time of all rounds, without reading the prompt."""
-        return sum(round_.draft_seconds + round_.verify_seconds for round_ in self.rounds)
+        return sum(round_.seconds for round_ in self.rounds)
 
     @property
     def ms_per_token(self) -> float:

@@ -79,6 +79,9 @@ class TraceRule(NamedTuple):
     """Sureness of that token is less, 0 to 1; no token ends a draft at 0."""
     fewest: Any = 0
     """Tokens of a draft, at least; a shorter one is dropped, and nothing is verified."""
+    pre_verify: Any = None
+    """Way of a target, beside a draft that goes on meanwhile, to begin after a rejection: reading on at once (1), or
+    waiting for a draft (0). None where the two take turns."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class DecoderTraits:
         presets: named settings that people use besides the defaults, values by knob.
         workloads: defaults; environments take the first, training takes all.
         Options: frozen dataclass of build options, as `for_pair` and `knobs_without_pair` take them.
+        overlaps: whether the draft goes on while the target verifies; `cost_kind` is then one of its own.
         single_pass: whether a round costs one target pass over the tokens that it reads, so that a roofline can
             compute it.
         largest_pass: tokens that a target pass reads at most when rounds are timed; not used for chains.
@@ -119,6 +123,7 @@ class DecoderTraits:
     presets: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     workloads: ClassVar[tuple[str, ...]] = ("tiny/prose",)
     Options: ClassVar[type] = NoOptions
+    overlaps: ClassVar[bool] = False
     single_pass: ClassVar[bool] = False
     largest_pass: ClassVar[int] = 65
     knobs: tuple[Knob, ...] = ()

@@ -2,10 +2,10 @@ from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
 from .backends.choice_replay import ChoiceCharges, ChoiceTable
 from .backends.engine import ComparedText, EngineBackend
-from .backends.engine_counts import EngineCounts, engine_counts
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
-from .backends.replay import replay_backend
+from .backends.pipelined_replay import PipelinedReplay
+from .backends.replay import EngineCounts, engine_counts, replay_backend
 from .backends.replay_table import ReplayTable
 from .backends.trace_replay import TraceReplay, TraceWalk
 from .control.choice_env import DraftChoiceEnv
@@ -123,6 +123,7 @@ __all__ = [
     "ObserveContext",
     "OutcomeReplay",
     "Outcomes",
+    "PipelinedReplay",
     "PromptOrder",
     "Readings",
     "RealWorld",

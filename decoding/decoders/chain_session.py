@@ -161,7 +161,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
             if stop(self._observe(step, stop.looks_at_entropy))[0]:
                 break
         round_ = self._finish_round(knobs, started)
-        seconds = np.array([round_.draft_seconds + round_.verify_seconds])
+        seconds = np.array([round_.seconds])
         stop.verified(None, np.array([round_.drafted]), np.array([len(round_.tokens)]), seconds)
         return round_
 
@@ -182,7 +182,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 break
             self._drafted.append(step)
         round_ = self._finish_round(knobs, started)
-        seconds = np.array([round_.draft_seconds + round_.verify_seconds])
+        seconds = np.array([round_.seconds])
         rule.verified(None, np.array([len(round_.tokens)]), seconds)
         return round_
 

@@ -96,7 +96,8 @@ def roofline(
         target: the model whose text is wanted, for instance one of `MODEL_SHAPES`.
         draft: the drafting model; None for drafts that cost nothing, such as an n-gram table's.
         hardware: a name in `accelerators.HARDWARE`, or figures of your own.
-        decoder: what the profile is for: a decoder that drafts chains, or one whose rounds are single passes.
+        decoder: what the profile is for: a decoder that drafts chains, in turns with the target or, on devices of its
+            own, meanwhile; or one whose rounds are single passes.
         max_draft_length: of chains, the longest draft in the tables, in tokens; by default 16.
         max_target_tokens: of single passes, the most tokens that one in the table reads; by default what the decoder
             reads with its knobs as high as they go.
@@ -120,7 +121,7 @@ def roofline(
     hardware = find_hardware(hardware)
     traits = traits_of(decoder)
     kind = traits.cost_kind(greedy=True)
-    whole = kind != CHAIN
+    whole = not (kind == CHAIN or traits.overlaps)
     if whole and not traits.single_pass:
         raise ArgumentError(
             f"{kind} rounds cannot be computed, since the shapes of the models do not tell what proposing takes; "
@@ -172,6 +173,7 @@ def roofline(
             batch_size=batch_size,
             context=context,
             points=points,
+            overlaps=traits.overlaps,
         )
 
     first, *others = [(size, length) for size in sizes for length in lengths]

@@ -13,6 +13,7 @@ shape. Where it is missing all passes are the model's own.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -44,6 +45,9 @@ _MOST_GRAPHS = 48
 _KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
 """Files that choose by sizes which a graph has fixed: of a pass (transformers 5.23), and of embeddings (torch 2.13)."""
 OWN = ("torch.nn.modules.", "transformers.", "specgym.")
+
+_CAPTURING = threading.Lock()
+"""Held while a pass is recorded: the warnings of the tracer are caught, which is one thread's business at a time."""
 
 Mask = Callable[[TokenTree | None, int, int], object]
 Kept = Callable[[], Tensor]
@@ -243,7 +247,8 @@ class CapturedPasses:
         try:
             if self._state is None:
                 raise _Aside("it has hooks, or layers that are not transformers' or torch's own")
-            self.graphs[key] = _recorded(self._model, self._masks, self._kept, *key)
+            with _CAPTURING:
+                self.graphs[key] = _recorded(self._model, self._masks, self._kept, *key)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the tracer and modelling code raise whatever there is

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from specgym.decoding.decoder import Decoder
 from specgym.decoding.decoders import autoregressive, threshold
 from specgym.decoding.decoders import chain_session as speculative
+from specgym.decoding.decoders.pipelined.decoder import PipelinedThresholdDecoder
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts import cascade
 from specgym.decoding.drafts import drafter as drafters
@@ -178,7 +179,7 @@ def walk(
         flags = []
         for chance in chances:
             # A speculative session stops at the first rejection; the threshold decoder may overrule it.
-            pointless = not isinstance(decoder, ThresholdDecoder) and False in flags
+            pointless = not isinstance(decoder, ThresholdDecoder | PipelinedThresholdDecoder) and False in flags
             flags.append(False if pointless else bool(branches.choose([1 - chance, chance])))
         return torch.tensor(flags, dtype=torch.bool)
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specgym.decoding.errors import ArgumentError
-from specgym.envs.backends.engine_counts import EngineCounts, engine_counts
+from specgym.envs.backends.replay import EngineCounts, engine_counts
 from specgym.envs.recordings.find import find_trace
 from specgym.envs.recordings.trace import rounded, tellable_threshold
 

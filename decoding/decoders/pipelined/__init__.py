@@ -1,0 +1,1 @@
+"""Pipelined decoding: the draft goes on while the target verifies."""
