@@ -51,7 +51,7 @@ def metrics(backend: PipelinedReplay, prompts: Any, knobs: tuple[int, int], seed
 
 
 def charged(rounds: list[Round], window: int, pre_verify: int) -> float:
-    """What rounds are charged, told from what they read and drafted."""
+    """Seconds that rounds are charged, told from what they read and drafted."""
     seconds, ready = 0.0, 0
     for round_ in rounds:
         read = round_.target_tokens - 1
