@@ -41,7 +41,7 @@ from specgym.decoding import (
 from tests.helpers.warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILT_IN = ("threshold", "speculative", "lookahead", "medusa", "medusa-typical", "draft-tree")
+BUILT_IN = ("threshold", "speculative", "lookahead", "medusa", "medusa-typical", "draft-tree", "pipelined")
 
 
 class RepeatSession(Session["RepeatDecoder"]):
@@ -86,7 +86,7 @@ def _clean() -> Iterator[None]:
 def test_the_built_in_decoders_are_known_by_name_and_their_traits_agree_with_their_classes() -> None:
     assert decoder_names()[: len(BUILT_IN)] == BUILT_IN
     assert [environment_names()[name] for name in BUILT_IN] == [
-        "Thresholds", "Speculative", "Lookahead", "Medusa", "MedusaTypical", "DraftTree",
+        "Thresholds", "Speculative", "Lookahead", "Medusa", "MedusaTypical", "DraftTree", "Pipeline",
     ]  # fmt: skip
     for name in BUILT_IN:
         traits, kind = traits_of(name), decoder_class(name)

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "medusa": ("specgym/Medusa-v0", None, {}),
     "draft tree": ("specgym/DraftTree-v0", None, {}),
     "draft tree, together": ("specgym/DraftTree-v0", 2, {}),
+    "pipeline": ("specgym/Pipeline-v0", None, {}),
+    "pipeline, together": ("specgym/Pipeline-v0", 2, {"workload": ["tiny/code", "tiny/prose@1.0"]}),
     "draft length": ("specgym/DraftLength-v0", None, {}),
     "draft length, sampled": ("specgym/DraftLength-v0", None, {"workload": "tiny/prose@1.0"}),
     "draft length, two workloads": ("specgym/DraftLength-v0", 3, {"workload": ["tiny/prose", "tiny/code"]}),

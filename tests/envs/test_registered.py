@@ -56,7 +56,7 @@ def test_all_of_them_are_known() -> None:
     names = [name.removeprefix("specgym/").removesuffix("-v0") for name in IDS]
     assert names == [
         *("DraftChoice", "DraftLength", "DraftTree", "Engine", "Lookahead", "Medusa", "MedusaTypical"),
-        *("Speculative", "SpeculativeWorlds", "Thresholds"),
+        *("Pipeline", "Speculative", "SpeculativeWorlds", "Thresholds"),
     ]
 
 
