@@ -161,7 +161,11 @@ def test_the_decoder_is_known_by_name(tree_pair: Pair) -> None:
     assert decoder.knobs == known.knobs_without_pair()
     assert known.cost_kind(greedy=True) == decoder.cost_kind(greedy=False) == "draft-tree"
     assert known.needs_draft
-    assert [name for name in decoder_names() if traits_of(name).drafts_chains()] == ["threshold", "speculative", "pipelined"]
+    assert [name for name in decoder_names() if traits_of(name).drafts_chains()] == [
+        "threshold",
+        "speculative",
+        "pipelined",
+    ]
     assert default_workload("draft-tree") == "tiny/prose"
 
 
