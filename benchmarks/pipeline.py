@@ -25,12 +25,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.batches import prompts_of
 from specgym.decoding import (
     MODEL_SHAPES,
     AutoregressiveDecoder,
     Decoder,
     LatencyProfile,
-    Pair,
     PipelinedDecoder,
     Sampling,
     SpeculativeDecoder,
@@ -38,9 +38,8 @@ from specgym.decoding import (
     measured,
     roofline,
 )
-from specgym.envs import replay_backend, workload
+from specgym.envs import replay_backend
 
-_SETS = ("prose", "code", "definitions", "chat")
 _SHAPES = (("opt-6.7b", "opt-125m"), ("llama-3.1-8b", "llama-3.2-1b"), ("llama-3.1-70b", "llama-3.2-1b"))
 """Targets and drafts on accelerators."""
 Setting = tuple[str, Mapping[str, float]]
@@ -81,14 +80,8 @@ def settings_of(lengths: Sequence[int]) -> list[Setting]:
 
 def _words(setting: Setting) -> str:
     knobs = setting[1]
-    way = {None: "in turns", 1: "pipelined", 0: "pipelined, no pre-verify"}[knobs.get("pre_verify")]
+    way = "in turns" if setting[0] == "speculative" else "pipelined" if knobs["pre_verify"] else "pipelined, waiting"
     return f"{way}, {knobs['draft_length']}"
-
-
-def prompts_of(pair: Pair, name: str, count: int) -> list[str]:
-    """Held-out prompts of the sets that a pair has, by turns."""
-    sets = [workload(f"{name}/{prompts}").prompt_set().test for prompts in _SETS]
-    return [str(sets[number % len(sets)][number // len(sets)]) for number in range(count)]
 
 
 def show_here(name: str, settings: Settings, console: Console) -> None:

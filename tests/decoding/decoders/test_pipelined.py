@@ -132,7 +132,7 @@ def test_the_joint_law_is_the_targets(monkeypatch: pytest.MonkeyPatch, make_tabl
     sampling = SAMPLINGS[name]
     expected = exact_joint(decoder.pair.target, sampling, PROMPT, 3)
     for window, pre_verify, ahead in ((1, 1, 0), (2, 1, 1), (1, 0, 1), (2, 0, 0)):
-        knobs = {"draft_length": window, "pre_verify": pre_verify}
+        knobs: dict[str, float] = {"draft_length": window, "pre_verify": pre_verify}
         joint, divergence, _ = walk(monkeypatch, decoder, sampling, 3, knobs, ahead=ahead)
         assert distance(joint, expected) < 1e-5, knobs
         assert divergence == 0
@@ -206,7 +206,7 @@ def test_thresholds_with_a_real_draft(make_model: MakeModel, make_noisy: MakeMod
     assert loose.draft_acceptance_rate == 1
 
 
-def to_the_end(session: sessions.PipelinedSession) -> None:
+def to_the_end(session: chain_session.SpeculativeSession) -> None:
     while not session.finished:
         session.step()
 
@@ -266,7 +266,7 @@ def test_a_silent_draft_counts_as_lost(
 
 def test_an_error_of_the_draft_is_raised(make_table: MakeTable, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = PipelinedDecoder(table_pair(make_table, 3), place="thread")
-    session = decoder.start(PROMPT, max_new_tokens=12)
+    session: Any = decoder.start(PROMPT, max_new_tokens=12)
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no memory left")

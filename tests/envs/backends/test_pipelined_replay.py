@@ -78,7 +78,7 @@ def test_the_replay_is_live_decoding(recorded: tuple[Workload, Trace]) -> None:
             for seed in seeds:
                 text = decoder.generate(prompt, max_new_tokens=TOKENS, sampling=work.sampling, seed=seed, knobs=knobs)
                 rounds.append(text.rounds)
-        live = {
+        live: dict[str, list[Any]] = {
             "tokens": [sum(len(round_.tokens) for round_ in text) for text in rounds],
             "rounds": [len(text) for text in rounds],
             "drafted": [sum(round_.drafted for round_ in text) for text in rounds],
