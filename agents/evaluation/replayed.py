@@ -101,6 +101,7 @@ class TuningTask:
         knobs: of the decoder.
         ranges: (low, high) of every knob, by name.
         default: the decoder's default setting, by knob.
+        grids: those that are known, by split; one of the same task in another process may be put in (`grid`).
 
     Raises:
         TraceError: a recording is missing, or holds shorter texts or other drafts than asked for.
@@ -148,7 +149,7 @@ class TuningTask:
         self.reward = reward
         self.knobs = backend.knobs
         self._prompts_per_measurement = prompts_per_measurement
-        self._grids: dict[Split, Grid] = {}
+        self.grids: dict[Split, Grid] = {}
         moves = KnobMoves(self.knobs, None, None)
         for replay in self._backends.values():
             replay.check_ranges(moves.ranges)
@@ -228,9 +229,9 @@ class TuningTask:
     def grid(self, split: Split = "test") -> Grid:
         """A dense grid on the prompts of a split, computed once: on training prompts for methods that learn from other
         workloads. Raises as `worth`."""
-        if split not in self._grids:
-            self._grids[split] = self._new_grid(split)
-        return self._grids[split]
+        if split not in self.grids:
+            self.grids[split] = self._new_grid(split)
+        return self.grids[split]
 
     def objective(self, knobs: Mapping[str, Floats], values: Mapping[str, Floats]) -> Floats:
         """The reward of settings; with a bound on the divergence the speedup minus `PENALTY` times what is beyond it.
@@ -260,16 +261,18 @@ class TuningTask:
 
         Arguments and errors as for `worth`.
         """
-        backend = self._backends[split]
-        prompts = np.tile(backend.prompts[0], passes)
-        workloads = np.zeros(len(prompts), np.int64)
-        rows = []
-        for setting in [self._checked(values) for values in knobs]:
-            # One call a setting, for all prompts and passes: a larger one is no faster, and the draws stay the same.
-            arrays = {name: np.full(len(prompts), value) for name, value in setting.items()}
-            metrics = backend.decode(prompts, workloads, arrays, np.random.default_rng(0))
-            rows.append([values.reshape(passes, -1).sum(0) for values in metrics])
-        return Metrics(*(np.stack(columns) for columns in zip(*rows, strict=True)))
+        settings = [self._checked(values) for values in knobs]
+        _, draws = self._decoded(settings[:1], split, 1)
+        if not draws:
+            together, draws = self._decoded(settings, split, 1)
+            if not draws:  # all passes are as the first
+                return Metrics(*(np.tile(values, (passes, 1, 1)).sum(0) for values in together))
+        # One call a setting, for all prompts and passes, so that a setting's draws are the same whichever others are
+        # asked for; with draws a larger call is no faster.
+        alone = [self._decoded([setting], split, passes)[0] for setting in settings]
+        return Metrics(
+            *(np.stack([values.reshape(passes, -1).sum(0) for values in rows]) for rows in zip(*alone, strict=True))
+        )
 
     def valued(self, knobs: Sequence[Mapping[str, float]], totals: Metrics[Floats]) -> tuple[dict[str, Floats], Floats]:
         """Metrics and rewards of settings from sums over prompts.
@@ -287,6 +290,25 @@ class TuningTask:
         if reward.shape[1] > 1:
             return values, reward
         return {name: value[:, 0] for name, value in values.items()}, reward[:, 0]
+
+    def _decoded(
+        self, settings: Sequence[Mapping[str, float]], split: Split, passes: int
+    ) -> tuple[Metrics[Floats], bool]:
+        """Decode every prompt with some settings, in one call: arrays of shape (settings, passes * prompts).
+
+        Returns:
+            What came of it, and whether anything was drawn at random.
+        """
+        backend = self._backends[split]
+        prompts = np.tile(backend.prompts[0], passes)
+        shape = (len(settings), len(prompts))
+        arrays = {name: np.repeat([setting[name] for setting in settings], len(prompts)) for name in self.ranges}
+        rng = np.random.default_rng(0)
+        before = rng.bit_generator.state
+        every = np.tile(prompts, len(settings))
+        metrics = backend.decode(every, np.zeros(len(every), np.int64), arrays, rng)
+        drawn = bool(rng.bit_generator.state != before)
+        return Metrics(*(values.reshape(shape) for values in metrics)), drawn
 
     def _new_grid(self, split: Split) -> Grid:
         axes = grid_axes(self.knobs, self.ranges)

@@ -26,7 +26,7 @@ from ...experiments.learned_tuner import LearnedSearcher, LearnedTuner, learn_tu
 from ...experiments.tune_unseen_settings import TunerSettings
 from ...training.run_folder import RunFolder, quieten, this_command
 from ..replayed import TuningTask
-from ..statistics import universal_setting
+from ..statistics import Grid, universal_setting
 from .comparison import LEARNED, MEASUREMENTS, Fold, Kind, Result, compare, folds
 from .search_baselines import METHODS, NEEDS_UNIVERSAL, SearcherFactory, searchers
 from .transfer import JudgedFold, Transfer
@@ -62,6 +62,7 @@ class Search:
     """Searches on one workload that learn from no other, but for the universal setting that some start from."""
 
     settings: TunerSettings = field(compare=False)  # those of the run, the same for all
+    grid: Grid = field(compare=False)  # of the workload's held-out prompts, which takes longer than the searches
     workload: str
     methods: tuple[str, ...]
     universal: tuple[tuple[str, float], ...]
@@ -111,7 +112,7 @@ def cross_validate(
     for fold in every:
         for name in fold.test:
             for which, start in ((alone, ()), (warm, tuple(universal[fold].items()))):
-                search = Search(settings, name, which, start, tuple(seeds), counts)
+                search = Search(settings, tasks[name].grid(), name, which, start, tuple(seeds), counts)
                 searches.setdefault(fold, []).append(search)
     different = list(dict.fromkeys(search for group in searches.values() for search in group))
     work: list[Task[Any]] = [
@@ -190,8 +191,9 @@ def make_search(search: Search) -> list[Result]:
     """Make searches and judge them, in a process of its own."""
     torch.set_num_threads(1)
     place_models(search.settings.dtype, search.settings.device)
-    tasks = tasks_of(search.settings, [search.workload])
-    return compare(tasks, searchers(dict(search.universal) or None, search.methods), search.seeds, search.counts)
+    (task,) = tasks_of(search.settings, [search.workload])
+    task.grids["test"] = search.grid
+    return compare([task], searchers(dict(search.universal) or None, search.methods), search.seeds, search.counts)
 
 
 def _run(tasks: Sequence[Task[Any]], total: int, jobs: int, report: Callable[[str], None]) -> list[Any]:

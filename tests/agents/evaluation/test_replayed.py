@@ -143,6 +143,19 @@ def test_what_a_setting_is_worth_does_not_depend_on_which_others_are_judged(samp
     assert together.values["divergence"][1] == alone.values["divergence"][0]
 
 
+def test_without_draws_every_pass_and_every_setting_is_as_if_it_were_alone() -> None:
+    task = TuningTask("tiny-3m-1l/prose", RewardSettings(), "speculative", max_new_tokens=16)
+    settings = [{"draft_length": length, "stop_threshold": stop} for length in (2.0, 5.0) for stop in (0.0, 0.4)]
+    together = task.sums(settings, passes=3)
+    for number, setting in enumerate(settings):
+        (prompts,) = task._backends["test"].prompts
+        arrays = {name: np.full(len(prompts), value) for name, value in setting.items()}
+        once = task._backends["test"].decode(prompts, np.zeros_like(prompts), arrays, np.random.default_rng(7))
+        for ours, theirs in zip(together, once, strict=True):
+            np.testing.assert_allclose(ours[number], 3 * theirs, rtol=1e-12)
+    assert len(np.unique(together.rounds.sum(1))) == len(settings)
+
+
 def test_with_a_bound_the_best_is_the_fastest_setting_that_keeps_it(wrong_drafts: Callable[..., TuningTask]) -> None:
     task = wrong_drafts(replace(SPEED, max_divergence=0.05))
     grid = task.grid()
