@@ -19,6 +19,7 @@ from tests.helpers.small_medusa_heads import random_heads
 from tests.helpers.small_runs import options, record_little, record_traces, target_alone
 
 BOUND = 0.02
+NO_FIGURE = '<svg viewBox="0 0 1 1"></svg>'
 Shown = Callable[[], str]
 
 
@@ -126,7 +127,9 @@ def test_evaluated_again_the_charged_numbers_are_the_same(finished: Run, shown: 
         assert "The text is the target's own" in text
 
 
-def test_the_report_is_about_the_decoder_s_knobs(finished: Run) -> None:
+def test_the_report_is_about_the_decoder_s_knobs(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if finished.decoder != decoder_names()[0]:  # figures are composed for all, and written out for one
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(NO_FIGURE))
     assert evaluate_command([str(finished.folder), "--report"]) == 0
     page = (finished.folder / "report.html").read_text()
     assert f"{finished.decoder} knobs learned in mine".lower() in page.lower()

@@ -87,7 +87,7 @@ def random_prompts(count: int, vocabulary: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize(("family", "first", "step"), [("llama", 0, 1), ("opt", 0, 4), ("gpt2", 1, 4), ("qwen2", 2, 4)])
+@pytest.mark.parametrize(("family", "first", "step"), [("llama", 0, 1), ("opt", 0, 4), ("gpt2", 1, 4)])
 def test_greedy_output_on_random_models_equals_generate(
     make_model: MakeModel, make_noisy: MakeModel, reference: Reference, family: str, first: int, step: int
 ) -> None:

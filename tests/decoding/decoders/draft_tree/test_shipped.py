@@ -46,9 +46,10 @@ def test_what_ships_knows_more_of_the_target_than_the_draft_does_where_the_targe
     own_right = aligned_right = mixed_right = positions = 0
     errors = torch.zeros(2)
     for domain in ("prose", "code", "definitions"):
-        for text in load_prompts(domain).test[:8]:
-            prompt = pair.encode(text)[:64]
-            written = AutoregressiveDecoder(pair).generate(prompt, max_new_tokens=NEW).tokens
+        prompts = [pair.encode(text)[:64] for text in load_prompts(domain).test[:8]]
+        generations = AutoregressiveDecoder(pair).generate_batch(prompts, max_new_tokens=NEW)
+        for prompt, generation in zip(prompts, generations, strict=True):
+            written = generation.tokens
             tokens = torch.tensor([*prompt, *written[:-1]])
             read = draft.fresh().forward(tokens, last=len(written), hidden=True)
             likeliest = torch.tensor(written).unsqueeze(-1)
