@@ -41,6 +41,7 @@ from .drafts.drafter import (
     ModelStep,
     OneHotStep,
     Proposal,
+    beside,
     draft_digest,
     is_free,
 )
@@ -289,6 +290,7 @@ __all__ = [
     "UnsupportedModelError",
     "VocabularyMismatchError",
     "arithmetic_of",
+    "beside",
     "bins_of",
     "build_decoder",
     "bytes_of_pass",

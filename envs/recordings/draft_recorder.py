@@ -2,7 +2,8 @@
 
 All positions of a stretch of text go through each model together, as the branches of one token tree: at every position
 hangs the chain that the draft proposes there. The draft grows the chains by one token a pass; the target reads them all
-in one, those of several drafts together, and what they have in common once.
+in one, those of several drafts together, and what they have in common once. A model that reads chains alone is asked at
+one position after another.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from specgym.decoding import (
     Sampling,
     TextRules,
     TokenTree,
+    beside,
     bins_of,
     draft_models,
     drafts_of,
@@ -40,6 +42,8 @@ STRETCH = 32
 """Positions recorded in one pass. With more, attention over the other positions' branches costs more than it saves."""
 
 Rows = dict[str, NDArray[np.generic]]
+_Places = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""By level the nodes before its tokens in a `_Comb`, and those of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,20 @@ class Recorder:
             NumericalError: the target gave NaN or infinite logits.
         """
         assert self.pair.draft is not None
-        context = [*prompt, *text]
-        self._check_room(context, len(prompt))
-        rules = TextRules.of(self.pair, prompt, len(text), self.sampling)
-        target = rules.target(self.pair.target)
-        target.read(prompt[:-1])
+        reader, begun = self.pair.target.begin(prompt)  # an encoder reads the prompt, and the text begins anew
+        context = [*begun, *text]
+        self._check_room(context, len(begun))
+        rules = TextRules.of(self.pair, begun, len(text), self.sampling, source=prompt)
+        target = rules.target(reader)
+        if len(begun) > 1:
+            target.read(begun[:-1])
+        draft = beside(self.pair.draft, target) if target.source else self.pair.draft
         chains = [
-            _chains(draft, self, prompt, torch.Generator(target.device).manual_seed(seed))
-            for draft in drafts_of(rules.drafter(self.pair.draft, target))
+            _chains(part, self, begun, torch.Generator(target.device).manual_seed(seed))
+            for part in drafts_of(rules.drafter(draft, target))
         ]
         parts: list[list[Rows]] = []
-        for start in range(len(prompt) - 1, len(context) - 1, STRETCH):
+        for start in range(len(begun) - 1, len(context) - 1, STRETCH):
             stretch = context[start : min(start + STRETCH, len(context) - 1)]
             parts.append(
                 self._read(target, stretch, [list(chain.grow(context, start, len(stretch))) for chain in chains])
@@ -127,7 +134,6 @@ class Recorder:
         return scores.softmax(-1) if self.sampling.greedy else self.sampling.probabilities(scores)
 
     def _check_room(self, context: Sequence[int], prompt: int) -> None:
-        self.pair.target.require_branches("the target of a recording")
         for model in (self.pair.target, *draft_models(self.pair.draft)):
             switch = model.pass_limit(prompt - 1)
             if switch < min(model.context_limit, len(context) + self.draft_length):
@@ -146,12 +152,16 @@ class Recorder:
         positions = len(stretch)
         comb = _Comb(stretch)
         places = [comb.add(levels) for levels in drafts]
-        scores = target.forward(torch.tensor(comb.tokens, device=target.device), TokenTree(comb.parents)).scores
+        if target.branches:
+            scores = target.forward(torch.tensor(comb.tokens, device=target.device), TokenTree(comb.parents)).scores
+        else:
+            scores = _read_in_chains(target, comb, positions, places)
         if not bool(torch.isfinite(scores.amax(-1).sum())):
             raise NumericalError(
                 f"{target.name} gave NaN or infinite logits; load it in float32 or bfloat16, or check its weights"
             )
-        target.keep(range(positions))
+        if target.branches:
+            target.keep(range(positions))
         likeliest = scores.argmax(-1).cpu().numpy()
         return [
             self._rows(scores, likeliest, positions, levels, nodes)
@@ -164,7 +174,7 @@ class Recorder:
         likeliest: NDArray[np.integer],
         positions: int,
         levels: Sequence[Level],
-        nodes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+        nodes: _Places,
     ) -> Rows:
         """Rows of one draft, of whose tokens the nodes in the tree and those before them are known by level."""
         rows: Rows = {name: np.zeros((positions, self.draft_length), dtype) for name, dtype in PER_TOKEN.items()}
@@ -236,7 +246,7 @@ class _Comb:
         self._positions = len(stretch)
         self._nodes = dict(zip(zip(self.parents, self.tokens, strict=True), range(len(stretch)), strict=True))
 
-    def add(self, levels: Sequence[Level]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def add(self, levels: Sequence[Level]) -> _Places:
         """Hang the chains of a draft; for each level the nodes before its tokens, and those of its tokens."""
         ends = np.arange(self._positions)
         places = []
@@ -253,6 +263,35 @@ class _Comb:
             self.tokens.append(token)
             self.parents.append(parent)
         return node
+
+
+def _read_in_chains(target: LanguageModel, comb: _Comb, positions: int, places: Sequence[_Places]) -> Tensor:
+    """Let a target that reads chains alone read a comb: at each position the chain of one draft after another.
+
+    Args:
+        target: has read the text before the comb, and has read the stretch, too, when this returns.
+        comb: with the chains of all drafts.
+        positions: of the stretch.
+        places: what `_Comb.add` returned for each draft.
+
+    Returns:
+        Scores, shape (nodes, vocabulary).
+    """
+    scores: Tensor | None = None
+    for position in range(positions):
+        start = target.length
+        for levels in places:
+            target.truncate(start)
+            nodes = [position]
+            for before, ends in levels:
+                nodes += ends[before == nodes[-1]].tolist()[:1]
+            tokens = torch.tensor([comb.tokens[node] for node in nodes], device=target.device)
+            read = target.forward(tokens).scores
+            scores = read.new_zeros(len(comb.tokens), read.shape[-1]) if scores is None else scores
+            scores[nodes] = read
+        target.truncate(start + 1)
+    assert scores is not None  # a stretch has a position
+    return scores
 
 
 class _ModelChains:

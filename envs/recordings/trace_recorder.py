@@ -90,6 +90,11 @@ def record(
             f"pair {named.load().name} has several drafts, and a trace is of one: record them together with "
             "specgym.envs.recordings.mixed_recorder.record_mixed, as the command does"
         )
+    if settings.detour_prompts and named.load().target.source_limit is not None:
+        raise TraceError(
+            f"{named.load().name} has an encoder, whose texts begin at their beginning, so that none which thresholds "
+            "lead to can be followed from where it left the target's own: give --detour-prompts 0"
+        )
     texts_of = _Texts(named, settings)
 
     def own_texts(of: Split) -> list[Rows]:
@@ -126,8 +131,6 @@ def record(
 def chances_for(named: Workload) -> KeepChances:
     """Return how often the drafted tokens of a workload are kept: by its shipped trace, or else measured now.
 
-    Of a target that reads chains alone they are assumed (`KeepChances.assumed`).
-
     Args:
         named: a workload with a draft; it is loaded where no trace of it ships. A few training prompts are then
             decoded, once in this process.
@@ -136,8 +139,6 @@ def chances_for(named: Workload) -> KeepChances:
         return find_trace(None, named, "train")[0].chances
     except TraceError:
         pass
-    if not named.load().target.branches:  # of which no trace can be recorded
-        return KeepChances.assumed()
     key = (id(named.load()), named.name, named.sampling)
     if key not in _measured:
         texts = _Texts(named, RecordSettings())

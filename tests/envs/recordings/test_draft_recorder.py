@@ -93,6 +93,24 @@ def test_every_position_is_as_if_drafted_and_read_alone(
         assert rows["successor"][place, K] == int(plain(target, context).argmax())
 
 
+@pytest.mark.parametrize("kind", ["model", "lookup", "both"])
+def test_a_target_that_reads_chains_alone_is_recorded_as_one_that_reads_trees(
+    make_model: MakeModel, make_noisy: MakeModel, kind: str
+) -> None:
+    model = make_model("llama")
+    draft, lookup = make_noisy(model, 0.02), PromptLookupDrafter(96, longest=2)
+    drafts: Any = {"model": draft, "lookup": lookup, "both": [draft, lookup]}[kind]
+    pair = Pair(model, drafts, prepack=False)
+    text = AutoregressiveDecoder(pair).generate(PROMPT, max_new_tokens=STRETCH + 4).tokens
+    in_trees = Recorder(pair, Sampling(0.0), K).record_each(PROMPT, text, seed=0)
+    pair.target.branches = False  # as `Reading` says of a model that cannot
+    in_chains = Recorder(pair, Sampling(0.0), K).record_each(PROMPT, text, seed=0)
+    for rows, others in zip(in_trees, in_chains, strict=True):
+        assert rows["match"].any()
+        for name, values in rows.items():
+            assert others[name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
+
+
 @pytest.mark.parametrize("kind", ["n-gram", "lookup"])
 def test_a_draft_without_probabilities_is_recorded_as_far_as_it_goes(make_model: MakeModel, kind: str) -> None:
     target = make_model("llama")
