@@ -188,7 +188,7 @@ class LanguageModel:
         if not self.branches:
             raise UnsupportedModelError(
                 f"{self.name} cannot be {role}, for which trees of candidates are read: {self.why_no_branches}. It can "
-                "read chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder, live."
+                "read chains: use SpeculativeDecoder, ThresholdDecoder or JacobiDecoder."
             )
 
     @property
