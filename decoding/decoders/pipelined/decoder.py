@@ -120,8 +120,8 @@ class Pipeline(ChainDecoder):
         )
 
     def give_back(self, worker: DraftWorker) -> None:
-        """Take what drafted for a text back, for another; one that is here already, or lost, is left as it is."""
-        if worker.alive and worker not in self._idle:
+        """Take what drafted for a text back, for another; one that is lost is forgotten."""
+        if worker.alive:
             self._idle.append(worker)
 
 

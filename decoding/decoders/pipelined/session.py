@@ -54,7 +54,8 @@ class PipelinedSession(SpeculativeSession):
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         decoder = self._pipeline
         self._worker: DraftWorker | None = decoder.worker()
-        weakref.finalize(self, decoder.give_back, self._worker)
+        self._give_back = weakref.finalize(self, decoder.give_back, self._worker)
+        self._give_back.atexit = False
         self._ready: list[Drafted] = []
         """Drafted, and not verified yet: the next round's."""
         self._agreed = len(prompt)
@@ -121,14 +122,16 @@ class PipelinedSession(SpeculativeSession):
                 if rest or outcome is None:  # the last row of scores is of no use where all before it is kept
                     outcome = self._outcome(torch.cat([scores, scores[-1:]]) if rest else scores, chain, knobs)
         won = outcome.kept == len(chain) > read
-        self._ready = [*rest[1:], *self._take(window)] if won else []
         drafted = [drafted.token for drafted in chain]
         taken = self._emit(drafted if won else [*drafted[: outcome.kept], outcome.token])
         accepted = min(outcome.kept, taken)
-        if not won:
-            self._agreed = min(self._agreed, before + accepted)
         if self.finished:
-            self._release()
+            self._give_back()  # once for a text
+            self._worker = None
+        elif won:
+            self._ready = [*rest[1:], *self._take(window)]
+        else:
+            self._ready, self._agreed = [], min(self._agreed, before + accepted)
         seconds = time.perf_counter() - started
         self._verified = Verified(len(chain), accepted, taken, seconds)
         verifying = seconds - times.waiting
@@ -207,11 +210,6 @@ class PipelinedSession(SpeculativeSession):
             stacklevel=2,
         )
         self._worker, self._asking = None, False
-
-    def _release(self) -> None:
-        if self._worker is not None:
-            self._pipeline.give_back(self._worker)
-            self._worker = None
 
 
 class PipelinedThresholdSession(PipelinedSession, ThresholdSession):

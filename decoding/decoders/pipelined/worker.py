@@ -116,7 +116,6 @@ class DraftWorker:
         place: `process`, which is forked, or `thread`.
         cores: that it is bound to; none leaves that to the system.
         stop: rule that may end drafts earlier.
-
     """
 
     def __init__(
@@ -291,7 +290,7 @@ class _Text:
     """
 
     def __init__(self, pair: Pair, drafter: ModelDrafter, text: DraftedText, stop: StopRule | None) -> None:
-        self.context, self.sampling, self._seed = list(text.prompt), text.sampling, text.seed
+        self.context, self.sampling, self._seed, self._requests = list(text.prompt), text.sampling, text.seed, 0
         device = drafter.model.device
         self._generator = torch.Generator(device)
         drafting: Any = drafter
@@ -304,8 +303,9 @@ class _Text:
 
     def steps(self, request: _Request) -> Iterator[DraftStep]:
         """Yield the tokens of a request; `context` grows by them outside."""
-        # Each request has random numbers of its own, so that what the last one was interrupted at does not count.
-        self._generator.manual_seed((self._seed + _STRIDE * request.number) % _SEEDS)
+        # Each request has random numbers of its own: where the last one was interrupted depends on the clock.
+        self._requests += 1
+        self._generator.manual_seed((self._seed + _STRIDE * self._requests) % _SEEDS)
         del self.context[request.kept :]
         self._draft.truncate(request.kept)
         self.context += request.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -111,6 +112,26 @@ def test_greedy_texts_are_what_generate_gives(
     assert won > 10 < lost
 
 
+def test_texts_at_the_same_time_have_a_draft_each(make_model: MakeModel, make_noisy: MakeModel) -> None:
+    model = make_model("llama")
+    decoder = PipelinedDecoder(Pair(model, make_noisy(model, 0.02)), place="thread")
+    prompts = [[3, 5], [7], [9, 2, 4]]
+    expected = [AutoregressiveDecoder(decoder.pair).generate(prompt, max_new_tokens=12).tokens for prompt in prompts]
+    together = decoder.generate_batch(prompts, max_new_tokens=12)
+    assert [generation.tokens for generation in together] == expected
+    first: Any = decoder.start(prompts[0], max_new_tokens=12)
+    to_the_end(first)
+    others: list[Any] = [decoder.start(prompts[1], max_new_tokens=12)]
+    del first  # its draft is the second text's by now
+    gc.collect()
+    others.append(decoder.start(prompts[2], max_new_tokens=12))
+    assert others[0]._worker is not others[1]._worker
+    while not all(session.finished for session in others):
+        for session in others:
+            session.step()
+    assert [session.tokens for session in others] == expected[1:]
+
+
 def test_knobs_may_change_every_round_and_limits_hold(make_model: MakeModel, make_noisy: MakeModel) -> None:
     model = make_model("gpt2")
     decoder = PipelinedDecoder(Pair(model, make_noisy(model, 0.01)), place="thread")
@@ -180,6 +201,7 @@ def test_threshold_decoding_keeps_its_certificate(monkeypatch: pytest.MonkeyPatc
 def test_sampled_texts_follow_the_target_and_the_seed(make_table: MakeTable) -> None:
     pair, knobs = table_pair(make_table, 3), {"draft_length": 2.0, "pre_verify": 1.0}
     decoders = [PipelinedDecoder(pair, place="process"), PipelinedDecoder(pair, place="thread")]
+    decoders[1].generate(PROMPT, max_new_tokens=9)  # what was drafted for other texts does not count
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(1000):
         texts = [
