@@ -197,11 +197,12 @@ def log_likelihood(target: LanguageModel, prompt: Sequence[int], tokens: Sequenc
 
     Args:
         target: the model; its cache is left alone.
-        prompt: token ids before the text.
+        prompt: token ids before the text; of a model with an encoder those of the source.
         tokens: token ids of the text, at least one.
     """
-    read = torch.tensor([*prompt, *tokens[:-1]], device=target.device)
-    scores = target.fresh().forward(read, last=len(tokens)).scores
+    reader, first = target.fresh().begin(prompt)
+    read = torch.tensor([*first, *tokens[:-1]], device=target.device)
+    scores = reader.forward(read, last=len(tokens)).scores
     emitted = torch.tensor(tokens, device=target.device).unsqueeze(-1)
     return float(scores.log_softmax(-1).gather(-1, emitted).double().sum())
 

@@ -21,7 +21,9 @@ from specgym.agents.evaluation.live import CHARGED, live_columns, log_likelihood
 from specgym.agents.evaluation.results import ALL, LEARNED, PLAIN, SAME, kept_bound, mean_rows
 from specgym.agents.training.run_folder import RunFileError
 from specgym.decoding import LatencyProfile, ThresholdDecoder
+from specgym.decoding.models.encoder.encoder_decoder import EncoderDecoder
 from specgym.envs import RewardSettings, workload
+from tests.helpers.encoder_decoders import SOURCE, encoder_decoder
 from tests.helpers.table_models import TableModel, random_table
 
 PROFILE = LatencyProfile("pair", {0: 0.0, 16: 0.016}, {1: 0.010, 17: 0.014}, 0.010, {"name": "made up"})
@@ -121,6 +123,16 @@ def test_a_text_s_likelihood_is_that_of_its_tokens_after_the_prompt() -> None:
     by_hand = sum(float(scores[before, last].log_softmax(-1)[token]) for before, last, token in ((3, 1, 4), (1, 4, 0)))
     assert log_likelihood(target, [2, 3, 1], [4, 0]) == pytest.approx(by_hand)
     assert target.length == 0
+
+
+def test_a_text_of_a_model_with_an_encoder_is_as_likely_as_the_model_says() -> None:
+    target, text = EncoderDecoder(encoder_decoder("t5")), [9, 4, 11]
+    with torch.inference_mode():
+        logits = target.model(
+            input_ids=torch.tensor([SOURCE]), decoder_input_ids=torch.tensor([[0, *text[:-1]]])
+        ).logits
+    expected = -torch.nn.functional.cross_entropy(logits[0], torch.tensor(text), reduction="sum")
+    assert log_likelihood(target, SOURCE, text) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_contenders_that_decode_alike_are_decoded_once(
