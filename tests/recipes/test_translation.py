@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from recipes.translation import SentencePair, choose_prompts, read_sentences
+from recipes.translation import InterfaceSettings, SentencePair, choose_prompts, read_sentences, write_prompts
 from recipes.translator import SentenceBatches
 from recipes.translator_draft import take_decoder_layers
+from specgym.decoding import load_prompts
 from specgym.decoding.errors import FitError
 
 
@@ -60,6 +61,15 @@ def test_prompts_are_long_and_on_one_side_each() -> None:
     assert all(len(pair.english) >= 60 for pair in (*train, *test))
     with pytest.raises(FitError, match="40 held-out texts have 60 characters, and 41 are needed"):
         choose_prompts(pairs, 40, 1, 60, seed=0)
+
+
+def test_a_prompt_set_has_the_translations_as_references(tmp_path: Path) -> None:
+    pairs = [SentencePair(f"text {number}", f"Text {number}") for number in range(9)]
+    write_prompts(InterfaceSettings(tmp_path / "some.json", train=3, test=2, shortest=1), pairs)
+    written = load_prompts(str(tmp_path / "some.json"))
+    assert (len(written.train), len(written.test), written.measure) == (3, 2, "bleu")
+    for split in ("train", "test"):
+        assert written.references(split) == tuple((prompt.title(),) for prompt in written.split(split))
 
 
 @pytest.mark.parametrize("chosen", [(0,), (2, 1)])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from specgym.decoding.prompts import HUB_LIMIT, HUB_SETS, DatasetError, load_prompts
+from specgym.decoding.loading.hub_datasets import HUB_LIMIT, HUB_SETS, DatasetError
+from specgym.decoding.prompts import load_prompts
 
 
 class _Library(ModuleType):
@@ -82,6 +83,26 @@ def test_what_models_translate_sum_up_or_answer_is_read(
     assert [call[2] for call in library.calls] == calls
     assert set(result.train + result.test) == {f"{prompt} {split} {i}" for split in calls for i in "abcd"}
     assert result.chat == (name in ("gsm8k", "mt_bench"))
+    column = {"wmt16-de-en": "house", "wmt14-en-de": "Haus", "cnn_dailymail": "new"}.get(name)
+    for split in ("train", "test"):
+        texts = tuple((text.replace(prompt, column, 1),) for text in result.split(split)) if column else ()
+        assert result.references(split) == texts
+    assert result.measure == ("rouge" if name == "cnn_dailymail" else "bleu")
+
+
+def test_a_dataset_s_references_stay_with_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(article: str, highlights: Any) -> dict[str, Any]:
+        return {"article": article, "highlights": highlights}
+
+    rows = [row(" ", "lost"), row("a", "A"), row("a", "again"), row("b", ""), row("x " * 3000, "long")]
+    _install(monkeypatch, train=[row("b", "B"), row("c", "C")], test=rows)
+    result = load_prompts("cnn_dailymail")
+    assert (result.train, result.train_references) == (("c",), (("C",),))
+    assert [text[:3] for text in result.test] == ["a", "b", "x x"]  # a blank reference takes no prompt away
+    assert result.test_references == (("A",), ("",), ("long",))
+    _install(monkeypatch, train=[row("c", None)], test=rows)
+    with pytest.raises(DatasetError, match="cnn_dailymail has no text in a column 'highlights' of its split 'train'"):
+        load_prompts("cnn_dailymail")
 
 
 def test_a_text_in_both_splits_of_a_dataset_is_left_to_the_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,37 @@ def test_the_digest_depends_on_the_contents_only() -> None:
     assert len({base, *others}) == 5
 
 
+def test_references_are_no_part_of_a_set_s_digest() -> None:
+    bare = PromptSet("made", ("a",), ("b", "c"), "here", "MIT")
+    judged = PromptSet("made", ("a",), ("b", "c"), "here", "MIT", test_references=(("x",), ("y", "z")), measure="rouge")
+    assert judged.digest == bare.digest
+    assert (judged.references("train"), judged.references("test")) == ((), (("x",), ("y", "z")))
+    # Recordings of earlier versions, whose set had none, are matched by this.
+    shipped = load_prompts("interface")
+    assert shipped.digest == "a7938367130b7b3824bbee302fe45572f03e1c1e6e8fe37b2fcbcfbf9d25e230"
+    assert [*map(len, (shipped.references("train"), shipped.references("test")))] == [40, 32]
+    assert (shipped.measure, shipped.train[0], shipped.train_references[0]) == (
+        "bleu",
+        "Your VIZIO SmartCast device is now connected to Home Assistant.",
+        ("Dein VIZIO SmartCast-Gerät ist jetzt mit Home Assistant verbunden.",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"test_references": (("x",), ("y",))}, "test_references has 2 entries for 1 prompts; give one for each"),
+        ({"train_references": ("x",)}, r"train_references\[0\] is 'x'; give a tuple of strings, at least one"),
+        ({"test_references": ((),)}, r"test_references\[0\] is \(\)"),
+        ({"test_references": ((1,),)}, r"test_references\[0\] is \(1,\)"),
+        ({"measure": "f1"}, "has the measure 'f1'; write one of bleu, rouge"),
+    ],
+)
+def test_a_set_refuses_references_that_are_none(more: Any, reason: str) -> None:
+    with pytest.raises(PromptFileError, match=f"'made'.*{reason}"):
+        PromptSet("made", ("a",), ("b",), "here", "MIT", **more)
+
+
 # Files
 
 
@@ -170,6 +201,26 @@ def test_single_messages_of_a_user_are_a_chat(write: Write) -> None:
     assert not load_prompts(write("b.json", json.dumps({"train": rows[:1], "test": rows[1:], "chat": False}))).chat
 
 
+def test_references_stay_with_their_prompts(write: Write) -> None:
+    pairs = {f"prompt {number}": f"text {number}" for number in range(9)}
+    rows = [{"prompt": prompt, "reference": text, "note": 1} for prompt, text in pairs.items()]
+    lines = load_prompts(write("a.jsonl", "\n".join(map(json.dumps, [*rows, {**rows[0], "reference": "another"}]))))
+    for split in ("train", "test"):
+        assert lines.references(split) == tuple((pairs[prompt],) for prompt in lines.split(split))
+    assert lines.digest == load_prompts(write("b.json", json.dumps([*pairs]))).digest
+    few = load_prompts(write("a.jsonl", "\n".join(map(json.dumps, rows))), limit=1, measure="rouge")
+    assert (few.references("test"), few.measure) == (lines.references("test")[:1], "rouge")
+    message = {"messages": [{"role": "user", "content": "sum up"}], "references": ["short", "brief"]}
+    value = {"train": [{"prompt": "x", "reference": None}], "test": [{**message, "prompt": "y"}], "measure": "rouge"}
+    judged = load_prompts(write("c.json", json.dumps(value)))
+    assert (judged.references("train"), judged.references("test")) == ((), (("short", "brief"),))
+    assert judged.measure == "rouge"
+    other = {**message, "messages": [{"role": "user", "content": "another"}]}
+    chat = load_prompts(write("d.jsonl", f"{json.dumps(message)}\n{json.dumps(other)}"))
+    assert chat.chat
+    assert chat.references("test") == (("short", "brief"),)
+
+
 def test_a_json_file_with_splits_keeps_them(write: Write) -> None:
     value = {"train": ["a", "b"], "test": [{"prompt": "c"}], "chat": True, "source": "me", "licence": "MIT"}
     result = load_prompts(write("mine.json", json.dumps(value)))
@@ -202,13 +253,30 @@ def test_a_file_is_never_hidden_by_a_shipped_set(write: Write, tmp_path: Path, m
         ("a.json", '{"train": ["a"], "test": [null]}', r"test\[0\] is missing or null"),
         ("a.json", '{"train": ["a"], "test": ["b"], "chat": "yes"}', '"chat" is a string'),
         ("a.jsonl", '{"prompt": "a"}\nb\n', "line 2 is not valid JSON"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "prompt 2 is missing or null"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', "line 3 is missing or null"),
         ("a.txt", "only one\nonly one\n", "1 different prompts"),
         ("a.txt", "\n", "0 different prompts"),
         ("a.json", '["a", "\\ud83d"]', "half of a surrogate pair"),
         ("a.json", '[{"messages": []}]', "prompt 1 holds a conversation"),
         ("a.json", '[{"messages": [{"role": "system", "content": "x"}]}]', "prompt 1 holds a conversation.*leave the"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n"b"\n', "beside plain ones"),
+        ("a.jsonl", '{"prompt": "a", "reference": 1}\n', 'line 1 has a int as "reference"; write a string, or a list'),
+        ("a.jsonl", '{"prompt": "a", "references": ["x", {}]}\n', 'line 1 has an object as "references"'),
+        ("a.jsonl", '{"prompt": "a", "references": []}\n', 'line 1 has an empty list as "references"'),
+        ("a.jsonl", '{"prompt": "a", "reference": " "}\n', 'line 1 has a blank "reference"; write what'),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "reference": "x", "references": ["x"]}\n',
+            'line 1 has "reference" and "references"',
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "reference": "x"}\n\n"b"\n',
+            "line 3 has no reference, and line 1 has one; write one",
+        ),
+        ("a.json", '["a", {"prompt": "b", "reference": "x"}]', "prompt 1 has no reference, and prompt 2 has one"),
+        ("a.json", '{"train": ["a"], "test": ["b", {"prompt": "c", "reference": "x"}]}', r"test\[0\] has no reference"),
+        ("a.json", '{"train": ["a"], "test": ["b"], "measure": "f1"}', "\"measure\" is 'f1'; write one of bleu, rouge"),
     ],
 )
 def test_a_corrupt_or_foreign_file_is_refused_by_name(write: Write, name: str, content: str, reason: str) -> None:
