@@ -13,6 +13,7 @@ from .evaluation.statistics import (
     sign_flip_test,
     universal_setting,
 )
+from .evaluation.text_quality import TextQuality, TextQualityError, require_measure, text_quality
 from .evaluation.unseen.comparison import recommendations
 from .evaluation.unseen.cross_validation import Training, train_fold
 from .evaluation.unseen.transfer import Transfer
@@ -79,6 +80,8 @@ __all__ = [
     "SettingsError",
     "StopSettings",
     "StoppingPolicy",
+    "TextQuality",
+    "TextQualityError",
     "Training",
     "TrainingReplay",
     "Transfer",
@@ -107,6 +110,7 @@ __all__ = [
     "read_json",
     "recommendations",
     "recording_path",
+    "require_measure",
     "resampled_means",
     "reward_of",
     "save_settings",
@@ -114,6 +118,7 @@ __all__ = [
     "shipped_tuner",
     "sign_flip_test",
     "tasks_of",
+    "text_quality",
     "this_command",
     "train",
     "train_command",

@@ -66,7 +66,8 @@ class EvaluateCommand:
     """Folder of the run, such as runs/thresholds-20260101-120000. Needed for all but --pair."""
     live: tuple[str, ...] | None = None
     """Workloads to decode live (by the clock too) and compare with their replay, for a run of --env
-    specgym/DraftLength-v0 or specgym/DraftChoice-v0. With --pair: measure and confirm by decoding."""
+    specgym/DraftLength-v0 or specgym/DraftChoice-v0. With --pair: measure and confirm by decoding, and score the texts
+    (BLEU, ROUGE) where the prompts have references."""
     report: bool = False
     """Write report.html into the run's folder, one page with every table and figure there is, and the tables as CSV and
     JSON into report/."""
@@ -82,7 +83,7 @@ class EvaluateCommand:
     out: Path | None = None
     """Folder of recommendation.json, for --pair without a run of --tuner. Defaults to one in recommendations/."""
     prompts: str = "prose"
-    """Prompt set, or file of prompts, for --pair; part of them is kept for confirming."""
+    """Prompt set, or file of prompts, for --pair; part of them is kept for confirming. They may have references."""
     temperature: float = 0.0
     """Sampling temperature for --pair; 0 for greedy decoding."""
     measurements: int | None = None

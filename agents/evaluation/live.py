@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from specgym.decoding import (
+    MEASURES,
     AutoregressiveDecoder,
     Decoder,
     Generation,
@@ -31,6 +32,15 @@ from specgym.envs import RewardSettings, Workload, reward_terms, summarise
 
 from .results import PLAIN, Column, Row, resampled, with_intervals
 from .statistics import whole_units
+from .text_quality import (
+    QUALITY_COLUMNS,
+    described,
+    quality_columns,
+    quality_view,
+    require_text_quality,
+    statistics_of,
+    texts_of,
+)
 
 CHARGED = (
     "ms_per_token",
@@ -42,9 +52,11 @@ CHARGED = (
     "reward",
     "perplexity",
     "equal_texts",
+    *QUALITY_COLUMNS,
 )
-"""Columns that are the same whenever the same settings are judged on the same machine. The last two are there where a
-text may not be the target's own, and the very last one only where no token is drawn."""
+"""Columns that are the same whenever the same settings are judged on the same machine. `perplexity` and `equal_texts`
+are there where a text may not be the target's own, the latter only where no token is drawn; those of `text_quality`
+where the prompts have references."""
 CLOCK = ("wall_ms_per_token", "wall_speedup")
 """Columns that are measured anew."""
 _SUMS = ("tokens", "rounds", "drafted", "accepted", "seconds", "wall_seconds")
@@ -53,7 +65,7 @@ _CHARGED_BY_PROFILE = (
     "this very run. ± is half a 95 % interval over prompts."
 )
 _READS = " Tokens read are the target's, for every one emitted: plain decoding reads one."
-_QUALITY = (
+_FIDELITY = (
     " Perplexity is that of the emitted text under the target; equal texts are those that are the target's own, token "
     "by token."
 )
@@ -133,6 +145,7 @@ def judge_live(
     prompts: int = 8,
     max_new_tokens: int = 64,
     seeds: Sequence[int] = (0, 1),
+    score_texts: bool = True,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[Row]:
     """Measure plain decoding and its contenders on a workload's held-out prompts.
@@ -148,12 +161,18 @@ def judge_live(
         prompts: how many, at most.
         max_new_tokens: after each prompt, at most.
         seeds: one pass over the prompts for each.
+        score_texts: compare texts with the references of their prompts, where there are any.
         report: called with what is being done.
 
     Returns:
         A row for plain decoding and one for each contender, with 95 % bootstrap intervals over the prompts.
+
+    Raises:
+        TextQualityError: the prompts have references, and the library that compares texts with them is missing.
     """
-    chosen = workload.prompt_ids("test")[:prompts]
+    if score_texts:
+        require_text_quality([workload])
+    chosen, prompt_set = workload.prompt_ids("test")[:prompts], workload.prompt_set() if score_texts else None
     pair = workload.load()
     plain = AutoregressiveDecoder(pair)
     sides: dict[str, Side] = {}
@@ -180,15 +199,23 @@ def judge_live(
     if not all(decoder.lossless for _, decoder, _, _ in shared):
         report(f"{workload}: comparing texts with the target's")
         target_texts = generations[shared[0][-1]] if workload.sampling.greedy else None
-        for side, of_side in _quality(pair.target, chosen, generations, target_texts).items():
+        for side, of_side in _fidelity(pair.target, chosen, generations, target_texts).items():
             sums[side] |= of_side
+    scored = ""
+    if prompt_set is not None and prompt_set.test_references:
+        references, measure = prompt_set.test_references[:prompts], prompt_set.measure
+        for side, decoded in generations.items():
+            sums[side][measure] = statistics_of([texts_of(same) for same in decoded], references, measure)
+        scored = described(generations[shared[0][-1]], references, measure)
     ways = resampled(len(chosen))
     totals = {side: {name: column[ways].sum(1) for name, column in of.items()} for side, of in sums.items()}
     rows = []
     for contender, decoder, knobs, side in shared:
         columns = _columns(totals[side], totals[shared[0][-1]], profile, reward, decoder, knobs)
         shown = {} if contender.rule else knobs
-        rows.append(Row(workload.name, contender.method, shown, *with_intervals(columns), contender.rule))
+        rows.append(
+            Row(workload.name, contender.method, shown, *with_intervals(columns), contender.rule, scored=scored)
+        )
     return rows
 
 
@@ -210,7 +237,8 @@ def log_likelihood(target: LanguageModel, prompt: Sequence[int], tokens: Sequenc
 def live_columns(rows: Sequence[Row]) -> tuple[tuple[Column, ...], str]:
     """The columns that a table of `judge_live` shows, and the caption that explains them."""
     lossy = any("perplexity" in row.values for row in rows)
-    first = (
+    quality, explanation = quality_view(rows)
+    first: tuple[Column, ...] = (
         Column("ms_per_token", "ms/\ntoken"),
         Column("speedup", "speedup", interval=True),
         Column("wall_speedup", "by the\nclock"),
@@ -219,14 +247,13 @@ def live_columns(rows: Sequence[Row]) -> tuple[tuple[Column, ...], str]:
     )
     if not lossy:
         reads = Column("target_tokens_per_token", "tokens read\n/token")
-        return (*first, reads, Column("reward", "reward", interval=True)), _CHARGED_BY_PROFILE + _READS
-    quality = (
-        Column("divergence", "diver-\ngence", ".3f"),
-        Column("reward", "reward"),
-        Column("perplexity", "perple-\nxity"),
-        Column("equal_texts", "equal\ntexts", ".0%"),
-    )
-    return (*first, *quality), _CHARGED_BY_PROFILE + _QUALITY
+        last = Column("reward", "reward", interval=True)
+        return (*first, reads, last, *quality), _CHARGED_BY_PROFILE + _READS + explanation
+    first += Column("divergence", "diver-\ngence", ".3f"), Column("reward", "reward")
+    if quality:  # there is no room for all, and references say more of a text than its likelihood
+        return (*first, *quality), _CHARGED_BY_PROFILE + explanation
+    fidelity = Column("perplexity", "perple-\nxity"), Column("equal_texts", "equal\ntexts", ".0%")
+    return (*first, *fidelity), _CHARGED_BY_PROFILE + _FIDELITY
 
 
 def strays(values: Iterable[Mapping[str, float]]) -> bool:
@@ -292,7 +319,7 @@ def _sums(decoder: Decoder, generations: Sequence[Sequence[Generation]], profile
     }
 
 
-def _quality(
+def _fidelity(
     target: LanguageModel,
     prompts: Sequence[Sequence[int]],
     generations: Mapping[str, Sequence[Sequence[Generation]]],
@@ -314,20 +341,20 @@ def _quality(
             known[key] = log_likelihood(target, prompts[place], tokens)
         return known[key]
 
-    quality: dict[str, dict[str, _Array]] = {}
+    fidelity: dict[str, dict[str, _Array]] = {}
     for side, of_side in generations.items():
         sums = [sum(likelihood(place, text.tokens) for text in texts) for place, texts in enumerate(of_side)]
-        quality[side] = {"log_likelihood": np.array(sums)}
+        fidelity[side] = {"log_likelihood": np.array(sums)}
         if target_texts is not None:
             equal = [
                 sum(text.tokens == best.tokens for text, best in zip(texts, best_texts, strict=True))
                 for texts, best_texts in zip(of_side, target_texts, strict=True)
             ]
-            quality[side] |= {
+            fidelity[side] |= {
                 "equal": np.array(equal, np.float64),
                 "texts": np.array([len(texts) for texts in of_side], np.float64),
             }
-    return quality
+    return fidelity
 
 
 def _columns(
@@ -355,4 +382,6 @@ def _columns(
         columns["perplexity"] = np.exp(-total["log_likelihood"] / tokens)
     if "equal" in total:
         columns["equal_texts"] = total["equal"] / total["texts"]
+    for measure in (name for name in MEASURES if name in total):
+        columns |= quality_columns(total[measure], plain[measure], measure)
     return {name: columns[name] for name in (*CHARGED, *CLOCK) if name in columns}

@@ -35,7 +35,7 @@ RESAMPLES = 1000
 SAME = 1e-6
 """Relative difference below which a figure counts as reproduced. Divergences are sums of float32 numbers, whose last
 digits depend on where tensors lie in memory; seen were differences of 6e-9."""
-_OTHER_KEYS = ("workload", "method", "rule", "knobs", "intervals", "by_seed")
+_OTHER_KEYS = ("workload", "method", "rule", "knobs", "intervals", "by_seed", "scored")
 _MANY_COLUMNS = 9
 """Columns from which on they stand closer, so that a terminal of 100 characters has room for them."""
 _RULE_WIDTH = 11
@@ -54,6 +54,7 @@ class Row:
         intervals: 95 % intervals (low, high), by column, where there are any.
         rule: the method's rule in words, where it has no knobs.
         by_seed: the first column of every learned policy, in the order of the seeds, where there are several.
+        scored: which of its texts were compared with references, and how, in a sentence; empty where none were.
     """
 
     workload: str
@@ -63,6 +64,7 @@ class Row:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     rule: str = ""
     by_seed: tuple[float, ...] = ()
+    scored: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the columns stand beside the names."""
@@ -74,6 +76,7 @@ class Row:
             **self.values,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             **({"by_seed": list(self.by_seed)} if self.by_seed else {}),
+            **({"scored": self.scored} if self.scored else {}),
         }
 
     @classmethod
@@ -87,6 +90,7 @@ class Row:
             {name: (float(low), float(high)) for name, (low, high) in row["intervals"].items()},
             str(row.get("rule", "")),
             tuple(float(value) for value in row.get("by_seed", ())),
+            str(row.get("scored", "")),
         )
 
     def flat(self) -> dict[str, Any]:
@@ -234,13 +238,15 @@ class ResultTable:
     def differences(self, stored: ResultTable) -> list[str]:
         """Differences of the compared columns from a stored table's, one line each; none if it is reproduced."""
         before = {(row.workload, row.method): row.values for row in stored.rows}
+        # A table of an earlier version has not every column of this one.
+        compared = [name for name in self.compared if name in (stored.compared or self.compared)]
         lines = []
         for row in self.rows:
             values = before.get((row.workload, row.method))
             if values is None:
                 lines.append(f"{row.workload}, {row.method}: not in the stored table")
                 continue
-            for column in (name for name in self.compared if name in row.values):
+            for column in (name for name in compared if name in row.values):
                 old, new = values.get(column), row.values[column]
                 if old is None or abs(old - new) > SAME * max(1.0, abs(new)):
                     lines.append(f"{row.workload}, {row.method}: {column} was {old}, is {new}")
@@ -329,7 +335,7 @@ def _cell(methods: Mapping[str, Row], column: Column) -> str:
         text = "-" if value is None else format(value, column.form)
         if column.interval and column.name in row.intervals:
             low, high = row.intervals[column.name]
-            text += f"±{format((high - low) / 2, column.form)}"
+            text += f"±{format((high - low) / 2, column.form.lstrip('+'))}"
         texts.append(text)
     return "  ".join(texts)
 

@@ -37,6 +37,7 @@ from ..evaluation.contenders import (
 )
 from ..evaluation.live import CHARGED, CLOCK, judge_live, live_columns
 from ..evaluation.results import RESAMPLES, ResultTable, Row, machine, mean_rows
+from ..evaluation.text_quality import TextQualityError, require_text_quality, scored_texts
 from ..export.knob_policy import ExportedPolicy, KnobRange
 from ..export.recommend import (
     LIVE_SHARES,
@@ -75,6 +76,7 @@ class TuneKnobs(Experiment[KnobSettings]):
         """Raise an error unless all workloads, recordings and models are there and suit the decoder."""
         check_workloads(settings)
         require_recordings(settings)
+        _require_scorers(settings)
         for name in settings.workloads:  # loaded once a process, so this takes no time that would not be taken later
             try:
                 settings.build(workload(name).load())
@@ -85,6 +87,7 @@ class TuneKnobs(Experiment[KnobSettings]):
 
     def prepare(self) -> None:
         """Keep a latency profile for every workload, measured once for this hardware. Loads every pair."""
+        _require_scorers(self.settings)
         refreshed: set[tuple[int, Sampling]] = set()
 
         def profile(name: str) -> LatencyProfile:
@@ -226,6 +229,7 @@ class TuneKnobs(Experiment[KnobSettings]):
                 prompts=evaluation.prompts,
                 max_new_tokens=evaluation.max_new_tokens,
                 seeds=evaluation.seeds,
+                score_texts=evaluation.score_texts,
                 report=report,
             )
         rows += mean_rows(rows)
@@ -244,7 +248,7 @@ class TuneKnobs(Experiment[KnobSettings]):
                 "intervals": f"95 %, bootstrap over prompts, {RESAMPLES} resamples",
                 "clock": list(CLOCK),
             },
-            notes=[note for note in (spread_over_seeds(knobs), self._memory()) if note],
+            notes=[note for note in (*scored_texts(rows), spread_over_seeds(knobs), self._memory()) if note],
         )
 
     def _memory(self) -> str:
@@ -269,6 +273,15 @@ def knob_policy(learning: KnobLearning, environments: VecEnv) -> PolicyChoice:
         "std_start": (learning.std_low * learning.std_high**2) ** (1 / 3),
     }
     return PolicyChoice(KnobPolicy, kwargs)
+
+
+def _require_scorers(settings: KnobSettings) -> None:
+    """Raise an error unless the texts that are to be scored can be: before anything is learned or decoded."""
+    if settings.evaluation.score_texts:
+        try:
+            require_text_quality(settings.workloads)
+        except TextQualityError as error:
+            raise TextQualityError(f"{error}, or leave that out with --evaluation.no-score-texts") from error
 
 
 def _rounds(profile: LatencyProfile) -> str:

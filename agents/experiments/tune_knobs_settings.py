@@ -81,6 +81,9 @@ class EvaluationSettings:
     """Tokens generated for each prompt, at most."""
     seeds: tuple[int, ...] = (0, 1)
     """Random seeds; every prompt is decoded once with each."""
+    score_texts: bool = True
+    """Compare texts with the references of their prompts, where there are any: BLEU or ROUGE, which need
+    specgym[quality]."""
     during_training: int = 4
     """Short evaluations spread over training (TensorBoard: eval/mean_reward); 0 for none."""
     episode_steps: int = 5

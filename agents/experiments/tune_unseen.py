@@ -25,6 +25,7 @@ from ..evaluation.live import live_columns
 from ..evaluation.replayed import TuningTask
 from ..evaluation.results import ALL, LEARNED, RESAMPLES, Column, ResultTable, Row, kept_bound, machine, mean_rows
 from ..evaluation.statistics import Floats, interval, losses, universal_setting
+from ..evaluation.text_quality import require_text_quality, scored_texts
 from ..evaluation.unseen.comparison import Kind, kinds_to_leave_out
 from ..evaluation.unseen.cross_validation import cross_validate
 from ..export.knob_policy import ExportedPolicy
@@ -356,6 +357,8 @@ def recommend_for_pair(
         max_prompt_tokens=settings.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens,
     )
     workload = workload_of(pair, prompts, temperature)
+    if live:
+        require_text_quality([workload])
     place = run.path / "recommendations" / file_name(workload.name)
     with on_machine(settings), console.status(f"Tuning {workload}") as status:
         recommendation = recommend_pair(
@@ -367,7 +370,7 @@ def recommend_for_pair(
             status.update(f"Confirming on held-out prompts of {workload}")
             rows = confirm(settings, workload, recommendation.knobs, place)
             columns, caption = live_columns(rows)
-            table = ResultTable(rows, columns, caption=caption)
+            table = ResultTable(rows, columns, caption=caption, notes=scored_texts(rows))
             console.print(table.render(f"Held-out prompts of {workload}, decoded live"))
             console.print(live_verdict(rows, max_divergence=settings.max_divergence), highlight=False)
     stored = f"Stored in {place / 'recommendation.json'}."

@@ -41,6 +41,7 @@ from specgym.envs import (
 from ..evaluation.contenders import CLOSED_FORM, DEFAULT, live_verdict
 from ..evaluation.live import Contender, judge_live, live_columns
 from ..evaluation.results import LEARNED, ResultTable, Row
+from ..evaluation.text_quality import require_text_quality, scored_texts
 from ..evaluation.worlds.methods import ClosedForm, Learned, Tuner
 from ..evaluation.worlds.sessions import Session
 from ..experiments.experiment import RunSettings
@@ -315,6 +316,8 @@ def recommend_for_pair(
     workload = workload_of(pair, prompts, temperature)
     if resolve(str(workload.pair)).draft is None:
         raise SettingsError(f"the pair {pair} has no draft whose settings could be recommended; give target+draft")
+    if live:
+        require_text_quality([workload])
     placed = RunSettings((workload.name,), dtype=dtype, device=device, max_prompt_tokens=max_prompt_tokens)
     folder = out or FOLDER / file_name(workload.name)
     with on_machine(placed), console.status(f"Tuning {workload}") as status:
@@ -326,7 +329,7 @@ def recommend_for_pair(
         if live:
             rows = confirm_exact(workload, recommendation, status.update)
             columns, caption = live_columns(rows)
-            table = ResultTable(rows, columns, caption=caption)
+            table = ResultTable(rows, columns, caption=caption, notes=scored_texts(rows))
             console.print(table.render(f"Held-out prompts of {workload}, decoded live"))
             console.print(live_verdict(rows, "settings"), highlight=False)
     console.print(recommendation.advice, highlight=False, soft_wrap=True)
