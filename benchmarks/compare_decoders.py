@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from specgym.decoding import (
+    Decoder,
     Generation,
     Pair,
     PromptSet,
@@ -115,7 +116,7 @@ def decode(pair: Pair, methods: Methods, settings: Comparison) -> Results:
     """Decode every prompt by all methods, in turns.
 
     Raises:
-        RuntimeError: a greedy text in float32 is not that of plain decoding.
+        RuntimeError: a greedy text in float32 of a method that is lossless is not that of plain decoding.
     """
     sampling = Sampling(temperature=settings.temperature)
     exact = sampling.greedy and next(pair.target.model.parameters()).dtype == torch.float32
@@ -125,7 +126,8 @@ def decode(pair: Pair, methods: Methods, settings: Comparison) -> Results:
         turns = decode_in_turns(methods, prompts, max_new_tokens=settings.tokens, sampling=sampling)
         by_prompt = list(track(turns, f"{pair.name}, {name}", total=len(prompts), transient=True))
         results[name] = {method: [generations[method] for generations in by_prompt] for method in methods}
-        for method, generations in results[name].items() if exact else ():
+        lossless = [method for method, side in methods.items() if exact and keeps_texts(side)]
+        for method, generations in ((method, results[name][method]) for method in lossless):
             for number, (mine, plain) in enumerate(zip(generations, results[name][PLAIN], strict=True)):
                 if mine.tokens != plain.tokens:
                     raise RuntimeError(
@@ -133,6 +135,15 @@ def decode(pair: Pair, methods: Methods, settings: Comparison) -> Results:
                         f"{name!r}; that is a bug of the decoder, or the target's two best tokens are as good as equal"
                     )
     return results
+
+
+def keeps_texts(side: Side) -> bool:
+    """True if a method's texts are the target's own: always, or with its knobs."""
+    decoder = side.decoder
+    if not isinstance(decoder, Decoder) or decoder.lossless:
+        return True
+    knobs, at = decoder.resolve_knobs(side.knobs), decoder.lossless_at or {}
+    return bool(at) and all(knobs[name] == value for name, value in at.items())
 
 
 def rounds_of(generations: Sequence[Generation]) -> list[Round]:

@@ -17,6 +17,8 @@ COMPARISON = "--targets tiny-3m --prompts 1 --tokens 6"
 SMALLEST = {
     "against_rivals": "--pairs tiny-3m-1l --rivals assisted lookup --temperatures 0 --threads 1 --prompt-sets prose "
     "--prompts 1 --tokens 2",
+    "cheaper_drafts": "--target tiny-translator --drafts tiny-translator-draft-1l --lengths 2 --fallbacks 0 1 "
+    "--prompt-sets interface --prompts 2 --tokens 4",
     "draft_tree": f"{COMPARISON} --prompt-sets prose --thresholds 0.1",
     "forward_cost": "--model tiny-3m --tokens 1 2 --cached 8 --repeats 1",
     "lookahead": f"{COMPARISON} --prompt-sets repetitive --knobs 5 3 5 --unseeded 5 3 5",
