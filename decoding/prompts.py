@@ -217,7 +217,7 @@ def _read(path: Path, name: str) -> PromptSet:
         raise PromptFileError(f"prompt file {path} cannot be read as UTF-8 text ({error}); save it as such") from error
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return _from_list(_pieces(text), path, name)
+        return _from_list(pieces(text), path, name)
     if suffix == ".jsonl":
         lines = [(f"line {number}", line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
         values = [_parse(line, path, f", {place}") for place, line in lines]
@@ -234,7 +234,7 @@ def _read(path: Path, name: str) -> PromptSet:
         ) from error
 
 
-def _pieces(text: str) -> list[str]:
+def pieces(text: str) -> list[str]:
     """The paragraphs of a text if blank lines separate any, else its lines."""
     lines = [line if line.strip() else "" for line in _LINE_END.split(text)]
     paragraphs = re.split(r"\n\n+", "\n".join(lines).strip("\n"))

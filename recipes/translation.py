@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from specgym.decoding.errors import FitError
@@ -25,6 +25,7 @@ from specgym.decoding.prompts import FORMAT
 from specgym.decoding.sealed_files import write_sealed
 
 from . import run
+from .tokenizer import byte_level_bpe
 
 PACKAGE = "homeassistant==2025.4.4"
 """Package whose wheel carries the text in both languages, with its version."""
@@ -130,16 +131,7 @@ def train_tokenizer(sentences: Sequence[SentencePair], vocabulary: int) -> PreTr
         sentences: to learn the merges from.
         vocabulary: number of tokens, at least 258.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for pair in sentences for text in pair), trainer)
+    tokenizer = byte_level_bpe((text for pair in sentences for text in pair), vocabulary, [PAD, END])
     tokenizer.post_processor = processors.TemplateProcessing(f"$A {END}", special_tokens=[(END, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -172,25 +164,33 @@ def choose_prompts(
     return fit[:train], fit[train : train + test]
 
 
-def write_prompts(settings: InterfaceSettings, held_out: Sequence[SentencePair]) -> None:
-    """Write a prompt set of English texts that no model was trained on, with the German ones as references.
+def write_prompts(settings: InterfaceSettings, held_out: Sequence[SentencePair]) -> set[SentencePair]:
+    """Write a prompt set of English texts that no model was trained on, and return its pairs.
 
     Raises:
         FitError: there are not enough.
     """
-    chosen = choose_prompts(held_out, settings.train, settings.test, settings.shortest, settings.seed)
-    train, test = ([{"prompt": pair.english, "reference": pair.german} for pair in side] for side in chosen)
+    train, test = choose_prompts(held_out, settings.train, settings.test, settings.shortest, settings.seed)
+    write_pairs(settings.out, train, test)
+    return {*train, *test}
+
+
+def write_pairs(path: Path, train: Sequence[SentencePair], test: Sequence[SentencePair]) -> None:
+    """Write a prompt set of English texts with the German ones as references."""
+    sides = {"train": train, "test": test}
     write_sealed(
-        settings.out,
+        path,
         {
             "format": FORMAT,
-            "name": settings.out.stem,
+            "name": path.stem,
             "description": "Texts of user interfaces in English, to be translated into German.",
             "source": f"Home Assistant (PyPI: {PACKAGE})",
             "licence": "Apache-2.0",
             "measure": "bleu",
-            "train": train,
-            "test": test,
+            **{
+                side: [{"prompt": pair.english, "reference": pair.german} for pair in pairs]
+                for side, pairs in sides.items()
+            },
         },
     )
 

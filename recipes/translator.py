@@ -22,7 +22,6 @@ from specgym.decoding.fit.loop import Outcome, train
 from specgym.decoding.fit.settings import LoopSettings
 from specgym.decoding.loading.checkpoint import save_checkpoint
 from specgym.decoding.loading.find_model import load_model
-from specgym.decoding.loading.link import Link
 from specgym.decoding.loading.pair import Pair
 
 from . import run
@@ -34,6 +33,7 @@ from .translation import (
     fetch_wheel,
     read_sentences,
     train_tokenizer,
+    write_pairs,
     write_prompts,
 )
 
@@ -50,6 +50,8 @@ class TranslatorSettings:
     """Folder of the tokeniser to write."""
     prompts: Path = Path("runs/translation/interface.json")
     """Prompt set to write, of held-out texts."""
+    sources: Path = Path("runs/translation/sentences.json")
+    """Prompt set to write, of the texts that the translator learns from, for drafts to learn from."""
     vocabulary: int = 3072
     """Number of tokens of a new tokeniser."""
     hidden: int = 128
@@ -167,14 +169,15 @@ def make_translator(settings: TranslatorSettings) -> None:
         f"and {settings.decoder_layers} layers of width {settings.hidden}, trained from scratch to translate texts of "
         "user interfaces from English to German. Not a model to trust."
     )
-    program, link = "recipes.translator", Link(relative(settings.tokenizer, settings.out))
-    publish(model, settings.out, summary, outcome, loop, program, link)
-    write_prompts(InterfaceSettings(settings.prompts, settings.downloads, seed=loop.seed), sentences.held_out)
+    place = relative(settings.tokenizer, settings.out)
+    publish(model, settings.out, summary, outcome, loop, place)
+    chosen = write_prompts(InterfaceSettings(settings.prompts, settings.downloads, seed=loop.seed), sentences.held_out)
+    write_pairs(settings.sources, sentences.train, [pair for pair in sentences.held_out if pair not in chosen])
     trained, read = load_model(str(settings.out), dtype=torch.float32, device="cpu")
     decoder = AutoregressiveDecoder(Pair(trained, None, read))
     score = bleu(decoder, sentences.held_out[:: max(1, len(sentences.held_out) // 100)])
     section = Section("Held-out text", [f"BLEU {score:.1f} (sacrebleu) of greedy translations of 100 held-out texts."])
-    publish(model, settings.out, summary, outcome, loop, program, link, [section])
+    publish(model, settings.out, summary, outcome, loop, place, [section])
 
 
 def padded_batch(
@@ -201,12 +204,10 @@ def publish(
     summary: str,
     outcome: Outcome,
     loop: LoopSettings,
-    program: str,
-    link: Link,
+    tokenizer: str,
     sections: Sequence[Section] = (),
 ) -> None:
-    """Write a model's folder, with matrices in 8 bits, and its card."""
-    names = dict(link.shared or {})
+    """Write the translator's folder, with matrices in 8 bits, and its card."""
     facts = Facts(
         name=out.name,
         summary=summary,
@@ -215,9 +216,9 @@ def publish(
             f"Texts of user interfaces, English and German, of Home Assistant (PyPI: {PACKAGE}; Apache License 2.0); "
             "one in sixteen is held out, by the hash of its letters"
         ],
-        size=size_of(model, names, Path(link.shared_with or "").name),
+        size=size_of(model),
         stored_as="with matrices in 8 bits, a scale for each row, and all else in float16",
-        program=program,
+        program="recipes.translator",
     )
     save_checkpoint(
         model,
@@ -225,9 +226,7 @@ def publish(
         card=write_card(
             facts, outcome, training_lines(loop, outcome, "tokens"), sections or [Section("Use", ["None yet."])]
         ),
-        tokenizer=link.tokenizer,
-        shared_with=link.shared_with,
-        shared=names,
+        tokenizer=tokenizer,
         eight_bits=True,
     )
 

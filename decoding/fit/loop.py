@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -248,6 +249,14 @@ def _read_state(state: Path, fingerprint: str) -> dict[str, Any]:
     return saved
 
 
+@contextlib.contextmanager
+def _dropout_seeded(device: torch.device, seed: int, step: int) -> Iterator[None]:
+    """Draw what dropout drops by the step alone, so that a resumed run drops what one that was never stopped does."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]) >> 1)
+        yield
+
+
 def train(
     model: nn.Module,
     loss_of: Callable[[Tensor], Tensor],
@@ -332,7 +341,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["share"]
             optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16)
+        with precision, _dropout_seeded(device, settings.seed, outcome.steps):
             loss = loss_of(batches(outcome.steps))
         value = float(loss.detach())
         if not math.isfinite(value):

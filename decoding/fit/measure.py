@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,25 +68,29 @@ def measure(
     target: nn.Module | None = None,
     batch: int = 4,
     counted: torch.Tensor | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Quality:
     """Measure a model, as a draft for ``target`` if there is one.
 
     Args:
-        model: maps ``input_ids`` (b, m) to an output with ``logits`` (b, m, vocabulary).
+        model: maps ``input_ids`` (b, m), or what else `reading` gives, to an output with ``logits`` (b, m, vocabulary).
         windows: int64, shape (n, m + 1).
         target: the model it drafts for, over the same vocabulary.
         batch: windows at a time.
         counted: tokens of the windows, without the first of each, that count, shape (n, m), bool; all by default.
+        sources: what an encoder reads before each window.
     """
     device = next(model.parameters()).device
     reduced = reduced_output(model)
     chosen = torch.ones_like(windows[:, 1:], dtype=torch.bool) if counted is None else counted
     nats = kl = alpha = match = covered = 0.0
-    for part, these in zip(windows.to(device).split(batch), chosen.to(device).split(batch), strict=True):
-        log_q = _log_probabilities(model, part[:, :-1])[these]
+    parts = zip(windows.to(device).split(batch), chosen.to(device).split(batch), strict=True)
+    for number, (part, these) in enumerate(parts):
+        inputs = reading(part[:, :-1], None if sources is None else sources[number * batch : (number + 1) * batch])
+        log_q = _log_probabilities(model, inputs)[these]
         nats += functional.nll_loss(log_q, part[:, 1:][these], reduction="sum").item()
         if target is not None:
-            log_p = _log_probabilities(target, part[:, :-1])[these]
+            log_p = _log_probabilities(target, inputs)[these]
             alpha += torch.minimum(log_p, log_q).exp().sum().item()
             match += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
             if reduced is not None:
@@ -101,17 +106,38 @@ def measure(
     return Quality(count, perplexity, kl / count, alpha / count, match / count, share)
 
 
-def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+def _log_probabilities(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    return model(**inputs, use_cache=False).logits.float().log_softmax(-1)
+
+
+def reading(ids: torch.Tensor, sources: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
+    """Arguments of a pass over texts.
+
+    Args:
+        ids: the texts, int64, shape (n, m).
+        sources: token ids of what an encoder reads before each; None for a model without one.
+    """
+    if sources is None:
+        return {"input_ids": ids}
+    rows = [torch.tensor(source) for source in sources]
+    read = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(ids.device)
+    return {"input_ids": read.clamp(min=0), "attention_mask": (read >= 0).long(), "decoder_input_ids": ids}
 
 
 def measure_continuations(
-    model: nn.Module, target: nn.Module, tokens: np.ndarray, prompts: np.ndarray, ends: np.ndarray, batch: int = 4
+    model: nn.Module,
+    target: nn.Module,
+    tokens: np.ndarray,
+    prompts: np.ndarray,
+    ends: np.ndarray,
+    batch: int = 4,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Quality:
     """`measure` at the tokens, shape (n, width), behind prompts of these lengths, shape (n,), up to the ends."""
     places = np.arange(1, tokens.shape[1])
     written = (places >= prompts[:, None]) & (places < ends[:, None])
-    return measure(model, torch.from_numpy(tokens.astype(np.int64)), target, batch, torch.from_numpy(written))
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return measure(model, ids, target, batch, torch.from_numpy(written), sources)
 
 
 def measure_domains(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MOST_THREADS, FitError, check_fields, number, seed_number, whole_number
 from ..loading.find_model import load_model, shipped_models
+from ..models.encoder.encoder_decoder import has_encoder
 
 T = TypeVar("T")
 _SHIPPED = Path(__file__).parents[1] / "data" / "models"
@@ -231,13 +232,13 @@ def load_target(name: str, **placement: Any) -> tuple[PreTrainedModel, PreTraine
     """Load a target to learn from, as `load_model`.
 
     Raises:
-        FitError: it has an encoder, for which no command makes anything.
+        FitError: it has an encoder, for which only ``fit draft`` makes anything.
     """
     model, tokenizer = load_model(name, **placement)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if has_encoder(model):
         raise FitError(
             f"{name} has an encoder, and this command learns from texts that a causal LM continues. A draft for it is "
-            "a smaller model of its family, prompt-lookup or suffix; recipes/translator_draft.py distils one of a T5"
+            "a smaller model of its family, prompt-lookup, suffix, or one that `fit draft` distils"
         )
     return model, tokenizer
 

@@ -1,19 +1,16 @@
-"""The toy translators: what is read of a wheel, batches of sentence pairs, and a draft with its target's encoder."""
+"""The toy translator: what is read of a wheel, batches of sentence pairs, and prompts."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
 
 from recipes.translation import InterfaceSettings, SentencePair, choose_prompts, read_sentences, write_prompts
 from recipes.translator import SentenceBatches
-from recipes.translator_draft import take_decoder_layers
 from specgym.decoding import load_prompts
 from specgym.decoding.errors import FitError
 
@@ -70,21 +67,3 @@ def test_a_prompt_set_has_the_translations_as_references(tmp_path: Path) -> None
     assert (len(written.train), len(written.test), written.measure) == (3, 2, "bleu")
     for split in ("train", "test"):
         assert written.references(split) == tuple((prompt.title(),) for prompt in written.split(split))
-
-
-@pytest.mark.parametrize("chosen", [(0,), (2, 1)])
-def test_a_draft_of_decoder_layers_shares_all_else(chosen: tuple[int, ...]) -> None:
-    shape: Any = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 3, "num_heads": 2}
-    target = T5ForConditionalGeneration(T5Config(vocab_size=32, **shape)).eval()
-    draft, shared = take_decoder_layers(target, chosen)
-    assert draft.get_encoder() is target.get_encoder()
-    held, drafted = (dict(model.named_parameters(remove_duplicate=False)) for model in (target, draft))
-    assert all(drafted[name] is held[there] for name, there in shared.items())
-    apart = {name for name in drafted if name.startswith(("decoder.block", "decoder.final"))}
-    assert set(drafted) - set(shared) == apart
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 3]])}
-    whole, _ = take_decoder_layers(target, (0, 1, 2))
-    with torch.inference_mode():
-        expected = target(**inputs).logits
-        assert torch.equal(whole.eval()(**inputs).logits, expected)
-        assert not torch.equal(draft.eval()(**inputs).logits, expected)

@@ -1,4 +1,7 @@
-"""Distil a draft: a small model that imitates a target's distribution at every position of some text."""
+"""Distil a draft: a small model that imitates a target's distribution at every position of some text.
+
+A draft of a target with an encoder is a smaller decoder, which reads what the target's encoder made of a source.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,33 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import FitError, whole_number
+from ...loading.find_model import load_model
 from ...loading.link import Link, is_checkpoint, lender, read_link, tokenizer_folder
 from ...loading.pair import Pair
+from ...models.encoder.encoder_decoder import has_encoder
 from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of
-from ..settings import LoopSettings, TextSettings, checked_option, load_target, place_of, require_least
-from ..text.corpus_text import TEXTS, load_tokens, require_batch
-from ..text.prompts import TRAINING, cut_prompts, set_prompts
-from ..text.states import hidden_states, join_states, whole_states
-from ..text.target_text import check_text_settings, describe_text, frequent_tokens, generate_text, plain_windows
+from ..settings import LoopSettings, TextSettings, checked_option, place_of, require_least
+from ..text.corpus_text import SOURCES, TEXTS, load_tokens, require_batch
+from ..text.prompts import SPEED, TRAINING, cut_prompts, line_sources, set_prompts
+from ..text.states import hidden_states, join_states, states_after_sources, whole_states
+from ..text.target_text import (
+    check_text_settings,
+    describe_text,
+    describe_texts,
+    frequent_tokens,
+    generate_text,
+    join_texts,
+    plain_windows,
+)
 from .init_from_target import feed_forward_width, fresh, layers_of, narrow, spread, take_layers
 from .objectives import Objective, own_text_objective, plain_objective
-from .report import Publisher, ReportSettings, decoding_section, measure_decoding, relative
+from .report import Publisher, ReportSettings, decoding_section, measure_decoding, prompts_of_sets, relative
 
+_MOST_BEGUN = 2
+"""Tokens with which a text of a decoder beside an encoder begins, at most; the source takes no room of it."""
 _STORED = {"float16": "in float16", "int8": "with matrices in 8 bits, a scale for each row, and all else in float16"}
 
 
@@ -41,18 +56,23 @@ class MoreTextSettings:
     reads them, which is cheaper than writing, and the draft learns at all their positions."""
     prompt_sets: tuple[str, ...] = ()
     """Prompt sets (shipped ones by name, files, or datasets of the hub) whose training prompts the target continues as
-    well, in its chat template if the set is one of chat. Give your own traffic here. Test prompts are never used."""
+    well, in its chat template if the set is one of chat. Give your own traffic here. Test prompts are never used. A
+    target with an encoder reads them as sources."""
     continuations: Annotated[int, tyro.conf.arg(aliases=("--each",))] = 8
     """Sampled continuations of each prompt of the prompt sets. Its earlier name is --each."""
 
 
 @dataclass
 class DraftSettings:
-    """Distil a draft for any causal language model of transformers.
+    """Distil a draft for any causal language model or encoder-decoder of transformers.
 
     The draft learns the target's distribution (the loss is the KL divergence to it) on plain text, on a corpus, or on
     text that the target writes after prompts cut from either. It consists of some of the target's layers with the
     target's embeddings, or of fresh layers of any width. It has the token numbers of the target.
+
+    A target with an encoder (T5, BART, Marian, Pegasus, ...) always writes the text itself, after sources from --text
+    or --prompt-sets. The draft consists of some layers of its decoder, with its embeddings and its encoder, which then
+    runs once for both.
     """
 
     target: str
@@ -60,12 +80,15 @@ class DraftSettings:
     out: Path
     """Checkpoint folder to write."""
     text: tuple[Path, ...] = ()
-    """Text files and folders to learn from, each a domain. Default: the corpus."""
+    """Text files and folders to learn from, each a domain. Default: the corpus. For a target with an encoder each
+    paragraph is a source, where blank lines separate any, else each line; at most --texts of them, whole. T5 wants its
+    task in front of each."""
     corpus: Path = Path("runs/corpus")
     """Folder of the corpus, as written by python -m recipes.corpus."""
     own_text: bool = False
     """Learn from text that the target writes after prompts cut from the text, which is what a draft has to guess. The
-    target's hidden states along it are computed once, so that training costs little more than the draft itself."""
+    target's hidden states along it are computed once, so that training costs little more than the draft itself. A
+    draft of a target with an encoder always does."""
     writing: tyro.conf.OmitArgPrefixes[TextSettings] = field(default_factory=TextSettings)
     """Generation of the text, with --own-text; text that another command generated with the same settings is reused."""
     more_text: tyro.conf.OmitArgPrefixes[MoreTextSettings] = field(default_factory=MoreTextSettings)
@@ -86,8 +109,8 @@ class DraftSettings:
     that the target wrote and of the plain texts), topped up with the lowest token numbers; 0 for all. A smaller output
     layer costs less, and decoding stays lossless."""
     share: bool = True
-    """Leave the target's embeddings out of the folder. With --no-share the folder holds everything, so that
-    transformers and other engines load it as it is. Layers taken from a GGUF file are always stored."""
+    """Leave the target's embeddings, and its encoder, out of the folder. With --no-share the folder holds everything,
+    so that transformers and other engines load it as it is. Layers taken from a GGUF file are always stored."""
     store: Literal["float16", "int8"] = "float16"
     """float16, or int8: matrices in 8 bits with a scale for each row, which halves the folder and which only specgym
     reads. All measurements of the card are made on the draft as it is stored."""
@@ -112,24 +135,33 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
             there is too little text.
         TrainingError: training cannot go on.
     """
-    loop, own_text = settings.loop, settings.own_text
+    loop = settings.loop
     loop.set_threads()
-    target, tokenizer = load_target(settings.target, dtype=torch.float32, device=loop.torch_device())
+    target, tokenizer = load_model(settings.target, dtype=torch.float32, device=loop.torch_device())
     target.requires_grad_(False)
     name = Path(settings.target).name
-    _check(settings, target)
+    own_text = settings.own_text or has_encoder(target)
+    if has_encoder(target):
+        _check_with_encoder(settings)
+    _check(replace(settings, own_text=own_text), target)
     draft, shared, origin = _begin(settings, target)
-    objective, proposed, sources = _objective(settings, draft, target, tokenizer)
+    make_objective = _objective_after_sources if has_encoder(target) else _objective
+    objective, proposed, sources = make_objective(settings, draft, target, tokenizer)
     proposing = f" It proposes the {len(proposed):,} most frequent tokens alone." if proposed else ""
-    loop = replace(loop, length=settings.writing.width) if own_text else loop
+    loop = replace(loop, length=objective.length)
 
     def decoding(trained: PreTrainedModel) -> list[Section]:
         if not settings.report.report_prompts:
             return []
         # The target is prepacked, as decoders have it on a CPU.
-        section = decoding_section(
-            measure_decoding(Pair(target, trained, tokenizer), trained, settings.report), settings.report
-        )
+        pair = Pair(target, trained, tokenizer)
+        if has_encoder(target):
+            prompts = {**objective.held_out, **prompts_of_sets(pair, settings.report, settings.more_text.prompt_sets)}
+            chosen = {name: rows[: settings.report.report_prompts] for name, rows in prompts.items()}
+            apart = "sources of each set, none of which it learned from"
+            section = decoding_section(measure_decoding(pair, trained, settings.report, chosen), settings.report, apart)
+        else:
+            section = decoding_section(measure_decoding(pair, trained, settings.report), settings.report)
         show(f"{settings.out.name}: decoding", *(part for part in section.parts if not isinstance(part, str)))
         return [section]
 
@@ -158,6 +190,24 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
     return publisher.finish(outcome)
 
 
+def _check_with_encoder(settings: DraftSettings) -> None:
+    """Refuse what makes no sense for a target with an encoder."""
+    writing, default = settings.writing, DraftSettings(target="", out=Path())
+    reasons = {
+        "--corpus": (settings.corpus != default.corpus, "its documents are no sources: give --text or --prompt-sets"),
+        "--plain-texts": (settings.more_text.plain_texts > 0, "its decoder reads nothing but what it writes"),
+        "--prompt-tokens": (writing.prompt_tokens != default.writing.prompt_tokens, "its encoder reads whole sources"),
+        "--hidden": (settings.hidden is not None, "its drafts are made of layers of its decoder: give --layers"),
+        "--heads": (settings.heads is not None, "its drafts are made of layers of its decoder"),
+        "--length": (settings.loop.length != default.loop.length, "a step takes whole texts"),
+    }
+    for option, (is_set, reason) in reasons.items():
+        if is_set:
+            raise FitError(f"{settings.target} has an encoder: leave out {option}, since {reason}")
+    if not (settings.text or settings.more_text.prompt_sets):
+        raise FitError(f"{settings.target} has an encoder, which reads sources: give some by --text or --prompt-sets")
+
+
 def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
     """Refuse settings that cannot work, before anything is computed."""
     tokens, loop, more = len(output_layer(target).weight), settings.loop, settings.more_text
@@ -176,7 +226,8 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
     if not settings.own_text and (more.plain_texts or more.prompt_sets):
         raise FitError("--plain-texts and --prompt-sets add to text that the target writes: give --own-text")
     if settings.own_text:
-        check_text_settings(settings.writing, target, 2)
+        writing = replace(settings.writing, prompt_tokens=_MOST_BEGUN) if has_encoder(target) else settings.writing
+        check_text_settings(writing, target, 2)
         if loop.length != LoopSettings.length:
             raise FitError("with --own-text a step takes whole texts: leave out --length")
     elif loop.length > context_of(target):
@@ -189,7 +240,10 @@ def _begin(settings: DraftSettings, target: PreTrainedModel) -> tuple[PreTrained
     if settings.hidden is None:
         taken = list(settings.take) or spread(settings.layers, len(layers_of(target)[1]))
         draft, shared = take_layers(target, taken)
-        origin = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))} and the embeddings of the target"
+        layers = f"layer{'s' * (len(taken) > 1)} {', '.join(map(str, taken))}"
+        origin = f"{layers} and the embeddings of the target"
+        if has_encoder(target):
+            origin = f"decoder {layers}, with the embeddings and the encoder of the target"
         if settings.intermediate is not None:
             present = feed_forward_width(draft)
             narrow(draft, settings.intermediate)
@@ -236,7 +290,34 @@ def _objective(
         parts.append(whole_states(target, plain, loop.bfloat16))
     states = join_states(parts)
     proposed = _reduce(draft, states.text.written(), settings.vocabulary)
-    return own_text_objective(draft, target, states, loop), proposed, sources
+    return own_text_objective(draft, target, states, loop, writing.width), proposed, sources
+
+
+def _objective_after_sources(
+    settings: DraftSettings, draft: PreTrainedModel, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Objective, Sequence[int], list[str]]:
+    """Objective, tokens that the draft proposes and lines on the text, for a target with an encoder."""
+    loop, more, writing = settings.loop, settings.more_text, settings.writing
+    pair = Pair(target, None, tokenizer, prepack=False)
+    assert pair.target.source_limit is not None
+    longest = min(pair.target.source_limit, tokenizer.model_max_length)
+    of_files = line_sources(tokenizer, settings.text, writing.texts, longest, loop.seed)
+    of_sets = set_prompts(more.prompt_sets, more.continuations, tokenizer, longest, loop.seed, behind="")
+    asked = [prompts.by_length() for prompts in (of_files, of_sets) if prompts.rows]
+    require_batch(sum(prompts.count(TRAINING) for prompts in asked), loop.batch, SOURCES)
+    writes = [replace(writing, texts=len(prompts.rows), prompt_tokens=_MOST_BEGUN) for prompts in asked]
+    text = join_texts(
+        [
+            generate_text(target, pair.eos_token_ids, prompts, write, loop.seed, loop.work)
+            for prompts, write in zip(asked, writes, strict=True)
+        ]
+    )
+    proposed = _reduce(draft, text.written(), settings.vocabulary)
+    states = states_after_sources(target, text)
+    objective = own_text_objective(draft, target, states, loop, round(len(states) / text.count(TRAINING)))
+    sources = [line for prompts in asked for line in prompts.sources]
+    sources.append(describe_texts(writing, Path(settings.target).name))
+    return replace(objective, held_out=of_files.of_side(SPEED)), proposed, sources
 
 
 def _reduce(draft: PreTrainedModel, tokens: np.ndarray, count: int) -> Sequence[int]:

@@ -8,23 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ...errors import FitError
+from ...models.encoder.encoder_decoder import has_encoder
+from ...models.supported import auto_class
 
 # Paths of the layers in the architectures of transformers, most common first.
-_LAYERS = ("model.layers", "transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.language_model.layers")
+_LAYERS = (
+    "model.layers",
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.language_model.layers",
+    "decoder.block",
+)
+_COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+"""Numbers of layers in configurations: beside an encoder, the decoder's (T5, BART and its kin)."""
 # Linear layers into the neurons of a feed-forward part and out of them: Llama and its kin, GPT-NeoX, OPT and Phi.
 _FEED_FORWARD = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("fc1",), "fc2"),
 )
-_WIDTHS = ("intermediate_size", "ffn_dim")
+_WIDTHS = ("intermediate_size", "ffn_dim", "decoder_ffn_dim")
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of a model's layers.
+    """The name and the list of a model's layers, beside an encoder those of its decoder.
 
     Raises:
         FitError: if the architecture keeps them somewhere else; the message names it.
@@ -53,31 +64,36 @@ def spread(layers: int, total: int) -> list[int]:
     return [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
 
 
-def embedding_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that embed tokens and positions and turn hidden states into logits."""
+def lent_names(model: PreTrainedModel) -> list[str]:
+    """Names of what a draft has from its target as it is: all that embeds tokens and positions, that turns hidden
+    states into logits, and the encoder, if there is one."""
     modules = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     _, layers = layers_of(model)
     inside = {id(module) for module in layers.modules()}
     # Learned positions (GPT-2, OPT) are embeddings beside the layers.
     modules |= {id(m) for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in inside}
-    return [
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
+    if has_encoder(model):
+        encoder: Any = model.get_encoder()
+        modules |= {id(model), *map(id, encoder.modules())}  # BART has a bias of its logits beside all layers
+    of_modules = {
+        ".".join(filter(None, (name, key)))
+        for name, module in model.named_modules(remove_duplicate=False)
         if id(module) in modules
-        for parameter, _ in module.named_parameters(recurse=False)
-    ]
+        for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    return [name for name in model.state_dict() if name in of_modules]
 
 
 def take_layers(target: PreTrainedModel, chosen: Sequence[int]) -> tuple[PreTrainedModel, dict[str, str]]:
-    """A model of the same architecture with copies of some of the target's layers and its very embeddings.
+    """A model of the same architecture with copies of some of the target's layers, and its very embeddings and encoder.
 
     Args:
         target: the model to take from; not changed.
-        chosen: indices of the layers, in the order in which the draft runs them.
+        chosen: indices of the layers, beside an encoder of the decoder's, in the order in which the draft runs them.
 
     Returns:
-        The draft, in float32, with everything outside the layers copied except the embeddings, which are the target's
-        own parameters; and the names of those, here and there, as ``save_checkpoint`` takes them.
+        The draft, in float32, with everything outside the layers copied except the embeddings and an encoder, which are
+        the target's own parameters; and the names of those, here and there, as ``save_checkpoint`` takes them.
 
     Raises:
         FitError: if the architecture is not supported, or an index does not exist.
@@ -86,26 +102,25 @@ def take_layers(target: PreTrainedModel, chosen: Sequence[int]) -> tuple[PreTrai
     if bad := [index for index in chosen if not 0 <= index < len(layers)]:
         raise FitError(f"the target has layers 0 to {len(layers) - 1}, not {bad[0]}")
     config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(chosen)
-    # Per-layer lists of the configuration follow the layers they describe.
-    for key, value in list(vars(config).items()):
+    count = next((key for key in _COUNTS if key in vars(config)), _COUNTS[-1])
+    setattr(config, count, len(chosen))
+    # Per-layer lists of the configuration follow the layers they describe; an encoder may have such lists, too.
+    for key, value in [] if has_encoder(target) else list(vars(config).items()):
         if isinstance(value, list) and len(value) == len(layers) and key != "architectures":
             setattr(config, key, [value[index] for index in chosen])
     with torch.random.fork_rng(devices=[]):
-        draft = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        draft: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     if len(layers_of(draft)[1]) != len(chosen):
-        raise FitError(f"{type(target).__name__} ignores num_hidden_layers: use a fresh draft (--hidden) instead")
-    weights = {}
-    for key, tensor in target.state_dict().items():
-        rest = key.removeprefix(f"{name}.")
-        if rest == key:
-            weights[key] = tensor
-        else:
-            index, _, tail = rest.partition(".")
-            weights |= {f"{name}.{place}.{tail}": tensor for place, i in enumerate(chosen) if i == int(index)}
-    draft.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
-    held, shared = target.state_dict(keep_vars=True), dict[int, str]()
-    for key in embedding_names(target):
+        raise FitError(f"{type(target).__name__} ignores {count}: use a fresh draft (--hidden) instead")
+    held, weights = target.state_dict(keep_vars=True), dict[str, Tensor]()
+    for key in draft.state_dict():
+        place, _, tail = key.removeprefix(f"{name}.").partition(".")
+        there = f"{name}.{chosen[int(place)]}.{tail}" if key.startswith(f"{name}.") else key
+        # The first layer of a T5 alone has the bias of positions, which all others use.
+        weights[key] = held[there if there in held else f"{name}.0.{tail}"].float()
+    draft.load_state_dict(weights)
+    shared = dict[int, str]()
+    for key in lent_names(target):
         owner, _, attribute = key.rpartition(".")
         setattr(draft.get_submodule(owner), attribute, held[key])
         # Tied embeddings are one parameter with two names; checkpoints store it under the first.

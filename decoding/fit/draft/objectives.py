@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..measure import Quality, measure_continuations, measure_domains
 from ..settings import LoopSettings
 from ..text.corpus_text import TEXTS, Batches, CorpusTokens, PositionBatches, Windows
 from ..text.prompts import TRAINING
-from ..text.states import HiddenStates
+from ..text.states import HiddenStates, last_states
 from ..text.target_text import TargetText
 
 
@@ -30,11 +30,15 @@ class Objective:
         loss: from a batch to the mean KL divergence from the target's distribution to the draft's, in nats. For a draft
             that proposes some tokens only, the target's distribution is normalised over those.
         quality: how well a draft stands in for the target on held-out text, by domain.
+        length: tokens of a window or text, for counting what was trained on.
+        held_out: prompts by domain that nothing was learned from, if the text is not from the shipped sets' domains.
     """
 
     batches: Batches
     loss: Callable[[Tensor], Tensor]
     quality: Callable[[PreTrainedModel], dict[str, Quality]]
+    length: int
+    held_out: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
 
 def plain_objective(
@@ -49,15 +53,16 @@ def plain_objective(
         batches=Windows(data.train, loop.batch, loop.length, loop.seed, key=_key(_tokens(draft))),
         loss=lambda batch: plain_loss(draft, target, batch.to(target.device)),
         quality=lambda trained: measure_domains(trained, data.held_out, target),
+        length=loop.length,
     )
 
 
 def own_text_objective(
-    draft: PreTrainedModel, target: PreTrainedModel, states: HiddenStates, loop: LoopSettings
+    draft: PreTrainedModel, target: PreTrainedModel, states: HiddenStates, loop: LoopSettings, length: int
 ) -> Objective:
     """Texts that the target wrote after prompts, of which only the continuation counts, and texts that count whole.
 
-    A step takes ``batch`` texts, along which the target's last hidden states are known.
+    A step takes ``batch`` texts, along which the target's last hidden states are known, as ``batch * length`` tokens.
 
     Raises:
         FitError: there are too few texts.
@@ -71,6 +76,7 @@ def own_text_objective(
         batches=PositionBatches(rows, loop.batch, loop.seed, json.dumps([text.digest, _key(tokens)]), TEXTS),
         loss=lambda batch: own_text_loss(draft, teacher, states, batch.numpy()),
         quality=lambda trained: measure_texts(trained, target, text),
+        length=length,
     )
 
 
@@ -89,8 +95,9 @@ def own_text_loss(draft: PreTrainedModel, teacher: nn.Module, states: HiddenStat
     """Mean KL divergence over the positions of some texts, a scalar.
 
     The positions are those whose states are kept: in a text that the target wrote, from the last but one of its prompt
-    to the last but one of the text, as for heads; in a plain text, all. What an architecture does to logits after its
-    output layer (the soft cap of Gemma 2) is left out on both sides.
+    to the last but one of the text, as for heads; after a source, all from which it wrote a token; in a plain text,
+    all. What an architecture does to logits after its output layer (the soft cap of Gemma 2) is left out on both sides,
+    but for the bias of BART and its kin.
 
     Args:
         draft: the model that learns.
@@ -107,9 +114,13 @@ def own_text_loss(draft: PreTrainedModel, teacher: nn.Module, states: HiddenStat
     place = torch.from_numpy(states.place[positions]).to(device)
     with torch.no_grad():
         expected = _logits(teacher, states.hidden(positions).to(device, draft.dtype))
-    # Padding stands behind a row, where a causal model does not look. The logits of whole rows are not needed.
-    output = draft(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-    logits = _logits(output_layer(draft).layer, output.hidden_states[-1][row, place])
+    # Padding stands behind a row, where a causal model does not look.
+    hidden = last_states(draft, states.inputs(rows, ids, draft.dtype))[row, place]
+    logits = _logits(output_layer(draft).layer, hidden)
+    if (bias := getattr(draft, "final_logits_bias", None)) is not None:
+        tokens = _tokens(draft)
+        bias = bias[0] if tokens is None else bias[0, tokens]
+        expected, logits = expected + bias, logits + bias
     return _divergence(logits, expected)
 
 
@@ -117,7 +128,14 @@ def measure_texts(draft: PreTrainedModel, target: PreTrainedModel, text: TargetT
     """Quality of a draft, by domain, at the tokens that the target wrote in held-out texts."""
     chosen = [(text.domain == number) & (text.side != TRAINING) for number in range(len(text.domains))]
     return {
-        domain: measure_continuations(draft, target, text.tokens[rows], text.prompts[rows], text.ends[rows])
+        domain: measure_continuations(
+            draft,
+            target,
+            text.tokens[rows],
+            text.prompts[rows],
+            text.ends[rows],
+            sources=text.sources_of(np.flatnonzero(rows)),
+        )
         for domain, rows in zip(text.domains, chosen, strict=True)
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from ...files import write_text
 from ...loading.checkpoint import load_checkpoint, save_checkpoint
 from ...loading.link import Link
 from ...loading.pair import Pair
-from ...loading.prompt_tokens import encode, must_cut
+from ...loading.prompt_tokens import encode, must_cut, prompt_limit
+from ...models.encoder.encoder_decoder import start_token
 from ...prompts import load_prompts
 from ...rounds import Generation
 from ..cards import Facts, Section, show, training_lines, write_card
@@ -115,7 +116,8 @@ class ReportSettings:
     """Measurements of a finished draft, besides its quality on held-out text."""
 
     report_prompts: int = 0
-    """Test prompts of each shipped set to decode with the finished draft; 0 skips this report."""
+    """Test prompts of each shipped set to decode with the finished draft; for a target with an encoder, of each of
+    --prompt-sets, and held-out sources of each --text. 0 skips this report."""
     report_tokens: int = 64
     """Tokens to generate after each prompt of the report."""
     report_draft_length: int = 4
@@ -137,23 +139,27 @@ class DecodingReport:
     speed: Speed
 
 
-def shipped_test_prompts(pair: Pair, settings: ReportSettings) -> dict[str, list[list[int]]]:
-    """Test prompts of every shipped set as token ids, as many as the report takes; the pair has a tokeniser."""
+def prompts_of_sets(pair: Pair, settings: ReportSettings, sets: Sequence[str] = _SETS) -> dict[str, list[list[int]]]:
+    """Test prompts of prompt sets as token ids, as many as the report takes; the pair has a tokeniser."""
     assert pair.tokenizer is not None
     room = pair.target.context_limit - settings.report_tokens
     why = f"so that --report-tokens {settings.report_tokens} fit into {pair.target.name}'s context"
+    if pair.target.source_limit is not None:
+        room, why = prompt_limit(pair, None)
     prompts: dict[str, list[list[int]]] = {}
-    for name in _SETS:
+    for name in sets:
         prompt_set = load_prompts(name, limit=settings.report_prompts)
         whole = encode(prompt_set, "test", pair.tokenizer)
         cut = must_cut(f"report on {name}", "test", whole, room, why)
-        prompts[name] = encode(prompt_set, "test", pair.tokenizer, room) if cut else whole
+        prompts[Path(name).stem] = encode(prompt_set, "test", pair.tokenizer, room) if cut else whole
     return prompts
 
 
-def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> dict[str, DecodingReport]:
-    """Decode prompts of every shipped set with and without the draft; the pair has a tokeniser."""
-    prompts = shipped_test_prompts(pair, settings)
+def measure_decoding(
+    pair: Pair, draft: nn.Module, settings: ReportSettings, prompts: Mapping[str, list[list[int]]] | None = None
+) -> dict[str, DecodingReport]:
+    """Decode prompts, by default of every shipped set, with and without the draft; the pair has a tokeniser."""
+    prompts = prompts or prompts_of_sets(pair, settings)
     generations: dict[str, list[tuple[Generation, Generation]]] = {name: [] for name in prompts}
     decoder = SpeculativeDecoder(pair, max_draft_length=settings.report_draft_length)
     knobs = {"draft_length": settings.report_draft_length}
@@ -162,19 +168,23 @@ def measure_decoding(pair: Pair, draft: nn.Module, settings: ReportSettings) -> 
     reports = {}
     for name, both in generations.items():
         rounds = [round_ for drafted, _ in both for round_ in drafted.rounds]
-        lengths = np.array([len(prompt) for prompt in prompts[name]])
-        texts = [[*prompt, *plain.tokens] for prompt, (_, plain) in zip(prompts[name], both, strict=True)]
+        sources = None if pair.target.source_limit is None else prompts[name]
+        begun = prompts[name] if sources is None else [[start_token(pair.target.model)]] * len(sources)
+        lengths = np.array([len(prompt) for prompt in begun])
+        texts = [[*prompt, *plain.tokens] for prompt, (_, plain) in zip(begun, both, strict=True)]
         ends = np.array([len(text) for text in texts])
         padded = np.array([[*text, *[0] * (ends.max() - len(text))] for text in texts])
         reports[name] = DecodingReport(
-            quality=measure_continuations(draft, pair.target.model, padded, lengths, ends, batch=1),
+            quality=measure_continuations(draft, pair.target.model, padded, lengths, ends, batch=1, sources=sources),
             accepted=sum(round_.accepted for round_ in rounds) / max(1, sum(round_.drafted for round_ in rounds)),
             speed=sum((Speed.of(drafted, plain) for drafted, plain in both), Speed()),
         )
     return reports
 
 
-def decoding_section(reports: Mapping[str, DecodingReport], settings: ReportSettings) -> Section:
+def decoding_section(
+    reports: Mapping[str, DecodingReport], settings: ReportSettings, prompts: str = "test prompts of each shipped set"
+) -> Section:
     """A section of the card on decoding; it has the column covered for a draft that proposes some tokens only."""
     (_, *heading), *rows = speed_rows("prompts", {name: report.speed for name, report in reports.items()})
     names = ["alpha", "greedy_match"]
@@ -185,7 +195,7 @@ def decoding_section(reports: Mapping[str, DecodingReport], settings: ReportSett
         shares = [] if report is None else [*(getattr(report.quality, n) for n in names), report.accepted]
         table.append([name, *(f"{share:.3f}" for share in shares), *[""] * (len(names) + 1 - len(shares)), *cells])
     intro = (
-        f"Greedy decoding of {settings.report_prompts} test prompts of each shipped set, at most "
+        f"Greedy decoding of {settings.report_prompts} {prompts}, at most "
         f"{settings.report_tokens} tokens after each, {settings.report_draft_length} drafted a round, compared with "
         "plain decoding; the columns from alpha to greedy match are means over the tokens of plain decoding:"
     )

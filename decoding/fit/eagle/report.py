@@ -15,7 +15,7 @@ from ...decoders.chain import SpeculativeDecoder
 from ...drafts.eagle.head import EagleHead
 from ...loading.pair import load_pair
 from ..cards import Section
-from ..draft.report import ReportSettings, shipped_test_prompts
+from ..draft.report import ReportSettings, prompts_of_sets
 from ..loop import HeldOutLoss
 from ..measure import SPEED_HEADING, SPEED_NOTE, Speed, speed_rows
 from ..text.prompts import TRAINING
@@ -131,7 +131,7 @@ def speed_section(settings: EagleReportSettings, target: str, out: Path) -> Sect
     """
     drafts = {out.name: str(out), **{name: name for name in settings.compared_with}}
     plain = load_pair(target)
-    sets = shipped_test_prompts(plain, settings)
+    sets = prompts_of_sets(plain, settings)
     rows_of = [(name, row) for name, rows in sets.items() for row in rows]
     knobs = {"draft_length": settings.report_draft_length}
     sides: dict[str, Side] = {_PLAIN: Side(AutoregressiveDecoder(plain))}

@@ -92,14 +92,23 @@ def read_plain(paths: Sequence[Path]) -> list[Passage]:
     """
     passages = []
     for path in paths:
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"no text in {path}: give a file, or a folder with {', '.join(sorted(_SUFFIXES))}")
-        for file in files:
-            text = file.read_text(encoding="utf-8-sig", errors="replace")  # without a byte order mark
+        for name, text in texts_of(path):
             # A large file is cut at blank lines, so that a part of it can be held out.
-            passages += [Passage(path.stem, f"{file.name}#{n}", part) for n, part in enumerate(_parts(text, 8000))]
+            passages += [Passage(path.stem, f"{name}#{n}", part) for n, part in enumerate(_parts(text, 8000))]
     return passages
+
+
+def texts_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Names and contents of a text file, or of all in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"no text in {path}: give a file, or a folder with {', '.join(sorted(_SUFFIXES))}")
+    for file in files:
+        yield file.name, file.read_text(encoding="utf-8-sig", errors="replace")  # without a byte order mark
 
 
 def _parts(text: str, size: int) -> Iterator[str]:
@@ -218,6 +227,7 @@ POSITIONS = Unit(
     "tokens of the target's own text", "give more --texts or --new-tokens, or a smaller --batch or --length"
 )
 TEXTS = Unit("texts to train on", "give more --texts or a smaller --batch")
+SOURCES = Unit("sources to train on", "give more --text, --texts or --prompt-sets, or a smaller --batch")
 
 
 def require_batch(count: int, size: int, unit: Unit) -> None:

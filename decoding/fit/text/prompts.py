@@ -1,9 +1,12 @@
-"""Prompts for the target to continue: windows of documents, or prompt sets; a part of them is held out."""
+"""Prompts for the target to continue: windows of documents, or prompt sets; a part of them is held out.
+
+Sources for a target with an encoder to read: prompt sets, or the lines or paragraphs of text files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import FitError
 from ...loading.prompt_tokens import encode
-from ...prompts import PromptSet, load_prompts
-from .corpus_text import load_tokens
+from ...prompts import PromptSet, load_prompts, pieces
+from .corpus_text import load_tokens, texts_of
 
 TRAINING, JUDGING, SPEED = 0, 1, 2
 """Purpose of a text: training; early stopping and accuracies; measuring the speed. Only the first is trained on.
@@ -25,7 +28,7 @@ _HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in the order in which they are continued.
+    """Prompts, or sources for an encoder, in the order in which they are continued.
 
     Attributes:
         rows: token ids of each prompt.
@@ -48,6 +51,20 @@ class Prompts:
     def count(self, side: int) -> int:
         """Number of prompts of one side."""
         return int((self.side == side).sum())
+
+    def by_length(self) -> Prompts:
+        """These prompts, the shortest first, so that batches have little padding."""
+        order = np.argsort([len(row) for row in self.rows], kind="stable")
+        rows = [self.rows[number] for number in order]
+        return replace(self, rows=rows, domain=self.domain[order], side=self.side[order])
+
+    def of_side(self, side: int) -> dict[str, list[list[int]]]:
+        """Prompts of one side by domain."""
+        chosen = ((self.side == side) & (self.domain == number) for number in range(len(self.domains)))
+        return {
+            domain: [self.rows[number] for number in np.flatnonzero(members)]
+            for domain, members in zip(self.domains, chosen, strict=True)
+        }
 
 
 def cut_windows(tokens: np.ndarray, count: int, longest: int, eos: int, rng: np.random.Generator) -> list[list[int]]:
@@ -148,8 +165,57 @@ def _documents(
     return trained, held, sources
 
 
+def line_sources(
+    tokenizer: PreTrainedTokenizerBase, text: Sequence[Path], count: int, longest: int, seed: int
+) -> Prompts:
+    """Sources for an encoder from text files: of each file its paragraphs if blank lines separate any, else its lines.
+
+    A tenth is held out, one half of it for `JUDGING`, the other for `SPEED`. What comes twice in a domain counts once.
+
+    Args:
+        tokenizer: tokeniser of the target.
+        text: files and folders of text, each a domain.
+        count: number of sources, at most, those held out included; equally many of each domain.
+        longest: most tokens of a source; what is longer is left out, because a part of it would be another source.
+        seed: seed of every choice.
+
+    Raises:
+        FileNotFoundError: there is no text.
+        FitError: a domain has fewer than four sources, or two domains have the same name.
+    """
+    rng, domains = np.random.default_rng(seed), tuple(path.stem for path in text)
+    rows, places, sides, sources = list[list[int]](), list[int](), list[int](), list[str]()
+    for place, path in enumerate(text):
+        if domains.count(path.stem) > 1:
+            raise FitError(f"two of the texts are called {path.stem!r}, which names a domain: rename one")
+        lines = list(dict.fromkeys(piece.strip() for _, content in texts_of(path) for piece in pieces(content)))
+        lines = [lines[number] for number in rng.permutation(len(lines)) if lines[number]]
+        share = count // len(text) + (place < count % len(text))
+        encoded = tokenizer(lines[:share], truncation=False, verbose=False)["input_ids"] if lines[:share] else []
+        kept = [list(row) for row in encoded if len(row) <= longest]
+        if len(kept) < 4:
+            raise FitError(
+                f"the text {path.stem!r} has {len(kept)} sources of at most {longest:,} tokens (a line each, or a "
+                f"paragraph where blank lines separate them), and 4 are needed of each text: give more"
+                + (f", or more than {count} --texts" if share < 4 else "")
+            )
+        held = max(2, round(_HELD_OUT * len(kept)))
+        sides += [JUDGING] * (held - held // 2) + [SPEED] * (held // 2) + [TRAINING] * (len(kept) - held)
+        rows += kept
+        places += [place] * len(kept)
+        dropped = f", {len(encoded) - len(kept):,} longer ones left out" if len(kept) < len(encoded) else ""
+        sources.append(f"{path.name}: {len(kept):,} sources of at most {longest:,} tokens{dropped}; licence not stated")
+    domain_of, side_of = (np.array(values, dtype=np.int64) for values in (places, sides))
+    return Prompts(rows, domain_of, side_of, domains, sources, {}, {})
+
+
 def set_prompts(
-    names: Sequence[str], continuations: int, tokenizer: PreTrainedTokenizerBase, room: int, seed: int
+    names: Sequence[str],
+    continuations: int,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    seed: int,
+    behind: str = "--new-tokens",
 ) -> Prompts:
     """The training prompts of prompt sets, each repeated once for every continuation.
 
@@ -161,6 +227,7 @@ def set_prompts(
         tokenizer: tokeniser of the target.
         room: most tokens of a prompt.
         seed: seed of the order and of the held-out prompts.
+        behind: option of what must fit behind a prompt; empty for sources.
 
     Raises:
         PromptFileError: there is no such set, or it cannot be read.
@@ -173,7 +240,7 @@ def set_prompts(
         domain = f"{Path(name).stem} prompts"
         if domain in domains:
             raise FitError(f"two of the prompt sets are called {Path(name).stem!r}: rename one, or give it once")
-        encoded = _encoded(prompt_set, tokenizer, room)
+        encoded = _encoded(prompt_set, tokenizer, room, behind)
         held = set(rng.permutation(len(encoded))[: max(1, round(_HELD_OUT * len(encoded)))].tolist())
         for number, prompt in enumerate(encoded):
             rows += [prompt] * continuations
@@ -188,7 +255,7 @@ def set_prompts(
     return Prompts([rows[n] for n in order], domain_of, side_of, tuple(domains), sources, {}, {})
 
 
-def _encoded(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, room: int) -> list[list[int]]:
+def _encoded(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, room: int, behind: str) -> list[list[int]]:
     if len(prompt_set.train) < 2:
         raise FitError(f"the prompt set {prompt_set.name} has 1 prompt for training, and one is held out: give more")
     # A prompt that lost its beginning would be another prompt, so none is cut here.
@@ -197,6 +264,7 @@ def _encoded(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, room: in
     if len(encoded[longest]) > room:
         raise FitError(
             f"the prompt set {prompt_set.name}: train[{longest}] has {len(encoded[longest]):,} tokens, and the target "
-            f"has room for {room:,} before --new-tokens: shorten or remove it, or give fewer --new-tokens"
+            f"has room for {room:,}{behind and ' before '}{behind}: shorten or remove it"
+            f"{behind and ', or give fewer '}{behind}"
         )
     return encoded

@@ -7,18 +7,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ...errors import FitError
 from ...files import replacing
 from ...models.identity import weights_digest
-from ...models.output_layer import output_layer
-from .prompts import SPEED
+from ...models.output_layer import output_layer, output_module
+from ..measure import reading
+from .prompts import SPEED, TRAINING
 from .target_text import TargetText, join_texts
 
 IGNORED = -100
@@ -58,9 +61,19 @@ class HiddenStates(Positions):
 
     Attributes:
         states: states after the final norm, shape (positions, h), float16, in one file or several.
+        encoder: what the target's encoder made of the sources, if it has one.
     """
 
     states: np.ndarray | Chained
+    encoder: EncoderStates | None = None
+
+    def inputs(self, rows: np.ndarray, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of a pass of a draft over texts by their numbers, whose ids have shape (n, m)."""
+        if self.encoder is None:
+            return {"input_ids": ids}
+        states, mask = (part.to(ids.device) for part in self.encoder.of_texts(rows))
+        encoded = BaseModelOutput(last_hidden_state=states.to(dtype))
+        return {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": ids}
 
     def hidden(self, positions: np.ndarray) -> Tensor:
         """The states at some positions, shape (m, h), float16."""
@@ -71,6 +84,29 @@ class HiddenStates(Positions):
         rows, row = np.unique(self.row[positions], return_inverse=True)
         texts, ends = (torch.from_numpy(a[rows].astype(np.int64)) for a in (self.text.tokens, self.text.ends))
         return labels_of(texts, ends, torch.from_numpy(row), torch.from_numpy(self.place[positions]), heads)
+
+
+@dataclass(frozen=True)
+class EncoderStates:
+    """Last states of an encoder along sources, each kept once however many texts follow it.
+
+    Attributes:
+        states: shape (tokens, h), float16, in a file.
+        starts: where each source begins there, and the end, shape (sources + 1,), int64.
+        source: number of each text's source, shape (texts,), int64; -1 for one whose states are not kept.
+    """
+
+    states: np.ndarray
+    starts: np.ndarray
+    source: np.ndarray
+
+    def of_texts(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """States of the sources of some texts, padded behind, shape (n, longest, h), and their mask, (n, longest)."""
+        numbers = self.source[rows]
+        parts = [torch.from_numpy(self.states[self.starts[n] : self.starts[n + 1]].copy()) for n in numbers]
+        masks = [torch.ones(len(part), dtype=torch.int64) for part in parts]
+        states, mask = (nn.utils.rnn.pad_sequence(some, batch_first=True) for some in (parts, masks))
+        return states, mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +201,61 @@ def whole_states(model: PreTrainedModel, text: TargetText, bfloat16: bool, batch
     row, place = _between(first, text.ends)
     states = _states_along(f"whole{'-bfloat16' * bfloat16}", model, text, first, text.ends, batch, bfloat16)
     return HiddenStates(text=text, row=row, place=place, states=states)
+
+
+def states_after_sources(model: PreTrainedModel, text: TargetText, batch: int = 16) -> HiddenStates:
+    """States at the positions from which a model with an encoder wrote texts to train on, and those of its encoder.
+
+    Raises:
+        FitError: nothing was written; or as for `whole_states`.
+    """
+    first, last = text.prompts - 1, np.where(text.side == TRAINING, text.ends - 1, 0)
+    row, place = _between(first, last)
+    if not len(row):
+        raise FitError("the target wrote nothing: give more --new-tokens, or other text")
+    encoder = _encoder_states(model, text, batch)
+    # The folder is that of the first of several texts, which may be joined with others another time.
+    states = _states_along(f"decoder-{text.digest[:16]}", model, text, first, last, batch)
+    return HiddenStates(text=text, row=row, place=place, states=states, encoder=encoder)
+
+
+def _encoder_states(model: PreTrainedModel, text: TargetText, batch: int) -> EncoderStates:
+    numbers, source = dict[tuple[int, ...], int](), np.full(len(text.ends), -1, dtype=np.int64)
+    training = np.flatnonzero(text.side == TRAINING)
+    source[training] = [numbers.setdefault(tuple(row), len(numbers)) for row in text.sources_of(training) or ()]
+    rows = list(numbers)
+    starts = np.cumsum([0, *map(len, rows)])
+    encoder: Any = model.get_encoder()
+
+    @torch.inference_mode()
+    def fill(states: np.ndarray) -> None:
+        for start in tqdm(range(0, len(rows), batch), unit="batch", mininterval=5.0, desc="states of the encoder"):
+            members = rows[start : start + batch]
+            inputs = reading(torch.empty(0, dtype=torch.int64, device=model.device), members)
+            del inputs["decoder_input_ids"]
+            computed = encoder(**inputs, return_dict=True)[0][inputs["attention_mask"].bool()]
+            part = states[starts[start] : starts[start + len(members)]]
+            part[:] = computed.to(torch.float16).cpu().numpy()
+            require_finite(part, model)
+
+    shape = int(starts[-1]), int(encoder.config.hidden_size)
+    return EncoderStates(kept_states(text.folder / f"encoder-{text.digest[:16]}.npy", shape, fill), starts, source)
+
+
+def last_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """States that a model's output layer reads along texts, shape (n, m, h), with their gradient."""
+    states: list[Tensor] = []
+
+    def look(_: nn.Module, read: tuple[Tensor, ...]) -> tuple[Tensor]:
+        states.append(read[0])
+        return (read[0][:, :1],)  # scores of all positions are not needed, and many
+
+    handle = output_module(model).register_forward_pre_hook(look)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return states[-1]
 
 
 def paired_states(draft: PreTrainedModel, target: PreTrainedModel, text: TargetText) -> PairedStates:
@@ -276,10 +367,9 @@ def _compute(
         members = rows[start : start + batch]
         width = int((first + counts)[members].max())
         ids = torch.from_numpy(text.tokens[members, :width].astype(np.int64)).to(model.device)
-        # Padding stands behind a row, where a causal model does not look. Logits are not needed.
+        # Padding stands behind a row, where a causal model does not look.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
-            output = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        computed = output.hidden_states[-1].to(torch.float16).cpu().numpy()
+            computed = last_states(model, reading(ids, text.sources_of(members))).to(torch.float16).cpu().numpy()
         for member, of_row in zip(members, computed, strict=True):
             part = of_row[first[member] : first[member] + counts[member]]
             require_finite(part, model)

@@ -15,15 +15,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...errors import FitError
 from ...files import replacing
 from ...loading.pair import Pair
+from ...models.encoder.encoder_decoder import has_encoder, start_token
 from ...models.identity import weights_digest
 from ..measure import context_of
 from ..settings import OwnTextSettings, TextSettings, require_least
 from .corpus_text import POSITIONS, TEXTS, require_batch
 from .prompts import TRAINING, Prompts, cut_prompts
+
+_OF_DECODERS = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids")
+"""Settings of generation without which a decoder beside an encoder writes something else, or in another language."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class TargetText:
         domains: names.
         digest: hash of everything that the text depends on, 64 hex digits.
         folder: folder of the text and of what is computed from it.
+        sources: token ids of what the target's encoder read before each text; None without an encoder. The prompt of
+            such a text is the token with which all begin.
     """
 
     tokens: np.ndarray
@@ -49,6 +56,15 @@ class TargetText:
     domains: tuple[str, ...]
     digest: str
     folder: Path
+    sources: Sequence[Sequence[int]] | None = None
+
+    def count(self, side: int) -> int:
+        """Number of texts of one side."""
+        return int((self.side == side).sum())
+
+    def sources_of(self, rows: np.ndarray) -> list[Sequence[int]] | None:
+        """Sources of some texts by their numbers, shape (n,); None without an encoder."""
+        return None if self.sources is None else [self.sources[row] for row in rows.tolist()]
 
     def written(self) -> np.ndarray:
         """All tokens that the target wrote in texts to train on, shape (n,), int32."""
@@ -75,6 +91,7 @@ def join_texts(parts: Sequence[TargetText]) -> TargetText:
         domains=domains,
         digest=hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest(),
         folder=parts[0].folder,
+        sources=None if parts[0].sources is None else [row for part in parts for row in part.sources or ()],
     )
 
 
@@ -97,6 +114,14 @@ def describe_text(settings: TextSettings, target: str) -> str:
         f"{target} itself continued {settings.texts:,} prompts of {max(2, settings.prompt_tokens // 2)} to "
         f"{settings.prompt_tokens} tokens cut from that text by at most {settings.new_tokens} tokens, at temperature "
         f"{settings.temperature:g}; a tenth of the prompts was held out"
+    )
+
+
+def describe_texts(settings: TextSettings, target: str) -> str:
+    """A line for a card on texts that ``target``, which has an encoder, wrote after sources."""
+    return (
+        f"{target} itself wrote a text of at most {settings.new_tokens} tokens after each source, at temperature "
+        f"{settings.temperature:g}; a tenth of the sources was held out"
     )
 
 
@@ -151,6 +176,8 @@ def generate_text(
 ) -> TargetText:
     """Let the target continue every prompt, or read the text that an earlier call stored by its digest.
 
+    If it has an encoder, prompts are what that reads, and what the target writes are texts of their own.
+
     Each batch is a file with a seed derived from ``seed``, so that a killed run repeats only the batch that was lost.
 
     Args:
@@ -164,6 +191,7 @@ def generate_text(
     Raises:
         FitError: a file of an earlier run is damaged.
     """
+    begun = _begun(model)
     digest = _digest(model, ends, prompts, settings, seed)
     folder = work / f"text-{digest[:16]}"
     tokens = np.zeros((len(prompts.rows), settings.width), dtype=np.int32)
@@ -183,13 +211,14 @@ def generate_text(
         tokens[rows], lengths[rows] = _read(path, tokens[rows].shape)
     return TargetText(
         tokens=tokens,
-        prompts=np.array([len(row) for row in prompts.rows], dtype=np.int64),
+        prompts=np.array([begun or len(row) for row in prompts.rows], dtype=np.int64),
         ends=lengths,
         domain=prompts.domain,
         side=prompts.side,
         domains=prompts.domains,
         digest=digest,
         folder=folder,
+        sources=prompts.rows if begun else None,
     )
 
 
@@ -197,13 +226,17 @@ def generate_text(
 def continue_rows(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], ends: Collection[int], settings: TextSettings, seed: int
 ) -> list[list[int]]:
-    """Prompts with their continuations, from one batch padded on the left; a text stops at its first end token."""
-    width = max(map(len, rows))
+    """Prompts with their continuations, from one batch padded on the left; a text stops at its first end token.
+
+    If the model has an encoder, that reads the prompts, and the texts begin with its decoder's start token.
+    """
+    with_encoder, width = bool(_begun(model)), max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(row)
-        mask[place, width - len(row) :] = 1
+        read = slice(len(row)) if with_encoder else slice(width - len(row), None)  # encoders count from the beginning
+        ids[place, read] = torch.tensor(row)
+        mask[place, read] = 1
     sampling = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
     config = GenerationConfig(
         max_new_tokens=settings.new_tokens,
@@ -211,19 +244,38 @@ def continue_rows(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
         **sampling,
+        **_of_decoder(model),
     )
+    # transformers 5.23 makes a cache of as many layers as a T5's encoder has (findings/t5-deeper-decoder.sh).
+    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if with_encoder else {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _without_defaults(model):
         torch.manual_seed(seed)
         written = cast(Any, model).generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cache
         )
+    if with_encoder:
+        rows, width = written[:, :1].tolist(), 1
     texts = []
     for row, continuation in zip(rows, written[:, width:].tolist(), strict=True):
         # After the end there is padding, whatever token pads.
         last = next((place for place, token in enumerate(continuation) if token in ends), len(continuation))
         texts.append([*row, *continuation[: last + 1]])
     return texts
+
+
+def _of_decoder(model: PreTrainedModel) -> dict[str, Any]:
+    """Those of a model's own settings of generation that are kept; none without an encoder."""
+    if not has_encoder(model):
+        return {}
+    kept = {name: getattr(model.generation_config, name, None) for name in _OF_DECODERS}
+    return {**kept, "decoder_start_token_id": start_token(model)}
+
+
+def _begun(model: PreTrainedModel) -> int:
+    """Tokens that every text of a decoder beside an encoder begins with; 0 without one."""
+    settings = _of_decoder(model)
+    return 0 if not settings else 1 + (settings["forced_bos_token_id"] is not None)
 
 
 @contextlib.contextmanager
@@ -256,6 +308,7 @@ def _digest(model: PreTrainedModel, ends: Collection[int], prompts: Prompts, set
     sides = [prompts.domain.tolist(), prompts.side.tolist(), prompts.domains]
     # The batch size counts: the sample of a text depends on the texts that are generated with it.
     parts = [weights_digest(model), str(model.dtype), sorted(ends), asdict(settings), seed, prompts.rows, sides]
+    parts += [of_decoder] if (of_decoder := _of_decoder(model)) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

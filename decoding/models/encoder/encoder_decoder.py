@@ -84,7 +84,7 @@ class EncoderDecoder(LanguageModel):
         self.source_vocabulary = self.vocabulary_size if inputs is None else len(inputs)
         self.context_limit = _declared(model.config, _TEXT)
         self.source_limit = _declared(model.config, _SOURCE)
-        self.start_token = _start_token(model)
+        self.start_token = start_token(model)
         self._alike = WeakKeyDictionary[PreTrainedModel, bool]()
 
     def _forget(self) -> None:
@@ -157,8 +157,12 @@ class EncoderDecoder(LanguageModel):
 
 def class_of(model: object) -> type[LanguageModel]:
     """Return the class that reads a model of transformers."""
-    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return EncoderDecoder if has_encoder else LanguageModel
+    return EncoderDecoder if has_encoder(model) else LanguageModel
+
+
+def has_encoder(model: object) -> bool:
+    """Return whether a model of transformers is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def with_source_of(target: LanguageModel, draft: LanguageModel) -> LanguageModel:
@@ -179,7 +183,12 @@ def _declared(config: PreTrainedConfig, names: Sequence[str]) -> int:
     return min((value for value in values if isinstance(value, int) and value > 0), default=UNLIMITED)
 
 
-def _start_token(model: PreTrainedModel) -> int:
+def start_token(model: PreTrainedModel) -> int:
+    """Return the id with which every text of an encoder-decoder begins.
+
+    Raises:
+        UnsupportedModelError: neither of its configurations says.
+    """
     for source in (getattr(model, "generation_config", None), model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             token = getattr(source, name, None)

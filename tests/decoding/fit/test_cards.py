@@ -11,7 +11,6 @@ import tyro
 
 from recipes.target import TargetSettings
 from recipes.translator import TranslatorSettings
-from recipes.translator_draft import TranslatorDraftSettings
 from specgym.decoding import fit
 from specgym.decoding.fit.__main__ import Command
 
@@ -20,7 +19,6 @@ PROGRAMS: dict[str, Any] = {
     "python -m specgym.decoding.fit ": Command,
     "python -m recipes.target ": TargetSettings,
     "python -m recipes.translator ": TranslatorSettings,
-    "python -m recipes.translator_draft ": TranslatorDraftSettings,
 }
 
 

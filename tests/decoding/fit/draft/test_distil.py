@@ -206,7 +206,7 @@ def test_a_draft_for_a_model_of_the_hub_points_there(
 ) -> None:
     target = counting_model(len(tokenizer))
     target.name_or_path = "someone/model"
-    monkeypatch.setattr(distil, "load_target", lambda *_, **__: (target, tokenizer))
+    monkeypatch.setattr(distil, "load_model", lambda *_, **__: (target, tokenizer))
     settings.loop.tokens = 1
     taken, fresh = settings.out.with_name("taken"), settings.out.with_name("fresh")
     make_draft(replace(settings, target="alias", out=taken, hidden=None))
