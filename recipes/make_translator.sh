@@ -13,4 +13,4 @@ TOKENIZER=$MODELS/tokenizer-translator
 # The translator writes its text after every sentence that it learned from, and the draft learns from that.
 "$PYTHON" -m specgym.decoding.fit draft --target $MODELS/tiny-translator --out $MODELS/tiny-translator-draft-1l \
     --prompt-sets runs/translation/sentences.json interface --continuations 1 --temperature 0 --new-tokens 96 \
-    --tokens 400000 --batch 16 --learning-rate 5e-3 --store int8 --licence apache-2.0 --report-prompts 32 --threads 1
+    --tokens 320000 --batch 16 --learning-rate 5e-3 --store int8 --licence apache-2.0 --report-prompts 32 --threads 1

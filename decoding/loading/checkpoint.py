@@ -291,23 +291,29 @@ def _put(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], folder: Pa
     for name, tensor in expected.items():
         groups.setdefault(id(tensor), []).append(name)
     for names in groups.values():
-        stored = next((name for name in names if name in tensors), None)
-        if stored is None:
+        stored = [name for name in names if name in tensors]
+        if not stored:
             raise CheckpointError(f"{folder / WEIGHTS} lacks the tensor {names[0]!r}: {WAY_OUT}")
-        value, old = tensors[stored], expected[stored]
-        if value.is_floating_point() != old.is_floating_point() or value.is_complex():
-            raise CheckpointError(f"{folder / WEIGHTS}: {stored!r} has the type {value.dtype}: {WAY_OUT}")
-        if value.shape != old.shape:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {stored!r} has shape {tuple(value.shape)}, "
-                f"but the model needs {tuple(old.shape)} "
-                f"(does it share tensors with another model than it was made for?): {WAY_OUT}"
-            )
-        if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value)
+        values = {name: _fitting(tensors[name], expected[name], name, folder) for name in stored}
+        first = values[stored[0]]
         for name in names:
+            # A T5 may have another output layer than its configuration says, by which it is its embedding.
+            value = values.get(name, first)
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, value)
+            setattr(model.get_submodule(owner), attribute, first if torch.equal(value, first) else value)
+
+
+def _fitting(value: Tensor, old: Tensor, name: str, folder: Path) -> Tensor:
+    """A tensor that may take the place of another, a parameter if that is one."""
+    if value.is_floating_point() != old.is_floating_point() or value.is_complex():
+        raise CheckpointError(f"{folder / WEIGHTS}: {name!r} has the type {value.dtype}: {WAY_OUT}")
+    if value.shape != old.shape:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {name!r} has shape {tuple(value.shape)}, "
+            f"but the model needs {tuple(old.shape)} "
+            f"(does it share tensors with another model than it was made for?): {WAY_OUT}"
+        )
+    return nn.Parameter(value) if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter) else value
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:

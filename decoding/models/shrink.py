@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 WINDOW = 8
 SWITCH = 12
 CONTEXT = 32
+START = 3
+"""Token with which texts of a decoder beside an encoder begin."""
 _HEADS = 2
 _HEAD = 16
 _MOST_LAYERS = 12
@@ -31,6 +33,18 @@ _SIZES = {
     "word_embed_proj_dim": _HEADS * _HEAD,
     "embedding_size": _HEADS * _HEAD,
     "rotary_dim": 8,
+    # beside an encoder
+    "decoder_vocab_size": 64,
+    "cross_attention_hidden_size": _HEADS * _HEAD,
+    "d_ff": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_attention_heads": _HEADS,
+    "num_encoder_attention_heads": _HEADS,
+    "num_decoder_attention_heads": _HEADS,
+    "relative_attention_max_distance": 16,
+    "relative_attention_num_buckets": 8,
+    "decoder_start_token_id": START,
     # how far
     "max_position_embeddings": CONTEXT,
     "n_positions": CONTEXT,
@@ -84,7 +98,10 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
 
 
 def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -125,6 +142,11 @@ def shrunken(config: PreTrainedConfig) -> PreTrainedConfig | None:
         values[name] = [place for place in row if place < few]
     if values.get("attention_types"):  # GPT-Neo repeats kinds of layers so often
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
+    for name in ("encoder", "decoder"):  # T5Gemma has a configuration for each
+        if isinstance(values.get(name), PreTrainedConfig):
+            values[name] = shrunken(values[name])
+            if values[name] is None:
+                return None
     _shorten_rotation(getattr(small, "rope_parameters", None), values.get("qk_rope_head_dim") or _HEAD)
     return small
 

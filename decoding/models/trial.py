@@ -229,13 +229,9 @@ def _longrope(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str | None:
-    """Fault that shows when the model itself reads a few tokens; None if none does.
+    """Fault that shows when the model itself reads a few tokens; None if none does."""
 
-    Raises:
-        NumericalError: the model's weights give NaN.
-    """
-    try:
-        trial = wrap(model, reading)
+    def read(trial: LanguageModel) -> Trial:
         tokens = torch.arange(1, 7, device=trial.device) % trial.vocabulary_size
         trial.forward(tokens[:2])
         if reading.spans is not None:
@@ -248,16 +244,49 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
         in_a_row: dict[str, Any] = {"input_ids": tokens[[0, 1, 3, 4, 5]].unsqueeze(0), "use_cache": False}
         if "position_ids" in signature(model.forward).parameters:  # as `generate` gives them
             in_a_row["position_ids"] = torch.arange(5, device=trial.device).unsqueeze(0)
+        expected = model(**in_a_row).logits[0].float()
+        return Trial(torch.stack([drafted, after]), expected[-2:], expected)
+
+    return problem_of_trial(model, reading, wrap, read)
+
+
+class Trial(NamedTuple):
+    """Scores of some tokens that were read in parts, and in a row."""
+
+    scores: Tensor
+    """Of the parts, shape (tokens, vocabulary), float32."""
+    expected: Tensor
+    """Of the row, likewise."""
+    all_expected: Tensor
+    """Of all tokens of the row."""
+
+
+def problem_of_trial(
+    model: PreTrainedModel, reading: Reading, wrap: Wrap, read: Callable[[LanguageModel], Trial]
+) -> str | None:
+    """Return the fault that shows when a model itself reads a few tokens; None if none does.
+
+    Args:
+        model: in evaluation mode.
+        reading: to be tried.
+        wrap: makes a language model of it that is read in a certain way.
+        read: reads the tokens.
+
+    Raises:
+        NumericalError: the model's weights give NaN.
+    """
+    try:
+        trial = wrap(model, reading)
         with torch.inference_mode():
-            expected = model(**in_a_row).logits[0].float()
+            scores, expected, all_expected = read(trial)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         return f"it cannot read {_shape(reading)} ({type(error).__name__}: {error})"
-    if expected.isnan().any():
+    if all_expected.isnan().any():
         raise NumericalError(f"{trial.name} gives NaN logits on a trial input: its weights are broken; load it anew.")
     close = closeness(model.dtype) if reading.exact else CLOSE_FOR_A_DRAFT
-    return _difference(torch.stack([drafted, after]), expected[-2:], expected, close, reading)
+    return difference(scores, expected, all_expected, close, reading)
 
 
 def closeness(dtype: torch.dtype) -> float:
@@ -265,7 +294,16 @@ def closeness(dtype: torch.dtype) -> float:
     return _CLOSE if dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
 
 
-def _difference(scores: Tensor, expected: Tensor, scale: Tensor, close: float, reading: Reading) -> str | None:
+def difference(scores: Tensor, expected: Tensor, scale: Tensor, close: float, reading: Reading) -> str | None:
+    """Return in words that scores are not those expected; None if they are, up to rounding.
+
+    Args:
+        scores: shape (tokens, vocabulary).
+        expected: likewise.
+        scale: scores whose standard deviation the difference is measured by.
+        close: largest difference, in those.
+        reading: that gave the scores.
+    """
     size = (scores - expected).abs().max() / scale.std().clamp(min=1e-6)
     if size < close:
         return None
@@ -345,7 +383,7 @@ class _SmallModel:
                         path.append(len(tokens) - 1)
                     scores = model.forward(torch.tensor(tokens), TokenTree(parents)).scores[path]
                 known = text.logits[length - text.prompt : length - text.prompt + depth + 1]
-                problem = _difference(scores[: len(known)], known, text.logits, _CLOSE, reading)
+                problem = difference(scores[: len(known)], known, text.logits, _CLOSE, reading)
                 if problem is not None:
                     return f"{problem} at the {length}th token of a small copy with short windows"
                 accepted = max(0, depth - turn % 2)
@@ -382,17 +420,22 @@ _PROMPTS = (5, 14)
 
 def _made(kind: type[PreTrainedModel] | None, config: PreTrainedConfig) -> _SmallModel | None:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)
-            built: Any = kind(config) if kind is not None else AutoModelForCausalLM.from_config(config)
-            model = built.float().eval()
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    if weight.ndim > 1:
-                        weight.normal_(0, 0.2)
-                    elif "dt_bias" in name:  # so that time steps go to where they may be limited
-                        weight.normal_(0, 4)
+        model = random_model(kind or AutoModelForCausalLM.from_config, config)
         return _SmallModel(model, _PROMPTS)
     except FAILURES as error:
         _LOG.debug("no small copy of %s: %s: %s", type(config).__name__, type(error).__name__, error)
         return None
+
+
+def random_model(build: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig) -> Any:
+    """Return a model of a small configuration with random weights, the same ones each time; on the CPU, in float32."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = build(config).float().eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, 0.2)
+                elif "dt_bias" in name:  # so that time steps go to where they may be limited
+                    weight.normal_(0, 4)
+    return model

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...errors import FitError
 from ...models.encoder.encoder_decoder import has_encoder
@@ -22,6 +22,7 @@ _LAYERS = (
     "gpt_neox.layers",
     "model.language_model.layers",
     "decoder.block",
+    "led.decoder.layers",
 )
 _COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
 """Numbers of layers in configurations: beside an encoder, the decoder's (T5, BART and its kin)."""
@@ -46,9 +47,8 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             module = getattr(module, part, None)
         if isinstance(module, nn.ModuleList):
             return name, module
-    raise FitError(
-        f"{type(model).__name__} keeps its layers in none of {', '.join(_LAYERS)}: use a fresh draft (--hidden) instead"
-    )
+    way_out = "use another draft" if has_encoder(model) else "use a fresh draft (--hidden) instead"
+    raise FitError(f"{type(model).__name__} keeps its layers in none of {', '.join(_LAYERS)}: {way_out}")
 
 
 def spread(layers: int, total: int) -> list[int]:
@@ -102,16 +102,19 @@ def take_layers(target: PreTrainedModel, chosen: Sequence[int]) -> tuple[PreTrai
     if bad := [index for index in chosen if not 0 <= index < len(layers)]:
         raise FitError(f"the target has layers 0 to {len(layers) - 1}, not {bad[0]}")
     config = copy.deepcopy(target.config)
-    count = next((key for key in _COUNTS if key in vars(config)), _COUNTS[-1])
-    setattr(config, count, len(chosen))
-    # Per-layer lists of the configuration follow the layers they describe; an encoder may have such lists, too.
-    for key, value in [] if has_encoder(target) else list(vars(config).items()):
+    part: Any = getattr(config, "decoder", None)
+    part = part if isinstance(part, PreTrainedConfig) else config  # T5Gemma has one for each
+    count = next((key for key in _COUNTS if key in vars(part)), _COUNTS[-1])
+    setattr(part, count, len(chosen))
+    # Per-layer lists of the configuration follow the layers they describe, unless those may be the encoder's.
+    for key, value in list(vars(part).items()) if part is not config or not has_encoder(target) else ():
         if isinstance(value, list) and len(value) == len(layers) and key != "architectures":
-            setattr(config, key, [value[index] for index in chosen])
+            setattr(part, key, [value[index] for index in chosen])
     with torch.random.fork_rng(devices=[]):
         draft: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     if len(layers_of(draft)[1]) != len(chosen):
-        raise FitError(f"{type(target).__name__} ignores {count}: use a fresh draft (--hidden) instead")
+        way_out = "use another draft" if has_encoder(target) else "use a fresh draft (--hidden) instead"
+        raise FitError(f"{type(target).__name__} ignores {count}: {way_out}")
     held, weights = target.state_dict(keep_vars=True), dict[str, Tensor]()
     for key in draft.state_dict():
         place, _, tail = key.removeprefix(f"{name}.").partition(".")

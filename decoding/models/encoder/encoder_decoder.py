@@ -129,7 +129,7 @@ class EncoderDecoder(LanguageModel):
     def shares_encoder_with(self, model: PreTrainedModel) -> bool:
         """Return whether this model's encoder and another's are equal, to the last bit; looked up after the first time.
 
-        That is so for drafts that ``recipes/translator_draft.py`` distils.
+        That is so for drafts that ``fit draft`` distils.
         """
         if model not in self._alike:  # which all copies share
             self._alike[model] = _equal(self.model.get_encoder(), model.get_encoder())
