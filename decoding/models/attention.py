@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .kv_cache import TokenTree
 
@@ -184,3 +186,39 @@ def _side_by_side(masks: Sequence[Tensor], count: int, columns: int) -> Tensor:
         joint[row, 0, count - tokens :, :width] = mask[0, 0]
         joint[row, 0, : count - tokens, :width] = mask[0, 0, :1]
     return joint
+
+
+_LAYERS_IN_A_ROW = {
+    "indexed_attention": "keep an index beside keys and values, of which no branch can be kept",
+    "compressed_sparse_attention": "compress keys by blocks of the text",
+    "heavily_compressed_attention": "compress keys by blocks of the text",
+}
+
+
+def declared_spans(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[list[Spans], str]:
+    """Return the reaches of layers by a configuration, the likeliest first; or why trees cannot be verified."""
+    if getattr(config, "alibi", False):
+        return [], "its bias of positions (ALiBi) goes by the place in the cache"
+    missing = {"attention_mask", "position_ids", "past_key_values"} - set(signature(model.forward).parameters)
+    if missing:
+        return [], f"its forward takes no {' and no '.join(sorted(missing))}, by which branches are told apart"
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    kinds = {"full_attention": Span()}
+    if isinstance(window, int) and window > 0:
+        kinds["sliding_attention"] = Span("sliding", window)
+    if isinstance(chunk, int) and chunk > 0:
+        kinds["chunked_attention"] = Span("chunked", chunk)
+    types = getattr(config, "layer_types", None)
+    if types:
+        others = sorted(set(types) - set(kinds))
+        if others:
+            return (
+                [],
+                f"its layers of type {others[0]} {_LAYERS_IN_A_ROW.get(others[0], 'read tokens one after another')}",
+            )
+        if len(set(types)) > 1:
+            return [{kind: kinds[kind] for kind in sorted(set(types))}], ""
+        return [{"": kinds[types[0]]}], ""
+    limited = [{"": span} for span in list(kinds.values())[1:]]
+    plain: list[Spans] = [EVERYWHERE_FULL]
+    return [*limited, *plain], ""

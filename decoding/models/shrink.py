@@ -1,10 +1,15 @@
-"""Small configurations with the structure of large ones: the same kinds of layers, few and narrow, short windows."""
+"""Small configurations with the structure of large ones: the same kinds of layers, few and narrow, short windows.
+
+Models of them, with random weights.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 WINDOW = 8
@@ -180,3 +185,17 @@ def _shorten_rotation(parameters: Any, width: int) -> None:
             factors = part.get(name)
             if factors:
                 part[name] = [factors[place * (len(factors) - 1) // max(rotated - 1, 1)] for place in range(rotated)]
+
+
+def random_model(build: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig) -> Any:
+    """Return a model of a small configuration with random weights, the same ones each time; on the CPU, in float32."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = build(config).float().eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0, 0.2)
+                elif "dt_bias" in name:  # so that time steps go to where they may be limited
+                    weight.normal_(0, 4)
+    return model

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import NumericalError, UnsupportedModelError
-from .attention import EVERYWHERE_FULL, Span, Spans
+from .attention import Spans, declared_spans
 from .kv_cache import TokenTree
-from .shrink import shrunken
+from .shrink import random_model, shrunken
 from .supported import dynamic_scales
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class Reading:
 
 Wrap = Callable[[PreTrainedModel, Reading], "LanguageModel"]
 Role = Literal["target", "draft"]
+Trial = tuple[Tensor, Tensor, Tensor]
+"""Scores of tokens that were read in parts, the same in a row, and of all tokens of that; (tokens, vocabulary)."""
 
 
 def declared_context(config: PreTrainedConfig) -> int:
@@ -152,47 +154,11 @@ def settle(model: PreTrainedModel, wrap: Wrap, role: Role = "target") -> Reading
 def _candidates(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[Reading]:
     position = next((int(part[_ORIGINAL]) for part in _longrope(config)), 0)
     switches = [Switch(position, False), Switch(position, True)] if 0 < position < declared_context(config) else [None]
-    all_spans, why = _declared_spans(model, config)
+    all_spans, why = declared_spans(model, config)
     for spans in [*all_spans, None] if not _limits_time_steps(model) else ():
         for switch in switches:
             yield Reading(spans, switch, why_no_branches=why if spans is None else "")
     yield Reading(None, singly=True, why_no_branches=why)
-
-
-_LAYERS_IN_A_ROW = {
-    "indexed_attention": "keep an index beside keys and values, of which no branch can be kept",
-    "compressed_sparse_attention": "compress keys by blocks of the text",
-    "heavily_compressed_attention": "compress keys by blocks of the text",
-}
-
-
-def _declared_spans(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[list[Spans], str]:
-    """Reaches of the layers by a configuration, the likeliest first; or the reason why trees cannot be verified."""
-    if getattr(config, "alibi", False):
-        return [], "its bias of positions (ALiBi) goes by the place in the cache"
-    missing = {"attention_mask", "position_ids", "past_key_values"} - set(signature(model.forward).parameters)
-    if missing:
-        return [], f"its forward takes no {' and no '.join(sorted(missing))}, by which branches are told apart"
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    kinds = {"full_attention": Span()}
-    if isinstance(window, int) and window > 0:
-        kinds["sliding_attention"] = Span("sliding", window)
-    if isinstance(chunk, int) and chunk > 0:
-        kinds["chunked_attention"] = Span("chunked", chunk)
-    types = getattr(config, "layer_types", None)
-    if types:
-        others = sorted(set(types) - set(kinds))
-        if others:
-            return (
-                [],
-                f"its layers of type {others[0]} {_LAYERS_IN_A_ROW.get(others[0], 'read tokens one after another')}",
-            )
-        if len(set(types)) > 1:
-            return [{kind: kinds[kind] for kind in sorted(set(types))}], ""
-        return [{"": kinds[types[0]]}], ""
-    limited = [{"": span} for span in list(kinds.values())[1:]]
-    plain: list[Spans] = [EVERYWHERE_FULL]
-    return [*limited, *plain], ""
 
 
 def _limited(reading: Reading, config: PreTrainedConfig) -> Reading:
@@ -245,20 +211,9 @@ def _problem_with(model: PreTrainedModel, reading: Reading, wrap: Wrap) -> str |
         if "position_ids" in signature(model.forward).parameters:  # as `generate` gives them
             in_a_row["position_ids"] = torch.arange(5, device=trial.device).unsqueeze(0)
         expected = model(**in_a_row).logits[0].float()
-        return Trial(torch.stack([drafted, after]), expected[-2:], expected)
+        return torch.stack([drafted, after]), expected[-2:], expected
 
     return problem_of_trial(model, reading, wrap, read)
-
-
-class Trial(NamedTuple):
-    """Scores of some tokens that were read in parts, and in a row."""
-
-    scores: Tensor
-    """Of the parts, shape (tokens, vocabulary), float32."""
-    expected: Tensor
-    """Of the row, likewise."""
-    all_expected: Tensor
-    """Of all tokens of the row."""
 
 
 def problem_of_trial(
@@ -353,7 +308,7 @@ class _SmallModel:
     def _scaled(self, reading: Reading) -> Reading:
         """Reading of the small model, whose windows and switch are shorter."""
         config = self._model.config
-        small, _ = _declared_spans(self._model, config)
+        small, _ = declared_spans(self._model, config)
         sizes = {span.kind: span.size for spans in small for span in spans.values()}
         switch, spans = reading.switch, reading.spans
         if switch is not None:
@@ -425,17 +380,3 @@ def _made(kind: type[PreTrainedModel] | None, config: PreTrainedConfig) -> _Smal
     except FAILURES as error:
         _LOG.debug("no small copy of %s: %s: %s", type(config).__name__, type(error).__name__, error)
         return None
-
-
-def random_model(build: Callable[[PreTrainedConfig], Any], config: PreTrainedConfig) -> Any:
-    """Return a model of a small configuration with random weights, the same ones each time; on the CPU, in float32."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        model = build(config).float().eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim > 1:
-                    weight.normal_(0, 0.2)
-                elif "dt_bias" in name:  # so that time steps go to where they may be limited
-                    weight.normal_(0, 4)
-    return model

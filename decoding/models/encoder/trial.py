@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ..shrink import CONTEXT, START, shrunken
+from ..shrink import CONTEXT, START, random_model, shrunken
 from ..supported import dynamic_scales
 from ..trial import (
     FAILURES,
@@ -21,7 +21,6 @@ from ..trial import (
     closeness,
     difference,
     problem_of_trial,
-    random_model,
 )
 
 if TYPE_CHECKING:
@@ -120,6 +119,6 @@ def _problem_with(model: PreTrainedModel, start: int, reading: Reading, wrap: Wr
         parts += [wrong.scores[:2], reader.forward(tokens[4:]).scores]
         inputs: dict[str, Any] = {"input_ids": torch.tensor([source], device=trial.device)}
         expected = model(**inputs, decoder_input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].float()
-        return Trial(torch.cat(parts), expected, expected)
+        return torch.cat(parts), expected, expected
 
     return problem_of_trial(model, reading, wrap, read)

@@ -61,7 +61,7 @@ def test_a_window_that_the_configuration_hides_is_noticed(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks that are wrong beyond a window show so in no trial of six tokens, but on the small copy."""
-    monkeypatch.setattr(trial, "_declared_spans", lambda model, config: ([{"": Span()}], ""))
+    monkeypatch.setattr(trial, "declared_spans", lambda model, config: ([{"": Span()}], ""))
     monkeypatch.setattr(trial, "_small_models", {})
     model = LanguageModel(windowed(make_model))
     assert not model.branches
