@@ -20,7 +20,14 @@ from tests.helpers.small_runs import options, record_little, record_traces, targ
 
 BOUND = 0.02
 NO_FIGURE = '<svg viewBox="0 0 1 1"></svg>'
+WEIGHED, WEIGHTS = "lookahead", ("--weights", "3", "1")
 Shown = Callable[[], str]
+
+
+def of_each_kind() -> list[str]:
+    """A decoder of every kind of recording and of loss: what the code that is shared tells decoders apart by."""
+    kinds = {(traits_of(name).recorded_by, traits_of(name).lossless): name for name in reversed(decoder_names())}
+    return [name for name in decoder_names() if name in kinds.values()]
 
 
 class Run(NamedTuple):
@@ -48,24 +55,33 @@ def workloads(small_workloads: tuple[str, str]) -> dict[str, tuple[str, ...]]:
     return chosen | {"medusa-typical": alone[1:]}  # greedy texts do not depend on its thresholds
 
 
+@pytest.fixture(scope="module")
+def traces(small_workloads: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Traces of the small workloads, which all decoders that traces record share."""
+    return record_traces(small_workloads, tmp_path_factory.mktemp("traces"))
+
+
 @pytest.fixture(scope="module", params=decoder_names())
 def finished(
-    request: pytest.FixtureRequest, workloads: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    workloads: dict[str, tuple[str, ...]],
+    traces: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Run]:
-    """A run of a few hundred steps, for every decoder."""
+    """A run of a few hundred steps, for every decoder; of Lookahead with workloads that weigh differently."""
     decoder, runs = request.param, tmp_path_factory.mktemp("runs")
-    traits, chosen, folder = traits_of(decoder), workloads[decoder], tmp_path_factory.mktemp("recordings")
+    traits, chosen, recordings = traits_of(decoder), workloads[decoder], traces
     more: dict[str, object] = {"--environment.backend": "replay"}
     if traits.recorded_by == "trace":
-        recordings = record_traces(chosen, folder)
         more["--environment.max-draft-length"] = 4
     else:
-        recordings = record_little(decoder, chosen, folder)
+        recordings = record_little(decoder, chosen, tmp_path_factory.mktemp("recordings"), settings=4)
     if not traits.lossless:
         more["--max-divergence"] = BOUND
+    words = options(environment_id(decoder), runs, chosen, recordings, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECGYM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        assert train_command(options(environment_id(decoder), runs, chosen, recordings, **more)) == 0
+        assert train_command([*words, *(WEIGHTS if decoder == WEIGHED else ())]) == 0
         yield Run(decoder, chosen, recordings, runs / "mine")
 
 
@@ -74,6 +90,7 @@ def test_a_run_leaves_knobs_a_policy_and_a_table(finished: Run) -> None:
     knobs = [knob.name for knob in traits.knobs_without_pair()]
     settings = load_settings(finished.folder / "settings.json")
     assert (settings.decoder, settings.workloads) == (finished.decoder, finished.workloads)
+    assert settings.weights == ((3, 1) if finished.decoder == WEIGHED else ())
     assert len(settings.seeds) == (1 if traits.lossless else 3)
     policy = ExportedPolicy.load(finished.policies[0])
     # A workload alone needs no mark.
@@ -138,6 +155,7 @@ def test_the_report_is_about_the_decoder_s_knobs(finished: Run, monkeypatch: pyt
     assert (finished.folder / "report" / "recommended.csv").is_file()
 
 
+@pytest.mark.parametrize("finished", of_each_kind(), indirect=True)
 def test_a_finished_run_can_be_prolonged_and_nothing_else(finished: Run, shown: Shown, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished.folder, run)
@@ -177,12 +195,6 @@ def test_what_does_not_apply_is_one_message_and_leaves_no_folder(finished: Run, 
         assert code == 2
         assert message in shown()
     assert not (tmp_path / "runs").exists()
-
-
-def test_workloads_may_have_weights(workloads: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
-    recordings = record_little("lookahead", workloads["lookahead"], tmp_path / "outcomes")
-    words = options(environment_id("lookahead"), tmp_path, workloads["lookahead"], recordings)
-    assert train_command([*words, "--weights", "3", "1", "--evaluation.during-training", "0"]) == 0
 
 
 @pytest.mark.parametrize(

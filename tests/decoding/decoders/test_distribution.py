@@ -6,7 +6,8 @@ Two ways, both through the real sessions on toy models whose distribution is kno
   probability, and all branches are walked, so that the joint distribution comes out to rounding error;
 - *sampled*: thousands of seeded texts, and a chi-square test of the joint distribution of their first three tokens.
   Each test's significance is 1e-3, so that with the fourteen here (Bonferroni) one run in seventy would fail for no
-  reason, were the seeds not fixed. The usual mistakes are 1000 times as significant with 1,500 and 5,000 texts.
+  reason, were the seeds not fixed. The usual mistakes are 1000 times as significant with 1,000 and 1,500 texts: of four
+  tokens, since a test of more has more classes, and less power with the same texts.
 """
 
 from __future__ import annotations
@@ -152,10 +153,10 @@ def wrong_residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def test_a_wrong_residual_is_found_out(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable) -> None:
-    target = make_table(6, seed=1, spread=1.2)
-    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
+    target = make_table(4, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 4)))
     monkeypatch.setattr(speculative, "residual", wrong_residual)
-    assert sampled_p_value(decoder, Sampling(), 1_500, {"draft_length": 2}) < SIGNIFICANCE / 1000
+    assert sampled_p_value(decoder, Sampling(), 1_000, {"draft_length": 2}) < SIGNIFICANCE / 1000
     joint, _, _ = walk(
         monkeypatch,
         SpeculativeDecoder(Pair(make_table(3, seed=1), make_drafter("model", make_table, 3))),
@@ -169,8 +170,8 @@ def test_a_wrong_residual_is_found_out(monkeypatch: pytest.MonkeyPatch, make_tab
 def test_a_draft_distribution_of_another_temperature_is_found_out(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable
 ) -> None:
-    target = make_table(6, seed=1, spread=1.2)
-    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
+    target = make_table(4, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 4)))
     passes = speculative.SpeculativeSession._passes
 
     def warmer(
@@ -181,29 +182,30 @@ def test_a_draft_distribution_of_another_temperature_is_found_out(
         return passes(session, p, drafters.Proposal(proposal.tokens, None, (proposal.logits / 2).softmax(-1)))
 
     monkeypatch.setattr(speculative.SpeculativeSession, "_passes", warmer)
-    assert sampled_p_value(decoder, Sampling(), 5_000, {"draft_length": 2}) < SIGNIFICANCE / 1000
+    assert sampled_p_value(decoder, Sampling(), 1_500, {"draft_length": 2}) < SIGNIFICANCE / 1000
 
 
-def test_8_000_texts_follow_the_target(make_table: MakeTable) -> None:
-    target = make_table(6, seed=1, spread=1.2)
-    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 6)))
-    assert sampled_p_value(decoder, SAMPLINGS["all"], 8_000, {"draft_length": 2}) > SIGNIFICANCE
+def test_2_000_texts_follow_the_target(make_table: MakeTable) -> None:
+    target = make_table(4, seed=1, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter("model", make_table, 4)))
+    assert sampled_p_value(decoder, Sampling(0.8, top_k=3, top_p=0.9), 2_000, {"draft_length": 2}) > SIGNIFICANCE
 
 
 CASES = list(itertools.product(["model", "reduced", "ngram", "prompt-lookup"], ["hot", "top-k", "top-p"]))
+CASES.remove(("reduced", "top-p"))  # the likeliest tokens alone are those of the draft that is not reduced
 CASES.append(("prompt-lookup", "cold"))
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_sampled_texts_follow_the_target(make_table: MakeTable, kind: str, name: str) -> None:
-    target = make_table(7, seed=4, spread=1.2)
-    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 7)))
+    target = make_table(4, seed=4, spread=1.2)
+    decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 4)))
     draft_length = 1 + CASES.index((kind, name)) % 4
-    texts = 4_000 if kind == "model" else 1_500  # by then a wrong residual is seen of the others, or not at all
+    texts = 1_500 if kind == "model" else 1_000  # by then a wrong residual is seen in every case
     assert sampled_p_value(decoder, SAMPLINGS[name], texts, {"draft_length": draft_length}) > SIGNIFICANCE
 
 
-FALLBACKS = (0.0, 0.1, 0.25, 0.4, 0.7, 1.0)
+FALLBACKS = (0.0, 0.15, 0.4, 1.0)
 
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)

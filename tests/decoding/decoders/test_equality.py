@@ -1,5 +1,5 @@
-"""Greedy decoding gives, token for token, what `transformers` generates: 48 tokens, float32, of 24 prompts on random
-models and of 4 on each shipped pair, where the pairs of a target take turns with 16."""
+"""Greedy decoding gives, token for token, what `transformers` generates: 48 tokens, float32, of 12 prompts on random
+models and of 2 on each shipped pair, where the pairs of a target take turns with 8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from specgym.decoding.prompts import load_prompts
 from specgym.decoding.rounds import Generation
 from tests.helpers.toy_profile import ENDS
 
-PROMPTS, NEW = 24, 48
+PROMPTS, NEW = 12, 48
 FAMILIES = ("llama", "gpt2")
 """Rotated and learned positions; `tests/decoding/models/test_architectures.py` has the other architectures."""
 Reference = Callable[..., list[list[int]]]
@@ -65,7 +65,7 @@ def test_greedy_output_on_random_models_equals_generate(
     prompts = [torch.randint(0, 96, (1 + 4 * (number % 4),), generator=generator).tolist() for number in range(PROMPTS)]
     expected = reference(model, prompts, NEW)
     draft = make_noisy(model, 0.02)
-    seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
+    seen = [[*prompt, *text] for prompt, text in zip(prompts[::2], expected[::2], strict=True)]
     drafters: list[PreTrainedModel | Drafter] = [
         draft,
         NGramDrafter.fit(seen, 96, order=3),
@@ -82,11 +82,11 @@ def test_greedy_output_on_random_models_equals_generate(
         else:
             accepted = sum(round_.accepted for generation in generations for round_ in generation.rounds)
             drafted = sum(round_.drafted for generation in generations for round_ in generation.rounds)
-            assert min(accepted, drafted - accepted) >= 50, (pair.name, accepted, drafted)
+            assert min(accepted, drafted - accepted) >= 30, (pair.name, accepted, drafted)
     knobs = [{"fallback": 0.0, "rollback": ROLLBACKS[number % len(ROLLBACKS)]} for number in range(PROMPTS)]
     drafted_by: dict[str, set[int]] = {}
     for name, ends in ENDS.items():
-        some, fewer = (slice(0, PROMPTS), slice(0, 12)) if name == "never" else (slice(0, 16), slice(0, 8))
+        some, fewer = (slice(0, PROMPTS), slice(0, 8)) if name == "never" else (slice(0, 10), slice(0, 5))
         generations = check(ends(Pair(model, draft), 8), prompts[some], expected[some], knobs.__getitem__)
         assert 0.05 < acceptance(generations) < 0.9
         drafted_by[name] = {round_.drafted for generation in generations for round_ in generation.rounds[:-8]}
@@ -103,7 +103,7 @@ def expected_of(reference: Reference) -> Callable[[Pair], tuple[list[list[int]],
 
     def of(pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
         if pair.target.name not in known:
-            texts = [text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:4]]
+            texts = [text for name in ("prose", "code", "definitions", "chat") for text in load_prompts(name).train[:2]]
             prompts = [pair.encode(text)[:64] for text in texts]
             known[pair.target.name] = prompts, reference(pair.target.model, prompts, NEW)
         return known[pair.target.name]
