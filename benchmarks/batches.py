@@ -2,6 +2,7 @@
 
     python -m benchmarks.batches                                  # a shipped pair
     python -m benchmarks.batches --pairs tiny smollm2-4l --sizes 1 2 4 8 --drafts 0 2 4
+    python -m benchmarks.batches --pairs translator --sizes 1 4 8 # with an encoder
     python -m benchmarks.batches --endless 2000                   # memory over many texts that come and go
     python -m benchmarks.batches --live 8                         # live environments, together and apart
 
@@ -30,6 +31,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.vec_env import SubprocVecEnv
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import specgym  # noqa: F401  # registers the environments
 from specgym.decoding import (
@@ -78,8 +80,9 @@ class Settings:
 
 
 def prompts_of(pair: Pair, name: str, count: int) -> list[Sequence[int]]:
-    """Held-out prompts of the sets that a pair has, by turns."""
-    sets = [workload(f"{name}/{prompts}").prompt_ids("test") for prompts in _SETS if _known(f"{name}/{prompts}")]
+    """Held-out prompts of the sets that a pair has, by turns; sources of a translator."""
+    names = _SETS if pair.target.source_limit is None else ("interface",)
+    sets = [workload(f"{name}/{prompts}").prompt_ids("test") for prompts in names if _known(f"{name}/{prompts}")]
     return [sets[number % len(sets)][number // len(sets)] for number in range(count)]
 
 
@@ -124,19 +127,21 @@ def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
 def _stock_seconds(model: Any, prompts: Sequence[Sequence[int]], size: int, settings: Settings) -> float:
     """Seconds that transformers' `generate` takes in batches, without those to the first tokens."""
     total = 0.0
-    sampled = {"temperature": settings.temperature} if settings.temperature else {}
+    sampled: dict[str, Any] = {"temperature": settings.temperature} if settings.temperature else {}
     for first in range(0, len(prompts), size):
         batch = prompts[first : first + size]
         longest = max(map(len, batch))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
         for tokens, sign in ((1, -1), (settings.tokens, 1)):
+            if model.config.is_encoder_decoder:  # transformers 5.23 gives a cache as many layers as the encoder has
+                sampled["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             started = time.perf_counter()
             model.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=tokens,
-                do_sample=bool(sampled),
+                do_sample="temperature" in sampled,
                 pad_token_id=0,
                 **sampled,
             )

@@ -29,8 +29,8 @@ class Batch:
     """Texts that are generated together.
 
     They may be of several decoders and pairs: what is read by one model at the same time is read in one pass. EAGLE
-    heads and models that keep more of a text than keys and values (recurrent layers, early exits and their targets, a
-    target with an encoder) read their texts one after another; the texts are the same.
+    heads and models that keep more of a text than keys and values (recurrent layers, early exits and their targets)
+    read their texts one after another; the texts are the same.
 
     Args:
         texts: about so many at a time, for which storage is made at once; more find room, too.

@@ -17,6 +17,7 @@ from .attention import EVERYWHERE_FULL, MaskMaker, numbers
 from .captured import CapturedPasses
 from .joint.cache import JointCache, Slot
 from .joint.joining import AT_WORK, JoinedText
+from .joint.passes import JoinedPasses
 from .kv_cache import BranchingCache, RestorableCache, TokenTree, stored_bytes
 from .linear_layers import (
     NARROWEST_PREPACKED,
@@ -78,6 +79,7 @@ class LanguageModel:
     source_vocabulary: int | None = None
     captured: CapturedPasses | None = None
     kept: Callable[[], Tensor] | None = None
+    joint_passes: type[JoinedPasses] = JoinedPasses
     _joined: JoinedText | None = None
     _smallest_blocked: int | None = SMALLEST_PREPACKED
 
@@ -115,14 +117,12 @@ class LanguageModel:
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.name = getattr(model, "name_or_path", "") or type(model).__name__
-        self.vocabulary_size = int(config.vocab_size)
-        self.hidden_size = int(config.hidden_size)
+        self.vocabulary_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         with only_looking():  # of a part of a model the first weight may be packed
             self.device, self.dtype = execution_device(model), model.dtype
         self.context_limit = min(declared_context(config), reading.context_limit)
         self.branches, self.exact = reading.spans is not None, reading.exact
-        self.why_no_branches, self.mask_seconds = reading.why_no_branches, 0.0
-        self._reading = reading
+        self._reading, self.why_no_branches, self.mask_seconds = reading, reading.why_no_branches, 0.0
         self.masks = MaskMaker(reading.spans or EVERYWHERE_FULL, self.dtype, self.device)
         self.parameters = frozenset(inspect.signature(model.forward).parameters)
         self._forget()
@@ -156,11 +156,11 @@ class LanguageModel:
         """True if passes over several texts can be joined: a text has nothing but keys and values."""
         return type(self) is LanguageModel and self.branches and self._text is None
 
-    def move_into(self, joint: JointCache) -> Slot | None:
-        """Keep what is read in a joint cache from now on; None if nothing was read yet."""
-        if isinstance(self._cache, BranchingCache) and self._cache.layers:
-            self._cache = joint.admit(self._cache)
-        return self._cache if isinstance(self._cache, Slot) else None
+    def move_into(self, joint: JointCache) -> Slot:
+        """Keep what is read in a joint cache from now on; for models that are `joinable`."""
+        if isinstance(self._cache, BranchingCache):
+            self._cache = joint.admit(self._cache.extended(0) or (), self._cache.length)
+        return cast("Slot", self._cache)
 
     def begin(self, prompt: Sequence[int]) -> tuple[LanguageModel, list[int]]:
         """Return the model as it reads the text of a prompt, and the first tokens of that text: here the prompt."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -83,3 +85,13 @@ def stock_tokens(model: Any, source: list[int] = SOURCE, **settings: Any) -> lis
     tokens = torch.tensor([source])
     output = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, num_beams=1, **settings)
     return list(output[0].tolist()[1:])
+
+
+@torch.inference_mode()
+def law_of(target: Any, source: Sequence[int]) -> dict[tuple[int, ...], float]:
+    """Joint distribution of the first two tokens, by the model's own passes."""
+    count = target.config.vocab_size
+    texts = torch.tensor([[0, token] for token in range(count)])
+    rows = target(input_ids=torch.tensor([source] * count), decoder_input_ids=texts).logits.double().softmax(-1)
+    joint: Tensor = rows[0, 0][:, None] * rows[:, 1]
+    return {(first, second): float(joint[first, second]) for first in range(count) for second in range(count)}

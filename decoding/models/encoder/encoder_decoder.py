@@ -16,17 +16,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...errors import ArgumentError, PromptError, UnsupportedModelError
 from ..identity import weights_one_by_one
+from ..joint.cache import JointCache, Slot
 from ..kv_cache import BranchingCache, TokenTree
 from ..language_model import LanguageModel
 from ..linear_layers import only_looking
 from ..output_layer import Logits, output_layer_watched
 from ..supported import causal_model, refuse_unsupported
 from ..trial import UNLIMITED, Reading, Role
+from .passes import PassesWithSources
 from .trial import settle
 
 _SOURCE = ("max_position_embeddings", "max_source_positions", "max_encoder_position_embeddings")
@@ -61,8 +63,9 @@ class EncoderDecoder(LanguageModel):
     states: Tensor | None = None
     source_limit: int
     source_vocabulary: int
+    joint_passes = PassesWithSources
     _alike: WeakKeyDictionary[PreTrainedModel, bool]
-    _crossed: Cache | None = None
+    _crossed: DynamicCache | None = None
 
     def __init__(self, model: PreTrainedModel, *, prepack: bool | None = None, role: Role = "target") -> None:
         refuse_unsupported(causal_model(model, role), exact=role == "target")
@@ -88,9 +91,21 @@ class EncoderDecoder(LanguageModel):
         self._alike = WeakKeyDictionary[PreTrainedModel, bool]()
 
     def _forget(self) -> None:
-        self._cache = cache = BranchingCache()
-        self._past = None if self._crossed is None else EncoderDecoderCache(cache, self._crossed)
-        self._text, self._last_start, self._at_once, self._beyond = None, 0, 0, False
+        self._cache, self._text = BranchingCache(), None
+        self._last_start, self._at_once, self._beyond = 0, 0, False
+
+    @property
+    def joinable(self) -> bool:
+        """True: a text has keys and values alone, its own and those of its source."""
+        return True
+
+    def move_into(self, joint: JointCache) -> Slot:
+        """Keep what is read in a joint cache from now on, and the source beside it."""
+        slot = super().move_into(joint)
+        if slot.source is None and self._crossed is not None:
+            layers: list[Any] = self._crossed.layers
+            joint.admit_source(slot, [part for layer in layers for part in (layer.keys, layer.values)])
+        return slot
 
     @torch.inference_mode()
     def begin(self, prompt: Sequence[int], states: Tensor | None = None) -> tuple[LanguageModel, list[int]]:
@@ -138,14 +153,17 @@ class EncoderDecoder(LanguageModel):
     def _pass(
         self, tokens: Tensor, tree: TokenTree | None, start: int, last: int | None, rows: Tensor | None, hidden: bool
     ) -> Logits:
-        if self._past is None:
+        if self._crossed is None:
             raise PromptError(
                 f"{self.name} has an encoder, which has read nothing yet: read with what `begin(source)` returns"
             )
+        if self._joined and (joined := self._joined.read(tokens, tree, start, last, rows, hidden)):
+            return Logits(*joined)
+        cache = self._cache.as_cache(tokens.shape[0]) if isinstance(self._cache, Slot) else self._cache
         inputs: dict[str, Any] = {
             "encoder_outputs": BaseModelOutput(last_hidden_state=self.states),
             "decoder_input_ids": tokens.unsqueeze(0),
-            "past_key_values": self._past,
+            "past_key_values": EncoderDecoderCache(cache, self._crossed),
             "use_cache": True,
             "return_dict": True,
         }

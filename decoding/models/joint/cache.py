@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..kv_cache import BranchingCache
-
 _FIRST_CAPACITY = 256
 
 
@@ -20,13 +18,13 @@ class StoredLayer(DynamicLayer):
     Args:
         keys: storage, shape (texts, heads, capacity, head size).
         values: likewise.
-        start: positions that are there, of a single text.
+        start: positions that are there, of a single text; of several what the model shall take for it.
         end: positions that are there after the pass, at most.
         places: where each text's new tokens are written, shape (texts, tokens), int64; None for one text's, which are
             written from `start` on.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, start: int, end: int, places: Tensor | None = None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, start: Any, end: int, places: Tensor | None = None) -> None:
         super().__init__()
         self.is_initialized = True
         self._stored, self._start, self._end, self._places = (keys, values), start, end, places
@@ -43,7 +41,7 @@ class StoredLayer(DynamicLayer):
             values[..., self._start :, :].copy_(value_states)
         return keys, values
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         """Number of positions that were there; the graph takes it from the mask."""
         return self._start
 
@@ -54,10 +52,12 @@ class Slot:
     Attributes:
         row: of the storage.
         length: positions stored.
+        source: of what an encoder has read for the text, in the same row of another cache; None where there is none.
     """
 
     def __init__(self, joint: JointCache, row: int) -> None:
         self._joint, self.row, self.length = joint, row, 0
+        self.source: Slot | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +93,8 @@ class Slot:
     def release(self, broken: bool = False) -> None:
         """Give the place back; the text cannot be read on. See `JointCache.release`."""
         self._joint.release(self, broken)
+        if self.source is not None:
+            self.source.release(broken)
 
 
 class JointCache:
@@ -102,29 +104,51 @@ class JointCache:
 
     Args:
         rows: for which there is storage from the beginning.
+        shapes: parts of any text, as for `admit`, if they are known; else those of the first.
 
     Attributes:
         stored: keys and values of every layer by turns, each of shape (rows, heads, capacity, head size).
         slots: places in use, by row.
+        sources: of what encoders have read for the texts; None where there are none.
     """
 
-    def __init__(self, rows: int = 1) -> None:
+    def __init__(self, rows: int = 1, shapes: Sequence[Tensor] = ()) -> None:
         self._rows = rows
-        self.stored: list[Tensor] = []
+        self.sources: JointCache | None = None
+        self.stored = self._empty(shapes)
         self.slots: list[Slot] = []
 
-    def admit(self, cache: BranchingCache) -> Slot:
-        """Copy a text that was read by itself to a place of its own."""
+    def admit(self, parts: Sequence[Tensor], length: int) -> Slot:
+        """Copy a text that was read by itself to a place of its own.
+
+        Args:
+            parts: its keys and values of every layer by turns, shape (1, heads, at least length, head size); none if
+                nothing was read.
+            length: positions of the text.
+
+        Raises:
+            ValueError: nothing is known of the shapes.
+        """
+        if not parts and not self.stored:
+            raise ValueError("the first text of a joint cache has to have been read by itself")
         slot = Slot(self, len(self.slots))
         self.slots.append(slot)
-        parts = cache.extended(0) or []
         if not self.stored:
-            self.stored = [part.new_zeros(self._rows, part.shape[1], 0, part.shape[3]) for part in parts]
-        self.reserve(len(self.slots), cache.length)
-        slot.length = cache.length
-        for stored, part in zip(self.stored, parts, strict=True):
-            stored[slot.row, :, : slot.length] = part[0, :, : slot.length]
+            self.stored = self._empty(parts)
+        self.reserve(len(self.slots), length)
+        slot.length = length
+        for stored, part in zip(self.stored if parts else (), parts, strict=True):
+            stored[slot.row, :, :length] = part[0, :, :length]
         return slot
+
+    def _empty(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part.new_zeros(self._rows, part.shape[1], 0, part.shape[3]) for part in parts]
+
+    def admit_source(self, slot: Slot, parts: Sequence[Tensor]) -> None:
+        """Copy what an encoder has read for a text that was just admitted: parts as for `admit`, of the source."""
+        if self.sources is None:
+            self.sources = JointCache(self._rows)
+        slot.source = self.sources.admit(parts, parts[0].shape[2])
 
     def release(self, slot: Slot, broken: bool = False) -> None:
         """Let another text have a place; the text in the last row moves there.
@@ -191,7 +215,7 @@ class JointCache:
             stored[rows[:, None], :, places] = copied[texts[:, None], :, places]
 
 
-def cache_of(stored: Sequence[Tensor], start: int, end: int, places: Tensor | None = None) -> Cache:
+def cache_of(stored: Sequence[Tensor], start: int | Tensor, end: int, places: Tensor | None = None) -> Cache:
     """Return a transformers cache of given storage, for one pass.
 
     Args:

@@ -20,13 +20,15 @@ from transformers import PreTrainedModel
 
 from ..kv_cache import TokenTree
 from .cache import Slot
-from .passes import Answer, JoinedPasses, Request, can_join
+from .passes import Answer, JoinedPasses, Request, try_to_join
 
 if TYPE_CHECKING:  # which imports this module
     from ..language_model import LanguageModel
 
 Result = TypeVar("Result")
-_can_join: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_Tried = tuple[torch.device, torch.dtype, Sequence[Tensor] | None]
+_tried: WeakKeyDictionary[PreTrainedModel, _Tried] = WeakKeyDictionary()
+"""Devices and types of the models that were tried, and what `try_to_join` returned."""
 
 
 class Joining:
@@ -44,14 +46,16 @@ class Joining:
 
     def passes_of(self, model: LanguageModel) -> JoinedPasses | None:
         """Return the joined passes of a model, shared by all its texts; None if it has to read each by itself."""
-        if model.model not in _can_join:
-            token = AT_WORK.set(None)
-            try:
-                _can_join[model.model] = can_join(model)
-            finally:
-                AT_WORK.reset(token)
         if model.model not in self._passes:
-            self._passes[model.model] = JoinedPasses(model, self._texts) if _can_join[model.model] else None
+            *state, shapes = _tried.get(model.model, (None,) * 3)
+            if state != [model.device, model.dtype]:
+                token = AT_WORK.set(None)
+                try:
+                    shapes = try_to_join(model)
+                finally:
+                    AT_WORK.reset(token)
+                _tried[model.model] = model.device, model.dtype, shapes
+            self._passes[model.model] = None if shapes is None else model.joint_passes(model, self._texts, shapes)
         return self._passes[model.model]
 
     @property
@@ -178,10 +182,10 @@ class JoinedText:
         if not self._joining.under_way:
             return None
         passes = self._joining.passes_of(self._model)
-        if passes is not None and self._slot is None:
-            self._slot = self._model.move_into(passes.cache)
-        if passes is None or self._slot is None:
+        if passes is None:
             return None
+        if self._slot is None:
+            self._slot = self._model.move_into(passes.cache)
         answer = self._joining.wait(passes, Request(self._slot, tokens, tree, start, last, rows, hidden))
         if answer is None:
             return None

@@ -56,24 +56,47 @@ class Answer(NamedTuple):
     """Shape (tokens, width)."""
 
 
+class Inputs(NamedTuple):
+    """Texts of a joint pass, a row each."""
+
+    slots: list[Slot]
+    tokens: Tensor
+    """Shape (texts, tokens), int64."""
+    positions: Tensor
+    """In the texts, shape (texts, tokens), int64."""
+    mask: Masks
+    stored: list[Tensor]
+    """Storage of every layer, as for `StoredLayer`."""
+    places: Tensor
+    """Positions in the storage at which keys and values are written, shape (texts, tokens), int64."""
+
+    @property
+    def end(self) -> int:
+        """Positions that the pass sees, at most."""
+        mask = self.mask if isinstance(self.mask, Tensor) else next(iter(self.mask.values()))
+        return mask.shape[-1]
+
+
 class JoinedPasses:
     """Passes of one model over several texts.
 
     Args:
         model: of which the texts have copies.
         texts: rows for which storage is made at once.
+        shapes: as for `JointCache`.
 
     Attributes:
         cache: of the texts.
-        size: about as many weights as the model's layers have.
+        size: about as many weights as the layers have that write a text.
     """
 
-    def __init__(self, model: LanguageModel, texts: int = 1) -> None:
+    def __init__(self, model: LanguageModel, texts: int = 1, shapes: Sequence[Tensor] = ()) -> None:
         self._model = model
         self._takes_rows = "logits_to_keep" in model.parameters
-        self.cache = JointCache(texts)
+        self.cache = JointCache(texts, shapes)
         config = model.model.config.get_text_config(decoder=True)
-        self.size = model.hidden_size**2 * int(getattr(config, "num_hidden_layers", 1))
+        named = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers"))
+        self.size = model.hidden_size**2 * next((layers for layers in named if isinstance(layers, int)), 1)
 
     @torch.inference_mode()
     def read(self, requests: Sequence[Request]) -> list[Answer]:
@@ -89,10 +112,12 @@ class JoinedPasses:
         places = torch.from_numpy(places_in_text + np.array(lengths)[:, None]).to(model.device)
         tokens = _side_by_side([request.tokens for request in batch], count)
         positions, mask = self._seen(batch, behind, end)
-        stored, copied_from = self.cache.rows([request.slot for request in batch], end + count)
+        slots = [request.slot for request in batch]
+        stored, copied_from = self.cache.rows(slots, end + count)
         hidden = any(request.hidden for request in batch)
         last = 0 if any(request.rows is not None for request in batch) else _last_rows(batch)
-        outputs = self._pass(tokens, positions, mask, stored, places, 0 if last == count else last, hidden)
+        inputs = Inputs(slots, tokens, positions, mask, stored, places)
+        outputs = self._pass(inputs, 0 if last == count else last, hidden)
         if copied_from is not None:
             self.cache.write(stored, copied_from, places)
         kept = None
@@ -130,33 +155,38 @@ class JoinedPasses:
         masks = [model.masks.masks(request.tree, request.start, len(request.tokens)) for request in batch]
         return positions, side_by_side(masks, count, end)
 
-    def _pass(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Masks,
-        stored: list[Tensor],
-        places: Tensor,
-        last: int,
-        hidden: bool,
-    ) -> Sequence[Tensor]:
+    def _pass(self, inputs: Inputs, last: int, hidden: bool) -> Sequence[Tensor]:
         model = self._model
         if model.captured is not None:
+            _, tokens, positions, mask, stored, places = inputs
             outputs = model.captured.run_rows(tokens, positions, mask, stored, places, last, hidden)
             if outputs is not None:
                 return outputs
-        started, end = time.perf_counter(), (mask if isinstance(mask, Tensor) else next(iter(mask.values()))).shape[-1]
-        arguments: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
-        if self._takes_rows:
-            arguments["logits_to_keep"] = last
-        cache = cache_of(stored, 0, end, places)
+        started = time.perf_counter()
         with output_layer_watched(model.model, hidden) as states:
-            scores = model.model(**arguments, past_key_values=cache, use_cache=True).logits
+            scores = self._scores(inputs, last)
         if model.captured is not None:
             model.captured.took(time.perf_counter() - started)
         if not self._takes_rows and last:
             scores, states = scores[:, -last:], [state[:, -last:] for state in states]
         return [scores, *states[-1:]]
+
+    def _scores(self, inputs: Inputs, last: int) -> Tensor:
+        """Run the model; scores of the last tokens, or of all, shape (texts, tokens, vocabulary)."""
+        arguments: dict[str, Any] = {
+            "input_ids": inputs.tokens,
+            "position_ids": inputs.positions,
+            "attention_mask": inputs.mask,
+        }
+        if self._takes_rows:
+            arguments["logits_to_keep"] = last
+        cache = cache_of(inputs.stored, 0, inputs.end, inputs.places)
+        scores: Tensor = self._model.model(**arguments, past_key_values=cache, use_cache=True).logits
+        return scores
+
+    def trial_text(self, number: int) -> LanguageModel:
+        """Begin a text of the model to try passes on, of which there are several."""
+        return self._model.fresh()
 
 
 def _last_rows(batch: Sequence[Request]) -> int:
@@ -171,29 +201,29 @@ def _side_by_side(tokens: Sequence[Tensor], count: int) -> Tensor:
     return torch.stack([torch.cat([row[:1].expand(count - len(row)), row]) for row in tokens])
 
 
-def can_join(model: LanguageModel) -> bool:
+def try_to_join(model: LanguageModel) -> Sequence[Tensor] | None:
     """Try whether a model gives the same scores of several texts in one pass as of each alone.
 
     Args:
         model: that is `joinable`; nothing is read with it.
+
+    Returns:
+        Keys and values of every layer by turns, of no position, for `JointCache`; None if the scores are others.
     """
     tokens = (5 * torch.arange(1, 13, device=model.device) + 1) % model.vocabulary_size
     shapes: list[tuple[Tensor, TokenTree | None]] = [
         (tokens[3:4], None),
-        (tokens[5:8], TokenTree((-1, -1, 1))),
+        (tokens[5:8], TokenTree((-1, -1, 1)) if model.branches else None),
         (tokens[4:6], None),
     ]
     problem = ""
     try:
-        passes, expected, requests = JoinedPasses(model), [], []
+        passes, expected, requests = model.joint_passes(model), [], []
         for number, (drafted, tree) in enumerate(shapes):
-            alone = model.fresh()
-            alone.forward(tokens[: 2 + number])
-            slot = alone.move_into(passes.cache)
-            assert slot is not None
-            requests.append(Request(slot, drafted, tree, slot.length, None, None, False))
-            alone = model.fresh()
-            alone.forward(tokens[: 2 + number])
+            text, alone = passes.trial_text(number), passes.trial_text(number)
+            for reader in (text, alone):
+                reader.forward(tokens[: 2 + number])
+            requests.append(Request(text.move_into(passes.cache), drafted, tree, text.length, None, None, False))
             expected.append(alone.forward(drafted, tree).scores)
         read = torch.cat([answer.scores for answer in passes.read(requests)])
         known = torch.cat(expected)
@@ -206,4 +236,5 @@ def can_join(model: LanguageModel) -> bool:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         _LOG.warning("%s reads the texts of a batch one after another, not in one pass: %s", model.name, problem)
-    return not problem
+        return None
+    return [stored[:, :, :0].clone() for stored in passes.cache.stored]

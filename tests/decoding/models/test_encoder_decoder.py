@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
-from torch import Tensor
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
@@ -26,7 +25,7 @@ from specgym.decoding.models.encoder.encoder_decoder import EncoderDecoder
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.prompts import load_prompts
 from specgym.decoding.sampling import Sampling
-from tests.helpers.encoder_decoders import KINDS, SOURCE, encoder_decoder, noisy_decoder, stock_tokens
+from tests.helpers.encoder_decoders import KINDS, SOURCE, encoder_decoder, law_of, noisy_decoder, stock_tokens
 from tests.helpers.known_distributions import PROMPT, distance, walk
 
 TOKENS = 40
@@ -148,23 +147,13 @@ def test_an_end_of_text_ends_it() -> None:
     assert (generation.tokens, generation.finish_reason) == (text[: text.index(text[7]) + 1], "eos")
 
 
-@torch.inference_mode()
-def _law_of(target: Any, source: Sequence[int]) -> dict[tuple[int, ...], float]:
-    """Joint distribution of the first two tokens, by the model's own passes."""
-    count = target.config.vocab_size
-    texts = torch.tensor([[0, token] for token in range(count)])
-    rows = target(input_ids=torch.tensor([source] * count), decoder_input_ids=texts).logits.double().softmax(-1)
-    joint: Tensor = rows[0, 0][:, None] * rows[:, 1]
-    return {(first, second): float(joint[first, second]) for first in range(count) for second in range(count)}
-
-
 def test_sampled_texts_follow_the_law_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     target = encoder_decoder("t5", layers=1, vocabulary=3)
     draft = noisy_decoder(target, 0.5)
     decoder = SpeculativeDecoder(Pair(target, draft))
     joint, _, _ = walk(monkeypatch, decoder, Sampling(), 2, {"draft_length": 2})
-    assert distance(joint, _law_of(target, PROMPT)) < 1e-5
-    assert distance(joint, _law_of(draft, PROMPT)) > 1e-2
+    assert distance(joint, law_of(target, PROMPT)) < 1e-5
+    assert distance(joint, law_of(draft, PROMPT)) > 1e-2
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
@@ -235,20 +224,26 @@ def test_a_reading_that_keeps_wrong_tokens_is_found_out(monkeypatch: pytest.Monk
         LanguageModel(encoder_decoder("t5", layers=3))
 
 
-def test_the_shipped_translator_and_its_draft_share_an_encoder_and_write_what_generate_writes() -> None:
+def test_the_shipped_translator_and_its_draft_share_an_encoder_and_write_what_generate_writes(
+    joint_passes: list[int],
+) -> None:
     pair = load_pair("translator", device="cpu")
     (draft,), target = draft_models(pair.draft), pair.target
     assert isinstance(draft, EncoderDecoder)
     assert draft.shares_encoder_with(target.model)
     assert draft.model.get_input_embeddings().weight is target.model.get_input_embeddings().weight
-    decoder, accepted = SpeculativeDecoder(pair), 0
-    for prompt in load_prompts("interface").test[:3]:
-        text = decoder.generate(prompt, max_new_tokens=TOKENS, knobs={"draft_length": 3})
-        # transformers 5.23 makes a cache of as many layers as the encoder has, which are fewer.
-        stock = stock_tokens(target.model, pair.encode(prompt), max_new_tokens=TOKENS, use_cache=False)
-        assert text.tokens == stock
-        accepted += sum(round_.accepted for round_ in text.rounds)
-    assert accepted > 10
+    decoder, prompts = SpeculativeDecoder(pair), load_prompts("interface").test[:3]
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "knobs": {"draft_length": 3}}
+    texts = [decoder.generate(prompt, **options) for prompt in prompts]
+    # transformers 5.23 makes a cache of as many layers as the encoder has, which are fewer.
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "use_cache": False}
+    assert [text.tokens for text in texts] == [
+        stock_tokens(target.model, pair.encode(prompt), **settings) for prompt in prompts
+    ]
+    assert sum(round_.accepted for text in texts for round_ in text.rounds) > 10
+    together = decoder.generate_batch(prompts, **options)
+    assert [text.tokens for text in together] == [text.tokens for text in texts]
+    assert joint_passes.count(3) > 10
 
 
 def test_thresholds_are_tuned_live_on_the_translator() -> None:
