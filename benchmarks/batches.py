@@ -7,8 +7,8 @@
     python -m benchmarks.batches --live 8                         # live environments, together and apart
 
 All numbers are over plain decoding of one text at a time (draft 0, batch size 1), the median over turns in which all
-take part; the prompts, of several sets, are the same, and reading them does not count. In brackets the lowest and
-the highest. *transformers* is its `generate` of the same weights, on prompts padded to the longest.
+take part; the prompts, of several sets, are the same, and reading them does not count unless asked for. In brackets
+the lowest and the highest. *transformers* is its `generate` of the same weights, on prompts padded to the longest.
 
 The claims to check: 8 texts in one batch are decoded plainly at least 3 times as fast as one after another; memory
 does not grow over 2,000 texts; live environments in one batch make 4 times the steps of those in processes.
@@ -20,7 +20,7 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from specgym.decoding import (
     Pair,
     Sampling,
     SpeculativeDecoder,
+    TextRequest,
     load_model,
     load_pair,
     measured,
@@ -71,6 +72,8 @@ class Settings:
     """Sampling temperature."""
     threads: int = 1
     """Torch's."""
+    reading: bool = False
+    """Count the reading of prompts, too."""
     turns: int = 3
     """Turns in which everything is measured once."""
     endless: int = 0
@@ -108,24 +111,36 @@ def speeds(name: str, settings: Settings) -> dict[tuple[int, int], list[float]]:
                 if turn:
                     seconds[size, STOCK].append(_stock_seconds(stock, prompts, size, settings))
                 for draft, decoder in decoders.items():
-                    started = time.perf_counter()
-                    texts = decoder.generate_batch(
-                        prompts,
-                        max_new_tokens=settings.tokens,
-                        sampling=Sampling(settings.temperature),
-                        seed=0,
-                        knobs={} if draft == PLAIN else {"draft_length": draft},
-                        batch_size=size,
-                    )
+                    knobs: dict[str, float] = {} if draft == PLAIN else {"draft_length": draft}
+                    taken = _seconds(decoder, prompts, size, knobs, settings)
                     if turn:
-                        reading = sum(text.prefill_seconds for text in texts)
-                        seconds[size, draft].append(time.perf_counter() - started - reading)
+                        seconds[size, draft].append(taken)
     return dict(seconds)
+
+
+def _seconds(
+    decoder: Decoder[Any], prompts: Sequence[Sequence[int]], size: int, knobs: Mapping[str, float], settings: Settings
+) -> float:
+    """Seconds that texts take, a new one as soon as one ends."""
+    batch, total = Batch(size), 0.0
+    options: dict[str, Any] = {"max_new_tokens": settings.tokens, "sampling": Sampling(settings.temperature)}
+    waiting = [TextRequest(decoder, prompt, **options, seed=number) for number, prompt in enumerate(prompts)]
+    while waiting or len(batch):
+        started = time.perf_counter()
+        beginning = [waiting.pop(0) for _ in range(min(size - len(batch), len(waiting)))]
+        errors = [result for result in batch.begin(beginning) if isinstance(result, Exception)]
+        if errors:
+            raise errors[0]
+        total += settings.reading * (time.perf_counter() - started)
+        started = time.perf_counter()
+        batch.step(knobs)
+        total += time.perf_counter() - started
+    return total
 
 
 @torch.inference_mode()
 def _stock_seconds(model: Any, prompts: Sequence[Sequence[int]], size: int, settings: Settings) -> float:
-    """Seconds that transformers' `generate` takes in batches, without those to the first tokens."""
+    """Seconds that transformers' `generate` takes in batches, without those to the first tokens unless they count."""
     total = 0.0
     sampled: dict[str, Any] = {"temperature": settings.temperature} if settings.temperature else {}
     for first in range(0, len(prompts), size):
@@ -133,7 +148,7 @@ def _stock_seconds(model: Any, prompts: Sequence[Sequence[int]], size: int, sett
         longest = max(map(len, batch))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        for tokens, sign in ((1, -1), (settings.tokens, 1)):
+        for tokens, sign in ((1, settings.reading - 1), (settings.tokens, 1)):
             if model.config.is_encoder_decoder:  # transformers 5.23 gives a cache as many layers as the encoder has
                 sampled["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
             started = time.perf_counter()

@@ -320,7 +320,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         batch_size: int | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
     ) -> list[Generation]:
-        """Generate from several prompts at the same time, in joint passes (`Batch`). Errors as for `generate`.
+        """Generate from several prompts at the same time, in joint passes (`Batch`).
 
         A text is what `generate` would make of its prompt, but where two tokens' scores are equal up to rounding.
 
@@ -335,6 +335,10 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
 
         Returns:
             Texts in the order of the prompts. A round's seconds are those that it took for the whole batch.
+
+        Raises:
+            SpecgymError: as for `generate`, before anything is generated.
+            BatchError: a text has failed later; its `generations` are the others, its `errors` say what and where.
         """
         from .decoders.batch import generate_batch  # which imports this module
 

@@ -15,7 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+if TYPE_CHECKING:  # which imports this module
+    from .rounds import Generation
 
 _T = TypeVar("_T")
 
@@ -62,6 +65,27 @@ class KnobError(SpecgymError, ValueError):
 
 class NumericalError(SpecgymError, ArithmeticError):
     """A model that produced NaN where probabilities were needed."""
+
+
+class BatchError(SpecgymError, RuntimeError):
+    """Some texts of a batch ended with an error; the others were finished, and are here.
+
+    Args:
+        generations: of all texts, in their order; None in the place of one that has failed.
+        errors: what kept texts from their end, by their number.
+
+    Attributes:
+        generations: as given.
+        errors: likewise.
+    """
+
+    def __init__(self, generations: Sequence[Generation | None], errors: Mapping[int, Exception]) -> None:
+        self.generations, self.errors = list(generations), dict(errors)
+        first, error = min(self.errors.items())
+        super().__init__(
+            f"{len(errors)} of {len(generations)} texts ended with an error, the first of them text {first} (counted "
+            f"from 0): {type(error).__name__}: {error}. The others are in `generations` of this BatchError."
+        )
 
 
 class FitError(SpecgymError, ValueError):

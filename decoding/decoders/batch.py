@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..decoder import Decoder, Session
-from ..errors import TORCH_SEEDS, ArgumentError, KnobError, PromptError, whole_number
+from ..errors import TORCH_SEEDS, ArgumentError, BatchError, KnobError, PromptError, whole_number
 from ..models.joint.joining import Joining, Text
 from ..rounds import Generation, Round
 from ..sampling import GREEDY, Sampling
@@ -76,9 +76,28 @@ class Batch:
                 seed=seed,
                 logits_processor=logits_processor,
             )
+        self._take(session, text)
+        return session
+
+    def begin(self, requests: Sequence[TextRequest]) -> list[Session[Any] | Exception]:
+        """Begin several texts. What an encoder has to read for them it reads in one pass; prompts are read one by one.
+
+        Returns:
+            The session of every text as from `add`, or what kept it from beginning.
+        """
+        texts = [Text(self._joining) for _ in requests]
+        tasks = [(text, request.start) for text, request in zip(texts, requests, strict=True)]
+        results = self._joining.together(tasks, beginning=True) if tasks else []
+        for text, result in zip(texts, results, strict=True):
+            if isinstance(result, Exception):
+                text.leave(broken=True)
+            else:
+                self._take(result, text)
+        return results
+
+    def _take(self, session: Session[Any], text: Text) -> None:
         self.sessions.append(session)
         self._texts[session] = text
-        return session
 
     def step(
         self, knobs: Mapping[str, float] | Mapping[Session[Any], Mapping[str, float]] | None = None
@@ -94,7 +113,7 @@ class Batch:
         Raises:
             KnobError: as `Session.step`, before anything is done; or a session that is not in the batch.
             NumericalError: the target of a text gave NaN; the text has left the batch, and the others have done their
-                round.
+                round. `attempt` returns theirs in that case.
         """
         settings = self._settings(knobs)
         return self.together({session: partial(session.step, settings[session]) for session in self.sessions})
@@ -115,22 +134,30 @@ class Batch:
             ArgumentError: a session is not in the batch, before anything is done.
             Exception: the first that a work raised. Its text has left the batch; the others have done their work.
         """
+        results = self.attempt(works)
+        done: dict[AnySession, Result] = {}
+        for session, result in results.items():
+            if isinstance(result, Exception):
+                raise result
+            done[session] = result
+        return done
+
+    def attempt(self, works: Mapping[AnySession, Callable[[], Result]]) -> dict[AnySession, Result | Exception]:
+        """Let texts do a piece of work each, as `together`, and return what a work raised in the place of its result.
+
+        Raises:
+            ArgumentError: as for `together`.
+        """
         if not all(session in self._texts for session in works):
             raise ArgumentError("work is given for sessions that are not in this batch: finished, or of another one")
         tasks = [(self._texts[session], work) for session, work in works.items()]
-        done: dict[AnySession, Result] = {}
-        errors: list[Exception] = []
-        for session, result in zip(works, self._joining.together(tasks) if tasks else [], strict=True):
+        results = dict(zip(works, self._joining.together(tasks) if tasks else [], strict=True))
+        for session, result in results.items():
             if isinstance(result, Exception):
-                errors.append(result)
                 self.leave(session, broken=True)
-            else:
-                done[session] = result
-                if session.finished:
-                    self.leave(session)
-        if errors:
-            raise errors[0]
-        return done
+            elif session.finished:
+                self.leave(session)
+        return results
 
     @torch.inference_mode()
     def leave(self, session: Session[Any], *, broken: bool = False) -> None:
@@ -167,34 +194,57 @@ class TextRequest:
     knobs: Mapping[str, float] | None = None
     logits_processor: Sequence[LogitsProcessor] = ()
 
+    def start(self) -> Session[Any]:
+        """Read the prompt; errors as for `Decoder.start`."""
+        return self.decoder.start(
+            self.prompt_ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+            logits_processor=self.logits_processor,
+        )
+
 
 def generate_texts(requests: Sequence[TextRequest], batch_size: int | None = None) -> list[Generation]:
-    """Generate texts of any decoders together, in the order of the requests. Errors as for `Batch`.
+    """Generate texts of any decoders together, in the order of the requests.
 
     Args:
         requests: a text each.
         batch_size: texts at the same time, at most; the next begins when one ends. By default all.
+
+    Raises:
+        SpecgymError: as `Decoder.start` and `Session.step` before anything is generated.
+        BatchError: a text has failed later; the others were finished and are handed over by the error.
     """
     places = len(requests) if batch_size is None else whole_number("batch_size", batch_size)
-    batch, sessions = Batch(max(1, min(places, len(requests)))), list[Session[Any]]()
-    rounds: dict[Session[Any], list[Round]] = {}
-    knobs: dict[Session[Any], Mapping[str, float]] = {}
-    while len(batch) or len(sessions) < len(requests):
-        while len(batch) < places and len(sessions) < len(requests):
-            request = requests[len(sessions)]
-            session = batch.add(
-                request.decoder,
-                request.prompt_ids,
-                max_new_tokens=request.max_new_tokens,
-                sampling=request.sampling,
-                seed=request.seed,
-                logits_processor=request.logits_processor,
-            )
-            sessions.append(session)
-            rounds[session], knobs[session] = [], request.knobs or {}
-        for session, round_ in batch.step({session: knobs[session] for session in batch.sessions}).items():
-            rounds[session].append(round_)
-    return [session.generation(rounds[session]) for session in sessions]
+    knobs = [request.decoder.resolve_knobs(request.knobs) for request in requests]
+    batch, begun = Batch(max(1, min(places, len(requests)))), 0
+    texts: dict[Session[Any], tuple[int, list[Round]]] = {}
+    errors: dict[int, Exception] = {}
+    while len(batch) or begun < len(requests):
+        beginning = requests[begun : begun + places - len(batch)]
+        for number, session in enumerate(batch.begin(beginning), begun):
+            if not isinstance(session, Exception):
+                texts[session] = number, []
+            elif begun:
+                errors[number] = session
+            else:
+                raise session
+        begun += len(beginning)
+        works = {session: partial(session.step, knobs[texts[session][0]]) for session in batch.sessions}
+        for session, round_ in batch.attempt(works).items():
+            number, rounds = texts[session]
+            if isinstance(round_, Exception):
+                errors[number] = round_
+            else:
+                rounds.append(round_)
+    generations: list[Generation | None] = [None] * len(requests)
+    for session, (number, rounds) in texts.items():
+        if number not in errors:
+            generations[number] = session.generation(rounds)
+    if errors:
+        raise BatchError(generations, errors) from errors[min(errors)]
+    return [generation for generation in generations if generation is not None]
 
 
 def generate_batch(

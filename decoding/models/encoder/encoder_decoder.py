@@ -22,13 +22,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from ...errors import ArgumentError, PromptError, UnsupportedModelError
 from ..identity import weights_one_by_one
 from ..joint.cache import JointCache, Slot
+from ..joint.passes import Begun, Source
 from ..kv_cache import BranchingCache, TokenTree
 from ..language_model import LanguageModel
 from ..linear_layers import only_looking
 from ..output_layer import Logits, output_layer_watched
 from ..supported import causal_model, refuse_unsupported
 from ..trial import UNLIMITED, Reading, Role
-from .passes import PassesWithSources
+from .passes import PassesWithSources, Sources
 from .trial import settle
 
 _SOURCE = ("max_position_embeddings", "max_source_positions", "max_encoder_position_embeddings")
@@ -115,17 +116,18 @@ class EncoderDecoder(LanguageModel):
             prompt: ids of the source.
             states: what an equal encoder made of it, shape (1, source, hidden size); by default the encoder is run.
         """
+        source = Source(tuple(prompt), states)
+        joined = cast("EncoderDecoder", self.fresh())._joined
+        begun = joined.begin(source) if joined is not None else None
+        return self.after(source, begun or Sources(self).read([source])[0]), [self.start_token]
+
+    def after(self, source: Source, begun: Begun) -> LanguageModel:
+        """Return the model as it reads its text after a source that was read."""
         text = cast("EncoderDecoder", self.fresh())
-        if states is None:
-            encoder: Any = self.model.get_encoder()
-            tokens = torch.tensor([list(prompt)], device=self.device)
-            states = encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), return_dict=True)[0]
-        text.source, text.states = tuple(prompt), states
-        # The first pass makes keys and values of the source, in every layer; all copies of this text share them.
-        text._crossed = DynamicCache()
-        text._forget()
-        text.forward(torch.tensor([self.start_token], device=self.device))
-        return text.fresh(), [self.start_token]
+        text.source, text.states, text._crossed = tuple(source.prompt), begun.states, DynamicCache()
+        for layer, (keys, values) in enumerate(zip(begun.parts[::2], begun.parts[1::2], strict=True)):
+            text._crossed.update(keys, values, layer)
+        return text
 
     def beside(self, target: LanguageModel) -> LanguageModel:
         """Return this draft as it reads the text of a target, with what the target's encoder read if both are equal.

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..attention import numbers, rows_behind
 from ..joint.cache import cache_of
-from ..joint.passes import Inputs, JoinedPasses
+from ..joint.passes import Begun, Inputs, JoinedPasses, Source
 
 if TYPE_CHECKING:  # which imports this module
     from ..language_model import LanguageModel
+    from .encoder_decoder import EncoderDecoder
 
 
 class PassesWithSources(JoinedPasses):
@@ -34,16 +35,22 @@ class PassesWithSources(JoinedPasses):
         shapes: likewise.
     """
 
-    def __init__(self, model: LanguageModel, texts: int = 1, shapes: Sequence[Tensor] = ()) -> None:
+    _model: EncoderDecoder
+    beginnings: Sources
+
+    def __init__(self, model: EncoderDecoder, texts: int = 1, shapes: Sequence[Tensor] = ()) -> None:
         super().__init__(model, texts, shapes)
+        self.beginnings = Sources(model)
         parts = list(model.model.get_decoder().modules())
         self._embeddings = [part for part in parts if "Position" in type(part).__name__]
         self._biases: list[Any] = [part for part in parts if getattr(part, "has_relative_attention_bias", False)]
 
-    def trial_text(self, number: int) -> LanguageModel:
-        """Begin a text after a source whose length goes by the number."""
+    def trial_texts(self, count: int) -> list[tuple[LanguageModel, LanguageModel]]:
+        """Begin texts after sources of several lengths, each twice: together with the others, and alone."""
         ids = self._model.source_vocabulary or self._model.vocabulary_size
-        return self._model.begin([token % ids for token in range(3, 6 + 4 * number)])[0]
+        sources = [Source([token % ids for token in range(3, 6 + 4 * number)], None) for number in range(count)]
+        together = zip(sources, self.beginnings.read(sources), strict=True)
+        return [(self._model.after(source, begun), self._model.begin(source.prompt)[0]) for source, begun in together]
 
     def _scores(self, inputs: Inputs, last: int) -> Tensor:
         texts, count = inputs.tokens.shape
@@ -88,6 +95,59 @@ class PassesWithSources(JoinedPasses):
             layers.append(layer)
         ends = torch.tensor([[slot.length - 1] for slot in slots], device=inputs.tokens.device)
         return Cache(layers=layers), rows_behind(ends, longest, self._model.dtype)
+
+
+class Sources:
+    """Reads the sources of several texts in one pass of the encoder, and what the decoder makes of them in another.
+
+    Args:
+        model: as for `PassesWithSources`.
+
+    Attributes:
+        size: 0: what the texts go on with comes after it.
+    """
+
+    size = 0
+
+    def __init__(self, model: EncoderDecoder) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def read(self, sources: Sequence[Source]) -> list[Begun]:
+        """Read sources of any lengths."""
+        lengths = [len(source.prompt) for source in sources]
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self._model.device)
+        states = self._states(sources, mask)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self._model.model(
+            encoder_outputs=BaseModelOutput(states),
+            attention_mask=mask,
+            decoder_input_ids=mask.new_full((len(sources), 1), self._model.start_token),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        layers: list[Any] = cache.cross_attention_cache.layers
+        parts = [part for layer in layers for part in (layer.keys, layer.values)]
+        return [
+            Begun(states[row : row + 1, :length], [part[row : row + 1, :, :length] for part in parts])
+            for row, length in enumerate(lengths)
+        ]
+
+    def _states(self, sources: Sequence[Source], mask: Tensor) -> Tensor:
+        """Hidden states of the sources, shape (texts, longest, hidden size), by the encoder where nobody else's do."""
+        states = torch.zeros(*mask.shape, self._model.hidden_size, dtype=self._model.dtype, device=mask.device)
+        tokens, unread = torch.zeros_like(mask), list[int]()
+        for row, source in enumerate(sources):
+            if source.states is None:
+                tokens[row, : len(source.prompt)] = torch.tensor(source.prompt)
+                unread.append(row)
+            else:
+                states[row, : len(source.prompt)] = source.states[0]
+        if unread:
+            encoder: Any = self._model.model.get_encoder()
+            states[unread] = encoder(input_ids=tokens[unread], attention_mask=mask[unread], return_dict=True)[0]
+        return states
 
 
 def _biases(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..kv_cache import TokenTree
 from .cache import Slot
-from .passes import Answer, JoinedPasses, Request, try_to_join
+from .passes import Answer, Begun, JoinedPasses, Reader, Request, Source, try_to_join
 
 if TYPE_CHECKING:  # which imports this module
     from ..language_model import LanguageModel
@@ -36,13 +36,17 @@ class Joining:
 
     Args:
         texts: about so many at a time, for which storage is made at once; more find room, too.
+
+    Attributes:
+        beginning: whether the texts under way have just begun: what encoders read is joined, prompts are not.
     """
 
     def __init__(self, texts: int = 1) -> None:
         self._texts = texts
         self._passes: dict[PreTrainedModel, JoinedPasses | None] = {}
         self._hub: Any = None
-        self._waiting: list[tuple[greenlet, JoinedPasses, Request]] = []
+        self._waiting: list[tuple[greenlet, Reader, Any]] = []
+        self.beginning = False
 
     def passes_of(self, model: LanguageModel) -> JoinedPasses | None:
         """Return the joined passes of a model, shared by all its texts; None if it has to read each by itself."""
@@ -63,27 +67,30 @@ class Joining:
         """True while texts run that can wait for one another."""
         return self._hub is not None
 
-    def wait(self, passes: JoinedPasses, request: Request) -> Answer | None:
-        """Let the other texts run until the tokens were read; None if no other waits for the same model."""
-        self._waiting.append((getcurrent(), passes, request))
-        result: Answer | Exception | None = self._hub.switch()
+    def wait(self, reader: Reader, request: Any) -> Any:
+        """Let the other texts run until the reader has answered; None if no other waits for the same reader."""
+        self._waiting.append((getcurrent(), reader, request))
+        result: object = self._hub.switch()
         if isinstance(result, Exception):
             raise result
         return result
 
     @torch.inference_mode()
-    def together(self, works: Sequence[tuple[Text, Callable[[], Result]]]) -> list[Result | Exception]:
+    def together(
+        self, works: Sequence[tuple[Text, Callable[[], Result]]], beginning: bool = False
+    ) -> list[Result | Exception]:
         """Let texts do a piece of work each, joining what they read.
 
         Args:
             works: of every text, what it does.
+            beginning: whether that is to begin.
 
         Returns:
             What each returned or raised.
         """
         if len(works) == 1:
             return [_result_of(works[0])]
-        self._hub, results = getcurrent(), dict[greenlet, Any]()
+        self._hub, self.beginning, results = getcurrent(), beginning, dict[greenlet, Any]()
         tasks = [greenlet(_result_of) for _ in works]
         ready: list[tuple[greenlet, Any]] = list(zip(tasks, works, strict=True))
         try:
@@ -94,7 +101,7 @@ class Joining:
                         results[task] = returned
                 ready = self._read()
         finally:
-            self._hub = None
+            self._hub, self.beginning = None, False
             self._waiting.clear()
         return [results[task] for task in tasks]
 
@@ -102,14 +109,14 @@ class Joining:
         """Read what texts wait for with one model, the smallest, so that all come to wait for the largest."""
         if not self._waiting:
             return []
-        passes = min((passes for _, passes, _ in self._waiting), key=lambda passes: passes.size)
-        served = [(task, request) for task, its, request in self._waiting if its is passes]
-        self._waiting = [waiting for waiting in self._waiting if waiting[1] is not passes]
+        reader = min((reader for _, reader, _ in self._waiting), key=lambda reader: reader.size)
+        served = [(task, request) for task, its, request in self._waiting if its is reader]
+        self._waiting = [waiting for waiting in self._waiting if waiting[1] is not reader]
         tasks, requests = zip(*served, strict=True)
         if len(requests) == 1:
             return [(tasks[0], None)]
         try:
-            return list(zip(tasks, passes.read(requests), strict=True))
+            return list(zip(tasks, reader.read(requests), strict=True))
         except Exception as error:  # whoever waits has to know
             return [(task, error) for task in tasks]
 
@@ -179,18 +186,27 @@ class JoinedText:
         self, tokens: Tensor, tree: TokenTree | None, start: int, last: int | None, rows: Tensor | None, hidden: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """Read tokens, as `LanguageModel.forward`, from position `start` on; None if the text is to be read alone."""
-        if not self._joining.under_way:
+        if not self._joining.under_way or self._joining.beginning:
             return None
         passes = self._joining.passes_of(self._model)
         if passes is None:
             return None
         if self._slot is None:
             self._slot = self._model.move_into(passes.cache)
-        answer = self._joining.wait(passes, Request(self._slot, tokens, tree, start, last, rows, hidden))
+        request = Request(self._slot, tokens, tree, start, last, rows, hidden)
+        answer: Answer | None = self._joining.wait(passes, request)
         if answer is None:
             return None
         self.kept = answer.kept
         return answer.scores, answer.hidden
+
+    def begin(self, source: Source) -> Begun | None:
+        """Read what precedes the text with its encoder; None if that is to be done by the text alone."""
+        passes = self._joining.passes_of(self._model) if self._joining.under_way else None
+        if passes is None or passes.beginnings is None:
+            return None
+        begun: Begun | None = self._joining.wait(passes.beginnings, source)
+        return begun
 
     def leave(self, broken: bool) -> None:
         """Give the text's place to others."""

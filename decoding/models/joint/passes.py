@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,37 @@ class Answer(NamedTuple):
     """Shape (tokens, width)."""
 
 
+class Source(NamedTuple):
+    """Text that an encoder is to read, for a text of its own."""
+
+    prompt: Sequence[int]
+    states: Tensor | None
+    """Hidden states that an equal encoder made of it, shape (1, source, hidden size); None if there are none yet."""
+
+
+class Begun(NamedTuple):
+    """Source that was read."""
+
+    states: Tensor
+    """Shape (1, source, hidden size)."""
+    parts: list[Tensor]
+    """Keys and values of every layer of the decoder by turns, shape (1, heads, source, head size)."""
+
+
+class Reader(Protocol):
+    """Model, or part of one, that reads for several texts at once; those that wait for the smallest are served first.
+
+    Attributes:
+        size: about as many weights as it has.
+    """
+
+    size: int
+
+    def read(self, requests: Any) -> Sequence[object]:
+        """Answer the requests, in their order."""
+        ...
+
+
 class Inputs(NamedTuple):
     """Texts of a joint pass, a row each."""
 
@@ -88,7 +119,10 @@ class JoinedPasses:
     Attributes:
         cache: of the texts.
         size: about as many weights as the layers have that write a text.
+        beginnings: reads sources; None without an encoder.
     """
+
+    beginnings: Reader | None = None
 
     def __init__(self, model: LanguageModel, texts: int = 1, shapes: Sequence[Tensor] = ()) -> None:
         self._model = model
@@ -184,9 +218,9 @@ class JoinedPasses:
         scores: Tensor = self._model.model(**arguments, past_key_values=cache, use_cache=True).logits
         return scores
 
-    def trial_text(self, number: int) -> LanguageModel:
-        """Begin a text of the model to try passes on, of which there are several."""
-        return self._model.fresh()
+    def trial_texts(self, count: int) -> list[tuple[LanguageModel, LanguageModel]]:
+        """Begin texts to try passes on, each twice: together with the others, and alone."""
+        return [(self._model.fresh(), self._model.fresh()) for _ in range(count)]
 
 
 def _last_rows(batch: Sequence[Request]) -> int:
@@ -219,8 +253,8 @@ def try_to_join(model: LanguageModel) -> Sequence[Tensor] | None:
     problem = ""
     try:
         passes, expected, requests = model.joint_passes(model), [], []
-        for number, (drafted, tree) in enumerate(shapes):
-            text, alone = passes.trial_text(number), passes.trial_text(number)
+        for number, (text, alone) in enumerate(passes.trial_texts(len(shapes))):
+            drafted, tree = shapes[number]
             for reader in (text, alone):
                 reader.forward(tokens[: 2 + number])
             requests.append(Request(text.move_into(passes.cache), drafted, tree, text.length, None, None, False))

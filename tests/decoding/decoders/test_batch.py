@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from specgym.decoding import (
     ArgumentError,
     AutoregressiveDecoder,
     Batch,
+    BatchError,
     Decoder,
     EarlyExit,
     KnobError,
@@ -24,6 +25,7 @@ from specgym.decoding import (
     Sampling,
     SpeculativeDecoder,
 )
+from specgym.decoding.decoders.batch import TextRequest, generate_texts
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
@@ -299,6 +301,39 @@ def test_a_broken_text_leaves_and_the_others_go_on(
     while len(batch):
         batch.step()
     assert [again.tokens, other.tokens] == reference(model, [PROMPTS[1], PROMPTS[3]], NEW)
+
+
+class Breaking(LogitsProcessor):
+    """Breaks texts that begin like the second and the fourth prompt, after a while."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the scores, or NaN."""
+        text = input_ids[0].tolist()
+        if text[:6] == PROMPTS[1] and len(text) > 10:
+            return scores * torch.nan
+        if text[:16] == PROMPTS[3] and len(text) > 18:
+            raise RuntimeError("as it may happen")
+        return scores
+
+
+def test_texts_that_fail_leave_the_others_to_be_finished(make_model: MakeModel, reference: Reference) -> None:
+    model = make_model("llama")
+    decoder = AutoregressiveDecoder(Pair(model))
+    with pytest.raises(BatchError, match=r"2 of 6 texts .* text 1 \(counted from 0\): NumericalError.*NaN") as caught:
+        decoder.generate_batch(PROMPTS[:6], max_new_tokens=NEW, logits_processor=[Breaking()], batch_size=3)
+    generations, expected = caught.value.generations, reference(model, PROMPTS[:6], NEW)
+    kept = [generation.tokens if generation is not None else None for generation in generations]
+    assert kept == [expected[0], None, expected[2], None, *expected[4:]]
+    assert {number: type(error) for number, error in caught.value.errors.items()} == {
+        1: NumericalError,
+        3: RuntimeError,
+    }
+    requests = [TextRequest(decoder, prompt, 4) for prompt in ([1, 2], [3, 2], [])]
+    with pytest.raises(BatchError, match=r"1 of 3 texts .* text 2") as caught:
+        generate_texts(requests, batch_size=2)
+    assert isinstance(caught.value.__cause__, PromptError)
+    with pytest.raises(PromptError):  # before anything was generated
+        generate_texts(requests)
 
 
 def test_what_cannot_be_a_batch_is_refused_before_anything_is_read(

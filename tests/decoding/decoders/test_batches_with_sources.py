@@ -49,9 +49,19 @@ def test_a_batch_gives_what_generate_gives(kind: str, joint_passes: list[int]) -
         assert generation.tokens == text[: request.max_new_tokens]  # though others have come and gone
 
 
-def test_plain_decoding_reads_all_texts_in_one_pass_a_token(joint_passes: list[int]) -> None:
-    AutoregressiveDecoder(Pair(known("t5")[0])).generate_batch(SOURCES[:5], max_new_tokens=NEW)
-    assert joint_passes[-NEW:] == [5] * NEW
+def test_plain_decoding_reads_all_texts_in_one_pass_a_token_and_their_sources_in_one_before(
+    joint_passes: list[int],
+) -> None:
+    model, read = known("t5")[0], list[int]()
+    decoder = AutoregressiveDecoder(Pair(model))
+    decoder.generate_batch(SOURCES[:2], max_new_tokens=2)  # tries the model
+    joint_passes.clear()
+    with model.get_encoder().register_forward_pre_hook(
+        lambda _, __, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True
+    ):
+        decoder.generate_batch(SOURCES[:5], max_new_tokens=NEW)
+    assert joint_passes == [5] * NEW
+    assert read == [5]
 
 
 def _of_the_first_text(part: Any, positions: Tensor, *rest: Any, **more: Any) -> Tensor:
