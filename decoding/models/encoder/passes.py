@@ -87,7 +87,7 @@ class PassesWithSources(JoinedPasses):
         slots = [slot.source for slot in inputs.slots if slot.source is not None]
         cache, longest = self.cache.sources, max(slot.length for slot in slots)
         assert cache is not None
-        stored, _ = cache.rows(slots, longest)
+        stored = cache.rows(slots, longest)
         layers: list[Any] = []
         for keys, values in zip(stored[::2], stored[1::2], strict=True):
             layer: Any = DynamicLayer()

@@ -100,7 +100,8 @@ class Slot:
 class JointCache:
     """Keys and values of several texts of one model, each of a length of its own, side by side.
 
-    The places in use are always the first rows, so that a pass over all texts copies nothing.
+    The places in use are always the first rows, so that a pass over all texts copies nothing; those of a pass over some
+    of them are moved together.
 
     Args:
         rows: for which there is storage from the beginning.
@@ -183,36 +184,44 @@ class JointCache:
             larger[:known_rows, :, :known_capacity] = stored
             self.stored[place] = larger
 
-    def rows(self, slots: Sequence[Slot], capacity: int) -> tuple[list[Tensor], Tensor | None]:
-        """Storage of some texts for a pass, and the rows from which it was copied.
+    def bring_together(self, slots: Sequence[Slot]) -> None:
+        """Move texts to rows next to each other, by exchanging as few as possible with others.
+
+        Texts that wait while others are read mostly wait again, so that they are moved once and a pass copies nothing.
+        """
+        wanted, count = {slot.row for slot in slots}, len(slots)
+        if max(wanted) - min(wanted) < count:
+            return
+        starts = range(len(self.slots) - count + 1)
+        first = max(starts, key=lambda start: len(wanted.intersection(range(start, start + count))))
+        places = set(range(first, first + count))
+        for row, other in zip(sorted(places - wanted), sorted(wanted - places), strict=True):
+            self._exchange(row, other)
+
+    def _exchange(self, row: int, other: int) -> None:
+        slots = self.slots
+        end = max(slots[row].length, slots[other].length)
+        for stored in self.stored:
+            kept = stored[row, :, :end].clone()
+            stored[row, :, :end] = stored[other, :, :end]
+            stored[other, :, :end] = kept
+        slots[row], slots[other] = slots[other], slots[row]
+        slots[row].row, slots[other].row = row, other
+        if self.sources is not None:
+            self.sources._exchange(row, other)
+
+    def rows(self, slots: Sequence[Slot], capacity: int) -> list[Tensor]:
+        """Storage of some texts for a pass: keys and values of every layer by turns.
 
         Args:
-            slots: of the texts, in ascending order of their rows.
+            slots: of the texts, next to each other, in ascending order of their rows.
             capacity: positions that the pass sees or writes, at most.
 
         Returns:
-            Keys and values of every layer, shape (texts, heads, at least capacity, head size), and None; or, where the
-            texts are not next to each other, copies, and the rows of the texts, shape (texts,), int64, on the CPU.
+            Shape (texts, heads, at least capacity, head size).
         """
         self.reserve(len(self.slots), capacity)
-        first, last = slots[0].row, slots[-1].row
-        if last - first + 1 == len(slots):
-            return [stored[first : last + 1] for stored in self.stored], None
-        rows = torch.tensor([slot.row for slot in slots])
-        return [stored[:, :, :capacity].index_select(0, rows.to(stored.device)) for stored in self.stored], rows
-
-    def write(self, copies: Sequence[Tensor], rows: Tensor, places: Tensor) -> None:
-        """Take over what a pass wrote to copies.
-
-        Args:
-            copies: as `rows` returned them.
-            rows: likewise.
-            places: positions that were written, shape (texts, tokens), int64.
-        """
-        texts = torch.arange(rows.shape[0])
-        for stored, copied in zip(self.stored, copies, strict=True):
-            rows, texts, places = (index.to(stored.device) for index in (rows, texts, places))
-            stored[rows[:, None], :, places] = copied[texts[:, None], :, places]
+        return [stored[slots[0].row : slots[-1].row + 1] for stored in self.stored]
 
 
 def cache_of(stored: Sequence[Tensor], start: int | Tensor, end: int, places: Tensor | None = None) -> Cache:

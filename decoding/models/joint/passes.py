@@ -135,6 +135,7 @@ class JoinedPasses:
     @torch.inference_mode()
     def read(self, requests: Sequence[Request]) -> list[Answer]:
         """Read some tokens of every text; answers in the order of the requests."""
+        self.cache.bring_together([request.slot for request in requests])
         model, order = self._model, sorted(range(len(requests)), key=lambda place: requests[place].slot.row)
         batch = [requests[place] for place in order]
         counts = [len(request.tokens) for request in batch]
@@ -147,13 +148,11 @@ class JoinedPasses:
         tokens = _side_by_side([request.tokens for request in batch], count)
         positions, mask = self._seen(batch, behind, end)
         slots = [request.slot for request in batch]
-        stored, copied_from = self.cache.rows(slots, end + count)
+        stored = self.cache.rows(slots, end + count)
         hidden = any(request.hidden for request in batch)
         last = 0 if any(request.rows is not None for request in batch) else _last_rows(batch)
         inputs = Inputs(slots, tokens, positions, mask, stored, places)
         outputs = self._pass(inputs, 0 if last == count else last, hidden)
-        if copied_from is not None:
-            self.cache.write(stored, copied_from, places)
         kept = None
         if model.kept is not None:
             kept = model.kept() if model.captured is None else model.captured.emptied()

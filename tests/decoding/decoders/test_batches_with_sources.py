@@ -36,9 +36,10 @@ def test_a_batch_gives_what_generate_gives(kind: str, joint_passes: list[int]) -
     for decoder in decoders:
         for size in (1, 3, 8):
             joint_passes.clear()
-            generations = decoder.generate_batch(SOURCES[:size], max_new_tokens=NEW)
+            lengths = [] if decoder is decoders[0] else [{"draft_length": 1 + 2 * number % 3} for number in range(size)]
+            generations = decoder.generate_batch(SOURCES[:size], max_new_tokens=NEW, knobs=lengths or None)
             assert [generation.tokens for generation in generations] == expected[:size]
-            assert joint_passes.count(size) >= (0 if size == 1 else 4)
+            assert joint_passes.count(size) >= (0 if size == 1 else 3)
     assert sum(round_.accepted for text in generations for round_ in text.rounds) > 0
     plain, speculative = decoders
     requests = [
