@@ -5,6 +5,7 @@
     python -m benchmarks.batches --pairs translator --sizes 1 4 8 # with an encoder
     python -m benchmarks.batches --endless 2000                   # memory over many texts that come and go
     python -m benchmarks.batches --live 8                         # live environments, together and apart
+    python -m benchmarks.batches --beginnings --prompts 8         # prompts, one by one and in one pass
 
 All numbers are over plain decoding of one text at a time (draft 0, batch size 1), the median over turns in which all
 take part; the prompts, of several sets, are the same, and reading them does not count unless asked for. In brackets
@@ -22,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -47,6 +49,9 @@ from specgym.decoding import (
     measured,
     resolve,
 )
+from specgym.decoding.drafts.mixed import draft_models
+from specgym.decoding.models.joint.joining import Joining, Text
+from specgym.decoding.models.language_model import LanguageModel
 from specgym.envs import workload
 
 _SETS = ("prose", "code", "definitions", "chat")
@@ -78,6 +83,8 @@ class Settings:
     """Turns in which everything is measured once."""
     endless: int = 0
     """Texts that come and go in a batch of 8, whose memory is measured in place of the speed."""
+    beginnings: bool = False
+    """Read the prompts one by one and in one pass, in place of generating."""
     live: int = 0
     """Live environments whose steps are measured in place of the speed."""
 
@@ -186,6 +193,37 @@ def show_speeds(name: str, settings: Settings, console: Console) -> None:
     console.print(table)
 
 
+def show_beginnings(name: str, settings: Settings, console: Console) -> None:
+    """Print how much faster the prompts of a batch are read in one pass, padded there, than one by one."""
+    pair = load_pair(name)
+    prompts = prompts_of(pair, name, settings.prompts)
+
+    def begin(model: LanguageModel, prompt: Sequence[int]) -> None:
+        reader, text = model.begin(prompt)
+        if len(text) > 1:
+            reader.fresh().read(text[:-1])
+
+    for side, model in (("target", pair.target), *(("draft", model) for model in draft_models(pair.draft))):
+        ratios = []
+        for turn in range(settings.turns + 1):
+            times = [time.perf_counter()]
+            for prompt in prompts:
+                begin(model, prompt)
+            times.append(time.perf_counter())
+            joining = Joining(len(prompts))
+            results = joining.together([(Text(joining), partial(begin, model, prompt)) for prompt in prompts])
+            times.append(time.perf_counter())
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
+            if turn:  # the first warms up
+                ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+        console.print(
+            f"{name}, {side}: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens in "
+            f"one pass {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times"
+        )
+
+
 def show_memory(name: str, settings: Settings, console: Console) -> None:
     """Decode many short texts, eight at a time, and print the memory of the process on the way."""
     pair = load_pair(name)
@@ -259,6 +297,7 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     console = Console()
     show = show_memory if settings.endless else show_steps if settings.live else show_speeds
+    show = show_beginnings if settings.beginnings else show
     for name in settings.pairs:
         show(name, settings, console)
 

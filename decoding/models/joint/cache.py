@@ -189,13 +189,13 @@ class JointCache:
 
         Texts that wait while others are read mostly wait again, so that they are moved once and a pass copies nothing.
         """
-        wanted, count = {slot.row for slot in slots}, len(slots)
-        if max(wanted) - min(wanted) < count:
+        rows, count = {slot.row for slot in slots}, len(slots)
+        if max(rows) - min(rows) < count:
             return
         starts = range(len(self.slots) - count + 1)
-        first = max(starts, key=lambda start: len(wanted.intersection(range(start, start + count))))
+        first = max(starts, key=lambda start: len(rows.intersection(range(start, start + count))))
         places = set(range(first, first + count))
-        for row, other in zip(sorted(places - wanted), sorted(wanted - places), strict=True):
+        for row, other in zip(sorted(places - rows), sorted(rows - places), strict=True):
             self._exchange(row, other)
 
     def _exchange(self, row: int, other: int) -> None:
