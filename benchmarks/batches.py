@@ -23,7 +23,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -49,9 +48,6 @@ from specgym.decoding import (
     measured,
     resolve,
 )
-from specgym.decoding.drafts.mixed import draft_models
-from specgym.decoding.models.joint.joining import Joining, Text
-from specgym.decoding.models.language_model import LanguageModel
 from specgym.envs import workload
 
 _SETS = ("prose", "code", "definitions", "chat")
@@ -193,35 +189,38 @@ def show_speeds(name: str, settings: Settings, console: Console) -> None:
     console.print(table)
 
 
+@torch.inference_mode()
 def show_beginnings(name: str, settings: Settings, console: Console) -> None:
-    """Print how much faster the prompts of a batch are read in one pass, padded there, than one by one."""
+    """Print how much faster the prompts of a batch are read in one pass than one by one."""
     pair = load_pair(name)
-    prompts = prompts_of(pair, name, settings.prompts)
+    prompts = [list(prompt) for prompt in prompts_of(pair, name, settings.prompts)]
+    requests = [TextRequest(AutoregressiveDecoder(pair), prompt, 1) for prompt in prompts]
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
 
-    def begin(model: LanguageModel, prompt: Sequence[int]) -> None:
-        reader, text = model.begin(prompt)
-        if len(text) > 1:
-            reader.fresh().read(text[:-1])
+    def read(ids: list[list[int]], seen: list[list[int]]) -> object:
+        model: Any = pair.target.model
+        return model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(seen), logits_to_keep=1)
 
-    for side, model in (("target", pair.target), *(("draft", model) for model in draft_models(pair.draft))):
-        ratios = []
-        for turn in range(settings.turns + 1):
-            times = [time.perf_counter()]
-            for prompt in prompts:
-                begin(model, prompt)
+    sides: list[Callable[[], object]] = [
+        lambda: [Batch().begin([request]) for request in requests],
+        lambda: Batch(len(requests)).begin(requests),
+    ]
+    if pair.target.source_limit is None:  # whose prompts a batch reads one by one: by the model itself
+        sides = [lambda: [read([prompt], [[1] * len(prompt)]) for prompt in prompts], lambda: read(padded, mask)]
+    ratios = []
+    for turn in range(settings.turns + 1):
+        times = [time.perf_counter()]
+        for side in sides:
+            side()
             times.append(time.perf_counter())
-            joining = Joining(len(prompts))
-            results = joining.together([(Text(joining), partial(begin, model, prompt)) for prompt in prompts])
-            times.append(time.perf_counter())
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result
-            if turn:  # the first warms up
-                ratios.append((times[1] - times[0]) / (times[2] - times[1]))
-        console.print(
-            f"{name}, {side}: {len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens in "
-            f"one pass {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times"
-        )
+        if turn:  # the first warms up
+            ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+    console.print(
+        f"{name}: {len(prompts)} prompts of {min(map(len, prompts))} to {longest} tokens in one pass "
+        f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] times"
+    )
 
 
 def show_memory(name: str, settings: Settings, console: Console) -> None:

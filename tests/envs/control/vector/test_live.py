@@ -76,14 +76,13 @@ def play(env: ControlVectorEnv, name: str, options: dict[str, Any], passes: list
     env.reset(seed=0, options={"prompt": prompts})
     singles = singles_of(env, name, options, prompts)
     rng, wrong, ended_at = np.random.default_rng(3), set[str](), list[int]()
-    shared, read = 0, np.array([len(PROMPTS.train[prompt]) > 1 for prompt in prompts])
+    shared = 0
     while not env.resting.all():
         ended_at.append(int(env.resting.sum()))
         resting, actions = env.resting, rng.integers(2 if name == LENGTH else 7, size=4)
         passes.clear()
         observations, rewards, terminated, truncated, infos = env.step(actions)
-        verified = int(((infos["rounds"] > 0) & read).sum())  # of a single token nothing was read, so nothing is joined
-        read |= infos["rounds"] > 0
+        verified = int((infos["rounds"] > 0).sum())
         if verified > 1 and len(env.workload_names) == 1:
             shared += 1
             assert verified in passes
