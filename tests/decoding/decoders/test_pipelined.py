@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +20,9 @@ from specgym.decoding.decoders import chain_session
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.pipelined import session as sessions
 from specgym.decoding.decoders.pipelined.decoder import PipelinedDecoder, PipelinedThresholdDecoder
-from specgym.decoding.decoders.pipelined.worker import (
-    Drafted,
-    DraftedText,
-    DraftFailedError,
-    DraftWorker,
-    Verified,
-    _Request,
-    _Text,
-)
+from specgym.decoding.decoders.pipelined.worker import Drafted, DraftedText, DraftFailedError, DraftWorker
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow
 from specgym.decoding.drafts.copying import PromptLookupDrafter
-from specgym.decoding.drafts.drafter import ModelDrafter
 from specgym.decoding.errors import ArgumentError
 from specgym.decoding.latency.measure import measure
 from specgym.decoding.loading.pair import Pair
@@ -39,6 +30,7 @@ from specgym.decoding.models.early_exit import EarlyExit
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.rounds import Round
 from specgym.decoding.sampling import Sampling
+from tests.helpers.inline_drafts import work_in_line
 from tests.helpers.known_distributions import (
     PROMPT,
     SAMPLINGS,
@@ -56,36 +48,10 @@ Reference = Callable[..., list[list[int]]]
 MakeModel = Callable[..., PreTrainedModel]
 
 
-class InlineWorker:
-    """A draft that works when it is asked for a token, so that random choices come in a fixed order."""
-
-    alive = True
-
-    def __init__(self, decoder: PipelinedDecoder | PipelinedThresholdDecoder) -> None:
-        self._decoder, self._number = decoder, 0
-
-    def begin(self, text: DraftedText) -> None:
-        drafter = self._decoder.pair.draft
-        assert isinstance(drafter, ModelDrafter)
-        self._text = _Text(self._decoder.pair, drafter, text, None)
-
-    def ask(self, kept: int, tokens: Sequence[int], count: int, verified: Verified | None = None) -> None:
-        self._number += 1
-        self._steps = self._text.steps(_Request(self._number, kept, tokens, count, verified))
-
-    def take(self) -> Drafted | None:
-        step = next(self._steps, None)
-        if step is None:
-            return None
-        self._text.context.append(int(step.token))
-        return Drafted(int(step.token), step.logits if step.probabilities is None else step.probabilities, 0.0)
-
-
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let drafts work in line."""
-    for kind in (PipelinedDecoder, PipelinedThresholdDecoder):
-        monkeypatch.setattr(kind, "worker", lambda decoder: InlineWorker(decoder))
+    work_in_line(monkeypatch)
 
 
 def table_pair(make_table: MakeTable, vocabulary: int) -> Pair:
@@ -146,7 +112,7 @@ def test_knobs_may_change_every_round_and_limits_hold(make_model: MakeModel, mak
         assert max(round_.target_tokens for round_ in rounds) == (1 if longest < 3 else 6)
 
 
-@pytest.mark.parametrize("name", ["plain", "top-k", "all"])
+@pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.usefixtures("inline")
 def test_the_joint_law_is_the_targets(monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, name: str) -> None:
     decoder = PipelinedDecoder(table_pair(make_table, 2 if name == "plain" else 3))
@@ -203,7 +169,7 @@ def test_sampled_texts_follow_the_target_and_the_seed(make_table: MakeTable) -> 
     decoders = [PipelinedDecoder(pair, place="process"), PipelinedDecoder(pair, place="thread")]
     decoders[1].generate(PROMPT, max_new_tokens=9)  # what was drafted for other texts does not count
     counts: dict[tuple[int, ...], int] = {}
-    for seed in range(1000):
+    for seed in range(500):
         texts = [
             decoder.generate(PROMPT, max_new_tokens=3, sampling=Sampling(), seed=seed, knobs=knobs).tokens
             for decoder in decoders[: 1 + (seed < 40)]

@@ -13,6 +13,7 @@ from specgym.decoding import LatencyProfile, Pair, PipelinedDecoder, Round, Samp
 from specgym.decoding.latency.model_shapes import MODEL_SHAPES
 from specgym.envs import PipelinedReplay, TokenPrompts, Trace, Workload, replay_backend
 from specgym.envs.record import RecordSettings, record
+from tests.helpers.inline_drafts import work_in_line
 
 K, TOKENS = 6, 24
 PROMPTS = [[1, 2, 3], [4, 5], [6, 2, 9, 9], [7]]
@@ -63,11 +64,15 @@ def charged(rounds: list[Round], window: int, pre_verify: int) -> float:
     return seconds
 
 
-def test_the_replay_is_live_decoding(recorded: tuple[Workload, Trace]) -> None:
-    """Round for round when greedy; on average over seeds when sampling, on texts that are not the recorded ones."""
+def test_the_replay_is_live_decoding(recorded: tuple[Workload, Trace], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round for round when greedy; on average over seeds when sampling, on texts that are not the recorded ones.
+
+    Where a draft works changes nothing about its rounds, which `test_pipelined` shows.
+    """
+    work_in_line(monkeypatch)
     work, trace = recorded
     backend = replay(work, trace)
-    decoder = PipelinedDecoder(work.load(), K, place="thread")
+    decoder = PipelinedDecoder(work.load(), K)
     for window, pre_verify in KNOBS:
         knobs = {"draft_length": window, "pre_verify": pre_verify}
         if not work.sampling.greedy and (window, pre_verify) != (4, 1):
