@@ -91,8 +91,8 @@ def show_here(name: str, settings: Settings, console: Console) -> None:
     plain = AutoregressiveDecoder(pair)
     sampling = Sampling(settings.temperature)
     profiles = {
-        "speculative": measured(pair, sampling=sampling),
-        "pipelined": measured(pair, decoders["pipelined"], sampling=sampling),
+        "speculative": measured(pair, refresh=True, sampling=sampling),
+        "pipelined": measured(pair, decoders["pipelined"], refresh=True, sampling=sampling),
     }
     compared = settings_of(settings.lengths)
     seconds = defaultdict[int, list[float]](list)

@@ -142,7 +142,14 @@ class PipelinedThresholdDecoder(PipelinedThresholdTraits, Pipeline):
 
 
 class _WinningSession(PipelinedSession):
-    """A text in which every token is kept, after it was verified: rounds of all sizes come, whatever the models say."""
+    """A text in which every token is kept, after it was verified: rounds of all sizes come, whatever the models say.
+
+    The draft is at work all the time, as cores that share a memory or a cache slow each other down. Whoever asks for
+    fewer tokens drops the others.
+    """
+
+    def _ask(self, count: int) -> None:
+        super()._ask(count and self._pipeline.max_draft_length)
 
     def _judge(self, scores: Tensor, proposal: Proposal, knobs: Mapping[str, float]) -> Verdict:
         verdict = super()._judge(scores, proposal, knobs)
