@@ -9,9 +9,10 @@ from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
 from .decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
-from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder, LookaheadRound, LookaheadStatistics
+from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
+from .decoders.lookahead.parallel import ParallelError, torchrun_group
 from .decoders.lookahead.pool import PoolSettings, Retention
-from .decoders.lookahead.traits import Preset
+from .decoders.lookahead.traits import LookaheadRound, LookaheadStatistics, Preset
 from .decoders.medusa.decoder import MedusaDecoder, TypicalMedusaDecoder
 from .decoders.medusa.files import heads_for, load_heads
 from .decoders.medusa.heads import MedusaHeads
@@ -255,6 +256,7 @@ __all__ = [
     "NumericalError",
     "OneHotStep",
     "Pair",
+    "ParallelError",
     "PipelinedDecoder",
     "PipelinedThresholdDecoder",
     "PlacementError",
@@ -376,6 +378,7 @@ __all__ = [
     "target_digest",
     "text",
     "text_settings",
+    "torchrun_group",
     "total_variation",
     "traits_of",
     "usual_acceptance",

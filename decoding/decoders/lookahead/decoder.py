@@ -8,54 +8,48 @@ the current token. The text is the target's own: greedy decoding gives the same 
 Beyond the paper, the window's first row is verified as well. It is a chain of guesses that has to be read anyway, so
 that costs nothing; with N = 2 and no pool it is all there is, which is Jacobi decoding (Santilli et al., arXiv
 2305.10427).
-
-Statistics of Lookahead decoding over some rounds: acceptance, pool and time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...decoder import Decoder, Session, synchronise
-from ...errors import ArgumentError
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...rounds import Round
 from ...sampling import draw
 from .pool import Guess, NGramPool, PoolSettings, choose_guesses
-from .traits import LookaheadTraits, Preset
+from .traits import LookaheadRound, LookaheadTraits, Preset
 from .window import Accepted, Layout, Window, follow, layout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _TRIES = 100
 _TIMED_SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 """Closer where the small preset reads (10 to 20 tokens), since passes are not linear in detail."""
 
 
-@dataclass(frozen=True)
-class LookaheadRound(Round):
-    """A `Round` with what is particular to Lookahead decoding.
+class Seen(NamedTuple):
+    """Result of a round's pass."""
 
-    `drafted` counts the tokens of all guesses and of the window's first row, which are verified in the same pass;
-    `draft_seconds` is the time of choosing guesses and assembling the pass, `verify_seconds` that of the rest.
-    """
-
-    available: int = 0
-    """N-grams that the pool had for the current token."""
-    guesses: int = 0
-    """Guesses that were verified."""
-    pool_size: int = 0
-    """N-grams in the pool afterwards."""
-    mask_seconds: float = 0.0
-    """Part of `verify_seconds`: building the attention mask."""
-    forward_seconds: float = 0.0
-    """Part of `verify_seconds`: the target's pass, without the mask. An accelerator goes on working behind it."""
-    judge_seconds: float = 0.0
-    """The rest of `verify_seconds`: verification, window, pool and cache; an accelerator is waited for in it."""
+    accepted: Accepted
+    token: int
+    """The target's own, after those accepted."""
+    new: list[int]
+    """The window's next row."""
+    sureness: list[float]
+    """The target's probability of each token of that row."""
+    read: int
+    """Tokens of the pass."""
+    passed: float
+    """The clock's time when the pass had been started, in seconds."""
 
 
 class LookaheadSession(Session["LookaheadDecoder"]):
@@ -103,34 +97,30 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         synchronise(device)
         prepared = time.perf_counter()
 
-        scores = self.target.forward(tokens, plan.tree, rows=plan.scored_on(device)).scores
-        passed = time.perf_counter()
-
-        accepted, target_token, new, sureness = self._judge(scores, tokens, plan, chains)
-        self.target.keep([0, *plan.chains[accepted.guess][: accepted.length]])
-        taken = self._emit([*chains[accepted.guess][: accepted.length], target_token])
+        seen = self._look(tokens, plan, chains)
+        taken = self._emit([*chains[seen.accepted.guess][: seen.accepted.length], seen.token])
         emitted = self.tokens[-taken:]
         self._learn(guesses, emitted)
         if looks_ahead:
-            self._move_on(new, emitted, ngram, sureness, keeps=count > 0)
+            self._move_on(seen.new, emitted, ngram, seen.sureness, keeps=count > 0)
         else:
             self._window.follow(emitted)
         ended = time.perf_counter()
         return LookaheadRound(
             tokens=tuple(emitted),
             drafted=sum(map(len, chains)),
-            accepted=min(accepted.length, taken),
+            accepted=min(seen.accepted.length, taken),
             divergence=0.0,
             draft_seconds=prepared - started,
             verify_seconds=ended - prepared,
             draft_steps=0,
-            target_tokens=len(read),
+            target_tokens=seen.read,
             available=len(available),
             guesses=len(guesses),
             pool_size=len(self.pool),
             mask_seconds=self.target.mask_seconds,
-            forward_seconds=passed - prepared - self.target.mask_seconds,
-            judge_seconds=ended - passed,
+            forward_seconds=seen.passed - prepared - self.target.mask_seconds,
+            judge_seconds=ended - seen.passed,
         )
 
     def _fit(self, columns: int, ngram: int) -> bool:
@@ -142,34 +132,52 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         self._window.resize(columns, rows)
         return True
 
-    def _judge(
-        self, scores: Tensor, tokens: Tensor, plan: Layout, chains: Sequence[Sequence[int]]
-    ) -> tuple[Accepted, int, list[int], list[float]]:
-        """Accepted tokens, the target's token after them, the window's new row, and the target's confidence in that."""
+    def _look(self, tokens: Tensor, plan: Layout, chains: Sequence[Sequence[int]]) -> Seen:
+        """Read window and guesses, verify the guesses, and keep those that were accepted in the cache."""
+        scores = self.target.forward(tokens, plan.tree, rows=plan.scored_on(tokens.device)).scores
+        passed = time.perf_counter()
+        values, p = self._values(scores, tokens, plan)
+        accepted, last, new, sureness = self._judge(values, plan, chains)
+        self.target.keep([0, *plan.chains[accepted.guess][: accepted.length]])
+        place = plan.place[last]
+        token = int(values[place - len(plan.scored)]) if p is None else self._drawn(p[place], accepted.rejected)
+        return Seen(accepted, token, new, sureness, len(tokens), passed)
+
+    def _values(self, scores: Tensor, tokens: Tensor, plan: Layout) -> tuple[list[float], Tensor | None]:
+        """Numbers about a pass, on the host, and the distributions after the nodes that are verified, if sampled.
+
+        They are: the sum of each node's greatest score; the target's confidence in the window's new row, if the pool
+        weighs it; the probability of each checked token after its parent; the likeliest token after each scored node.
+        """
         greatest, likeliest = scores.max(-1)
-        newest = slice(plan.place[plan.newest[0]], plan.place[plan.newest[-1]] + 1)
         parts = [greatest.sum().reshape(1)]
         if self._weighs:
-            parts.append((greatest[newest] - scores[newest].logsumexp(-1)).exp())
+            newest = scores[plan.newest_places]
+            parts.append((greatest[plan.newest_places] - newest.logsumexp(-1)).exp())
         if self.sampling.greedy:
             p = None
             parts.append((likeliest[plan.parents_on(scores.device)] == tokens[plan.checked_on(scores.device)]).float())
         else:
-            p = self.sampling.probabilities(scores[: len(plan.checked) + 1])  # the window's last row is no matter of it
+            p = self.sampling.probabilities(scores[: len(plan.verified)])  # the window's last row is no matter of it
             parts.append(p[plan.parents_on(scores.device), tokens[plan.checked_on(scores.device)]])
         # The round's first wait for the device, and its last when greedy. (Floats are exact up to 2^24, far above any
         # vocabulary.)
-        values = torch.cat([*parts, likeliest.float()]).tolist()
+        return torch.cat([*parts, likeliest.float()]).tolist(), p
+
+    def _judge(
+        self, values: Sequence[float], plan: Layout, chains: Sequence[Sequence[int]]
+    ) -> tuple[Accepted, int, list[int], list[float]]:
+        """Accepted tokens, the node that the text ends at, the window's new row, and the confidence in that."""
         self._refuse_broken(values[0])
         choices = [int(token) for token in values[-len(plan.scored) :]]
         sureness = values[1 : 1 + len(plan.newest)] if self._weighs else [1.0] * len(plan.newest)
         chances = iter(values[-len(plan.scored) - len(plan.checked) : -len(plan.scored)])
         of_chains = [[next(chances) for _ in nodes] for nodes in plan.chains]
         accepted = follow(chains, of_chains, self._rng.random)
-        last = plan.place[([0, *plan.chains[accepted.guess]])[accepted.length]]
-        sureness = [0.0 if token in self._ends else sure for token, sure in zip(choices[newest], sureness, strict=True)]
-        new = [self._filler() if token in self._ends else token for token in choices[newest]]
-        return accepted, choices[last] if p is None else self._drawn(p[last], accepted.rejected), new, sureness
+        last = [0, *plan.chains[accepted.guess]][accepted.length]
+        newest = choices[plan.newest_places]
+        sureness = [0.0 if token in self._ends else sure for token, sure in zip(newest, sureness, strict=True)]
+        return accepted, last, [self._filler() if token in self._ends else token for token in newest], sureness
 
     def _drawn(self, p: Tensor, rejected: Sequence[int]) -> int:
         """The target's own token, of shape (vocabulary,) probabilities, where some were tried and rejected."""
@@ -224,9 +232,12 @@ class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):
         preset: the knobs' defaults: `"small"` (5, 3, 5) or `"large"` (15, 5, 15); by default small where the target is
             on a CPU and large elsewhere.
         pool: what the n-gram pool keeps, and what it offers.
+        group: processes that read a share of every pass each (`parallel.py`; `torchrun_group()` joins those that
+            `torchrun` has started). All build the decoder alike, and generate the same texts at the same time.
 
     Raises:
         ValueError: a number is out of range.
+        ParallelError: the processes of the group do not do the same, or one of them no longer answers.
     """
 
     session_class = LookaheadSession
@@ -240,6 +251,7 @@ class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):
         max_guesses: int = 16,
         preset: Preset | None = None,
         pool: PoolSettings | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(pair)
         self.pool = pool or PoolSettings()
@@ -248,6 +260,11 @@ class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):
         self.knobs = self.knobs_without_pair(
             max_window=max_window, max_ngram=max_ngram, max_guesses=max_guesses, preset=preset
         )
+        self.group = group
+        if group is not None:
+            from .parallel import ParallelSession  # which imports this module
+
+            self.session_class = ParallelSession
 
     def cost_probe(self, max_target_tokens: int | None = None) -> CostProbe:
         """Return whole rounds, by the tokens that the target's pass reads.
@@ -312,57 +329,3 @@ def _timed_columns(size: int) -> int:
 
 def _timed_knobs(size: int) -> dict[str, float]:
     return {"window": _timed_columns(size), "ngram": _timed_ngram(size), "guesses": 0}
-
-
-@dataclass(frozen=True)
-class LookaheadStatistics:
-    """Means over rounds, and shares of their time.
-
-    Attributes:
-        rounds: of which these are the statistics.
-        step_compression: tokens emitted a round; plain decoding has 1.
-        tokens_read: by the target, a round: the extra arithmetic of a pass over that of plain decoding, which has 1.
-        hit_rate: share of the rounds in which the pool knew the current token, 0 to 1.
-        guesses: verified, a round.
-        pool_size: n-grams in the pool, at most.
-        prepare_seconds: a round, choosing guesses and assembling the pass.
-        mask_seconds: a round, building the attention mask.
-        forward_seconds: a round, the target's pass.
-        judge_seconds: a round, verification, the window, the pool and the cache.
-    """
-
-    rounds: int
-    step_compression: float
-    tokens_read: float
-    hit_rate: float
-    guesses: float
-    pool_size: int
-    prepare_seconds: float
-    mask_seconds: float
-    forward_seconds: float
-    judge_seconds: float
-
-    @classmethod
-    def of(cls, rounds: Sequence[Round]) -> LookaheadStatistics:
-        """Statistics of a generation's rounds, or of several generations' together; empty ones do not count.
-
-        Raises:
-            ValueError: there is no round, or one is of another decoder.
-        """
-        decoded = [round_ for round_ in rounds if round_.tokens]
-        chosen = [round_ for round_ in decoded if isinstance(round_, LookaheadRound)]
-        if not chosen or len(chosen) < len(decoded):
-            raise ArgumentError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
-        count = len(chosen)
-        return cls(
-            rounds=count,
-            step_compression=sum(len(round_.tokens) for round_ in chosen) / count,
-            tokens_read=sum(round_.target_tokens for round_ in chosen) / count,
-            hit_rate=sum(round_.available > 0 for round_ in chosen) / count,
-            guesses=sum(round_.guesses for round_ in chosen) / count,
-            pool_size=max(round_.pool_size for round_ in chosen),
-            prepare_seconds=sum(round_.draft_seconds for round_ in chosen) / count,
-            mask_seconds=sum(round_.mask_seconds for round_ in chosen) / count,
-            forward_seconds=sum(round_.forward_seconds for round_ in chosen) / count,
-            judge_seconds=sum(round_.judge_seconds for round_ in chosen) / count,
-        )

@@ -1,13 +1,14 @@
-"""Facts about Lookahead decoding that need no model. Free of torch."""
+"""Facts about Lookahead decoding that need no model: options, knobs, rounds and their statistics. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from ...errors import check_fields, one_of, whole_number
+from ...errors import ArgumentError, check_fields, one_of, whole_number
+from ...rounds import Round
 from ...traits import DecoderTraits, Knob
 
 Preset = Literal["small", "large"]
@@ -74,4 +75,80 @@ class LookaheadTraits(DecoderTraits):
             Knob("window", 1, limits.max_window, window, True, "columns of the window", True),
             Knob("ngram", 2, limits.max_ngram, ngram, True, "tokens of an n-gram: the window's rows and one more"),
             Knob("guesses", 0, limits.max_guesses, guesses, True, "n-grams verified a round, at most", True),
+        )
+
+
+@dataclass(frozen=True)
+class LookaheadRound(Round):
+    """A `Round` with what is particular to Lookahead decoding.
+
+    `drafted` counts the tokens of all guesses and of the window's first row, which are verified in the same pass;
+    `draft_seconds` is the time of choosing guesses and assembling the pass, `verify_seconds` that of the rest.
+    """
+
+    available: int = 0
+    """N-grams that the pool had for the current token."""
+    guesses: int = 0
+    """Guesses that were verified."""
+    pool_size: int = 0
+    """N-grams in the pool afterwards."""
+    mask_seconds: float = 0.0
+    """Part of `verify_seconds`: building the attention mask."""
+    forward_seconds: float = 0.0
+    """Part of `verify_seconds`: the target's pass, without the mask. An accelerator goes on working behind it."""
+    judge_seconds: float = 0.0
+    """The rest of `verify_seconds`: verification, window, pool and cache; an accelerator is waited for in it."""
+
+
+@dataclass(frozen=True)
+class LookaheadStatistics:
+    """Means over rounds, and shares of their time.
+
+    Attributes:
+        rounds: of which these are the statistics.
+        step_compression: tokens emitted a round; plain decoding has 1.
+        tokens_read: by the target, a round: the extra arithmetic of a pass over that of plain decoding, which has 1.
+        hit_rate: share of the rounds in which the pool knew the current token, 0 to 1.
+        guesses: verified, a round.
+        pool_size: n-grams in the pool, at most.
+        prepare_seconds: a round, choosing guesses and assembling the pass.
+        mask_seconds: a round, building the attention mask.
+        forward_seconds: a round, the target's pass.
+        judge_seconds: a round, verification, the window, the pool and the cache.
+    """
+
+    rounds: int
+    step_compression: float
+    tokens_read: float
+    hit_rate: float
+    guesses: float
+    pool_size: int
+    prepare_seconds: float
+    mask_seconds: float
+    forward_seconds: float
+    judge_seconds: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round]) -> LookaheadStatistics:
+        """Statistics of a generation's rounds, or of several generations' together; empty ones do not count.
+
+        Raises:
+            ValueError: there is no round, or one is of another decoder.
+        """
+        decoded = [round_ for round_ in rounds if round_.tokens]
+        chosen = [round_ for round_ in decoded if isinstance(round_, LookaheadRound)]
+        if not chosen or len(chosen) < len(decoded):
+            raise ArgumentError("LookaheadStatistics needs rounds of a LookaheadDecoder, at least one")
+        count = len(chosen)
+        return cls(
+            rounds=count,
+            step_compression=sum(len(round_.tokens) for round_ in chosen) / count,
+            tokens_read=sum(round_.target_tokens for round_ in chosen) / count,
+            hit_rate=sum(round_.available > 0 for round_ in chosen) / count,
+            guesses=sum(round_.guesses for round_ in chosen) / count,
+            pool_size=max(round_.pool_size for round_ in chosen),
+            prepare_seconds=sum(round_.draft_seconds for round_ in chosen) / count,
+            mask_seconds=sum(round_.mask_seconds for round_ in chosen) / count,
+            forward_seconds=sum(round_.forward_seconds for round_ in chosen) / count,
+            judge_seconds=sum(round_.judge_seconds for round_ in chosen) / count,
         )

@@ -56,18 +56,28 @@ class Layout:
         self._moved: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
+    def verified(self) -> list[int]:
+        """Nodes that the text may end at: the current token and the chains."""
+        return [0, *self.checked]
+
+    @cached_property
     def scored(self) -> list[int]:
         """Nodes whose scores are needed: those that are verified, then the window's last row.
 
         A window of three rows or more has some that are not needed.
         """
-        verified = [0, *self.checked]
-        return verified if self.newest == self.trunk else [*verified, *self.newest]
+        return self.verified if self.newest == self.trunk else [*self.verified, *self.newest]
 
     @cached_property
     def place(self) -> dict[int, int]:
         """Place of a node's scores in the result of the pass."""
         return {node: place for place, node in enumerate(self.scored)}
+
+    @cached_property
+    def newest_places(self) -> slice:
+        """Places of the scores of the window's last row."""
+        places = [self.place[node] for node in self.newest]
+        return slice(places[0], places[-1] + 1) if places else slice(0, 0)
 
     @cached_property
     def chains(self) -> list[range]:

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from specgym.decoding import Pair, Sampling
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
-from specgym.decoding.decoders.lookahead.decoder import (
-    JacobiDecoder,
-    LookaheadDecoder,
-    LookaheadRound,
-    LookaheadStatistics,
-)
+from specgym.decoding.decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
 from specgym.decoding.decoders.lookahead.pool import PoolSettings
+from specgym.decoding.decoders.lookahead.traits import LookaheadRound, LookaheadStatistics
 from specgym.decoding.drafts.drafter import ModelDrafter
 from specgym.decoding.errors import KnobError, NumericalError, PromptError
 from specgym.decoding.latency.profile import LatencyProfile

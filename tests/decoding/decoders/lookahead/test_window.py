@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -153,10 +153,11 @@ def test_no_token_that_ends_a_text_is_guessed(table_of: TableOf, temperature: fl
         assert isinstance(session, LookaheadSession)
         judge = session._judge
 
-        def watch(scores: Tensor, tokens: Tensor, plan: Layout, chains: Any, judge: Callable = judge) -> Any:
+        def watch(values: Sequence[float], plan: Layout, chains: Any, judge: Callable = judge) -> Any:
             nonlocal ended
-            ends = [int(scores[plan.place[node]].argmax()) == end for node in plan.newest]
-            judged = judge(scores, tokens, plan, chains)
+            choices = values[-len(plan.scored) :]
+            ends = [choices[plan.place[node]] == end for node in plan.newest]
+            judged = judge(values, plan, chains)
             assert end not in judged[2]
             assert [sure == 0 for sure in judged[3]] == ends  # nobody is sure of what stands in for an end
             ended += sum(ends)

@@ -1,0 +1,158 @@
+"""Lookahead decoding by several processes: shares of a pass, texts, and processes that part, stop or die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
+from specgym.decoding.decoders.lookahead.parallel import ParallelError, divided, torchrun_group
+from specgym.decoding.decoders.lookahead.pool import PoolSettings
+from specgym.decoding.decoders.lookahead.window import layout
+from specgym.decoding.errors import ArgumentError
+from specgym.decoding.loading.pair import Pair
+from specgym.decoding.rounds import Generation
+from specgym.decoding.sampling import GREEDY, Sampling
+from tests.helpers.random_models import random_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4]
+WEIGHED = PoolSettings(min_acceptance=0.05)
+CASES: list[tuple[Sampling, tuple[int, int, int], PoolSettings]] = [
+    (GREEDY, (5, 3, 5), PoolSettings()),
+    (GREEDY, (7, 4, 4), WEIGHED),
+    (GREEDY, (1, 5, 2), PoolSettings()),
+    (GREEDY, (4, 2, 3), PoolSettings(seeds="nothing")),
+    (GREEDY, (6, 3, 0), PoolSettings()),
+    (Sampling(0.8), (5, 3, 5), PoolSettings()),
+    (Sampling(0.5, top_p=0.9), (8, 4, 6), WEIGHED),
+]
+
+
+def decode(decoder: LookaheadDecoder, sampling: Sampling, shape: tuple[int, int, int], seed: int | None) -> Generation:
+    knobs = dict(zip(("window", "ngram", "guesses"), shape, strict=True))
+    return decoder.generate(PROMPT, max_new_tokens=24, sampling=sampling, seed=seed, knobs=knobs)
+
+
+def by_all_cases(pair: Pair, group: Any = None) -> list[tuple[list[int], list[int]]]:
+    """Tokens of a text, and tokens that its rounds read."""
+    texts = [
+        decode(LookaheadDecoder(pair, pool=pool, group=group), sampling, shape, seed)
+        for seed, (sampling, shape, pool) in enumerate(CASES)
+    ]
+    return [(text.tokens, [round_.target_tokens for round_ in text.rounds]) for text in texts]
+
+
+def refusal(work: Any) -> tuple[str, float]:
+    """The message of the error that a piece of work ends with, and how long it took, in seconds."""
+    started = time.perf_counter()
+    with pytest.raises(ParallelError) as raised:
+        work()
+    return str(raised.value), time.perf_counter() - started
+
+
+def one_of_four(rank: int, pair: Pair, folder: Path, reports: Connection) -> None:
+    """Decode with three others, then with one of them; then part, and let one die and one sleep."""
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), 4),
+        rank=rank,
+        world_size=4,
+        timeout=timedelta(seconds=60),
+    )
+    four = dist.group.WORLD
+    two = [dist.new_group(ranks, timeout=timedelta(seconds=20)) for ranks in ([0, 1], [2, 3])][rank // 2]
+    report: dict[str, Any] = {"four": by_all_cases(pair, four), "two": by_all_cases(pair, two)}
+    decoder = LookaheadDecoder(pair, group=two)
+    report["unseeded"] = decode(decoder, Sampling(), (3, 3, 3), None).tokens
+    report["prompts"] = refusal(lambda: decoder.start([rank], max_new_tokens=3))
+    session = decoder.start(PROMPT, max_new_tokens=9)
+    report["knobs"] = refusal(lambda: session.step({"window": 2 + rank % 2}))
+    brief = dist.new_group([0, 1], timeout=timedelta(seconds=0.5))
+    if rank < 2:
+        session = LookaheadDecoder(pair, group=brief).start(PROMPT, max_new_tokens=9)
+        session.step()
+        if rank == 0:
+            report["sleeps"] = refusal(session.step)
+        else:
+            time.sleep(1)
+    session = decoder.start(PROMPT, max_new_tokens=9)
+    session.step()
+    if rank == 2:
+        report["dies"] = refusal(session.step)
+    elif rank == 3:
+        reports.send(report)
+        os._exit(1)  # as if it had been killed
+    reports.send(report)
+    os._exit(0)
+
+
+def test_several_processes_give_the_text_of_one(tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    pair = Pair(random_model("llama", vocabulary=12, spread=0.5))
+    alone = by_all_cases(pair)
+    fork = multiprocessing.get_context("fork")
+    ends = [fork.Pipe(duplex=False) for _ in range(4)]
+    processes = [
+        fork.Process(target=one_of_four, args=(rank, pair, tmp_path, sending)) for rank, (_, sending) in enumerate(ends)
+    ]
+    for process, (_, sending) in zip(processes, ends, strict=True):
+        process.start()
+        sending.close()
+    reports = [receiving.recv() for receiving, _ in ends]
+    for process in processes:
+        process.join()
+    for report in reports:
+        for count in ("two", "four"):
+            assert [tokens for tokens, _ in report[count]] == [tokens for tokens, _ in alone]
+            assert sum(map(sum, [read for _, read in report[count]])) < 0.8 * sum(map(sum, [read for _, read in alone]))
+        assert "prompt, max_new_tokens, sampling and seed" in report["prompts"][0]
+        assert "same knobs" in report["knobs"][0]
+    assert reports[0]["unseeded"] == reports[1]["unseeded"]
+    assert reports[0]["unseeded"] != reports[2]["unseeded"]  # each pair agrees on a seed of its own
+    for name, rank in (("sleeps", 0), ("dies", 2)):
+        message, seconds = reports[rank][name]
+        assert "one has died" in message
+        assert seconds < 10  # and not as long as gloo waits by itself, half an hour
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.lists(st.integers(1, 4), max_size=8), st.integers(1, 5))
+def test_shares_hold_every_branch_once_and_all_that_it_sees(
+    rows: int, columns: int, guesses: list[int], processes: int
+) -> None:
+    whole = layout(rows, columns, tuple(guesses))
+    shares = divided(whole, processes)
+    assert sorted(node for share in shares for node in share.of_whole(share.checked)) == sorted(whole.checked)
+    assert sorted(node for share in shares for node in share.of_whole(share.newest)) == list(whole.newest)
+    for share in shares:
+        for node in share.nodes:
+            parent = whole.tree.parents[node]
+            assert share.tree.parents[share.numbers[node]] == (share.numbers[parent] if parent >= 0 else -1)
+        assert all(node in share.place for node in (*share.checked, *share.newest))
+    if processes == 1:
+        assert shares[0].nodes == list(range(len(whole.tree)))
+
+
+def test_a_window_is_divided_evenly() -> None:
+    lengths = [len(share.nodes) for share in divided(layout(4, 15, (4,) * 15), 2)]
+    assert sum(lengths) < 120 + 15  # the trunk's beginning is read twice
+    assert abs(lengths[0] - lengths[1]) <= 4
+
+
+def test_a_lone_process_and_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ParallelError, match="torchrun --nproc-per-node 2"):
+        torchrun_group()
+    decoder = LookaheadDecoder(Pair(random_model("llama", vocabulary=12)), group=cast(Any, object()))
+    with pytest.raises(ArgumentError, match="batch cannot be divided among processes"):
+        decoder.generate_batch([[1], [2]], max_new_tokens=2)
