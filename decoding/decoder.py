@@ -7,7 +7,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Session(ABC, Generic[DecoderT]):
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._remaining = max_new_tokens
-        self.target: LanguageModel = self.rules.target(target)
+        self.target = self._target_of(target)
         self.generator = torch.Generator(self.target.device)
         # For choices on the host, where a tensor would mean waiting.
         self._rng = random.Random(seed)
@@ -126,6 +126,9 @@ class Session(ABC, Generic[DecoderT]):
             finish_reason=self.finish_reason or "length",
             text=self.decoder.pair.decode(self.tokens),
         )
+
+    def _target_of(self, model: LanguageModel) -> LanguageModel:
+        return self.rules.target(model)
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
         if len(prompt) > 1:  # the last token is read together with the first draft
@@ -194,10 +197,12 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
     """
 
     session_class: type[SessionT]
+    follows: ClassVar[frozenset[str]] = frozenset()
+    """Settings of a generation config that this decoder follows and others do not."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
-        check_generation_config(pair)
+        check_generation_config(pair, self.follows)
         if self.needs_draft:
             require_draft(pair, type(self).__name__)
         if self.verifies_trees:

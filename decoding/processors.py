@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -74,7 +74,7 @@ _BY_CHANCE: Mapping[str, tuple[float, ...]] = {
 """Settings of sampling that `Sampling` does not have. Temperature, top-k and top-p are always those of `Sampling`."""
 _ENDING: Mapping[str, tuple[float, ...]] = {"stop_strings": ()}
 _IGNORED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "num_beams": (lambda value: value > 1, "there is no beam search, and the text is that of one beam"),
+    "num_beams": (lambda value: value > 1, "the text is that of one beam; use BeamSearchDecoder"),
     "num_return_sequences": (lambda value: value > 1, "one text is generated at a time"),
     "penalty_alpha": (lambda value: value > 0, "there is no contrastive search, and the text is that without it"),
     "dola_layers": (bool, "layers are not contrasted, and the text is that of the last layer"),
@@ -218,8 +218,8 @@ class TextRules:
         return bool(self.stop(cast(Any, torch.tensor([list(text[-self.stop.maximum_token_len :])])), None))
 
 
-def check_generation_config(pair: Pair) -> None:
-    """Warn of what a target's generation config asks for and does not get, once for a model, and refuse what is wrong.
+def check_generation_config(pair: Pair, follows: Collection[str] = ()) -> None:
+    """Warn once of what a target's generation config asks for and does not get, but `follows`; refuse what is wrong.
 
     Raises:
         ValueError: transformers refuses a setting; what it says is in the message.
@@ -229,7 +229,7 @@ def check_generation_config(pair: Pair) -> None:
     ignored = {
         setting: f"is not followed: {consequence}"
         for setting, (asks, consequence) in _IGNORED.items()
-        if (value := getattr(config, setting, None)) is not None and asks(value)
+        if setting not in follows and (value := getattr(config, setting, None)) is not None and asks(value)
     }
     if pair.tokenizer is None and _settings(model, _ENDING):
         ignored["stop_strings"] = "is not followed without a tokenizer: give Pair(..., tokenizer=...)"

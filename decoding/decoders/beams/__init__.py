@@ -1,0 +1,1 @@
+"""Beam search with a shared prefix tree in the target's cache."""
