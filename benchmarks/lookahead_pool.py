@@ -2,6 +2,7 @@
 
     python -m benchmarks.lookahead_pool                              # both presets and shipped targets, 20 minutes
     python -m benchmarks.lookahead_pool --targets tiny-3m --prompts 1 --presets small
+    python -m benchmarks.lookahead_pool --only ranking min_acceptance guesses
 
 No option changes the text, so what counts is how many steps it takes, and what those read. Neither depends on how busy
 the machine is. The times are charged by a latency profile of Lookahead rounds, measured once for this machine: each
@@ -65,6 +66,12 @@ class Settings(Comparison):
     """N-grams kept for a token where the ways of retaining them are compared."""
     horizon: int = 128
     """Horizon of the sliding retention, in tokens."""
+    window: int | None = None
+    """Columns of the window; by default those of the preset."""
+    ngram: int | None = None
+    """Tokens of an n-gram, likewise."""
+    only: tuple[str, ...] = ()
+    """Beginnings of the names of options to compare, besides `default`; by default all."""
 
 
 class Option(NamedTuple):
@@ -94,15 +101,31 @@ def options(settings: Settings) -> dict[str, dict[str, Option]]:
             default, top_share=0.8, max_overlap=0.5, min_acceptance=0.3
         ),
     }
+    learned = replace(default, ranking="learned")
+    ranked = {
+        "ranking learned": Option(learned),
+        **{f"ranking learned, guesses {count}": Option(learned, count) for count in (1, 2, 3)},
+        **{
+            f"ranking learned, min_acceptance {least}": Option(replace(learned, min_acceptance=least))
+            for least in (0.1, 0.2, 0.3)
+        },
+    }
     controls = {f"{CONTROL} {count}": Option(default, count) for count in (1, 2, 3, 4)}
     retained = {
         f"retention {name}, {settings.few} a token": Option(replace(little, retention=name))
         for name in get_args(Retention)
     }
-    return {
-        "choice": {**{name: Option(pool) for name, pool in choice.items()}, **controls},
+    blocks = {
+        "choice": {**{name: Option(pool) for name, pool in choice.items()}, **ranked, **controls},
         "retention": retained,
     }
+    if not settings.only:
+        return blocks
+    chosen = {
+        block: {name: option for name, option in choices.items() if name.startswith((DEFAULT, *settings.only))}
+        for block, choices in blocks.items()
+    }
+    return {block: choices for block, choices in chosen.items() if choices}
 
 
 def figures(rounds: Sequence[Round], profile: LatencyProfile) -> Figures:
@@ -130,7 +153,8 @@ def compare(pair: Pair, preset: Preset, settings: Settings) -> Blocks:
     for block, choices in options(settings).items():
         sides = {PLAIN: Side(AutoregressiveDecoder(pair))}
         for name, option in choices.items():
-            knobs = None if option.guesses is None else {"guesses": option.guesses}
+            values = {"window": settings.window, "ngram": settings.ngram, "guesses": option.guesses}
+            knobs = {knob: value for knob, value in values.items() if value is not None}
             sides[name] = Side(LookaheadDecoder(pair, preset=preset, pool=option.pool), knobs)
         results = decode(pair, sides, settings)
         blocks[block] = {

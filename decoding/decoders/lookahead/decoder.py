@@ -24,7 +24,7 @@ from ...latency.probe import CostProbe
 from ...loading.pair import Pair
 from ...rounds import Round
 from ...sampling import draw
-from .pool import Guess, NGramPool, PoolSettings, choose_guesses
+from .pool import CONTEXT, Guess, NGramPool, PoolSettings, choose_guesses
 from .traits import LookaheadRound, LookaheadTraits, Preset
 from .window import Accepted, Layout, Window, follow, layout
 
@@ -86,7 +86,8 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         device, window, now = self.target.device, self._window, len(self.context)
         if count:
             self._seed(ngram)
-        available = self.pool.find(self.context[-1], now) if count else []
+        before = self.pool.context(self.context, now - 1)
+        available = self.pool.find(self.context[-1], now, before) if count else []
         guesses = choose_guesses(available, self._settings, count, min(ngram - 1, self._room))
         looks_ahead = self._fit(columns, ngram)
         rows = window.rows if looks_ahead else [self.context[-1:]]
@@ -190,7 +191,8 @@ class LookaheadSession(Session["LookaheadDecoder"]):
     @property
     def _weighs(self) -> bool:
         """True if the pool uses the target's confidence in n-grams."""
-        return self._settings.top_share is not None or self._settings.min_acceptance is not None
+        settings = self._settings
+        return settings.top_share is not None or settings.min_acceptance is not None or settings.ranking == "learned"
 
     def _seed(self, ngram: int) -> None:
         """Put the text's own n-grams into the pool, from where that was left off."""
@@ -198,7 +200,7 @@ class LookaheadSession(Session["LookaheadDecoder"]):
         for start in range(self._seeded, end):
             run = tuple(self.context[start + 1 : start + ngram])
             if self._ends.isdisjoint(run):
-                self.pool.add(self.context[start], run, start)
+                self.pool.add(self.context[start], run, start, 1.0, self.pool.context(self.context, start))
         self._seeded = max(self._seeded, end)
 
     def _learn(self, guesses: Sequence[tuple[Guess, tuple[int, ...]]], emitted: Sequence[int]) -> None:
@@ -210,15 +212,20 @@ class LookaheadSession(Session["LookaheadDecoder"]):
             guess.tried += 1
             guess.accepted += right
             guess.begun += right > 0
+        if self.pool.ranking is not None:
+            self.pool.ranking.learn(emitted)
 
     def _move_on(
         self, new: Sequence[int], emitted: Sequence[int], ngram: int, sureness: Sequence[float], keeps: bool
     ) -> None:
         """Let the window follow the text, and keep what it has found."""
+        current = len(self.context) - len(emitted) - 1  # which the window's first row begins with
+        trunk = [*self.context[max(0, current - CONTEXT) : current], *self._window.rows[0]]
         runs = self._window.advance(new, emitted, ngram - 1, sureness)
         if keeps:
-            for run in runs:
-                self.pool.add(run.key, run.tokens, len(self.context), run.probability)
+            for column, run in enumerate(runs, len(trunk) - len(runs)):
+                context = self.pool.context(trunk, column)
+                self.pool.add(run.key, run.tokens, len(self.context), run.probability, context)
 
 
 class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):

@@ -30,7 +30,9 @@ POOLS = {
     "top share": PoolSettings(top_share=0.5),
     "overlap": PoolSettings(max_overlap=0.4),
     "two stages": PoolSettings(min_acceptance=0.5),
-    "all": PoolSettings("prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1),
+    "all": PoolSettings(
+        "prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1, ranking="learned"
+    ),
 }
 MakeTable = Callable[..., LanguageModel]
 

@@ -41,6 +41,7 @@ POOLS = {
         top_share=0.8,
         max_overlap=0.7,
         min_acceptance=0.2,
+        ranking="learned",
     ),
 }
 

@@ -27,7 +27,7 @@ from specgym.decoding.sampling import GREEDY, Sampling
 from tests.helpers.random_models import random_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4]
-WEIGHED = PoolSettings(min_acceptance=0.05)
+WEIGHED = PoolSettings(min_acceptance=0.05, ranking="learned")
 CASES: list[tuple[Sampling, tuple[int, int, int], PoolSettings]] = [
     (GREEDY, (5, 3, 5), PoolSettings()),
     (GREEDY, (7, 4, 4), WEIGHED),
@@ -37,20 +37,23 @@ CASES: list[tuple[Sampling, tuple[int, int, int], PoolSettings]] = [
     (Sampling(0.8), (5, 3, 5), PoolSettings()),
     (Sampling(0.5, top_p=0.9), (8, 4, 6), WEIGHED),
 ]
+FOUR, TWO = range(0, 7, 2), range(1, 7, 2)
+"""Cases for so many processes; both have texts of either kind."""
 
 
 def decode(decoder: LookaheadDecoder, sampling: Sampling, shape: tuple[int, int, int], seed: int | None) -> Generation:
     knobs = dict(zip(("window", "ngram", "guesses"), shape, strict=True))
-    return decoder.generate(PROMPT, max_new_tokens=24, sampling=sampling, seed=seed, knobs=knobs)
+    return decoder.generate(PROMPT, max_new_tokens=18, sampling=sampling, seed=seed, knobs=knobs)
 
 
-def by_all_cases(pair: Pair, group: Any = None) -> list[tuple[list[int], list[int]]]:
-    """Tokens of a text, and tokens that its rounds read."""
-    texts = [
-        decode(LookaheadDecoder(pair, pool=pool, group=group), sampling, shape, seed)
-        for seed, (sampling, shape, pool) in enumerate(CASES)
-    ]
-    return [(text.tokens, [round_.target_tokens for round_ in text.rounds]) for text in texts]
+def by_cases(cases: range, pair: Pair, group: Any = None) -> list[tuple[list[int], int]]:
+    """Tokens of a text for each of some cases, and tokens that its rounds read."""
+    texts = []
+    for number in cases:
+        sampling, shape, pool = CASES[number]
+        text = decode(LookaheadDecoder(pair, pool=pool, group=group), sampling, shape, number)
+        texts.append((text.tokens, sum(round_.target_tokens for round_ in text.rounds)))
+    return texts
 
 
 def refusal(work: Any) -> tuple[str, float]:
@@ -61,7 +64,7 @@ def refusal(work: Any) -> tuple[str, float]:
     return str(raised.value), time.perf_counter() - started
 
 
-def one_of_four(rank: int, pair: Pair, folder: Path, reports: Connection) -> None:
+def one_of_four(rank: int, pair: Pair, ruled: Pair, folder: Path, reports: Connection) -> None:
     """Decode with three others, then with one of them; then part, and let one die and one sleep."""
     dist.init_process_group(
         "gloo",
@@ -72,7 +75,7 @@ def one_of_four(rank: int, pair: Pair, folder: Path, reports: Connection) -> Non
     )
     four = dist.group.WORLD
     two = [dist.new_group(ranks, timeout=timedelta(seconds=20)) for ranks in ([0, 1], [2, 3])][rank // 2]
-    report: dict[str, Any] = {"four": by_all_cases(pair, four), "two": by_all_cases(pair, two)}
+    report: dict[str, Any] = {"four": by_cases(FOUR, pair, four), "two": by_cases(TWO, ruled, two)}
     decoder = LookaheadDecoder(pair, group=two)
     report["unseeded"] = decode(decoder, Sampling(), (3, 3, 3), None).tokens
     report["prompts"] = refusal(lambda: decoder.start([rank], max_new_tokens=3))
@@ -100,11 +103,14 @@ def one_of_four(rank: int, pair: Pair, folder: Path, reports: Connection) -> Non
 def test_several_processes_give_the_text_of_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     pair = Pair(random_model("llama", vocabulary=12, spread=0.5))
-    alone = by_all_cases(pair)
+    ruled = Pair(random_model("llama", vocabulary=12, spread=0.5))
+    ruled.target.model.generation_config.repetition_penalty = 1.2
+    alone = {"four": by_cases(FOUR, pair), "two": by_cases(TWO, ruled)}
     fork = multiprocessing.get_context("fork")
     ends = [fork.Pipe(duplex=False) for _ in range(4)]
     processes = [
-        fork.Process(target=one_of_four, args=(rank, pair, tmp_path, sending)) for rank, (_, sending) in enumerate(ends)
+        fork.Process(target=one_of_four, args=(rank, pair, ruled, tmp_path, sending))
+        for rank, (_, sending) in enumerate(ends)
     ]
     for process, (_, sending) in zip(processes, ends, strict=True):
         process.start()
@@ -114,8 +120,8 @@ def test_several_processes_give_the_text_of_one(tmp_path: Path) -> None:
         process.join()
     for report in reports:
         for count in ("two", "four"):
-            assert [tokens for tokens, _ in report[count]] == [tokens for tokens, _ in alone]
-            assert sum(map(sum, [read for _, read in report[count]])) < 0.8 * sum(map(sum, [read for _, read in alone]))
+            assert [tokens for tokens, _ in report[count]] == [tokens for tokens, _ in alone[count]]
+            assert sum(read for _, read in report[count]) < 0.8 * sum(read for _, read in alone[count])
         assert "prompt, max_new_tokens, sampling and seed" in report["prompts"][0]
         assert "same knobs" in report["knobs"][0]
     assert reports[0]["unseeded"] == reports[1]["unseeded"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder, LookaheadRound
-from specgym.decoding.decoders.lookahead.pool import Guess, PoolSettings, choose_guesses
+from specgym.decoding.decoders.lookahead.pool import Guess, NGramPool, PoolSettings, Ranking, choose_guesses
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
@@ -74,6 +75,46 @@ def test_the_fewest_knownthat_make_up_the_share_of_scores_are_taken_the_best_fir
     assert picked([guess((1,)), guess((2,)), guess((3,))], top_share=0.5) == [(1,), (2,)]  # equals stay in order
 
 
+def test_a_ranking_goes_by_what_came_true_where_the_text_was_alike() -> None:
+    pool = NGramPool(PoolSettings(ranking="learned"))
+    assert pool.ranking is not None
+    # After 1 2 the key 3 is followed by 4 5; after 7 8 by 9 9, which was found later and more often.
+    text = [0, 1, 2, 3, 0, 7, 8, 3]
+    pool.add(3, (4, 5), 4, context=pool.context(text, 3))
+    for now in (8, 9, 10):
+        pool.add(3, (9, 9), now, context=pool.context(text, 7))
+    assert pool.context(text, 3) == (2, 1, 0)
+    assert pool.context(text, 7) == (8, 7, 0, 3)
+    assert [item.tokens for item in pool.find(3, 11)] == [(9, 9), (4, 5)]
+    for _ in range(30):
+        assert {item.tokens for item in pool.find(3, 11, before=(2, 1, 6))} == {(9, 9), (4, 5)}
+        pool.ranking.learn([4, 5, 6])
+        assert pool.find(3, 11, before=(8, 7, 6))
+        pool.ranking.learn([9])
+    assert [item.tokens for item in pool.find(3, 11, before=(2, 1, 6))] == [(4, 5), (9, 9)]
+    assert [item.tokens for item in pool.find(3, 11, before=(8, 7, 6))] == [(9, 9), (4, 5)]
+    likeliest, other = pool.find(3, 11, before=(2, 1))
+    assert likeliest.expected_acceptance() > 0.8 > 0.2 > other.expected_acceptance()
+    assert likeliest.score() == pytest.approx(2 * likeliest.expected_acceptance())
+
+
+def test_a_step_of_learning_by_hand() -> None:
+    ranking = Ranking()
+    item = guess((1, 2), 1.0)
+    item.contexts = [(5, 6), (5, 9)]
+    assert ranking.order([item], (5, 9, 3), 0) == [item]
+    features = [1.0, 2 / 2, 0.0, 0.0, 0.5, 0.0]
+    before = list(ranking.weights)
+    expected = 1 / (1 + math.exp(-sum(weight * feature for weight, feature in zip(before, features, strict=True))))
+    assert item.learned == pytest.approx(expected)
+    ranking.learn([1, 7])  # one of two tokens is right
+    slopes = [(expected - 0.5) * feature for feature in features]
+    after = [weight - 0.5 * slope / math.sqrt(1 + slope * slope) for weight, slope in zip(before, slopes, strict=True)]
+    assert ranking.weights == pytest.approx(after)
+    ranking.learn([1, 7])  # nothing was ordered since
+    assert ranking.weights == pytest.approx(after)
+
+
 guesses = st.lists(
     st.builds(
         guess,
@@ -109,6 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "few tokens": {"max_keys": 2},
     "frequency": {"retention": "frequency", "per_key": 3},
     "sliding": {"retention": "sliding", "horizon": 5},
+    "learned": {"ranking": "learned", "min_acceptance": 0.2},
     "unseeded": {"seeds": "nothing"},
     "prompt": {"seeds": "prompt"},
 }
