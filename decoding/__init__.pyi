@@ -1,7 +1,7 @@
 from .decoder import Decoder, Session
 from .decoders.autoregressive import AutoregressiveDecoder, Side, decode_in_turns
 from .decoders.batch import Batch, TextRequest, generate_texts
-from .decoders.beams.decoder import BeamSearchDecoder, BeamSearchSession
+from .decoders.beams.decoder import BeamSearchDecoder
 from .decoders.chain import SpeculativeDecoder, require_choice
 from .decoders.chain_session import SpeculativeSession
 from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
@@ -195,7 +195,6 @@ __all__ = [
     "Batch",
     "BatchError",
     "BeamSearchDecoder",
-    "BeamSearchSession",
     "CascadeDrafter",
     "ChoiceRule",
     "ChoiceTracker",
