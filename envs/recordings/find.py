@@ -212,7 +212,10 @@ def shipped_outcomes(name: str, decoder: str, split: str) -> Outcomes:
 
 
 def recorded_workloads(decoder: str) -> tuple[str, ...]:
-    """Return the workloads that ship with recordings of a decoder, greedy ones first, in the order of the presets."""
+    """Return the workloads that ship with recordings of a decoder, greedy ones first, in the order of the presets.
+
+    Of those prompt sets alone that all pairs of causal models share: what ships was learned with these.
+    """
     return _workloads_in(*((TRACES, ".train.npz") if is_traced(decoder) else (OUTCOMES, f".{decoder}.train.npz")))
 
 
@@ -220,12 +223,16 @@ def _workloads_in(folder: Path, end: str) -> tuple[str, ...]:
     names = [path.name.removesuffix(end).replace("_", "/", 1) for path in folder.glob(f"*{end}")]
     pairs, sets = list(PRESETS), [name.partition("/")[2] for name in SHIPPED_WORKLOADS]
 
-    def place(name: str) -> tuple[bool, int, int]:
+    def parts(name: str) -> tuple[str, str, str]:
         pair, _, rest = name.partition("/")
         prompts, _, temperature = rest.partition("@")
+        return pair, prompts, temperature
+
+    def place(name: str) -> tuple[bool, int, int]:
+        pair, prompts, temperature = parts(name)
         return bool(temperature), pairs.index(pair), sets.index(prompts)
 
-    return tuple(sorted(names, key=place))
+    return tuple(sorted((name for name in names if parts(name)[1] in sets), key=place))
 
 
 def practised_workloads(decoder: str) -> tuple[str, ...]:

@@ -62,7 +62,9 @@ class _Workloads:
 def charges() -> Charges:
     """Return the costs of all sensible deployments, and of the chains that were measured for the shipped pairs."""
     files = sorted(path for path in REFERENCES.glob("*.json") if ".mixed." not in path.name)  # of one draft each
-    profiles = [profile for profile in map(LatencyProfile.load, files) if profile.kind == "chain"]
+    pairs = {workload(name).pair for name in recorded_workloads("speculative")}
+    loaded = map(LatencyProfile.load, files)
+    profiles = [profile for profile in loaded if profile.kind == "chain" and profile.pair in pairs]
     return Charges.of(sensible_deployments(contexts=_CONTEXTS)[::_EVERY], profiles)
 
 

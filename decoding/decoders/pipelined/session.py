@@ -129,7 +129,7 @@ class PipelinedSession(SpeculativeSession):
             self._give_back()  # once for a text
             self._worker = None
         elif won:
-            self._ready = [*rest[1:], *self._take(window)]
+            self._ready = [*rest[1:], *self._take(window - 1)]
         else:
             self._ready, self._agreed = [], min(self._agreed, before + accepted)
         seconds = time.perf_counter() - started

@@ -52,7 +52,7 @@ def test_ranges_beyond_what_was_recorded_are_refused(lookahead: Recorded) -> Non
 def test_a_trace_is_refused_and_the_way_to_record_outcomes_is_named(
     recorded: Recorded, toy_trace: Trace, tmp_path: Path
 ) -> None:
-    message = rf"a trace replays the decoders threshold, speculative .*--decoder {recorded.decoder}"
+    message = rf"a trace replays the decoders threshold, speculative, pipelined .*--decoder {recorded.decoder}"
     with pytest.raises(ValueError, match=message):
         recorded.single(recording=toy_trace)
     toy_trace.save(tmp_path / "trace.npz")

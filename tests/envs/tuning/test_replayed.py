@@ -170,8 +170,8 @@ def test_rendering_shows_knobs_and_metrics(make_single: MakeEnv) -> None:
     ("arguments", "message"),
     [
         ({"timing": "wall"}, "timing='wall' needs backend='live'"),
-        ({"decoder": "beam"}, "replays the decoders threshold, speculative by name, not 'beam'"),
-        ({"decoder": SpeculativeDecoder}, "replays the decoders threshold, speculative by name"),
+        ({"decoder": "beam"}, "replays the decoders threshold, speculative, pipelined by name, not 'beam'"),
+        ({"decoder": SpeculativeDecoder}, "replays the decoders threshold, speculative, pipelined by name"),
         ({"max_draft_length": 3}, r"max_draft_length is 3, and the trace of toy/ids \(train\) has drafts of 4 tokens"),
         (
             {"max_draft_length": 5, "decoder": "speculative"},
