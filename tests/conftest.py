@@ -35,6 +35,7 @@ def pytest_collection_finish() -> None:
     logging.disable_progress_bar()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # the heap is large, and most of it lives to the end
 
 
 @pytest.fixture(autouse=True)
