@@ -108,7 +108,7 @@ def show_here(name: str, settings: Settings, console: Console) -> None:
                     if turn:
                         seconds[number].append(stock / text.ms_per_token)
                         profile = profiles[decoder]
-                        expected = charge_of(profile, text.rounds, knobs) / len(text.tokens)
+                        expected = profile.charge(text.rounds) / len(text.tokens)
                         charged[number].append(profile.autoregressive_seconds / expected)
                         rounds[number].append(text.mean_acceptance_length)
     table = Table(title=f"{name}: speedup over plain decoding, {settings.threads} threads")
@@ -120,21 +120,6 @@ def show_here(name: str, settings: Settings, console: Console) -> None:
         figures = (statistics.fmean(rounds[number]), statistics.median(charged[number]))
         table.add_row(_words(setting), f"{figures[0]:.2f}", clock, f"{figures[1]:.2f}")
     console.print(table)
-
-
-def charge_of(profile: LatencyProfile, rounds: Sequence[Any], knobs: Mapping[str, float]) -> float:
-    """Seconds of live rounds by a profile; one that waited for its first draft took that besides."""
-    if not profile.overlaps:
-        return profile.charge(rounds)
-    total, ready = 0.0, False
-    for round_ in rounds:
-        read = round_.target_tokens - 1
-        waited = read if not (ready or knobs["pre_verify"]) else 0
-        total += profile.draft(waited) * (waited > 0) + max(
-            profile.target(read + 1), profile.draft(max(round_.draft_steps - waited, 0))
-        )
-        ready = round_.accepted > read and round_.draft_steps - waited > 1
-    return total
 
 
 def show_elsewhere(hardware: str, recording: str, settings: Settings, table: Table) -> None:

@@ -26,6 +26,8 @@ class Round:
     """Tokens that the draft made one after another; as many as `drafted` if not given. 0 where drafting needs none."""
     target_tokens: int = -1
     """Tokens that the target's pass read; those drafted and the one before them if not given."""
+    awaited_steps: int = 0
+    """Those of `draft_steps` that the target waited for, where drafting otherwise goes on while it verifies."""
     overlapped_seconds: float = 0.0
     """Seconds that are in both, where drafting goes on while the target verifies."""
 

@@ -125,17 +125,24 @@ class LatencyProfile:
         steps = drafted if self.kind == CHAIN else min(drafted, max(self.draft_seconds))
         return self.round_of(steps, drafted + 1)
 
-    def round_of(self, draft_steps: int, target_tokens: int) -> float:
-        """Seconds of a round with this many drafting steps, whose target pass reads this many tokens."""
-        drafting, verifying = self.draft(draft_steps), self.target(target_tokens)
-        return max(drafting, verifying) if self.overlaps else drafting + verifying
+    def round_of(self, draft_steps: int, target_tokens: int, awaited_steps: int = 0) -> float:
+        """Seconds of a round by its drafting steps, `awaited_steps` of them before the pass, and the pass's tokens.
+
+        Where drafting goes on meanwhile (`overlaps`), nobody is at work beside a pass over 1 token without a draft.
+        """
+        if not self.overlaps:
+            return self.draft(draft_steps) + self.target(target_tokens)
+        if (draft_steps, target_tokens) == (0, 1):
+            return self.autoregressive_seconds
+        awaited = self.draft(awaited_steps) if awaited_steps else 0.0
+        return awaited + max(self.draft(draft_steps - awaited_steps), self.target(target_tokens))
 
     def rounds_of(self, draft_steps: NDArray[np.integer], target_tokens: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Seconds of many rounds, as `round_of`; arrays of one shape, not empty."""
-        drafting = np.array([self.draft(number) for number in range(int(draft_steps.max()) + 1)])[draft_steps]
-        read = range(1, int(target_tokens.max()) + 1)
-        verifying = np.array([self.target(number) for number in read])[target_tokens - 1]
-        return np.maximum(drafting, verifying) if self.overlaps else drafting + verifying
+        """Seconds of many rounds of which nothing is awaited, as `round_of`; arrays of one shape, not empty."""
+        width = int(target_tokens.max()) + 1
+        kinds, which = np.unique(draft_steps.astype(np.int64) * width + target_tokens, return_inverse=True)
+        seconds = np.array([self.round_of(*divmod(kind, width)) for kind in kinds.tolist()])
+        return seconds[which.reshape(draft_steps.shape)]
 
     def round_seconds(self, longest: int) -> NDArray[np.float64]:
         """Seconds of a round by number of drafted tokens, from 0 to `longest`; shape (longest + 1,)."""
@@ -158,7 +165,7 @@ class LatencyProfile:
 
     def charge(self, rounds: Iterable[Round]) -> float:
         """Seconds of some rounds together, each by what it drafted and what the target read; none for empty ones."""
-        return sum(self.round_of(round_.draft_steps, round_.target_tokens) for round_ in rounds if round_.tokens)
+        return sum(self.round_of(it.draft_steps, it.target_tokens, it.awaited_steps) for it in rounds if it.tokens)
 
     def require_kind(self, kind: str) -> LatencyProfile:
         """Return the profile itself, if it is of this cost kind.

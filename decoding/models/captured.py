@@ -46,7 +46,7 @@ _KNOWN_CHOICES = ("integrations/sdpa_attention.py", "torch/nn/functional.py")
 """Files that choose by sizes which a graph has fixed: of a pass (transformers 5.23), and of embeddings (torch 2.13)."""
 OWN = ("torch.nn.modules.", "transformers.", "specgym.")
 
-_CAPTURING = threading.Lock()
+CAPTURING = threading.Lock()
 """Held while a pass is recorded: the warnings of the tracer are caught, which is one thread's business at a time."""
 
 Mask = Callable[[TokenTree | None, int, int], object]
@@ -247,7 +247,7 @@ class CapturedPasses:
         try:
             if self._state is None:
                 raise _Aside("it has hooks, or layers that are not transformers' or torch's own")
-            with _CAPTURING:
+            with CAPTURING:
                 self.graphs[key] = _recorded(self._model, self._masks, self._kept, *key)
         except torch.OutOfMemoryError:
             raise

@@ -60,8 +60,11 @@ class PipelinedReplay(ReplayBackend):
             chance = TraceColumns.of(trace, 1, max_new_tokens).chance[:, 0]
             for prompt, (start, length) in enumerate(zip(trace.starts[:-1], used, strict=True), first):
                 self._chance[prompt, :length] = chance[start : start + length]
-        self._draft_seconds = np.array([[profile.draft(n) for n in range(longest + 1)] for profile in profiles])
-        self._pass_seconds = np.array([[profile.target(n + 1) for n in range(longest + 1)] for profile in profiles])
+        sizes = range(longest + 1)
+        self._awaited = np.array([[profile.draft(steps) if steps else 0.0 for steps in sizes] for profile in profiles])
+        self._round_seconds = np.array(
+            [[[profile.round_of(steps, read + 1) for read in sizes] for steps in sizes] for profile in profiles]
+        )
 
     def sums(
         self, prompts: Integers, workloads: Integers, knobs: Mapping[str, Floats], rng: np.random.Generator
@@ -79,24 +82,22 @@ class PipelinedReplay(ReplayBackend):
         sums["total_variation"] = np.zeros(len(texts))
         at, ready = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
         while len(texts):
-            drafting, passes, left = self._draft_seconds[workloads], self._pass_seconds[workloads], asked - at
-            rows = np.arange(len(texts))
+            left = asked - at
             first = np.where(waits & (ready == 0), np.minimum(window, left - 1), 0)
             ready = ready + first
             read = np.minimum(ready, left - 1)
             ahead = np.where(ready == read, np.minimum(window, left - read), 0)
-            passed = next_lost[rows, at] - at
+            passed = next_lost[np.arange(len(texts)), at] - at
             tested = (passed >= read) & ((ahead > 0) | (ready > read))
             won = tested & (passed > read)
             taken = np.minimum(np.minimum(passed, read) + 1, length - at)
             drafted_ahead = np.where(won, ahead, np.minimum(ahead, tested))
-            plain = np.where(window == 0, self._plain_seconds[workloads], passes[rows, read])
             for name, values in {
                 "tokens": taken,
                 "rounds": 1,
                 "drafted": read + tested,
                 "accepted": np.minimum(np.minimum(passed, read) + won, taken),
-                "seconds": drafting[rows, first] + np.maximum(plain, drafting[rows, drafted_ahead]),
+                "seconds": self._awaited[workloads, first] + self._round_seconds[workloads, drafted_ahead, read],
             }.items():
                 sums[name][texts] += values
             ready = np.where(won, ready - read + ahead - 1, 0)

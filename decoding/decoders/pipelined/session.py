@@ -107,6 +107,7 @@ class PipelinedSession(SpeculativeSession):
         if not (self._ready or knobs["pre_verify"]):
             self._ask(min(window, self._room))
             self._ready = self._take(window)
+        awaited = times.steps
         read = max(0, min(len(self._ready), self._room))
         chain, rest = self._ready[:read], self._ready[read:]
         if not rest:
@@ -133,7 +134,8 @@ class PipelinedSession(SpeculativeSession):
         else:
             self._ready, self._agreed = [], min(self._agreed, before + accepted)
         seconds = time.perf_counter() - started
-        self._verified = Verified(len(chain), accepted, taken, seconds)
+        if self._pipeline.stop is not None:
+            self._verified = Verified(len(chain), accepted, taken, seconds)
         verifying = seconds - times.waiting
         return Round(
             tokens=tuple(self.tokens[-taken:]),
@@ -145,6 +147,7 @@ class PipelinedSession(SpeculativeSession):
             overlapped_seconds=max(0.0, times.drafting + verifying - seconds),
             taken_back=tuple(drafted[accepted:]),
             draft_steps=times.steps,
+            awaited_steps=awaited,
             target_tokens=read + 1,
         )
 

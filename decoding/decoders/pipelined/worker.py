@@ -309,8 +309,8 @@ class _Text:
         del self.context[request.kept :]
         self._draft.truncate(request.kept)
         self.context += request.tokens
-        if request.verified is not None:
-            self._learn(request.verified)
+        if self._stop is not None and request.verified is not None:
+            self._learn(self._stop, request.verified)
         for step in self._draft.steps(list(self.context), request.most):
             yield step
             if self._stop is not None and self._stops(self._stop, step):
@@ -321,8 +321,7 @@ class _Text:
         self._tracker.drafted(step.confidence(), entropy, step.matched, drawn)
         return bool(stop(self._tracker.features)[0])
 
-    def _learn(self, verified: Verified) -> None:
+    def _learn(self, stop: StopRule, verified: Verified) -> None:
         self._tracker.verified(verified.drafted, verified.accepted, verified.emitted)
-        if self._stop is not None:
-            drafted, emitted, seconds = (np.array([value]) for value in (*verified[0:1], *verified[2:]))
-            self._stop.verified(None, drafted, emitted, seconds)
+        drafted, _, emitted, seconds = (np.array([value]) for value in verified)
+        stop.verified(None, drafted, emitted, seconds)

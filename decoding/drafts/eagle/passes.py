@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention import causal_mask
-from ...models.captured import TracedPass
+from ...models.captured import CAPTURING, TracedPass
 from ...models.kv_cache import PreallocatedLayer, TokenTree
 from ...models.linear_layers import only_looking
 from .head import EagleHead
@@ -177,7 +177,7 @@ class HeadPasses:
             return self._inputs(tokens, read.to(inputs[1].dtype), length, cache)
 
         try:
-            with warnings.catch_warnings(), only_looking():
+            with CAPTURING, warnings.catch_warnings(), only_looking():
                 warnings.simplefilter("ignore")
                 graph: Any = torch.jit.trace(TracedPass(part), trial(9), check_trace=False, strict=False)
             for length in (5, 31, 0):

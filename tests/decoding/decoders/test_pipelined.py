@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +28,6 @@ from specgym.decoding.errors import ArgumentError
 from specgym.decoding.latency.measure import measure
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.early_exit import EarlyExit
-from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.rounds import Round
 from specgym.decoding.sampling import Sampling
 from tests.helpers.inline_drafts import work_in_line
@@ -338,8 +338,10 @@ def test_its_rounds_are_timed_as_overlapping_ones(make_model: MakeModel, make_no
     assert profile.hardware["pipeline"] == {"draft_threads": 1, "place": "thread", "pinned": False}
 
 
-def test_worker_threads_end_with_their_decoder(make_table: MakeTable) -> None:
+def test_a_worker_goes_from_text_to_text_and_its_thread_ends(make_table: MakeTable) -> None:
+    before = set(threading.enumerate())
     worker = DraftWorker(table_pair(make_table, 3), 2, rows=False, place="thread", stop=None)
+    (thread,) = set(threading.enumerate()) - before
     text = DraftedText(PROMPT, 4, Sampling(), (), 5, 0.1, 1)
     worker.begin(text)
     worker.ask(len(PROMPT), [], 2)
@@ -348,6 +350,8 @@ def test_worker_threads_end_with_their_decoder(make_table: MakeTable) -> None:
     worker.begin(replace(text, prompt=(2,)))
     worker.ask(1, [], 1)
     assert isinstance(worker.take(), Drafted)
+    assert thread.is_alive()
     worker.close()
+    thread.join(60)
     assert not worker.alive
-    assert isinstance(table_pair(make_table, 3).target, LanguageModel)
+    assert not thread.is_alive()

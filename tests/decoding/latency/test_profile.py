@@ -68,6 +68,24 @@ def test_rounds_are_charged_for_what_they_drafted(drafted: list[int]) -> None:
     assert PROFILE.charge([round_of(count) for count in drafted]) == pytest.approx(expected)
 
 
+def test_rounds_that_overlap_take_the_longer_time_and_what_was_awaited() -> None:
+    profile = replace(PROFILE, overlaps=True, kind="together")
+
+    def charged(steps: int, tokens: int, awaited: int = 0) -> float:
+        seconds = profile.charge(
+            [Round((1,), 1, 0, 0, 0, 0, draft_steps=steps, target_tokens=tokens, awaited_steps=awaited)]
+        )
+        if not awaited:
+            assert profile.rounds_of(np.array([steps]), np.array([tokens]))[0] == seconds
+        return seconds
+
+    assert charged(1, 3) == 2.0  # the pass takes longer
+    assert charged(16, 1) == profile.draft(16) > 1.0  # and here the draft
+    assert charged(4, 3, awaited=3) == pytest.approx(profile.draft(3) + 2.0)
+    assert charged(0, 3) == 2.0  # the draft's tokens were of no use, but it was at work
+    assert charged(0, 1) == 0.9  # nobody else was
+
+
 def test_rounds_that_draft_nothing_are_charged_for_all_that_the_target_read() -> None:
     whole = replace(PROFILE, kind="lookahead", draft_seconds={0: 0.0})
     read = [Round((1, 2), 4, 1, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=tokens) for tokens in (1, 5, 9)]
