@@ -28,13 +28,7 @@ class PipelinedReplay(ReplayBackend):
     A round that loses its bet before the target's pass is over takes as long as that pass; one that wins it, as long as
     the pass or the draft. Of a token under way when a bet is lost the draft is not charged the rest.
 
-    Args:
-        decoder: whose rule and knobs.
-        traces: of its pairs' drafts, one a workload.
-        workloads: what was recorded.
-        profiles: of overlapping rounds, what every workload's time is charged by, at the operating point.
-        max_new_tokens: tokens decoded of each prompt, at most.
-        options: build options of the decoder.
+    Args: as for `TraceReplay`; the profiles are of rounds that overlap.
     """
 
     def __init__(
