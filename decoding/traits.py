@@ -117,7 +117,7 @@ class DecoderTraits:
     lossless_at: ClassVar[Mapping[str, float] | None] = None
     needs_draft: ClassVar[bool] = True
     verifies_trees: ClassVar[bool] = False
-    stops_by_gain: ClassVar[bool] = False
+    stops_by_gain: bool = False
     recorded_by: ClassVar[Literal["trace", "outcomes"]] = "outcomes"
     env_name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, float]]] = {}

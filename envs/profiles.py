@@ -84,7 +84,8 @@ def profile_of(
         from specgym.decoding import measured  # which imports torch; a replay needs none
 
         profile = measured(named.load(), decoder, sampling=named.sampling)
-    if replayed or profile.chances is not None or decoder is None or not traits_of(decoder).stops_by_gain:
+    asked = traits_of(decoder) if isinstance(decoder, str) else decoder
+    if replayed or profile.chances is not None or asked is None or not asked.stops_by_gain:
         return profile
     from .recordings.trace_recorder import chances_for  # which imports torch, too
 

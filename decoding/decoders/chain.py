@@ -20,13 +20,17 @@ from ..drafts.mixed import drafts_of
 from ..errors import ArgumentError
 from ..loading.pair import Pair, require_draft
 from ..rounds import Round
+from ..sampling import Sampling
+from ..traits import CHAIN
 from .chain_session import SpeculativeSession
 from .choice_rules import MOST_DRAFTS, ChoiceRule
+from .expected_gain import ExpectedGain
 from .stop_rules import DraftTracker, StopRule, TokenRule
-from .traits import EngineStop, SpeculativeTraits
+from .traits import SpeculativeStop, SpeculativeTraits
 
 if TYPE_CHECKING:
     from ..latency.mixed_profile import MixedProfile
+    from ..latency.profile import LatencyProfile
 
 USUAL_COST_RATIO = 0.1
 
@@ -77,6 +81,39 @@ class ChainDecoder(Decoder[SpeculativeSession]):
             costs = costs.require_drafts(tuple(draft.name for draft in drafts))
             self.draft_cost_ratios, self.target_cost_ratio = costs.cost_ratios, costs.target_cost_ratio
             self.draft_chances = costs.chances
+        self._weighed: tuple[int, Sequence[float]] | None = None
+        self._gains: list[ExpectedGain] = []  # of each of the tolerances, once costs are known
+
+    def _weigh(self, longest: int, tolerances: Sequence[float] = (0.0,)) -> None:
+        """Let drafts end by the expected gain.
+
+        Args:
+            longest: tokens of a draft, at most.
+            tolerances: at which drafted tokens are kept; each has a rule of its own.
+
+        Raises:
+            ArgumentError: the pair has several drafts.
+        """
+        if len(drafts_of(self.draft)) > 1:
+            raise ArgumentError(
+                f"stop='expected-gain' weighs the costs of one draft, and pair {self.pair.name} has several; give "
+                "stop='never' or a rule"
+            )
+        self._weighed = longest, tolerances
+        self.stops_by_gain = True
+
+    def charge_by(self, profile: LatencyProfile) -> None:
+        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
+        if self._weighed is not None:
+            longest, tolerances = self._weighed
+            profile = profile.require_kind(CHAIN)
+            self._gains = [ExpectedGain.of(profile, longest, tolerance) for tolerance in tolerances]
+
+    def _get_ready(self, sampling: Sampling) -> None:
+        if self._weighed is not None and not self._gains:
+            from ..latency.measure import measured  # which imports this module
+
+            self.charge_by(measured(self.pair, sampling=sampling))
 
     @abstractmethod
     def draft_length(self, knobs: Mapping[str, float]) -> int:
@@ -106,8 +143,10 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         stop: the rule of an engine that may end a draft earlier, by knobs of its own (`SpeculativeOptions`): at a
             `stop_threshold` of 0 it asks for nothing. Or a rule without knobs, asked after every drafted token;
             `draft_length` is then the longest draft, and by default as long as it may be. All texts of this decoder
-            share such a rule, and what it learns. None is `"never"`. Where a rule asks, the host waits for every token
-            of a model draft, which costs nothing on a CPU.
+            share such a rule, and what it learns. `"expected-gain"` is one that weighs what a token is expected to
+            bring against what it costs (`ExpectedGain`), by the profile that `charge_by` was given, and else by the
+            pair's own, which is measured on this machine when the first text is begun, and kept. None is `"never"`.
+            Where a rule asks, the host waits for every token of a model draft, which costs nothing on a CPU.
         cost_ratio: see `ChainDecoder`.
         batch_size: see `ChainDecoder`.
         choice: see `ChainDecoder`, in place of `stop`; `draft_length` is then the longest draft, and by default as long
@@ -115,8 +154,8 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         costs: see `ChainDecoder`.
 
     Raises:
-        ValueError: the pair has no draft, or no several ones to choose from, a number is out of range, or both a choice
-            and another rule are given.
+        ValueError: the pair has no draft, or no several ones to choose from, a number is out of range, both a choice
+            and another rule are given, or several drafts are to end by the expected gain, each having costs of its own.
     """
 
     session_class = SpeculativeSession
@@ -125,7 +164,7 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         self,
         pair: Pair,
         max_draft_length: int = 16,
-        stop: EngineStop | StopRule | None = "transformers",
+        stop: SpeculativeStop | StopRule | None = "transformers",
         cost_ratio: float = USUAL_COST_RATIO,
         batch_size: int = 1,
         choice: ChoiceRule | None = None,
@@ -134,14 +173,16 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         super().__init__(pair, choice, costs)
         DraftTracker(1, cost_ratio, batch_size)  # refuses what the sessions' own would refuse
         self.cost_ratio, self.batch_size = cost_ratio, batch_size
-        if choice is not None and isinstance(stop, StopRule):
+        if choice is not None and (isinstance(stop, StopRule) or stop == "expected-gain"):
             raise ArgumentError("a choice says itself where drafts end; give it or stop, not both")
-        named: EngineStop = "never" if stop is None or choice is not None or isinstance(stop, StopRule) else stop
+        named: SpeculativeStop = "never" if stop is None or choice is not None or isinstance(stop, StopRule) else stop
         self.knobs = self.knobs_without_pair(max_draft_length=max_draft_length, stop=named)
         self._before = named == "llama.cpp"
         if isinstance(stop, StopRule):
             stop.start(1, seed=0)
             self.stop = stop
+        if named == "expected-gain":
+            self._weigh(max_draft_length)
         if choice is not None or self.stop is not None:
             self.knobs = (replace(self.knobs[0], default=max_draft_length),)
 
@@ -152,4 +193,6 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
     def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | TokenRule | None:
         """Return the rule of an engine with these knobs, if they ask for anything, or the decoder's own."""
         threshold, fewest = knobs.get("stop_threshold", 0.0), int(knobs.get("min_draft_length", 0))
+        if self._gains:
+            return self._gains[0]
         return TokenRule(threshold, self._before, fewest) if threshold or fewest else self.stop

@@ -157,8 +157,9 @@ class SpeculativeSession(Session["ChainDecoder"]):
         if stop is None:
             self._drafted.extend(steps)
             return self._finish_round(knobs, started)
+        asked = stop.for_draft()
         for step in steps:
-            if stop(self._observe(step, stop.looks_at_entropy))[0]:
+            if asked(self._observe(step, stop.looks_at_entropy))[0]:
                 break
         round_ = self._finish_round(knobs, started)
         seconds = np.array([round_.seconds])

@@ -9,6 +9,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,12 @@ class ExpectedGain(StopRule):
         """Forget all drafts."""
         self._product = np.ones(environments)
         self._expected = np.ones(environments)
+
+    def for_draft(self) -> ExpectedGain:
+        """Return the rule with sums of its own."""
+        rule = copy.copy(self)
+        rule.start(1, None)
+        return rule
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Decide; asked once for every drafted token, as it adds up what it is told."""

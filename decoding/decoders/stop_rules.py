@@ -45,9 +45,7 @@ FEATURES = (
     Feature("entropy", 0, 12, "in nats, of what that token was drawn from; 0 before the first"),
     Feature("product", 0, 1, "of the confidences of this draft so far"),
     Feature("place", 0, 32, "tokens drafted so far in this draft"),
-    Feature(
-        "recent_acceptance", 0, 1, "accepted over drafted, averaged over the text's rounds with a draft; first 0.5"
-    ),
+    Feature("recent_acceptance", 0, 1, "accepted over drafted, averaged over rounds with a draft; first 0.5"),
     Feature("mean_acceptance_length", 1, 33, "emitted tokens a round, averaged over the text's rounds; first 2"),
     Feature("cost_ratio", 0, 4, "seconds that one more drafted token adds to a round, over those of a plain token"),
     Feature("batch_size", 0, 10, "sequences decoded together, as the logarithm to base 2"),
@@ -61,8 +59,7 @@ FEATURES = (
     len(FEATURES)
 )
 _probability = partial(number, at_least=0, at_most=1)
-_LOW = tuple(np.float32(feature.low) for feature in FEATURES)
-_HIGH = tuple(np.float32(feature.high) for feature in FEATURES)
+_LOW, _HIGH = (tuple(np.float32(getattr(feature, end)) for feature in FEATURES) for end in ("low", "high"))
 _NOTHING_DRAFTED = np.array([1, 0, 1, 0], dtype=np.float32)
 _NO_TOKEN = np.array([0, 1], dtype=np.float32)
 _NOTHING_VERIFIED = np.array([0.5, 2], dtype=np.float32)
@@ -209,6 +206,10 @@ class StopRule(ABC):
             environments: how many drafts `features` will have.
             seed: fixes any random choice.
         """
+
+    def for_draft(self) -> StopRule:
+        """Return the rule to ask about one draft: itself, or a copy if it adds things up, as texts take turns."""
+        return self
 
     def verified(  # noqa: B027 (most rules do not learn)
         self, rows: Rows, drafted: NDArray[np.int64], emitted: NDArray[np.int64], seconds: NDArray[np.float64]

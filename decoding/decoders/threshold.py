@@ -24,21 +24,18 @@ import torch
 from torch import Tensor
 
 from ..drafts.drafter import Proposal
-from ..drafts.mixed import drafts_of
 from ..errors import ArgumentError
 from ..loading.pair import Pair
-from ..sampling import Sampling, draw, total_variation
-from ..traits import CHAIN
+from ..sampling import draw, total_variation
 from .chain import ChainDecoder
 from .chain_session import SpeculativeSession, Verdict, first_false
 from .choice_rules import ChoiceRule
-from .expected_gain import LEVELS, ExpectedGain, levels_of
+from .expected_gain import LEVELS, levels_of
 from .stop_rules import StopRule
 from .traits import Stop, ThresholdTraits
 
 if TYPE_CHECKING:
     from ..latency.mixed_profile import MixedProfile
-    from ..latency.profile import LatencyProfile
 
 
 class ThresholdSession(SpeculativeSession):
@@ -117,26 +114,9 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
         if isinstance(stop, StopRule):
             stop.start(1, seed=0)
             self.stop = stop
-        self._weighs = stop == "expected-gain"
-        if self._weighs and len(drafts_of(self.draft)) > 1:
-            raise ArgumentError(
-                f"stop='expected-gain' weighs the costs of one draft, and pair {pair.name} has several; give "
-                "stop='never' or a rule"
-            )
-        self._gains: list[ExpectedGain] = []  # one for each level of the fallback
-
-    def charge_by(self, profile: LatencyProfile) -> None:
-        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
-        if self._weighs:
-            profile = profile.require_kind(CHAIN)
-            tolerances = np.linspace(0, 1, LEVELS)
-            self._gains = [ExpectedGain.of(profile, self.max_draft_length, level) for level in tolerances]
-
-    def _get_ready(self, sampling: Sampling) -> None:
-        if self._weighs and not self._gains:
-            from ..latency.measure import measured  # which imports this module
-
-            self.charge_by(measured(self.pair, sampling=sampling))
+        self.stops_by_gain = False
+        if stop == "expected-gain":
+            self._weigh(max_draft_length, np.linspace(0, 1, LEVELS).tolist())
 
     def draft_length(self, knobs: Mapping[str, float]) -> int:
         """Return the longest draft, whatever the knobs."""
@@ -144,4 +124,4 @@ class ThresholdDecoder(ThresholdTraits, ChainDecoder):
 
     def stop_rule(self, knobs: Mapping[str, float]) -> StopRule | None:
         """Return the rule for this fallback."""
-        return self._gains[levels_of(knobs["fallback"])] if self._weighs else self.stop
+        return self._gains[levels_of(knobs["fallback"])] if self._gains else self.stop

@@ -47,6 +47,8 @@ class ThresholdOptions(ChainOptions):
 
 
 EngineStop = Literal["transformers", "llama.cpp", "never"]
+SpeculativeStop = Literal[EngineStop, Stop]
+SPECULATIVE_STOPS: tuple[SpeculativeStop, ...] = tuple(dict.fromkeys((*get_args(EngineStop), *get_args(Stop))))
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,16 @@ class SpeculativeOptions(ChainOptions):
         ValueError: the length is not positive, or there is no such rule.
     """
 
-    stop: EngineStop = "transformers"
-    """End of drafts before draft_length tokens, by the rule of an engine: transformers stops after a token that was
+    stop: SpeculativeStop = "transformers"
+    """End of drafts before draft_length tokens. By the rule of an engine: transformers stops after a token that was
     drawn with less probability than stop_threshold; llama.cpp stops before a token if the likeliest of the draft's ten
-    likeliest has less, and drops drafts of fewer than min_draft_length tokens; never has neither knob."""
+    likeliest has less, and drops drafts of fewer than min_draft_length tokens. expected-gain stops as soon as one more
+    token is expected to bring less than it costs by the pair's latency profile; never leaves them as they are. The last
+    two have draft_length for their only knob."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("stop", self.stop, get_args(EngineStop))
+        one_of("stop", self.stop, SPECULATIVE_STOPS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class EngineSettings:
     counts_last: bool = True
 
 
-_SURENESS: Mapping[EngineStop, Sureness] = {"transformers": "drawn", "llama.cpp": "top_ten", "never": ""}
+_SURENESS: Mapping[str, Sureness] = {"transformers": "drawn", "llama.cpp": "top_ten"}
 
 ENGINE_SETTINGS: Mapping[str, EngineSettings] = MappingProxyType(
     {
@@ -167,11 +171,15 @@ class SpeculativeTraits(DecoderTraits):
 
     @classmethod
     def knobs_without_pair(cls, **options: Any) -> tuple[Knob, ...]:
-        """Return `draft_length`, by default 5 tokens, and those of the rule by which drafts end earlier."""
+        """Return `draft_length`, by default 5 tokens, and those of the rule by which drafts end earlier.
+
+        Where drafts end by the expected gain they may by default be as long as the longest.
+        """
         chosen = cls.checked_options(**options)
         longest = chosen.max_draft_length
-        knobs = [Knob("draft_length", 0, longest, min(5, longest), True, "tokens drafted a round, at most; 0 for none")]
-        if chosen.stop != "never":
+        usual = longest if chosen.stop == "expected-gain" else min(5, longest)
+        knobs = [Knob("draft_length", 0, longest, usual, True, "tokens drafted a round, at most; 0 for none")]
+        if chosen.stop in ("transformers", "llama.cpp"):
             doc = "probability below which a token ends the draft; 0 for none"
             knobs.append(Knob("stop_threshold", 0.0, 1.0, 0.0, doc=doc))
         if chosen.stop == "llama.cpp":
@@ -183,7 +191,8 @@ class SpeculativeTraits(DecoderTraits):
     def trace_rule(cls, values: Mapping[str, Any], options: SpeculativeOptions) -> TraceRule:
         """Return the exact test, for drafts that end by the knobs and where the options say."""
         below, fewest = values.get("stop_threshold", 0.0), values.get("min_draft_length", 0)
-        return TraceRule(EXACT, 1.0, values["draft_length"], False, _SURENESS[options.stop], below, fewest)
+        by_gain, sureness = options.stop == "expected-gain", _SURENESS.get(options.stop, "")
+        return TraceRule(EXACT, 1.0, values["draft_length"], by_gain, sureness, below, fewest)
 
 
 class ThresholdTraits(DecoderTraits):

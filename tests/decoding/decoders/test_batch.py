@@ -27,6 +27,7 @@ from specgym.decoding import (
 )
 from specgym.decoding.decoders.batch import TextRequest, generate_texts
 from specgym.decoding.decoders.draft_tree.decoder import DraftTreeDecoder
+from specgym.decoding.decoders.expected_gain import KeepChances
 from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.decoders.medusa.decoder import MedusaDecoder
 from specgym.decoding.decoders.threshold import ThresholdDecoder
@@ -37,6 +38,7 @@ from tests.helpers.architectures import Case, build
 from tests.helpers.known_distributions import exact_joint, p_value_of
 from tests.helpers.small_eagle_heads import small_head
 from tests.helpers.small_medusa_heads import random_heads
+from tests.helpers.toy_profile import charged, toy_profile
 
 MakeModel = Callable[..., PreTrainedModel]
 Reference = Callable[..., list[list[int]]]
@@ -135,6 +137,23 @@ def test_every_text_has_knobs_and_a_seed_of_its_own(make_model: MakeModel, make_
             (round_.drafted, round_.accepted) for round_ in joint.rounds
         ]
     assert together[0].divergence < together[2].divergence  # the settings were told apart
+
+
+@pytest.mark.parametrize("decoder_class", [ThresholdDecoder, SpeculativeDecoder])
+def test_drafts_of_a_batch_end_by_the_expected_gain_as_alone(
+    make_model: MakeModel, make_noisy: MakeModel, decoder_class: type[ThresholdDecoder] | type[SpeculativeDecoder]
+) -> None:
+    model = make_model("llama")
+    usual = KeepChances.assumed()
+    sure = KeepChances(usual.kept**0.1, usual.average**0.1)  # drafts of random weights are sure of nothing
+    pair = Pair(model, make_noisy(model, 0.02))
+    decoder = charged(decoder_class(pair, 8, stop="expected-gain"), toy_profile(0.05, chances=sure))
+    options: dict[str, Any] = {"max_new_tokens": NEW, "knobs": {"fallback": 0.0} if not decoder.lossless else {}}
+    together = decoder.generate_batch(PROMPTS[:3], **options)
+    lengths = [[round_.drafted for round_ in text.rounds] for text in together]
+    alone = [decoder.generate(prompt, **options) for prompt in PROMPTS[:3]]
+    assert lengths == [[round_.drafted for round_ in text.rounds] for text in alone]
+    assert len({length for text in lengths for length in text[:-2]}) > 1  # the rule had its say
 
 
 def p_value_of_batches(pair: Pair, decoder: Decoder[Any], texts: int) -> float:

@@ -1,9 +1,8 @@
-"""Drafts that end by the rules of engines: the text stays the target's, whatever the threshold."""
+"""Drafts that end by the rules of engines or the expected gain: the text stays the target's, whatever the threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -12,16 +11,20 @@ from transformers import PreTrainedModel
 
 from specgym.decoding.decoders import chain_session as speculative
 from specgym.decoding.decoders.chain import SpeculativeDecoder
+from specgym.decoding.decoders.expected_gain import KeepChances
 from specgym.decoding.decoders.stop_rules import FixedLength, TokenRule
-from specgym.decoding.decoders.traits import ENGINE_SETTINGS, EngineStop
+from specgym.decoding.decoders.traits import ENGINE_SETTINGS, SPECULATIVE_STOPS, SpeculativeStop
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import ModelStep
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.sampling import Sampling
 from tests.helpers.known_distributions import PROMPT, MakeTable, distance, exact_joint, make_drafter, walk
+from tests.helpers.toy_profile import charged, toy_profile
 
 MakeModel = Callable[..., PreTrainedModel]
+USUAL = KeepChances.assumed()
+SURE = KeepChances(USUAL.kept**0.1, USUAL.average**0.1)  # drafts of random weights are sure of nothing
 
 
 def test_greedy_output_equals_generate_whatever_the_rule_and_the_threshold(
@@ -33,8 +36,8 @@ def test_greedy_output_equals_generate_whatever_the_rule_and_the_threshold(
     expected = reference(model, prompts, 16)
     seen = [[*prompt, *text] for prompt, text in zip(prompts[::3], expected[::3], strict=True)]
     for draft in (make_noisy(model, 0.02), NGramDrafter.fit(seen, 96, order=3), PromptLookupDrafter(96, longest=2)):
-        for stop in get_args(EngineStop):
-            decoder = SpeculativeDecoder(Pair(model, draft), 8, stop)
+        for stop in SPECULATIVE_STOPS:
+            decoder = charged(SpeculativeDecoder(Pair(model, draft), 8, stop), toy_profile(0.02, chances=SURE))
             lengths = set()
             some = range(8) if len(decoder.knobs) == 3 else range(3, 8)
             for number in some:
@@ -74,23 +77,26 @@ def test_a_round_says_what_was_drafted_beyond_what_is_verified(make_table: MakeT
 
 def test_rules_have_their_knobs_and_wrong_names_are_refused(make_table: MakeTable) -> None:
     pair = Pair(make_table(6, seed=1), make_drafter("model", make_table, 6))
-    names = {stop: [knob.name for knob in SpeculativeDecoder(pair, 4, stop).knobs] for stop in get_args(EngineStop)}
+    names = {stop: [knob.name for knob in SpeculativeDecoder(pair, 4, stop).knobs] for stop in SPECULATIVE_STOPS}
     assert names == {
         "transformers": ["draft_length", "stop_threshold"],
         "llama.cpp": ["draft_length", "stop_threshold", "min_draft_length"],
         "never": ["draft_length"],
+        "expected-gain": ["draft_length"],
     }
     for stop in (None, FixedLength(2)):
         assert [knob.name for knob in SpeculativeDecoder(pair, 4, stop).knobs] == ["draft_length"]
-    with pytest.raises(ValueError, match=r"stop must be one of 'transformers', 'llama\.cpp', 'never', got 'vllm'"):
+    names_known = r"'transformers', 'llama\.cpp', 'never', 'expected-gain'"
+    with pytest.raises(ValueError, match=rf"stop must be one of {names_known}, got 'vllm'"):
         SpeculativeDecoder(pair, 4, "vllm")  # type: ignore[arg-type]
     for settings in ENGINE_SETTINGS.values():
         known = {knob.name for knob in SpeculativeDecoder.knobs_without_pair(stop=settings.stop)}
         assert set(settings.settings) == set(settings.defaults) == known
 
 
-ENGINE_RULES: dict[str, tuple[tuple[EngineStop, dict[str, float]], ...]] = {
+RULES: dict[str, tuple[tuple[SpeculativeStop, dict[str, float]], ...]] = {
     "model": (
+        ("expected-gain", {}),
         ("transformers", {"stop_threshold": 0.6}),
         ("llama.cpp", {"stop_threshold": 0.6}),
         ("llama.cpp", {"stop_threshold": 0.6, "min_draft_length": 2}),
@@ -99,14 +105,14 @@ ENGINE_RULES: dict[str, tuple[tuple[EngineStop, dict[str, float]], ...]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ENGINE_RULES)
+@pytest.mark.parametrize("kind", RULES)
 def test_speculative_sampling_is_exact_by_the_rules_of_engines(
     monkeypatch: pytest.MonkeyPatch, make_table: MakeTable, kind: str
 ) -> None:
     target = make_table(2, seed=1, spread=1.2)
     expected = exact_joint(target, Sampling(), PROMPT, 3)
-    for stop, chosen in ENGINE_RULES[kind]:
-        decoder = SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)), 3, stop)
+    for stop, chosen in RULES[kind]:
+        decoder = charged(SpeculativeDecoder(Pair(target, make_drafter(kind, make_table, 2)), 3, stop))
         knobs = {"draft_length": 3, **chosen}
         joint, _, _ = walk(monkeypatch, decoder, Sampling(), 3, knobs, ahead=2)
         assert distance(joint, expected) < 1e-5, (stop, chosen)

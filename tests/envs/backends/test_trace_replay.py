@@ -85,14 +85,13 @@ def recorded(
     return result
 
 
-def replay_of(trace: Trace, tokens: int, detours: bool = True) -> TraceWalk:
-    table = ReplayTable([trace], detours=detours, profiles=[PROFILE] if detours else None)
-    return TraceWalk(table, COST, tokens, by_gain=detours)
+def replay_of(trace: Trace, tokens: int, detours: bool = True, by_gain: bool = True) -> TraceWalk:
+    table = ReplayTable([trace], detours=detours, profiles=[PROFILE] if by_gain else None)
+    return TraceWalk(table, COST, tokens, by_gain=by_gain)
 
 
-def thresholds(pair: Pair, trace: Trace) -> ThresholdDecoder:
-    """The decoder whose drafts end where those of the replay do."""
-    decoder = ThresholdDecoder(pair, K)
+def charged(decoder: Decoder[Any], trace: Trace) -> Decoder[Any]:
+    """Let drafts end where those of the replay do."""
     decoder.charge_by(replace(PROFILE, chances=trace.chances))
     return decoder
 
@@ -123,24 +122,24 @@ def replayed_rounds(
 @pytest.mark.parametrize("kind", GREEDY)
 def test_exact_greedy_decoding_is_replayed_round_by_round(recorded: Recorded, kind: str, tokens: int) -> None:
     pair, trace = recorded[kind]
-    replay = replay_of(trace, tokens, detours=False)
-    for number, prompt in enumerate(PROMPTS):
-        for longest in (1, 3, K):
-            live = live_rounds(SpeculativeDecoder(pair, K), prompt, tokens, draft_length=longest)
-            replayed = replayed_rounds(replay, number, EXACT, longest=longest)
-            assert replayed == live
-            text = SpeculativeDecoder(pair, K).generate(prompt, max_new_tokens=tokens).tokens
-            start = int(trace.starts[number])
-            assert trace.text[start : start + sum(taken for _, _, taken in replayed)].tolist() == text
+    for stop in ("never", "expected-gain"):
+        replay = replay_of(trace, tokens, detours=False, by_gain=stop == "expected-gain")
+        decoder = charged(SpeculativeDecoder(pair, K, stop), trace)
+        for number, prompt in enumerate(PROMPTS):
+            text, start = decoder.generate(prompt, max_new_tokens=tokens).tokens, int(trace.starts[number])
+            for longest in (1, 3, K):
+                replayed = replayed_rounds(replay, number, EXACT, longest=longest)
+                assert replayed == live_rounds(decoder, prompt, tokens, draft_length=longest)
+                assert trace.text[start : start + sum(taken for _, _, taken in replayed)].tolist() == text
 
 
 @pytest.mark.parametrize("rollback", [1, 3, K])
 @pytest.mark.parametrize("kind", GREEDY)
 def test_thresholds_at_a_fallback_of_zero_are_replayed_exactly(recorded: Recorded, kind: str, rollback: int) -> None:
     pair, trace = recorded[kind]
-    replay = replay_of(trace, DETOUR_TOKENS)
+    replay, decoder = replay_of(trace, DETOUR_TOKENS), charged(ThresholdDecoder(pair, K), trace)
     for number in replay.table.prompts[0]:
-        live = live_rounds(thresholds(pair, trace), PROMPTS[number], DETOUR_TOKENS, fallback=0, rollback=rollback)
+        live = live_rounds(decoder, PROMPTS[number], DETOUR_TOKENS, fallback=0, rollback=rollback)
         assert replayed_rounds(replay, number, 0.0, rollback) == live
 
 
@@ -159,7 +158,8 @@ def test_recorded_thresholds_are_replayed_exactly(recorded: Recorded, kind: str,
             # So near to the threshold, the file's rounding may decide otherwise. And a draft cut short by the budget
             # may keep what the recorded one did not, and so miss the end of the recorded text.
             continue
-        decoder, knobs = thresholds(pair, trace), {"fallback": float(fallback), "rollback": float(rollback)}
+        decoder = charged(ThresholdDecoder(pair, K), trace)
+        knobs = {"fallback": float(fallback), "rollback": float(rollback)}
         live = live_rounds(decoder, PROMPTS[number], tokens, **knobs)
         assert replayed_rounds(replay, number, fallback, rollback) == live
         generation = decoder.generate(PROMPTS[number], max_new_tokens=tokens, knobs=knobs)
@@ -182,7 +182,7 @@ def test_some_recorded_texts_end_early(recorded: Recorded) -> None:
 def test_sums_charge_every_round_by_its_draft(recorded: Recorded) -> None:
     pair, trace = recorded["lookup"]
     rounds = live_rounds(SpeculativeDecoder(pair, K), PROMPTS[0], TOKENS, draft_length=K)
-    result = decode(replay_of(trace, TOKENS, detours=False), 0, EXACT, 1, K, np.random.default_rng(0))
+    result = decode(replay_of(trace, TOKENS, detours=False, by_gain=False), 0, EXACT, 1, K, np.random.default_rng(0))
     assert result == pytest.approx(
         {
             "tokens": sum(taken for _, _, taken in rounds),
@@ -304,7 +304,7 @@ def test_dice_accept_as_often_as_the_exact_test_would(recorded: Recorded) -> Non
 
 def test_sampled_decoding_is_replayed_in_distribution(recorded: Recorded) -> None:
     pair, trace = recorded["model sampled"]
-    replay = replay_of(trace, TOKENS, detours=False)
+    replay = replay_of(trace, TOKENS, detours=False, by_gain=False)
     result = many(replay, np.tile(range(4), 500), np.full(2000, EXACT), np.ones(2000), np.full(2000, 3),
                  np.random.default_rng(0))  # fmt: skip
     decoder = SpeculativeDecoder(pair, 3)
