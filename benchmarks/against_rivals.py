@@ -8,9 +8,10 @@ Rivals: plain `generate` of transformers, its assisted generation with the pair'
 lookup, flashspec 0.3.1 with every strategy, and llama.cpp if asked for. The last two are installed from the package
 index into environments of their own, in specgym's cache, at their first use.
 
-Ours: `plain` without a draft; with the pair's draft `exact` at its default length and `product`, which ends a draft
-where the product of its confidences falls below --product; `look-up` and `suffix` copy from the text; `mixed` has the
-pair's draft and the suffix draft, by the product rule; and every pair of --more, a pair of the same target, likewise.
+Ours: `plain` without a draft; with the pair's draft `exact` at its default length, `product`, which ends a draft where
+the product of its confidences falls below --product, and `gain`, which ends it by the expected gain and the pair's
+latency profile; `look-up` and `suffix` copy from the text; `mixed` has the pair's draft and the suffix draft, by the
+product rule; and every pair of --more, a pair of the same target with one draft, by the product rule and by `gain`.
 
 Every held-out prompt is decoded by all sides in turns before the next one. A figure is the median over prompts of the
 tokens a second over those of plain `generate` on the same prompt, reading the prompt included. The last table compares
@@ -47,6 +48,7 @@ from specgym.decoding import (
     Side,
     SpeculativeDecoder,
     decode_in_turns,
+    drafts_of,
     load_pair,
     resolve,
     write_json,
@@ -99,6 +101,7 @@ def our_sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
     if pair.draft is not None:
         sides["exact"] = Side(SpeculativeDecoder(pair))
         sides["product"] = Side(SpeculativeDecoder(pair, stop=rule))
+        sides["gain"] = Side(SpeculativeDecoder(pair, stop="expected-gain"))
     for way, draft in COPYING.items():
         sides[way] = Side(SpeculativeDecoder(load_pair(f"{preset.target}+{draft}")))
     if preset.draft is not None and preset.draft not in COPYING.values():
@@ -106,7 +109,10 @@ def our_sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
         sides["mixed"] = Side(SpeculativeDecoder(mixed, stop=rule))
     for other in settings.more:
         if resolve(other).target == preset.target:
-            sides[other] = Side(SpeculativeDecoder(load_pair(other), stop=rule))
+            further = load_pair(other)
+            sides[other] = Side(SpeculativeDecoder(further, stop=rule))
+            if len(drafts_of(further.draft)) == 1:
+                sides[f"{other}, gain"] = Side(SpeculativeDecoder(further, stop="expected-gain"))
     return pair, {OURS + way: side for way, side in sides.items()}
 
 
@@ -192,7 +198,7 @@ def summary(speeds: Speeds) -> dict[str, str | float]:
     ours = [side for side in speeds if side.startswith(OURS)]
     best = best_of(speeds, ours)
     assert best is not None  # plain decoding at least
-    drafted = best_of(speeds, [side for side in ours if side in (f"{OURS}exact", f"{OURS}product")])
+    drafted = best_of(speeds, [side for side in ours if side.removeprefix(OURS) in ("exact", "product", "gain")])
     figures: dict[str, str | float] = {
         "best of ours": best.removeprefix(OURS),
         STOCK: over(speeds, best, STOCK),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from specgym.decoding import (
     FEATURES,
     ConfidenceBelow,
     EntropyAbove,
+    ExpectedGain,
     FixedLength,
     LatencyProfile,
     ProductBelow,
@@ -210,7 +211,7 @@ class Chosen:
     """Rules chosen on the training prompts of a workload at a batch size.
 
     Attributes:
-        simple: by method, the best of the simple rules.
+        simple: by method, the best of the simple rules, and the expected gain by the chances counted there.
         bandit: having decoded the training prompts once.
     """
 
@@ -231,6 +232,8 @@ def choose(prompts: ReplayedPrompts) -> Chosen:
         throughputs = [decoded.throughput for decoded in replays[place : place + len(rules)]]
         best[method] = rules[int(np.argmax(throughputs))]
         place += len(rules)
+    counted = replace(prompts.profile.at(batch_size=prompts.batch_size), chances=prompts.trace.chances)
+    best["gain"] = ExpectedGain.of(counted, prompts.max_draft_length)
     bandit = UpperConfidenceBound(prompts.max_draft_length)
     prompts.decode([bandit])
     return Chosen(best, bandit)

@@ -26,15 +26,15 @@ from .stop_baselines import ReplayedPrompts, UpperConfidenceBound, choose, oracl
 if TYPE_CHECKING:
     from ...experiments.control.stop_drafts_settings import StopSettings
 
-METHODS = (PLAIN, "fixed", "confidence", "entropy", "product", "bandit", LEARNED, "oracle")
-SIMPLE = ("fixed", "confidence", "entropy", "product")
+METHODS = (PLAIN, "fixed", "confidence", "entropy", "product", "gain", "bandit", LEARNED, "oracle")
+SIMPLE = ("fixed", "confidence", "entropy", "product", "gain")
 RATIO, GAP = "learned / fixed", "gap closed"
 LEAST_RATIO, LEAST_RATIO_EACH, LEAST_GAP = 1.03, 0.99, 0.30
 """Goals of learning: over the best fixed length on average and on every workload, and of the gap."""
 REPEATS = 3
 """Times that every prompt is timed by the clock with a method; the median counts."""
 
-_HEADINGS = ("plain", "fixed", "confi-\ndence", "en-\ntropy", "pro-\nduct", "bandit", "learned", "oracle")
+_HEADINGS = ("plain", "fixed", "confi-\ndence", "en-\ntropy", "pro-\nduct", "gain", "bandit", "learned", "oracle")
 TABLE = (
     (
         *(
@@ -59,7 +59,8 @@ AGREEMENT = (
 """Goal of the live comparison."""
 CAPTION = (
     "Tokens over seconds, relative to plain decoding, by replay of the test prompts. Fixed lengths and thresholds are "
-    "the best ones on the training prompts; the bandit has decoded those once. Learned is the mean over the seeds. ± "
+    "the best ones on the training prompts; gain weighs what a token is expected to bring, as counted there, against "
+    "what it costs; the bandit has decoded those once. Learned is the mean over the seeds. ± "
     "is half a 95 % interval over prompts and seeds."
 )
 LIVE_CAPTION = (

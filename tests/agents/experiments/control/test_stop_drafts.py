@@ -50,7 +50,7 @@ def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
         for name in ("policy.zip", "policy.safetensors", "policy.json"):
             assert (run / f"seed-{seed}" / name).stat().st_size > 0
     table = json.loads((run / "table.json").read_text())
-    assert len(table["rows"]) == 3 * 8
+    assert len(table["rows"]) == 3 * 9
     assert {row["method"] for row in table["rows"]} >= {"plain", "fixed", "bandit", "learned", "oracle"}
     assert "times the throughput of the best fixed length" in table["verdict"]
     events = EventAccumulator(str(run / "tensorboard" / "seed-1")).Reload()
@@ -77,7 +77,7 @@ def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
 
     assert evaluate_command([str(run), "--live", small_workloads[0]]) == 0
     live = {row["method"]: row for row in json.loads((run / "live.json").read_text())["rows"]}
-    assert set(live) == {"plain", "fixed", "confidence", "entropy", "product", "bandit", "learned"}
+    assert set(live) == {"plain", "fixed", "confidence", "entropy", "product", "gain", "bandit", "learned"}
     assert live["fixed"]["charged"] == pytest.approx(live["fixed"]["replayed"])
     # Recorded numbers are rounded, so a rule at its very threshold may decide otherwise.
     for method, row in live.items():
