@@ -4,12 +4,12 @@ from .decoders.batch import Batch, TextRequest, generate_texts
 from .decoders.beams.decoder import BeamSearchDecoder
 from .decoders.chain import SpeculativeDecoder, require_choice
 from .decoders.chain_session import SpeculativeSession
-from .decoders.choice_features import CHOICE_FEATURES, SLOT_FEATURES, ChoiceTracker
-from .decoders.choice_rules import MOST_DRAFTS, ChoiceRule
+from .decoders.choice_features import CHOICE_FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule, ChoiceTracker
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
 from .decoders.expected_gain import BINS, LEVELS, ExpectedGain, KeepChances, bins_of, levels_of
+from .decoders.knob_rules import FollowAcceptance, KnobRule, RoundTracker, round_features
 from .decoders.lookahead.decoder import JacobiDecoder, LookaheadDecoder
 from .decoders.lookahead.parallel import ParallelError, torchrun_group
 from .decoders.lookahead.pool import PoolSettings, Retention
@@ -51,7 +51,7 @@ from .drafts.eagle.drafter import EagleDrafter
 from .drafts.eagle.files import load_head, save_head
 from .drafts.eagle.head import EagleHead
 from .drafts.eagle.layer import EagleHeadError
-from .drafts.mixed import MixedDraft, MixedDraftSession, draft_models, drafts_of
+from .drafts.mixed import MixedDraft, draft_models, drafts_of
 from .drafts.ngram import NGramDrafter
 from .drafts.translated import TranslatedModel
 from .engines.engine import (
@@ -130,7 +130,6 @@ from .loading.prompt_tokens import (
     prompts_limited,
     warn_once,
 )
-from .loading.quantise import quantise
 from .models.early_exit import EarlyExit
 from .models.identity import weights_digest
 from .models.kv_cache import TokenTree
@@ -161,7 +160,7 @@ from .sealed_files import (
     write_arrays,
     write_sealed,
 )
-from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, Sureness, TraceRule
+from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, Sureness, TraceRule, doublings, from_doublings
 
 __all__ = [
     "BINS",
@@ -227,6 +226,7 @@ __all__ = [
     "Export",
     "Feature",
     "FixedLength",
+    "FollowAcceptance",
     "Generation",
     "GgufSettings",
     "Hardware",
@@ -234,6 +234,7 @@ __all__ = [
     "KeepChances",
     "Knob",
     "KnobError",
+    "KnobRule",
     "LanguageModel",
     "LatencyProfile",
     "LatencyProfileError",
@@ -246,7 +247,6 @@ __all__ = [
     "MedusaHeads",
     "MemoryUse",
     "MixedDraft",
-    "MixedDraftSession",
     "MixedProfile",
     "ModelDrafter",
     "ModelNotFoundError",
@@ -271,6 +271,7 @@ __all__ = [
     "Proposal",
     "Retention",
     "Round",
+    "RoundTracker",
     "Rows",
     "Sampling",
     "Served",
@@ -316,6 +317,7 @@ __all__ = [
     "default_prompt_tokens",
     "describe_hardware",
     "digest",
+    "doublings",
     "draft_digest",
     "draft_models",
     "drafts_of",
@@ -329,6 +331,7 @@ __all__ = [
     "file_digests",
     "file_name",
     "find_hardware",
+    "from_doublings",
     "generate_texts",
     "heads_for",
     "interruption_code",
@@ -357,7 +360,6 @@ __all__ = [
     "prepack_linears",
     "prompt_limit",
     "prompts_limited",
-    "quantise",
     "read_arrays",
     "read_sealed",
     "register",
@@ -368,6 +370,7 @@ __all__ = [
     "resolve",
     "roofline",
     "round_costs",
+    "round_features",
     "run_command",
     "sampling_of",
     "save_head",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .decoders.knob_rules import KnobRule, RoundTracker
 from .errors import (
     TORCH_SEEDS,
     ArgumentError,
@@ -57,6 +58,7 @@ class Session(ABC, Generic[DecoderT]):
         tokens: emitted so far, without the prompt.
         finish_reason: None while running, then `eos`, `stop`, `length` or `context`.
         prefill_seconds: time that reading the prompt took.
+        progress: features of the text so far, which a rule that chooses knobs sees.
         rules: what the target's generation config adds to a text. `target` and `sampling` obey them already.
         further_processors: what `generate()` would be given as `logits_processor`, besides the generation config's.
         target: reads with a cache of this text's own; its scores are those that `generate()` chooses from.
@@ -77,6 +79,7 @@ class Session(ABC, Generic[DecoderT]):
         encoding_seconds = time.perf_counter() - started
         self.rules = TextRules.of(decoder.pair, text, max_new_tokens, sampling, logits_processor, source=prompt)
         self.sampling = self.rules.sampling
+        self.progress = RoundTracker(decoder.knobs, len(text), self.sampling.temperature)
         self.further_processors = logits_processor
         self.context = text
         self.tokens: list[int] = []
@@ -102,20 +105,22 @@ class Session(ABC, Generic[DecoderT]):
         return self.finish_reason is not None
 
     @torch.inference_mode()
-    def step(self, knobs: Mapping[str, float] | None = None) -> Round:
+    def step(self, knobs: Mapping[str, float] | KnobRule | None = None) -> Round:
         """Do one round, and emit at least one token; an empty round if the session had finished.
 
         Args:
-            knobs: values for this round, by name; the decoder's defaults for those left out.
+            knobs: values for this round, by name; the decoder's defaults for those left out. Or a rule that chooses.
 
         Raises:
             KnobError: an unknown knob, or a value out of range.
             NumericalError: the target gave NaN or infinite logits.
         """
-        values = self.decoder.resolve_knobs(knobs)
+        values = self.progress.settle(knobs, self.decoder.resolve_knobs)
         if self.finished:
             return Round((), 0, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=0)
-        return self._round(values)
+        round_ = self._round(values)
+        self.progress.saw(round_)
+        return round_
 
     def generation(self, rounds: Sequence[Round]) -> Generation:
         """Return the text as it stands, with the rounds that made it."""
@@ -283,17 +288,17 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         seed: int | None = None,
-        knobs: Mapping[str, float] | None = None,
+        knobs: Mapping[str, float] | KnobRule | None = None,
         streamer: Streamer | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
     ) -> Generation:
         """Generate to the end. Arguments and errors as for `start` and `Session.step`.
 
         Args:
-            knobs: the same values for every round.
+            knobs: the same values for every round, or a rule that chooses them round by round.
             streamer: told of the prompt and of every round's tokens as they come (`transformers.TextStreamer`).
         """
-        self.resolve_knobs(knobs)  # before the prompt is read, so that nothing is lost
+        self.checked_knobs(knobs)  # before the prompt is read, so that nothing is lost
         session = self.start(
             prompt_ids,
             max_new_tokens=max_new_tokens,
@@ -321,7 +326,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
         seed: int | None = None,
-        knobs: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
+        knobs: Mapping[str, float] | KnobRule | Sequence[Mapping[str, float] | KnobRule] | None = None,
         batch_size: int | None = None,
         logits_processor: Sequence[LogitsProcessor] = (),
     ) -> list[Generation]:
@@ -334,7 +339,7 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
             max_new_tokens: of each text.
             sampling: of all texts.
             seed: of the first text; the next has the next number. By default each has another every time.
-            knobs: the same values for all texts, or a mapping a prompt.
+            knobs: as for `generate`, the same for all texts, or a mapping or a rule for each.
             batch_size: texts at the same time, at most; the next begins when one ends. By default all.
             logits_processor: of all texts.
 
@@ -371,6 +376,10 @@ class Decoder(DecoderTraits, ABC, Generic[SessionT]):
                 raise KnobError(f"{type(self).__name__} has no knob {name!r}; it has: {known}")
             values[name] = value
         return {knob.name: knob.checked(values[knob.name]) for knob in self.knobs}
+
+    def checked_knobs(self, knobs: Mapping[str, float] | KnobRule | None) -> dict[str, float] | KnobRule:
+        """Values as from `resolve_knobs`, or a rule as it is."""
+        return knobs if isinstance(knobs, KnobRule) else self.resolve_knobs(knobs)
 
     def check_prompt(self, prompt_ids: str | Sequence[int] | Tensor) -> list[int]:
         """A prompt as the token ids that `start` would read. Arguments and errors as there."""

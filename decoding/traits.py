@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
+import numpy as np
+
 from .errors import ArgumentError, KnobError, number, whole_number
 
 CHAIN: Final = "chain"
@@ -56,6 +58,43 @@ class Knob:
             low, high = math.ceil(self.low), math.floor(self.high)
             return float(whole_number(what, value, at_least=low, at_most=high, error=KnobError))
         return float(number(what, value, at_least=self.low, at_most=self.high, error=KnobError))
+
+    @property
+    def sought(self) -> tuple[float, float]:
+        """(low, high) where a tuner looks: `search`, or else the whole range."""
+        return self.search or (self.low, self.high)
+
+    def share(self, value: float) -> float:
+        """Place of a value in that range, 0 at the low end to 1 at the high one, of a logarithmic knob in doublings."""
+        low, high = self.sought
+        value = min(max(value, low), high)
+        if self.logarithmic:
+            value, low, high = doublings(value, low), 0.0, doublings(high, low)
+        return float((value - low) / (high - low)) if high > low else 0.0
+
+    def at_share(self, share: float) -> float:
+        """Value at a place in that range, 0 to 1; a fraction also of a knob that takes whole numbers."""
+        low, high = self.sought
+        if self.logarithmic:
+            return float(from_doublings(share * doublings(high, low), low))
+        return low + share * (high - low)
+
+
+def doublings(value: Any, low: Any) -> Any:
+    """Return how often 1, at the low end of a logarithmic knob's range, doubles until it is at a value.
+
+    That is log2(1 + distance).
+
+    Args:
+        value: at least `low`; a number or an array, like the result.
+        low: the range's low end.
+    """
+    return np.log2(1 + value - low)
+
+
+def from_doublings(count: Any, low: Any) -> Any:
+    """Return the value that is so many `doublings` above a range's low end."""
+    return low - 1 + np.exp2(count)
 
 
 Sureness = Literal["", "drawn", "top_ten"]

@@ -38,7 +38,7 @@ from .recordings.trace import Trace, tellable_threshold, trace_name
 from .registration import environment_id, register, register_environments
 from .tuning.engine_env import EngineEnv, EngineVectorEnv
 from .tuning.env import TuningEnv
-from .tuning.knob_space import KnobMoves, doublings, from_doublings
+from .tuning.knob_space import KnobMoves
 from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
 from .tuning.reward import DIVERGENCE_BOUND, RewardSettings, preferred_ranges, reward_terms
 from .tuning.vector_env import TuningVectorEnv
@@ -154,13 +154,11 @@ __all__ = [
     "cluster",
     "count_rounds",
     "decode_prompts",
-    "doublings",
     "engine_counts",
     "environment_id",
     "find_mixed_trace",
     "find_recording",
     "find_trace",
-    "from_doublings",
     "held_out_sampler",
     "held_out_workloads",
     "is_traced",

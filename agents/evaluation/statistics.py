@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from specgym.decoding import Knob
-from specgym.envs import doublings, from_doublings
+from specgym.decoding import Knob, doublings, from_doublings
 
 if TYPE_CHECKING:
     from .replayed import TuningTask

@@ -26,8 +26,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import nn
 
-from specgym.decoding import FILES, DamagedFileError, check_files, file_digests, replacing, write_sealed
-from specgym.envs import doublings, from_doublings
+from specgym.decoding import (
+    FILES,
+    DamagedFileError,
+    check_files,
+    doublings,
+    file_digests,
+    from_doublings,
+    replacing,
+    write_sealed,
+)
 
 from ..policy import BoundsScaler, KnobPolicy
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json

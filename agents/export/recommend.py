@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import LatencyProfile, write_sealed
-from specgym.envs import Metrics, Outcomes, doublings, find_recording, reward_terms, totals, workload
+from specgym.decoding import LatencyProfile, doublings, write_sealed
+from specgym.envs import Metrics, Outcomes, find_recording, reward_terms, totals, workload
 
 from ..experiments.tune_knobs_settings import KnobSettings
 from ..training.environments import recording_path

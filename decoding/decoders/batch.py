@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..errors import TORCH_SEEDS, ArgumentError, BatchError, KnobError, PromptEr
 from ..models.joint.joining import Joining, Text
 from ..rounds import Generation, Round
 from ..sampling import GREEDY, Sampling
+from .knob_rules import KnobRule
 
 AnySession = TypeVar("AnySession", bound=Session[Any])
 Result = TypeVar("Result")
@@ -100,12 +101,13 @@ class Batch:
         self._texts[session] = text
 
     def step(
-        self, knobs: Mapping[str, float] | Mapping[Session[Any], Mapping[str, float]] | None = None
+        self,
+        knobs: Mapping[str, float] | KnobRule | Mapping[Session[Any], Mapping[str, float] | KnobRule] | None = None,
     ) -> dict[Session[Any], Round]:
         """Do one round of every text, each of which emits at least a token; those that are finished leave the batch.
 
         Args:
-            knobs: values for this round, by name, for all texts; or by session.
+            knobs: values for this round, by name, or a rule that chooses them, for all texts; or by session.
 
         Returns:
             The round of every text, by its session. Seconds are those of the whole batch, for which every text waits.
@@ -171,13 +173,12 @@ class Batch:
             self._texts.pop(session).leave(broken)
             self.sessions.remove(session)
 
-    def _settings(self, knobs: Mapping[Any, Any] | None) -> dict[Session[Any], dict[str, float]]:
-        by_session = knobs is not None and any(isinstance(key, Session) for key in knobs)
+    def _settings(self, knobs: Any) -> dict[Session[Any], Mapping[str, float] | KnobRule]:
+        by_session = isinstance(knobs, Mapping) and any(isinstance(key, Session) for key in knobs)
         settings = {}
         for session in self.sessions:
-            values = knobs.get(session) if by_session and knobs is not None else knobs
-            settings[session] = session.decoder.resolve_knobs(values)
-        if by_session and knobs is not None and not set(knobs) <= set(settings):
+            settings[session] = session.decoder.checked_knobs(knobs.get(session) if by_session else knobs)
+        if by_session and not set(knobs) <= set(settings):
             raise KnobError("knobs are given for sessions that are not in this batch: finished, or of another one")
         return settings
 
@@ -191,7 +192,7 @@ class TextRequest:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int | None = None
-    knobs: Mapping[str, float] | None = None
+    knobs: Mapping[str, float] | KnobRule | None = None
     logits_processor: Sequence[LogitsProcessor] = ()
 
     def start(self) -> Session[Any]:
@@ -217,7 +218,7 @@ def generate_texts(requests: Sequence[TextRequest], batch_size: int | None = Non
         BatchError: a text has failed later; the others were finished and are handed over by the error.
     """
     places = len(requests) if batch_size is None else whole_number("batch_size", batch_size)
-    knobs = [request.decoder.resolve_knobs(request.knobs) for request in requests]
+    knobs = [request.decoder.checked_knobs(request.knobs) for request in requests]
     batch, begun = Batch(max(1, min(places, len(requests)))), 0
     texts: dict[Session[Any], tuple[int, list[Round]]] = {}
     errors: dict[int, Exception] = {}
@@ -252,7 +253,7 @@ def generate_batch(
     prompts: Sequence[str | Sequence[int] | Tensor],
     *,
     seed: int | None,
-    knobs: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+    knobs: Mapping[str, float] | KnobRule | Sequence[Mapping[str, float] | KnobRule] | None,
     batch_size: int | None,
     **settings: Any,
 ) -> list[Generation]:
@@ -264,7 +265,8 @@ def generate_batch(
         )
     # Before anything is read, so that a bad prompt among many costs no work.
     checked = [decoder.check_prompt(prompt) for prompt in prompts]
-    several = [knobs] * len(checked) if knobs is None or isinstance(knobs, Mapping) else list(knobs)
+    shared = knobs is None or isinstance(knobs, Mapping | KnobRule)
+    several: list[Any] = [knobs] * len(checked) if shared else [*cast(Sequence[Any], knobs)]
     if len(several) != len(checked):
         raise ArgumentError(f"{len(checked)} prompts have {len(several)} settings of knobs; give one each, or one")
     if seed is not None:
@@ -274,7 +276,7 @@ def generate_batch(
             decoder,
             prompt,
             seed=None if seed is None else seed + number,
-            knobs=decoder.resolve_knobs(values),
+            knobs=decoder.checked_knobs(values),
             **settings,
         )
         for number, (prompt, values) in enumerate(zip(checked, several, strict=True))

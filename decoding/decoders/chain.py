@@ -23,7 +23,7 @@ from ..rounds import Round
 from ..sampling import Sampling
 from ..traits import CHAIN
 from .chain_session import SpeculativeSession
-from .choice_rules import MOST_DRAFTS, ChoiceRule
+from .choice_features import MOST_DRAFTS, ChoiceRule
 from .expected_gain import ExpectedGain
 from .stop_rules import DraftTracker, StopRule, TokenRule
 from .traits import SpeculativeStop, SpeculativeTraits

@@ -17,8 +17,7 @@ from ..drafts.mixed import MixedDraftSession
 from ..errors import ArgumentError
 from ..rounds import Round
 from ..sampling import accepts, draw, residual, residual_of_token
-from .choice_features import ChoiceTracker
-from .choice_rules import ChoiceRule
+from .choice_features import ChoiceRule, ChoiceTracker
 from .draft_choice import DraftChoice
 from .stop_rules import DraftTracker, TokenRule
 

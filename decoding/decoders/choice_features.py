@@ -1,4 +1,4 @@
-"""Features of several drafts of one text, by which a rule chooses who proposes the next token.
+"""Rules that choose, token by token, which of several drafts goes on, and the features that they choose by.
 
 Live and recorded decoding keep them by the same code. What a draft would propose is looked at only where that costs
 microseconds (tables, look-ups); of a model, only what it did before is known.
@@ -6,16 +6,19 @@ microseconds (tables, look-ups); of a model, only what it did before is known.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, whole_number
-from .choice_rules import MOST_DRAFTS
 from .expected_gain import BINS, KeepChances
 from .stop_rules import FEATURES, RECENT, DraftTracker, Feature, Rows, all_or
+
+MOST_DRAFTS = 6
+"""Drafts that a pair may have where a rule chooses among them."""
 
 SLOT_FEATURES = (
     Feature(
@@ -313,3 +316,52 @@ class ChoiceTracker:
         self._place[where] = 0
         self._knew[where] = False
         self._slots[where, :, _DRAFTING] = 0.0
+
+
+class ChoiceRule(ABC):
+    """Says before every token of a draft who proposes it. One rule may serve many texts side by side.
+
+    Whatever it says, the text is the target's, because a token that was drafted is verified.
+
+    Attributes:
+        looks_at_entropy: whether the rule needs that feature, or the probability of the drawn token; live decoding may
+            leave them at 0 and 1 for one that does not.
+    """
+
+    looks_at_entropy: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the rule in tables, with its parameters."""
+
+    @abstractmethod
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Choose.
+
+        Args:
+            features: shape (environments, features), columns as in `CHOICE_FEATURES`; not to be changed or kept.
+
+        Returns:
+            Shape (environments,): 0 to let the target verify what there is (with nothing drafted it emits a token
+            alone), or 1 to `MOST_DRAFTS` to let that draft propose the next token. A draft that cannot means 0.
+        """
+
+    def start(self, environments: int, seed: int | None) -> None:  # noqa: B027 (most rules have nothing to prepare)
+        """Forget what was learned, and prepare for so many texts; called once by the rule's owner, not at each text.
+
+        Args:
+            environments: how many texts `features` will have.
+            seed: fixes any random choice.
+        """
+
+    def verified(  # noqa: B027 (most rules do not learn)
+        self, rows: Rows, emitted: NDArray[np.int64], seconds: NDArray[np.float64]
+    ) -> None:
+        """Rounds are over, for rules that learn from what they brought.
+
+        Args:
+            rows: the texts concerned.
+            emitted: tokens that each round emitted, shape (rows,).
+            seconds: what each took, drafting and verification.
+        """

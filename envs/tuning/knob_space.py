@@ -14,7 +14,16 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specgym.decoding import ArgumentError, Knob, KnobError, LatencyProfile, one_of, whole_number
+from specgym.decoding import (
+    ArgumentError,
+    Knob,
+    KnobError,
+    LatencyProfile,
+    doublings,
+    from_doublings,
+    one_of,
+    whole_number,
+)
 
 from ..backends.backend import Backend, Integers, Metrics, Number
 from ..prompt_order import PromptOrder
@@ -178,7 +187,7 @@ def env_ranges(
     _refuse_unknown("ranges", ranges, [knob.name for knob in knobs])
     checked = {}
     for knob in knobs:
-        low, high = ranges.get(knob.name) or knob.search or (knob.low, knob.high)
+        low, high = ranges.get(knob.name) or knob.sought
         if not knob.low <= low < high <= knob.high:
             raise KnobError(
                 f"ranges: {knob.name} must go from low to high within {knob.low:g} and {knob.high:g}, got "
@@ -214,23 +223,6 @@ def default_scales(
             raise KnobError(f"scales: {knob.name} must be positive and finite, got {scale}")
         checked[knob.name] = scale
     return checked
-
-
-def doublings(value: Any, low: Any) -> Any:
-    """Return how often 1, at the low end of a logarithmic knob's range, doubles until it is at a value.
-
-    That is log2(1 + distance).
-
-    Args:
-        value: at least `low`; a number or an array, like the result.
-        low: the range's low end.
-    """
-    return np.log2(1 + value - low)
-
-
-def from_doublings(count: Any, low: Any) -> Any:
-    """Return the value that is so many `doublings` above a range's low end."""
-    return low - 1 + np.exp2(count)
 
 
 def per_environment(option: str, values: NDArray[Any], environments: int | None) -> Any:

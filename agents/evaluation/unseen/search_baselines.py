@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specgym.decoding import Knob, SpecgymError
-from specgym.envs import doublings, from_doublings
+from specgym.decoding import Knob, SpecgymError, doublings, from_doublings
 
 from ..replayed import Measurement, TuningTask
 from ..statistics import whole_units
