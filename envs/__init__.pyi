@@ -13,6 +13,7 @@ from .control.choice_vector_env import DraftChoiceVectorEnv
 from .control.control_env import LONGEST
 from .control.control_vector_env import ControlVectorEnv
 from .control.env import DraftLengthEnv
+from .control.round_env import RoundKnobsEnv, RoundKnobsVectorEnv
 from .control.vector_env import DraftLengthVectorEnv
 from .profiles import mixed_profile_of, profile_of
 from .prompt_order import PromptOrder, prompts_at
@@ -130,6 +131,8 @@ __all__ = [
     "ReplayTable",
     "ReplayedPair",
     "RewardSettings",
+    "RoundKnobsEnv",
+    "RoundKnobsVectorEnv",
     "Rows",
     "Source",
     "Task",

@@ -51,6 +51,12 @@ def register_environments() -> None:
             entry_point="specgym.envs.control.choice_env:DraftChoiceEnv",
             vector_entry_point="specgym.envs.control.choice_vector_env:DraftChoiceVectorEnv",
         )
+    if "specgym/RoundKnobs-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="specgym/RoundKnobs-v0",
+            entry_point="specgym.envs.control.round_env:RoundKnobsEnv",
+            vector_entry_point="specgym.envs.control.round_env:RoundKnobsVectorEnv",
+        )
     if "specgym/Engine-v0" not in gymnasium.registry:
         gymnasium.register(
             id="specgym/Engine-v0",

@@ -299,11 +299,11 @@ class DraftBackend(Protocol):
         """
         ...
 
-    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+    def step(self, actions: NDArray[Any], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
         """Draft or verify, as the actions of the environment say.
 
         Args:
-            actions: shape (n,).
+            actions: shape (n,), or (n, knobs) where an action moves knobs.
             rng: draws whatever is drawn.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Base of the environments that control drafts of one text at a time: prompts, rewards, totals and `info`."""
+"""Base of the environments that control one text at a time: prompts, rewards, totals and `info`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ FIRST = np.zeros(1, np.int64)
 _OPTIONS = ("prompt",)
 
 
-class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
-    """Base of the environments that control drafts of one text at a time.
+class ControlEnv(gymnasium.Env[Array, Any], EzPickle):
+    """Base of the environments that control one text at a time.
 
     Attributes:
         default_workload: name of the workload of one that is given none.
@@ -73,7 +73,7 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         drafts: DraftBackend,
         autoregressive_seconds: float,
         features: Sequence[Feature],
-        actions: int,
+        actions: int | spaces.Box,
     ) -> None:
         """Finish a constructor.
 
@@ -82,13 +82,13 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
             drafts: texts of it, one at a time.
             autoregressive_seconds: of a token of plain decoding.
             features: that are observed.
-            actions: how many there are.
+            actions: how many there are, or their space.
         """
         self._workload = workload
         self._drafts = drafts
         self._autoregressive_seconds = autoregressive_seconds
         self.observation_space = observation_space(features)
-        self.action_space = spaces.Discrete(actions)
+        self.action_space = spaces.Discrete(actions) if isinstance(actions, int) else actions
         self._orders = PromptOrder(drafts.prompts)
         self._total_tokens = 0
         self._total_seconds = 0.0
@@ -133,8 +133,8 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
         self._drafts.begin(FIRST, FIRST, prompt, self.np_random)
         return self._drafts.features[0].copy(), self._info(DraftSteps(0, 0.0, 0, 0, 0))
 
-    def step(self, action: int | np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Draft or verify, as the action says.
+    def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Do as the action says.
 
         Returns:
             Observation, reward, whether the text has ended, False, info.
@@ -144,12 +144,10 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
             gymnasium.error.ResetNeeded: no text has begun, or it has ended.
             NumericalError: the target gave NaN logits.
         """
-        assert isinstance(self.action_space, spaces.Discrete)
-        if np.shape(action) != () or action not in range(int(self.action_space.n)):
-            raise ArgumentError(f"an action is {self.meaning}, got {action!r}")
+        actions = self._checked_action(action)
         if self._drafts.over[0]:
             raise gymnasium.error.ResetNeeded("there is no text, or it has ended; call reset before the next step")
-        steps, _ = self._drafts.step(np.array([int(action)]), self.np_random)
+        steps, _ = self._drafts.step(actions, self.np_random)
         single = DraftSteps(*(values.item() for values in steps))
         self._total_tokens += single.tokens
         self._total_seconds += single.seconds
@@ -158,15 +156,26 @@ class ControlEnv(gymnasium.Env[Array, np.int64], EzPickle):
 
     def _info(self, steps: DraftSteps) -> dict[str, Any]:
         throughput = relative_throughput(self._total_tokens, self._total_seconds, self._autoregressive_seconds)
-        remaining = self._drafts.remaining_acceptable[0]
         return {
             **steps._asdict(),
-            "remaining_acceptable": remaining if remaining.ndim else int(remaining),
+            **self._further_info(steps),
             "total_tokens": self._total_tokens,
             "total_seconds": self._total_seconds,
             "throughput": throughput,
             "workload": self._workload.name,
         }
+
+    def _further_info(self, steps: DraftSteps) -> dict[str, Any]:
+        """Entries of `info` that not all environments have."""
+        remaining = self._drafts.remaining_acceptable[0]
+        return {"remaining_acceptable": remaining if remaining.ndim else int(remaining)}
+
+    def _checked_action(self, action: Any) -> NDArray[Any]:
+        """The action as the backend takes those of its texts, of which there is one."""
+        assert isinstance(self.action_space, spaces.Discrete)
+        if np.shape(action) != () or action not in range(int(self.action_space.n)):
+            raise ArgumentError(f"an action is {self.meaning}, got {action!r}")
+        return np.array([int(action)])
 
     def _checked_prompt(self, prompt: Any) -> int:
         count = len(self._drafts.prompts[0])

@@ -1,4 +1,4 @@
-"""Base of the vector environments that control drafts of many texts at once."""
+"""Base of the vector environments that control many texts at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPTIONS = ("prompt",)
 
 
 class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
-    """Base of the vector environments that control drafts of many texts, recorded or live.
+    """Base of the vector environments that control many texts, recorded or live.
 
     Attributes:
         autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
@@ -77,7 +77,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         places: OperatingPoints[Any, Any],
         drafts: Callable[[Indices], DraftBackend],
         features: Sequence[Feature],
-        actions: int,
+        actions: int | spaces.Box,
     ) -> None:
         """Finish a constructor.
 
@@ -85,7 +85,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
             places: where the environments are.
             drafts: returns the texts, by each environment's operating point.
             features: that are observed.
-            actions: how many there are.
+            actions: how many there are, or their space.
 
         Raises:
             ValueError: there are fewer environments than operating points.
@@ -97,7 +97,8 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
                 f"num_envs must be at least {len(self.points)}, one for each workload with each batch size, got "
                 f"{num_envs}"
             )
-        self.single_observation_space, self.single_action_space = observation_space(features), spaces.Discrete(actions)
+        self.single_observation_space = observation_space(features)
+        self.single_action_space = spaces.Discrete(actions) if isinstance(actions, int) else actions
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.point_of = np.arange(num_envs) % len(self.points)
@@ -194,10 +195,10 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         return self._drafts.features.copy(), self._info(nothing)
 
     def step(self, actions: ArrayLike) -> tuple[Floats, Rewards, Flags, Flags, dict[str, Any]]:
-        """Let every environment draft or verify, as its action says.
+        """Let every environment do as its action says.
 
         Args:
-            actions: shape (num_envs,).
+            actions: shape (num_envs,), or (num_envs, knobs) where an action moves knobs.
 
         Returns:
             Observations, shape (num_envs, features); rewards; whose text has ended; who was cut by the time limit;
@@ -240,8 +241,12 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         self._drafts.begin(which, workloads, prompts, self.np_random)
 
     def _info(self, steps: DraftSteps) -> dict[str, NDArray[Any]]:
-        values = {**steps._asdict(), "remaining_acceptable": self._drafts.remaining_acceptable}
+        values = {**steps._asdict(), **self._further_info(steps)}
         return values | dict.fromkeys((f"_{name}" for name in values), np.ones(self.num_envs, np.bool_))
+
+    def _further_info(self, steps: DraftSteps) -> dict[str, NDArray[Any]]:
+        """Entries of `infos` that not all environments have."""
+        return {"remaining_acceptable": self._drafts.remaining_acceptable}
 
     def _final(self, steps: DraftSteps, done: Indices) -> dict[str, Any]:
         """Return `final_obs` and `final_info` as `gymnasium.vector.SyncVectorEnv` has them."""
@@ -253,7 +258,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         seconds = self._text_seconds / self._autoregressive_of
         values = {
             **steps._asdict(),
-            "remaining_acceptable": self._drafts.remaining_acceptable,
+            **self._further_info(steps),
             "total_tokens": self._text_tokens.copy(),
             "total_seconds": self._text_seconds.copy(),
             "throughput": np.divide(self._text_tokens, seconds, out=np.zeros(self.num_envs), where=mask),
@@ -261,7 +266,7 @@ class ControlVectorEnv(VectorEnv[Floats, Any, NDArray[Any]]):
         info = values | dict.fromkeys((f"_{name}" for name in values), mask)
         return {"final_obs": observations, "_final_obs": mask, "final_info": info, "_final_info": mask}
 
-    def _checked_actions(self, actions: ArrayLike) -> Indices:
+    def _checked_actions(self, actions: ArrayLike) -> NDArray[Any]:
         numbers = np.asarray(actions)
         if numbers.shape != (self.num_envs,):
             raise ArgumentError(f"actions have shape ({self.num_envs},), one for each environment, got {numbers.shape}")

@@ -1,10 +1,12 @@
-"""Live backends of control: texts of one or several pairs, drafted token by token in one batch with joined passes."""
+"""Live backends of control: texts of one or several pairs, decoded step by step in one batch with joined passes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,12 @@ from specgym.decoding import (
     MOST_DRAFTS,
     Batch,
     ChoiceTracker,
+    Decoder,
     DraftTracker,
+    KnobRule,
+    LatencyProfile,
+    RoundTracker,
+    Session,
     SpeculativeDecoder,
     SpeculativeSession,
 )
@@ -21,14 +28,17 @@ from specgym.decoding import (
 from ..backends.backend import DraftSteps, Integers
 from ..backends.chain_replay import DraftCharges, Indices
 from ..backends.choice_replay import ChoiceCharges, Flags
+from ..tuning.knob_space import Floats, KnobMoves, knob_entries
 from ..workloads import Workload
+
+AnySession = TypeVar("AnySession", bound=Session[Any])
 
 UNKNOWN = -1000
 """`remaining_acceptable` in live decoding, which does not know it; no draft is that long."""
 
 
-class LiveTexts(ABC):
-    """Texts that decoders decode in one batch, drafted token by token. See `DraftBackend`.
+class LiveTexts(ABC, Generic[AnySession]):
+    """Texts that decoders decode in one batch, step by step. See `DraftBackend`.
 
     What the texts do in a step they do together: passes of the same model are joined, and each text is what it would be
     alone. `begin` puts another text in a text's place; until then, one that is over does nothing.
@@ -49,7 +59,7 @@ class LiveTexts(ABC):
     def __init__(
         self,
         workloads: Sequence[Workload],
-        decoders: Sequence[SpeculativeDecoder],
+        decoders: Sequence[Decoder[AnySession]],
         point_of: Indices,
         max_new_tokens: int,
         unseen: NDArray[np.float32],
@@ -62,7 +72,7 @@ class LiveTexts(ABC):
         self._unseen, self._features = unseen, unseen.copy()
         self._batch = Batch(len(point_of))
         self.prompts: Sequence[Integers] = [np.arange(len(texts)) for texts in self._texts]
-        self.sessions: list[SpeculativeSession | None] = [None] * len(point_of)
+        self.sessions: list[AnySession | None] = [None] * len(point_of)
 
     @property
     def features(self) -> NDArray[np.float32]:
@@ -87,7 +97,7 @@ class LiveTexts(ABC):
             )
         self._together(which, self._start)
 
-    def step(self, actions: Integers, rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
+    def step(self, actions: NDArray[Any], rng: np.random.Generator) -> tuple[DraftSteps, Integers]:
         """Let every text that is not over do as its action says."""
         texts, which = len(actions), np.flatnonzero(~self.over)
         steps = DraftSteps(np.zeros(texts, np.int64), np.zeros(texts), *(np.zeros(texts, np.int64) for _ in range(3)))
@@ -106,21 +116,21 @@ class LiveTexts(ABC):
                 self._batch.leave(session)
 
     @abstractmethod
-    def _start(self, place: int, session: SpeculativeSession) -> None:
+    def _start(self, place: int, session: AnySession) -> None:
         """Do what comes before the first action of a text."""
 
     @abstractmethod
-    def _act(self, which: Integers, actions: Integers, steps: DraftSteps) -> None:
+    def _act(self, which: Integers, actions: NDArray[Any], steps: DraftSteps) -> None:
         """Do as the actions say with some texts, and write down what it brought."""
 
     @abstractmethod
-    def _show(self, place: int, session: SpeculativeSession) -> None:
+    def _show(self, place: int, session: AnySession) -> None:
         """Keep what is seen of the text in a place."""
 
-    def _together(self, which: Integers, work: Callable[[int, SpeculativeSession], None]) -> None:
+    def _together(self, which: Integers, work: Callable[[int, AnySession], None]) -> None:
         """Let some texts do a piece of work each, joined, and look at them."""
 
-        def seen(place: int, session: SpeculativeSession) -> None:
+        def seen(place: int, session: AnySession) -> None:
             work(place, session)
             self._show(place, session)
 
@@ -130,7 +140,7 @@ class LiveTexts(ABC):
         )
 
 
-class LiveDrafts(LiveTexts):
+class LiveDrafts(LiveTexts[SpeculativeSession]):
     """Drafts of the models. See `DraftBackend`.
 
     Args:
@@ -176,7 +186,7 @@ class LiveDrafts(LiveTexts):
         """Draft the first token."""
         self._drafted[place] = int(session.draft_one() is not None)
 
-    def _act(self, which: Integers, actions: Integers, steps: DraftSteps) -> None:
+    def _act(self, which: Integers, actions: NDArray[Any], steps: DraftSteps) -> None:
         """Verify and draft the next (1), or draft one more token."""
         stops = (actions == 1) | (self._drafted >= self._longest)
         self._together(which[stops[which]], partial(self._verify, steps))
@@ -211,7 +221,7 @@ class LiveDrafts(LiveTexts):
         self._features[place] = session.tracker.features[0]
 
 
-class LiveChoices(LiveTexts):
+class LiveChoices(LiveTexts[SpeculativeSession]):
     """Texts of pairs with several drafts. See `ChoiceBackend`.
 
     Args:
@@ -266,7 +276,7 @@ class LiveChoices(LiveTexts):
     def _start(self, place: int, session: SpeculativeSession) -> None:
         """Draft nothing: the first action says who drafts."""
 
-    def _act(self, which: Integers, actions: Integers, steps: DraftSteps) -> None:
+    def _act(self, which: Integers, actions: NDArray[Any], steps: DraftSteps) -> None:
         """Draft a token with the draft that the action names (from 1), or verify."""
         self._together(which, partial(self._draft_or_verify, steps, actions - 1))
 
@@ -287,3 +297,76 @@ class LiveChoices(LiveTexts):
         choice = session.look()  # which begins the next round, if none is under way
         self._features[place] = choice.tracker.features[0]
         self._available[place, : len(choice.available)] = choice.available
+
+
+class LiveRounds(LiveTexts[Session[Any]]):
+    """Rounds of any decoder, each with knobs of its own. See `DraftBackend`.
+
+    Args:
+        workloads: whose pairs and prompts.
+        decoders: of each workload, all with the same knobs.
+        profiles: what rounds are charged by, of each workload.
+        workload_of: the workload of every text, shape (texts,).
+        max_new_tokens: tokens of each text, at most.
+        moves: what an action does to the knobs; a text begins with their defaults.
+        decision_seconds: charged for every round besides.
+    """
+
+    def __init__(
+        self,
+        workloads: Sequence[Workload],
+        decoders: Sequence[Decoder[Any]],
+        profiles: Sequence[LatencyProfile],
+        workload_of: Indices,
+        max_new_tokens: int,
+        moves: KnobMoves,
+        decision_seconds: float,
+    ) -> None:
+        temperatures = [named.sampling.temperature for named in workloads]
+        unseen = np.stack([RoundTracker(moves.knobs, 0, temperature).features for temperature in temperatures])
+        super().__init__(workloads, decoders, workload_of, max_new_tokens, unseen[workload_of])
+        self._profiles, self._moves, self._decision_seconds = profiles, moves, decision_seconds
+        self._states: Floats = np.tile(moves.defaults(), (len(workload_of), 1))
+        self._used = self._states.copy()  # knobs of each text's last round, kept until the next one
+
+    @property
+    def remaining_acceptable(self) -> Integers:
+        """`UNKNOWN`, shape (texts,)."""
+        return np.full(len(self.sessions), UNKNOWN)
+
+    def knobs_of(self, rounds: Integers) -> dict[str, Any]:
+        """Entries of `info`: the knobs of a step's rounds, and of texts that had none those that they stand at.
+
+        Args:
+            rounds: that each text had in the step, shape (texts,).
+        """
+        return knob_entries(self._moves.values(np.where(rounds[:, None] > 0, self._used, self._states)))
+
+    def _start(self, place: int, session: Session[Any]) -> None:
+        self._states[place] = self._moves.defaults()
+
+    def _act(self, which: Integers, actions: NDArray[Any], steps: DraftSteps) -> None:
+        """Move the knobs, and do a round with them."""
+        self._states = self._moves.moved(self._states, actions)
+        self._used[which] = self._states[which]
+        self._together(which, partial(self._round, steps))
+
+    def _round(self, steps: DraftSteps, place: int, session: Session[Any]) -> None:
+        names = (knob.name for knob in self._moves.knobs)
+        round_ = session.step(_Placed(dict(zip(names, self._states[place].tolist(), strict=True))))
+        steps.tokens[place], steps.rounds[place] = len(round_.tokens), 1
+        steps.drafted[place], steps.accepted[place] = round_.drafted, round_.accepted
+        steps.seconds[place] = self._profiles[self._point_of[place]].charge([round_]) + self._decision_seconds
+
+    def _show(self, place: int, session: Session[Any]) -> None:
+        self._features[place] = session.progress.features
+
+
+@dataclass(frozen=True)
+class _Placed(KnobRule):
+    """Knobs as an environment's agent has moved them."""
+
+    values: dict[str, float]
+
+    def __call__(self, text: RoundTracker) -> dict[str, float]:
+        return self.values
