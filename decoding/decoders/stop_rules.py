@@ -110,7 +110,7 @@ class DraftTracker:
     def forget(self, rows: Rows = None) -> None:
         """Begin a text: nothing was drafted or verified yet."""
         where = all_or(rows)
-        self._begin_draft(where)
+        self.begin_draft(where)
         self._features[where, _ACCEPTANCE : _LENGTH + 1] = _NOTHING_VERIFIED
 
     def drafted(
@@ -150,9 +150,10 @@ class DraftTracker:
         features[where, _ACCEPTANCE] = before + np.float32(RECENT) * (tried > 0) * (share - before)
         before = features[where, _LENGTH]
         features[where, _LENGTH] = before + np.float32(RECENT) * (_clipped(emitted, _LENGTH) - before)
-        self._begin_draft(where)
+        self.begin_draft(where)
 
-    def _begin_draft(self, where: NDArray[np.intp] | NDArray[np.bool_] | slice) -> None:
+    def begin_draft(self, where: NDArray[np.intp] | NDArray[np.bool_] | slice = slice(None)) -> None:
+        """Begin another draft, whatever became of the one before."""
         self._features[where, : _PLACE + 1] = _NOTHING_DRAFTED
         self._features[where, _MATCHED : _DRAWN + 1] = _NO_TOKEN
 

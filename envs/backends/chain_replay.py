@@ -90,6 +90,7 @@ class DraftTable:
         confidence: of every draft's tokens, flat: row * max_draft_length + place; `entropy`, `matched` and
             `drawn_probability` likewise.
         limit: tokens that can be drafted at each row: what the draft knows and what the text has room for.
+        room: tokens that can be emitted behind each row, as far as a draft knows.
         left: tokens of the text from each row on.
         survival: chance that a draft is kept beyond each place, shape (rows, max_draft_length).
         first_rows: for each trace the row at which every prompt's text begins.
@@ -109,6 +110,7 @@ class DraftTable:
         self.drawn_probability = np.concatenate([part.drawn_probability.ravel() for part in parts])
         self.survival = np.concatenate([part.chance.cumprod(-1).astype(np.float32) for part in parts])
         self.limit = np.concatenate([part.limit for part in parts])
+        self.room = np.concatenate([part.room for part in parts])
         self.left = np.concatenate([part.left for part in parts])
         offsets = np.cumsum([0, *(len(part.left) for part in parts)])
         self.first_rows = [offset + trace.starts[:-1] for offset, trace in zip(offsets, traces, strict=False)]
@@ -290,6 +292,8 @@ class TraceColumns(NamedTuple):
     """Probability of the token to pass its test, all before it having passed."""
     limit: Indices
     """Tokens that can be drafted: what the draft knows and what the text has room for."""
+    room: Indices
+    """Tokens that can be emitted behind the row's, as far as a draft knows: not that a text is about to end."""
     left: Indices
     """Tokens of the text from the row on."""
 
@@ -331,6 +335,7 @@ class TraceColumns(NamedTuple):
             drawn,
             chance,
             limit.astype(np.intp),
+            room.astype(np.intp),
             (np.repeat(used, lengths) - place).astype(np.intp),
         )
 

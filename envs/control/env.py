@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from specgym.decoding import FEATURES, LatencyProfile, Split
+from specgym.decoding import CHAIN, FEATURES, ArgumentError, LatencyProfile, Split, one_of, traits_of
 
-from ..backends.backend import BackendName, DraftBackend
+from ..backends.backend import BackendName, DraftBackend, DraftSteps
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
+from ..backends.pipelined_replay import OverlappedCharges, PipelinedDrafts
 from ..profiles import profile_of
 from ..recordings.find import find_trace
 from ..recordings.trace import Trace
@@ -75,6 +76,15 @@ class DraftLengthEnv(ControlEnv):
     round, a verification what a round of one token takes, and the sum over a round is exactly the round's seconds.
     `decision_seconds` are charged for every decision about a drafted token.
 
+    ### Rounds that overlap
+    With `decoder` a decoder whose draft goes on while the target verifies (docs/pipeline.md), what is stopped is the
+    draft of the bet under way. Going on is charged what the round then takes longer than the target's pass, nothing as
+    long as the pass hides it, and stopping what is left of the seconds of `LatencyProfile.round_of`; decisions lengthen
+    the drafting. The observation is what a rule sees that the live decoder asks, at the same tokens, but for those that
+    nobody waits for: of a bet that is lost by a token before it, and of the last bet of a text. A bet that its first
+    token loses is over with either action. `info` then has `ready`, too: how many tokens were drafted before this draft
+    and await their verification. Without any, what came before has no further effect.
+
     `info` has the same keys at every step and after `reset`:
 
     | key                         | meaning                                                                     |
@@ -112,6 +122,10 @@ class DraftLengthEnv(ControlEnv):
         context: tokens read before, for the profile; by default its own.
         rate: price of time in the beginning, at least 0.
         decision_seconds: time that the agent's own inference takes for each decision, at least 0.
+        decoder: name of a registered decoder whose draft goes on while the target verifies; by default draft and target
+            take turns. For replays.
+        pre_verify: for such a decoder, whether the target reads on at once after a rejection (1), or waits for a draft
+            (0); by default as the decoder's knob.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
         source: a second name of `backend`, for libraries that take a `backend` for themselves.
 
@@ -142,29 +156,75 @@ class DraftLengthEnv(ControlEnv):
         decision_seconds: float = 0.0,
         render_mode: Literal["rgb_array"] | None = None,
         source: BackendName | None = None,
+        decoder: str | None = None,
+        pre_verify: int | None = None,
     ) -> None:
         backend = self._check(workload, recording, backend, source, split, render_mode, rate, decision_seconds)
+        reads_on = overlapping(decoder, pre_verify, backend)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
         find: Find = find_live if backend == "live" else find_trace
         trace, named = find(recording, workload, split)
-        self._charges = DraftCharges.of(
-            profile_of(named, profile, replayed=backend == "replay"),
-            max_draft_length,
-            batch_size=batch_size,
-            context=context,
-            decision_seconds=decision_seconds,
+        charged = profile_of(
+            named, profile, replayed=backend == "replay", decoder=None if reads_on is None else decoder
         )
+        at: dict[str, Any] = {"batch_size": batch_size, "context": context, "decision_seconds": decision_seconds}
         drafts: DraftBackend
-        if trace is not None:
+        if reads_on is not None:
+            assert trace is not None
+            self._charges: DraftCharges | OverlappedCharges = OverlappedCharges.of(charged, max_draft_length, **at)
             table = DraftTable([trace], max_draft_length, max_new_tokens)
-            drafts = DraftReplay(table, [self._charges], [batch_size], FIRST)
+            drafts = PipelinedDrafts(table, [self._charges], [batch_size], FIRST, reads_on)
         else:
-            from .live import LiveDrafts  # which imports torch; a replay needs none
+            self._charges = DraftCharges.of(charged, max_draft_length, **at)
+            if trace is not None:
+                table = DraftTable([trace], max_draft_length, max_new_tokens)
+                drafts = DraftReplay(table, [self._charges], [batch_size], FIRST)
+            else:
+                from .live import LiveDrafts  # which imports torch; a replay needs none
 
-            drafts = LiveDrafts([named], [self._charges], [batch_size], FIRST, max_draft_length, max_new_tokens)
+                drafts = LiveDrafts([named], [self._charges], [batch_size], FIRST, max_draft_length, max_new_tokens)
         self._set_up(named, drafts, self._charges.autoregressive_seconds, FEATURES, 2)
 
     @property
-    def charges(self) -> DraftCharges:
+    def charges(self) -> DraftCharges | OverlappedCharges:
         """Seconds charged for steps."""
         return self._charges
+
+    def _info(self, steps: DraftSteps) -> dict[str, Any]:
+        info = super()._info(steps)
+        return info | {"ready": int(self._drafts.ready[0])} if isinstance(self._drafts, PipelinedDrafts) else info
+
+
+def overlapping(decoder: str | None, pre_verify: int | None, backend: BackendName) -> bool | None:
+    """Return whether a target that works beside its draft reads on at once; None where the two take turns.
+
+    Args:
+        decoder: name of a registered decoder, or None.
+        pre_verify: as it was given.
+        backend: that is asked for.
+
+    Raises:
+        ArgumentError: the decoder's drafts cannot be stopped token by token, or not live, or have no `pre_verify`.
+        UnknownDecoderError: there is no such decoder.
+    """
+    traits = None if decoder is None else traits_of(decoder)
+    if traits is None or not traits.overlaps:
+        if traits is not None and not (traits.drafts_chains() and traits.lossless and traits.cost_kind(True) == CHAIN):
+            raise ArgumentError(
+                f"decoder: drafts of {decoder} are no chains that are verified exactly, or are stopped by knobs of "
+                "their own; leave it out, which decodes in turns, or name a decoder whose draft goes on meanwhile"
+            )
+        if pre_verify is not None:
+            raise ArgumentError(
+                "pre_verify is for a decoder whose draft goes on while the target verifies; name it by decoder=..., or "
+                "leave pre_verify out"
+            )
+        return None
+    if backend == "live":
+        raise ArgumentError(
+            f"the draft of decoder {decoder} goes on by itself, and cannot be stepped from outside; give "
+            "backend='replay', and what is learned there to the decoder as its stop=..., which the draft itself asks"
+        )
+    if pre_verify is None:
+        pre_verify = int(next(knob.default for knob in traits.knobs_without_pair() if knob.name == "pre_verify"))
+    return one_of("pre_verify", pre_verify, (0, 1)) == 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from specgym.decoding import FEATURES, Split
 
-from ..backends.backend import BackendName, DraftBackend
+from ..backends.backend import BackendName, DraftBackend, DraftSteps
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
+from ..backends.pipelined_replay import OverlappedCharges, PipelinedDrafts
 from ..backends.replay import Workloads
 from ..profiles import Profiles, profile_of
 from ..recordings.find import Recordings, find_trace
@@ -16,7 +20,7 @@ from ..recordings.trace import Trace
 from ..workloads import Workload, constructor
 from .control_env import checked_lengths, find_live
 from .control_vector_env import ControlVectorEnv, Indices
-from .env import Find
+from .env import Find, overlapping
 from .throughput import OperatingPoints
 
 
@@ -58,6 +62,8 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         max_episode_steps: after how many steps an episode is cut; by default only the end of the text ends it.
         source: a second name of `backend`, for libraries that take a `backend` for themselves.
         render_mode: there is nothing to see; `"rgb_array"`, which some tools always ask for, shows nothing.
+        decoder: name of a decoder whose draft goes on while the target verifies, for replays; `infos` then has `ready`.
+        pre_verify: for such a decoder, as for `DraftLengthEnv`.
 
     Attributes:
         autoreset_mode: `AutoresetMode.SAME_STEP`, as in `metadata`.
@@ -92,17 +98,19 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         max_episode_steps: int | None = None,
         source: BackendName | None = None,
         render_mode: Literal["rgb_array"] | None = None,
+        decoder: str | None = None,
+        pre_verify: int | None = None,
     ) -> None:
         backend = self._check(num_envs, backend, source, max_episode_steps, render_mode, rate, decision_seconds)
+        reads_on = overlapping(decoder, pre_verify, backend)
         max_draft_length, max_new_tokens = checked_lengths(max_draft_length, max_new_tokens)
 
-        def charge(trace: Trace | None, named: Workload, value: Any, size: int) -> DraftCharges:
-            return DraftCharges.of(
-                profile_of(named, value, replayed=trace is not None),
-                max_draft_length,
-                batch_size=size,
-                context=context,
-                decision_seconds=decision_seconds,
+        def charge(trace: Trace | None, named: Workload, value: Any, size: int) -> DraftCharges | OverlappedCharges:
+            charged = profile_of(
+                named, value, replayed=trace is not None, decoder=None if reads_on is None else decoder
+            )
+            return (DraftCharges if reads_on is None else OverlappedCharges).of(
+                charged, max_draft_length, batch_size=size, context=context, decision_seconds=decision_seconds
             )
 
         find: Find = find_live if backend == "live" else find_trace
@@ -110,13 +118,21 @@ class DraftLengthVectorEnv(ControlVectorEnv):
         batch_sizes = [point.batch_size for point in places.points]
 
         def begin(point_of: Indices) -> DraftBackend:
-            traces = [trace for trace in places.recordings if trace is not None]
+            traces, charges = [trace for trace in places.recordings if trace is not None], cast("Any", places.charges)
             if traces:
                 table = DraftTable(traces, max_draft_length, max_new_tokens)
-                return DraftReplay(table, places.charges, batch_sizes, point_of)
+                if reads_on is not None:
+                    return PipelinedDrafts(table, charges, batch_sizes, point_of, reads_on)
+                return DraftReplay(table, charges, batch_sizes, point_of)
             from .live import LiveDrafts  # which imports torch; a replay needs none
 
             lengths = max_draft_length, max_new_tokens
-            return LiveDrafts(places.workloads, places.charges, batch_sizes, point_of, *lengths)
+            return LiveDrafts(places.workloads, charges, batch_sizes, point_of, *lengths)
 
         self._set_up(places, begin, FEATURES, 2)
+
+    def _info(self, steps: DraftSteps) -> dict[str, NDArray[Any]]:
+        info = super()._info(steps)
+        if isinstance(self._drafts, PipelinedDrafts):
+            info |= {"ready": self._drafts.ready.copy(), "_ready": np.ones(self.num_envs, np.bool_)}
+        return info

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from specgym.decoding import find_hardware, whole_number
+from specgym.decoding import MODEL_SHAPES, find_hardware, one_of, traits_of, whole_number
 from specgym.envs import SHIPPED_WORKLOADS
 
-from ...training.settings_io import require_several
+from ...training.settings_io import SettingsError, require_several
 from .control_settings import ControlSettings
 
 ENV = "specgym/DraftLength-v0"
@@ -27,12 +28,36 @@ class StopSettings(ControlSettings):
     hardware: str | None = None
     """Hardware that time is charged for, such as h100-sxm (computed from the size of each pair's models, 512 tokens
     read before; a wrong name lists them all). Defaults to the latency measured on this machine."""
+    shapes: tuple[str, str] | None = None
+    """Target and draft whose sizes time is computed from, such as llama-3.1-8b llama-3.2-1b, while the recordings say
+    how often tokens are accepted. Needs --hardware. Defaults to each pair's own models."""
+    decoder: str | None = None
+    """Decoder whose draft goes on while the target verifies, such as pipelined; with --hardware each has a device of
+    its own. Defaults to drafting and verifying in turns."""
+    pre_verify: int = 1
+    """Way of such a target to begin after a rejection: reading on at once (1), or waiting for a draft (0)."""
+    in_turns: Path | None = None
+    """Finished run that learned on the same workloads in turns. The table of a run with --decoder then has its policies
+    and the best rules in turns beside those of this run."""
 
     def __post_init__(self) -> None:
         require_several(self, whole_number, "batch_sizes")
         super().__post_init__()
         if self.hardware is not None:
             find_hardware(self.hardware)
+        if self.shapes is not None:
+            for shape in self.shapes:
+                one_of("each of shapes", shape, tuple(MODEL_SHAPES), error=SettingsError)
+            if self.hardware is None:
+                raise SettingsError("shapes are for computed times; give --hardware, or leave --shapes out")
+        if self.decoder is not None and not traits_of(self.decoder).overlaps:
+            raise SettingsError(
+                f"decoder is for one whose draft goes on while the target verifies, and that of {self.decoder} does "
+                "not; leave --decoder out to learn in turns"
+            )
+        one_of("pre_verify", self.pre_verify, (0, 1), error=SettingsError)
+        if self.decoder is None and (self.in_turns is not None or self.pre_verify != 1):
+            raise SettingsError("in_turns and pre_verify are for runs with --decoder")
 
     @property
     def points(self) -> int:

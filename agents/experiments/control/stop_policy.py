@@ -150,6 +150,9 @@ class RoundEpisodes(VecEnvWrapper):
     follows (the renewal-reward argument behind Dinkelbach's form). So what comes after a round need not be credited to
     its decisions, and the noise of later rounds stays out of their advantages.
 
+    Where drafts go on while the target verifies, a round leaves drafted tokens to the next one, and what they are worth
+    shows there. So an episode ends with the first round that leaves none.
+
     Args:
         venv: of an environment that controls drafts.
     """
@@ -173,7 +176,9 @@ class RoundEpisodes(VecEnvWrapper):
         """A step; an episode ends where a round was verified."""
         observations, rewards, _, infos = self._adaptor.step_wait()
         assert isinstance(observations, np.ndarray)
-        return self._told(observations), rewards, self._adaptor.vector_infos["rounds"] > 0, infos
+        shown = self._adaptor.vector_infos
+        ends = shown["rounds"] > 0
+        return self._told(observations), rewards, ends & (shown["ready"] == 0) if "ready" in shown else ends, infos
 
     def _told(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         remaining = self._adaptor.vector_infos["remaining_acceptable"]

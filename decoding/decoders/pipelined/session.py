@@ -63,7 +63,7 @@ class PipelinedSession(SpeculativeSession):
         self._asking = False
         self._since = 0.0
         self._times = _Times()
-        self._verified: Verified | None = None
+        self._verified: list[Verified] = []  # rounds that the draft does not know of yet
         self._tested = torch.empty(0, dtype=torch.bool)
         text = DraftedText(
             prompt,
@@ -135,7 +135,7 @@ class PipelinedSession(SpeculativeSession):
             self._ready, self._agreed = [], min(self._agreed, before + accepted)
         seconds = time.perf_counter() - started
         if self._pipeline.stop is not None:
-            self._verified = Verified(len(chain), accepted, taken, seconds)
+            self._verified.append(Verified(len(chain), accepted, taken, seconds))
         verifying = seconds - times.waiting
         return Round(
             tokens=tuple(self.tokens[-taken:]),
@@ -184,7 +184,7 @@ class PipelinedSession(SpeculativeSession):
             self._worker.ask(self._agreed, text[self._agreed :], count, self._verified)
         except DraftLost:
             self._go_on_alone()
-        self._verified, self._agreed = None, len(text)
+        self._verified, self._agreed = [], len(text)
 
     def _take(self, count: int) -> list[Drafted]:
         """Wait for tokens that were asked for, up to so many."""

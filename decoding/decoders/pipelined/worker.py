@@ -88,7 +88,7 @@ class _Request(NamedTuple):
     tokens: Sequence[int]
     """That follow these."""
     most: int
-    verified: Verified | None
+    verified: Sequence[Verified]
 
 
 class Drafted(NamedTuple):
@@ -147,14 +147,14 @@ class DraftWorker:
         self._asked += 1  # what was asked of the earlier text is not taken for an answer
         self._send(text)
 
-    def ask(self, kept: int, tokens: Sequence[int], count: int, verified: Verified | None = None) -> None:
+    def ask(self, kept: int, tokens: Sequence[int], count: int, verified: Sequence[Verified] = ()) -> None:
         """Ask for more tokens, in place of those that were asked for before. Raises DraftLost.
 
         Args:
             kept: tokens of the text as the draft has it that stay, those that it drafted included.
             tokens: that follow these.
             count: of tokens to draft, at most.
-            verified: what became of the draft before, if a rule is to know.
+            verified: rounds since the last request, if a rule is to know.
         """
         self._asked += 1
         self._send(_Request(self._asked, kept, tokens, count, verified))
@@ -309,8 +309,11 @@ class _Text:
         del self.context[request.kept :]
         self._draft.truncate(request.kept)
         self.context += request.tokens
-        if self._stop is not None and request.verified is not None:
-            self._learn(self._stop, request.verified)
+        for verified in request.verified:
+            self._learn(verified)
+        # Each request is a draft of its own: whether its rule was asked about the last token of the one before depends
+        # on the clock.
+        self._tracker.begin_draft()
         for step in self._draft.steps(list(self.context), request.most):
             yield step
             if self._stop is not None and self._stops(self._stop, step):
@@ -321,7 +324,8 @@ class _Text:
         self._tracker.drafted(step.confidence(), entropy, step.matched, drawn)
         return bool(stop(self._tracker.features)[0])
 
-    def _learn(self, stop: StopRule, verified: Verified) -> None:
+    def _learn(self, verified: Verified) -> None:
         self._tracker.verified(verified.drafted, verified.accepted, verified.emitted)
-        drafted, _, emitted, seconds = (np.array([value]) for value in verified)
-        stop.verified(None, drafted, emitted, seconds)
+        if self._stop is not None:
+            drafted, _, emitted, seconds = (np.array([value]) for value in verified)
+            self._stop.verified(None, drafted, emitted, seconds)
