@@ -255,7 +255,7 @@ def _measure_mixed(command: ProfileCommand, named: Workload) -> MixedProfile:
 def _costs(profile: LatencyProfile | MixedProfile) -> str:
     """Describe what drafting adds to a round."""
     if isinstance(profile, LatencyProfile):
-        token = "drafted token" if profile.kind == CHAIN else "token read"
+        token = "drafted token" if profile.kind == CHAIN or profile.overlaps else "token read"
         return f"one more {token} adds {profile.marginal_cost():.2f} of that"
     tokens = (f"{1000 * draft.reading(1):.3g} ms by {draft.name}" for draft in profile.drafts)
     return f"a drafted token takes {', '.join(tokens)}"

@@ -153,13 +153,12 @@ class LatencyProfile:
 
         It holds the token's drafting and its share of the target pass: the slope of `round` fitted by least squares
         from 1 drafted token to 16, or to as many as were measured. Drafting that is no chain costs nearly the same
-        however many candidates it gives, and is left out.
+        however many candidates it gives, and is left out. Where it goes on meanwhile, it alone counts, hidden or not.
         """
         longest = min(_LONGEST_FITTED, max(max(self.target_seconds) - 1, 2))
         centred = np.arange(1, longest + 1) - (longest + 1) / 2
-        seconds = self.round_seconds(longest)[1:]
-        if self.kind != CHAIN:
-            seconds = np.array([self.target(drafted + 1) for drafted in range(1, longest + 1)])
+        whole = self.draft if self.overlaps else self.round if self.kind == CHAIN else lambda n: self.target(n + 1)
+        seconds = np.array([whole(drafted) for drafted in range(1, longest + 1)])
         slope = centred @ seconds / (centred @ centred)
         return max(0.0, float(slope)) / self.autoregressive_seconds
 

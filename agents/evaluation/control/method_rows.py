@@ -60,7 +60,7 @@ class MethodRows:
             prompts: as drawn by `resampled`.
         """
         samples = {
-            method: self._throughputs(many, prompts, self._policies if method == LEARNED else None)
+            method: self._throughputs(many, prompts, self._drawn(len(many)) if len(many) > 1 else None)
             for method, many in methods.items()
         }
         self._samples.append(samples)
@@ -78,7 +78,7 @@ class MethodRows:
             for (of, column), value in further.items():
                 if of == method:
                     values[column], intervals[column] = float(value[0]), interval(drawn[of, column])
-            by_seed = tuple(reached[method]) if method == LEARNED else ()
+            by_seed = tuple(reached[method]) if method == LEARNED or len(many) > 1 else ()
             self._rows.append(Row(place, method, {}, values, intervals, rules[method], by_seed))
 
     def rows(self) -> list[Row]:
@@ -108,6 +108,12 @@ class MethodRows:
             by_seed = tuple(np.mean([row.by_seed for row in group], axis=0).tolist()) if group[0].by_seed else ()
             means.append(Row(ALL, method, {}, values[method], intervals, by_seed=by_seed))
         return [*self._rows, *means]
+
+    def _drawn(self, policies: int) -> NDArray[np.int64]:
+        """Which of some policies every resample has, shape (resamples, policies)."""
+        if policies == self._policies.shape[1]:
+            return self._policies
+        return self._rng.integers(policies, size=(self._resamples, policies))
 
     @staticmethod
     def _throughputs(

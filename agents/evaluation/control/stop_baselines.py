@@ -168,6 +168,8 @@ class ReplayedPrompts(SideBySide[StopRule]):
         tokens: of each text, at most.
         decision_seconds: charged for every decision.
         passes: how often each prompt is decoded; once where the trace is greedy.
+        decoder: whose draft goes on while the target verifies; None where the two take turns.
+        pre_verify: whether such a target reads on at once after a rejection (1), or waits (0).
     """
 
     trace: Trace
@@ -177,6 +179,8 @@ class ReplayedPrompts(SideBySide[StopRule]):
     tokens: int = 64
     decision_seconds: float = 0.0
     passes: int = 1
+    decoder: str | None = None
+    pre_verify: int | None = None
 
     @property
     def round_seconds(self) -> NDArray[np.float64]:
@@ -197,6 +201,8 @@ class ReplayedPrompts(SideBySide[StopRule]):
             max_draft_length=self.max_draft_length,
             max_new_tokens=self.tokens,
             decision_seconds=self.decision_seconds,
+            decoder=self.decoder,
+            pre_verify=self.pre_verify,
         )
 
     def learns(self, rule: StopRule) -> bool:

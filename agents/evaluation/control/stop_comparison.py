@@ -206,6 +206,8 @@ def replayed(settings: StopSettings, trace: Trace, profile: LatencyProfile, batc
         settings.max_new_tokens,
         settings.decision_seconds,
         settings.comparison.passes,
+        settings.overlap,
+        settings.begins_by,
     )
 
 

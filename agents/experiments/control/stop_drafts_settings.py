@@ -31,13 +31,16 @@ class StopSettings(ControlSettings):
     shapes: tuple[str, str] | None = None
     """Target and draft whose sizes time is computed from, such as llama-3.1-8b llama-3.2-1b, while the recordings say
     how often tokens are accepted. Needs --hardware. Defaults to each pair's own models."""
-    decoder: str | None = None
+    shipped_latency: bool = False
+    """Charge by the profiles that ship with the package, measured when the machine that they name was idle. Where none
+    ships, the pair is measured on this machine."""
+    overlap: str | None = None
     """Decoder whose draft goes on while the target verifies, such as pipelined; with --hardware each has a device of
     its own. Defaults to drafting and verifying in turns."""
     pre_verify: int = 1
     """Way of such a target to begin after a rejection: reading on at once (1), or waiting for a draft (0)."""
     in_turns: Path | None = None
-    """Finished run that learned on the same workloads in turns. The table of a run with --decoder then has its policies
+    """Finished run that learned on the same workloads in turns. The table of a run with --overlap then has its policies
     and the best rules in turns beside those of this run."""
 
     def __post_init__(self) -> None:
@@ -45,19 +48,26 @@ class StopSettings(ControlSettings):
         super().__post_init__()
         if self.hardware is not None:
             find_hardware(self.hardware)
+        if self.shipped_latency and (self.hardware is not None or self.refresh_latency):
+            raise SettingsError("shipped_latency is neither for computed times nor for new ones; leave one of them out")
         if self.shapes is not None:
             for shape in self.shapes:
                 one_of("each of shapes", shape, tuple(MODEL_SHAPES), error=SettingsError)
             if self.hardware is None:
                 raise SettingsError("shapes are for computed times; give --hardware, or leave --shapes out")
-        if self.decoder is not None and not traits_of(self.decoder).overlaps:
+        if self.overlap is not None and not traits_of(self.overlap).overlaps:
             raise SettingsError(
-                f"decoder is for one whose draft goes on while the target verifies, and that of {self.decoder} does "
-                "not; leave --decoder out to learn in turns"
+                f"overlap is for a decoder whose draft goes on while the target verifies, and that of {self.overlap} "
+                "does not; leave --overlap out to learn in turns"
             )
         one_of("pre_verify", self.pre_verify, (0, 1), error=SettingsError)
-        if self.decoder is None and (self.in_turns is not None or self.pre_verify != 1):
-            raise SettingsError("in_turns and pre_verify are for runs with --decoder")
+        if self.overlap is None and (self.in_turns is not None or self.pre_verify != 1):
+            raise SettingsError("in_turns and pre_verify are for runs with --overlap")
+
+    @property
+    def begins_by(self) -> int | None:
+        """`pre_verify`, as environments take it: None where the two take turns."""
+        return None if self.overlap is None else self.pre_verify
 
     @property
     def points(self) -> int:

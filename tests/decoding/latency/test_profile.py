@@ -175,6 +175,13 @@ def test_the_marginal_cost_is_the_slope_of_a_round_over_plain_decoding() -> None
     assert straight.marginal_cost() == pytest.approx((0.1 + 0.25) / 0.9)
 
 
+def test_the_marginal_cost_beside_a_pass_is_that_of_drafting() -> None:
+    beside = replace(
+        PROFILE, kind="beside", overlaps=True, draft_seconds={1: 0.3, 9: 1.1}, target_seconds={1: 5.0, 9: 7.0}
+    )
+    assert beside.marginal_cost() == pytest.approx(0.1 / 0.9)
+
+
 def test_the_marginal_cost_leaves_the_round_without_a_draft_out() -> None:
     dear_to_begin = replace(PROFILE, draft_seconds={0: 0.0, 1: 5.0, 4: 5.3}, target_seconds={1: 1.0, 5: 1.0})
     assert dear_to_begin.marginal_cost() == pytest.approx(0.1 / 0.9)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from specgym.agents import StopSettings, default_settings, load_settings, save_settings
+from specgym.agents import ExportedStopRule, StopSettings, default_settings, load_settings, save_settings
 from specgym.agents.command_line import evaluate_command, train_command
 from specgym.callbacks import RateCallback
+from specgym.decoding import AutoregressiveDecoder, PipelinedDecoder
+from specgym.envs import workload
 from tests.helpers.small_runs import record_traces
 
 DRAFT_LENGTH = ["--env", "specgym/DraftLength-v0"]
@@ -85,6 +87,37 @@ def test_a_run_from_its_start_over_a_resume_to_its_evaluation(
         assert row["clock"] > 0
 
 
+def test_a_rule_learned_beside_a_target_that_verifies_meanwhile_is_judged_and_decodes_live(
+    options: list[str], small_workloads: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*options, "--seeds", "0", "--total-timesteps", "512"]
+    assert train_command(words) == 0, capsys.readouterr().err
+    turns, run = tmp_path / "runs" / "mine", tmp_path / "runs" / "beside"
+    words = [*words, "--name", "beside", "--overlap", "pipelined", "--pre-verify", "0", "--in-turns", str(turns)]
+    assert train_command(words) == 0, capsys.readouterr().err
+    table = json.loads((run / "table.json").read_text())
+    learned = next(row for row in table["rows"] if row["method"] == "learned")
+    assert learned["rule"] == "learned, waiting"
+    assert {row["method"] for row in table["rows"]} >= {"turns fixed", "turns rule", "turns learned", "fixed", "rule"}
+    assert "times the throughput of the best fixed window" in table["verdict"]
+    profiles = [json.loads(path.read_text())["rounds"] for path in sorted((run / "latency").glob("*.json"))]
+    assert profiles == ["pipelined", "pipelined"]
+
+    pair, rule = workload(small_workloads[0]).load(), ExportedStopRule.load(run / "seed-0")
+    text = PipelinedDecoder(pair, 4, place="thread", stop=rule).generate([5, 3], max_new_tokens=12)
+    assert text.tokens == AutoregressiveDecoder(pair).generate([5, 3], max_new_tokens=12).tokens
+
+    capsys.readouterr()
+    assert evaluate_command([str(run), "--live", small_workloads[0]]) == 2
+    assert "asks its rule itself, and is judged by replay alone" in " ".join(capsys.readouterr().err.split())
+    for changed, message in (
+        (["--max-draft-length", "3"], "was learned with other max_draft_length"),
+        (["--in-turns", str(run)], "is no run of --env specgym/DraftLength-v0 without --overlap"),
+    ):
+        assert train_command([*words, "--name", "other", *changed]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_resume_that_contradicts_the_run_is_refused(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +165,11 @@ def test_a_damaged_policy_is_refused_by_name(
         (["--max-draft-length", "33"], "max_draft_length must be a whole number from 2 to 32"),
         (["--learning.policy-layers", "0"], "each of policy_layers must be a whole number from 1 to 65536"),
         (["--name", "a/b"], "name must be a plain folder name"),
+        (["--shapes", "llama-3.1-8b", "gpt"], "each of shapes must be one of 'llama"),
+        (["--overlap", "threshold"], "whose draft goes on while the target verifies, and that of threshold does not"),
+        (["--pre-verify", "0"], "in_turns and pre_verify are for runs with --overlap"),
+        (["--overlap", "pipelined", "--pre-verify", "2"], "pre_verify must be one of 0, 1, got 2"),
+        (["--shipped-latency"], "shipped_latency is neither for computed times nor for new ones"),
     ],
 )
 def test_bad_options_leave_one_message_and_no_folder(
