@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ...decoder import Decoder, Session, synchronise
 from ...latency.probe import CostProbe
 from ...loading.pair import Pair
+from ...models.identity import sampled_digest
 from ...rounds import Round
 from ...sampling import draw
 from .pool import CONTEXT, Guess, NGramPool, PoolSettings, choose_guesses
@@ -240,7 +242,8 @@ class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):
             on a CPU and large elsewhere.
         pool: what the n-gram pool keeps, and what it offers.
         group: processes that read a share of every pass each (`parallel.py`; `torchrun_group()` joins those that
-            `torchrun` has started). All build the decoder alike, and generate the same texts at the same time.
+            `torchrun` has started). All build the decoder alike, of equal weights, and generate the same texts at the
+            same time; before each text they compare.
 
     Raises:
         ValueError: a number is out of range.
@@ -272,6 +275,11 @@ class LookaheadDecoder(LookaheadTraits, Decoder[LookaheadSession]):
             from .parallel import ParallelSession  # which imports this module
 
             self.session_class = ParallelSession
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Digest of the target's weights by which the processes of a group compare them, see `sampled_digest`."""
+        return sampled_digest(self.pair.target.model)
 
     def cost_probe(self, max_target_tokens: int | None = None) -> CostProbe:
         """Return whole rounds, by the tokens that the target's pass reads.

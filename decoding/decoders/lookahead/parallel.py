@@ -197,11 +197,15 @@ class ParallelSession(LookaheadSession):
         # The longest message there can be, so that its length never depends on what processes should agree about.
         self._longest = _HEAD + 1 + 4 * (highs["window"] + 1) + 2 * highs["guesses"] * (highs["ngram"] - 1)
         target = decoder.pair.target
-        task = (list(prompt), max_new_tokens, repr(sampling), seed, decoder.pool, target.vocabulary_size, highs)
         offered = random.SystemRandom().getrandbits(48)
-        first = self._exchanged(
-            [_mark(task), offered], _HEAD, "target, options, prompt, max_new_tokens, sampling and seed"
-        )
+        compared = {
+            "weights, in the same type: load the target from the same files everywhere": decoder.weights_digest,
+            "options of the decoder": (type(decoder).__name__, decoder.pool, target.vocabulary_size, highs),
+            "prompt, max_new_tokens, sampling and seed": (list(prompt), max_new_tokens, repr(sampling), seed),
+        }
+        first = self._exchanged([0, offered, *map(_mark, compared.values())], _HEAD + len(compared), "group")
+        for column, what in enumerate(compared, _HEAD):
+            self._require_same(first, column, what)
         super().__init__(
             decoder, prompt, max_new_tokens, sampling, int(first[0][1]) if seed is None else seed, logits_processor
         )
@@ -269,13 +273,18 @@ class ParallelSession(LookaheadSession):
         messages = [torch.empty_like(message) for _ in range(self._size)]
         self._communicate(lambda: dist.all_gather(messages, message, group=self._group))
         result: list[list[float]] = torch.stack(messages).tolist()
-        parted = [rank for rank, other in enumerate(result) if other[0] != result[0][0]]
+        self._require_same(result, 0, what)
+        return result
+
+    @staticmethod
+    def _require_same(messages: Sequence[Sequence[float]], column: int, what: str) -> None:
+        """Raise ParallelError that names the processes that differ from process 0 in a number of their messages."""
+        parted = [rank for rank, other in enumerate(messages) if other[column] != messages[0][column]]
         if parted:
             raise ParallelError(
                 f"the processes do not decode the same text: {', '.join(map(str, parted))} and 0 differ. Give all the "
                 f"same {what}"
             )
-        return result
 
     def _told(self, token: int, teller: int) -> int:
         """The token that one of the processes has drawn."""

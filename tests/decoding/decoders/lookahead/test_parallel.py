@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import time
@@ -22,6 +23,7 @@ from specgym.decoding.decoders.lookahead.pool import PoolSettings
 from specgym.decoding.decoders.lookahead.window import layout
 from specgym.decoding.errors import ArgumentError
 from specgym.decoding.loading.pair import Pair
+from specgym.decoding.models.identity import sampled_digest
 from specgym.decoding.rounds import Generation
 from specgym.decoding.sampling import GREEDY, Sampling
 from tests.helpers.random_models import random_model
@@ -64,6 +66,12 @@ def refusal(work: Any) -> tuple[str, float]:
     return str(raised.value), time.perf_counter() - started
 
 
+def refusal_of(pair: Pair, group: Any, **options: Any) -> tuple[str, float]:
+    """The message of the error that the first text of a decoder ends with."""
+    decoder = LookaheadDecoder(pair, group=group, **options)
+    return refusal(lambda: decoder.start(PROMPT, max_new_tokens=3))
+
+
 def one_of_four(rank: int, pair: Pair, ruled: Pair, folder: Path, reports: Connection) -> None:
     """Decode with three others, then with one of them; then part, and let one die and one sleep."""
     dist.init_process_group(
@@ -78,6 +86,13 @@ def one_of_four(rank: int, pair: Pair, ruled: Pair, folder: Path, reports: Conne
     report: dict[str, Any] = {"four": by_cases(FOUR, pair, four), "two": by_cases(TWO, ruled, two)}
     decoder = LookaheadDecoder(pair, group=two)
     report["unseeded"] = decode(decoder, Sampling(), (3, 3, 3), None).tokens
+    odd, other = rank % 2, random_model("llama", vocabulary=12, spread=0.5, seed=rank)
+    report["weights"] = refusal_of(Pair(other) if odd else pair, two)
+    # Shapes are the same, and so are the values, which were rounded.
+    rounded = copy.deepcopy(pair.target.model).bfloat16()
+    report["type"] = refusal_of(Pair(rounded.float() if odd else rounded), two)
+    report["options"] = refusal_of(pair, two, pool=PoolSettings(min_acceptance=0.05 * odd))
+    report["knobs' ranges"] = refusal_of(pair, two, max_window=5 + odd)
     report["prompts"] = refusal(lambda: decoder.start([rank], max_new_tokens=3))
     session = decoder.start(PROMPT, max_new_tokens=9)
     report["knobs"] = refusal(lambda: session.step({"window": 2 + rank % 2}))
@@ -122,6 +137,10 @@ def test_several_processes_give_the_text_of_one(tmp_path: Path) -> None:
         for count in ("two", "four"):
             assert [tokens for tokens, _ in report[count]] == [tokens for tokens, _ in alone[count]]
             assert sum(read for _, read in report[count]) < 0.8 * sum(read for _, read in alone[count])
+        assert "1 and 0 differ. Give all the same weights, in the same type" in report["weights"][0]
+        assert "1 and 0 differ. Give all the same weights, in the same type" in report["type"][0]
+        assert "the same options of the decoder" in report["options"][0]
+        assert "the same options of the decoder" in report["knobs' ranges"][0]
         assert "prompt, max_new_tokens, sampling and seed" in report["prompts"][0]
         assert "same knobs" in report["knobs"][0]
     assert reports[0]["unseeded"] == reports[1]["unseeded"]
@@ -162,3 +181,18 @@ def test_a_lone_process_and_batches_are_refused(monkeypatch: pytest.MonkeyPatch)
     decoder = LookaheadDecoder(Pair(random_model("llama", vocabulary=12)), group=cast(Any, object()))
     with pytest.raises(ArgumentError, match="batch cannot be divided among processes"):
         decoder.generate_batch([[1], [2]], max_new_tokens=2)
+
+
+def test_the_digest_tells_other_weights_and_types_and_no_other_places() -> None:
+    model = random_model("llama", vocabulary=12, layers=1)
+    digest = sampled_digest(model)
+    assert digest == sampled_digest(copy.deepcopy(model))
+    assert digest == sampled_digest(Pair(copy.deepcopy(model), prepack=True).target.model)  # whose layout is another
+    assert digest != sampled_digest(copy.deepcopy(model).bfloat16().float())
+    assert digest != sampled_digest(copy.deepcopy(model).half())
+    for name, weight in model.named_parameters():
+        if name.endswith(("norm.weight", "q_proj.weight")):
+            other = copy.deepcopy(model)
+            with torch.no_grad():
+                other.get_parameter(name).view(-1)[weight.numel() - 1] += 1e-3
+            assert digest != sampled_digest(other), name
