@@ -109,8 +109,7 @@ class DraftTracker:
 
     def forget(self, rows: Rows = None) -> None:
         """Begin a text: nothing was drafted or verified yet."""
-        where = all_or(rows)
-        self.begin_draft(where)
+        self.begin_draft(where := all_or(rows))
         self._features[where, _ACCEPTANCE : _LENGTH + 1] = _NOTHING_VERIFIED
 
     def drafted(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from specgym.decoding import CHAIN, FEATURES, ArgumentError, LatencyProfile, Split, one_of, traits_of
+from specgym.decoding import CHAIN, FEATURES, ArgumentError, LatencyProfile, Split, traits_of, whole_number
 
 from ..backends.backend import BackendName, DraftBackend, DraftSteps
 from ..backends.chain_replay import DraftCharges, DraftReplay, DraftTable
@@ -207,6 +207,8 @@ def overlapping(decoder: str | None, pre_verify: int | None, backend: BackendNam
         ArgumentError: the decoder's drafts cannot be stopped token by token, or not live, or have no `pre_verify`.
         UnknownDecoderError: there is no such decoder.
     """
+    if pre_verify is not None:
+        pre_verify = whole_number("pre_verify", pre_verify, at_least=0, at_most=1)
     traits = None if decoder is None else traits_of(decoder)
     if traits is None or not traits.overlaps:
         if traits is not None and not (traits.drafts_chains() and traits.lossless and traits.cost_kind(True) == CHAIN):
@@ -227,4 +229,4 @@ def overlapping(decoder: str | None, pre_verify: int | None, backend: BackendNam
         )
     if pre_verify is None:
         pre_verify = int(next(knob.default for knob in traits.knobs_without_pair() if knob.name == "pre_verify"))
-    return one_of("pre_verify", pre_verify, (0, 1)) == 1
+    return pre_verify == 1

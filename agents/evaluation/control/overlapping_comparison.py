@@ -39,7 +39,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class InTurns:
-    """What a run learned by drafting and verifying in turns.
+    """Rivals of a run that learned by drafting and verifying in turns.
 
     Attributes:
         learned: its rules, one a seed.
@@ -162,6 +162,8 @@ def _best(prompts: ReplayedPrompts, ways: Sequence[int | None]) -> dict[str, _Ch
     best: dict[str, _Chosen] = {}
     families = simple_rules(prompts.max_draft_length)
     kinds = [(method, rule) for method in SIMPLE for rule in families[method]]
+    if prompts.decoder is None:
+        kinds.append(("gain", prompts.expected_gain))
     for way in ways:
         for (method, rule), decoded in zip(
             kinds, replace(prompts, pre_verify=way).decode([rule for _, rule in kinds]), strict=True

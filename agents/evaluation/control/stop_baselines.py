@@ -205,6 +205,12 @@ class ReplayedPrompts(SideBySide[StopRule]):
             pre_verify=self.pre_verify,
         )
 
+    @property
+    def expected_gain(self) -> ExpectedGain:
+        """The closed form for decoding in turns, by the chances that are counted on these prompts."""
+        counted = replace(self.profile.at(batch_size=self.batch_size), chances=self.trace.chances)
+        return ExpectedGain.of(counted, self.max_draft_length)
+
     def learns(self, rule: StopRule) -> bool:
         return type(rule).verified is not StopRule.verified
 
@@ -238,8 +244,7 @@ def choose(prompts: ReplayedPrompts) -> Chosen:
         throughputs = [decoded.throughput for decoded in replays[place : place + len(rules)]]
         best[method] = rules[int(np.argmax(throughputs))]
         place += len(rules)
-    counted = replace(prompts.profile.at(batch_size=prompts.batch_size), chances=prompts.trace.chances)
-    best["gain"] = ExpectedGain.of(counted, prompts.max_draft_length)
+    best["gain"] = prompts.expected_gain
     bandit = UpperConfidenceBound(prompts.max_draft_length)
     prompts.decode([bandit])
     return Chosen(best, bandit)

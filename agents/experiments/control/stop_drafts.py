@@ -192,7 +192,7 @@ def _computed(settings: StopSettings, name: str) -> LatencyProfile:
 
 
 def _in_turns(settings: StopSettings) -> overlapping.InTurns:
-    """What the run in turns has learned and is charged by.
+    """Load the rules of the run in turns, and the profiles that it is charged by.
 
     Raises:
         SettingsError: it is no finished run in turns, or of other workloads or sizes.

@@ -8,7 +8,7 @@ from pathlib import Path
 from specgym.decoding import MODEL_SHAPES, find_hardware, one_of, traits_of, whole_number
 from specgym.envs import SHIPPED_WORKLOADS
 
-from ...training.settings_io import SettingsError, require_several
+from ...training.settings_io import SettingsError, require_at_least, require_several
 from .control_settings import ControlSettings
 
 ENV = "specgym/DraftLength-v0"
@@ -60,7 +60,7 @@ class StopSettings(ControlSettings):
                 f"overlap is for a decoder whose draft goes on while the target verifies, and that of {self.overlap} "
                 "does not; leave --overlap out to learn in turns"
             )
-        one_of("pre_verify", self.pre_verify, (0, 1), error=SettingsError)
+        require_at_least(self, 0, "pre_verify", most=1)
         if self.overlap is None and (self.in_turns is not None or self.pre_verify != 1):
             raise SettingsError("in_turns and pre_verify are for runs with --overlap")
 

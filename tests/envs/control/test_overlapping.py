@@ -201,7 +201,7 @@ def test_sampled_texts_are_those_of_the_target_on_average(recorded: Recorded) ->
         ({"decoder": "speculative", "pre_verify": 0}, "pre_verify is for a decoder whose draft goes on"),
         ({"decoder": "threshold"}, "drafts of threshold are no chains that are verified exactly"),
         ({"decoder": "medusa"}, "drafts of medusa are no chains"),
-        ({"decoder": "pipelined", "pre_verify": 2}, "pre_verify must be one of 0, 1, got 2"),
+        ({"decoder": "pipelined", "pre_verify": 2}, "pre_verify must be a whole number from 0 to 1, got 2"),
         ({"decoder": "pipelind"}, "pipelind"),
         ({"decoder": "pipelined", "profile": LatencyProfile("t", DRAFT, {1: 1e-3}, 1e-3, {})}, "made for chain rounds"),
     ],

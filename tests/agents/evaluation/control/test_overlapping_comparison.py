@@ -78,7 +78,7 @@ def test_the_verdict_sets_the_best_beside_decoding_in_turns() -> None:
 
 
 def test_an_episode_ends_where_nothing_is_left_to_verify(make_drafted_trace: Callable[..., Trace]) -> None:
-    """What a draft is worth shows in the next round, which belongs to the same episode."""
+    """The worth of a draft shows in the next round, which belongs to the same episode."""
     trace = make_drafted_trace(np.ones((96, 8)), 0.5, prompts=2)
     env = DraftLengthVectorEnv(
         1, recording=trace, profile=BESIDE, max_draft_length=4, max_new_tokens=12, decoder="pipelined"

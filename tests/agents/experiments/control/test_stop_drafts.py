@@ -168,7 +168,7 @@ def test_a_damaged_policy_is_refused_by_name(
         (["--shapes", "llama-3.1-8b", "gpt"], "each of shapes must be one of 'llama"),
         (["--overlap", "threshold"], "whose draft goes on while the target verifies, and that of threshold does not"),
         (["--pre-verify", "0"], "in_turns and pre_verify are for runs with --overlap"),
-        (["--overlap", "pipelined", "--pre-verify", "2"], "pre_verify must be one of 0, 1, got 2"),
+        (["--overlap", "pipelined", "--pre-verify", "2"], "pre_verify must be a whole number from 0 to 1, got 2"),
         (["--shipped-latency"], "shipped_latency is neither for computed times nor for new ones"),
     ],
 )
