@@ -44,6 +44,7 @@ from specgym.decoding import (
     measured,
     write_json,
 )
+from specgym.envs import Workload, profile_of
 
 DEFAULT = "default"
 CONTROL = "guesses"
@@ -66,6 +67,10 @@ class Settings(Comparison):
     """N-grams kept for a token where the ways of retaining them are compared."""
     horizon: int = 128
     """Horizon of the sliding retention, in tokens."""
+    reference: bool = False
+    """Charge time by the reference profiles that ship, where there are some, instead of measuring this machine."""
+    chunks: tuple[int, ...] = (64, 128)
+    """Tokens of a chunk, where each has a pool of its own."""
     window: int | None = None
     """Columns of the window; by default those of the preset."""
     ngram: int | None = None
@@ -100,6 +105,7 @@ def options(settings: Settings) -> dict[str, dict[str, Option]]:
         "top_share 0.8, max_overlap 0.5, min_acceptance 0.3": replace(
             default, top_share=0.8, max_overlap=0.5, min_acceptance=0.3
         ),
+        **{f"chunk_tokens {tokens}": replace(default, chunk_tokens=tokens) for tokens in settings.chunks},
     }
     learned = replace(default, ranking="learned")
     ranked = {
@@ -148,7 +154,12 @@ def compare(pair: Pair, preset: Preset, settings: Settings) -> Blocks:
     Raises:
         RuntimeError: an option changed a greedy text in float32.
     """
-    profile = measured(pair, "lookahead", sampling=Sampling(temperature=settings.temperature))
+    sampling = Sampling(temperature=settings.temperature)
+    if settings.reference:
+        profile = profile_of(Workload(pair.target.name, settings.prompt_sets[0], sampling), None, replayed=True,
+                             decoder="lookahead")  # fmt: skip
+    else:
+        profile = measured(pair, "lookahead", sampling=sampling)
     blocks: Blocks = {}
     for block, choices in options(settings).items():
         sides = {PLAIN: Side(AutoregressiveDecoder(pair))}

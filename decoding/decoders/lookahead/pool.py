@@ -64,6 +64,10 @@ class PoolSettings:
     """Order in which n-grams of a token are verified: that of the retention, or by the share of its tokens that each is
     expected to get right, which a logistic model learns while the text grows (`Ranking`). With the latter `top_share`
     and `min_acceptance` go by the model, too."""
+    chunk_tokens: int | None = None
+    """Decode the text in chunks of so many tokens, each with a pool of its own; None for one pool for the whole text.
+    A chunk inherits the prompt's n-grams, unless `seeds` is `nothing`, and what the ranking has learned; those of the
+    text and the window are its own. A chunk begins with the first round after its first token was emitted."""
 
     def __post_init__(self) -> None:
         one_of(_in_pool("seeds"), self.seeds, _SEEDS, PoolSettingsError)
@@ -71,6 +75,8 @@ class PoolSettings:
         one_of(_in_pool("ranking"), self.ranking, _RANKINGS, PoolSettingsError)
         check_fields(self, _checked_count, "horizon", "max_keys", "per_key")
         check_fields(self, _checked_share, "top_share", "max_overlap", "min_acceptance")
+        if self.chunk_tokens is not None:
+            check_fields(self, _checked_count, "chunk_tokens")
 
 
 def _in_pool(name: str) -> str:

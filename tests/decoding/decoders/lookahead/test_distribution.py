@@ -31,7 +31,16 @@ POOLS = {
     "overlap": PoolSettings(max_overlap=0.4),
     "two stages": PoolSettings(min_acceptance=0.5),
     "all": PoolSettings(
-        "prompt", "sliding", 11, 2, 4, top_share=0.9, max_overlap=0.5, min_acceptance=0.1, ranking="learned"
+        "prompt",
+        "sliding",
+        11,
+        2,
+        4,
+        top_share=0.9,
+        max_overlap=0.5,
+        min_acceptance=0.1,
+        ranking="learned",
+        chunk_tokens=2,
     ),
 }
 MakeTable = Callable[..., LanguageModel]

@@ -25,7 +25,7 @@ SHAPES = [(1, 2, 0), (16, 6, 16), (5, 3, 5), (15, 5, 15), (1, 6, 16), (16, 2, 1)
 POOLS = {
     "usual": PoolSettings(),
     "unseeded": PoolSettings(seeds="nothing"),
-    "prompt": PoolSettings(seeds="prompt"),
+    "prompt": PoolSettings(seeds="prompt", chunk_tokens=9),
     "frequency": PoolSettings(retention="frequency", per_key=2),
     "sliding": PoolSettings(retention="sliding", horizon=12),
     "small": PoolSettings(max_keys=3, per_key=1),
@@ -42,6 +42,7 @@ POOLS = {
         max_overlap=0.7,
         min_acceptance=0.2,
         ranking="learned",
+        chunk_tokens=7,
     ),
 }
 

@@ -234,9 +234,43 @@ def test_the_seeds_fill_the_pool_with_what_they_say(table_of: Callable[..., Lang
     assert pooled("text") == {0: {(4, 8, 0, 4)}, 4: {(8, 0, 4, 1)}, 8: {(0, 4, 1, 2)}}
 
 
+@pytest.mark.parametrize("seeds", ["nothing", "prompt", "text"])
+def test_a_chunk_has_the_prompts_n_grams_and_its_own(make_table: Callable[..., LanguageModel], seeds: Any) -> None:
+    prompt, size = [1, 2, 3, 1, 2, 4], 12
+    decoder = LookaheadDecoder(
+        Pair(make_table(16, seed=1, spread=2.0, context=256)),
+        pool=PoolSettings(seeds=seeds, chunk_tokens=size, ranking="learned"),
+    )
+    session = decoder.start(prompt, max_new_tokens=60, seed=0)
+    assert isinstance(session, LookaheadSession)
+    pools, begun, largest = [session.pool], 0, 0
+
+    def seen(first: int, end: int) -> set[tuple[int, ...]]:
+        return {tuple(session.context[place : place + 3]) for place in range(first, end - 2)}
+
+    while not session.finished:
+        before = len(session.context)
+        round_ = session.step({"window": 1, "ngram": 3, "guesses": 3})
+        assert isinstance(round_, LookaheadRound)
+        largest = max(largest, len(session.pool))
+        if session.pool is not pools[-1]:  # nothing was found yet but by this round's window, a run at most
+            assert session.pool.ranking is pools[-1].ranking
+            assert (before - len(prompt)) // size > begun
+            pools.append(session.pool)
+            begun = (before - len(prompt)) // size
+            kept = {(key, *run) for key, group in session.pool._guesses.items() for run in group}
+            assert len(kept - (seen(0, len(prompt)) if seeds != "nothing" else set())) <= 1
+            assert seeds == "nothing" or kept >= seen(0, len(prompt))
+    assert len(pools) == 5
+    whole = LookaheadDecoder(decoder.pair, pool=PoolSettings(seeds=seeds)).generate(prompt, max_new_tokens=60, seed=0)
+    assert whole.tokens == session.tokens
+    assert max(getattr(round_, "pool_size", 0) for round_ in whole.rounds) > largest
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"chunk_tokens": 0}, "chunk_tokens of the n-gram pool must be a whole number of at least 1, got 0"),
         ({"seeds": "all"}, "seeds of the n-gram pool must be one of 'nothing', 'prompt', 'text', got 'all'"),
         (
             {"retention": "age"},
