@@ -21,6 +21,7 @@ from .evaluation.worlds.methods import ClosedForm, Learned
 from .evaluation.worlds.transfer import WorldsTransfer
 from .experiments.control.choice_policy import ChoicePolicy
 from .experiments.control.choose_drafts_settings import ChoiceSettings
+from .experiments.control.round_knobs_settings import RoundKnobSettings
 from .experiments.control.stop_drafts_settings import StopSettings
 from .experiments.control.stop_policy import StoppingPolicy
 from .experiments.experiment import (
@@ -38,7 +39,7 @@ from .experiments.tune_unseen_settings import TunerSettings, tuner_settings
 from .experiments.tune_worlds import TuneWorlds
 from .experiments.tune_worlds_settings import WorldsSettings
 from .export.choice_rule import ExportedChoiceRule
-from .export.knob_policy import ExportedPolicy, KnobRange
+from .export.knob_policy import ExportedKnobRule, ExportedPolicy, KnobRange
 from .export.recommend import Recommendation, fastest_within, load_knobs, settle
 from .export.recommend_exact import play, usual_setting
 from .export.stop_rule import ExportedStopRule
@@ -62,6 +63,7 @@ __all__ = [
     "EvaluationSettings",
     "Experiment",
     "ExportedChoiceRule",
+    "ExportedKnobRule",
     "ExportedPolicy",
     "ExportedStopRule",
     "KnobLearning",
@@ -74,6 +76,7 @@ __all__ = [
     "LearningSettings",
     "Recommendation",
     "ResultTable",
+    "RoundKnobSettings",
     "Row",
     "RunFolder",
     "RunSettings",

@@ -19,6 +19,8 @@ from .engines.settings import EngineName, EngineSettings, is_engine_run
 from .experiments.control.choose_drafts_settings import ENV as DRAFT_CHOICE
 from .experiments.control.choose_drafts_settings import ChoiceSettings
 from .experiments.control.control_settings import ControlSettings
+from .experiments.control.round_knobs_settings import ENV as ROUND_KNOBS
+from .experiments.control.round_knobs_settings import round_settings
 from .experiments.control.stop_drafts_settings import ENV as DRAFT_LENGTH
 from .experiments.control.stop_drafts_settings import StopSettings
 from .experiments.experiment import RunSettings, load_settings
@@ -139,6 +141,7 @@ def learnable(tuner: bool = False) -> dict[str, Callable[[], RunSettings]]:
             **tuned,
             DRAFT_LENGTH: StopSettings,
             DRAFT_CHOICE: ChoiceSettings,
+            ROUND_KNOBS: round_settings,
             WORLDS: WorldsSettings,
         }
     )
@@ -162,7 +165,11 @@ def _train(arguments: list[str]) -> None:
         )
     # An unknown id is left for the parser to refuse.
     chosen = env if env in learnable(tuner) else environment_id(DEFAULT_DECODER)
-    default = learnable(tuner)[chosen]()
+    decoder = _value_of("--decoder", arguments)
+    if chosen == ROUND_KNOBS and decoder is not None:
+        default: RunSettings = round_settings(decoder)  # whose workloads are the defaults
+    else:
+        default = learnable(tuner)[chosen]()
     if resume is not None:
         saved: RunSettings = load_settings(RunFolder.existing(Path(resume)).settings)
         if saved.option != default.option if env else tuner and saved.EXPERIMENT != default.EXPERIMENT:

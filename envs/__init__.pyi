@@ -39,7 +39,7 @@ from .recordings.trace import Trace, tellable_threshold, trace_name
 from .registration import environment_id, register, register_environments
 from .tuning.engine_env import EngineEnv, EngineVectorEnv
 from .tuning.env import TuningEnv
-from .tuning.knob_space import KnobMoves
+from .tuning.knob_space import ACTION_KINDS, KnobMoves
 from .tuning.observe import ContextLayout, ObserveContext, VectorObserveContext, VectorWorkloadMark, WorkloadMark
 from .tuning.reward import DIVERGENCE_BOUND, RewardSettings, preferred_ranges, reward_terms
 from .tuning.vector_env import TuningVectorEnv
@@ -77,6 +77,7 @@ from .worlds.real_pairs import LivePair, RealWorld, ReplayedPair, knobs_of, real
 from .worlds.worlds import BATCH_SIZES, ENGINE_NAMES, ENGINES, PROMPTS, Charges, Readings, Worlds, WorldSampler
 
 __all__ = [
+    "ACTION_KINDS",
     "AXES",
     "BATCH_SIZES",
     "DIVERGENCE_BOUND",

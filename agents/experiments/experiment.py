@@ -205,6 +205,7 @@ EXPERIMENTS: Final[Mapping[str, tuple[str, str]]] = {
     "tune-knobs": ("tune_knobs_settings:default_settings", "tune_knobs:TuneKnobs"),
     "stop-drafts": ("control.stop_drafts_settings:StopSettings", "control.stop_drafts:StopDrafts"),
     "choose-drafts": ("control.choose_drafts_settings:ChoiceSettings", "control.choose_drafts:ChooseDrafts"),
+    "round-knobs": ("control.round_knobs_settings:round_settings", "control.round_knobs:RoundKnobs"),
     "tune-worlds": ("tune_worlds_settings:WorldsSettings", "tune_worlds:TuneWorlds"),
     "tune-unseen": ("tune_unseen_settings:tuner_settings", "tune_unseen:TuneUnseen"),
 }

@@ -100,7 +100,7 @@ class TuneKnobs(Experiment[KnobSettings]):
             return self._measured(chosen, pair, refresh)
 
         console.print("Latency profiles (measured once for this hardware, then read from the cache):")
-        self.profiles = self.run.keep_profiles(self.settings.workloads, profile, _rounds, LatencyProfile.load)
+        self.profiles = self.run.keep_profiles(self.settings.workloads, profile, describe_rounds, LatencyProfile.load)
 
     def _measured(self, chosen: Workload, pair: Pair, refresh: bool) -> LatencyProfile:
         """The profile of this hardware; with the chances of the trace that is replayed, so that drafts end alike."""
@@ -144,7 +144,7 @@ class TuneKnobs(Experiment[KnobSettings]):
     def export(self, model: PPO, folder: Path) -> None:
         """Write the policy with the ranges and steps of its knobs."""
         assert isinstance(model.policy, KnobPolicy)
-        knobs = _knob_ranges(make_env(self.settings, 0, self.profiles[0]))
+        knobs = knob_ranges(make_env(self.settings, 0, self.profiles[0]).unwrapped)
         names = state_names(self.settings, [knob.name for knob in knobs])
         ExportedPolicy.of(model.policy, knobs, names).save(folder)
 
@@ -284,7 +284,7 @@ def _require_scorers(settings: KnobSettings) -> None:
             raise TextQualityError(f"{error}, or leave that out with --evaluation.no-score-texts") from error
 
 
-def _rounds(profile: LatencyProfile) -> str:
+def describe_rounds(profile: LatencyProfile) -> str:
     """Costs of two rounds, in words."""
     if profile.kind == "chain":
         return f"a round of 4 drafted {1000 * profile.round(4):.2f} ms, of 16 {1000 * profile.round(16):.2f} ms"
@@ -294,10 +294,10 @@ def _rounds(profile: LatencyProfile) -> str:
     )
 
 
-def _knob_ranges(env: Any) -> list[KnobRange]:
-    knobs, scales = env.get_wrapper_attr("knobs"), env.get_wrapper_attr("scales")
-    ranges: dict[str, tuple[float, float]] = env.get_wrapper_attr("ranges")
+def knob_ranges(env: Any) -> list[KnobRange]:
+    """Ranges of the knobs of an environment, as exported policies keep them; it has `knobs`, `ranges` and `scales`."""
+    ranges: dict[str, tuple[float, float]] = env.ranges
     return [
-        KnobRange(knob.name, *ranges[knob.name], knob.default, scales[knob.name], knob.integer, knob.logarithmic)
-        for knob in knobs
+        KnobRange(knob.name, *ranges[knob.name], knob.default, env.scales[knob.name], knob.integer, knob.logarithmic)
+        for knob in env.knobs
     ]

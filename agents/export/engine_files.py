@@ -104,6 +104,11 @@ def _items(folder: Path, engine: str) -> Iterator[Item]:
     if is_engine_run(folder):
         raise RunFileError(f"{folder} recommends nothing yet; go on with: python train.py --resume {folder}")
     settings = load_settings(run.settings)
+    if settings.EXPERIMENT == "round-knobs":
+        raise SettingsError(
+            f"{engine} takes no policy that chooses knobs round by round. {run.table} says, as fixed, which setting is "
+            "best for whole texts of each workload; set it by hand"
+        )
     if getattr(settings, "decoder", SpeculativeDecoder.name) != SpeculativeDecoder.name:
         known = load_knobs(run.knobs)["workloads"].values() if run.knobs.is_file() else ()
         names = next((list(knobs) for knobs in known if knobs), [])

@@ -10,6 +10,8 @@ A Stable-Baselines3 zip is unpickled when it is loaded and can run code; these t
 
 where the step of a logarithmic knob is one of log2(1 + knob - knob_low).
 
+A rule that chooses knobs round by round (`ExportedKnobRule`) is such a function of a text's features.
+
 Files of an exported network: weights as safetensors, everything else as JSON, no code in either.
 """
 
@@ -29,13 +31,18 @@ from torch import nn
 from specgym.decoding import (
     FILES,
     DamagedFileError,
+    KnobError,
+    KnobRule,
+    RoundTracker,
     check_files,
     doublings,
     file_digests,
     from_doublings,
     replacing,
+    round_features,
     write_sealed,
 )
+from specgym.envs import ACTION_KINDS
 
 from ..policy import BoundsScaler, KnobPolicy
 from ..training.run_folder import DESCRIPTION_FILE, WEIGHTS_FILE, RunFileError, read_json
@@ -102,6 +109,7 @@ def load_weights(folder: Path, way_out: str) -> dict[str, NDArray[Any]]:
 
 
 FORMAT = "specgym-policy-2"
+RULE_FORMAT = "specgym-knob-rule-1"
 _UNSEALED = "specgym-policy-1"  # has no checksum
 _WAY_OUT = "export the policy again: python train.py --resume <run>"
 
@@ -234,10 +242,17 @@ class ExportedPolicy:
             for knob, move in zip(self.knobs, action, strict=True)
         }
 
-    def save(self, folder: Path) -> None:
-        """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
+    def save(self, folder: Path, form: str = FORMAT, **further: str) -> None:
+        """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all.
+
+        Args:
+            folder: where they go.
+            form: of the description, for what is more than a policy.
+            further: entries of the description.
+        """
         description = {
-            "format": FORMAT,
+            "format": form,
+            **further,
             "about": (__doc__ or "").strip(),
             "knobs": [asdict(knob) for knob in self.knobs],
             "state": list(self.state),
@@ -253,13 +268,22 @@ class ExportedPolicy:
         Raises:
             RunFileError: a file is missing, damaged, or of another format.
         """
-        content = load_description(Path(folder), FORMAT, _UNSEALED, "policy", _WAY_OUT)
-        weights = load_weights(Path(folder), _WAY_OUT)
+        return cls.restored(Path(folder), FORMAT, _UNSEALED)[0]
+
+    @classmethod
+    def restored(cls, folder: Path, form: str, earlier: str) -> tuple[ExportedPolicy, dict[str, Any]]:
+        """The policy and the whole description that `save` wrote in a format, or without a checksum in an earlier one.
+
+        Raises:
+            RunFileError: as for `load`.
+        """
+        content = load_description(folder, form, earlier, "policy", _WAY_OUT)
+        weights = load_weights(folder, _WAY_OUT)
         try:
             knobs = [KnobRange.restored(knob) for knob in content["knobs"]]
             state = decoded(tuple[str, ...], content["state"], "state")
             low, high = (decoded(Number, content[name], name) for name in ("std_low", "std_high"))
-            return cls(knobs, state, low, high, weights)
+            return cls(knobs, state, low, high, weights), content
         except (KeyError, TypeError, ValueError) as error:
             raise RunFileError(f"the files of {folder} do not fit each other ({error!r}); {_WAY_OUT}") from error
 
@@ -279,3 +303,72 @@ class ExportedPolicy:
             raise ValueError("the bounds, or the weights, give no finite mean and deviation")
         if mean.shape != (len(self.knobs),) or std.shape != mean.shape:
             raise ValueError(f"{mean.shape} actions for {len(self.knobs)} knobs")
+
+
+class ExportedKnobRule(KnobRule):
+    """Learned policy that chooses a decoder's knobs before every round: `generate(..., knobs=rule)`.
+
+    Args:
+        policy: its state is the features of a text, as `specgym.decoding.round_features` lists them.
+        action: `"move"` where its actions move the knobs, `"place"` where they place them in their ranges.
+
+    Attributes:
+        policy: as given.
+        action: as given.
+
+    Raises:
+        ValueError: the policy sees other features, or there is no such kind of action.
+    """
+
+    def __init__(self, policy: ExportedPolicy, action: str) -> None:
+        expected = [*(feature.name for feature in round_features(())), *(f"knobs/{knob.name}" for knob in policy.knobs)]
+        if list(policy.state) != expected:
+            raise ValueError(f"the policy sees {', '.join(policy.state)}, and a text has {', '.join(expected)}")
+        if action not in ACTION_KINDS:
+            raise ValueError(f"action must be one of {', '.join(ACTION_KINDS)}, got {action!r}")
+        self.policy, self.action = policy, action
+
+    @classmethod
+    def of(cls, policy: KnobPolicy, knobs: Sequence[KnobRange], action: str) -> ExportedKnobRule:
+        """Take the networks out of a trained policy. Errors as for `ExportedPolicy.of`."""
+        names = [feature.name for feature in round_features(())] + [f"knobs/{knob.name}" for knob in knobs]
+        return cls(ExportedPolicy.of(policy, knobs, names), action)
+
+    def __call__(self, text: RoundTracker) -> dict[str, float]:
+        """Choose, like any rule.
+
+        Raises:
+            KnobError: the decoder has other knobs than the rule was learned for.
+        """
+        knobs = self.policy.knobs
+        if tuple(text.values) != tuple(knob.name for knob in knobs):
+            raise KnobError(
+                f"the rule was learned for the knobs {', '.join(knob.name for knob in knobs)}, and the decoder has "
+                f"{', '.join(text.values) or 'none'}"
+            )
+        actions = np.clip(self.policy(text.features), -1.0, 1.0).tolist()
+        if self.action == "place":
+            return {knob.name: knob.placed(action) for knob, action in zip(knobs, actions, strict=True)}
+        return {
+            knob.name: knob.moved(min(max(text.values[knob.name], knob.low), knob.high), action)
+            for knob, action in zip(knobs, actions, strict=True)
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``policy.safetensors`` and ``policy.json``, each of them whole or not at all."""
+        self.policy.save(folder, RULE_FORMAT, action=self.action)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExportedKnobRule:
+        """Read what `save` wrote.
+
+        Raises:
+            RunFileError: a file is missing, damaged, of another format, or for other features.
+        """
+        policy, content = ExportedPolicy.restored(Path(folder), RULE_FORMAT, RULE_FORMAT)
+        try:
+            return cls(policy, content["action"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFileError(
+                f"{Path(folder) / DESCRIPTION_FILE} is of no such rule ({error!r}); {_WAY_OUT}"
+            ) from error
