@@ -24,6 +24,7 @@ from specgym.decoding.decoders.lookahead.window import layout
 from specgym.decoding.errors import ArgumentError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.identity import sampled_digest
+from specgym.decoding.models.linear_layers import PrepackedLinear
 from specgym.decoding.rounds import Generation
 from specgym.decoding.sampling import GREEDY, Sampling
 from tests.helpers.random_models import random_model
@@ -183,11 +184,21 @@ def test_a_lone_process_and_batches_are_refused(monkeypatch: pytest.MonkeyPatch)
         decoder.generate_batch([[1], [2]], max_new_tokens=2)
 
 
-def test_the_digest_tells_other_weights_and_types_and_no_other_places() -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_digest_of_packed_layers_is_that_of_plain_ones(family: str, halves: bool) -> None:
+    model = random_model(family, vocabulary=12, layers=1, hidden=512)
+    model = model.half().float() if halves else model
+    digest = sampled_digest(copy.deepcopy(model))
+    packed = Pair(model, prepack=True).target.model
+    assert digest == sampled_digest(packed)
+    assert any(isinstance(layer, PrepackedLinear) for layer in packed.modules())  # and still they are
+
+
+def test_the_digest_tells_other_weights_and_types() -> None:
     model = random_model("llama", vocabulary=12, layers=1)
     digest = sampled_digest(model)
     assert digest == sampled_digest(copy.deepcopy(model))
-    assert digest == sampled_digest(Pair(copy.deepcopy(model), prepack=True).target.model)  # whose layout is another
     assert digest != sampled_digest(copy.deepcopy(model).bfloat16().float())
     assert digest != sampled_digest(copy.deepcopy(model).half())
     for name, weight in model.named_parameters():
