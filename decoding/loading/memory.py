@@ -85,7 +85,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[object, int]]:
     for module in model.modules():
         if isinstance(module, PrepackedLinear):
             yield module, module.packed.nbytes
-        elif is_dynamic(module):
+        elif is_dynamic(module) or getattr(module, "rounds_inputs", False):
             packed = (part for value in module.state_dict().values() for part in tensors_in(value))
             yield module, sum(part.numel() * part.element_size() for part in packed)
 

@@ -95,9 +95,9 @@ class _Step(nn.Module):
 class TracedPass(nn.Module):
     """A pass as the tracer takes it: a function of tensors, and the weights that it reads as attributes of its own.
 
-    The tracer finds weights in float16 only there, and others that require gradients. It would also find them in the
-    modules that hold them, but makes a module of its own of each, which takes longer than to trace. oneDNN's layout it
-    cannot take at all (torch 2.13, "Unsupported value kind"): models with it are left aside.
+    The tracer finds weights in float16 and int8 only there, and others that require gradients. It would also find them
+    in the modules that hold them, but makes a module of its own of each, which takes longer than to trace. oneDNN's
+    layout it cannot take at all (torch 2.13, "Unsupported value kind"): models with it are left aside.
 
     Args:
         run: the pass, and all modules that it uses within.
@@ -108,8 +108,9 @@ class TracedPass(nn.Module):
         self._run, known = (run,), set[int]()  # in a tuple, so that it is no part of this module
         for number, module in enumerate(run.modules()):
             packed = module.packed if isinstance(module, PrepackedLinear) else getattr(module, "kept_rows", None)
-            if isinstance(packed, HalfWeight):
-                setattr(self, f"half_{number}", packed.packed)
+            script = packed.packed if isinstance(packed, HalfWeight) else getattr(module, "int8", None)
+            if script is not None:
+                setattr(self, f"packed_{number}", script)
             for kind in ("_parameters", "_buffers"):  # of a packed layer without unpacking it
                 for name, tensor in vars(module)[kind].items():
                     if id(tensor) not in known:  # it may be shared

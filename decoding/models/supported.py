@@ -121,6 +121,11 @@ def refuse_unsupported(model: PreTrainedModel, exact: bool = True) -> None:
     _refuse_absent_weights(model)
     if exact:
         _refuse_dynamic_scales(model, model.modules())
+        if any(getattr(layer, "rounds_inputs", False) for layer in model.modules()):
+            raise UnsupportedModelError(
+                f"{kind} is quantised to int8 with its inputs, so as a target it would give a draft that is checked in "
+                "one pass other scores than token by token. Take the model before it was quantised, or this for a draft"
+            )
     _refuse_late_adapters(model)
 
 

@@ -17,7 +17,7 @@ from specgym.decoding.drafts.drafter import DraftSession, DraftStep, ModelDrafte
 from specgym.decoding.errors import UnsupportedModelError
 from specgym.decoding.latency.interleaved import fingerprint
 from specgym.decoding.loading import quantise as quantising
-from specgym.decoding.loading.quantise import quantise
+from specgym.decoding.loading.quantise import Int8Linear, quantise
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.output_layer import ReducedOutput, reduce_output
 from tests.helpers.known_distributions import PROMPT, distance, exact_joint, walk
@@ -141,6 +141,52 @@ def test_samples_follow_the_target_by_what_each_token_was_drawn_from(
     assert distance(joint, expected) > 1e-3
 
 
+def test_a_layer_makes_the_same_of_a_token_among_others_as_alone_and_shows_what_is_broken() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(40, 96, generator=generator), torch.randn(40, generator=generator)
+    inputs = torch.randn(5, 96, generator=generator) * torch.tensor([1e-6, 1.0, 30.0, 0.0, 1e6])[:, None]
+    layer = Int8Linear(weight, bias)
+    outputs = layer(inputs)
+    assert torch.equal(outputs, torch.cat([layer(row) for row in inputs.split(1)]))
+    assert torch.equal(outputs[3], bias)
+    exact = inputs @ weight.T
+    assert ((outputs - bias - exact).std(1)[[1, 2, 4]] < 0.02 * exact.std(1)[[1, 2, 4]]).all()
+    again = Int8Linear(torch.zeros(40, 96), bias)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(inputs), outputs)
+    assert torch.equal(copy.deepcopy(layer)(inputs), outputs)
+    for broken in (torch.nan, torch.inf):
+        inputs[1, 7] = broken
+        assert not layer(inputs)[1].isfinite().all()
+        assert torch.equal(layer(inputs)[2], outputs[2])
+
+
+def test_a_processor_whose_sums_run_over_has_inputs_of_seven_bits_and_a_wrong_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = quantising._times
+
+    def clipped(inputs: Tensor, packed: Any, levels: int) -> Tensor:
+        return times(inputs, packed, levels).clamp(max=0.0) if levels > most else times(inputs, packed, levels)
+
+    monkeypatch.setattr(quantising, "_times", clipped)
+    monkeypatch.setattr(quantising, "_levels", quantising._levels.__wrapped__)
+    most = 63
+    assert quantising._levels() == 63
+    most = 0
+    with pytest.raises(UnsupportedModelError, match="multiplies int8 wrongly on this processor; leave int8 out"):
+        Int8Linear(torch.ones(2, 2), None)
+
+
+@pytest.mark.usefixtures("small_enough")
+def test_a_target_in_int8_is_refused(target: PreTrainedModel) -> None:
+    model = copy.deepcopy(target)
+    quantise(model)
+    with pytest.raises(UnsupportedModelError, match=r"is quantised to int8 with its inputs.*or this for a draft"):
+        Pair(model)
+    assert isinstance(Pair(target, model).draft, ModelDrafter)
+
+
 @pytest.fixture
 def small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantising, "SMALLEST_QUANTISED", 32 * 64)
@@ -174,7 +220,8 @@ def test_a_name_ending_in_int8_gives_a_quantised_draft_of_less_memory_and_anothe
     assert isinstance(plain, ModelDrafter)
     assert isinstance(quantised, ModelDrafter)
     assert isinstance(again, ModelDrafter)
-    assert (plain.model.exact, quantised.model.exact) == (True, False)
+    assert (plain.model.exact, quantised.model.exact) == (True, True)  # shallow, and a draft
+    assert quantised.model.captured is not None
     assert quantised.model.model is again.model.model
     assert quantised.name == "tiny-10m-draft-2l:int8"
     assert draft_digest(plain) != draft_digest(quantised) == draft_digest(again)
@@ -193,7 +240,7 @@ def test_a_name_ending_in_int8_gives_a_quantised_draft_of_less_memory_and_anothe
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: model.bfloat16(), r"is torch\.bfloat16 on cpu, and int8 drafts are for CPUs.*leave int8 out"),
+        (lambda model: model.bfloat16(), r"is torch\.bfloat16 on cpu, and int8 is for CPUs.*leave int8 out"),
         (lambda model: model, r"has no linear layer of 131,072 weights or more.*leave int8 out"),
     ],
 )
