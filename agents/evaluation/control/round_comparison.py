@@ -252,9 +252,10 @@ def round_verdict(rows: Sequence[Row]) -> str:
     if low > 1 and reached[LEARNED] >= reached[ADAPTIVE]:
         return sentence + "Knobs that follow the text pay, and learning them does."
     best = max(reached, key=lambda method: reached[method])
+    wins = "does as well" if low <= 1 <= high else "wins"
     words = {
-        FIXED: "The simpler way wins: a fixed setting, chosen on training prompts.",
-        ADAPTIVE: "The simpler way wins: the adaptive rule, chosen on training prompts.",
+        FIXED: f"The simpler way {wins}: a fixed setting, chosen on training prompts.",
+        ADAPTIVE: f"The simpler way {wins}: the adaptive rule, chosen on training prompts.",
         LEARNED: "That is within what prompts and seeds scatter: a fixed setting does as well.",
     }
     return sentence + words[best]

@@ -84,7 +84,7 @@ class RoundKnobSettings(RunSettings):
     """Workloads to learn on, all together: pair/prompts, or pair/prompts@temperature. Defaults to the decoder's own."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seed",))] = (0, 1, 2)
     """Random seeds; one policy is learned with each, one after another."""
-    total_timesteps: int = 16_000
+    total_timesteps: int = 32_000
     """Rounds learned from, for each seed, over all environments; rounded up to whole rollouts."""
     checkpoint_every: int = 4_000
     """Rounds between two checkpoints, which --resume continues from."""

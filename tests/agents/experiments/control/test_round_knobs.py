@@ -255,6 +255,7 @@ def test_live_prompts_are_charged_with_what_the_rules_decisions_cost(small_workl
         ((1.5, 1.6, 1.7), (1.05, 1.2), "Knobs that follow the text pay, and learning them does."),
         ((1.5, 1.6, 1.7), (0.95, 1.2), "a fixed setting does as well"),
         ((1.5, 1.8, 1.7), (1.05, 1.2), "The simpler way wins: the adaptive rule"),
+        ((1.5, 1.6, 1.55), (0.96, 1.06), "The simpler way does as well: the adaptive rule"),
         ((1.9, 1.8, 1.7), (0.8, 0.95), "The simpler way wins: a fixed setting"),
     ],
 )
