@@ -115,8 +115,19 @@ def _items(folder: Path, engine: str) -> Iterator[Item]:
         options = settings.options if settings.EXPERIMENT == "tune-unseen" else settings.decoder_options
         raise _refusal(engine, settings.decoder, names, options, str(folder))
     if settings.EXPERIMENT == "tune-knobs":
+        if settings.decoder_options["stop"] == "expected-gain":
+            raise SettingsError(
+                f"{folder} has drafts that end by the expected gain, which {engine} does not weigh. Tune by a rule "
+                f"that engines have: python train.py {settings.option} --environment.stop never (or transformers, or "
+                "llama.cpp)"
+            )
         yield from _of_knobs(run, settings, engine)
     elif settings.EXPERIMENT == "stop-drafts":
+        if settings.overlap is not None:
+            raise SettingsError(
+                f"{folder} is of a draft that goes on while the target verifies, and in {engine} they take turns. "
+                f"Learn without --overlap: python train.py {settings.option}"
+            )
         yield from _of_policies(run, engine)
     elif settings.EXPERIMENT == "choose-drafts":
         raise SettingsError(

@@ -16,12 +16,14 @@ from specgym.agents.engines.settings import EXPERIMENT
 from specgym.agents.evaluation.results import LEARNED, ResultTable, Row
 from specgym.agents.experiments.control.choose_drafts_settings import ChoiceSettings
 from specgym.agents.experiments.control.stop_drafts_settings import StopSettings
+from specgym.agents.experiments.experiment import RunSettings
 from specgym.agents.experiments.tune_knobs_settings import default_settings
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
 from specgym.agents.export.engine_files import export_for_engine
 from specgym.agents.export.recommend import save_knobs
 from specgym.agents.training.settings_io import SETTINGS_FORMAT
 from specgym.decoding import EXPORT_ENGINES, LOOKUP, write_sealed
+from specgym.decoding.decoders.traits import SpeculativeOptions
 
 Shown = Callable[[], str]
 RUNS = Path(__file__).parents[2] / "fixtures" / "runs"
@@ -119,6 +121,25 @@ def test_a_choice_of_drafts_is_refused_with_where_the_best_rule_of_engines_stand
     save_settings(ChoiceSettings(workloads=("tiny-3m-mixed/prose",)), tmp_path / "settings.json", "command")
     assert evaluate_command([str(tmp_path), "--export", "llama.cpp"]) == 2
     assert "says, as hybrid, by which fixed rule" in shown()
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            default_settings("speculative", environment={"decoder_options": SpeculativeOptions(stop="expected-gain")}),
+            "does not weigh. Tune by a rule that engines have: python train.py --env specgym/Speculative-v0",
+        ),
+        (StopSettings(overlap="pipelined", shipped_latency=True), "they take turns. Learn without --overlap"),
+    ],
+)
+def test_what_was_found_by_what_engines_lack_is_refused_with_what_to_learn_instead(
+    settings: RunSettings, message: str, tmp_path: Path, shown: Shown
+) -> None:
+    save_settings(settings, tmp_path / "settings.json", "command")
+    assert evaluate_command([str(tmp_path), "--export", "vllm"]) == 2
+    assert message in shown()
     assert not (tmp_path / "export").exists()
 
 
