@@ -138,7 +138,9 @@ class SpeculativeSession(Session["ChainDecoder"]):
         values = self.decoder.resolve_knobs(knobs)
         if self.finished:
             return Round((), 0, 0, 0.0, 0.0, 0.0)
-        return self._finish_round(values, time.perf_counter())
+        round_ = self._finish_round(values, time.perf_counter())
+        self.progress.saw(round_)
+        return round_
 
     def _round(self, knobs: Mapping[str, float]) -> Round:
         if self._steps is not None or self._drafted:

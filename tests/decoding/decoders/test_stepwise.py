@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.decoders.chain_session import SpeculativeSession
+from specgym.decoding.decoders.knob_rules import TEXT_FEATURES
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.copying import PromptLookupDrafter
@@ -79,6 +80,8 @@ def test_drafting_to_a_fixed_length_from_outside_gives_the_rounds_of_step(
         assert without_times(steered.verify()) == without_times(expected)
     assert steered.finished
     assert steered.tokens == stepped.tokens
+    seen = len(TEXT_FEATURES)
+    assert steered.progress.features[:seen].tolist() == stepped.progress.features[:seen].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
