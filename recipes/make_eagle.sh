@@ -28,8 +28,8 @@ for name in "$@"; do
                 --tokens 1300000 --compared-with tiny-10m-draft-1l tiny-10m-draft-2l
             ;;
         smollm2)
-            fit smollm2 --licence apache-2.0 --dtype bfloat16 --texts 1024 --new-tokens 96 --generate-batch 64 \
-                --vocabulary 8000 --own-prompts 1024 --answer-tokens 96 --prompt-sets chat --each 2 \
+            fit smollm2 --licence apache-2.0 --dtype bfloat16 --texts 768 --new-tokens 96 --generate-batch 64 \
+                --vocabulary 8000 --own-prompts 2560 --answer-tokens 128 --prompt-sets chat --each 2 \
                 --tokens 1500000 --minutes 26 --store int8 --compared-with smollm2-draft-2l smollm2-draft-4l
             ;;
         *) echo "no $name is made here: tiny-3m, tiny-10m or smollm2" >&2 && exit 1 ;;
