@@ -319,7 +319,7 @@ def _state(model: PreTrainedModel) -> Hashable:
             return None
         if not type(module).__module__.startswith(OWN):
             return None
-        state.append((id(module), type(module), id(inside.get("_packed"))))
+        state.append((id(module), type(module), id(inside.get("_packed", inside.get("int8")))))
         for tensor in (*inside["_parameters"].values(), *inside["_buffers"].values()):
             if tensor is not None:
                 state.append((id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version))

@@ -23,7 +23,7 @@ from specgym.decoding import (
 from ..backends.backend import BackendName, DraftSteps, backend_of
 from ..backends.replay import Workloads
 from ..profiles import Profiles
-from ..tuning.knob_space import ACTION_KINDS, ActionKind, KnobMoves
+from ..tuning.knob_space import ACTION_KINDS, ActionKind, KnobMoves, MovesKnobs
 from ..workloads import Workload, constructor, default_workload
 from .control_env import FIRST, ControlEnv
 from .control_vector_env import ControlVectorEnv, Indices
@@ -39,7 +39,7 @@ Decodes = str | Callable[["Pair"], "Decoder[Any]"]
 Scales = Mapping[str, float] | None
 
 
-class RoundKnobsEnv(ControlEnv):
+class RoundKnobsEnv(MovesKnobs, ControlEnv):
     """Choose the knobs of a decoder anew before every round of a text, from what the rounds so far have brought.
 
     ## Description
@@ -155,11 +155,6 @@ class RoundKnobsEnv(ControlEnv):
         seconds = built.profiles[0].autoregressive_seconds
         self._set_up(built.workloads[0], self._rounds, seconds, round_features(built.knobs), self._moves.action_space)
 
-    @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """Knobs that are chosen, in the order of actions."""
-        return self._moves.knobs
-
     def _further_info(self, steps: DraftSteps) -> dict[str, Any]:
         return {name: values.item() for name, values in self._rounds.knobs_of(np.array([steps.rounds])).items()}
 
@@ -170,7 +165,7 @@ class RoundKnobsEnv(ControlEnv):
         return moves[None]
 
 
-class RoundKnobsVectorEnv(ControlVectorEnv):
+class RoundKnobsVectorEnv(MovesKnobs, ControlVectorEnv):
     """Many environments of `RoundKnobsEnv` that step together: their rounds are done in one batch, with joined passes.
 
     Actions, observations, rewards and the end of an episode are those of `RoundKnobsEnv`, and the same numbers, where
@@ -231,21 +226,6 @@ class RoundKnobsVectorEnv(ControlVectorEnv):
             return self._rounds
 
         self._set_up(places, begin, round_features(built.knobs), self._moves.action_space)
-
-    @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """Knobs that are chosen, in the order of actions."""
-        return self._moves.knobs
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """(low, high) of every knob here, by name, in its own units."""
-        return dict(self._moves.ranges)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """Change that an action of 1 makes to a knob, by name, in its own units; of a logarithmic one in doublings."""
-        return dict(self._moves.scales)
 
     def _further_info(self, steps: DraftSteps) -> dict[str, NDArray[Any]]:
         return self._rounds.knobs_of(steps.rounds)

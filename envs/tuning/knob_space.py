@@ -249,7 +249,28 @@ OPTIONS = ("knobs", "prompt")
 """Options of a reset."""
 
 
-class KnobTuning:
+class MovesKnobs:
+    """Knobs of an environment whose actions move them."""
+
+    _moves: KnobMoves
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """Knobs that actions move, in the order of actions."""
+        return self._moves.knobs
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """(low, high) of every knob here, by name, in its own units."""
+        return dict(self._moves.ranges)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Change that an action of 1 makes to a knob, by name, in its own units; of a logarithmic one in doublings."""
+        return dict(self._moves.scales)
+
+
+class KnobTuning(MovesKnobs):
     """Tuning of a decoder's knobs, in a single environment or in many.
 
     Attributes:
@@ -258,7 +279,6 @@ class KnobTuning:
 
     workload_of: Integers
     _backend: Backend
-    _moves: KnobMoves
     _orders: PromptOrder
     np_random: np.random.Generator
     _began = False
@@ -300,21 +320,6 @@ class KnobTuning:
     def profiles(self) -> Sequence[LatencyProfile]:
         """Latency profiles that charge the time of each workload, at the operating point."""
         return self._backend.profiles
-
-    @property
-    def knobs(self) -> tuple[Knob, ...]:
-        """Knobs that are tuned, in the order of observations and actions."""
-        return self._moves.knobs
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """(low, high) of every knob here, by name, in its own units."""
-        return dict(self._moves.ranges)
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """Change that an action of 1 makes to a knob, by name, in its own units; of a logarithmic one in doublings."""
-        return dict(self._moves.scales)
 
     @property
     def reward_settings(self) -> RewardSettings:
