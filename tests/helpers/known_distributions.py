@@ -5,7 +5,6 @@ On the path of imports by `pythonpath` in pyproject.toml, since test modules can
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,6 @@ from specgym.decoding.drafts.eagle import drafter as eagle
 from specgym.decoding.drafts.ngram import NGramDrafter
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.sampling import Sampling
-from specgym.decoding.sampling import draw as draw_at_random
 from tests.helpers.other_words import translated_table
 
 Joint = dict[tuple[int, ...], float]
@@ -169,11 +167,9 @@ def walk(
     Returns:
         The joint distribution, the expected sum of the divergences reported, and the expected number of tokens.
     """
-    branches, walking = Branches(), threading.get_ident()
+    branches = Branches()
 
     def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if threading.get_ident() != walking:  # a draft that another test has left at work
-            return draw_at_random(p, generator)
         choice = branches.choose(p.double().flatten().tolist())
         return torch.tensor(choice).expand(p.shape[:-1])
 

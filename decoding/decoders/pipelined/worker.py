@@ -244,21 +244,21 @@ class _Loop:
         """Answer until whoever asks has gone."""
         if self._cores:
             os.sched_setaffinity(0, self._cores)  # of this thread alone, on Linux
-        message: Any = None
+        following: Any = None
         text: _Text | None = None
         try:
             while True:
-                message = self._connection.recv() if message is None else message
+                message, following = self._connection.recv() if following is None else following, None
                 try:
                     if isinstance(message, DraftedText):
-                        text, message = _Text(self._pair, self._drafter, message, self._stop), None
-                    elif text is not None:
-                        message = self._draft(text, message)
+                        text = None  # of which nothing more is asked, whether or not this one can be begun
+                        text = _Text(self._pair, self._drafter, message, self._stop)
+                    elif text is not None:  # otherwise it could not be begun, which was told
+                        following = self._draft(text, message)
                 except (OSError, EOFError):
                     raise
                 except Exception as error:
                     self._connection.send((0, None, SpecgymError(f"{type(error).__name__}: {error}"), 0.0))
-                    message = None
         except (OSError, EOFError, KeyboardInterrupt):  # nobody asks any more
             self._connection.close()
 

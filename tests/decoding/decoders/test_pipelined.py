@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from specgym.decoding.decoders import chain_session
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.pipelined import session as sessions
+from specgym.decoding.decoders.pipelined import worker as workers
 from specgym.decoding.decoders.pipelined.decoder import PipelinedDecoder, PipelinedThresholdDecoder
 from specgym.decoding.decoders.pipelined.worker import Drafted, DraftedText, DraftFailedError, DraftWorker
 from specgym.decoding.decoders.stop_rules import ConfidenceBelow
@@ -262,6 +263,23 @@ def test_an_error_of_the_draft_is_raised(make_table: MakeTable, monkeypatch: pyt
     monkeypatch.setattr(decoder.pair.draft.model.__class__, "forward", fails)  # type: ignore[union-attr]
     with pytest.raises(DraftFailedError, match="RuntimeError: no memory left"):
         session._take(session._ask(2) or 2)
+
+
+def test_a_draft_that_cannot_begin_a_text_waits_for_the_next(
+    make_table: MakeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "PATIENCE", 2.0)
+    decoder = PipelinedDecoder(table_pair(make_table, 3), place="thread")
+    draft, text = decoder.worker(), DraftedText(list(PROMPT), 8, Sampling(0.0), (), 0, 0.1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_Text", lambda *_: 1 / 0)
+        draft.begin(text)
+        draft.ask(len(PROMPT), [], 2)
+        with pytest.raises(DraftFailedError, match="ZeroDivisionError"):
+            draft.take()
+    draft.begin(text)
+    draft.ask(len(PROMPT), [], 2)
+    assert draft.take() is not None
 
 
 def test_a_rule_ends_drafts_where_the_draft_is(make_model: MakeModel, make_noisy: MakeModel) -> None:
