@@ -248,3 +248,20 @@ def dtype_of(settings: OwnTextSettings, frozen: bool) -> torch.dtype:
     if settings.dtype is not None:
         return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     return torch.bfloat16 if frozen and settings.loop.torch_device().type == "cuda" else torch.float32
+
+
+def load_frozen(settings: OwnTextSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a target that stays as it is, for what learns to read its states; its name is the third.
+
+    Raises:
+        ModelNotFoundError: there is no such target.
+        FitError: it would be written over, or has an encoder.
+    """
+    check_out(settings.out, settings.target)
+    settings.loop.set_threads()
+    place = {"dtype": dtype_of(settings, frozen=True), "device": settings.loop.torch_device()}
+    model, tokenizer = load_target(settings.target, **place)
+    name = Path(settings.target).name
+    if Path(settings.target).expanduser().exists():
+        model.name_or_path = name  # files that are passed on do not name folders of this machine
+    return model.requires_grad_(False), tokenizer, name

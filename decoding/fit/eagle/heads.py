@@ -20,7 +20,7 @@ from ...loading.pair import Pair
 from ...models.output_layer import output_layer
 from ..cards import Facts, Section, show, size_of, training_lines, write_card
 from ..loop import EarlyStopping, Outcome, mean_loss, spread_over, train
-from ..settings import LoopSettings, OwnTextSettings, check_out, checked_option, dtype_of, load_target, require_least
+from ..settings import LoopSettings, OwnTextSettings, checked_option, load_frozen, require_least
 from ..text.chats import ChatTextSettings, text_of
 from ..text.corpus_text import TEXTS, PositionBatches
 from ..text.prompts import JUDGING, TRAINING
@@ -79,14 +79,7 @@ def make_eagle(settings: EagleSettings) -> EagleReport:
         TrainingError: training cannot go on.
     """
     loop = settings.loop
-    check_out(settings.out, settings.target)
-    loop.set_threads()
-    dtype = dtype_of(settings, frozen=True)
-    model, tokenizer = load_target(settings.target, dtype=dtype, device=loop.torch_device())
-    name = Path(settings.target).name
-    if Path(settings.target).expanduser().exists():
-        model.name_or_path = name  # files that are passed on do not name folders of this machine
-    model.requires_grad_(False)
+    model, tokenizer, name = load_frozen(settings)
     _check(settings, model)
     pair = Pair(model, None, tokenizer, prepack=False)
     text, sources = text_of(settings, settings.chats, pair, name)
@@ -101,7 +94,7 @@ def make_eagle(settings: EagleSettings) -> EagleReport:
     ).float()
     head.attach(model)
     # Weights are left as they are until the end: prepacking changes hidden states, if only a little.
-    features = features_of(model, head, text, loop.bfloat16 and dtype == torch.float32)
+    features = features_of(model, head, text, loop.bfloat16 and model.dtype == torch.float32)
     teacher = head.rows_of(model)
     facts = Facts(
         name=settings.out.name,
@@ -117,7 +110,7 @@ def make_eagle(settings: EagleSettings) -> EagleReport:
     def card(outcome: Outcome, *sections: Section, verdict: str | None = None) -> str:
         training = [
             f"EAGLE-3: the target unchanged, the head unrolled along {settings.unroll} tokens of its own draft",
-            *training_lines(replace(loop, length=text.tokens.shape[1]), outcome, "tokens", dtype=dtype),
+            *training_lines(replace(loop, length=text.tokens.shape[1]), outcome, "tokens", dtype=model.dtype),
             f"sum over the tokens k of a draft, from 0, of {DECAY:g}^k times the KL divergence: {outcome.loss:.3f} "
             "nats on training text at the end",
         ]

@@ -24,10 +24,8 @@ from ..loop import Outcome, train_beside
 from ..settings import (
     HeadsSettings,
     LoopSettings,
-    check_out,
     check_own_text,
-    dtype_of,
-    load_target,
+    load_frozen,
     require_least,
     small_network_loop,
 )
@@ -80,14 +78,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     least = {"heads": 1, "blocks": 1, "vocabulary": 0, "tree_size": 1, "report_prompts": 1, "report_tokens": 1}
     check_own_text(settings, "heads", **least)
     require_least(loop, length=1)
-    check_out(settings.out, settings.target)
-    loop.set_threads()
-    dtype = dtype_of(settings, frozen=True)
-    model, tokenizer = load_target(settings.target, dtype=dtype, device=loop.torch_device())
-    name = Path(settings.target).name
-    if Path(settings.target).expanduser().exists():
-        model.name_or_path = name  # files that are passed on do not name folders of this machine
-    model.requires_grad_(False)
+    model, tokenizer, name = load_frozen(settings)
     tokens = len(output_layer(model).weight)
     if settings.vocabulary > tokens:
         raise FitError(f"--vocabulary {settings.vocabulary} is more than the target's {tokens} tokens: 0 takes all")
@@ -113,7 +104,7 @@ def make_medusa(settings: MedusaSettings) -> MedusaReport:
     def card(outcome: Outcome, *sections: Section, verdict: str | None = None) -> str:
         training = [
             "Medusa-1: the target unchanged, the heads trained on its last hidden states",
-            *training_lines(loop, outcome, "positions", dtype=dtype),
+            *training_lines(loop, outcome, "positions", dtype=model.dtype),
             f"sum over heads k of 0.8^k times the cross-entropy: {outcome.loss:.3f} nats on training text at the end",
         ]
         return write_card(facts, outcome, [*training, verdict] if verdict else training, sections)
