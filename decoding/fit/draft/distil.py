@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..cards import Facts, Section, show, size_of
 from ..loop import train
 from ..measure import Quality, context_of
 from ..settings import LoopSettings, TextSettings, checked_option, place_of, require_least
+from ..text.chats import ChatTextSettings, chat_prompts
 from ..text.corpus_text import SOURCES, TEXTS, load_tokens, require_batch
 from ..text.prompts import SPEED, TRAINING, cut_prompts, line_sources, set_prompts
 from ..text.states import hidden_states, join_states, states_after_sources, whole_states
@@ -48,18 +49,12 @@ _STORED = {"float16": "in float16", "int8": "with matrices in 8 bits, a scale fo
 
 
 @dataclass
-class MoreTextSettings:
+class MoreTextSettings(ChatTextSettings):
     """Text to learn from besides the target's continuations of windows."""
 
     plain_texts: int = 0
     """Windows of the text itself to learn from as well, each as long as a prompt with its continuation. The target only
     reads them, which is cheaper than writing, and the draft learns at all their positions."""
-    prompt_sets: tuple[str, ...] = ()
-    """Prompt sets (shipped ones by name, files, or datasets of the hub) whose training prompts the target continues as
-    well, in its chat template if the set is one of chat. Give your own traffic here. Test prompts are never used. A
-    target with an encoder reads them as sources."""
-    continuations: Annotated[int, tyro.conf.arg(aliases=("--each",))] = 8
-    """Sampled continuations of each prompt of the prompt sets. Its earlier name is --each."""
 
 
 @dataclass
@@ -196,6 +191,8 @@ def _check_with_encoder(settings: DraftSettings) -> None:
     reasons = {
         "--corpus": (settings.corpus != default.corpus, "its documents are no sources: give --text or --prompt-sets"),
         "--plain-texts": (settings.more_text.plain_texts > 0, "its decoder reads nothing but what it writes"),
+        "--own-prompts": (settings.more_text.own_prompts > 0, "it does not chat"),
+        "--answer-tokens": (settings.more_text.answer_tokens is not None, "--new-tokens is the length of its texts"),
         "--prompt-tokens": (writing.prompt_tokens != default.writing.prompt_tokens, "its encoder reads whole sources"),
         "--hidden": (settings.hidden is not None, "its drafts are made of layers of its decoder: give --layers"),
         "--heads": (settings.heads is not None, "its drafts are made of layers of its decoder"),
@@ -223,8 +220,10 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
         raise FitError(
             "--intermediate narrows layers taken from the target, and --hidden makes fresh ones: leave one out"
         )
-    if not settings.own_text and (more.plain_texts or more.prompt_sets):
-        raise FitError("--plain-texts and --prompt-sets add to text that the target writes: give --own-text")
+    if not settings.own_text and (more.plain_texts or more.prompt_sets or more.own_prompts):
+        raise FitError(
+            "--plain-texts, --prompt-sets and --own-prompts add to text that the target writes: give --own-text"
+        )
     if settings.own_text:
         writing = replace(settings.writing, prompt_tokens=_MOST_BEGUN) if has_encoder(target) else settings.writing
         check_text_settings(writing, target, 2)
@@ -272,20 +271,15 @@ def _objective(
     require_batch(prompts.count(TRAINING), loop.batch, TEXTS)
     # All text to read is chosen, and may be refused, before anything is computed.
     plain = plain_windows(target, prompts, more.plain_texts, writing.width, loop.seed, work)
-    room = context_of(target) - writing.new_tokens
-    asked = set_prompts(more.prompt_sets, more.continuations, tokenizer, room, loop.seed)
-    ends = Pair(target, None, tokenizer, prepack=False).eos_token_ids
-    parts = [hidden_states(target, generate_text(target, ends, prompts, writing, loop.seed, work))]
-    sources = [*prompts.sources, describe_text(writing, name), *asked.sources]
+    pair = Pair(target, None, tokenizer, prepack=False)
+    asked, lines = chat_prompts(more, writing, pair, name, loop.seed, work)
+    sources = [*prompts.sources, describe_text(writing, name), *lines]
     if len(plain.ends):
         sources.append(f"{name} read {more.plain_texts:,} windows of {writing.width} tokens of the same documents")
-    if asked.rows:
-        sources.append(
-            f"{name} continued each of the training prompts of these sets {more.continuations} times as well; a tenth "
-            "of the prompts was held out"
-        )
-        write = replace(writing, texts=len(asked.rows), prompt_tokens=max(map(len, asked.rows)))
-        parts.append(hidden_states(target, generate_text(target, ends, asked, write, loop.seed, work)))
+    parts = [
+        hidden_states(target, generate_text(target, pair.eos_token_ids, some, how, loop.seed, work))
+        for some, how in [(prompts, writing), *((some, more.answers(writing, some)) for some in asked)]
+    ]
     if len(plain.ends):
         parts.append(whole_states(target, plain, loop.bfloat16))
     states = join_states(parts)

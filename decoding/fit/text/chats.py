@@ -39,16 +39,23 @@ class ChatTextSettings:
 
     prompt_sets: tuple[str, ...] = ()
     """Prompt sets (shipped ones by name, files, or datasets of the hub) whose training prompts the target answers as
-    well, in its chat template if the set is one of chat. Test prompts are never used."""
+    well, in its chat template if the set is one of chat. Give your own traffic here. Test prompts are never used. A
+    target with an encoder reads them as sources."""
     continuations: Annotated[int, tyro.conf.arg(aliases=("--each",))] = 8
-    """Sampled answers to each prompt of the prompt sets."""
+    """Sampled answers to each prompt of the prompt sets. Its earlier name is --each."""
     own_prompts: int = 0
     """Messages of users that a chat model begins itself, at temperature 1, and then answers (Magpie, arXiv 2406.08464):
     where the prompts of its users are not known. Empty and repeated ones are dropped."""
     own_prompt_tokens: int = 64
     """Longest such message, in tokens; one that has no end by then is dropped."""
-    answer_tokens: int = 128
-    """Longest answer in a chat, in tokens."""
+    answer_tokens: int | None = None
+    """Longest answer to a prompt of the prompt sets or of its own, in tokens. Default: --new-tokens."""
+
+    def answers(self, how: TextSettings, prompts: Prompts) -> TextSettings:
+        """Settings for answering prompts, of which there is at least one; ``how`` windows are continued."""
+        new_tokens = how.new_tokens if self.answer_tokens is None else self.answer_tokens
+        longest = max(map(len, prompts.rows))
+        return replace(how, texts=len(prompts.rows), prompt_tokens=longest, new_tokens=new_tokens)
 
 
 def text_of(settings: OwnTextSettings, chats: ChatTextSettings, pair: Pair, name: str) -> tuple[TargetText, list[str]]:
@@ -65,33 +72,60 @@ def text_of(settings: OwnTextSettings, chats: ChatTextSettings, pair: Pair, name
         FitError: a setting is out of range, or there is too little text.
     """
     assert pair.tokenizer is not None
-    model, tokenizer, ends = pair.target.model, pair.tokenizer, pair.eos_token_ids
+    model, ends = pair.target.model, pair.eos_token_ids
     how, loop, work = settings.own_text, settings.loop, settings.loop.work
-    require_least(chats, continuations=1, own_prompts=0, own_prompt_tokens=1, answer_tokens=2)
     check_text_settings(how, model, 3)
     # All text to read is chosen, and may be refused, before anything is computed.
-    prompts = cut_prompts(tokenizer, settings.corpus, settings.text, how.texts, how.prompt_tokens, loop.seed)
+    prompts = cut_prompts(pair.tokenizer, settings.corpus, settings.text, how.texts, how.prompt_tokens, loop.seed)
     require_batch(prompts.count(TRAINING), loop.batch, TEXTS)
-    room = context_of(model) - chats.answer_tokens
-    asked = [set_prompts(chats.prompt_sets, chats.continuations, tokenizer, room, loop.seed)]
-    sources = [*prompts.sources, describe_text(how, name)]
+    asked, sources = chat_prompts(chats, how, pair, name, loop.seed, work)
+    parts = [generate_text(model, ends, some, chats.answers(how, some), loop.seed, work) for some in asked]
+    parts.insert(0, generate_text(model, ends, prompts, how, loop.seed, work))
+    return join_texts(parts), [*prompts.sources, describe_text(how, name), *sources]
+
+
+def chat_prompts(
+    chats: ChatTextSettings, how: TextSettings, pair: Pair, name: str, seed: int, work: Path
+) -> tuple[list[Prompts], list[str]]:
+    """Prompts to answer, the target's own before those of sets, and lines for the card on their origin and answers.
+
+    Args:
+        chats: which prompts, and how long the answers are.
+        how: how to generate what the target writes.
+        pair: the target, with its tokeniser and weights that are not prepacked.
+        name: of the target, for the card.
+        seed: seed of all choices.
+        work: folder for what is generated.
+
+    Raises:
+        FitError: a setting is out of range, a prompt and its answer exceed the context, or too few messages are left.
+    """
+    assert pair.tokenizer is not None
+    model, tokenizer = pair.target.model, pair.tokenizer
+    require_least(chats, continuations=1, own_prompts=0, own_prompt_tokens=1)
+    if chats.answer_tokens is not None:
+        require_least(chats, answer_tokens=2)
+    answer_tokens = how.new_tokens if chats.answer_tokens is None else chats.answer_tokens
+    option = "--new-tokens" if chats.answer_tokens is None else "--answer-tokens"
+    room = context_of(model) - answer_tokens
+    if chats.own_prompts and len(turn_of_user(tokenizer)[0]) + chats.own_prompt_tokens > room:
+        raise FitError(
+            f"a message of {chats.own_prompt_tokens} tokens and an answer of {answer_tokens} do not fit the context of "
+            f"{name}: give fewer --own-prompt-tokens or {option}"
+        )
+    asked = [set_prompts(chats.prompt_sets, chats.continuations, tokenizer, room, seed, behind=option)]
     if chats.own_prompts:
         message = replace(how, new_tokens=chats.own_prompt_tokens)
-        asked.insert(0, write_prompts(model, tokenizer, ends, chats.own_prompts, message, loop.seed, work, name))
-    parts = []
-    for some in asked:
-        if some.rows:
-            longest = max(map(len, some.rows))
-            write = replace(how, texts=len(some.rows), prompt_tokens=longest, new_tokens=chats.answer_tokens)
-            parts.append(generate_text(model, ends, some, write, loop.seed, work))
-            sources += some.sources
-    if parts:
+        ends = pair.eos_token_ids
+        asked.insert(0, write_prompts(model, tokenizer, ends, chats.own_prompts, message, seed, work, name))
+    asked = [some for some in asked if some.rows]
+    sources = [line for some in asked for line in some.sources]
+    if asked:
         sources.append(
-            f"{name} answered each prompt of a chat by at most {chats.answer_tokens} tokens, those of prompt sets "
+            f"{name} answered each of these prompts by at most {answer_tokens} tokens, those of prompt sets "
             f"{chats.continuations} times; a tenth of the prompts was held out"
         )
-    parts.insert(0, generate_text(model, ends, prompts, how, loop.seed, work))
-    return join_texts(parts), sources
+    return asked, sources
 
 
 def write_prompts(

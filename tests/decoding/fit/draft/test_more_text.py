@@ -168,7 +168,7 @@ def test_a_draft_learns_from_all_of_it_and_its_card_says_so(settings: DraftSetti
     card = (settings.out.with_name("more") / "README.md").read_text()
     assert "- mine prompts: 20 for training, me; licence CC0" in card
     assert "- target read 30 windows of 22 tokens of the same documents" in card
-    assert "- target continued each of the training prompts of these sets 2 times as well" in card
+    assert "- target answered each of these prompts by at most 16 tokens, those of prompt sets 2 times" in card
     assert str(prompt_file.parent) not in card
 
 
