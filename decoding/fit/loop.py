@@ -229,22 +229,23 @@ def _optimisers(model: nn.Module, settings: LoopSettings, rates: Rates | None) -
     return optimisers
 
 
-def _fingerprint(settings: LoopSettings, batches: Batches, model: nn.Module) -> str:
+def _fingerprint(settings: LoopSettings, batches: Batches, model: nn.Module, ends_at: float) -> str:
     """Hash of everything that changes the result; a state is resumed only if it agrees."""
     chosen = asdict(settings)
     for name in ("threads", "device", "checkpoint_minutes", "work"):
         del chosen[name]
     shapes = [(name, list(parameter.shape)) for name, parameter in model.named_parameters()]
-    text = json.dumps([chosen, shapes, batches.digest()])
+    part = [ends_at] if ends_at < 1 else []
+    text = json.dumps([chosen, shapes, batches.digest(), *part])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_state(state: Path, fingerprint: str) -> dict[str, Any]:
+def _read_state(state: Path, fingerprint: str | None = None) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{state} is damaged ({error}): remove it to begin again") from error
-    if saved["fingerprint"] != fingerprint:
+    if fingerprint is not None and saved["fingerprint"] != fingerprint:
         raise TrainingError(f"{state} belongs to a run with other settings or text: remove it, or give --work")
     return saved
 
@@ -268,6 +269,8 @@ def train(
     stopping: EarlyStopping | None = None,
     rates: Rates | None = None,
     before_step: Callable[[float], None] | None = None,
+    ends_at: float = 1.0,
+    begun: Path | None = None,
 ) -> Outcome:
     """Train the parameters of a model that require a gradient, resuming from ``state`` if that file exists.
 
@@ -283,6 +286,8 @@ def train(
         stopping: may end the run early; at the end the model has the weights of the lowest held-out loss.
         rates: multiples of the learning rate; 1 for all parameters by default.
         before_step: called before each step with the progress of the run, from 0 to 1.
+        ends_at: progress at which this part of the run ends; the schedule is that of the whole run.
+        begun: state of the part before, from which this one goes on where ``state`` is not there yet.
 
     Raises:
         TrainingError: if the loss is not finite, or ``state`` belongs to another run.
@@ -293,10 +298,10 @@ def train(
     optimisers = _optimisers(model, settings, rates)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next(model.parameters()).device
-    fingerprint = _fingerprint(settings, batches, model)
+    fingerprint = _fingerprint(settings, batches, model, ends_at)
     outcome, earlier, average = Outcome(0, 0, 0.0, float("nan")), 0.0, float("nan")
-    if state.is_file():
-        saved = _read_state(state, fingerprint)
+    if state.is_file() or begun is not None:
+        saved = _read_state(state, fingerprint) if begun is None or state.is_file() else _read_state(begun)
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved["weights"][name])
@@ -327,7 +332,7 @@ def train(
         return share if settings.minutes is None else max(share, outcome.seconds / (60 * settings.minutes))
 
     def ended() -> bool:
-        return progress() >= 1.0 or (stopping is not None and stopping.stopped)
+        return progress() >= ends_at or (stopping is not None and stopping.stopped)
 
     started = last_saved = time.monotonic()
     first = outcome.steps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,6 @@ from ...loading.pair import Pair
 from ...models.encoder.encoder_decoder import has_encoder
 from ...models.output_layer import output_layer, reduce_output
 from ..cards import Facts, Section, show, size_of
-from ..loop import train
 from ..measure import Quality, context_of
 from ..settings import LoopSettings, TextSettings, checked_option, place_of, require_least
 from ..text.chats import ChatTextSettings, chat_prompts
@@ -40,7 +40,8 @@ from ..text.target_text import (
     plain_windows,
 )
 from .init_from_target import feed_forward_width, fresh, layers_of, narrow, spread, take_layers
-from .objectives import Objective, own_text_objective, plain_objective
+from .objectives import DIVERGENCES, Objective, own_text_objective, plain_objective
+from .on_policy import OnPolicyText, describe_rounds, round_objective, steps_of, train_in_rounds
 from .report import Publisher, ReportSettings, decoding_section, measure_decoding, prompts_of_sets, relative
 
 _MOST_BEGUN = 2
@@ -61,7 +62,7 @@ class MoreTextSettings(ChatTextSettings):
 class DraftSettings:
     """Distil a draft for any causal language model or encoder-decoder of transformers.
 
-    The draft learns the target's distribution (the loss is the KL divergence to it) on plain text, on a corpus, or on
+    The draft learns the target's distribution (the loss is a divergence between both) on plain text, on a corpus, or on
     text that the target writes after prompts cut from either. It consists of some of the target's layers with the
     target's embeddings, or of fresh layers of any width. It has the token numbers of the target.
 
@@ -88,6 +89,15 @@ class DraftSettings:
     """Generation of the text, with --own-text; text that another command generated with the same settings is reused."""
     more_text: tyro.conf.OmitArgPrefixes[MoreTextSettings] = field(default_factory=MoreTextSettings)
     """Text to learn from as well, with --own-text."""
+    on_policy: int = 0
+    """Rounds of on-policy distillation (GKD, arXiv 2306.13649; DistillSpec, arXiv 2310.08461), with --own-text: in each
+    the draft itself first continues training prompts at temperature 1, each once and as many as the round takes, the
+    target reads that, and half of each batch is of it. --tokens are divided equally between the training on the
+    target's text, which comes first, and the rounds; the learning rate's one schedule is that of them all."""
+    divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon", "total-variation"] = "forward-kl"
+    """Loss between the distributions p of the target and q of the draft: forward-kl is KL(p || q), reverse-kl KL(q ||
+    p), jensen-shannon the mean KL divergence of both to their mean, and total-variation the chance that a drafted token
+    is rejected, 1 - alpha, which says little of where to go while p and q have little in common."""
     layers: int = 1
     """Number of layers of the draft; layers of the target are its first, its last and evenly between."""
     take: tuple[int, ...] = ()
@@ -179,9 +189,10 @@ def make_draft(settings: DraftSettings) -> dict[str, Quality]:
         compared=f"{name} at every " + (f"token that {name} wrote in held-out texts" if own_text else "position"),
         eight_bits=settings.store == "int8",
         more=decoding,
+        divergence=settings.divergence,
     )
     state = loop.work / f"{settings.out.name}.pt"
-    outcome = train(draft, objective.loss, objective.batches, loop, state, on_checkpoint=publisher.checkpoint)
+    outcome = train_in_rounds(draft, objective, settings.on_policy, loop, state, publisher.checkpoint)
     return publisher.finish(outcome)
 
 
@@ -191,6 +202,7 @@ def _check_with_encoder(settings: DraftSettings) -> None:
     reasons = {
         "--corpus": (settings.corpus != default.corpus, "its documents are no sources: give --text or --prompt-sets"),
         "--plain-texts": (settings.more_text.plain_texts > 0, "its decoder reads nothing but what it writes"),
+        "--on-policy": (settings.on_policy > 0, "its drafts learn from the target's texts alone"),
         "--own-prompts": (settings.more_text.own_prompts > 0, "it does not chat"),
         "--answer-tokens": (settings.more_text.answer_tokens is not None, "--new-tokens is the length of its texts"),
         "--prompt-tokens": (writing.prompt_tokens != default.writing.prompt_tokens, "its encoder reads whole sources"),
@@ -210,6 +222,9 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
     tokens, loop, more = len(output_layer(target).weight), settings.loop, settings.more_text
     require_least(settings.report, report_prompts=0, report_tokens=1, report_draft_length=1)
     require_least(more, plain_texts=0, continuations=1)
+    require_least(settings, on_policy=0)
+    if settings.divergence not in DIVERGENCES:
+        raise FitError(f"--divergence must be one of {', '.join(DIVERGENCES)}, got {settings.divergence!r}")
     checked_option(whole_number, "vocabulary", settings.vocabulary, at_least=0, at_most=tokens, hint="0 takes all")
     require_least(loop, length=1)
     if settings.vocabulary and not settings.share:
@@ -224,6 +239,8 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
         raise FitError(
             "--plain-texts, --prompt-sets and --own-prompts add to text that the target writes: give --own-text"
         )
+    if settings.on_policy:
+        _check_rounds(settings)
     if settings.own_text:
         writing = replace(settings.writing, prompt_tokens=_MOST_BEGUN) if has_encoder(target) else settings.writing
         check_text_settings(writing, target, 2)
@@ -231,6 +248,20 @@ def _check(settings: DraftSettings, target: PreTrainedModel) -> None:
             raise FitError("with --own-text a step takes whole texts: leave out --length")
     elif loop.length > context_of(target):
         raise FitError(f"--length {loop.length} is more than the target's context of {context_of(target)} tokens")
+
+
+def _check_rounds(settings: DraftSettings) -> None:
+    """Refuse rounds of on-policy distillation for which there is nothing to share out."""
+    if not settings.own_text:
+        raise FitError("--on-policy mixes text of the draft with text that the target writes: give --own-text")
+    if settings.loop.batch < 2:
+        raise FitError("half of each batch is the draft's text with --on-policy: give a --batch of at least 2")
+    loop = replace(settings.loop, length=settings.writing.width)
+    if steps_of(loop) <= settings.on_policy:
+        raise FitError(
+            f"--tokens {loop.tokens} are {steps_of(loop)} steps, and with --on-policy {settings.on_policy} at least "
+            f"{settings.on_policy + 1} are needed"
+        )
 
 
 def _begin(settings: DraftSettings, target: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, str], str]:
@@ -265,7 +296,7 @@ def _objective(
     if not settings.own_text:
         data = load_tokens(tokenizer, settings.corpus, settings.text, loop.seed)
         proposed = _reduce(draft, data.train, settings.vocabulary)
-        return plain_objective(draft, target, data, loop), proposed, data.sources
+        return plain_objective(draft, target, data, loop, settings.divergence), proposed, data.sources
     more, name = settings.more_text, Path(settings.target).name
     prompts = cut_prompts(tokenizer, settings.corpus, settings.text, writing.texts, writing.prompt_tokens, loop.seed)
     require_batch(prompts.count(TRAINING), loop.batch, TEXTS)
@@ -284,7 +315,12 @@ def _objective(
         parts.append(whole_states(target, plain, loop.bfloat16))
     states = join_states(parts)
     proposed = _reduce(draft, states.text.written(), settings.vocabulary)
-    return own_text_objective(draft, target, states, loop, writing.width), proposed, sources
+    objective = own_text_objective(draft, target, states, loop, writing.width, settings.divergence)
+    if settings.on_policy:
+        text = OnPolicyText(draft, target, [prompts, *asked], pair.eos_token_ids, writing, loop)
+        objective = replace(objective, round_of=partial(round_objective, objective, states, text, settings.divergence))
+        sources.append(describe_rounds(settings.on_policy, writing))
+    return objective, proposed, sources
 
 
 def _objective_after_sources(
@@ -308,7 +344,8 @@ def _objective_after_sources(
     )
     proposed = _reduce(draft, text.written(), settings.vocabulary)
     states = states_after_sources(target, text)
-    objective = own_text_objective(draft, target, states, loop, round(len(states) / text.count(TRAINING)))
+    length = round(len(states) / text.count(TRAINING))
+    objective = own_text_objective(draft, target, states, loop, length, settings.divergence)
     sources = [line for prompts in asked for line in prompts.sources]
     sources.append(describe_texts(writing, Path(settings.target).name))
     return replace(objective, held_out=of_files.of_side(SPEED)), proposed, sources

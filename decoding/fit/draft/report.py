@@ -25,6 +25,7 @@ from ..cards import Facts, Section, show, training_lines, write_card
 from ..loop import Outcome
 from ..measure import SPEED_NOTE, Quality, Speed, compare, measure_continuations, quality_rows, speed_rows
 from ..settings import LoopSettings
+from .objectives import FORWARD
 
 _ALPHA = (
     "Alpha is the mean of the sum over tokens of min(target, draft) at temperature 1: the chance that a token drafted "
@@ -52,6 +53,7 @@ class Publisher:
         compared: words for the positions at which it is compared with its target.
         eight_bits: whether matrices are stored in 8 bits instead of float16.
         more: from the model as it will be loaded to further sections of the card.
+        divergence: name of the loss.
     """
 
     model: PreTrainedModel
@@ -65,6 +67,7 @@ class Publisher:
     compared: str = ""
     eight_bits: bool = False
     more: Callable[[PreTrainedModel], list[Section]] = lambda _: []
+    divergence: str = FORWARD
 
     def checkpoint(self, outcome: Outcome) -> None:
         """Write the model, with a card that says that training goes on."""
@@ -102,7 +105,9 @@ class Publisher:
 
     def _card(self, outcome: Outcome, sections: list[Section]) -> str:
         lines = training_lines(self.loop, outcome, "tokens")
-        lines.append(f"loss on training text at the end: {outcome.loss:.3f} nats a token")
+        unit = "" if self.divergence == "total-variation" else " nats"
+        name = "" if self.divergence == FORWARD else f" ({self.divergence})"
+        lines.append(f"loss{name} on training text at the end: {outcome.loss:.3f}{unit} a token")
         return write_card(self.facts, outcome, lines, sections)
 
 

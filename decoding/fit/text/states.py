@@ -173,8 +173,10 @@ def labels_of(texts: Tensor, ends: Tensor, row: Tensor, place: Tensor, heads: in
     return torch.where(predicted < ends[row], texts[row, predicted.clamp(max=texts.shape[1] - 1)], IGNORED)
 
 
-def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16) -> HiddenStates:
+def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16, bfloat16: bool = False) -> HiddenStates:
     """States at the positions that heads predict from; computed, ``batch`` rows at a time, or read from their file.
+
+    With ``bfloat16``, matrices are multiplied in that type, as `whole_states` says.
 
     Raises:
         FitError: no position has anything to predict; or as for `whole_states`.
@@ -184,7 +186,7 @@ def hidden_states(model: PreTrainedModel, text: TargetText, batch: int = 16) -> 
     row, place = _between(first, last)
     if not len(row):
         raise FitError("the target ends every text at once, so there is nothing to learn: give other text")
-    states = _states_along("hidden", model, text, first, last, batch)
+    states = _states_along(f"hidden{'-bfloat16' * bfloat16}", model, text, first, last, batch, bfloat16)
     return HiddenStates(text=text, row=row, place=place, states=states)
 
 

@@ -174,14 +174,15 @@ def own_text(
 def generate_text(
     model: PreTrainedModel, ends: Collection[int], prompts: Prompts, settings: TextSettings, seed: int, work: Path
 ) -> TargetText:
-    """Let the target continue every prompt, or read the text that an earlier call stored by its digest.
+    """Let a model continue every prompt, or read the text that an earlier call stored by its digest.
 
-    If it has an encoder, prompts are what that reads, and what the target writes are texts of their own.
+    It is the target, but for on-policy text of a draft. If it has an encoder, prompts are what that reads, and what it
+    writes are texts of their own.
 
     Each batch is a file with a seed derived from ``seed``, so that a killed run repeats only the batch that was lost.
 
     Args:
-        model: the target.
+        model: the model that writes.
         ends: tokens that end a text; they are kept as its last.
         prompts: the prompts.
         settings: how to generate.
@@ -197,7 +198,7 @@ def generate_text(
     tokens = np.zeros((len(prompts.rows), settings.width), dtype=np.int32)
     lengths = np.zeros(len(prompts.rows), dtype=np.int64)
     starts = range(0, len(prompts.rows), settings.generate_batch)
-    for part, start in enumerate(tqdm(starts, unit="batch", mininterval=5.0, desc="text of the target")):
+    for part, start in enumerate(tqdm(starts, unit="batch", mininterval=5.0, desc="text to learn from")):
         rows = slice(start, start + settings.generate_batch)
         path = folder / f"part-{part:05d}.npz"
         if not path.is_file():

@@ -17,10 +17,10 @@ from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.drafts.mixed import draft_models
 from specgym.decoding.errors import FitError
-from specgym.decoding.fit.draft import distil
+from specgym.decoding.fit.draft import distil, on_policy
 from specgym.decoding.fit.draft.distil import DraftSettings, MoreTextSettings, make_draft
 from specgym.decoding.fit.draft.init_from_target import take_layers
-from specgym.decoding.fit.draft.objectives import measure_texts, own_text_loss
+from specgym.decoding.fit.draft.objectives import measure_texts, text_loss
 from specgym.decoding.fit.draft.report import ReportSettings
 from specgym.decoding.fit.loop import Outcome, train
 from specgym.decoding.fit.settings import LoopSettings, TextSettings
@@ -120,7 +120,7 @@ def test_a_step_lowers_the_divergence_from_what_the_target_says_after_its_source
         with torch.no_grad():
             p, q = (model(**inputs).logits[0][:, chosen].softmax(-1) for model in (target, draft))
         expected.append((p * (p.log() - q.log())).sum(-1))
-    loss = own_text_loss(draft, teacher, known, np.array([1, 0]))
+    loss = text_loss(draft, teacher, known, np.array([1, 0]))
     assert float(loss.detach()) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-2)  # states in float16
     learning = [weight for weight in draft.parameters() if weight.requires_grad]
     assert {id(weight) for weight in learning} == {
@@ -129,7 +129,7 @@ def test_a_step_lowers_the_divergence_from_what_the_target_says_after_its_source
     optimiser = torch.optim.AdamW(learning, lr=1e-3)
     loss.backward()
     optimiser.step()
-    assert own_text_loss(draft, teacher, known, np.array([1, 0])) < loss
+    assert text_loss(draft, teacher, known, np.array([1, 0])) < loss
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +183,7 @@ def test_a_folder_is_a_draft_of_its_target(
         losses.append(float(loss(batches(0)).detach()))
         return outcome
 
-    monkeypatch.setattr(distil, "train", watched)
+    monkeypatch.setattr(on_policy, "train", watched)
     qualities = make_draft(settings)
     assert set(qualities) == {"notes"}
     assert losses[1] < losses[0]
@@ -225,7 +225,7 @@ def test_a_killed_run_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "train", killed)
+        patch.setattr(on_policy, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             make_draft(parts)
     monkeypatch.setattr(target_text, "continue_rows", lambda *_: pytest.fail("the text was there"))
@@ -243,6 +243,12 @@ def test_a_killed_run_goes_on_where_it_was(
         ({"hidden": 32}, "leave out --hidden, since its drafts are made of layers of its decoder: give --layers"),
         ({"intermediate": 8}, "T5Block has no feed-forward part .*: leave out --intermediate"),
         ({"more_text": MoreTextSettings(plain_texts=4)}, "leave out --plain-texts"),
+        ({"more_text": MoreTextSettings(own_prompts=9)}, "leave out --own-prompts, since it does not chat"),
+        (
+            {"more_text": MoreTextSettings(answer_tokens=9)},
+            "leave out --answer-tokens, since --new-tokens is the length",
+        ),
+        ({"on_policy": 1}, "leave out --on-policy, since its drafts learn from the target's texts alone"),
         ({"writing": TextSettings(prompt_tokens=32)}, "leave out --prompt-tokens, since its encoder reads whole"),
         ({"loop": LoopSettings(length=16, device="cpu")}, "leave out --length, since a step takes whole texts"),
         (

@@ -19,7 +19,7 @@ from specgym.decoding.errors import FitError
 from specgym.decoding.fit.draft import distil
 from specgym.decoding.fit.draft.distil import DraftSettings, make_draft
 from specgym.decoding.fit.draft.init_from_target import take_layers
-from specgym.decoding.fit.draft.objectives import measure_texts, own_text_loss
+from specgym.decoding.fit.draft.objectives import measure_texts, text_loss
 from specgym.decoding.fit.draft.report import DecodingReport, ReportSettings, measure_decoding
 from specgym.decoding.fit.measure import measure
 from specgym.decoding.fit.medusa.heads import MedusaSettings, make_medusa
@@ -275,7 +275,7 @@ def test_the_loss_is_the_divergence_where_the_target_wrote(
         with torch.no_grad():
             p, q = (scorer(ids).logits[0, text.prompts[row] - 2 : -2, chosen].softmax(-1) for scorer in (target, model))
         expected.append((p * (p.log() - q.log())).sum(-1))
-    loss = own_text_loss(model, teacher, states, rows)
+    loss = text_loss(model, teacher, states, rows)
     assert float(loss.detach()) == pytest.approx(float(torch.cat(expected).mean()), rel=2e-3)  # states are in float16
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "layers" in name or ".h." in name)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specgym.decoding.errors import FitError
@@ -18,7 +19,7 @@ from specgym.decoding.fit.draft import distil
 from specgym.decoding.fit.draft.distil import DraftSettings, MoreTextSettings, make_draft
 from specgym.decoding.fit.settings import LoopSettings, TextSettings
 from specgym.decoding.fit.text.prompts import JUDGING, TRAINING, Prompts, set_prompts
-from specgym.decoding.fit.text.states import hidden_states, join_states, whole_states
+from specgym.decoding.fit.text.states import HiddenStates, hidden_states, join_states, whole_states
 from specgym.decoding.fit.text.target_text import join_texts, plain_windows
 from specgym.decoding.prompts import PromptFileError, load_prompts
 
@@ -172,6 +173,45 @@ def test_a_draft_learns_from_all_of_it_and_its_card_says_so(settings: DraftSetti
     assert str(prompt_file.parent) not in card
 
 
+def test_a_draft_learns_from_chats_that_the_target_begins_itself(
+    settings: DraftSettings,
+    make_model: MakeModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = TEMPLATE.replace("</u>", "<|end|> ")
+    monkeypatch.setattr(tokenizer, "chat_template", ended.replace("<|end|>", str(tokenizer.eos_token)))
+    target: Any = make_model("llama", vocabulary=len(tokenizer), spread=0.05, context=64)
+    letters = torch.full((len(tokenizer),), -20.0)
+    letters[[tokenizer.eos_token_id, *(tokenizer.get_vocab()[letter] for letter in "abcdefgh")]] = 0.0
+    target.lm_head.bias = nn.Parameter(letters)
+    target.name_or_path = "someone/model"
+    monkeypatch.setattr(distil, "load_model", lambda *_, **__: (target, tokenizer))
+    kept, real = list[HiddenStates](), distil.own_text_objective
+
+    def own_objective(*arguments: Any) -> Any:
+        kept.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(distil, "own_text_objective", own_objective)
+    more = MoreTextSettings(
+        prompt_sets=(str(prompt_file),), continuations=2, own_prompts=64, own_prompt_tokens=20, answer_tokens=9
+    )
+    qualities = make_draft(replace(settings, hidden=32, more_text=more))
+    assert set(qualities) == {"notes", "own chat prompts", "mine prompts"}
+    text = kept[0].text
+    chats = np.flatnonzero(text.domain == 1)
+    messages = [str(tokenizer.decode(text.tokens[n, : text.prompts[n]])) for n in chats]
+    assert len(set(messages)) == len(messages) >= 8
+    assert all(message.startswith("<u>") and str(tokenizer.eos_token) in message for message in messages)
+    written = text.ends - text.prompts
+    assert written[chats].max() == written[text.domain == 2].max() == 9 < written[text.domain == 0].max()
+    card = (settings.out / "README.md").read_text()
+    assert "- own chat prompts: target itself began 64 messages of a user, of at most 20 tokens" in card
+    assert "- target answered each of these prompts by at most 9 tokens, those of prompt sets 2 times" in card
+
+
 def test_plain_texts_count_in_the_vocabulary_and_in_what_is_trained_on(
     settings: DraftSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +250,14 @@ def test_plain_texts_count_in_the_vocabulary_and_in_what_is_trained_on(
             {"more_text": MoreTextSettings(prompt_sets=("chat",)), "own_text": False},
             "text that the target writes: give --own",
         ),
+        (
+            {"more_text": MoreTextSettings(own_prompts=1), "own_text": False},
+            "--own-prompts add to text that the target writes: give --own",
+        ),
+        ({"more_text": MoreTextSettings(own_prompts=9)}, "has no chat template"),
+        ({"more_text": MoreTextSettings(own_prompts=-1)}, "--own-prompts must be a whole number of at least 0, got -1"),
+        ({"more_text": MoreTextSettings(answer_tokens=1)}, "--answer-tokens must be .* at least 2, got 1"),
+        ({"more_text": MoreTextSettings(prompt_sets=("code",), answer_tokens=9)}, "for 55 before --answer-tokens"),
         ({"more_text": MoreTextSettings(plain_texts=10**6)}, "are needed: give more text or fewer --plain-texts"),
         ({"more_text": MoreTextSettings(prompt_sets=("code",))}, "the target has room for 48 before --new-tokens"),
         ({"store": "int8", "share": False}, "--no-share is, do not read --store int8"),
