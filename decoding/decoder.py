@@ -14,20 +14,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from .decoders.knob_rules import KnobRule, RoundTracker
-from .errors import (
-    TORCH_SEEDS,
-    ArgumentError,
-    KnobError,
-    NumericalError,
-    mapping_of,
-    sequence_of,
-    whole_number,
-)
+from .errors import TORCH_SEEDS, ArgumentError, KnobError, NumericalError, mapping_of, sequence_of, whole_number
 from .loading.pair import Pair, require_draft
 from .loading.prompt_tokens import checked_prompt
 from .models.language_model import LanguageModel
 from .processors import TextRules, check_generation_config
-from .rounds import Generation, Round
+from .rounds import Generation, Round, WholeRounds
 from .sampling import GREEDY, Sampling
 from .traits import DecoderTraits
 
@@ -60,6 +52,7 @@ class Session(ABC, Generic[DecoderT]):
         prefill_seconds: time that reading the prompt took.
         progress: features of the text so far, which a rule that chooses knobs sees.
         rules: what the target's generation config adds to a text. `target` and `sampling` obey them already.
+        whole_rounds: entered for every round.
         further_processors: what `generate()` would be given as `logits_processor`, besides the generation config's.
         target: reads with a cache of this text's own; its scores are those that `generate()` chooses from.
     """
@@ -81,7 +74,7 @@ class Session(ABC, Generic[DecoderT]):
         self.sampling = self.rules.sampling
         self.progress = RoundTracker(decoder.knobs, len(text), self.sampling.temperature)
         self.further_processors = logits_processor
-        self.context = text
+        self.context, self.whole_rounds = text, WholeRounds()
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._remaining = max_new_tokens
@@ -114,11 +107,13 @@ class Session(ABC, Generic[DecoderT]):
         Raises:
             KnobError: an unknown knob, or a value out of range.
             NumericalError: the target gave NaN or infinite logits.
+            SpecgymError: an exception, Ctrl-C's for instance, broke the last round off: the text has to begin again.
         """
         values = self.progress.settle(knobs, self.decoder.resolve_knobs)
         if self.finished:
             return Round((), 0, 0, 0.0, 0.0, 0.0, draft_steps=0, target_tokens=0)
-        round_ = self._round(values)
+        with self.whole_rounds:
+            round_ = self._round(values)
         self.progress.saw(round_)
         return round_
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import TracebackType
+
+from .errors import SpecgymError
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,39 @@ class Round:
             object.__setattr__(self, "draft_steps", self.drafted)
         if self.target_tokens < 0:
             object.__setattr__(self, "target_tokens", self.drafted + 1)
+
+
+class WholeRounds:
+    """Context manager around every round of a text, which refuses a further one after one that was broken off.
+
+    What the models have read and the text itself part where a round ends in an exception, a user's Ctrl-C for instance:
+    tokens may be in a cache that are not in the text. A next round would emit tokens that are not the target's.
+    """
+
+    def __init__(self) -> None:
+        self._broken_by = ""
+
+    def require(self) -> None:
+        """Refuse a text whose last round was broken off.
+
+        Raises:
+            SpecgymError: it was.
+        """
+        if self._broken_by:
+            raise SpecgymError(
+                f"the last round of this text was broken off ({self._broken_by}), so that what its models have read is "
+                "not the text: it cannot go on. Begin it again with the decoder's `start` or `generate`; the tokens so "
+                "far are in the session's `tokens`."
+            )
+
+    def __enter__(self) -> None:
+        """Begin a round. Errors as for `require`."""
+        self.require()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """End it, with the exception that broke it off, if one did."""
+        if kind is not None:
+            self._broken_by = f"{kind.__name__}: {error}".removesuffix(": ")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..rounds import Round
 from ..sampling import accepts, draw, residual, residual_of_token
 from .choice_features import ChoiceRule, ChoiceTracker
 from .draft_choice import DraftChoice
+from .knob_rules import KnobRule
 from .stop_rules import DraftTracker, TokenRule
 
 if TYPE_CHECKING:  # which imports this module
@@ -84,13 +85,15 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 "a round that is under way was begun in the other way, with or without the number of a draft"
             )
         started = time.perf_counter()
-        if draft is not None:
-            step = self.look().draft(draft)
-        else:
-            if self._steps is None:
-                self._steps = self._begin(self._longest_draft)
-            step = next(self._steps, None)
-        features = None if step is None else self._observe(step)[0].copy()
+        choice = None if draft is None else self.look()
+        with self.whole_rounds:
+            if choice is not None and draft is not None:
+                step = choice.draft(draft)
+            else:
+                if self._steps is None:
+                    self._steps = self._begin(self._longest_draft)
+                step = next(self._steps, None)
+            features = None if step is None else self._observe(step)[0].copy()
         self._spent += time.perf_counter() - started
         return features
 
@@ -138,16 +141,22 @@ class SpeculativeSession(Session["ChainDecoder"]):
         values = self.decoder.resolve_knobs(knobs)
         if self.finished:
             return Round((), 0, 0, 0.0, 0.0, 0.0)
-        round_ = self._finish_round(values, time.perf_counter())
+        with self.whole_rounds:
+            round_ = self._finish_round(values, time.perf_counter())
         self.progress.saw(round_)
         return round_
 
-    def _round(self, knobs: Mapping[str, float]) -> Round:
+    def step(self, knobs: Mapping[str, float] | KnobRule | None = None) -> Round:
+        """Do a round, as of any session; refused while one that `draft_one` has begun is under way."""
+        self.whole_rounds.require()
         if self._steps is not None or self._drafted:
             raise RuntimeError(
                 f"a round with {len(self._drafted)} drafted tokens is under way, begun with draft_one; end it with "
                 "verify before step"
             )
+        return super().step(knobs)
+
+    def _round(self, knobs: Mapping[str, float]) -> Round:
         started = time.perf_counter()
         if self.decoder.choice is not None:
             return self._round_by_choice(self.decoder.choice, knobs, started)

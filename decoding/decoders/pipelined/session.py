@@ -65,6 +65,7 @@ class PipelinedSession(SpeculativeSession):
         self._times = _Times()
         self._verified: list[Verified] = []  # rounds that the draft does not know of yet
         self._tested = torch.empty(0, dtype=torch.bool)
+        self._steps, self._drafted = None, []  # rounds of `draft_one`, of which there are none
         text = DraftedText(
             prompt,
             self._remaining,

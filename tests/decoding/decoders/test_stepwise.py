@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from specgym.decoding.decoders.autoregressive import AutoregressiveDecoder
 from specgym.decoding.decoders.chain import SpeculativeDecoder
 from specgym.decoding.decoders.chain_session import SpeculativeSession
 from specgym.decoding.decoders.knob_rules import TEXT_FEATURES
+from specgym.decoding.decoders.lookahead.decoder import LookaheadDecoder
 from specgym.decoding.decoders.stop_rules import FEATURES, ConfidenceBelow, FixedLength, ProductBelow, Rows, StopRule
 from specgym.decoding.decoders.threshold import ThresholdDecoder
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter, ModelDrafter, ModelStep
 from specgym.decoding.drafts.ngram import NGramDrafter
-from specgym.decoding.errors import KnobError, NumericalError
+from specgym.decoding.errors import KnobError, NumericalError, SpecgymError
 from specgym.decoding.loading.pair import Pair
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.rounds import Round
@@ -320,9 +321,10 @@ def test_an_error_in_verification_is_not_hidden_by_the_next_step(make_table: Mak
     pair.target.table[:] = float("nan")  # type: ignore[attr-defined]
     session = start(SpeculativeDecoder(pair))
     session.draft_one()
-    for again in (session.verify, session.step):
-        with pytest.raises(NumericalError):
-            again()
+    with pytest.raises(NumericalError):
+        session.verify()
+    with pytest.raises(SpecgymError, match="NumericalError: "):
+        session.step()
 
 
 @pytest.mark.parametrize(
@@ -336,3 +338,60 @@ def test_an_error_in_verification_is_not_hidden_by_the_next_step(make_table: Mak
 def test_decoders_that_make_no_sense_are_refused(make_table: MakeTable, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpeculativeDecoder(pair_of("model", make_table), **options)
+
+
+def step_to_the_end(session: Any) -> None:
+    while not session.finished:
+        session.step()
+
+
+class Interrupt(LogitsProcessor):
+    """A logits processor during whose call the user presses Ctrl-C."""
+
+    def __init__(self, call: int) -> None:
+        self.calls_left = call
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls_left -= 1
+        if not self.calls_left:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("decoder_class", [AutoregressiveDecoder, SpeculativeDecoder, LookaheadDecoder])
+@pytest.mark.parametrize("call", [2, 7])  # while the draft, and while the target of `SpeculativeDecoder` is at work
+def test_a_text_whose_round_was_broken_off_does_not_go_on_as_if_nothing_had_happened(
+    make_model: Callable[..., PreTrainedModel],
+    make_noisy: Callable[..., PreTrainedModel],
+    decoder_class: Any,
+    call: int,
+) -> None:
+    model = make_model("llama")
+    decoder = decoder_class(Pair(model, make_noisy(model, 0.01)))
+    expected = decoder.generate(PROMPT, max_new_tokens=20).tokens
+    session = decoder.start(PROMPT, max_new_tokens=20, logits_processor=[Interrupt(call)])
+    with pytest.raises(KeyboardInterrupt):
+        step_to_the_end(session)
+    so_far = [*session.tokens]
+    assert so_far == expected[: len(so_far)]
+    for _ in range(2):
+        with pytest.raises(SpecgymError, match="broken off"):
+            session.step()
+    assert session.tokens == so_far
+    assert decoder.generate(PROMPT, max_new_tokens=20).tokens == expected
+
+
+def test_a_round_of_a_controller_that_was_broken_off_is_not_verified(
+    make_model: Callable[..., PreTrainedModel], make_noisy: Callable[..., PreTrainedModel]
+) -> None:
+    model = make_model("llama")
+    decoder = SpeculativeDecoder(Pair(model, make_noisy(model, 0.01)))
+    session = decoder.start(PROMPT, max_new_tokens=20, logits_processor=[Interrupt(3)])
+    for _ in range(2):
+        session.draft_one()
+    with pytest.raises(KeyboardInterrupt):
+        session.verify()
+    with pytest.raises(SpecgymError, match="broken off"):
+        session.draft_one()
+    with pytest.raises(SpecgymError, match="broken off"):
+        session.verify()
