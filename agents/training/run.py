@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,17 @@ from ..evaluation.results import ResultTable
 from ..experiments.experiment import Experiment, Learner, RunSettings, experiment_of, load_settings, save_settings
 from ..experiments.tune_knobs_settings import default_settings
 from .ppo import TrainingInterruptedError, learn, way_on
-from .run_folder import RunFileError, RunFolder, console, on_machine, quieten, tell_differences, this_command
+from .run_folder import (
+    RunFileError,
+    RunFolder,
+    alone_in,
+    console,
+    on_machine,
+    quieten,
+    require_writable,
+    tell_differences,
+    this_command,
+)
 from .settings_io import SettingsError, prolonged
 
 
@@ -41,20 +49,24 @@ def train(settings: RunSettings | None = None, resume: Path | None = None) -> Pa
     Raises:
         SettingsError: the folder is taken or cannot be made, a workload does not suit the decoder, or `settings`
             contradict those of the run to resume.
-        RunFileError: `resume` is not the folder of a run, or a file in it is damaged, or cannot be written.
+        RunFileError: `resume` is not the folder of a run, or a file in it is damaged, or cannot be written; or another
+            process is training in the folder.
         TrainingInterruptedError: interrupted by the user, or by the end of an environment's process.
         SpecgymError: a workload, a recording or a model is not there, or does not fit.
     """
     quieten()
     started = time.perf_counter()
     new_folders: list[Path] | None = None
-    if resume is None:
-        experiment, new_folders = _begin(settings or default_settings())
-    else:
-        experiment = _going_on(RunFolder.existing(resume), settings)
-    run = experiment.run
-    with on_machine(experiment.settings), _ending(experiment, new_folders):
-        _run(experiment, resumed=resume is not None)
+    with contextlib.ExitStack() as alone:
+        if resume is None:
+            experiment, new_folders = _begin(settings or default_settings(), alone)
+        else:
+            run = RunFolder.existing(resume)
+            alone.enter_context(alone_in(run.path))
+            experiment = _going_on(run, settings)
+        run = experiment.run
+        with on_machine(experiment.settings), _ending(experiment, new_folders):
+            _run(experiment, resumed=resume is not None)
     console.print(f"Done in {time.perf_counter() - started:.0f} s.", highlight=False)
     return run.path
 
@@ -104,8 +116,8 @@ def show(table: ResultTable, run: Path, others: Sequence[Table] = ()) -> None:
         console.print(other)
 
 
-def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
-    """Make the folder of a new run with its settings, which get a name if they have none.
+def _begin(settings: RunSettings, alone: contextlib.ExitStack) -> tuple[Experiment[Any], list[Path]]:
+    """Make the folder of a new run with its settings, which get a name if they have none; `alone` keeps it.
 
     Returns:
         The experiment, and the folders that were not there before, the run's own first.
@@ -119,24 +131,21 @@ def _begin(settings: RunSettings) -> tuple[Experiment[Any], list[Path]]:
             way_out = f"go on with --resume {run.path}" if run.settings.is_file() else "remove it"
             raise SettingsError(f"{run.path} exists already; {way_out}, or choose another --name")
         new_folders = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-        _require_writable(next(folder for folder in (run.path, *run.path.parents) if folder.exists()))
+        require_writable(run.path)
     with on_machine(settings):
         experiment_of(settings).check(settings)
     try:
         with _folder_errors():
             run.path.mkdir(parents=True, exist_ok=True)
+        alone.enter_context(alone_in(run.path))
+        if run.settings.is_file():  # of one that began after the first look
+            raise RunFileError(f"another process has begun {run.path} meanwhile; choose another --name")
+        with _folder_errors():
             save_settings(settings, run.settings, this_command())
     except SettingsError:
         _remove(run, new_folders)
         raise
     return experiment_of(settings)(settings, run), new_folders
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise the error that writing into a folder would, before anything is loaded."""
-    code = 0 if os.access(folder, os.W_OK) else errno.EACCES
-    if code := code if folder.is_dir() else errno.ENOTDIR:
-        raise OSError(code, os.strerror(code), str(folder))
 
 
 @contextmanager

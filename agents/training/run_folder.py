@@ -5,6 +5,7 @@ Shared rich console; silences third-party warnings and progress bars.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -13,8 +14,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -27,10 +29,19 @@ if TYPE_CHECKING:
 
     from ..experiments.experiment import RunSettings
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _P = TypeVar("_P", "LatencyProfile", "MixedProfile")
 
 WEIGHTS_FILE = "policy.safetensors"
 DESCRIPTION_FILE = "policy.json"
+_TRIES = 6
+_PAUSE = 0.1
+"""Seconds between two tries for a folder: what a killed process has forked takes a moment to see that it is alone."""
 
 
 class RunFileError(SpecgymError, ValueError):
@@ -179,6 +190,56 @@ def read_json(path: Path, way_out: str, *current: str) -> dict[str, Any]:
         raise RunFileError(f"there is no {path}; {way_out}") from None
     except (OSError, DamagedFileError) as error:
         raise RunFileError(f"{path} cannot be read ({error}); {way_out}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that files could not be written into, before work is done for them; it need not exist yet.
+
+    Raises:
+        OSError: it, or the nearest one above it that exists, cannot be written, or is a file.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    code = 0 if os.access(there, os.W_OK) else errno.EACCES
+    if code := code if there.is_dir() else errno.ENOTDIR:
+        raise OSError(code, os.strerror(code), str(there))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep the folder of a run to a block: of two that train in one, each would remove the other's checkpoints.
+
+    What a killed process had is free, once processes that it forked have ended, too. There are no locks on Windows and
+    on some network file systems.
+
+    Raises:
+        RunFileError: another process, or another block of this one, has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not left:
+                    raise RunFileError(
+                        f"another process is training in {folder}; wait for it or stop it, or give another run with "
+                        "--name"
+                    ) from None
+                time.sleep(_PAUSE)
+            except OSError:
+                break
+            else:
+                break
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # for forked processes, too, which may go on
+    finally:
+        os.close(handle)
 
 
 def this_command() -> str:

@@ -206,6 +206,34 @@ def test_a_start_that_was_killed_before_its_settings_were_written_can_be_given_a
     assert not list(settings.folder.rglob("*.tmp"))
 
 
+def test_a_run_that_is_being_trained_is_not_resumed_beside(
+    experiment: type[SmallExperiment], settings: TunerSettings
+) -> None:
+    def resume() -> None:
+        with pytest.raises(RunFileError, match=r"another process is training in .*a; wait for it or stop it"):
+            train(resume=settings.folder)
+        signal.raise_signal(signal.SIGTERM)
+
+    experiment.ending = [Ending(ROLLOUT + 4, resume)]
+    assert run_command(lambda: train(settings)) == 143
+    experiment.ending = [Ending(2 * ROLLOUT + 4, lambda: signal.raise_signal(signal.SIGTERM))]
+    assert run_command(lambda: train(resume=settings.folder)) == 143  # the folder is free again
+
+
+def test_of_two_runs_of_one_name_that_begin_at_the_same_time_one_is_refused(
+    experiment: type[SmallExperiment], settings: TunerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_meanwhile(asked: TunerSettings) -> None:
+        monkeypatch.setattr(experiment, "check", lambda settings: None)
+        assert run_command(lambda: train(settings)) == 143
+
+    experiment.ending = [Ending(ROLLOUT + 4, lambda: signal.raise_signal(signal.SIGTERM))]
+    monkeypatch.setattr(experiment, "check", train_meanwhile)
+    with pytest.raises(RunFileError, match=r"another process has begun .*a meanwhile; choose another --name"):
+        train(settings)
+    assert next(intact_checkpoints(settings.folder / "checkpoints")).steps == ROLLOUT
+
+
 def test_folders_that_cannot_be_made_are_refused(
     experiment: type[SmallExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
