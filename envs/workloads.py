@@ -378,6 +378,10 @@ def suffix_of(sampling: Sampling) -> str:
 
 def _unknown(name: str, body: str) -> str:
     pair, _, prompts = body.rpartition("/")
+    if not _known_prompts(prompts):  # which may be a file that is missing, whose path has slashes of its own
+        slashes = [place for place, letter in enumerate(body) if letter == "/" and body[place - 1 : place] != "/"]
+        known = [place for place in slashes if _known_pair(body[:place])]
+        pair, prompts = (body[: known[-1]], body[known[-1] + 1 :]) if known else (pair, prompts)
     if pair and _known_prompts(prompts):
         wrong = f"there is no pair {pair!r}"
         close = difflib.get_close_matches(pair, PRESETS, n=1)

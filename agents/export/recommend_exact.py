@@ -45,7 +45,7 @@ from ..evaluation.text_quality import require_text_quality, scored_texts
 from ..evaluation.worlds.methods import ClosedForm, Learned, Tuner
 from ..evaluation.worlds.sessions import Session
 from ..experiments.experiment import RunSettings
-from ..training.run_folder import console, on_machine, quieten, this_command
+from ..training.run_folder import console, on_machine, quieten, require_writable, this_command
 from ..training.settings_io import SettingsError
 from .recommend_pair import workload_of
 
@@ -218,7 +218,7 @@ def recommend_exact(
     Raises:
         SettingsError: `measurements` is out of range.
     """
-    measurements = whole_number("measurements", measurements, at_most=MOST_MEASUREMENTS, error=SettingsError)
+    measurements = _measurements(measurements)
     session, closed_form = Learned(world, measurements, tuner), ClosedForm(world, measurements)
     taken = play(session, world, measurements, report)
     for setting, readings in taken:
@@ -310,7 +310,8 @@ def recommend_for_pair(
         max_prompt_tokens: tokens of a prompt, at most; by default whole prompts.
 
     Raises:
-        SettingsError: the pair has no draft. Loading errors as for `load_pair` and `load_prompts`.
+        SettingsError: the pair has no draft, or `measurements` is out of range.
+        OSError: the result cannot be written. Loading errors as for `load_pair` and `load_prompts`.
     """
     quieten()
     workload = workload_of(pair, prompts, temperature)
@@ -320,9 +321,12 @@ def recommend_for_pair(
         require_text_quality([workload])
     placed = RunSettings((workload.name,), dtype=dtype, device=device, max_prompt_tokens=max_prompt_tokens)
     folder = out or FOLDER / file_name(workload.name)
+    # What can be refused is refused before anything is loaded and timed.
+    workload.prompt_set()
+    allowed = MEASUREMENTS if measurements is None else _measurements(measurements)
+    require_writable(folder)
     with on_machine(placed), console.status(f"Tuning {workload}") as status:
         world = real_world(workload, engine, live)
-        allowed = MEASUREMENTS if measurements is None else measurements
         recommendation = recommend_exact(tuner, world, allowed, status.update)
         recommendation.save(folder / "recommendation.json", this_command())
         console.print(recommendation.render())
@@ -335,6 +339,10 @@ def recommend_for_pair(
     console.print(recommendation.advice, highlight=False, soft_wrap=True)
     console.print(recommendation.arguments, highlight=False, soft_wrap=True, markup=False)
     console.print(f"Stored in {folder / 'recommendation.json'}.", highlight=False, soft_wrap=True)
+
+
+def _measurements(number: int) -> int:
+    return whole_number("measurements", number, at_most=MOST_MEASUREMENTS, error=SettingsError)
 
 
 def _contender(method: str, decoder: SpeculativeDecoder, knobs: Mapping[str, float] | None) -> Contender:

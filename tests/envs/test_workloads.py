@@ -78,6 +78,8 @@ def test_a_workload_is_passed_through(toy_workload: Workload) -> None:
         ("tiny/prosa@1.0", "no prompts 'prosa'. Did you mean 'prose'"),
         ("me@host/prose", "no pair 'me@host'"),
         ("", "not of the form"),
+        ("tiny//no/such/folder/mine.txt", "no prompts '/no/such/folder/mine.txt'"),
+        ("tiny/folder/mine.txt", "no prompts 'folder/mine.txt'"),
     ],
 )
 def test_an_unknown_name_is_refused_with_what_there_is(name: str, message: str) -> None:

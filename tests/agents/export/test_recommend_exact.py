@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from specgym.agents import save_settings
 from specgym.agents.command_line import EngineName, evaluate_command
 from specgym.agents.experiments.tune_worlds_settings import WorldsSettings
+from specgym.agents.export import recommend_exact as recommending
 from specgym.agents.export import worlds_policy
 from specgym.agents.export.recommend_exact import recommend_exact, usual_setting
 from specgym.decoding import ENGINE_SETTINGS
@@ -154,6 +155,26 @@ def test_what_cannot_be_recommended_is_refused_in_one_line(
     assert evaluate_command([str(run) if word == "RUN" else word for word in words]) == 2
     assert message in shown()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "empty.txt"], "empty.txt has 0 different prompts"),
+        (["--measurements", "9"], "measurements must be a whole number from 1 to 8"),
+        (["--out", "empty.txt"], "empty.txt"),
+        (["--out", "empty.txt/out"], "empty.txt"),
+    ],
+)
+@pytest.mark.usefixtures("shipped")
+def test_what_cannot_be_recommended_is_refused_before_anything_is_timed(
+    words: list[str], message: str, shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recommending, "real_world", lambda *arguments: pytest.fail("a pair was loaded and timed"))
+    (tmp_path / "empty.txt").touch()
+    assert evaluate_command(["--pair", "tiny", *words]) == 2
+    assert message in shown()
 
 
 def test_an_engine_s_own_setting_has_a_threshold_only_where_drafts_can_be_unsure() -> None:
