@@ -5,8 +5,8 @@
     python -m benchmarks.against_rivals --pairs smollm2-4l --rivals assisted lookup llama.cpp --llama-cpp q8_0
 
 Rivals: plain `generate` of transformers, its assisted generation with the pair's draft and its defaults, its prompt
-lookup, flashspec 0.3.1 with every strategy, and llama.cpp if asked for. The last two are installed from the package
-index into environments of their own, in specgym's cache, at their first use.
+lookup, flashspec 0.3.1 with every strategy, and llama.cpp and OpenVINO GenAI if asked for. The last three are installed
+from the package index into environments of their own, in specgym's cache, at their first use.
 
 Ours: `plain` without a draft; with the pair's draft `exact` at its default length, `product`, which ends a draft where
 the product of its confidences falls below --product, and `gain`, which ends it by the expected gain and the pair's
@@ -36,7 +36,14 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.compare_decoders import encoded, table_of
-from benchmarks.rivals import GgufType, TransformersGenerate, flashspec_sides, llama_cpp_sides, transformers_sides
+from benchmarks.rivals import (
+    GgufType,
+    TransformersGenerate,
+    flashspec_sides,
+    llama_cpp_sides,
+    openvino_sides,
+    transformers_sides,
+)
 from specgym.decoding import (
     PRESETS,
     AutoregressiveDecoder,
@@ -54,7 +61,7 @@ from specgym.decoding import (
     write_json,
 )
 
-Rival = Literal["assisted", "lookup", "flashspec", "llama.cpp"]
+Rival = Literal["assisted", "lookup", "flashspec", "llama.cpp", "openvino"]
 STOCK = "generate"
 OURS = "ours, "
 COPYING = {"look-up": "prompt-lookup", "suffix": "suffix"}
@@ -127,6 +134,8 @@ def all_sides(name: str, threads: int, settings: Settings) -> tuple[Pair, dict[s
         theirs |= flashspec_sides(plain)
     if "llama.cpp" in settings.rivals:
         theirs |= llama_cpp_sides(resolve(name).target, settings.llama_cpp, threads, settings.lookup_tokens[0])
+    if "openvino" in settings.rivals:
+        theirs |= openvino_sides(resolve(name).target, threads, settings.lookup_tokens[0])
     return pair, {**theirs, **ours}
 
 
@@ -204,7 +213,7 @@ def summary(speeds: Speeds) -> dict[str, str | float]:
         STOCK: over(speeds, best, STOCK),
         "worst set": min(over(speeds, best, STOCK, name) for name in speeds[STOCK]),
     }
-    for rival in ("assisted", "lookup", "flashspec", "llama.cpp"):
+    for rival in ("assisted", "lookup", "flashspec", "llama.cpp", "openvino"):
         if their_best := best_of(speeds, ways(speeds, rival)):
             if rival == "assisted" and drafted is not None:
                 figures["assisted, same draft"] = over(speeds, drafted, their_best)

@@ -1,9 +1,9 @@
-"""Other people's decoders as sides of a comparison: transformers, flashspec and llama.cpp, the last two in environments
-of their own.
+"""Other people's decoders as sides of a comparison: transformers, flashspec, llama.cpp and OpenVINO GenAI, all but the
+first in environments of their own.
 
 flashspec 0.3.1 (package index; Apache 2.0) is imported from its environment into this process, so that it computes with
-the very models, torch and threads of all other sides. llama.cpp is a server beside this process (`open_engine`), with
-the target's weights in a GGUF file.
+the very models, torch and threads of all other sides. llama.cpp and OpenVINO GenAI work beside this process
+(`open_engine`), with the target's weights in a GGUF file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from specgym.decoding import (
     LOOKUP,
+    Engine,
     EngineOptions,
     Generation,
     GgufSettings,
@@ -43,6 +44,7 @@ from specgym.decoding import (
 
 FLASHSPEC = "flashspec==0.3.1"
 LLAMA_CPP = "xllamacpp>=2026.10"
+OPENVINO = "openvino-genai==2026.4.1"
 STRATEGIES = ("draft", "lookup", "composite-g4", "composite-g6-f2")
 """Ways of flashspec to draft: its model alone, its look-up alone, and both together."""
 GgufType = Literal["f16", "q8_0"]
@@ -248,19 +250,45 @@ def llama_cpp_sides(target: str, kind: GgufType, threads: int, lookup_tokens: in
 
     Args:
         target: a model's name, as `load_model` takes it.
-        kind: of the weights; a file of them is written into specgym's cache.
+        kind: of the weights.
         threads: that it computes with.
         lookup_tokens: of a draft by look-up.
 
     Raises:
         RivalError: it cannot be installed.
     """
-    python = python_of(environment(LLAMA_CPP, LLAMA_CPP))
+    options = EngineOptions(python=python_of(environment(LLAMA_CPP, LLAMA_CPP)), threads=threads)
+    engine = open_engine("llama.cpp", str(_gguf(target, kind)), LOOKUP, options)
+    return _engine_sides(f"llama.cpp {kind}", engine, lookup_tokens)
+
+
+def openvino_sides(target: str, threads: int, lookup_tokens: int) -> dict[str, Side]:
+    """OpenVINO GenAI's plain decoding and its prompt lookup, on float16 weights and in float32.
+
+    Its default arithmetic is bfloat16 where the processor has it, whose texts are others.
+
+    Args: as for `llama_cpp_sides`.
+
+    Raises:
+        RivalError: it cannot be installed.
+    """
+    python = python_of(environment(OPENVINO, OPENVINO))
+    options = EngineOptions(python=python, threads=threads, float32=True)
+    engine = open_engine("openvino", str(_gguf(target, "f16")), LOOKUP, options)
+    return _engine_sides("openvino f32", engine, lookup_tokens)
+
+
+def _gguf(target: str, kind: GgufType) -> Path:
+    """A file of a target's weights in specgym's cache, written where it is not there."""
     file = cache_folder() / "rivals" / f"{target.replace('/', '--')}-{kind}.gguf"
     if not file.is_file():
         write_gguf(GgufSettings(target, file, type=kind))
-    engine = open_engine("llama.cpp", str(file), LOOKUP, EngineOptions(python=python, threads=threads))
+    return file
+
+
+def _engine_sides(name: str, engine: Engine, lookup_tokens: int) -> dict[str, Side]:
+    """An engine without a draft, and with prompt lookup at a length."""
     return {
-        f"llama.cpp {kind}": Side(EngineGenerate(engine.serve(None))),
-        f"llama.cpp {kind} lookup": Side(EngineGenerate(engine.serve(engine.setting(lookup_tokens)))),
+        name: Side(EngineGenerate(engine.serve(None))),
+        f"{name} lookup": Side(EngineGenerate(engine.serve(engine.setting(lookup_tokens)))),
     }
