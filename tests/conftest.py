@@ -6,9 +6,12 @@ needed.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too; before torch is imported
@@ -18,6 +21,7 @@ os.environ.setdefault("SPECGYM_TIMING_TRIES", "1")  # and not to be right on a b
 
 import pytest
 
+from specgym.decoding.files import cache_folder
 from tests.helpers.warm_python import WarmPython
 
 if TYPE_CHECKING:
@@ -25,6 +29,21 @@ if TYPE_CHECKING:
 
     from specgym.decoding.models.joint.passes import Answer, JoinedPasses, Request
     from tests.helpers.table_models import TableModel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what tests measure in a cache of their own: three repeats on a busy machine are no latency to decode by.
+
+    Models, which are large, are the user's.
+    """
+    if hasattr(config, "workerinput"):  # the process that handed the tests over has made it
+        return
+    models = cache_folder() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix="specgym-tests-")
+    atexit.register(scratch.cleanup)
+    Path(scratch.name, "models").symlink_to(models, target_is_directory=True)
+    os.environ["SPECGYM_CACHE"] = scratch.name
 
 
 def pytest_collection_finish() -> None:
