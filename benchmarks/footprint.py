@@ -38,8 +38,8 @@ class Settings:
 
     pairs: tuple[str, ...] = ("tiny", "smollm2-4l")
     """Pairs for `load_pair`, each with a draft that is a model."""
-    tokens: int = 64
-    """Tokens generated when memory is measured."""
+    tokens: int = 256
+    """Tokens generated when memory is measured; from about 100 on, passes are captured."""
     repeats: int = 3
     """Processes of each way."""
     json: Path | None = None
