@@ -4,7 +4,8 @@ from .decoders.batch import Batch, TextRequest, generate_texts
 from .decoders.beams.decoder import BeamSearchDecoder
 from .decoders.chain import SpeculativeDecoder, require_choice
 from .decoders.chain_session import SpeculativeSession
-from .decoders.choice_features import CHOICE_FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule, ChoiceTracker
+from .decoders.choice_features import CHOICE_FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceTracker
+from .decoders.choice_rules import ChoiceRule, ExpectedGainChoice, FurtherCosts, best_choice, of_drafts, places_of
 from .decoders.draft_tree.decoder import DraftTreeDecoder, DraftTreeRound
 from .decoders.draft_tree.files import usual_acceptance, usual_alignment
 from .decoders.draft_tree.pruning import RULES
@@ -100,7 +101,7 @@ from .latency.deployments import Deployment, round_costs, sensible_deployments
 from .latency.interleaved import describe_hardware
 from .latency.measure import measure, measured
 from .latency.mixed_measure import measure_mixed, measured_mixed
-from .latency.mixed_profile import DraftCosts, MixedProfile
+from .latency.mixed_profile import ChoiceCharges, DraftCosts, MixedProfile
 from .latency.model_shapes import MODEL_SHAPES, ModelShape
 from .latency.probe import CostProbe
 from .latency.profile import LatencyProfile, LatencyProfileError, arithmetic_of
@@ -163,31 +164,9 @@ from .sealed_files import (
 from .traits import CHAIN, EXACT, DecoderTraits, Knob, NoOptions, Sureness, TraceRule, doublings, from_doublings
 
 __all__ = [
-    "BINS",
-    "CHAIN",
-    "CHOICE_FEATURES",
-    "DELTA",
-    "ENGINE_SETTINGS",
-    "EPSILON",
-    "EXACT",
-    "EXPORT_ENGINES",
-    "FEATURES",
-    "FILES",
-    "GREEDY",
-    "HARDWARE",
-    "HUB_SETS",
-    "KINDS",
-    "LARGEST_SEED",
-    "LARGEST_WHOLE",
-    "LEVELS",
-    "LOOKUP",
-    "MEASURES",
-    "MODEL_SHAPES",
-    "MOST_DRAFTS",
-    "MOST_THREADS",
-    "PRESETS",
-    "RULES",
-    "SLOT_FEATURES",
+    "BINS", "CHAIN", "CHOICE_FEATURES", "DELTA", "ENGINE_SETTINGS", "EPSILON", "EXACT", "EXPORT_ENGINES", "FEATURES",
+    "FILES", "GREEDY", "HARDWARE", "HUB_SETS", "KINDS", "LARGEST_SEED", "LARGEST_WHOLE", "LEVELS", "LOOKUP",
+    "MEASURES", "MODEL_SHAPES", "MOST_DRAFTS", "MOST_THREADS", "PRESETS", "RULES", "SLOT_FEATURES",
     "SMALLEST_PREPACKED",
     "ArgumentError",
     "AutoregressiveDecoder",
@@ -195,6 +174,7 @@ __all__ = [
     "BatchError",
     "BeamSearchDecoder",
     "CascadeDrafter",
+    "ChoiceCharges",
     "ChoiceRule",
     "ChoiceTracker",
     "ConfidenceBelow",
@@ -223,10 +203,12 @@ __all__ = [
     "EngineText",
     "EntropyAbove",
     "ExpectedGain",
+    "ExpectedGainChoice",
     "Export",
     "Feature",
     "FixedLength",
     "FollowAcceptance",
+    "FurtherCosts",
     "Generation",
     "GgufSettings",
     "Hardware",
@@ -301,6 +283,7 @@ __all__ = [
     "VocabularyMismatchError",
     "arithmetic_of",
     "beside",
+    "best_choice",
     "bins_of",
     "build_decoder",
     "bytes_of_pass",
@@ -354,9 +337,11 @@ __all__ = [
     "must_cut",
     "named_errors",
     "number",
+    "of_drafts",
     "one_of",
     "open_engine",
     "place_models",
+    "places_of",
     "prepack_linears",
     "prompt_limit",
     "prompts_limited",
@@ -396,4 +381,4 @@ __all__ = [
     "write_json",
     "write_sealed",
     "write_text",
-]
+]  # fmt: skip

@@ -1,6 +1,6 @@
 from .backends.backend import Backend, Metrics
 from .backends.chain_replay import DraftTable
-from .backends.choice_replay import ChoiceCharges, ChoiceTable
+from .backends.choice_replay import ChoiceTable
 from .backends.engine import ComparedText, EngineBackend
 from .backends.live import decode_prompts, measure_setting, metrics_of, summarise
 from .backends.outcome_replay import OutcomeReplay, require_tokens
@@ -103,7 +103,6 @@ __all__ = [
     "Backend",
     "Beliefs",
     "Charges",
-    "ChoiceCharges",
     "ChoiceTable",
     "ComparedText",
     "ContextLayout",

@@ -23,7 +23,8 @@ from ..rounds import Round
 from ..sampling import Sampling
 from ..traits import CHAIN
 from .chain_session import SpeculativeSession
-from .choice_features import MOST_DRAFTS, ChoiceRule
+from .choice_features import MOST_DRAFTS, MOST_UNREAD
+from .choice_rules import ChoiceRule, ExpectedGainChoice
 from .expected_gain import ExpectedGain
 from .stop_rules import DraftTracker, StopRule, TokenRule
 from .traits import SpeculativeStop, SpeculativeTraits
@@ -41,8 +42,8 @@ class ChainDecoder(Decoder[SpeculativeSession]):
     Args:
         pair: a target with a draft.
         choice: see the attribute.
-        costs: by which the cost ratios of several drafts are told; by default models cost `USUAL_COST_RATIO`, and what
-            is free nothing.
+        costs: of several drafts: what a rule or a controller is told, with the chances in it, and what drafts end by
+            where they end by the expected gain. By default models cost `USUAL_COST_RATIO`, and what is free nothing.
 
     Attributes:
         draft: the pair's.
@@ -50,6 +51,8 @@ class ChainDecoder(Decoder[SpeculativeSession]):
         choice: rule that chooses who of several drafts proposes each token, and when the target verifies.
         draft_cost_ratios: what such a rule or a controller is told that a token of each draft adds to a round, over a
             plain token.
+        draft_learns: of each draft whether nobody counted how often its tokens are right, so that a rule which learns
+            that begins with a guess.
         target_cost_ratio: what they are told that one more token adds to the target's pass.
         cost_ratio: what the rule or a controller is told that one more drafted token costs, in seconds that it adds to
             a round over autoregressive seconds per token.
@@ -77,10 +80,8 @@ class ChainDecoder(Decoder[SpeculativeSession]):
         self.draft_cost_ratios: Sequence[float] = [0.0 if is_free(draft) else USUAL_COST_RATIO for draft in drafts]
         self.target_cost_ratio = 0.0
         self.draft_chances: NDArray[np.float64] | None = None
-        if costs is not None:
-            costs = costs.require_drafts(tuple(draft.name for draft in drafts))
-            self.draft_cost_ratios, self.target_cost_ratio = costs.cost_ratios, costs.target_cost_ratio
-            self.draft_chances = costs.chances
+        self.draft_learns = [True] * len(drafts)
+        self._costs = costs if costs is None else self._told(costs)
         self._weighed: tuple[int, Sequence[float]] | None = None
         self._gains: list[ExpectedGain] = []  # of each of the tolerances, once costs are known
 
@@ -92,28 +93,66 @@ class ChainDecoder(Decoder[SpeculativeSession]):
             tolerances: at which drafted tokens are kept; each has a rule of its own.
 
         Raises:
-            ArgumentError: the pair has several drafts.
+            ArgumentError: the pair has several drafts, and there are several tolerances, or it has too many.
         """
-        if len(drafts_of(self.draft)) > 1:
-            raise ArgumentError(
-                f"stop='expected-gain' weighs the costs of one draft, and pair {self.pair.name} has several; give "
-                "stop='never' or a rule"
-            )
+        if self._several:
+            if len(tolerances) > 1:
+                raise ArgumentError(
+                    f"stop='expected-gain' weighs the costs of one draft here, and pair {self.pair.name} has several; "
+                    "give stop='never' or a rule, or decode it exactly (SpeculativeDecoder)"
+                )
+            require_choice(self.pair)
         self._weighed = longest, tolerances
         self.stops_by_gain = True
+        if self._several and self._costs is not None:
+            self.charge_by(self._costs)
 
-    def charge_by(self, profile: LatencyProfile) -> None:
-        """Let drafts end by these costs and chances, if they end by the expected gain at all."""
-        if self._weighed is not None:
-            longest, tolerances = self._weighed
+    @property
+    def _several(self) -> bool:
+        return len(drafts_of(self.draft)) > 1
+
+    def charge_by(self, profile: LatencyProfile | MixedProfile) -> None:
+        """Let drafts end by these costs and chances, if they end by the expected gain at all.
+
+        Args:
+            profile: of chains; a mixed one for a pair with several drafts.
+
+        Raises:
+            LatencyProfileError: it is of another kind, or of other drafts.
+        """
+        if self._weighed is None:
+            return
+        from ..latency.mixed_profile import ChoiceCharges, MixedProfile  # which imports from this folder
+        from ..latency.profile import LatencyProfileError
+
+        longest, tolerances = self._weighed
+        if isinstance(profile, MixedProfile) and self._several:
+            charges = ChoiceCharges.of(self._told(profile), longest, MOST_UNREAD)
+            self.choice = ExpectedGainChoice(charges)
+        elif isinstance(profile, MixedProfile) or self._several:
+            raise LatencyProfileError(
+                f"pair {self.pair.name} has {len(drafts_of(self.draft))} draft{'s' * self._several}: charge it by "
+                f"{'measured_mixed(pair)' if self._several else 'measured(pair)'}, the profile of such pairs"
+            )
+        else:
             profile = profile.require_kind(CHAIN)
             self._gains = [ExpectedGain.of(profile, longest, tolerance) for tolerance in tolerances]
 
-    def _get_ready(self, sampling: Sampling) -> None:
-        if self._weighed is not None and not self._gains:
-            from ..latency.measure import measured  # which imports this module
+    def _told(self, costs: MixedProfile) -> MixedProfile:
+        """Tell rules and controllers these costs and chances."""
+        costs = costs.require_drafts(tuple(draft.name for draft in drafts_of(self.draft)))
+        self.draft_cost_ratios, self.target_cost_ratio = costs.cost_ratios, costs.target_cost_ratio
+        self.draft_chances = costs.chances
+        self.draft_learns = [draft.chances is None for draft in costs.drafts]
+        return costs
 
-            self.charge_by(measured(self.pair, sampling=sampling))
+    def _get_ready(self, sampling: Sampling) -> None:
+        if self._weighed is None or self._gains or self.choice is not None:
+            return
+        from ..latency.measure import measured  # which imports this module
+        from ..latency.mixed_measure import measured_mixed
+
+        self.charge_by((measured_mixed if self._several else measured)(self.pair, sampling=sampling))
 
     @abstractmethod
     def draft_length(self, knobs: Mapping[str, float]) -> int:
@@ -144,8 +183,9 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
             `stop_threshold` of 0 it asks for nothing. Or a rule without knobs, asked after every drafted token;
             `draft_length` is then the longest draft, and by default as long as it may be. All texts of this decoder
             share such a rule, and what it learns. `"expected-gain"` is one that weighs what a token is expected to
-            bring against what it costs (`ExpectedGain`), by the profile that `charge_by` was given, and else by the
-            pair's own, which is measured on this machine when the first text is begun, and kept. None is `"never"`.
+            bring against what it costs (`ExpectedGain`; with several drafts whose it is, too, `ExpectedGainChoice`), by
+            `costs` or the profile that `charge_by` was given, and else by the pair's own, which is measured on this
+            machine when the first text is begun, and kept. None is `"never"`.
             Where a rule asks, the host waits for every token of a model draft, which costs nothing on a CPU.
         cost_ratio: see `ChainDecoder`.
         batch_size: see `ChainDecoder`.
@@ -154,8 +194,8 @@ class SpeculativeDecoder(SpeculativeTraits, ChainDecoder):
         costs: see `ChainDecoder`.
 
     Raises:
-        ValueError: the pair has no draft, or no several ones to choose from, a number is out of range, both a choice
-            and another rule are given, or several drafts are to end by the expected gain, each having costs of its own.
+        ValueError: the pair has no draft, or no several ones to choose from or too many, a number is out of range, or
+            both a choice and another rule are given.
     """
 
     session_class = SpeculativeSession

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..decoder import Session, synchronise
 from ..drafts.drafter import DraftStep, Proposal, beside
-from ..drafts.mixed import MixedDraftSession
+from ..drafts.mixed import DraftChoice, MixedDraftSession
 from ..errors import ArgumentError
 from ..rounds import Round
 from ..sampling import accepts, draw, residual, residual_of_token
-from .choice_features import ChoiceRule, ChoiceTracker
-from .draft_choice import DraftChoice
+from .choice_features import ChoiceTracker
+from .choice_rules import ChoiceRule
 from .knob_rules import KnobRule
 from .stop_rules import DraftTracker, TokenRule
 
@@ -56,6 +56,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
         self.tracker = DraftTracker(1, decoder.cost_ratio, decoder.batch_size, self.sampling.temperature)
         self._longest_draft = decoder.draft_length({knob.name: knob.high for knob in decoder.knobs})
         self._steps: Iterator[DraftStep] | None = None  # the draft under way in a round of draft_one and verify
+        self._rule = None if decoder.choice is None else decoder.choice.for_text()
         self._choice: DraftChoice | None = None
         self._drafted: list[DraftStep] = []
         self._spent = 0.0  # seconds of such a round so far
@@ -118,6 +119,7 @@ class SpeculativeSession(Session["ChainDecoder"]):
                 decoder.target_cost_ratio,
                 self.sampling.temperature,
                 chances=decoder.draft_chances,
+                learns=self._rule is not None and self._rule.learns_chances and decoder.draft_learns,
             )
             self._choice = DraftChoice(self.draft, tracker)
         if not self._choice.under_way and not self.finished:
@@ -158,8 +160,8 @@ class SpeculativeSession(Session["ChainDecoder"]):
 
     def _round(self, knobs: Mapping[str, float]) -> Round:
         started = time.perf_counter()
-        if self.decoder.choice is not None:
-            return self._round_by_choice(self.decoder.choice, knobs, started)
+        if self._rule is not None:
+            return self._round_by_choice(self._rule, knobs, started)
         stop = self.decoder.stop_rule(knobs)
         if isinstance(stop, TokenRule):
             return self._round_by(stop, knobs, started)

@@ -1,4 +1,4 @@
-"""Rules that choose, token by token, which of several drafts goes on, and the features that they choose by.
+"""The features by which rules choose, token by token, which of several drafts goes on (`choice_rules`).
 
 Live and recorded decoding keep them by the same code. What a draft would propose is looked at only where that costs
 microseconds (tables, look-ups); of a model, only what it did before is known.
@@ -6,15 +6,14 @@ microseconds (tables, look-ups); of a model, only what it did before is known.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, whole_number
-from .expected_gain import BINS, KeepChances
+from .expected_gain import BINS, KeepChances, TextChances, bins_of
 from .stop_rules import FEATURES, RECENT, DraftTracker, Feature, Rows, all_or
 
 MOST_DRAFTS = 6
@@ -83,15 +82,18 @@ Where a text has fewer than `MOST_DRAFTS` drafts, the columns of the others are 
 )
 _CONFIDENCE, _PRODUCT = ([feature.name for feature in FEATURES].index(name) for name in ("confidence", "product"))
 _HIGH = np.array([feature.high for feature in SLOT_FEATURES], np.float32)
-_LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
-_PLACES = np.arange(_LONGEST)[:, None]
+LONGEST = int(next(feature.high for feature in FEATURES if feature.name == "place"))
+"""Tokens of a draft, at most, where a rule chooses among several."""
+_PLACES = np.arange(LONGEST)[:, None]
 _NEWEST = np.float32(RECENT)
 _CONFIDENCES = np.linspace(0, 1, 257)
 _STEPS, _HALF = np.float32(len(_CONFIDENCES) - 1), np.float32(0.5)
 _MIDDLES = (np.arange(BINS) + 0.5) / BINS
 _BETWEEN = np.array([np.interp(_CONFIDENCES, _MIDDLES, row) for row in np.eye(BINS)])
 """Chances by the middles of the bins to chances by `_CONFIDENCES`, linear between, shape (`BINS`, confidences)."""
-_LOGARITHMS = np.log2(np.maximum(np.arange(1 << int(_HIGH[_UNREAD])), 1)).astype(np.float32)
+MOST_UNREAD = 1 << int(_HIGH[_UNREAD])
+"""Tokens that a draft is shown to have to read, at most."""
+_LOGARITHMS = np.log2(np.maximum(np.arange(MOST_UNREAD), 1)).astype(np.float32)
 _NOBODY = -1 - np.arange(MOST_DRAFTS)
 """Stand for tokens that are not known: no two are the same, and none is a token."""
 
@@ -116,6 +118,8 @@ class ChoiceTracker:
         chances: how often tokens of each draft were right on earlier texts, as in `KeepChances.exact`, shape
             (drafts, `BINS` + 1) or (environments, drafts, `BINS` + 1); by default those of drafts of which nothing was
             measured.
+        learns: whether those of a draft are what every text begins with, and follow what becomes of its tokens, of the
+            same shape as `free`; by default of none.
 
     Raises:
         ValueError: an argument is out of range.
@@ -130,6 +134,7 @@ class ChoiceTracker:
         temperature: ArrayLike = 0.0,
         present: ArrayLike = True,
         chances: ArrayLike | None = None,
+        learns: ArrayLike = False,
     ) -> None:
         environments = whole_number("environments", environments)
         ratio = np.asarray(cost_ratio, np.float64)
@@ -150,14 +155,19 @@ class ChoiceTracker:
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
         counted = np.asarray(KeepChances.assumed().exact if chances is None else chances, np.float64)
-        known = np.concatenate([counted[..., :-1] @ _BETWEEN, counted[..., -1:]], -1).astype(np.float32)
-        self._chances = np.broadcast_to(known, (*shape, known.shape[-1])).ravel()
+        known = _between(counted)
+        self._chances = np.array(np.broadcast_to(known, (*shape, known.shape[-1]))).ravel()
         self._table = np.arange(0, self._chances.size, known.shape[-1]).reshape(shape)  # where each draft's begin
+        learning = np.broadcast_to(np.asarray(learns, np.bool_), shape)
+        prior = np.broadcast_to(counted, (*shape, BINS + 1))
+        self._learned = TextChances(prior, learning) if learning.any() else None
+        self._bins = np.zeros((environments, LONGEST), np.intp)  # of the tokens of this draft
+        self._first_bins = np.zeros(shape, np.intp)  # of what free drafts knew where the round began
         self._numbers = np.arange(self._drafts)
         self._place = np.zeros(environments, np.intp)
         self._unread: Integers = np.ones(shape, np.int64)
         self._knew: Flags = np.zeros(shape, np.bool_)
-        self._who = np.zeros((environments, _LONGEST), np.intp)
+        self._who = np.zeros((environments, LONGEST), np.intp)
         self.forget()
 
     @property
@@ -201,6 +211,9 @@ class ChoiceTracker:
         self._slots[where, :, _UNREAD] = 0.0
         self._slots[where, :, _AVAILABLE] = 0.0
         self._slots[where, :, _NEXT : _CHANCE + 1] = 0.0
+        if self._learned is not None:
+            self._learned.forget(where)
+            self._show_chances(where)
 
     def look(
         self,
@@ -234,7 +247,10 @@ class ChoiceTracker:
         self._slots[where, :, _NEXT : _CHANCE + 1] = seen
         self._slots[where, :, _AVAILABLE] = available
         self._slots[where, :, _UNREAD] = _LOGARITHMS.take(self._unread[where], mode="clip") * self._reads[where]
-        self._knew[where] = np.where((self._place[where] == 0)[:, None], known, self._knew[where])
+        begins = (self._place[where] == 0)[:, None]
+        self._knew[where] = np.where(begins, known, self._knew[where])
+        if self._learned is not None:
+            self._first_bins[where] = np.where(begins, bins_of(confidence), self._first_bins[where])
 
     def drafted(
         self,
@@ -263,6 +279,9 @@ class ChoiceTracker:
         self._common.drafted(confidence, entropy, matched, drawn_probability, where)
         chance = self._chance(self.features[where, _CONFIDENCE], self._table[rows, draft], looked_at)
         self.features[where, _PRODUCT] = product * chance
+        if self._learned is not None:
+            bins = bins_of(np.asarray(confidence))
+            self._bins[rows, self._place[where]] = bins if looked_at is True else np.where(looked_at, bins, BINS)
         self._who[rows, self._place[where]] = draft
         self._place[where] += 1
         by = draft[:, None] == self._numbers
@@ -297,11 +316,40 @@ class ChoiceTracker:
             began = np.zeros((len(rows), self._drafts), np.bool_)
         right = np.where(began, (accepted > 0)[:, None], hits)
         before = slots[where, :, _HITS]
-        slots[where, :, _HITS] = before + _NEWEST * (began | self._knew[where]) * (right - before)
+        judged = began | self._knew[where]
+        slots[where, :, _HITS] = before + _NEWEST * judged * (right - before)
+        if self._learned is not None:
+            self._learn(self._learned, rows, accepted, began, judged, right)
         # Of what a draft has read, what was kept stays read; the rest and the target's own token are to be read.
         missed = np.maximum(self._unread[where] - place[:, None], -accepted[:, None])
         self._unread[where] = np.maximum(missed + emitted[:, None], 1)  # at the end of a text nothing may be left
         self._begin_round(where)
+
+    def _learn(
+        self,
+        learned: TextChances,
+        rows: NDArray[np.intp],
+        accepted: Integers,
+        began: Flags,
+        judged: Flags,
+        right: Flags,
+    ) -> None:
+        """Count what became of tokens: first ones as far as they were known, later ones if all before were right."""
+        first, by = judged.nonzero()
+        bins = np.where(began[first, by], self._bins[rows[first], 0], self._first_bins[rows[first], by])
+        last = np.minimum(accepted + 1, self._place[rows])
+        text, place = ((_PLACES[:, 0] >= 1) & (_PLACES[:, 0] < last[:, None])).nonzero()
+        learned.count(
+            np.concatenate([rows[first], rows[text]]),
+            np.concatenate([by, self._who[rows[text], place]]),
+            np.concatenate([bins, self._bins[rows[text], place]]),
+            np.concatenate([right[first, by], place < accepted[text]]),
+        )
+        self._show_chances(rows)
+
+    def _show_chances(self, where: Any) -> None:
+        assert self._learned is not None
+        self._chances.reshape(*self._table.shape, -1)[where] = _between(self._learned.of(where))
 
     def _chance(self, confidence: NDArray[np.float32], table: NDArray[np.intp], seen: Any) -> NDArray[np.float32]:
         """Chances of tokens by their confidence, or by none where it is not seen."""
@@ -318,50 +366,6 @@ class ChoiceTracker:
         self._slots[where, :, _DRAFTING] = 0.0
 
 
-class ChoiceRule(ABC):
-    """Says before every token of a draft who proposes it. One rule may serve many texts side by side.
-
-    Whatever it says, the text is the target's, because a token that was drafted is verified.
-
-    Attributes:
-        looks_at_entropy: whether the rule needs that feature, or the probability of the drawn token; live decoding may
-            leave them at 0 and 1 for one that does not.
-    """
-
-    looks_at_entropy: ClassVar[bool] = True
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name of the rule in tables, with its parameters."""
-
-    @abstractmethod
-    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Choose.
-
-        Args:
-            features: shape (environments, features), columns as in `CHOICE_FEATURES`; not to be changed or kept.
-
-        Returns:
-            Shape (environments,): 0 to let the target verify what there is (with nothing drafted it emits a token
-            alone), or 1 to `MOST_DRAFTS` to let that draft propose the next token. A draft that cannot means 0.
-        """
-
-    def start(self, environments: int, seed: int | None) -> None:  # noqa: B027 (most rules have nothing to prepare)
-        """Forget what was learned, and prepare for so many texts; called once by the rule's owner, not at each text.
-
-        Args:
-            environments: how many texts `features` will have.
-            seed: fixes any random choice.
-        """
-
-    def verified(  # noqa: B027 (most rules do not learn)
-        self, rows: Rows, emitted: NDArray[np.int64], seconds: NDArray[np.float64]
-    ) -> None:
-        """Rounds are over, for rules that learn from what they brought.
-
-        Args:
-            rows: the texts concerned.
-            emitted: tokens that each round emitted, shape (rows,).
-            seconds: what each took, drafting and verification.
-        """
+def _between(chances: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Chances by `_CONFIDENCES` and last of any, of those by bins and last of any; the last axis changes."""
+    return np.concatenate([chances[..., :-1] @ _BETWEEN, chances[..., -1:]], -1).astype(np.float32)

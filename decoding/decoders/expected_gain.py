@@ -29,7 +29,7 @@ BINS = 16
 LEVELS = 21
 """Tolerances at which chances are known: 0, 0.05, ..., 1."""
 _PRIOR = 2.0
-"""Tokens of each bin that the prior counts for."""
+"""Tokens of each bin that the prior counts for; and of each draft, where a text's own are counted."""
 _COLUMNS = [feature.name for feature in FEATURES]
 _CONFIDENCE, _PLACE = _COLUMNS.index("confidence"), _COLUMNS.index("place")
 
@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 def bins_of(confidence: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Return the bin of each confidence, 0 to `BINS` - 1; any shape."""
-    return np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1).astype(np.uint8)
+    return np.minimum(np.maximum((confidence * BINS).astype(np.int64), 0), BINS - 1).astype(np.uint8)
 
 
 def levels_of(tolerance: Any) -> Any:
@@ -130,6 +130,52 @@ class KeepChances:
             return cls(np.array(content["kept"], np.float64), np.array(content["average"], np.float64))
         except (KeyError, TypeError) as error:
             raise ArgumentError(f"these are no chances of drafted tokens ({error})") from error
+
+
+class TextChances:
+    """Chances that tokens of several drafts are right, counted while texts are decoded, each text by itself.
+
+    What is known of a draft beforehand counts for some tokens. So that few tokens say much, its chances at all
+    confidences together are first raised or lowered, to as many right tokens as there were.
+
+    Args:
+        prior: what a text begins with, as in `KeepChances.exact`, shape (texts, drafts, `BINS` + 1).
+        learns: whether those of a draft are counted, shape (texts, drafts); others stay as they are.
+    """
+
+    def __init__(self, prior: Floats, learns: NDArray[np.bool_]) -> None:
+        self._prior, self._learns = prior, learns[:, :, None]
+        self._tried, self._right = np.zeros((2, *prior.shape))
+
+    def forget(self, rows: Any) -> None:
+        """Begin some texts."""
+        self._tried[rows] = self._right[rows] = 0.0
+
+    def count(
+        self, texts: NDArray[np.intp], drafts: NDArray[np.intp], bins: NDArray[np.intp], right: NDArray[np.bool_]
+    ) -> None:
+        """Count tokens before which all were right; all arguments of shape (tokens,).
+
+        Args:
+            texts: of each.
+            drafts: that proposed it.
+            bins: of its confidence; `BINS` where that is not known.
+            right: whether it was kept.
+        """
+        known = bins < BINS
+        for which, columns in ((known, bins[known]), (slice(None), np.full(len(bins), BINS))):
+            cells = texts[which], drafts[which], columns
+            np.add.at(self._tried, cells, 1.0)
+            np.add.at(self._right, cells, right[which])
+
+    def of(self, rows: Any) -> Floats:
+        """Return the chances in some texts, shape (rows, drafts, `BINS` + 1)."""
+        prior, tried, right = self._prior[rows], self._tried[rows], self._right[rows]
+        expected = (tried * prior)[..., :-1].sum(-1, keepdims=True)
+        better = (_PRIOR + right[..., :-1].sum(-1, keepdims=True)) / (_PRIOR + expected)
+        likely = np.append(np.minimum(prior[..., :-1] * better, 1.0), prior[..., -1:], -1)
+        chances: Floats = np.where(self._learns[rows], (_PRIOR * likely + right) / (_PRIOR + tried), prior)
+        return chances
 
 
 class ExpectedGain(StopRule):

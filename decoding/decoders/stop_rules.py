@@ -60,9 +60,7 @@ FEATURES = (
 )
 _probability = partial(number, at_least=0, at_most=1)
 _LOW, _HIGH = (tuple(np.float32(getattr(feature, end)) for feature in FEATURES) for end in ("low", "high"))
-_NOTHING_DRAFTED = np.array([1, 0, 1, 0], dtype=np.float32)
-_NO_TOKEN = np.array([0, 1], dtype=np.float32)
-_NOTHING_VERIFIED = np.array([0.5, 2], dtype=np.float32)
+_NOTHING_DRAFTED, _NO_TOKEN, _NOTHING_VERIFIED = (np.array(row, np.float32) for row in ([1, 0, 1, 0], [0, 1], [0.5, 2]))
 
 
 class DraftTracker:
@@ -170,6 +168,8 @@ def all_or(rows: Rows) -> NDArray[np.intp] | NDArray[np.bool_] | slice:
 
 
 def _clipped(values: ArrayLike, column: int) -> NDArray[np.float32]:
+    if isinstance(values, float | int):  # of a text alone, where arrays take ten times as long
+        return min(max(values, FEATURES[column].low), FEATURES[column].high)
     return np.minimum(np.maximum(np.asarray(values, dtype=np.float32), _LOW[column]), _HIGH[column])
 
 

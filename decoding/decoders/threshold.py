@@ -29,7 +29,7 @@ from ..loading.pair import Pair
 from ..sampling import draw, total_variation
 from .chain import ChainDecoder
 from .chain_session import SpeculativeSession, Verdict, first_false
-from .choice_features import ChoiceRule
+from .choice_rules import ChoiceRule
 from .expected_gain import LEVELS, levels_of
 from .stop_rules import StopRule
 from .traits import Stop, ThresholdTraits

@@ -189,3 +189,52 @@ class MixedProfile:
             return cls(**{**content, "drafts": drafts, "target_seconds": dict(content["target_seconds"])})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LatencyProfileError(f"mixed latency profile {path} is damaged ({error}); {_WAY_OUT}") from error
+
+
+@dataclass(frozen=True)
+class ChoiceCharges:
+    """Seconds of the steps of drafting with several drafts, and of verifying.
+
+    Attributes:
+        drafting: of a token, by the draft and the tokens that it reads for it, shape (drafts, most tokens + 1). Those
+            of a free draft are all the same.
+        verifying: of the target's pass, by the tokens drafted before, shape (longest draft + 1,).
+        decision_seconds: of every decision at which a draft could go on.
+        autoregressive_seconds: of a token of plain decoding.
+        profile: by which they were computed.
+    """
+
+    drafting: NDArray[np.float64]
+    verifying: NDArray[np.float64]
+    decision_seconds: float
+    autoregressive_seconds: float
+    profile: MixedProfile
+
+    @classmethod
+    def of(
+        cls, profile: MixedProfile, max_draft_length: int, max_new_tokens: int, decision_seconds: float = 0.0
+    ) -> ChoiceCharges:
+        """Compute the charges by the latency profile of a pair with several drafts.
+
+        Args:
+            profile: of the pair and the hardware.
+            max_draft_length: longest draft, in tokens, at least 1.
+            max_new_tokens: tokens of a text, at most.
+            decision_seconds: time that deciding takes, at least 0.
+
+        Raises:
+            ValueError: `decision_seconds` is negative or not finite.
+        """
+        most = max_new_tokens + max_draft_length
+        drafting = [
+            [profile.reading(place, 1 if draft.free else max(tokens, 1)) for tokens in range(most + 1)]
+            for place, draft in enumerate(profile.drafts)
+        ]
+        verifying = np.array([profile.target(drafted + 1) for drafted in range(max_draft_length + 1)])
+        return cls(
+            np.array(drafting),
+            verifying,
+            number("decision_seconds", decision_seconds, at_least=0),
+            profile.autoregressive_seconds,
+            profile,
+        )

@@ -5,77 +5,27 @@ in a round is its chain from the round's start, of which it stays in play as lon
 long as all that was drafted is right, the position where a model takes over is one of the text, and its recorded chain
 begins there. After a wrong token it is in no recording: tokens, acceptance and seconds stay exact, since nothing
 drafted then is kept, and of what the model drafts nothing is seen, right or wrong, as in live decoding
-(`specgym.decoding.decoders.draft_choice`).
+(`specgym.decoding.drafts.mixed.DraftChoice`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import BINS, MOST_DRAFTS, ChoiceTracker, MixedProfile, number
+from specgym.decoding import BINS, MOST_DRAFTS, ChoiceCharges, ChoiceTracker, number
 
 from ..recordings.mixed_trace import MixedTrace
-from .backend import DraftBackend, DraftSteps, Floats, Integers
+from .backend import DraftBackend, DraftSteps, Integers
 from .chain_replay import Indices, TraceColumns
 
 Flags = NDArray[np.bool_]
 
 MISSING = 0.3
 """Chance of each draft to be missing in a text that does without some."""
-
-
-@dataclass(frozen=True)
-class ChoiceCharges:
-    """Seconds of the steps of drafting with several drafts, and of verifying.
-
-    Attributes:
-        drafting: of a token, by the draft and the tokens that it reads for it, shape (drafts, most tokens + 1). Those
-            of a free draft are all the same.
-        verifying: of the target's pass, by the tokens drafted before, shape (longest draft + 1,).
-        decision_seconds: of every decision at which a draft could go on.
-        autoregressive_seconds: of a token of plain decoding.
-        profile: by which they were computed.
-    """
-
-    drafting: Floats
-    verifying: Floats
-    decision_seconds: float
-    autoregressive_seconds: float
-    profile: MixedProfile
-
-    @classmethod
-    def of(
-        cls, profile: MixedProfile, max_draft_length: int, max_new_tokens: int, decision_seconds: float = 0.0
-    ) -> ChoiceCharges:
-        """Compute the charges by the latency profile of a pair with several drafts.
-
-        Args:
-            profile: of the pair and the hardware.
-            max_draft_length: longest draft, in tokens, at least 1.
-            max_new_tokens: tokens of a text, at most.
-            decision_seconds: time that deciding takes, at least 0.
-
-        Raises:
-            ValueError: `decision_seconds` is negative or not finite.
-        """
-        most = max_new_tokens + max_draft_length
-        drafting = [
-            [profile.reading(place, 1 if draft.free else max(tokens, 1)) for tokens in range(most + 1)]
-            for place, draft in enumerate(profile.drafts)
-        ]
-        verifying = np.array([profile.target(drafted + 1) for drafted in range(max_draft_length + 1)])
-        return cls(
-            np.array(drafting),
-            verifying,
-            number("decision_seconds", decision_seconds, at_least=0),
-            profile.autoregressive_seconds,
-            profile,
-        )
 
 
 class ChoiceTable:

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, MixedProfile, Split
+from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, ChoiceCharges, MixedProfile, Split
 
 from ..backends.backend import BackendName
-from ..backends.choice_replay import ChoiceBackend, ChoiceCharges, ChoiceReplay, ChoiceTable
+from ..backends.choice_replay import ChoiceBackend, ChoiceReplay, ChoiceTable
 from ..profiles import mixed_profile_of
 from ..recordings.find import counted_chances, find_mixed_trace
 from ..recordings.mixed_trace import MixedTrace

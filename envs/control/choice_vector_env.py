@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, ArgumentError, MixedProfile, Split
+from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, ArgumentError, ChoiceCharges, MixedProfile, Split
 
 from ..backends.backend import BackendName
-from ..backends.choice_replay import ChoiceBackend, ChoiceCharges, ChoiceReplay, ChoiceTable
+from ..backends.choice_replay import ChoiceBackend, ChoiceReplay, ChoiceTable
 from ..backends.replay import Workloads
 from ..recordings.find import find_mixed_trace
 from ..recordings.mixed_trace import MixedTrace

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from specgym.decoding import (
     MOST_DRAFTS,
     Batch,
+    ChoiceCharges,
     ChoiceTracker,
     Decoder,
     DraftTracker,
@@ -27,7 +28,7 @@ from specgym.decoding import (
 
 from ..backends.backend import DraftSteps, Integers
 from ..backends.chain_replay import DraftCharges, Indices
-from ..backends.choice_replay import ChoiceCharges, Flags
+from ..backends.choice_replay import Flags
 from ..tuning.knob_space import Floats, KnobMoves, knob_entries
 from ..workloads import Workload
 

@@ -10,8 +10,17 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule, Rows
-from specgym.envs import ChoiceCharges
+from specgym.decoding import (
+    FEATURES,
+    MOST_DRAFTS,
+    ChoiceCharges,
+    ChoiceRule,
+    FurtherCosts,
+    Rows,
+    best_choice,
+    of_drafts,
+    places_of,
+)
 
 from .bandit import RoundBandit
 
@@ -21,18 +30,6 @@ Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 COMMON: Final = {feature.name: place for place, feature in enumerate(FEATURES)}
-OF_DRAFT: Final = {feature.name: place for place, feature in enumerate(SLOT_FEATURES)}
-
-
-def of_drafts(features: Features, name: str) -> Features:
-    """A feature of every draft, by its name in `SLOT_FEATURES`, shape (environments, `MOST_DRAFTS`); a view."""
-    columns = features[:, len(FEATURES) :].reshape(len(features), MOST_DRAFTS, len(SLOT_FEATURES))
-    return columns[:, :, OF_DRAFT[name]]
-
-
-def places_of(features: Features) -> NDArray[np.intp]:
-    """Tokens drafted so far in this round, shape (environments,)."""
-    return features[:, COMMON["place"]].astype(np.intp)
 
 
 @dataclass(frozen=True)
@@ -150,49 +147,13 @@ class DraftBandit(ChoiceRule):
         return self.rules[self._bandit.favourite]
 
 
-class FurtherCosts:
-    """Seconds that more tokens of each draft add to a round, over those of a plain token.
-
-    Args:
-        charges: of the pair.
-    """
-
-    def __init__(self, charges: ChoiceCharges) -> None:
-        self._reading = np.zeros((MOST_DRAFTS, charges.drafting.shape[1]))
-        self._reading[: len(charges.drafting)] = charges.drafting / charges.autoregressive_seconds
-        self._target = charges.verifying / charges.autoregressive_seconds
-        self._decision = charges.decision_seconds / charges.autoregressive_seconds
-        self.longest = len(charges.verifying) - 1
-
-    def __call__(self, features: Features) -> Floats:
-        """Seconds of 1, 2, ... further tokens of each draft, shape (environments, `MOST_DRAFTS`, longest draft).
-
-        Infinite beyond the longest draft.
-        """
-        unread = np.rint(np.exp2(of_drafts(features, "unread"))).astype(np.intp)
-        first = self._reading[np.arange(MOST_DRAFTS), np.minimum(unread, self._reading.shape[1] - 1)]
-        further = np.arange(self.longest)
-        drafting = first[:, :, None] + further * self._reading[:, 1, None]
-        place = places_of(features)[:, None]
-        after = place + 1 + further
-        target = self._target[np.minimum(after, self.longest)] - self._target[np.minimum(place, self.longest)]
-        target = np.where(after <= self.longest, target, np.inf)
-        return drafting + target[:, None, :] + self._decision * (1 + further)
-
-
-def _best(gain: Floats, available: Flags) -> Actions:
-    """The draft whose best number of further tokens gains most, if any gains, shape (environments,)."""
-    best = np.where(available, gain.max(2), -np.inf)
-    return np.where(best.max(1) > 0, best.argmax(1) + 1, 0)
-
-
 class ClosedForm(ChoiceRule):
-    """Cost-aware choice in closed form: the draft whose further tokens are expected to bring most, if more than none.
+    """Expected gain of further tokens by what training texts have shown, with one worth of time for all of them.
 
-    A token is as likely to be right as tokens of its confidence were on training texts, or, where that cannot be seen,
-    as those of its draft were. `m` further tokens are expected to bring ``s * p * (1 + a + ... + a^(m-1))``,
-    with `s` the chance that all drafted so far are right, `p` that of the next, and `a` that of any of its draft; they
-    cost ``rate`` times their seconds.
+    Where `ExpectedGainChoice` weighs the next token, this rule weighs ``m`` further tokens of each draft, for the best
+    ``m``: they are expected to bring ``s * p * (1 + a + ... + a^(m-1))``, with `s` the chance that all drafted so far
+    are right, `p` that of the next, and `a` that of any of its draft; they cost ``rate`` times their seconds. At the
+    rate of training texts that does as well as the other rule does without.
 
     Args:
         charges: of the pair, with the chances of its drafts' tokens, counted on training texts.
@@ -220,7 +181,7 @@ class ClosedForm(ChoiceRule):
         """Choose the draft that is expected to bring most, or to verify."""
         following = features[:, COMMON["product"], None] * of_drafts(features, "chance")
         gain = following[:, :, None] * self._powers - self.rate * self._costs(features)
-        return _best(gain, of_drafts(features, "available") > 0)
+        return best_choice(np.where(of_drafts(features, "available") > 0, gain.max(2), -np.inf))
 
 
 class ChoiceOracle(ChoiceRule):
@@ -269,7 +230,7 @@ class ChoiceOracle(ChoiceRule):
         tokens = 1 + np.arange(self._costs.longest)
         worth = tokens - self.rate * self._costs(features)
         gain = np.where(tokens <= self._remaining[:, :, None], worth, -np.inf)
-        return _best(gain, of_drafts(features, "available") > 0)
+        return best_choice(np.where(of_drafts(features, "available") > 0, gain.max(2), -np.inf))
 
 
 def _checked_rate(rate: float) -> float:

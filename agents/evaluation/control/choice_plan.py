@@ -17,11 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from specgym.decoding import CHOICE_FEATURES, MOST_DRAFTS, ChoiceRule
-from specgym.envs import ChoiceCharges, DraftChoiceVectorEnv
+from specgym.decoding import (
+    CHOICE_FEATURES,
+    MOST_DRAFTS,
+    ChoiceCharges,
+    ChoiceRule,
+    FurtherCosts,
+    best_choice,
+    of_drafts,
+)
+from specgym.envs import DraftChoiceVectorEnv
 
 from ...experiments.control.choice_policy import ChoiceScaler, DraftScores
-from .choice_baselines import Actions, Features, Flags, Floats, FurtherCosts, of_drafts
+from .choice_baselines import Actions, Features, Flags, Floats
 from .choice_tuning import MixedPrompts
 
 if TYPE_CHECKING:
@@ -105,8 +113,8 @@ class PlannedChoice(ChoiceRule):
 
     def __call__(self, features: Features) -> Actions:
         """Choose the draft that is expected to bring most, or to verify."""
-        costs = self._costs(features)[:, :, 0]
-        return best_of(_gains(self.plan, features, costs, np.full(len(features), self.rate)))
+        costs = self._costs.next(features)
+        return best_choice(_gains(self.plan, features, costs, np.full(len(features), self.rate)))
 
 
 @dataclass(frozen=True)
@@ -156,11 +164,6 @@ class Decisions:
         return np.flatnonzero(np.tile(texts, len(self.actions) // len(texts)) & self.available.any(1))
 
 
-def best_of(gains: Floats) -> Actions:
-    """Draft that gains most, if that is more than nothing, shape (environments,)."""
-    return np.where(gains.max(1) > 0, gains.argmax(1) + 1, 0)
-
-
 def decide(
     prompts: Sequence[MixedPrompts], plan: Plan, rates: Floats, exploring: float, rng: np.random.Generator
 ) -> tuple[Decisions, Floats]:
@@ -197,11 +200,11 @@ def decide(
         costs = np.empty((texts, MOST_DRAFTS))
         for place, more in enumerate(further):
             rows = slice(place, None, len(prompts))
-            costs[rows] = more(features[rows])[:, :, 0]
+            costs[rows] = more.next(features[rows])
         available = of_drafts(features, "available") > 0
         which = np.flatnonzero(available.any(1))
         actions = np.zeros(texts, np.int64)
-        actions[which] = best_of(_gains(plan, features[which], costs[which], rates[workload[which]]))
+        actions[which] = best_choice(_gains(plan, features[which], costs[which], rates[workload[which]]))
         tries = explores & (rng.random(texts) < exploring)
         drawn = np.where(available, rng.random(available.shape), -1.0)
         any_ = np.where(available.any(1) & (rng.random(texts) < _DRAFTING), drawn.argmax(1) + 1, 0)
@@ -296,7 +299,7 @@ def _following(plan: Plan, decisions: Decisions, rates: Floats) -> Floats:
     rows, prices = decisions.of_texts(np.ones(texts, np.bool_)), rates[decisions.workload]
     expected, planned = np.zeros(len(decisions.actions)), np.zeros(len(decisions.actions), np.int64)
     gains = _gains(plan, decisions.features[rows], decisions.costs[rows], prices[rows % texts])
-    expected[rows], planned[rows] = np.maximum(gains.max(1), 0.0), best_of(gains)
+    expected[rows], planned[rows] = np.maximum(gains.max(1), 0.0), best_choice(gains)
     drafts = decisions.actions > 0
     chosen = np.arange(len(drafts)), np.maximum(decisions.actions - 1, 0)
     brought = decisions.right[chosen] - np.tile(prices, len(drafts) // texts) * decisions.costs[chosen]

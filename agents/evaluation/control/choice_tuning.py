@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from specgym.decoding import ChoiceRule, MixedProfile
-from specgym.envs import ChoiceCharges, DraftChoiceVectorEnv, MixedTrace
+from specgym.decoding import ChoiceCharges, ChoiceRule, MixedProfile
+from specgym.envs import DraftChoiceVectorEnv, MixedTrace
 
 from .choice_baselines import ChoiceOracle, ClosedForm, DraftBandit, FixedChoice, FixedChoices
 from .side_by_side import Decoded, SideBySide, Sums, at_own_rate

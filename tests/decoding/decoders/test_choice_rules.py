@@ -34,7 +34,7 @@ from specgym.decoding import (
     ThresholdDecoder,
     drafts_of,
 )
-from specgym.decoding.decoders.draft_choice import DraftChoice
+from specgym.decoding.drafts.mixed import DraftChoice
 from tests.helpers.known_distributions import PROMPT, MakeTable, distance, exact_joint, make_drafter, walk
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgym.decoding import BINS, CHOICE_FEATURES, MOST_DRAFTS, KeepChances, MixedProfile
+from specgym.decoding import BINS, CHOICE_FEATURES, MOST_DRAFTS, ChoiceCharges, KeepChances, MixedProfile
 from specgym.envs import DraftChoiceVectorEnv
-from specgym.envs.backends.choice_replay import ChoiceCharges, ChoiceReplay, ChoiceTable
+from specgym.envs.backends.choice_replay import ChoiceReplay, ChoiceTable
 from specgym.envs.recordings.archive import TraceError
 from specgym.envs.recordings.mixed_trace import MixedTrace
 from specgym.envs.recordings.trace import Trace

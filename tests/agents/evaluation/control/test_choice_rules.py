@@ -13,11 +13,9 @@ from specgym.agents.evaluation.control.choice_baselines import (
     DraftBandit,
     FixedChoice,
     FixedChoices,
-    FurtherCosts,
 )
 from specgym.agents.evaluation.control.choice_tuning import MixedPrompts, choose_rules, lone_drafts, oracle
-from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceRule
-from specgym.envs import ChoiceCharges
+from specgym.decoding import FEATURES, MOST_DRAFTS, SLOT_FEATURES, ChoiceCharges, ChoiceRule, FurtherCosts
 from specgym.envs.recordings.mixed_trace import MixedTrace
 from tests.helpers.made_up_mixed import made_up_costs, made_up_mixed
 
