@@ -25,6 +25,7 @@ from ..drafts.mixed import MixedDraftSession, draft_models, drafts_of
 from ..errors import ArgumentError, number, whole_number
 from ..files import cache_folder, file_name
 from ..loading.pair import Pair, require_draft
+from ..models.captured import MOST_TOKENS
 from ..models.early_exit import ExitModel
 from ..sampling import GREEDY, Sampling
 from .batch_grid import StopwatchDrafter
@@ -121,8 +122,8 @@ def measured_mixed(pair: Pair, refresh: bool = False, *, sampling: Sampling = GR
         ArgumentError: the pair has no draft.
     """
     require_draft(pair, "a mixed latency profile")
-    arithmetic = arithmetic_of(sampling)
-    path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-mixed-{arithmetic}-{fingerprint(pair)}.json"
+    kind = f"mixed-{MOST_TOKENS}-{arithmetic_of(sampling)}"
+    path = cache_folder() / "latency" / f"{file_name(pair.name)[-60:]}-{kind}-{fingerprint(pair)}.json"
     if refresh or path not in _known:
         _known[path] = (None if refresh else _kept(path)) or _measured_now(pair, path, sampling)
     return _known[path]
@@ -181,7 +182,9 @@ def _measure_once(
     readers = [
         _Reader(draft, session, prompt, pair.target.device) for draft, session in zip(drafts, sessions, strict=True)
     ]
-    lengths = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
+    # The longest pass that is captured, too: behind it a pass takes longer at once, and what lies between is linear.
+    sizes = {0, longest, *(2**power for power in range(longest.bit_length())), MOST_TOKENS - 1}
+    lengths = sorted(length for length in sizes if length <= longest)
     readings: list[defaultdict[int, list[float]]] = [defaultdict(list) for _ in drafts]
     target: defaultdict[int, list[float]] = defaultdict(list)
     autoregressive: list[float] = []
