@@ -11,7 +11,8 @@ from the package index into environments of their own, in specgym's cache, at th
 Ours: `plain` without a draft; with the pair's draft `exact` at its default length, `product`, which ends a draft where
 the product of its confidences falls below --product, and `gain`, which ends it by the expected gain and the pair's
 latency profile; `look-up` and `suffix` copy from the text; `mixed` has the pair's draft and the suffix draft, by the
-product rule; and every pair of --more, a pair of the same target with one draft, by the product rule and by `gain`.
+product rule, and as `mixed, gain` by the expected gain of either; and every pair of --more, a pair of the same target,
+by the product rule and by `gain`.
 
 Every held-out prompt is decoded by all sides in turns before the next one. A figure is the median over prompts of the
 tokens a second over those of plain `generate` on the same prompt, reading the prompt included. The last table compares
@@ -55,7 +56,6 @@ from specgym.decoding import (
     Side,
     SpeculativeDecoder,
     decode_in_turns,
-    drafts_of,
     load_pair,
     resolve,
     write_json,
@@ -77,7 +77,7 @@ class Settings:
                                    preset.draft_is_model)  # fmt: skip
     """Pairs for `load_pair`, each of a target and one draft."""
     more: tuple[str, ...] = ()
-    """Further pairs of the same targets, such as tiny-10m-mixed: ours with the product rule."""
+    """Further pairs of the same targets, such as tiny-10m-mixed: ours by the product rule and by `gain`."""
     rivals: tuple[Rival, ...] = ("assisted", "lookup", "flashspec")
     """Rivals besides plain `generate`."""
     temperatures: tuple[float, ...] = (0.0, 0.8)
@@ -114,12 +114,12 @@ def our_sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
     if preset.draft is not None and preset.draft not in COPYING.values():
         mixed = load_pair(f"{preset.target}+{preset.draft},{COPYING['suffix']}")
         sides["mixed"] = Side(SpeculativeDecoder(mixed, stop=rule))
+        sides["mixed, gain"] = Side(SpeculativeDecoder(mixed, stop="expected-gain"))
     for other in settings.more:
         if resolve(other).target == preset.target:
             further = load_pair(other)
             sides[other] = Side(SpeculativeDecoder(further, stop=rule))
-            if len(drafts_of(further.draft)) == 1:
-                sides[f"{other}, gain"] = Side(SpeculativeDecoder(further, stop="expected-gain"))
+            sides[f"{other}, gain"] = Side(SpeculativeDecoder(further, stop="expected-gain"))
     return pair, {OURS + way: side for way, side in sides.items()}
 
 
