@@ -151,6 +151,7 @@ class ChoiceTracker:
         there = np.broadcast_to(np.asarray(present, np.bool_), shape)
         self._free: Flags = np.broadcast_to(np.asarray(free, np.bool_), shape) & there
         self._reads: Flags = there & ~self._free
+        self._may_agree = bool((self._free.sum(1) > 1).any())
         self._nothing_known = there[:, :, None] * np.float32(0.5)
         self._slots[:, :, _FREE] = self._free
         self._slots[:, :, _COST] = np.minimum(ratio, _HIGH[_COST]) * there
@@ -235,22 +236,24 @@ class ChoiceTracker:
         """
         where = all_or(rows)
         known = available & self._free[where]
-        compared = np.where(known, tokens, _NOBODY[: self._drafts]).T
-        same = np.add.reduce(compared[:, None] == compared, 0, np.int8) - 1
-        others = np.maximum(np.add.reduce(known, 1, np.int8)[:, None] - known, 1)
-        seen = np.empty((len(known), self._drafts, 4), np.float32)
+        seen = np.zeros((len(known), self._drafts, 4), np.float32)
         seen[:, :, 0] = confidence
         seen[:, :, 1] = np.minimum(matched, _HIGH[_MATCHED])
-        seen[:, :, 2] = same.T / others.astype(np.float32)
+        if self._may_agree:
+            compared = np.where(known, tokens, _NOBODY[: self._drafts]).T
+            same = np.add.reduce(compared[:, None] == compared, 0, np.int8) - 1
+            others = np.maximum(np.add.reduce(known, 1, np.int8)[:, None] - known, 1)
+            seen[:, :, 2] = same.T / others.astype(np.float32)
         seen[:, :, :3] *= known[:, :, None]
         seen[:, :, 3] = self._chance(seen[:, :, 0], self._table[where], known) * available
         self._slots[where, :, _NEXT : _CHANCE + 1] = seen
         self._slots[where, :, _AVAILABLE] = available
         self._slots[where, :, _UNREAD] = _LOGARITHMS.take(self._unread[where], mode="clip") * self._reads[where]
         begins = (self._place[where] == 0)[:, None]
-        self._knew[where] = np.where(begins, known, self._knew[where])
-        if self._learned is not None:
-            self._first_bins[where] = np.where(begins, bins_of(confidence), self._first_bins[where])
+        if begins.any():
+            self._knew[where] = np.where(begins, known, self._knew[where])
+            if self._learned is not None:
+                self._first_bins[where] = np.where(begins, bins_of(confidence), self._first_bins[where])
 
     def drafted(
         self,
