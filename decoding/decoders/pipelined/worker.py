@@ -81,6 +81,11 @@ class Verified(NamedTuple):
     seconds: float
 
 
+class _Begin(NamedTuple):
+    number: int
+    text: DraftedText
+
+
 class _Request(NamedTuple):
     number: int
     kept: int
@@ -125,7 +130,7 @@ class DraftWorker:
         assert isinstance(drafter, ModelDrafter)
         ours, theirs = multiprocessing.Pipe()
         shape = (longest, pair.target.vocabulary_size)
-        self._connection, self._asked, self._closed = ours, 0, False
+        self._connection, self._asked, self._begun, self._closed = ours, 0, 0, False
         self._process: Any = None
         if place == "process":
             self._rows = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 4 * shape[0] * shape[1]), np.float32))
@@ -145,7 +150,8 @@ class DraftWorker:
     def begin(self, text: DraftedText) -> None:
         """Begin a text; an earlier one is forgotten. Raises DraftLost."""
         self._asked += 1  # what was asked of the earlier text is not taken for an answer
-        self._send(text)
+        self._begun = self._asked  # errors from before are the earlier text's, too
+        self._send(_Begin(self._begun, text))
 
     def ask(self, kept: int, tokens: Sequence[int], count: int, verified: Sequence[Verified] = ()) -> None:
         """Ask for more tokens, in place of those that were asked for before. Raises DraftLost.
@@ -173,7 +179,7 @@ class DraftWorker:
                 number, place, token, seconds = self._connection.recv()
             except (OSError, EOFError):
                 self._lose()
-            if isinstance(token, Exception):
+            if isinstance(token, Exception) and number >= self._begun:
                 raise DraftFailedError(f"the draft failed: {type(token).__name__}: {token}") from token
             if number == self._asked:
                 break
@@ -250,15 +256,16 @@ class _Loop:
             while True:
                 message, following = self._connection.recv() if following is None else following, None
                 try:
-                    if isinstance(message, DraftedText):
+                    if isinstance(message, _Begin):
                         text = None  # of which nothing more is asked, whether or not this one can be begun
-                        text = _Text(self._pair, self._drafter, message, self._stop)
+                        text = _Text(self._pair, self._drafter, message.text, self._stop)
                     elif text is not None:  # otherwise it could not be begun, which was told
                         following = self._draft(text, message)
                 except (OSError, EOFError):
                     raise
                 except Exception as error:
-                    self._connection.send((0, None, SpecgymError(f"{type(error).__name__}: {error}"), 0.0))
+                    failure = SpecgymError(f"{type(error).__name__}: {error}")
+                    self._connection.send((message.number, None, failure, 0.0))
         except (OSError, EOFError, KeyboardInterrupt):  # nobody asks any more
             self._connection.close()
 

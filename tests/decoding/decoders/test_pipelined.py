@@ -282,6 +282,22 @@ def test_a_draft_that_cannot_begin_a_text_waits_for_the_next(
     assert draft.take() is not None
 
 
+def test_an_error_that_nobody_asked_for_is_not_the_next_texts(
+    make_table: MakeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "PATIENCE", 2.0)
+    decoder = PipelinedDecoder(table_pair(make_table, 3), place="thread")
+    draft, text = decoder.worker(), DraftedText(list(PROMPT), 8, Sampling(0.0), (), 0, 0.1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers._Text, "steps", lambda *_: 1 / 0)
+        draft.begin(text)
+        draft.ask(len(PROMPT), [], 2)
+        assert draft._connection.poll(2.0)  # the error is there when the text is given up
+    draft.begin(text)
+    draft.ask(len(PROMPT), [], 2)
+    assert draft.take() is not None
+
+
 def test_a_rule_ends_drafts_where_the_draft_is(make_model: MakeModel, make_noisy: MakeModel) -> None:
     model = make_model("llama")
     pair = Pair(model, make_noisy(model, 0.02))
