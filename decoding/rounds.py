@@ -54,19 +54,18 @@ class WholeRounds:
     """
 
     def __init__(self) -> None:
-        self._broken_by = ""
+        self._ended_by = ""
 
     def require(self) -> None:
-        """Refuse a text whose last round was broken off.
+        """Refuse a text whose last round was broken off, or that `end` has ended.
 
         Raises:
-            SpecgymError: it was.
+            SpecgymError: so it was; the message says by what.
         """
-        if self._broken_by:
+        if self._ended_by:
             raise SpecgymError(
-                f"the last round of this text was broken off ({self._broken_by}), so that what its models have read is "
-                "not the text: it cannot go on. Begin it again with the decoder's `start` or `generate`; the tokens so "
-                "far are in the session's `tokens`."
+                f"{self._ended_by}, so that what its models have read is not the text: it cannot go on. Begin it again "
+                "with the decoder's `start` or `generate`; the tokens so far are in the session's `tokens`."
             )
 
     def __enter__(self) -> None:
@@ -76,7 +75,16 @@ class WholeRounds:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """End it, with the exception that broke it off, if one did."""
         if kind is not None:
-            self._broken_by = f"{kind.__name__}: {error}".removesuffix(": ")
+            cause = f"{kind.__name__}: {error}".removesuffix(": ")
+            self.end(f"the last round of this text was broken off ({cause})")
+
+    def end(self, why: str) -> None:
+        """Have further rounds refused.
+
+        Args:
+            why: the beginning of the message, unless the text had ended before.
+        """
+        self._ended_by = self._ended_by or why
 
 
 @dataclass(frozen=True)

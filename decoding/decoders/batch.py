@@ -163,7 +163,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, session: Session[Any], *, broken: bool = False) -> None:
-        """Take a text out, finished or not; it cannot go on. One that has left already is no error.
+        """Take a text out, finished or not; it cannot go on, as its `step` says. One that has left already is no error.
 
         Args:
             session: the text's.
@@ -171,6 +171,7 @@ class Batch:
         """
         if session in self._texts:
             self._texts.pop(session).leave(broken)
+            session.whole_rounds.end("this text has left its batch, and others have the place of what it had read")
             self.sessions.remove(session)
 
     def _settings(self, knobs: Any) -> dict[Session[Any], Mapping[str, float] | KnobRule]:

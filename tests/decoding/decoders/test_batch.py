@@ -23,6 +23,7 @@ from specgym.decoding import (
     PromptError,
     PromptLookupDrafter,
     Sampling,
+    SpecgymError,
     SpeculativeDecoder,
 )
 from specgym.decoding.decoders.batch import TextRequest, generate_texts
@@ -189,8 +190,7 @@ def test_sampled_batches_follow_the_targets_distribution(
 
 
 def test_texts_come_and_go(make_model: MakeModel, make_noisy: MakeModel, reference: Reference) -> None:
-    model = make_model("llama")
-    pair = Pair(model, make_noisy(model, 0.05))
+    pair = Pair(model := make_model("llama"), make_noisy(model, 0.05))
     plain, speculative = AutoregressiveDecoder(pair), SpeculativeDecoder(pair)
     expected = reference(model, PROMPTS, NEW)
     batch, sessions = Batch(), list[Any]()
@@ -205,11 +205,12 @@ def test_texts_come_and_go(make_model: MakeModel, make_noisy: MakeModel, referen
     while len(batch):
         batch.step()
     assert batch.step() == {}
-    assert [session.tokens for session in sessions[::2]] == [expected[1], expected[3]]
-    assert sessions[3].tokens == expected[5]
+    assert [sessions[place].tokens for place in (0, 2, 3)] == [expected[1], expected[3], expected[5]]
     assert sessions[1].tokens == expected[2][: len(sessions[1].tokens)]
     with pytest.raises(KnobError, match="not in this batch"):
         batch.step({sessions[1]: {}})
+    with pytest.raises(SpecgymError, match="has left its batch"):
+        sessions[1].step()
 
 
 def test_each_text_may_do_something_else(
