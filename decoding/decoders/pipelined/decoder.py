@@ -80,6 +80,10 @@ class Pipeline(ChainDecoder):
         self._cores = _last_core() if pin else ()
         self._idle: list[DraftWorker] = []
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what copies have: all but the workers, whose pipes a copy would close."""
+        return {**vars(self), "_idle": []}
+
     @property
     def threads_left(self) -> int:
         """Threads of torch that the target has; 0 for all, where it is on an accelerator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
@@ -280,6 +281,14 @@ def test_a_draft_that_cannot_begin_a_text_waits_for_the_next(
     draft.begin(text)
     draft.ask(len(PROMPT), [], 2)
     assert draft.take() is not None
+
+
+def test_copies_have_workers_of_their_own(make_table: MakeTable) -> None:
+    decoder = PipelinedDecoder(table_pair(make_table, 3), place="thread")
+    expected = decoder.generate(PROMPT, max_new_tokens=8).tokens
+    assert copy.deepcopy(decoder).generate(PROMPT, max_new_tokens=8).tokens == expected
+    gc.collect()  # of the copy
+    assert decoder.generate(PROMPT, max_new_tokens=8).tokens == expected
 
 
 def test_an_error_that_nobody_asked_for_is_not_the_next_texts(
