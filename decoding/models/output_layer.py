@@ -8,6 +8,7 @@ Its distribution is then 0 for all others, which exact verification takes like a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -77,12 +78,20 @@ def output_layer_watched(model: PreTrainedModel, watched: bool) -> Iterator[list
 
     transformers' own `output_hidden_states` leaves hooks in every layer behind, which slow all later passes down (by
     a sixth, with layers as small as those of the shipped models), and with which a model cannot be pickled.
+
+    What other threads read with the model meanwhile is theirs.
     """
     states: list[Tensor] = []
     if not watched:
         yield states
         return
-    handle = output_module(model).register_forward_pre_hook(lambda _, read: states.append(read[0]))
+    thread = threading.get_ident()
+
+    def keep(_: nn.Module, read: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            states.append(read[0])
+
+    handle = output_module(model).register_forward_pre_hook(keep)
     try:
         yield states
     finally:

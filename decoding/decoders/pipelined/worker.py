@@ -212,6 +212,7 @@ def _end(connection: Connection, process: Any) -> None:
     connection.close()
     if process is not None and process.is_alive():
         process.terminate()
+        process.join(1)  # else it stays as a zombie, with its pipes, until somebody asks for it
 
 
 def can_fork(pair: Pair) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from specgym.decoding.decoders.pipelined.decoder import PipelinedDecoder
 from specgym.decoding.drafts.cascade import CascadeDrafter
 from specgym.decoding.drafts.copying import PromptLookupDrafter
 from specgym.decoding.drafts.drafter import Drafter
@@ -330,3 +331,12 @@ def test_what_some_rounds_read_again_is_in_the_time_of_all(pair: Pair, monkeypat
     monkeypatch.setattr(pair.target, "restores_states", True)
     assert typical(samples, pair.target) == {5: 2.0}
     assert growth_of(pair) == 64
+
+
+def test_rounds_of_a_pipelined_decoder_are_timed_as_overlapping_ones(pair: Pair) -> None:
+    decoder = PipelinedDecoder(pair, max_draft_length=2, place="thread")
+    profile = measure(pair, decoder, repeats=1)
+    assert (profile.kind, profile.overlaps) == ("pipelined", True)
+    assert {*profile.draft_seconds} == {*profile.target_seconds} == {1, 2}
+    assert profile.round_of(2, 2) == max(profile.draft(2), profile.target(2))
+    assert profile.hardware["pipeline"] == {"draft_threads": 1, "place": "thread", "pinned": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from specgym.decoding.errors import NumericalError, PromptError, UnsupportedMode
 from specgym.decoding.models.kv_cache import TokenTree
 from specgym.decoding.models.language_model import LanguageModel
 from specgym.decoding.models.linear_layers import PrepackedLinear, prepack_linears
+from specgym.decoding.models.output_layer import output_layer_watched
 
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "gpt_neox", "phi", "mistral")
 KINDS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
@@ -151,6 +153,16 @@ def test_hidden_states_are_those_after_the_final_norm(make_model: MakeModel, fam
     assert output.hidden.shape == (5, 32)
     with torch.inference_mode():
         close(stock.get_output_embeddings()(output.hidden).float(), output.scores)
+
+
+def test_hidden_states_of_a_pass_are_not_those_that_another_thread_reads(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    with output_layer_watched(model, True) as states:
+        other = threading.Thread(target=model, args=(some_tokens(2)[None],))
+        other.start()
+        other.join()
+        model(some_tokens(3)[None])
+    assert [read.shape[1] for read in states] == [3]
 
 
 def test_asking_for_hidden_states_leaves_nothing_behind_in_the_model(make_model: MakeModel) -> None:
