@@ -235,11 +235,12 @@ def test_a_killed_draft_leaves_the_rest_of_the_text_to_the_target(
     assert decoder.generate([5, 3], max_new_tokens=24).tokens == plain.tokens
     assert killed() == 1  # the next text has a new one
     assert decoder.generate([5, 3], max_new_tokens=24).tokens == plain.tokens  # and so has one after it was lost idle
-    (draft,) = (child.pid for child in multiprocessing.active_children() if child.name.startswith("draft of"))
+    (draft,) = (child for child in multiprocessing.active_children() if child.name.startswith("draft of"))
+    assert draft.pid is not None
     del decoder, session
     gc.collect()
     with pytest.raises(ProcessLookupError):  # nor does it stay as a zombie
-        os.kill(draft, 0)
+        os.kill(draft.pid, 0)
 
 
 def test_a_silent_draft_counts_as_lost(
