@@ -100,6 +100,19 @@ class Settings:
     """File to write the figures to, those of every prompt among them."""
 
 
+def target_of(pair: str) -> str:
+    """The target of a pair by its one name: smollm2 is a name of its own in pairs, and a preset alone."""
+    return resolve(resolve(pair).target).target
+
+
+def check_more(settings: Settings) -> None:
+    """Refuse pairs of --more that would be left out without a word."""
+    targets = [target_of(pair) for pair in settings.pairs]
+    for other in settings.more:
+        if target_of(other) not in targets:
+            raise SystemExit(f"--more {other} has target {target_of(other)}, of which --pairs has none: add one")
+
+
 def our_sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
     """The pair, prepacked as `load_pair` does, and our ways to decode it."""
     pair, preset = load_pair(name), resolve(name)
@@ -116,7 +129,7 @@ def our_sides(name: str, settings: Settings) -> tuple[Pair, dict[str, Side]]:
         sides["mixed"] = Side(SpeculativeDecoder(mixed, stop=rule))
         sides["mixed, gain"] = Side(SpeculativeDecoder(mixed, stop="expected-gain"))
     for other in settings.more:
-        if resolve(other).target == preset.target:
+        if target_of(other) == target_of(name):
             further = load_pair(other)
             sides[other] = Side(SpeculativeDecoder(further, stop=rule))
             sides[f"{other}, gain"] = Side(SpeculativeDecoder(further, stop="expected-gain"))
@@ -224,6 +237,7 @@ def summary(speeds: Speeds) -> dict[str, str | float]:
 def main() -> None:
     """Measure and print."""
     settings = tyro.cli(Settings, prog="python -m benchmarks.against_rivals", description=__doc__)
+    check_more(settings)
     transformers_logging.set_verbosity_error()
     console = Console(width=160)
     results: dict[str, Any] = {}

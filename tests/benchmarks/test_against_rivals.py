@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import rivals
-from benchmarks.against_rivals import best_of, over, summary
+from benchmarks.against_rivals import Settings, best_of, check_more, over, summary, target_of
 
 SPEEDS = {
     "generate": {"prose": [10.0, 20.0], "code": [10.0, 10.0]},
@@ -69,3 +69,11 @@ def test_what_pip_says_is_told_and_no_half_environment_stays(installing: list[li
     with pytest.raises(rivals.RivalError, match=r"no-such-rival==1 \(ERROR: no matching distribution\).*--rivals"):
         rivals.environment("no-such-rival==1", "needed")
     assert list((tmp_path / "rivals").iterdir()) == []
+
+
+def test_further_pairs_are_told_by_their_target_and_none_is_left_out_without_a_word() -> None:
+    assert target_of("smollm2+smollm2-eagle,suffix") == target_of("smollm2-4l") == target_of("smollm2")
+    assert target_of("tiny") == target_of("tiny-10m+suffix") != target_of("tiny-3m-1l")
+    check_more(Settings(pairs=("smollm2-4l", "tiny"), more=("smollm2+suffix", "tiny-10m-mixed")))
+    with pytest.raises(SystemExit, match="--more tiny-3m-mixed has target tiny-3m, of which --pairs has none"):
+        check_more(Settings(pairs=("tiny",), more=("tiny-3m-mixed",)))
