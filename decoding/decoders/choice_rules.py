@@ -158,7 +158,7 @@ class ExpectedGainChoice(ChoiceRule):
     E = 1 + c1 + c1 c2 + ... + c1...ck tokens, where c are the chances that tokens are right. The next one brings
     c1...ck times its own chance, and costs what it adds to the round, the tokens that its draft has to read first among
     it. Time is worth what this round has made of it so far, E over its seconds, and at least what plain decoding makes
-    of it. (Priced at what the whole text has made, replayed texts came out 2 % slower.)
+    of it.
 
     Chances are those of the drafts' features, which follow the text where nobody has counted them (`learns_chances`).
     Nothing is learned from the clock or from other texts, so that a text is the same again by its seed.
@@ -195,7 +195,7 @@ class ExpectedGainChoice(ChoiceRule):
         return np.array([self._choose(text, columns) for text, columns in enumerate(features.tolist())])
 
     def _choose(self, text: int, columns: list[float]) -> int:
-        """Choose in one text. In plain numbers, as arrays of a few take five times as long, before every token."""
+        """Choose in one text. In plain numbers: it is asked before every token, and arrays of a few are slow."""
         product, place = columns[_COMMON["product"]], int(columns[_COMMON["place"]])
         expected, seconds = self._sums[text]
         expected, seconds = (expected + product, seconds) if place else (1.0, self._costs.target.item(0))

@@ -126,16 +126,16 @@ class _TracedPass(nn.Module):
 def traced(run: nn.Module, inputs: tuple[Tensor, ...]) -> list[Callable[..., Any]]:
     """Record a pass, called with tensors like those of `inputs`; to be done while holding `CAPTURING`.
 
-    What torch traces it keeps to the end of the process, in one place for all (torch 2.13; 20 MB of a pass of twelve
-    layers): here the place is its own, and goes with the graph.
+    What torch traces it keeps to the end of the process, in one place for all (torch 2.13,
+    `findings/traces-are-never-freed.sh`): here the place is its own, and goes with the graph.
 
     Args:
         run: the pass, and all modules that it uses within.
         inputs: of a pass; results are computed for them.
 
     Returns:
-        The graph with the weights for constants, which takes half the memory; and as it was traced. They may differ in
-        the last bits: how torch multiplies by a weight depends on whether it requires gradients, and constants do not.
+        The graph with the weights for constants, which takes less memory; and as it was traced. They may differ in the
+        last bits: how torch multiplies by a weight depends on whether it requires gradients, and constants do not.
     """
     state: Any = torch.jit._state
     everything, state._python_cu = state._python_cu, torch._C.CompilationUnit()

@@ -211,7 +211,7 @@ class DraftWorker:
 def _end(connection: Connection, process: Any) -> None:
     connection.close()
     if process is not None and process.is_alive():
-        process.terminate()
+        process.kill()  # at once, also one that is stopped: it has nothing to put in order
         process.join(1)  # else it stays as a zombie, with its pipes, until somebody asks for it
 
 
